@@ -1,0 +1,1 @@
+"""Hierarchical low-rank matrices on NumPy, PyTorch and CuPy arrays."""

@@ -1,0 +1,1 @@
+"""Fine-tune only the most important blocks of a pretrained model."""
