@@ -1,0 +1,88 @@
+"""Imports run one way, and optional libraries have one door each."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGES = Path(__file__).parents[1] / "packages"
+
+# A module (or folder) may import only from those to its left.
+ORDER = {
+    "hmatrix": "_backend _checks tree lowrank hodlr mlr construct update arithmetic "
+    "factor interop io plot",
+    "sylva_train": "_checks config targets kernels masks curvature importance layers "
+    "optimizer tuner checkpoint data evaluation training baselines comparison report "
+    "cli",
+}
+# The only modules that may import the library.
+DOORS = {
+    ("hmatrix", "cupy"): {"_backend", "interop"},
+    ("hmatrix", "torch"): {"_backend", "interop"},
+    ("hmatrix", "matplotlib"): {"plot"},
+    ("sylva_train", "hmatrix"): {"curvature", "report"},
+    ("sylva_train", "triton"): {"kernels"},
+    ("sylva_train", "typer"): {"cli"},
+}
+
+
+def rooms(package: str) -> dict[str, list[Path]]:
+    """Files of each module or folder of a package, but its root ``__init__``."""
+    root = PACKAGES / package / "src" / package
+    found: dict[str, list[Path]] = {}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).parts[0].removesuffix(".py")
+        if name not in {"__init__", "__main__"}:
+            found.setdefault(name, []).append(path)
+    return found
+
+
+def imports(path: Path, package: str) -> Iterator[tuple[str, ...]]:
+    """Dotted names that a file imports, relative ones made absolute."""
+    root = PACKAGES / package / "src"
+    here = (*path.relative_to(root).with_suffix("").parts,)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level] if node.level else ()
+            stem = (*base, *(node.module.split(".") if node.module else ()))
+            yield from ((*stem, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_modules_import_only_from_those_before_them(package):
+    order = ORDER[package].split()
+    assert set(rooms(package)) <= set(order), "name new modules in ORDER"
+    wrong = []
+    for name, paths in rooms(package).items():
+        for path in paths:
+            for target in imports(path, package):
+                if target[0] != package or len(target) < 2 or target[1] == name:
+                    continue
+                later = target[1] in order and order.index(target[1]) > order.index(name)
+                if later or target[1] not in order:
+                    wrong.append(f"{path.name} imports {'.'.join(target)}")
+    assert not wrong
+
+
+@pytest.mark.parametrize(("package", "library"), DOORS)
+def test_each_optional_library_has_its_door(package, library):
+    doors = DOORS[package, library]
+    wrong = [
+        path.name
+        for name, paths in rooms(package).items()
+        for path in paths
+        if name not in doors and any(t[0] == library for t in imports(path, package))
+    ]
+    assert not wrong
+
+
+def test_hmatrix_knows_nothing_of_training():
+    strangers = {"sylva_train", "transformers", "peft", "datasets"}
+    for paths in rooms("hmatrix").values():
+        for path in paths:
+            assert not strangers & {target[0] for target in imports(path, "hmatrix")}
