@@ -1,0 +1,159 @@
+"""Exceptions, argument checks and safe writing: the wording every module shares."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+__all__ = [
+    "AdapterError",
+    "ConfigError",
+    "DataError",
+    "NonFiniteError",
+    "OutputExistsError",
+    "SylvaError",
+    "TargetError",
+    "atomic_folder",
+    "atomic_write",
+    "check_choice",
+    "check_density",
+    "check_integer",
+    "check_positive",
+    "prepare_output",
+]
+
+
+class SylvaError(Exception):
+    """Base of every error that the package raises on purpose."""
+
+
+class ConfigError(SylvaError, ValueError):
+    """An option has a value that cannot be used."""
+
+
+class TargetError(SylvaError, ValueError):
+    """The model has no layer, or not the layer, that was asked for."""
+
+
+class DataError(SylvaError, ValueError):
+    """A data file or a row of it cannot be used; the message has ``file:line``."""
+
+
+class NonFiniteError(SylvaError, ArithmeticError):
+    """A loss, gradient or activation is NaN or infinite."""
+
+
+class AdapterError(SylvaError, ValueError):
+    """An adapter file is damaged, or belongs to another base model."""
+
+
+class OutputExistsError(SylvaError, FileExistsError):
+    """The output path exists and overwriting was not asked for."""
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise `ConfigError` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        msg = f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}."
+        raise ConfigError(msg)
+
+
+def check_density(density: float) -> None:
+    """Raise `ConfigError` unless ``0 < density <= 1`` (sparsity in ``[0, 1)``)."""
+    if not (isinstance(density, int | float) and 0 < density <= 1):
+        msg = (
+            "`density` (1 - sparsity), the fraction of weights to train, must be above 0 "
+            f"and at most 1, so that sparsity is in [0, 1); got {density!r}."
+        )
+        raise ConfigError(msg)
+
+
+def check_integer(name: str, value: int, minimum: int) -> None:
+    """Raise `ConfigError` unless ``value`` is an integer of at least ``minimum``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        msg = f"`{name}` must be an integer of at least {minimum}; got {value!r}."
+        raise ConfigError(msg)
+
+
+def check_positive(name: str, value: float, *, zero: bool = False) -> None:
+    """Raise `ConfigError` unless ``value`` is finite and positive (or zero)."""
+    good = isinstance(value, int | float) and math.isfinite(value)
+    if not good or value < 0 or (value == 0 and not zero):
+        kind = "a finite number of at least 0" if zero else "a finite number above 0"
+        msg = f"`{name}` must be {kind}; got {value!r}."
+        raise ConfigError(msg)
+
+
+def prepare_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Return ``path``, whose parent exists afterwards.
+
+    Raises
+    ------
+    OutputExistsError
+        If ``path`` is a file or a folder with something in it, and not ``overwrite``.
+    """
+    path = Path(path)
+    occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if occupied and not overwrite:
+        msg = (
+            f"the output `{path}` exists; nothing was written. Choose another path, or "
+            "allow overwriting (`overwrite=True`, `--overwrite`)."
+        )
+        raise OutputExistsError(msg)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path``, renamed to it if the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes private files; what is published follows the user's umask.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    path: str | os.PathLike[str], *, overwrite: bool = False
+) -> Iterator[Path]:
+    """Yield a temporary sibling folder that becomes ``path`` if the block succeeds.
+
+    With ``overwrite``, the old folder is moved aside first and deleted only once the
+    new one stands in its place, so that a crash at any moment leaves one of them whole.
+    """
+    path = prepare_output(path, overwrite=overwrite)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    aside = None
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        if path.exists():
+            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            path.replace(aside / path.name)
+        temporary.replace(path)
+    except BaseException:
+        if aside is not None and not path.exists():
+            (aside / path.name).replace(path)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
