@@ -1,0 +1,229 @@
+"""Options of scoring, selection and training: dataclasses that validate themselves."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig
+
+from ._checks import check_choice, check_density, check_integer, check_positive
+
+if TYPE_CHECKING:
+    from .masks import Masks
+
+__all__ = [
+    "CURVATURES",
+    "IMPORTANCES",
+    "NEEDS_DATA",
+    "SCHEDULES",
+    "SCOPES",
+    "TOKENS",
+    "SylvaConfig",
+    "SylvaType",
+    "TrainingConfig",
+]
+
+#: Rules that score a weight's importance; the first is the paper's.
+IMPORTANCES = (
+    "kfac",
+    "fisher-diag",
+    "magnitude",
+    "gradient",
+    "weight-gradient",
+    "random",
+    "kfac-pruner",
+)
+#: Rules that need a forward and backward pass over labelled samples.
+NEEDS_DATA = frozenset(
+    {"kfac", "fisher-diag", "gradient", "weight-gradient", "kfac-pruner"}
+)
+#: How the Kronecker factors of ``"kfac"`` are kept.
+CURVATURES = ("mlr", "hodlr", "dense")
+#: Every token a sample, or the mean over each sequence.
+TOKENS = ("expand", "reduce")
+#: The blocks of a layer compete with each other, or those of the whole model do.
+SCOPES = ("layer", "model")
+#: Learning-rate schedules after the warm-up.
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+class SylvaType(str, Enum):
+    """Sylva's key in PEFT's tables, of the kind that PEFT's own `PeftType` is."""
+
+    SYLVA = "SYLVA"
+
+
+@dataclass
+class SylvaConfig(PeftConfig):  # type: ignore[misc]
+    """What to score, how to choose blocks, and which layers to embed them in.
+
+    A `peft.PeftConfig`, hence not frozen: PEFT itself writes to its fields.
+
+    Parameters
+    ----------
+    target_modules : list of str or str
+        Names or name endings of the layers, a regular expression on whole names, or
+        ``"all-linear"``: every linear layer but the task's head.
+    exclude_modules : list of str or str, optional
+        Layers to leave out, in the same form.
+    modules_to_save : list of str, optional
+        Other modules to train and to save whole, the task's head above all.
+    density : float
+        Fraction of the blocks to train, in (0, 1]; the paper's sparsity is ``1 -
+        density``.
+    block_size : int
+        Side of a square block of weights.
+    importance : str
+        Rule that scores the weights, one of `IMPORTANCES`.
+    curvature : str
+        For ``importance="kfac"``: Kronecker factors as PSD multilevel low rank
+        (``"mlr"``), as HODLR like the paper (``"hodlr"``), or exact (``"dense"``).
+    levels, rank : int
+        Depth of the hierarchy and rank of its blocks; layers too small for the depth
+        take fewer levels.
+    samples : int
+        Number of sequences to score with.
+    tokens : str
+        ``"expand"``: every token is a sample of the factors; ``"reduce"``: the mean over
+        each sequence is.
+    damping : float
+        Multiple of a factor's mean eigenvalue that is added to its diagonal, so that
+        ``λ_A = damping · tr A / in`` and ``λ_G = damping · tr G / out``.
+    scope : str
+        ``"layer"``: each layer trains the same fraction of its blocks; ``"model"``: the
+        blocks of all layers compete by score relative to their layer's mean.
+    seed : int
+        Seed of the random rule and of the randomized sketches.
+    masks : Masks or path, optional
+        Blocks chosen before by `sylva_train.select`; without them, rules that need no
+        data are scored on the spot. Not written to ``adapter_config.json``.
+    block_counts : dict of str to int, optional
+        Blocks in each layer; written with an adapter and needed to load it.
+    base_fingerprint : str, optional
+        Identity of the base model's weights; written with an adapter, checked on load.
+    checksum : str, optional
+        Digest of the adapter's tensors; written with an adapter, checked on load.
+
+    Raises
+    ------
+    ConfigError
+        If an option has a value that cannot be used.
+    """
+
+    target_modules: list[str] | str | None = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    density: float = 0.05
+    block_size: int = 32
+    importance: str = "kfac"
+    curvature: str = "mlr"
+    levels: int = 4
+    rank: int = 32
+    samples: int = 1024
+    tokens: str = "expand"
+    damping: float = 1e-2
+    scope: str = "layer"
+    seed: int = 0
+    masks: Masks | str | os.PathLike[str] | None = field(default=None, repr=False)
+    block_counts: dict[str, int] | None = field(default=None, repr=False)
+    base_fingerprint: str | None = field(default=None, repr=False)
+    checksum: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SylvaType.SYLVA
+        check_density(self.density)
+        check_integer("block_size", self.block_size, 1)
+        check_choice("importance", self.importance, IMPORTANCES)
+        check_choice("curvature", self.curvature, CURVATURES)
+        check_choice("tokens", self.tokens, TOKENS)
+        check_choice("scope", self.scope, SCOPES)
+        check_integer("levels", self.levels, 0)
+        check_integer("rank", self.rank, 1)
+        check_integer("samples", self.samples, 1)
+        check_integer("seed", self.seed, 0)
+        check_positive("damping", self.damping, zero=True)
+        if isinstance(self.target_modules, set | tuple):
+            self.target_modules = sorted(self.target_modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as PEFT writes them to JSON: all but the masks."""
+        # Masks are taken away first: PEFT's deep copy would duplicate every index.
+        masks, self.masks = self.masks, None
+        try:
+            fields: dict[str, Any] = super().to_dict()
+        finally:
+            self.masks = masks
+        fields.pop("masks", None)
+        return fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Options of the training loop.
+
+    Parameters
+    ----------
+    epochs : int
+        Passes over the data; ``steps``, where given, decides instead.
+    steps : int, optional
+        Optimizer steps in all.
+    batch_size : int
+        Sequences in a batch.
+    accumulate : int
+        Batches whose gradients make up one step.
+    lr : float
+        Peak learning rate.
+    weight_decay : float
+        Decoupled weight decay (AdamW).
+    warmup : float
+        Fraction of the steps over which the learning rate rises from 0.
+    schedule : str
+        Course of the learning rate after the warm-up, one of `SCHEDULES`.
+    max_grad_norm : float
+        Norm that the gradient of all trained weights is clipped to; 0 is no clipping.
+    max_length : int
+        Tokens after which a text is cut.
+    eval_every, save_every : int, optional
+        Steps between evaluations, and between checkpoints.
+    seed : int
+        Seed of the data order, of a new head and of dropout.
+    device : str
+        ``"auto"`` takes CUDA where there is one.
+
+    Raises
+    ------
+    ConfigError
+        If an option has a value that cannot be used.
+    """
+
+    epochs: int = 2
+    steps: int | None = None
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float = 3e-4
+    weight_decay: float = 0.01
+    warmup: float = 0.06
+    schedule: str = "linear"
+    max_grad_norm: float = 1.0
+    max_length: int = 128
+    eval_every: int | None = None
+    save_every: int | None = None
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "max_length"):
+            check_integer(name, getattr(self, name), 1)
+        for name in ("steps", "eval_every", "save_every"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+        check_positive("lr", self.lr)
+        check_positive("weight_decay", self.weight_decay, zero=True)
+        check_positive("warmup", self.warmup, zero=True)
+        check_positive("max_grad_norm", self.max_grad_norm, zero=True)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_integer("seed", self.seed, 0)

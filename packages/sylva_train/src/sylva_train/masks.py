@@ -1,0 +1,291 @@
+"""Which blocks of which layers are trained: choosing them, keeping them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ._checks import (
+    AdapterError,
+    ConfigError,
+    atomic_write,
+    check_choice,
+    check_density,
+    check_integer,
+)
+from .config import SCOPES
+
+if TYPE_CHECKING:
+    from .importance import Scores
+
+__all__ = ["LayerMask", "Masks", "select"]
+
+FORMAT = "sylva-masks/1"
+
+
+@dataclass(frozen=True)
+class LayerMask:
+    """The active blocks of one (out, in) weight.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        ``(out, in)``.
+    block_size : int
+        Side of a block; the last row and column of blocks may be cut off.
+    indices : torch.Tensor, shape (k, 2), int64
+        Block row and block column of each active block, sorted by row, then column.
+
+    Raises
+    ------
+    ConfigError
+        If an index is outside the grid, or stands twice.
+    """
+
+    shape: tuple[int, int]
+    block_size: int
+    indices: torch.Tensor
+
+    def __post_init__(self) -> None:
+        check_integer("block_size", self.block_size, 1)
+        indices = torch.as_tensor(self.indices, dtype=torch.int64, device="cpu")
+        indices = indices.reshape(-1, 2)
+        rows, columns = self.grid_shape
+        limits = torch.tensor([rows, columns])
+        if bool(((indices < 0) | (indices >= limits)).any()):
+            msg = (
+                f"`indices` must lie in the {rows} × {columns} grid of blocks of a"
+                f" {self.shape[0]} × {self.shape[1]} weight with `block_size`"
+                f" {self.block_size}; got rows up to {int(indices[:, 0].max())} and"
+                f" columns up to {int(indices[:, 1].max())}."
+            )
+            raise ConfigError(msg)
+        flat = (indices[:, 0] * columns + indices[:, 1]).unique(sorted=True)
+        if len(flat) != len(indices):
+            msg = (
+                f"`indices` must be distinct; {len(indices) - len(flat)} are repeated."
+            )
+            raise ConfigError(msg)
+        indices = torch.stack([flat // columns, flat % columns], 1)
+        object.__setattr__(self, "indices", indices)
+        object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """Number of block rows and block columns."""
+        out, inputs = self.shape
+        return math.ceil(out / self.block_size), math.ceil(inputs / self.block_size)
+
+    @property
+    def trainable(self) -> int:
+        """Number of weights in the active blocks, cut-off blocks counted as they are."""
+        first = self.indices * self.block_size
+        size = (torch.tensor(self.shape) - first).clamp(max=self.block_size)
+        return int(size.prod(1).sum())
+
+    @property
+    def total(self) -> int:
+        """Number of weights of the layer."""
+        return self.shape[0] * self.shape[1]
+
+    def __len__(self) -> int:
+        """Return the number of active blocks."""
+        return len(self.indices)
+
+    def dense(self) -> torch.Tensor:
+        """Return the mask weight by weight: bool, shape (out, in)."""
+        grid = torch.zeros(self.grid_shape, dtype=torch.bool)
+        grid[self.indices[:, 0], self.indices[:, 1]] = True
+        b = self.block_size
+        full = grid.repeat_interleave(b, 0).repeat_interleave(b, 1)
+        return full[: self.shape[0], : self.shape[1]]
+
+
+class Masks(Mapping[str, LayerMask]):
+    """Masks of a model's layers, by name.
+
+    Parameters
+    ----------
+    layers : mapping of str to LayerMask
+        Layers without an active block may be there; nothing is embedded in them.
+    metadata : mapping, optional
+        What is worth keeping with the masks (JSON): the rule, the data, the seed.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, LayerMask], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        self.layers = dict(layers)
+        self.metadata = dict(metadata or {})
+
+    def __getitem__(self, name: str) -> LayerMask:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __repr__(self) -> str:
+        return (
+            f"Masks({len(self)} layers, {sum(map(len, self.values()))} blocks,"
+            f" {self.trainable:,} of {self.total:,} weights = {self.density:.2%})"
+        )
+
+    @property
+    def trainable(self) -> int:
+        """Number of weights in active blocks."""
+        return sum(mask.trainable for mask in self.values())
+
+    @property
+    def total(self) -> int:
+        """Number of weights of all layers."""
+        return sum(mask.total for mask in self.values())
+
+    @property
+    def density(self) -> float:
+        """Fraction of the layers' weights that is trained."""
+        return self.trainable / self.total if self.total else 0.0
+
+    def overlap(self, other: Masks) -> float:
+        """Return the fraction of this one's blocks that ``other`` has as well."""
+        common = 0
+        for name in self.keys() & other.keys():
+            mine, theirs = self[name], other[name]
+            if (mine.shape, mine.block_size) != (theirs.shape, theirs.block_size):
+                msg = (
+                    f"`other` must have the same shape and block size in `{name}`: got"
+                    f" {theirs.shape}, {theirs.block_size} against {mine.shape},"
+                    f" {mine.block_size}."
+                )
+                raise ConfigError(msg)
+            columns = mine.grid_shape[1]
+            flat = [m.indices[:, 0] * columns + m.indices[:, 1] for m in (mine, theirs)]
+            common += int(torch.isin(*flat).sum())
+        blocks = sum(map(len, self.values()))
+        return common / blocks if blocks else 1.0
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the masks to one safetensors file."""
+        header = {
+            "format": FORMAT,
+            "layers": {
+                name: {"shape": mask.shape, "block_size": mask.block_size}
+                for name, mask in self.items()
+            },
+            "metadata": self.metadata,
+        }
+        tensors = {name: mask.indices.to(torch.int32) for name, mask in self.items()}
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata={"sylva": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Masks:
+        """Read masks that `save` wrote.
+
+        Raises
+        ------
+        AdapterError
+            If the file is damaged or is not a mask file.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("sylva", "{}"))
+                if header.get("format") != FORMAT:
+                    msg = f"`{path}` is not a mask file of the format {FORMAT}."
+                    raise AdapterError(msg)
+                layers = {
+                    name: LayerMask(
+                        tuple(info["shape"]), info["block_size"], file.get_tensor(name)
+                    )
+                    for name, info in header["layers"].items()
+                }
+        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+            msg = f"the mask file `{path}` is damaged ({error}); make it again."
+            raise AdapterError(msg) from error
+        return cls(layers, header["metadata"])
+
+
+def top_blocks(blocks: torch.Tensor, count: int) -> torch.Tensor:
+    """Flat indices of the ``count`` largest entries; ties go to the smaller index."""
+    order = blocks.flatten().sort(descending=True, stable=True).indices
+    return order[:count]
+
+
+def select(
+    scores: Scores, density: float = 0.05, block_size: int = 32, scope: str = "layer"
+) -> Masks:
+    """Choose the blocks with the highest scores: exactly as many as fit the budget.
+
+    Parameters
+    ----------
+    scores : Scores
+        From `sylva_train.score`.
+    density : float
+        Fraction of the blocks to train, in (0, 1]; rounded down to whole blocks.
+    block_size : int
+        Side of a block.
+    scope : str
+        ``"layer"``: each layer keeps that fraction of its blocks, as in the paper;
+        ``"model"``: all blocks compete, each by its score over its layer's mean score.
+
+    Returns
+    -------
+    Masks
+
+    Raises
+    ------
+    ConfigError
+        If an option cannot be used, a layer is smaller than a block, or the density is
+        too small for a single block.
+    """
+    check_density(density)
+    check_integer("block_size", block_size, 1)
+    check_choice("scope", scope, SCOPES)
+    blocks = {name: layer.blocks(block_size) for name, layer in scores.items()}
+    if scope == "layer":
+        chosen = {
+            name: top_blocks(block, math.floor(density * block.numel() + 1e-9))
+            for name, block in blocks.items()
+        }
+    else:
+        relative = []
+        for block in blocks.values():
+            mean = block.mean()
+            relative.append((block / mean if mean != 0 else block).flatten())
+        together = torch.cat(relative) if relative else torch.zeros(0)
+        top = top_blocks(together, math.floor(density * len(together) + 1e-9))
+        kept = torch.zeros(len(together), dtype=torch.bool)
+        kept[top] = True
+        parts = kept.split([block.numel() for block in blocks.values()])
+        chosen = {
+            name: part.nonzero()[:, 0] for name, part in zip(blocks, parts, strict=True)
+        }
+    if not any(len(flat) for flat in chosen.values()):
+        largest = max((block.numel() for block in blocks.values()), default=0)
+        msg = (
+            f"`density` {density} leaves no whole block to train: the largest layer has"
+            f" {largest} blocks of side {block_size}. Raise `density`, lower"
+            ' `block_size`, or let the layers share a budget with `scope="model"`.'
+        )
+        raise ConfigError(msg)
+    masks = {}
+    for name, flat in chosen.items():
+        columns = blocks[name].shape[1]
+        indices = torch.stack([flat // columns, flat % columns], 1)
+        masks[name] = LayerMask(scores[name].shape, block_size, indices)
+    metadata = dict(scores.metadata) | {
+        "density": density,
+        "block_size": block_size,
+        "scope": scope,
+    }
+    return Masks(masks, metadata)

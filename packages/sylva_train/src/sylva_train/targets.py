@@ -1,0 +1,160 @@
+"""Which layers of a model Sylva works on, and their weights as (out, in) matrices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ._checks import ConfigError, TargetError
+
+__all__ = ["check_block_size", "find_targets", "is_supported", "weight_view"]
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with a dense, floating-point weight."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    # Quantized linear layers subclass nn.Linear but keep packed integers.
+    return module.weight.dim() == 2 and module.weight.is_floating_point()
+
+
+def weight_view(module: nn.Module) -> torch.Tensor:
+    """Return a layer's weight as an (out, in) matrix that shares its memory.
+
+    `torch.nn.Linear` stores that already; GPT-2's ``Conv1D`` stores the transpose.
+    """
+    weight: torch.Tensor = module.weight.detach()  # type: ignore[operator, assignment]
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def matches(name: str, patterns: str | Iterable[str] | None) -> bool:
+    """Whether a module's name fits: whole-name regex, or a list of name endings."""
+    if patterns is None:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == p or name.endswith(f".{p}") for p in patterns)
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Names of modules that belong to the task's head rather than to the backbone."""
+    heads = set()
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    backbone = getattr(model, "base_model", model)
+    for name, module in model.named_modules():
+        if module is output:
+            heads.add(name)
+    if backbone is not model:
+        inside = {id(module) for module in backbone.modules()}
+        heads |= {n for n, m in model.named_modules() if n and id(m) not in inside}
+    return heads
+
+
+def check_tied(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Raise `TargetError` if another module uses the same weight."""
+    weight = module.weight
+    sharers = [
+        other
+        for other, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter is weight and other != f"{name}.weight"
+    ]
+    if sharers:
+        msg = (
+            f"the weight of `{name}` is shared with {', '.join(f'`{s}`' for s in sharers)}"
+            " (tied weights): training blocks of it would silently change both. Leave the"
+            " layer out of `target_modules`, or untie it first"
+            " (`config.tie_word_embeddings=False`)."
+        )
+        raise TargetError(msg)
+
+
+def find_targets(
+    model: nn.Module,
+    target_modules: list[str] | str | None = "all-linear",
+    exclude_modules: list[str] | str | None = None,
+) -> dict[str, nn.Module]:
+    """Find the layers that a pattern names.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model; `transformers` models tell their head from their backbone.
+    target_modules : list of str or str
+        Names or name endings, a regular expression on whole names, or
+        ``"all-linear"``: every `torch.nn.Linear` and ``Conv1D`` of the backbone.
+    exclude_modules : list of str or str, optional
+        Layers to leave out, in the same form.
+
+    Returns
+    -------
+    dict of str to torch.nn.Module
+        The layers by name, in the model's order.
+
+    Raises
+    ------
+    TargetError
+        If nothing matches, a match is not a linear layer with a dense weight, or its
+        weight is tied to another module's.
+    """
+    everything = target_modules is None or target_modules == "all-linear"
+    heads = head_names(model) if everything else set()
+    found = {}
+    for name, module in model.named_modules():
+        if matches(name, exclude_modules):
+            continue
+        if everything:
+            if is_supported(module) and name not in heads:
+                found[name] = module
+        elif matches(name, target_modules):
+            if not is_supported(module):
+                msg = (
+                    f"`target_modules` matches `{name}`, a {type(module).__name__}; only"
+                    " torch.nn.Linear and transformers' Conv1D with a dense"
+                    " floating-point weight can hold trainable blocks."
+                )
+                raise TargetError(msg)
+            found[name] = module
+    if not found:
+        endings = sorted(
+            {n.rpartition(".")[2] for n, m in model.named_modules() if is_supported(m)}
+        )
+        msg = (
+            f"no layer of this {type(model).__name__} matches"
+            f" `target_modules`={target_modules!r}"
+            + (
+                f" outside `exclude_modules`={exclude_modules!r}"
+                if exclude_modules
+                else ""
+            )
+            + (
+                f"; its linear layers end in {', '.join(map(repr, endings))}."
+                if endings
+                else "; it has no linear layer at all."
+            )
+        )
+        raise TargetError(msg)
+    for name, module in found.items():
+        check_tied(model, name, module)
+    return found
+
+
+def check_block_size(targets: dict[str, nn.Module], block_size: int) -> None:
+    """Raise `ConfigError` if a layer is smaller than a block."""
+    small = {
+        name: tuple(weight_view(module).shape)
+        for name, module in targets.items()
+        if block_size > min(weight_view(module).shape)
+    }
+    if small:
+        name, shape = next(iter(small.items()))
+        msg = (
+            f"`block_size` {block_size} is larger than `{name}` of shape {shape}"
+            + (f" and {len(small) - 1} other layers" if len(small) > 1 else "")
+            + f"; take at most {min(min(s) for s in small.values())}, or exclude the"
+            " layer with `exclude_modules`."
+        )
+        raise ConfigError(msg)
