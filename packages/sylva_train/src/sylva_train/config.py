@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
@@ -50,7 +50,7 @@ SCOPES = ("layer", "model")
 SCHEDULES = ("linear", "cosine", "constant")
 
 
-class SylvaType(str, Enum):
+class SylvaType(StrEnum):
     """Sylva's key in PEFT's tables, of the kind that PEFT's own `PeftType` is."""
 
     SYLVA = "SYLVA"
