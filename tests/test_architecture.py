@@ -12,8 +12,8 @@ PACKAGES = Path(__file__).parents[1] / "packages"
 
 # A module (or folder) may import only from those to its left.
 ORDER = {
-    "hmatrix": "_backend _checks tree lowrank hodlr mlr construct update arithmetic "
-    "factor interop io plot",
+    "hmatrix": "_backend _checks tree _operator lowrank hodlr mlr construct update "
+    "arithmetic factor interop io plot",
     "sylva_train": "_checks config targets kernels masks curvature importance layers "
     "optimizer tuner checkpoint data evaluation training baselines comparison report "
     "cli",

@@ -1,1 +1,39 @@
 """Hierarchical low-rank matrices on NumPy, PyTorch and CuPy arrays."""
+
+from hmatrix._checks import (
+    BackendError,
+    DTypeError,
+    FileFormatError,
+    HMatrixError,
+    NonFiniteError,
+    NotPositiveDefiniteError,
+    ShapeError,
+    SingularBlockError,
+    SingularLeafError,
+)
+from hmatrix.factor import Factorization, factorize
+from hmatrix.hodlr import HODLR
+from hmatrix.lowrank import LowRank
+from hmatrix.mlr import MLR
+from hmatrix.tree import ClusterTree
+from hmatrix.update import StreamingHODLR, StreamingMLR
+
+__all__ = [
+    "HODLR",
+    "MLR",
+    "BackendError",
+    "ClusterTree",
+    "DTypeError",
+    "Factorization",
+    "FileFormatError",
+    "HMatrixError",
+    "LowRank",
+    "NonFiniteError",
+    "NotPositiveDefiniteError",
+    "ShapeError",
+    "SingularBlockError",
+    "SingularLeafError",
+    "StreamingHODLR",
+    "StreamingMLR",
+    "factorize",
+]

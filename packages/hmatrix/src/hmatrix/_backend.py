@@ -1,0 +1,242 @@
+"""Array libraries: one namespace, and the only door to their differences.
+
+Everything else in the package is written against the array API standard. What the
+standard leaves out (seeded normal numbers, conversion to NumPy, whether a failed
+Cholesky raises) is settled here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+__all__ = [
+    "FLOATS",
+    "HALVES",
+    "Array",
+    "Space",
+    "cholesky",
+    "contiguous",
+    "detach",
+    "dtype_name",
+    "eigh_descending",
+    "inverse_lower",
+    "is_array",
+    "library",
+    "namespace",
+    "nbytes",
+    "subtract_product",
+    "to_numpy",
+    "transpose",
+]
+
+Array = Any  # an array of any supported library; the standard has no common type
+Namespace = Any
+
+FLOATS = ("float32", "float64")
+HALVES = ("float16", "bfloat16")
+
+
+def is_array(x: object) -> bool:
+    """Tell whether ``x`` is an array of a supported library."""
+    return bool(array_api_compat.is_array_api_obj(x))
+
+
+def namespace(x: Array) -> Namespace:
+    """Return the array-API namespace of ``x``."""
+    return array_api_compat.array_namespace(x)
+
+
+def library(x: Array) -> str:
+    """Return the library of ``x`` by name: ``numpy``, ``torch``, ``cupy``."""
+    return Space.of(x).library
+
+
+def dtype_name(dtype: object) -> str:
+    """Return the bare name of a dtype of any library, ``float32`` say.
+
+    Examples
+    --------
+    >>> dtype_name(np.dtype("float64")), dtype_name(np.float32), dtype_name("float32")
+    ('float64', 'float32', 'float32')
+    """
+    if isinstance(dtype, type):
+        return dtype.__name__
+    name = getattr(dtype, "name", None)
+    return name if isinstance(name, str) else str(dtype).rsplit(".", 1)[-1]
+
+
+def nbytes(*arrays: Array) -> int:
+    """Return the bytes of the numbers of some arrays."""
+    return sum(math.prod(x.shape) * Space.of(x).itemsize for x in arrays)
+
+
+def detach(x: Array) -> Array:
+    """Cut a torch tensor off its autograd graph; return other arrays as they are."""
+    return x.detach() if array_api_compat.is_torch_array(x) else x
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """Copy an array of any library and device into host memory."""
+    if array_api_compat.is_torch_array(x):
+        return np.asarray(x.detach().cpu())
+    if array_api_compat.is_cupy_array(x):
+        return np.asarray(x.get())
+    if array_api_compat.is_numpy_array(x):
+        return np.asarray(x)
+    return np.from_dlpack(x)
+
+
+def contiguous(x: Array) -> Array:
+    """Return ``x`` with its last axis contiguous in memory, where that matters.
+
+    torch concatenates and multiplies strided views an order of magnitude slower.
+    """
+    return x.contiguous() if array_api_compat.is_torch_array(x) else x
+
+
+def subtract_product(x: Array, a: Array, b: Array) -> Array:
+    """Return ``x - a @ b`` (batches of matrices), computed in the memory of ``x``."""
+    if array_api_compat.is_torch_array(x):
+        return x.baddbmm_(a, b, alpha=-1)
+    x -= a @ b
+    return x
+
+
+def transpose(x: Array) -> Array:
+    """Swap the last two axes."""
+    return namespace(x).matrix_transpose(x)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where arrays live: library, dtype and device.
+
+    Parameters
+    ----------
+    xp
+        Array-API namespace.
+    dtype
+        A dtype object of that namespace.
+    device
+        A device object of that library.
+    """
+
+    xp: Namespace
+    dtype: Any
+    device: Any
+
+    @classmethod
+    def of(cls, x: Array) -> Space:
+        """Return the space of an array."""
+        return cls(namespace(x), x.dtype, array_api_compat.device(x))
+
+    @classmethod
+    def like(cls, like: Array | None, dtype: object = None) -> Space:
+        """Return the space of ``like`` (default NumPy), in ``dtype`` if given.
+
+        A half-precision ``like`` gives float32: sums of squares are never
+        accumulated in fewer bits.
+        """
+        x = np.empty(0) if like is None else like
+        xp = namespace(x)
+        name = dtype_name(x.dtype if dtype is None else dtype)
+        if dtype is None and name in HALVES:
+            name = "float32"
+        return cls(xp, getattr(xp, name, None), array_api_compat.device(x))
+
+    @property
+    def name(self) -> str:
+        """Bare name of the dtype."""
+        return dtype_name(self.dtype)
+
+    @property
+    def library(self) -> str:
+        """Name of the library."""
+        return str(self.xp.__name__).removeprefix("array_api_compat.").split(".")[0]
+
+    @property
+    def place(self) -> str:
+        """Library and, unless it is the host, device, for messages."""
+        device = str(self.device)
+        return self.library + (f" on {device}" if "cpu" not in device.lower() else "")
+
+    @property
+    def eps(self) -> float:
+        """Distance from 1 to the next number of the dtype."""
+        return float(self.xp.finfo(self.dtype).eps)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return int(self.xp.finfo(self.dtype).bits) // 8
+
+    def zeros(self, *shape: int) -> Array:
+        """Return an array of zeros."""
+        return self.xp.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def eye(self, n: int) -> Array:
+        """Return the identity matrix."""
+        return self.xp.eye(n, dtype=self.dtype, device=self.device)
+
+    def asarray(self, x: Array) -> Array:
+        """Bring an array of any library into this space."""
+        if namespace(x) is not self.xp:
+            x = self.xp.asarray(to_numpy(x), device=self.device)
+        return array_api_compat.to_device(self.xp.astype(x, self.dtype), self.device)
+
+    def normal(self, shape: tuple[int, ...], *key: int) -> Array:
+        """Return standard normal numbers that ``key`` alone determines.
+
+        Drawn on the device where the library can: the same key gives the same
+        numbers on the same library and kind of device, not across them.
+        """
+        seed = np.random.SeedSequence(key)
+        if array_api_compat.is_torch_namespace(self.xp):
+            generator = self.xp.Generator(device=self.device)
+            generator.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+            return self.xp.randn(
+                shape, generator=generator, dtype=self.dtype, device=self.device
+            )
+        if array_api_compat.is_cupy_namespace(self.xp):
+            with self.device:
+                generator = self.xp.random.default_rng(int(seed.generate_state(1)[0]))
+                return generator.standard_normal(shape, dtype=self.dtype)
+        drawn = np.random.default_rng(seed).standard_normal(
+            shape, dtype=np.float32 if self.name == "float32" else np.float64
+        )
+        return self.xp.asarray(drawn, device=self.device)
+
+
+def eigh_descending(a: Array) -> tuple[Array, Array]:
+    """Eigenvalues, largest first, and eigenvectors of symmetric ``a`` (..., m, m)."""
+    xp = namespace(a)
+    values, vectors = xp.linalg.eigh(a)
+    return xp.flip(values, axis=-1), xp.flip(vectors, axis=-1)
+
+
+def cholesky(a: Array) -> Array | None:
+    """Lower Cholesky factors of ``a`` (..., m, m); None if one does not exist."""
+    xp = namespace(a)
+    if array_api_compat.is_torch_array(a):
+        factor, info = xp.linalg.cholesky_ex(a)
+        return None if bool(xp.any(info != 0)) else factor
+    try:
+        factor = xp.linalg.cholesky(a)
+    except np.linalg.LinAlgError:
+        return None
+    # CuPy reports failure through NaN unless told otherwise.
+    return factor if bool(xp.all(xp.isfinite(factor))) else None
+
+
+def inverse_lower(a: Array) -> Array:
+    """Inverse of lower triangular ``a`` (..., m, m)."""
+    xp, space = namespace(a), Space.of(a)
+    eye = space.eye(a.shape[-1])
+    if array_api_compat.is_torch_array(a):
+        return xp.linalg.solve_triangular(a, xp.broadcast_to(eye, a.shape), upper=False)
+    return xp.linalg.solve(a, xp.broadcast_to(eye, a.shape))

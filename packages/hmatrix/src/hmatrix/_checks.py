@@ -1,0 +1,194 @@
+"""Exceptions of the package, and the checks that raise them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from hmatrix._backend import (
+    FLOATS,
+    HALVES,
+    Array,
+    Space,
+    dtype_name,
+    is_array,
+    library,
+    namespace,
+)
+
+__all__ = [
+    "BackendError",
+    "DTypeError",
+    "FileFormatError",
+    "HMatrixError",
+    "NonFiniteError",
+    "NotPositiveDefiniteError",
+    "ShapeError",
+    "SingularBlockError",
+    "SingularLeafError",
+    "check_array",
+    "check_choice",
+    "check_finite",
+    "check_float",
+    "check_int",
+    "check_operand",
+    "check_space",
+]
+
+
+class HMatrixError(Exception):
+    """Base of every exception that this package defines."""
+
+
+class ShapeError(HMatrixError, ValueError):
+    """An array or a size does not fit."""
+
+
+class DTypeError(HMatrixError, TypeError):
+    """A dtype is not supported, or does not match."""
+
+
+class BackendError(HMatrixError, TypeError):
+    """Not an array, or an array of another library or device."""
+
+
+class NonFiniteError(HMatrixError, ValueError):
+    """Data hold NaN or infinite values."""
+
+
+class FileFormatError(HMatrixError, ValueError):
+    """A file is truncated, damaged or not one of ours."""
+
+
+class SingularBlockError(HMatrixError, np.linalg.LinAlgError):
+    """A block that the factorization must invert is singular.
+
+    Attributes
+    ----------
+    level, node
+        Where in the cluster tree.
+    """
+
+    def __init__(self, message: str, level: int, node: int) -> None:
+        super().__init__(message)
+        self.level = level
+        self.node = node
+
+
+class SingularLeafError(SingularBlockError):
+    """A diagonal leaf block is singular."""
+
+
+class NotPositiveDefiniteError(SingularBlockError):
+    """A matrix that must be positive definite is not.
+
+    Attributes
+    ----------
+    level, node
+        Where in the cluster tree.
+    """
+
+
+def check_int(name: str, value: object, minimum: int) -> int:
+    """Return ``value`` as an int of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        msg = f"`{name}` must be an integer, got {type(value).__name__} {value!r}."
+        raise ShapeError(msg)
+    if value < minimum:
+        msg = f"`{name}` must be at least {minimum}, got {value}."
+        raise ShapeError(msg)
+    return int(value)
+
+
+def check_float(name: str, value: Any, *, minimum: float = -math.inf) -> float:
+    """Return ``value`` as a finite float of at least ``minimum``."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        msg = f"`{name}` must be a number, got {type(value).__name__}."
+        raise DTypeError(msg) from None
+    if not math.isfinite(number):
+        msg = f"`{name}` must be finite, got {number}."
+        raise NonFiniteError(msg)
+    if number < minimum:
+        msg = f"`{name}` must be at least {minimum}, got {number}."
+        raise ValueError(msg)
+    return number
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """Return ``value``, one of ``choices``."""
+    if value not in choices:
+        msg = f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}."
+        raise ValueError(msg)
+    return str(value)
+
+
+def check_space(space: Space) -> Space:
+    """Return ``space`` if the package stores numbers of its dtype."""
+    if space.dtype is None or space.name not in FLOATS:
+        msg = f"`dtype` must be one of {', '.join(FLOATS)}, got {space.name}."
+        raise DTypeError(msg)
+    return space
+
+
+def check_array(name: str, x: object, ndim: int | None = None) -> Array:
+    """Return ``x``, an array of a supported library with ``ndim`` axes."""
+    if not is_array(x):
+        msg = (
+            f"`{name}` must be a NumPy, PyTorch or CuPy array, "
+            f"got {type(x).__name__}; convert it, with numpy.asarray say."
+        )
+        raise BackendError(msg)
+    shape = tuple(x.shape)  # type: ignore[attr-defined]
+    if ndim is not None and len(shape) != ndim:
+        msg = f"`{name}` must have {ndim} axes, got shape {shape}."
+        raise ShapeError(msg)
+    return x
+
+
+def check_operand(
+    name: str, x: object, space: Space, *, narrower: bool = False
+) -> Array:
+    """Return ``x`` if it lives in ``space``; ``narrower`` floats may be allowed."""
+    array = check_array(name, x)
+    if namespace(array) is not space.xp:
+        msg = (
+            f"`{name}` is a {library(array)} array, expected {space.library}; "
+            f"convert one side, or build the other with `like={name}`."
+        )
+        raise BackendError(msg)
+    device = Space.of(array).device
+    if device != space.device:
+        msg = (
+            f"`{name}` is on device {device}, expected {space.device}; move it there, "
+            f"or build the other side with `like={name}`."
+        )
+        raise BackendError(msg)
+    arrived, expected = dtype_name(array.dtype), space.name
+    allowed: tuple[str, ...] = (expected,)
+    if narrower:
+        allowed = (*FLOATS[: FLOATS.index(expected) + 1], *HALVES)
+    if arrived not in allowed:
+        msg = (
+            f"`{name}` has dtype {arrived}, expected {' or '.join(allowed)}; "
+            f"cast it, or use a matrix of dtype {arrived}."
+        )
+        raise DTypeError(msg)
+    return array
+
+
+def check_finite(name: str, x: Array) -> None:
+    """Raise if ``x`` holds NaN or infinite values, or their squares overflow."""
+    xp = namespace(x)
+    # One pass and one number: what follows sums squares anyway.
+    if not bool(xp.isfinite(xp.sum(x * x))):
+        count = int(xp.sum(xp.astype(~xp.isfinite(x), xp.int64)))
+        found = f"{count} NaN or infinite values" if count else "values too large"
+        msg = (
+            f"`{name}` of shape {tuple(x.shape)} holds {found} to sum its squares in "
+            f"{dtype_name(x.dtype)}; drop or rescale them first."
+        )
+        raise NonFiniteError(msg)

@@ -1,0 +1,124 @@
+"""What everything that acts like a square matrix has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from hmatrix._backend import Array, Space, transpose
+from hmatrix._checks import ShapeError, check_operand
+from hmatrix.tree import ClusterTree
+
+__all__ = ["Operator", "pad_rows"]
+
+
+def pad_rows(x: Array, rows: int) -> Array:
+    """Append zero rows to ``x`` (n, q) until it has ``rows``."""
+    space = Space.of(x)
+    missing = rows - x.shape[0]
+    if not missing:
+        return x
+    return space.xp.concat([x, space.zeros(missing, *x.shape[1:])], axis=0)
+
+
+class Operator(ABC):
+    """A square matrix that acts on vectors and blocks of vectors from both sides.
+
+    Subclasses supply ``tree``, ``space`` and the products with padded blocks.
+    """
+
+    # NumPy must leave ``array @ H`` to ``H.__rmatmul__``.
+    __array_ufunc__: ClassVar[None] = None
+
+    tree: ClusterTree
+
+    @property
+    @abstractmethod
+    def space(self) -> Space:
+        """Library, dtype and device of the numbers."""
+
+    @abstractmethod
+    def _apply(self, x: Array) -> Array:
+        """Product with a padded block, (padded, q) to (padded, q)."""
+
+    @abstractmethod
+    def _apply_transposed(self, x: Array) -> Array:
+        """Product of the transpose with a padded block."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, n)``."""
+        return self.tree.n, self.tree.n
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the numbers, an object of their library."""
+        return self.space.dtype
+
+    @property
+    def device(self) -> Any:
+        """Device of the numbers."""
+        return self.space.device
+
+    def matvec(self, x: Array) -> Array:
+        """Multiply with a vector ``x`` (n,)."""
+        return self._product(x, self._apply, 1)
+
+    def matmat(self, x: Array) -> Array:
+        """Multiply with a block ``x`` (n, q)."""
+        return self._product(x, self._apply, 2)
+
+    def rmatvec(self, x: Array) -> Array:
+        """Multiply the transpose with a vector ``x`` (n,)."""
+        return self._product(x, self._apply_transposed, 1)
+
+    def rmatmat(self, x: Array) -> Array:
+        """Multiply the transpose with a block ``x`` (n, q)."""
+        return self._product(x, self._apply_transposed, 2)
+
+    def to_dense(self) -> Array:
+        """Return the matrix as one array (n, n). For tests and small n."""
+        return self._apply(pad_rows(self.space.eye(self.tree.n), self.tree.padded))[
+            : self.tree.n, :
+        ]
+
+    def _describe(self, *words: str, nbytes: int) -> str:
+        """Text of ``repr``: sizes, what the subclass adds, and where it lives."""
+        size, unit = float(nbytes), "B"
+        for larger in ("kB", "MB", "GB", "TB"):
+            if size >= 1000:
+                size, unit = size / 1000, larger
+        facts = (
+            f"n={self.tree.n}",
+            f"levels={self.tree.levels}",
+            *words,
+            self.space.name,
+            self.space.place,
+            f"{size:.3g} {unit}",
+        )
+        return f"{type(self).__name__}({', '.join(facts)})"
+
+    def __matmul__(self, x: Array) -> Array:
+        return self._product(x, self._apply)
+
+    def __rmatmul__(self, x: Array) -> Array:
+        x = check_operand("x", x, self.space)
+        if len(x.shape) == 2:
+            return transpose(self._product(transpose(x), self._apply_transposed))
+        return self._product(x, self._apply_transposed)
+
+    def _product(
+        self, x: Array, apply: Callable[[Array], Array], ndim: int | None = None
+    ) -> Array:
+        x = check_operand("x", x, self.space)
+        shape = tuple(x.shape)
+        n = self.tree.n
+        allowed = (1, 2) if ndim is None else (ndim,)
+        if len(shape) not in allowed or shape[0] != n:
+            expected = " or ".join(("", f"({n},)", f"({n}, q)")[i] for i in allowed)
+            msg = f"`x` must have shape {expected}, got {shape}."
+            raise ShapeError(msg)
+        if len(shape) == 1:
+            return self._product(x[:, None], apply)[:, 0]
+        return apply(pad_rows(x, self.tree.padded))[:n, :]

@@ -1,0 +1,478 @@
+"""Factor once, apply many: solve, inverse, its diagonal, log-determinant.
+
+Both factorizations go from the leaves to the root, one batched call a level, and take
+the columns of all levels above along, so each level is two matrix products and one
+small factorization.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import numpy as np
+
+from hmatrix._backend import (
+    Array,
+    Space,
+    cholesky,
+    inverse_lower,
+    to_numpy,
+    transpose,
+)
+from hmatrix._checks import (
+    NotPositiveDefiniteError,
+    SingularBlockError,
+    SingularLeafError,
+    check_float,
+)
+from hmatrix._operator import Operator
+from hmatrix.hodlr import HODLR
+from hmatrix.mlr import MLR
+from hmatrix.tree import ClusterTree
+
+__all__ = [
+    "Factorization",
+    "HODLRFactorization",
+    "HODLRInverse",
+    "MLRFactorization",
+    "factorize",
+]
+
+
+class Factorization(Operator):
+    """A factorized matrix ``H + shift·I``; as an operator it acts like its inverse.
+
+    Attributes
+    ----------
+    tree : ClusterTree
+        The halving of the matrix.
+    """
+
+    def __init__(self, tree: ClusterTree, space: Space) -> None:
+        self.tree = tree
+        self._space = space
+
+    @property
+    def space(self) -> Space:
+        """Library, dtype and device of the numbers."""
+        return self._space
+
+    def solve(self, b: Array) -> Array:
+        """Solve ``(H + shift·I) x = b``.
+
+        Parameters
+        ----------
+        b : array (n,) or (n, q)
+            Right-hand sides, in the library, dtype and device of the matrix.
+
+        Returns
+        -------
+        array
+            ``x``, of the shape of ``b``.
+
+        Raises
+        ------
+        ShapeError, DTypeError, BackendError
+            If ``b`` does not fit.
+        """
+        return self._product(b, self._apply)
+
+    @abstractmethod
+    def inverse(self) -> Operator:
+        """Return the inverse as an operator."""
+
+    @abstractmethod
+    def inverse_diagonal(self) -> Array:
+        """Return the diagonal of the inverse (n,)."""
+
+    @abstractmethod
+    def slogdet(self) -> tuple[float, float]:
+        """Return sign and log of the absolute value of the determinant."""
+
+    def logdet(self) -> float:
+        """Return the log of the determinant.
+
+        Raises
+        ------
+        ValueError
+            If the determinant is negative; `slogdet` gives its sign.
+        """
+        sign, value = self.slogdet()
+        if sign < 0:
+            msg = "The determinant is negative and has no real log; use slogdet()."
+            raise ValueError(msg)
+        return value
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(n={self.tree.n}, levels={self.tree.levels}, "
+            f"{self.space.name}, {self.space.place})"
+        )
+
+
+def factorize(H: Operator, shift: float = 0.0) -> Factorization:
+    """Factorize ``H + shift·I``.
+
+    Parameters
+    ----------
+    H : HODLR or MLR
+        The matrix. An `MLR` must be positive definite once shifted.
+    shift : float
+        Added to the diagonal (damping, nugget).
+
+    Returns
+    -------
+    Factorization
+        With ``solve``, ``inverse``, ``inverse_diagonal``, ``logdet``, ``slogdet``.
+        Cost ``O(n r² K²)`` and memory ``O(n r K)`` beside the leaves; no n×n array is
+        formed.
+
+    Raises
+    ------
+    NotPositiveDefiniteError
+        If a shifted `MLR` is not positive definite.
+    SingularLeafError, SingularBlockError
+        If a block that a `HODLR` must invert is singular to working precision.
+
+    Notes
+    -----
+    For `HODLR` a node's inverse is ``D − D P (I + C Qᵀ D P)⁻¹ C Qᵀ D`` with ``D`` its
+    children's inverses and ``P C Qᵀ`` its off-diagonal part, which never divides by small
+    singular values (Chen & Martinsson, "Solving linear systems on a GPU with
+    hierarchically off-diagonal low-rank approximations", 2022). For `MLR` it is
+    ``X − W Wᵀ`` with ``W = X F R⁻ᵀ``, ``R Rᵀ = I + Fᵀ X F``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import hmatrix as hm
+    >>> t = np.linspace(0, 1, 200)
+    >>> A = np.exp(-abs(t[:, None] - t))
+    >>> F = hm.factorize(hm.from_dense(A, levels=3, rtol=1e-12), shift=0.1)
+    >>> shifted = A + 0.1 * np.eye(200)
+    >>> bool(np.allclose(shifted @ F.solve(t), t))
+    True
+    >>> bool(np.isclose(F.logdet(), np.linalg.slogdet(shifted)[1]))
+    True
+    """
+    if isinstance(H, HODLR):
+        return HODLRFactorization(H, shift)
+    if isinstance(H, MLR):
+        return MLRFactorization(H, shift)
+    msg = f"`H` must be a HODLR or MLR matrix, got {type(H).__name__}."
+    raise TypeError(msg)
+
+
+def shifted_leaves(tree: ClusterTree, leaves: Array, shift: float) -> Array:
+    """Add ``shift`` to the diagonal, and ones to the padded part of it.
+
+    Identity in the padded rows keeps them apart from the others and out of the
+    determinant.
+    """
+    space = Space.of(leaves)
+    xp = space.xp
+    rows = xp.arange(tree.padded, device=space.device)
+    real = xp.full((tree.padded,), shift, dtype=space.dtype, device=space.device)
+    added = xp.where(rows < tree.n, real, xp.ones_like(real))
+    added = xp.reshape(added, leaves.shape[:2])
+    return leaves + added[:, :, None] * space.eye(tree.leaf_size)
+
+
+class HODLRFactorization(Factorization):
+    """Recursive block inversion of a `HODLR` matrix; see `factorize`."""
+
+    def __init__(self, H: HODLR, shift: float = 0.0) -> None:
+        super().__init__(H.tree, H.space)
+        self.shift = check_float("shift", shift)
+        self.symmetric = H.symmetric
+        xp, tree = self.space.xp, self.tree
+        leaves = shifted_leaves(tree, H.leaves, self.shift)
+        signs, logs = xp.linalg.slogdet(leaves)
+        self._inverse_leaves = _invert(leaves, signs, tree.levels, leaf=True)
+        self._sign = float(xp.prod(signs))
+        self._logdet = float(xp.sum(logs))
+
+        # P and Q of all levels, each (padded, r): the halves' factors below each other
+        P, self._Q = [], []
+        for level in range(tree.levels):
+            B12, B21 = H.blocks(level)
+            P.append(self._beside(B12.U, B21.U))
+            self._Q.append(self._beside(B21.V, B12.V))
+        self._widths = [int(p.shape[-1]) for p in P]
+        self._Y: list[Array] = [None] * tree.levels  # D P
+        self._E: list[Array] = [None] * tree.levels  # (I + C QᵀD P)⁻¹ C
+        if not tree.levels:
+            return
+        X = self._solve_leaves(xp.concat(P, axis=-1))
+        for level in reversed(range(tree.levels)):
+            width = self._widths[level]
+            self._Y[level] = X[:, X.shape[1] - width :]
+            X = X[:, : X.shape[1] - width]
+            self._E[level] = self._core(H, level)
+            X = self._step(level, X)
+
+    def inverse(self) -> HODLRInverse:
+        """Return the inverse as an operator; nothing is formed."""
+        return HODLRInverse(self)
+
+    def slogdet(self) -> tuple[float, float]:
+        """Return sign and log of the absolute value of the determinant."""
+        return self._sign, self._logdet
+
+    def inverse_diagonal(self) -> Array:
+        """Return the diagonal of the inverse (n,), in ``O(n r K)`` if symmetric.
+
+        Otherwise the transposed halves are carried along at ``O(n r² K²)``.
+        """
+        xp = self.space.xp
+        diagonal = xp.reshape(xp.linalg.diagonal(self._inverse_leaves), (-1,))
+        for level, width in enumerate(self._widths):
+            if not width:
+                continue
+            # rows of a half meet the columns of Dᵀ Q that come from the other block
+            Y = self._halves(level, self._Y[level])
+            Z = (
+                Y
+                if self.symmetric
+                else self._halves(level, self._transposed_columns(level))
+            )
+            E = self._E[level]
+            off = xp.stack([E[:, :width, width:], E[:, width:, :width]], axis=1)
+            part = xp.sum((Y @ off) * Z, axis=-1)
+            diagonal = diagonal - xp.reshape(part, (-1,))
+        return diagonal[: self.tree.n]
+
+    def _apply(self, x: Array) -> Array:
+        x = self._solve_leaves(x)
+        for level in reversed(range(self.tree.levels)):
+            x = self._step(level, x)
+        return x
+
+    def _apply_transposed(self, x: Array) -> Array:
+        return self._solve_transposed(x, 0)
+
+    def _solve_transposed(self, x: Array, top: int) -> Array:
+        """Apply the transposed inverses of the nodes at level ``top``."""
+        xp = self.space.xp
+        for level in range(top, self.tree.levels):
+            if not self._widths[level]:
+                continue
+            halves = self._halves(level, x)
+            Y = self._halves(level, self._Y[level])
+            small = xp.reshape(transpose(Y) @ halves, (Y.shape[0], -1, x.shape[1]))
+            small = transpose(self._E[level]) @ small
+            small = xp.flip(xp.reshape(small, (*Y.shape[:2], -1, x.shape[1])), axis=1)
+            Q = self._halves(level, self._Q[level])
+            x = x - xp.reshape(Q @ small, x.shape)
+        return self._leaves_times(transpose(self._inverse_leaves), x)
+
+    def _transposed_columns(self, level: int) -> Array:
+        return self._solve_transposed(self._Q[level], level + 1)
+
+    def _step(self, level: int, x: Array) -> Array:
+        """Turn the children's solutions into the nodes': x − D P E Qᵀ x."""
+        xp, width = self.space.xp, self._widths[level]
+        if not width or not x.shape[1]:
+            return x
+        halves = self._halves(level, x)
+        Q = self._halves(level, self._Q[level])
+        small = xp.flip(transpose(Q) @ halves, axis=1)
+        small = xp.reshape(small, (small.shape[0], 2 * width, x.shape[1]))
+        small = xp.reshape(self._E[level] @ small, (-1, 2, width, x.shape[1]))
+        Y = self._halves(level, self._Y[level])
+        return x - xp.reshape(Y @ small, x.shape)
+
+    def _core(self, H: HODLR, level: int) -> Array:
+        """Return ``(I + C QᵀD P)⁻¹ C`` of each node and count its determinant."""
+        xp, width = self.space.xp, self._widths[level]
+        nodes = self.tree.nodes(level)
+        if not width:
+            return self.space.zeros(nodes, 0, 0)
+        Y, Q = self._halves(level, self._Y[level]), self._halves(level, self._Q[level])
+        QY = transpose(Q) @ Y  # V21ᵀ Y1 and V12ᵀ Y2
+        B12, B21 = H.blocks(level)
+        zero, eye = xp.zeros_like(QY[:, 0, :, :]), self.space.eye(width)
+        eye = zero + eye
+        top = xp.concat([eye, B12.S[:, :, None] * QY[:, 1, :, :]], axis=-1)
+        bottom = xp.concat([B21.S[:, :, None] * QY[:, 0, :, :], eye], axis=-1)
+        K = xp.concat([top, bottom], axis=-2)
+        signs, logs = xp.linalg.slogdet(K)
+        self._sign *= float(xp.prod(signs))
+        self._logdet += float(xp.sum(logs))
+        C = xp.concat([B12.S, B21.S], axis=-1)
+        return _invert(K, signs, level, leaf=False) * C[:, None, :]
+
+    def _beside(self, first: Array, second: Array) -> Array:
+        """Stack the factors of both halves of each node: (padded, r)."""
+        xp = self.space.xp
+        width = max(first.shape[-1], second.shape[-1])
+        parts = [_widen(part, width) for part in (first, second)]
+        return xp.reshape(xp.stack(parts, axis=1), (self.tree.padded, width))
+
+    def _halves(self, level: int, x: Array) -> Array:
+        """View (padded, q) as (2**level, 2, half, q)."""
+        return self.space.xp.reshape(
+            x, (-1, 2, self.tree.size(level + 1), int(x.shape[-1]))
+        )
+
+    def _solve_leaves(self, x: Array) -> Array:
+        return self._leaves_times(self._inverse_leaves, x)
+
+    def _leaves_times(self, leaves: Array, x: Array) -> Array:
+        y = leaves @ self.space.xp.reshape(x, (*leaves.shape[:2], x.shape[1]))
+        return self.space.xp.reshape(y, x.shape)
+
+
+class HODLRInverse(Operator):
+    """Inverse of a `HODLR` matrix as an operator.
+
+    Its off-diagonal blocks have growing ranks, so it is applied from the factorization
+    instead of being stored.
+    """
+
+    def __init__(
+        self, factorization: HODLRFactorization, *, transposed: bool = False
+    ) -> None:
+        self.tree = factorization.tree
+        self._factorization = factorization
+        self._transposed = transposed
+
+    @property
+    def space(self) -> Space:
+        """Library, dtype and device of the numbers."""
+        return self._factorization.space
+
+    @property
+    def T(self) -> HODLRInverse:
+        """The transposed inverse."""
+        return HODLRInverse(self._factorization, transposed=not self._transposed)
+
+    def diagonal(self) -> Array:
+        """Return the diagonal (n,)."""
+        return self._factorization.inverse_diagonal()
+
+    def trace(self) -> float:
+        """Return the sum of the diagonal."""
+        return float(self.space.xp.sum(self.diagonal()))
+
+    def _apply(self, x: Array) -> Array:
+        factor = self._factorization
+        return (factor._apply_transposed if self._transposed else factor._apply)(x)
+
+    def _apply_transposed(self, x: Array) -> Array:
+        return self.T._apply(x)
+
+    def __repr__(self) -> str:
+        return repr(self._factorization).replace("Factorization", "Inverse", 1)
+
+
+class MLRFactorization(Factorization):
+    """Inverse of an `MLR` matrix, in the same form with the other sign."""
+
+    def __init__(self, H: MLR, shift: float = 0.0) -> None:
+        super().__init__(H.tree, H.space)
+        self.shift = check_float("shift", shift)
+        xp, tree = self.space.xp, self.tree
+        leaves = shifted_leaves(tree, H.leaves, self.shift)
+        L = _cholesky(leaves, tree.levels, "leaf", self.shift)
+        self._logdet = _logdet(L)
+        half = inverse_lower(L)
+        W: list[Array] = [None] * tree.levels
+        if tree.levels:
+            columns = xp.concat(
+                [xp.reshape(F, (tree.padded, F.shape[-1])) for F in H.factors], axis=-1
+            )
+            X = xp.reshape(columns, (*leaves.shape[:2], columns.shape[-1]))
+            X = xp.reshape(transpose(half) @ (half @ X), columns.shape)
+            for level in reversed(range(tree.levels)):
+                F = H.factors[level]
+                rest = columns.shape[-1] - F.shape[-1]
+                Y = xp.reshape(X[:, rest:], F.shape)
+                columns, X = columns[:, :rest], X[:, :rest]
+                core = self.space.eye(F.shape[-1]) + H.sign * (transpose(F) @ Y)
+                R = _cholesky(core, level, "node", self.shift)
+                self._logdet += _logdet(R)
+                W[level] = Y @ transpose(inverse_lower(R))
+                above = xp.reshape(columns, (*F.shape[:2], rest))
+                update = W[level] @ (transpose(W[level]) @ above)
+                X = X - H.sign * xp.reshape(update, X.shape)
+        inverse_leaves = transpose(half) @ half
+        # padded rows of the inverse are identity here, zero outside
+        rows = xp.arange(tree.padded, device=self.space.device)
+        real = xp.reshape(xp.astype(rows < tree.n, self.space.dtype), leaves.shape[:2])
+        self._inverse = MLR(
+            tree, inverse_leaves * real[:, :, None], tuple(W), sign=-H.sign
+        )
+
+    def inverse(self) -> MLR:
+        """Return the inverse, an `MLR` matrix with the other sign."""
+        return self._inverse
+
+    def inverse_diagonal(self) -> Array:
+        """Return the diagonal of the inverse (n,)."""
+        return self._inverse.diagonal()
+
+    def slogdet(self) -> tuple[float, float]:
+        """Return sign (1) and log of the determinant."""
+        return 1.0, self._logdet
+
+    def _apply(self, x: Array) -> Array:
+        return self._inverse._apply(x)
+
+    def _apply_transposed(self, x: Array) -> Array:
+        return self._inverse._apply(x)
+
+
+def _widen(x: Array, width: int) -> Array:
+    """Append zero columns until x (..., r) has ``width``."""
+    missing = width - x.shape[-1]
+    if not missing:
+        return x
+    space = Space.of(x)
+    return space.xp.concat([x, space.zeros(*x.shape[:-1], missing)], axis=-1)
+
+
+def _logdet(L: Array) -> float:
+    """Sum of the log-determinants of ``L Lᵀ``, L (..., m, m)."""
+    xp = Space.of(L).xp
+    return 2 * float(xp.sum(xp.log(xp.linalg.diagonal(L))))
+
+
+def _cholesky(blocks: Array, level: int, what: str, shift: float) -> Array:
+    L = cholesky(blocks)
+    if L is None:
+        smallest = np.linalg.eigvalsh(to_numpy(blocks).astype(np.float64))[:, 0]
+        node = int(np.argmin(smallest))
+        msg = (
+            f"Not positive definite at level {level}, {what} {node}: smallest eigenvalue "
+            f"{smallest[node]:.3g} with `shift` = {shift:.3g}; use a larger shift."
+        )
+        raise NotPositiveDefiniteError(msg, level, node)
+    return L
+
+
+def _invert(blocks: Array, signs: Array, level: int, *, leaf: bool) -> Array:
+    """Invert blocks (b, m, m) with these determinant signs, or say which cannot be."""
+    space = Space.of(blocks)
+    xp = space.xp
+    if not bool(xp.any(signs == 0)):
+        inverses = xp.linalg.inv(blocks)
+        condition = to_numpy(_one_norm(blocks) * _one_norm(inverses))
+        if bool(np.all(condition < 1 / space.eps)):
+            return inverses
+    else:
+        condition = np.where(to_numpy(signs == 0), np.inf, 0)
+    # argmax finds NaN before infinity
+    node = int(np.argmax(condition))
+    where = f"leaf {node}" if leaf else f"node {node} of level {level}"
+    msg = (
+        f"Singular at {where}: condition number {condition[node]:.3g} in {space.name}. "
+        "Use a `shift`, fewer levels"
+        + (", or float64." if space.name == "float32" else ".")
+    )
+    raise (SingularLeafError if leaf else SingularBlockError)(msg, level, node)
+
+
+def _one_norm(blocks: Array) -> Array:
+    xp = Space.of(blocks).xp
+    return xp.max(xp.sum(xp.abs(blocks), axis=-2), axis=-1)

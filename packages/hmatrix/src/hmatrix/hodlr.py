@@ -1,0 +1,189 @@
+"""HODLR: dense diagonal leaves, low-rank off-diagonal blocks at every level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hmatrix._backend import Array, Space, nbytes, transpose
+from hmatrix._checks import ShapeError, check_space
+from hmatrix._operator import Operator
+from hmatrix.lowrank import LowRank
+from hmatrix.tree import ClusterTree
+
+__all__ = ["HODLR"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HODLR(Operator):
+    """Hierarchically off-diagonal low-rank matrix.
+
+    At every level each node's diagonal block is halved into ``[[B11, B12], [B21,
+    B22]]``; ``B12`` and ``B21`` are low rank, the diagonal blocks at the deepest level
+    are dense. All blocks of a level are one batch (Ambikasaran & Darve, "An O(N log N)
+    fast direct solver for partial hierarchically semi-separable matrices", 2013).
+
+    Parameters
+    ----------
+    tree : ClusterTree
+        The halving.
+    leaves : array (2**K, m, m)
+        Diagonal blocks of the deepest level.
+    upper : tuple of LowRank
+        Blocks ``B12`` of level k as one batch (2**k, padded / 2**(k+1), same).
+    lower : tuple of LowRank, optional
+        Blocks ``B21`` alike. Without them the matrix is symmetric, ``B21 = B12ᵀ``.
+    error : float, optional
+        Relative Frobenius error of the compression that made it, where known.
+
+    Raises
+    ------
+    ShapeError
+        If the parts do not fit the tree.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import hmatrix as hm
+    >>> t = np.linspace(0, 1, 100)
+    >>> A = np.exp(-abs(t[:, None] - t))
+    >>> H = hm.from_dense(A, levels=3, rtol=1e-10)
+    >>> H
+    HODLR(n=100, levels=3, ranks=(1, 1, 1), symmetric, float64, numpy, 13.3 kB)
+    >>> bool(np.allclose(H @ t, A @ t)), H.error < 1e-10
+    (True, True)
+    """
+
+    tree: ClusterTree
+    leaves: Array
+    upper: tuple[LowRank, ...]
+    lower: tuple[LowRank, ...] | None = None
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        check_space(self.space)
+        tree, m = self.tree, self.tree.leaf_size
+        expected = (tree.nodes(tree.levels), m, m)
+        if tuple(self.leaves.shape) != expected:
+            msg = f"`leaves` must be {expected}, got {tuple(self.leaves.shape)}."
+            raise ShapeError(msg)
+        sides = {"upper": self.upper} | (
+            {} if self.symmetric else {"lower": self.lower}
+        )
+        for name, blocks in sides.items():
+            shapes = [block.shape for block in blocks or ()]
+            wanted = [
+                (tree.nodes(k), tree.size(k + 1), tree.size(k + 1))
+                for k in range(tree.levels)
+            ]
+            if shapes != wanted:
+                msg = f"`{name}` must hold blocks of shapes {wanted}, got {shapes}."
+                raise ShapeError(msg)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether one of the two off-diagonal blocks stands for both."""
+        return self.lower is None
+
+    @property
+    def space(self) -> Space:
+        """Library, dtype and device of the numbers."""
+        return Space.of(self.leaves)
+
+    @property
+    def T(self) -> HODLR:
+        """The transpose (views)."""
+        if self.lower is None:
+            return self
+        return HODLR(
+            self.tree,
+            transpose(self.leaves),
+            tuple(block.T for block in self.lower),
+            tuple(block.T for block in self.upper),
+            self.error,
+        )
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Largest rank that a block of each level uses."""
+        return tuple(
+            max(up.largest_rank, low.largest_rank)
+            for up, low in (self.blocks(k) for k in range(self.tree.levels))
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored numbers."""
+        blocks = (*self.upper, *(self.lower or ()))
+        parts = [self.leaves, *(part for b in blocks for part in (b.U, b.S, b.V))]
+        return nbytes(*parts)
+
+    def blocks(self, level: int) -> tuple[LowRank, LowRank]:
+        """Return ``B12`` and ``B21`` of a level, also of a symmetric matrix."""
+        upper = self.upper[level]
+        return upper, upper.T if self.lower is None else self.lower[level]
+
+    def diagonal(self) -> Array:
+        """Return the diagonal (n,)."""
+        diagonal = self.space.xp.linalg.diagonal(self.leaves)
+        return self.space.xp.reshape(diagonal, (-1,))[: self.tree.n]
+
+    def trace(self) -> float:
+        """Return the sum of the diagonal."""
+        return float(self.space.xp.sum(self.diagonal()))
+
+    def to_dense(self) -> Array:
+        """Return the matrix as one array (n, n). For tests and small n."""
+        xp, n = self.space.xp, self.tree.n
+        dense = self.leaves
+        for level in reversed(range(self.tree.levels)):
+            m = self.tree.size(level + 1)
+            halves = xp.reshape(dense, (-1, 2, m, m))
+            B12, B21 = (block.to_dense() for block in self.blocks(level))
+            top = xp.concat([halves[:, 0, :, :], B12], axis=-1)
+            bottom = xp.concat([B21, halves[:, 1, :, :]], axis=-1)
+            dense = xp.concat([top, bottom], axis=-2)
+        return dense[0, :n, :n]
+
+    def map(self, change: Callable[[Array], Array]) -> HODLR:
+        """Return a copy with ``change`` applied to each stored array."""
+
+        def mapped(blocks: tuple[LowRank, ...]) -> tuple[LowRank, ...]:
+            return tuple(LowRank(change(b.U), change(b.S), change(b.V)) for b in blocks)
+
+        lower = None if self.lower is None else mapped(self.lower)
+        return HODLR(
+            self.tree, change(self.leaves), mapped(self.upper), lower, self.error
+        )
+
+    def to(self, *, like: Array | None = None, dtype: object = None) -> HODLR:
+        """Return a copy in the library and device of ``like`` and in ``dtype``.
+
+        Parameters
+        ----------
+        like : array, optional
+            Array whose library and device, and dtype if ``dtype`` is not given,
+            to take; default: this matrix's own.
+        dtype : str or dtype, optional
+            ``"float32"`` or ``"float64"``.
+        """
+        space = check_space(Space.like(self.leaves if like is None else like, dtype))
+        return self.map(space.asarray)
+
+    def _apply(self, x: Array) -> Array:
+        xp, q = self.space.xp, x.shape[1]
+        y = self.leaves @ xp.reshape(x, (*self.leaves.shape[:2], q))
+        y = xp.reshape(y, x.shape)
+        for level in range(self.tree.levels):
+            halves = xp.reshape(x, (-1, 2, self.tree.size(level + 1), q))
+            B12, B21 = self.blocks(level)
+            parts = [B12 @ halves[:, 1, :, :], B21 @ halves[:, 0, :, :]]
+            y = y + xp.reshape(xp.stack(parts, axis=1), x.shape)
+        return y
+
+    def _apply_transposed(self, x: Array) -> Array:
+        return self.T._apply(x)
+
+    def __repr__(self) -> str:
+        kind = "symmetric" if self.symmetric else "general"
+        return self._describe(f"ranks={self.ranks}", kind, nbytes=self.nbytes)

@@ -1,0 +1,156 @@
+"""Low-rank blocks, one or a batch of them, and their truncation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hmatrix._backend import Array, Space, namespace, to_numpy, transpose
+from hmatrix._checks import ShapeError, check_array, check_operand
+
+__all__ = ["LowRank", "compress", "recompress"]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """Blocks ``U diag(S) Vᵀ``.
+
+    Parameters
+    ----------
+    U : array (..., m, r)
+        Left factors.
+    S : array (..., r)
+        Scales; unused columns have scale zero.
+    V : array (..., n, r)
+        Right factors.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> block = LowRank(np.ones((3, 1)), np.array([2.0]), np.ones((4, 1)))
+    >>> block.shape, block.rank, float(block.to_dense()[0, 0])
+    ((3, 4), 1, 2.0)
+    """
+
+    U: Array
+    S: Array
+    V: Array
+
+    def __post_init__(self) -> None:
+        U = check_array("U", self.U)
+        space = Space.of(U)
+        V, S = check_operand("V", self.V, space), check_operand("S", self.S, space)
+        batch, r = tuple(U.shape[:-2]), U.shape[-1]
+        fits = (*batch, r) == tuple(S.shape) and (*batch, r) == (
+            *V.shape[:-2],
+            V.shape[-1],
+        )
+        if not fits:
+            msg = (
+                "`U`, `S` and `V` must have shapes (..., m, r), (..., r) and "
+                f"(..., n, r), got {tuple(U.shape)}, {tuple(S.shape)}, {tuple(V.shape)}."
+            )
+            raise ShapeError(msg)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(..., m, n)``."""
+        return (*self.U.shape[:-1], self.V.shape[-2])
+
+    @property
+    def rank(self) -> int:
+        """Stored rank r, the width of the factors."""
+        return int(self.U.shape[-1])
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """Number of non-zero scales of each block, int64 (...)."""
+        return np.asarray(np.count_nonzero(to_numpy(self.S), axis=-1))
+
+    @property
+    def largest_rank(self) -> int:
+        """Largest of the blocks' ranks."""
+        return int(self.ranks.max()) if self.rank else 0
+
+    @property
+    def T(self) -> LowRank:
+        """The transposed blocks (views)."""
+        return LowRank(self.V, self.S, self.U)
+
+    def to_dense(self) -> Array:
+        """Return the blocks as an array (..., m, n)."""
+        return (self.U * self.S[..., None, :]) @ transpose(self.V)
+
+    def __matmul__(self, x: Array) -> Array:
+        """Multiply with ``x`` (..., n, q)."""
+        return self.U @ (self.S[..., None] * (transpose(self.V) @ x))
+
+
+def compress(
+    blocks: Array, *, tolerance: float = 0.0, max_rank: int | None = None
+) -> tuple[LowRank, Array]:
+    """Cut dense blocks by the SVD, the best approximation of each rank.
+
+    Parameters
+    ----------
+    blocks : array (..., m, n)
+        The blocks.
+    tolerance : float
+        Frobenius norm that each block may lose.
+    max_rank : int, optional
+        Cap on the rank; it wins over ``tolerance``.
+
+    Returns
+    -------
+    LowRank
+        Orthonormal factors, as wide as the largest rank of the batch; the columns
+        that a block does not need are zero.
+    array (...)
+        Frobenius norm that each block did lose.
+    """
+    U, S, Vt = namespace(blocks).linalg.svd(blocks, full_matrices=False)
+    return _cut(U, S, transpose(Vt), tolerance, max_rank)
+
+
+def recompress(
+    block: LowRank, *, tolerance: float = 0.0, max_rank: int | None = None
+) -> tuple[LowRank, Array]:
+    """Cut low-rank blocks: QR of both factors, then the SVD of the small core.
+
+    Arguments and results are those of `compress`; the factors of ``block`` need not
+    be orthonormal.
+    """
+    xp = namespace(block.U)
+    if not block.rank:
+        return block, xp.sum(block.S, axis=-1)
+    Qu, Ru = xp.linalg.qr(block.U)
+    Qv, Rv = xp.linalg.qr(block.V)
+    core = (Ru * block.S[..., None, :]) @ transpose(Rv)
+    U, S, Vt = xp.linalg.svd(core, full_matrices=False)
+    return _cut(Qu @ U, S, Qv @ transpose(Vt), tolerance, max_rank)
+
+
+def _cut(
+    U: Array, S: Array, V: Array, tolerance: float, max_rank: int | None
+) -> tuple[LowRank, Array]:
+    """Drop the tails of singular triplets, S descending."""
+    xp = namespace(S)
+    width = int(S.shape[-1])
+    if not width:
+        return LowRank(U, S, V), xp.sum(S, axis=-1)
+    # tails[..., i]: norm of the singular values from i on. Summed from the small end
+    # and relative to the largest, so that tiny ones neither vanish nor underflow.
+    top = xp.max(S, axis=-1, keepdims=True)
+    scale = xp.where(top > 0, top, xp.ones_like(top))
+    squares = xp.flip((S / scale) ** 2, axis=-1)
+    tails = scale * xp.sqrt(xp.flip(xp.cumulative_sum(squares, axis=-1), axis=-1))
+    keep = tails > tolerance
+    if max_rank is not None:
+        allowed = xp.arange(width, device=Space.of(S).device) < max_rank
+        keep = keep & allowed
+    lost = xp.max(xp.where(keep, xp.zeros_like(tails), tails), axis=-1)
+    rank = int(xp.max(xp.sum(xp.astype(keep, xp.int64), axis=-1)))
+    mask = xp.astype(keep, S.dtype)[..., :rank]
+    U, S, V = U[..., :rank], S[..., :rank] * mask, V[..., :rank]
+    return LowRank(U * mask[..., None, :], S, V * mask[..., None, :]), lost

@@ -1,0 +1,165 @@
+"""MLR: multilevel low rank, a sum of block-diagonal low-rank refinements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hmatrix._backend import Array, Space, nbytes, to_numpy, transpose
+from hmatrix._checks import ShapeError, check_operand, check_space
+from hmatrix._operator import Operator
+from hmatrix.tree import ClusterTree
+
+__all__ = ["MLR"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MLR(Operator):
+    """Symmetric multilevel low-rank matrix.
+
+    ``A = blkdiag(L_j) + sign · Σ_k blkdiag_j(F_kj F_kjᵀ)``. With ``sign=1`` and
+    positive semidefinite leaves it is positive semidefinite whatever the factors are;
+    its inverse has the same shape with ``sign=-1`` (Parshakova, Hastie, Darve & Boyd,
+    "Factor fitting, rank allocation, and partitioning in multilevel low rank
+    matrices", 2023).
+
+    Parameters
+    ----------
+    tree : ClusterTree
+        The halving.
+    leaves : array (2**K, m, m)
+        Symmetric diagonal blocks ``L``.
+    factors : tuple of array (2**k, padded / 2**k, r)
+        ``F_k`` for each level k < K. Padded rows are zero.
+    sign : {1, -1}
+        Sign of the low-rank terms.
+
+    Raises
+    ------
+    ShapeError
+        If the parts do not fit the tree.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import hmatrix as hm
+    >>> stream = hm.StreamingMLR(100, levels=2, rank=5)
+    >>> X = np.random.default_rng(0).standard_normal((30, 100))
+    >>> stream.update(X)
+    >>> A = stream.result()
+    >>> bool(np.allclose(A.diagonal(), (X * X).mean(axis=0)))
+    True
+    """
+
+    tree: ClusterTree
+    leaves: Array
+    factors: tuple[Array, ...]
+    sign: int = 1
+
+    def __post_init__(self) -> None:
+        check_space(self.space)
+        tree, m = self.tree, self.tree.leaf_size
+        expected = (tree.nodes(tree.levels), m, m)
+        if tuple(self.leaves.shape) != expected:
+            msg = f"`leaves` must be {expected}, got {tuple(self.leaves.shape)}."
+            raise ShapeError(msg)
+        shapes = [tuple(F.shape) for F in self.factors]
+        wanted = [(tree.nodes(k), tree.size(k)) for k in range(tree.levels)]
+        if [shape[:-1] for shape in shapes] != wanted:
+            msg = f"`factors` must have shapes {wanted} with (…, r), got {shapes}."
+            raise ShapeError(msg)
+        for F in self.factors:
+            check_operand("factors", F, self.space)
+        if self.sign not in (1, -1):
+            msg = f"`sign` must be 1 or -1, got {self.sign!r}."
+            raise ValueError(msg)
+
+    @property
+    def space(self) -> Space:
+        """Library, dtype and device of the numbers."""
+        return Space.of(self.leaves)
+
+    @property
+    def T(self) -> MLR:
+        """The transpose: the matrix itself."""
+        return self
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Largest number of non-zero columns of a factor, for each level."""
+        return tuple(
+            int(self.block_ranks(k).max(initial=0)) for k in range(self.tree.levels)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored numbers."""
+        return nbytes(self.leaves, *self.factors)
+
+    def block_ranks(self, level: int) -> np.ndarray:
+        """Return the number of non-zero columns of each factor, int64 (2**level,)."""
+        used = self.space.xp.any(self.factors[level] != 0, axis=-2)
+        return np.asarray(np.count_nonzero(to_numpy(used), axis=-1))
+
+    def diagonal(self) -> Array:
+        """Return the diagonal (n,)."""
+        xp = self.space.xp
+        diagonal = xp.reshape(xp.linalg.diagonal(self.leaves), (-1,))
+        for F in self.factors:
+            diagonal = diagonal + self.sign * xp.reshape(xp.sum(F * F, axis=-1), (-1,))
+        return diagonal[: self.tree.n]
+
+    def trace(self) -> float:
+        """Return the sum of the diagonal."""
+        return float(self.space.xp.sum(self.diagonal()))
+
+    def to_dense(self) -> Array:
+        """Return the matrix as one array (n, n). For tests and small n."""
+        xp, n = self.space.xp, self.tree.n
+        dense = self.leaves
+        for level in reversed(range(self.tree.levels)):
+            m = self.tree.size(level + 1)
+            halves = xp.reshape(dense, (-1, 2, m, m))
+            zero = xp.zeros_like(halves[:, 0, :, :])
+            top = xp.concat([halves[:, 0, :, :], zero], axis=-1)
+            bottom = xp.concat([zero, halves[:, 1, :, :]], axis=-1)
+            F = self.factors[level]
+            dense = xp.concat([top, bottom], axis=-2) + self.sign * (F @ transpose(F))
+        return dense[0, :n, :n]
+
+    def map(self, change: Callable[[Array], Array]) -> MLR:
+        """Return a copy with ``change`` applied to each stored array."""
+        factors = tuple(change(F) for F in self.factors)
+        return MLR(self.tree, change(self.leaves), factors, self.sign)
+
+    def to(self, *, like: Array | None = None, dtype: object = None) -> MLR:
+        """Return a copy in the library and device of ``like`` and in ``dtype``.
+
+        Parameters
+        ----------
+        like : array, optional
+            Array whose library and device, and dtype if ``dtype`` is not given,
+            to take; default: this matrix's own.
+        dtype : str or dtype, optional
+            ``"float32"`` or ``"float64"``.
+        """
+        space = check_space(Space.like(self.leaves if like is None else like, dtype))
+        return self.map(space.asarray)
+
+    def _apply(self, x: Array) -> Array:
+        xp, q = self.space.xp, x.shape[1]
+        y = self.leaves @ xp.reshape(x, (*self.leaves.shape[:2], q))
+        y = xp.reshape(y, x.shape)
+        for F in self.factors:
+            part = F @ (transpose(F) @ xp.reshape(x, (*F.shape[:2], q)))
+            y = y + self.sign * xp.reshape(part, x.shape)
+        return y
+
+    def _apply_transposed(self, x: Array) -> Array:
+        return self._apply(x)
+
+    def __repr__(self) -> str:
+        words = (f"ranks={self.ranks}", *(("sign=-1",) if self.sign < 0 else ()))
+        return self._describe(*words, nbytes=self.nbytes)
