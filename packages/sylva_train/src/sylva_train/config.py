@@ -57,7 +57,7 @@ class SylvaType(StrEnum):
 
 
 @dataclass
-class SylvaConfig(PeftConfig):  # type: ignore[misc]
+class SylvaConfig(PeftConfig):
     """What to score, how to choose blocks, and which layers to embed them in.
 
     A `peft.PeftConfig`, hence not frozen: PEFT itself writes to its fields.
@@ -133,7 +133,7 @@ class SylvaConfig(PeftConfig):  # type: ignore[misc]
     checksum: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = SylvaType.SYLVA
         check_density(self.density)
         check_integer("block_size", self.block_size, 1)
@@ -146,8 +146,6 @@ class SylvaConfig(PeftConfig):  # type: ignore[misc]
         check_integer("samples", self.samples, 1)
         check_integer("seed", self.seed, 0)
         check_positive("damping", self.damping, zero=True)
-        if isinstance(self.target_modules, set | tuple):
-            self.target_modules = sorted(self.target_modules)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as PEFT writes them to JSON: all but the masks."""

@@ -1,0 +1,341 @@
+"""Scores against brute force: autograd's own gradients, sample by sample, in float64."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from sylva_train import masks as masks_module
+from sylva_train._checks import AdapterError, ConfigError, DataError, NonFiniteError
+from sylva_train.config import NEEDS_DATA, SylvaConfig
+from sylva_train.curvature import Collector
+from sylva_train.importance import Scores, score
+
+LAYER = "bert.encoder.layer.1.intermediate.dense"
+
+
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48, max_position_embeddings=16, num_labels=3,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def batches(sizes=(5, 4), padding=(9, 6), pad=0):
+    """Batches whose rows have different lengths; ``pad`` fills the padding."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for size, length in zip(sizes, padding, strict=True):
+        lengths = torch.randint(2, length + 1, (size,), generator=generator)
+        mask = (torch.arange(length) < lengths[:, None]).long()
+        ids = torch.randint(1, 50, (size, length), generator=generator)
+        ids = torch.where(mask.bool(), ids, pad)
+        labels = torch.randint(0, 3, (size,), generator=generator)
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return made
+
+
+def config(**options):
+    defaults = {"block_size": 8, "levels": 2, "rank": 4, "samples": 9}
+    return SylvaConfig(**{"exclude_modules": ["pooler.dense"], **defaults, **options})
+
+
+def per_sample(model, data, name):
+    """Inputs, output gradients and weight gradient of every sample, padding cut off."""
+    module = model.get_submodule(name)
+    model.double().eval()
+    found = []
+    for batch in data:
+        for i, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            kept = {}
+            module.register_forward_hook(
+                lambda _, args, y, kept=kept: kept.update(x=args[0], y=y)
+            )
+            one = {
+                k: v[i : i + 1, :length] if v.dim() == 2 else v[i : i + 1]
+                for k, v in batch.items()
+            }
+            loss = model(**one).loss
+            module._forward_hooks.clear()
+            g, w = torch.autograd.grad(loss, [kept["y"], module.weight])
+            found.append((kept["x"].detach()[0], g[0], w))
+    return found
+
+
+def kfac_reference(samples, damping, tokens):
+    if tokens == "expand":
+        X, g = (torch.cat([s[i] for s in samples]) for i in (0, 1))
+    else:
+        X, g = (torch.stack([s[i].mean(0) for s in samples]) for i in (0, 1))
+    A, G = X.T @ X / len(X), g.T @ g / len(g)
+    Γ = torch.stack([s[2] for s in samples]).mean(0)
+    A, G = (M + damping * M.trace() / len(M) * torch.eye(len(M)) for M in (A, G))
+    s_in = (Γ * (G @ Γ)).sum(0) / A.inverse().diagonal()
+    s_out = (Γ * (Γ @ A)).sum(1) / G.inverse().diagonal()
+    return torch.outer(s_out, s_in)
+
+
+def blocked(matrix, size):
+    return matrix.unflatten(1, (-1, size)).sum(2).unflatten(0, (-1, size)).sum(1)
+
+
+@pytest.mark.parametrize("tokens", ["expand", "reduce"])
+def test_kfac_with_exact_factors_is_the_papers_formula(tokens):
+    options = config(curvature="dense", tokens=tokens, damping=0.1)
+    scores = score(bert(), batches(), options)
+    samples = per_sample(bert(), batches(), LAYER)
+    expected = blocked(kfac_reference(samples, 0.1, tokens), 8)
+    torch.testing.assert_close(scores[LAYER].blocks(8), expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("curvature", ["mlr", "hodlr"])
+def test_hierarchical_factors_of_full_rank_give_the_exact_scores(curvature):
+    exact = score(bert(), batches(), config(curvature="dense", damping=0.1))
+    options = config(curvature=curvature, rank=48, damping=0.1)
+    scores = score(bert(), batches(), options)
+    for name in exact:
+        torch.testing.assert_close(
+            scores[name].blocks(8), exact[name].blocks(8), rtol=5e-3, atol=1e-30
+        )
+
+
+@pytest.mark.parametrize(
+    ("rule", "reference"),
+    [
+        ("gradient", lambda _, g: g.mean(0).abs()),
+        ("weight-gradient", lambda w, g: (w * g.mean(0)).abs()),
+        ("fisher-diag", lambda _, g: g.square().mean(0)),
+        ("magnitude", lambda w, _: w.abs()),
+    ],
+)
+def test_rivals_are_their_formulas(rule, reference):
+    scores = score(bert(), batches(), config(importance=rule))
+    model = bert()
+    gradients = torch.stack([s[2] for s in per_sample(model, batches(), LAYER)])
+    weight = model.get_submodule(LAYER).weight.detach()
+    expected = blocked(reference(weight, gradients), 8)
+    torch.testing.assert_close(scores[LAYER].blocks(8), expected, rtol=1e-4, atol=1e-12)
+
+
+def test_pruner_saliency_is_its_formula():
+    options = config(importance="kfac-pruner", curvature="dense", damping=0.1)
+    scores = score(bert(), batches(), options)
+    samples = per_sample(model := bert(), batches(), LAYER)
+    X, g = (torch.cat([s[i] for s in samples]) for i in (0, 1))
+    A, G = X.T @ X / len(X), g.T @ g / len(g)
+    a, b = (
+        (M + 0.1 * M.trace() / len(M) * torch.eye(len(M))).inverse().diagonal()
+        for M in (A, G)
+    )
+    weight = model.get_submodule(LAYER).weight.detach()
+    expected = blocked(weight.square() / torch.outer(b, a), 8)
+    torch.testing.assert_close(scores[LAYER].blocks(8), expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("rule", sorted(NEEDS_DATA))
+def test_padding_counts_for_nothing(rule):
+    """Longer padding with other tokens in it gives the same scores."""
+    short = batches((5, 4), (9, 6))
+    long = []
+    for batch in short:
+        width = (0, 15 - batch["input_ids"].shape[1])
+        long.append(
+            {
+                "input_ids": nn.functional.pad(batch["input_ids"], width, value=7),
+                "attention_mask": nn.functional.pad(batch["attention_mask"], width),
+                "labels": batch["labels"],
+            }
+        )
+    options = config(importance=rule, curvature="dense", damping=0.1)
+    one, other = (score(bert(), data, options) for data in (short, long))
+    for name in one:
+        torch.testing.assert_close(
+            one[name].blocks(8), other[name].blocks(8), rtol=1e-3, atol=1e-12
+        )
+
+
+def test_batching_of_the_samples_does_not_matter():
+    (batch,) = batches((6,), (7,))
+    pieces = [{k: v[i : i + s] for k, v in batch.items()} for i, s in ((0, 4), (4, 2))]
+    for rule in sorted(NEEDS_DATA):
+        options = config(importance=rule, curvature="dense", samples=6, damping=0.1)
+        one, other = (score(bert(), data, options) for data in ([batch], pieces))
+        torch.testing.assert_close(
+            one[LAYER].blocks(8), other[LAYER].blocks(8), rtol=1e-3, atol=1e-12
+        )
+
+
+def test_samples_bounds_what_is_drawn():
+    scores = score(bert(), batches(), config(samples=7))
+    assert scores.metadata["samples"] == 7
+    first = [{k: v[:2] for k, v in batches()[1].items()}]
+    expected = score(bert(), [batches()[0], *first], config(samples=9))
+    torch.testing.assert_close(scores[LAYER].blocks(8), expected[LAYER].blocks(8))
+
+
+def test_the_model_is_left_as_it_was():
+    model = bert().train()
+    model.bert.embeddings.requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    score(model, batches(), config())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(m.training for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    plain = score(bert(), batches(), config())
+    model = bert().train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    scores = score(model, batches(), config())
+    torch.testing.assert_close(scores[LAYER].blocks(8), plain[LAYER].blocks(8))
+
+
+def test_same_seed_same_bits():
+    for rule in ("kfac", "random"):
+        one, two = (score(bert(), batches(), config(importance=rule)) for _ in "ab")
+        for name in one:
+            assert torch.equal(one[name].blocks(8), two[name].blocks(8))
+
+
+def test_language_models_score_their_tokens():
+    torch.manual_seed(0)
+    small = GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(small)
+    (batch,) = batches((4,), (8,))
+    batch["labels"] = batch["input_ids"].masked_fill(
+        ~batch["attention_mask"].bool(), -100
+    )
+    options = SylvaConfig(importance="gradient", block_size=8, samples=4)
+    scores = score(model, [batch], options)
+    model.eval()
+    model(**batch).loss.backward()
+    # The loss is a mean over tokens, and scores are of the mean over tokens.
+    for name in scores:
+        gradient = model.get_submodule(name).weight.grad.T
+        expected = blocked(gradient.abs().double(), 8)
+        torch.testing.assert_close(
+            scores[name].blocks(8), expected, rtol=1e-3, atol=1e-9
+        )
+    assert "lm_head" not in scores
+
+
+def test_encoder_decoder_tokens_are_told_apart():
+    torch.manual_seed(0)
+    small = T5Config(
+        vocab_size=50, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(small)
+    # Encoder and decoder of one length, so that shapes alone cannot tell.
+    (batch,) = batches((4,), (7,))
+    labels = batch["input_ids"].flip(0)
+    batch["labels"] = labels.masked_fill(~batch["attention_mask"].flip(0).bool(), -100)
+    counts = {}
+    collector = Collector({}, SylvaConfig(), frozenset())
+    collector.start(batch, 1)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            rows = collector.rows(name, torch.zeros(4, 7, module.out_features))
+            counts[name] = rows
+    encoder, decoder = batch["attention_mask"].bool(), batch["labels"].ne(-100)
+    for name, rows in counts.items():
+        cross = ".EncDecAttention.k" in name or ".EncDecAttention.v" in name
+        expected = decoder if name.startswith("decoder") and not cross else encoder
+        assert torch.equal(rows, expected), name
+    scores = score(model, [batch], SylvaConfig(block_size=8, samples=4, rank=4))
+    assert len(scores) == len(counts)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "weight"])
+def test_nan_while_scoring_is_refused(where):
+    model = bert()
+    data = batches()
+    if where == "weight":
+        with torch.no_grad():
+            model.get_submodule(LAYER).weight[0, 0] = float("nan")
+
+    def loss(model, batch):
+        value = model(**batch).loss
+        if where == "loss":
+            return value * float("inf")
+        # A finite loss whose gradient is NaN: sqrt at zero.
+        return value + (value - value).abs().sqrt() if where == "gradient" else value
+
+    with pytest.raises(NonFiniteError, match="batch 1"):
+        score(model, data, config(), loss=loss)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_nan_weights_are_refused_by_rules_without_data():
+    model = bert()
+    with torch.no_grad():
+        model.get_submodule(LAYER).weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="intermediate"):
+        score(model, None, config(importance="magnitude"))
+
+
+def test_what_is_missing_is_said():
+    with pytest.raises(ConfigError, match="dataloader"):
+        score(bert(), None, config())
+    with pytest.raises(DataError, match="no batch"):
+        score(bert(), [], config())
+    unlabelled = [{k: v for k, v in b.items() if k != "labels"} for b in batches()]
+    with pytest.raises(DataError, match="labels"):
+        score(bert(), unlabelled, config())
+    with pytest.raises(ConfigError, match="larger than"):
+        score(bert(), batches(), config(block_size=64))
+    scores = score(bert(), None, config(importance="random"))
+    with pytest.raises(ConfigError, match="multiple of 8"):
+        scores[LAYER].blocks(12)
+
+
+def test_a_layer_that_gets_no_gradient_is_named():
+    model = bert()
+    model.unused = nn.Linear(32, 32)
+    options = config(target_modules=["unused", "query"])
+    with pytest.raises(ConfigError, match="unused"):
+        score(model, batches(), options)
+
+
+def test_a_zero_gradient_scores_zero():
+    scores = score(bert(), batches(), config(), loss=lambda m, b: m(**b).loss * 0)
+    assert not any(bool(s.blocks(8).any()) for s in scores.values())
+    masks_module.select(scores, density=0.1, block_size=8)
+
+
+def test_scores_survive_their_file(tmp_path):
+    for rule in ("kfac", "gradient"):
+        scores = score(bert(), batches(), config(importance=rule))
+        scores.save(tmp_path / "scores.safetensors")
+        loaded = Scores.load(tmp_path / "scores.safetensors")
+        assert loaded.metadata == json.loads(json.dumps(scores.metadata))
+        for name in scores:
+            assert torch.equal(loaded[name].blocks(8), scores[name].blocks(8))
+            assert loaded[name].shape == scores[name].shape
+
+
+def test_a_damaged_score_file_is_refused(tmp_path):
+    path = tmp_path / "scores.safetensors"
+    score(bert(), batches(), config()).save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(AdapterError, match="damaged"):
+        Scores.load(path)
