@@ -11,10 +11,15 @@ from hmatrix._checks import (
     SingularBlockError,
     SingularLeafError,
 )
+from hmatrix.arithmetic import add, norm, scale, shift, truncate
+from hmatrix.construct import from_dense
 from hmatrix.factor import Factorization, factorize
 from hmatrix.hodlr import HODLR
+from hmatrix.interop import aslinearoperator
+from hmatrix.io import load, save
 from hmatrix.lowrank import LowRank
 from hmatrix.mlr import MLR
+from hmatrix.plot import plot
 from hmatrix.tree import ClusterTree
 from hmatrix.update import StreamingHODLR, StreamingMLR
 
@@ -35,5 +40,15 @@ __all__ = [
     "SingularLeafError",
     "StreamingHODLR",
     "StreamingMLR",
+    "add",
+    "aslinearoperator",
     "factorize",
+    "from_dense",
+    "load",
+    "norm",
+    "plot",
+    "save",
+    "scale",
+    "shift",
+    "truncate",
 ]

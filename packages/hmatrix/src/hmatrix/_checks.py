@@ -33,6 +33,7 @@ __all__ = [
     "check_finite",
     "check_float",
     "check_int",
+    "check_kind",
     "check_operand",
     "check_space",
 ]
@@ -124,6 +125,14 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
         msg = f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}."
         raise ValueError(msg)
     return str(value)
+
+
+def check_kind(name: str, value: object, *kinds: type) -> None:
+    """Raise unless ``value`` is an instance of one of ``kinds``."""
+    if not isinstance(value, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        msg = f"`{name}` must be a {expected}, got {type(value).__name__}."
+        raise TypeError(msg)
 
 
 def check_space(space: Space) -> Space:

@@ -10,7 +10,7 @@ from hmatrix._backend import Array, Space, transpose
 from hmatrix._checks import ShapeError, check_operand
 from hmatrix.tree import ClusterTree
 
-__all__ = ["Operator", "pad_rows"]
+__all__ = ["Operator", "apply_padded", "pad_rows"]
 
 
 def pad_rows(x: Array, rows: int) -> Array:
@@ -20,6 +20,26 @@ def pad_rows(x: Array, rows: int) -> Array:
     if not missing:
         return x
     return space.xp.concat([x, space.zeros(missing, *x.shape[1:])], axis=0)
+
+
+def apply_padded(
+    name: str,
+    x: Array,
+    tree: ClusterTree,
+    space: Space,
+    apply: Callable[[Array], Array],
+    ndims: tuple[int, ...] = (1, 2),
+) -> Array:
+    """Check ``x`` (n,) or (n, q), pad it, apply, and take the padding off again."""
+    x = check_operand(name, x, space)
+    shape, n = tuple(x.shape), tree.n
+    if len(shape) not in ndims or shape[0] != n:
+        expected = " or ".join(("", f"({n},)", f"({n}, q)")[i] for i in ndims)
+        msg = f"`{name}` must have shape {expected}, got {shape}."
+        raise ShapeError(msg)
+    block = x[:, None] if len(shape) == 1 else x
+    y = apply(pad_rows(block, tree.padded))[:n, :]
+    return y[:, 0] if len(shape) == 1 else y
 
 
 class Operator(ABC):
@@ -99,6 +119,9 @@ class Operator(ABC):
         )
         return f"{type(self).__name__}({', '.join(facts)})"
 
+    def _product(self, x: Array, apply: Callable[[Array], Array], *ndims: int) -> Array:
+        return apply_padded("x", x, self.tree, self.space, apply, ndims or (1, 2))
+
     def __matmul__(self, x: Array) -> Array:
         return self._product(x, self._apply)
 
@@ -107,18 +130,3 @@ class Operator(ABC):
         if len(x.shape) == 2:
             return transpose(self._product(transpose(x), self._apply_transposed))
         return self._product(x, self._apply_transposed)
-
-    def _product(
-        self, x: Array, apply: Callable[[Array], Array], ndim: int | None = None
-    ) -> Array:
-        x = check_operand("x", x, self.space)
-        shape = tuple(x.shape)
-        n = self.tree.n
-        allowed = (1, 2) if ndim is None else (ndim,)
-        if len(shape) not in allowed or shape[0] != n:
-            expected = " or ".join(("", f"({n},)", f"({n}, q)")[i] for i in allowed)
-            msg = f"`x` must have shape {expected}, got {shape}."
-            raise ShapeError(msg)
-        if len(shape) == 1:
-            return self._product(x[:, None], apply)[:, 0]
-        return apply(pad_rows(x, self.tree.padded))[:n, :]

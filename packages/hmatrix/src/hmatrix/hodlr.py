@@ -49,7 +49,7 @@ class HODLR(Operator):
     >>> A = np.exp(-abs(t[:, None] - t))
     >>> H = hm.from_dense(A, levels=3, rtol=1e-10)
     >>> H
-    HODLR(n=100, levels=3, ranks=(1, 1, 1), symmetric, float64, numpy, 13.3 kB)
+    HODLR(n=100, levels=3, ranks=(1, 1, 1), symmetric, float64, numpy, 13.4 kB)
     >>> bool(np.allclose(H @ t, A @ t)), H.error < 1e-10
     (True, True)
     """

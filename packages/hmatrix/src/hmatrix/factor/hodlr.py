@@ -1,189 +1,23 @@
-"""Factor once, apply many: solve, inverse, its diagonal, log-determinant.
-
-Both factorizations go from the leaves to the root, one batched call a level, and take
-the columns of all levels above along, so each level is two matrix products and one
-small factorization.
-"""
+"""Recursive block inversion of HODLR matrices."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 import numpy as np
 
-from hmatrix._backend import (
-    Array,
-    Space,
-    cholesky,
-    inverse_lower,
-    to_numpy,
-    transpose,
-)
-from hmatrix._checks import (
-    NotPositiveDefiniteError,
-    SingularBlockError,
-    SingularLeafError,
-    check_float,
-)
+from hmatrix._backend import Array, Space, to_numpy, transpose
+from hmatrix._checks import SingularBlockError, SingularLeafError
 from hmatrix._operator import Operator
+from hmatrix.factor._base import Factorization, shifted_leaves
 from hmatrix.hodlr import HODLR
-from hmatrix.mlr import MLR
-from hmatrix.tree import ClusterTree
 
-__all__ = [
-    "Factorization",
-    "HODLRFactorization",
-    "HODLRInverse",
-    "MLRFactorization",
-    "factorize",
-]
-
-
-class Factorization(Operator):
-    """A factorized matrix ``H + shift·I``; as an operator it acts like its inverse.
-
-    Attributes
-    ----------
-    tree : ClusterTree
-        The halving of the matrix.
-    """
-
-    def __init__(self, tree: ClusterTree, space: Space) -> None:
-        self.tree = tree
-        self._space = space
-
-    @property
-    def space(self) -> Space:
-        """Library, dtype and device of the numbers."""
-        return self._space
-
-    def solve(self, b: Array) -> Array:
-        """Solve ``(H + shift·I) x = b``.
-
-        Parameters
-        ----------
-        b : array (n,) or (n, q)
-            Right-hand sides, in the library, dtype and device of the matrix.
-
-        Returns
-        -------
-        array
-            ``x``, of the shape of ``b``.
-
-        Raises
-        ------
-        ShapeError, DTypeError, BackendError
-            If ``b`` does not fit.
-        """
-        return self._product(b, self._apply)
-
-    @abstractmethod
-    def inverse(self) -> Operator:
-        """Return the inverse as an operator."""
-
-    @abstractmethod
-    def inverse_diagonal(self) -> Array:
-        """Return the diagonal of the inverse (n,)."""
-
-    @abstractmethod
-    def slogdet(self) -> tuple[float, float]:
-        """Return sign and log of the absolute value of the determinant."""
-
-    def logdet(self) -> float:
-        """Return the log of the determinant.
-
-        Raises
-        ------
-        ValueError
-            If the determinant is negative; `slogdet` gives its sign.
-        """
-        sign, value = self.slogdet()
-        if sign < 0:
-            msg = "The determinant is negative and has no real log; use slogdet()."
-            raise ValueError(msg)
-        return value
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(n={self.tree.n}, levels={self.tree.levels}, "
-            f"{self.space.name}, {self.space.place})"
-        )
-
-
-def factorize(H: Operator, shift: float = 0.0) -> Factorization:
-    """Factorize ``H + shift·I``.
-
-    Parameters
-    ----------
-    H : HODLR or MLR
-        The matrix. An `MLR` must be positive definite once shifted.
-    shift : float
-        Added to the diagonal (damping, nugget).
-
-    Returns
-    -------
-    Factorization
-        With ``solve``, ``inverse``, ``inverse_diagonal``, ``logdet``, ``slogdet``.
-        Cost ``O(n r² K²)`` and memory ``O(n r K)`` beside the leaves; no n×n array is
-        formed.
-
-    Raises
-    ------
-    NotPositiveDefiniteError
-        If a shifted `MLR` is not positive definite.
-    SingularLeafError, SingularBlockError
-        If a block that a `HODLR` must invert is singular to working precision.
-
-    Notes
-    -----
-    For `HODLR` a node's inverse is ``D − D P (I + C Qᵀ D P)⁻¹ C Qᵀ D`` with ``D`` its
-    children's inverses and ``P C Qᵀ`` its off-diagonal part, which never divides by small
-    singular values (Chen & Martinsson, "Solving linear systems on a GPU with
-    hierarchically off-diagonal low-rank approximations", 2022). For `MLR` it is
-    ``X − W Wᵀ`` with ``W = X F R⁻ᵀ``, ``R Rᵀ = I + Fᵀ X F``.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import hmatrix as hm
-    >>> t = np.linspace(0, 1, 200)
-    >>> A = np.exp(-abs(t[:, None] - t))
-    >>> F = hm.factorize(hm.from_dense(A, levels=3, rtol=1e-12), shift=0.1)
-    >>> shifted = A + 0.1 * np.eye(200)
-    >>> bool(np.allclose(shifted @ F.solve(t), t))
-    True
-    >>> bool(np.isclose(F.logdet(), np.linalg.slogdet(shifted)[1]))
-    True
-    """
-    if isinstance(H, HODLR):
-        return HODLRFactorization(H, shift)
-    if isinstance(H, MLR):
-        return MLRFactorization(H, shift)
-    msg = f"`H` must be a HODLR or MLR matrix, got {type(H).__name__}."
-    raise TypeError(msg)
-
-
-def shifted_leaves(tree: ClusterTree, leaves: Array, shift: float) -> Array:
-    """Add ``shift`` to the diagonal, and ones to the padded part of it.
-
-    Identity in the padded rows keeps them apart from the others and out of the
-    determinant.
-    """
-    space = Space.of(leaves)
-    xp = space.xp
-    rows = xp.arange(tree.padded, device=space.device)
-    real = xp.full((tree.padded,), shift, dtype=space.dtype, device=space.device)
-    added = xp.where(rows < tree.n, real, xp.ones_like(real))
-    added = xp.reshape(added, leaves.shape[:2])
-    return leaves + added[:, :, None] * space.eye(tree.leaf_size)
+__all__ = ["HODLRFactorization", "HODLRInverse"]
 
 
 class HODLRFactorization(Factorization):
     """Recursive block inversion of a `HODLR` matrix; see `factorize`."""
 
     def __init__(self, H: HODLR, shift: float = 0.0) -> None:
-        super().__init__(H.tree, H.space)
-        self.shift = check_float("shift", shift)
+        super().__init__(H, shift)
         self.symmetric = H.symmetric
         xp, tree = self.space.xp, self.tree
         leaves = shifted_leaves(tree, H.leaves, self.shift)
@@ -366,63 +200,6 @@ class HODLRInverse(Operator):
         return repr(self._factorization).replace("Factorization", "Inverse", 1)
 
 
-class MLRFactorization(Factorization):
-    """Inverse of an `MLR` matrix, in the same form with the other sign."""
-
-    def __init__(self, H: MLR, shift: float = 0.0) -> None:
-        super().__init__(H.tree, H.space)
-        self.shift = check_float("shift", shift)
-        xp, tree = self.space.xp, self.tree
-        leaves = shifted_leaves(tree, H.leaves, self.shift)
-        L = _cholesky(leaves, tree.levels, "leaf", self.shift)
-        self._logdet = _logdet(L)
-        half = inverse_lower(L)
-        W: list[Array] = [None] * tree.levels
-        if tree.levels:
-            columns = xp.concat(
-                [xp.reshape(F, (tree.padded, F.shape[-1])) for F in H.factors], axis=-1
-            )
-            X = xp.reshape(columns, (*leaves.shape[:2], columns.shape[-1]))
-            X = xp.reshape(transpose(half) @ (half @ X), columns.shape)
-            for level in reversed(range(tree.levels)):
-                F = H.factors[level]
-                rest = columns.shape[-1] - F.shape[-1]
-                Y = xp.reshape(X[:, rest:], F.shape)
-                columns, X = columns[:, :rest], X[:, :rest]
-                core = self.space.eye(F.shape[-1]) + H.sign * (transpose(F) @ Y)
-                R = _cholesky(core, level, "node", self.shift)
-                self._logdet += _logdet(R)
-                W[level] = Y @ transpose(inverse_lower(R))
-                above = xp.reshape(columns, (*F.shape[:2], rest))
-                update = W[level] @ (transpose(W[level]) @ above)
-                X = X - H.sign * xp.reshape(update, X.shape)
-        inverse_leaves = transpose(half) @ half
-        # padded rows of the inverse are identity here, zero outside
-        rows = xp.arange(tree.padded, device=self.space.device)
-        real = xp.reshape(xp.astype(rows < tree.n, self.space.dtype), leaves.shape[:2])
-        self._inverse = MLR(
-            tree, inverse_leaves * real[:, :, None], tuple(W), sign=-H.sign
-        )
-
-    def inverse(self) -> MLR:
-        """Return the inverse, an `MLR` matrix with the other sign."""
-        return self._inverse
-
-    def inverse_diagonal(self) -> Array:
-        """Return the diagonal of the inverse (n,)."""
-        return self._inverse.diagonal()
-
-    def slogdet(self) -> tuple[float, float]:
-        """Return sign (1) and log of the determinant."""
-        return 1.0, self._logdet
-
-    def _apply(self, x: Array) -> Array:
-        return self._inverse._apply(x)
-
-    def _apply_transposed(self, x: Array) -> Array:
-        return self._inverse._apply(x)
-
-
 def _widen(x: Array, width: int) -> Array:
     """Append zero columns until x (..., r) has ``width``."""
     missing = width - x.shape[-1]
@@ -430,25 +207,6 @@ def _widen(x: Array, width: int) -> Array:
         return x
     space = Space.of(x)
     return space.xp.concat([x, space.zeros(*x.shape[:-1], missing)], axis=-1)
-
-
-def _logdet(L: Array) -> float:
-    """Sum of the log-determinants of ``L Lᵀ``, L (..., m, m)."""
-    xp = Space.of(L).xp
-    return 2 * float(xp.sum(xp.log(xp.linalg.diagonal(L))))
-
-
-def _cholesky(blocks: Array, level: int, what: str, shift: float) -> Array:
-    L = cholesky(blocks)
-    if L is None:
-        smallest = np.linalg.eigvalsh(to_numpy(blocks).astype(np.float64))[:, 0]
-        node = int(np.argmin(smallest))
-        msg = (
-            f"Not positive definite at level {level}, {what} {node}: smallest eigenvalue "
-            f"{smallest[node]:.3g} with `shift` = {shift:.3g}; use a larger shift."
-        )
-        raise NotPositiveDefiniteError(msg, level, node)
-    return L
 
 
 def _invert(blocks: Array, signs: Array, level: int, *, leaf: bool) -> Array:

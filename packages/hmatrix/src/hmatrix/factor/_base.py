@@ -1,0 +1,107 @@
+"""What all factorizations can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from hmatrix._backend import Array, Space
+from hmatrix._checks import check_float
+from hmatrix._operator import Operator, apply_padded
+from hmatrix.tree import ClusterTree
+
+__all__ = ["Factorization", "shifted_leaves"]
+
+
+class Factorization(ABC):
+    """A factorized matrix ``H + shift·I``.
+
+    Attributes
+    ----------
+    tree : ClusterTree
+        The halving of the matrix.
+    space : Space
+        Library, dtype and device of the numbers.
+    shift : float
+        What was added to the diagonal.
+    """
+
+    def __init__(self, H: Operator, shift: float) -> None:
+        self.tree = H.tree
+        self.space = H.space
+        self.shift = check_float("shift", shift)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, n)``."""
+        return self.tree.n, self.tree.n
+
+    def solve(self, b: Array) -> Array:
+        """Solve ``(H + shift·I) x = b``.
+
+        Parameters
+        ----------
+        b : array (n,) or (n, q)
+            Right-hand sides, in the library, dtype and device of the matrix.
+
+        Returns
+        -------
+        array
+            ``x``, of the shape of ``b``.
+
+        Raises
+        ------
+        ShapeError, DTypeError, BackendError
+            If ``b`` does not fit.
+        """
+        return apply_padded("b", b, self.tree, self.space, self._apply)
+
+    @abstractmethod
+    def _apply(self, x: Array) -> Array:
+        """Product of the inverse with a padded block."""
+
+    @abstractmethod
+    def inverse(self) -> Operator:
+        """Return the inverse as an operator."""
+
+    @abstractmethod
+    def inverse_diagonal(self) -> Array:
+        """Return the diagonal of the inverse (n,)."""
+
+    @abstractmethod
+    def slogdet(self) -> tuple[float, float]:
+        """Return sign and log of the absolute value of the determinant."""
+
+    def logdet(self) -> float:
+        """Return the log of the determinant.
+
+        Raises
+        ------
+        ValueError
+            If the determinant is negative; `slogdet` gives its sign.
+        """
+        sign, value = self.slogdet()
+        if sign < 0:
+            msg = "The determinant is negative and has no real log; use slogdet()."
+            raise ValueError(msg)
+        return value
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(n={self.tree.n}, levels={self.tree.levels}, "
+            f"{self.space.name}, {self.space.place})"
+        )
+
+
+def shifted_leaves(tree: ClusterTree, leaves: Array, shift: float) -> Array:
+    """Add ``shift`` to the diagonal, and ones to the padded part of it.
+
+    Identity in the padded rows keeps them apart from the others and out of the
+    determinant.
+    """
+    space = Space.of(leaves)
+    xp = space.xp
+    rows = xp.arange(tree.padded, device=space.device)
+    real = xp.full((tree.padded,), shift, dtype=space.dtype, device=space.device)
+    added = xp.where(rows < tree.n, real, xp.ones_like(real))
+    added = xp.reshape(added, leaves.shape[:2])
+    return leaves + added[:, :, None] * space.eye(tree.leaf_size)

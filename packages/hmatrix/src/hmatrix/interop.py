@@ -1,0 +1,59 @@
+"""Hierarchical matrices as operators of other libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from hmatrix._backend import Array, to_numpy
+from hmatrix._checks import check_kind
+from hmatrix._operator import Operator
+
+__all__ = ["aslinearoperator"]
+
+
+def aslinearoperator(H: Operator) -> Any:
+    """Return a ``scipy.sparse.linalg.LinearOperator`` that acts like ``H``.
+
+    Parameters
+    ----------
+    H : HODLR, MLR, or what ``inverse`` returns
+        The matrix, on any device: vectors are copied to it and back.
+
+    Returns
+    -------
+    scipy.sparse.linalg.LinearOperator
+        Of shape (n, n), with products of the transpose.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import hmatrix as hm
+    >>> from scipy.sparse.linalg import cg
+    >>> t = np.linspace(0, 1, 100)
+    >>> H = hm.from_dense(np.eye(100) + np.exp(-abs(t[:, None] - t)), levels=2)
+    >>> x, info = cg(hm.aslinearoperator(H), t, rtol=1e-10)
+    >>> info, bool(np.allclose(H @ x, t))
+    (0, True)
+    """
+    from scipy.sparse.linalg import LinearOperator
+
+    check_kind("H", H, Operator)
+
+    def host(product: Callable[[Array], Array]) -> Callable[[np.ndarray], np.ndarray]:
+        def apply(x: np.ndarray) -> np.ndarray:
+            return to_numpy(product(H.space.asarray(x)))
+
+        return apply
+
+    return LinearOperator(
+        H.shape,
+        # SciPy hands vectors as (n,) or (n, 1); `@` takes both
+        matvec=host(H.__matmul__),
+        matmat=host(H.matmat),
+        rmatvec=host(lambda x: H.rmatvec(x) if len(x.shape) == 1 else H.rmatmat(x)),
+        rmatmat=host(H.rmatmat),
+        dtype=np.dtype(H.space.name),
+    )

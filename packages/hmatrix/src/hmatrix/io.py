@@ -1,0 +1,163 @@
+"""Matrices in files: safetensors with a format version, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from hmatrix._backend import Array, to_numpy
+from hmatrix._checks import FileFormatError, HMatrixError, check_kind
+from hmatrix.hodlr import HODLR
+from hmatrix.lowrank import LowRank
+from hmatrix.mlr import MLR
+from hmatrix.tree import ClusterTree
+
+__all__ = ["load", "save"]
+
+#: Raised when files of older programs could be misread by newer ones, or the reverse.
+FORMAT_VERSION = 1
+
+
+def save(path: str | os.PathLike[str], H: HODLR | MLR) -> None:
+    """Write a matrix to a file.
+
+    Parameters
+    ----------
+    path : path
+        The file, in the safetensors format; replaced in one step if it exists, so
+        that a reader never sees half of it.
+    H : HODLR or MLR
+        The matrix, of any library and device.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> import numpy as np
+    >>> import hmatrix as hm
+    >>> H = hm.from_dense(np.eye(10), levels=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder) / "eye.safetensors"
+    ...     hm.save(path, H)
+    ...     hm.load(path)
+    HODLR(n=10, levels=1, ranks=(0,), symmetric, float64, numpy, 400 B)
+    """
+    check_kind("H", H, HODLR, MLR)
+    header: dict[str, Any] = {"n": H.tree.n, "levels": H.tree.levels}
+    arrays = {"leaves": H.leaves}
+    if isinstance(H, HODLR):
+        header |= {"symmetric": H.symmetric, "error": H.error}
+        for side, blocks in (("upper", H.upper), ("lower", H.lower or ())):
+            for k, block in enumerate(blocks):
+                parts = {"U": block.U, "S": block.S, "V": block.V}
+                arrays |= {f"{side}.{k}.{name}": part for name, part in parts.items()}
+    else:
+        header |= {"sign": H.sign}
+        arrays |= {f"factors.{k}": F for k, F in enumerate(H.factors)}
+    data = safetensors.numpy.save(
+        {name: np.ascontiguousarray(to_numpy(x)) for name, x in arrays.items()},
+        metadata={
+            "format": "hmatrix",
+            "version": str(FORMAT_VERSION),
+            "kind": type(H).__name__,
+            "header": json.dumps(header),
+        },
+    )
+    _write(Path(path), data)
+
+
+def load(path: str | os.PathLike[str], *, like: Array | None = None) -> HODLR | MLR:
+    """Read a matrix that `save` wrote.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    like : array, optional
+        Array whose library and device to use; default NumPy. The dtype is the file's.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    FileFormatError
+        If it is truncated, damaged, of another format or of a newer version.
+    """
+    path = Path(path)
+    if not path.exists():
+        msg = f"`path`: there is no file {path}."
+        raise FileNotFoundError(msg)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            _check_metadata(path, metadata)
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        msg = f"`path`: {path} is truncated, or no safetensors file ({error})."
+        raise FileFormatError(msg) from error
+    try:
+        H = _rebuild(metadata["kind"], json.loads(metadata["header"]), arrays)
+    except (KeyError, TypeError, ValueError, HMatrixError) as error:
+        msg = f"`path`: {path} is damaged: {type(error).__name__}: {error}"
+        raise FileFormatError(msg) from error
+    return H if like is None else H.to(like=like, dtype=H.space.name)
+
+
+def _check_metadata(path: Path, metadata: dict[str, str]) -> None:
+    if metadata.get("format") != "hmatrix":
+        msg = (
+            f"`path`: {path} holds no hierarchical matrix "
+            f"(format {metadata.get('format')!r}, expected 'hmatrix')."
+        )
+        raise FileFormatError(msg)
+    if metadata.get("version") != str(FORMAT_VERSION):
+        msg = (
+            f"`path`: {path} has format version {metadata.get('version')}, this program "
+            f"reads version {FORMAT_VERSION}; use the version of hmatrix that wrote it."
+        )
+        raise FileFormatError(msg)
+
+
+def _rebuild(kind: str, header: dict[str, Any], arrays: dict[str, Any]) -> HODLR | MLR:
+    tree = ClusterTree(header["n"], header["levels"])
+    levels = range(tree.levels)
+    if kind == "MLR":
+        factors = tuple(arrays[f"factors.{k}"] for k in levels)
+        return MLR(tree, arrays["leaves"], factors, header["sign"])
+    if kind != "HODLR":
+        msg = f"unknown kind {kind!r}"
+        raise ValueError(msg)
+    upper, lower = (
+        tuple(
+            LowRank(*(arrays[f"{side}.{k}.{part}"] for part in "USV")) for k in levels
+        )
+        for side in ("upper", "upper" if header["symmetric"] else "lower")
+    )
+    error = header["error"]
+    return HODLR(
+        tree, arrays["leaves"], upper, None if header["symmetric"] else lower, error
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write beside ``path`` and rename: the name never holds half a file."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner can read
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
