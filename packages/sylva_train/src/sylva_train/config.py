@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
@@ -102,6 +103,8 @@ class SylvaConfig(PeftConfig):
         data are scored on the spot. Not written to ``adapter_config.json``.
     block_counts : dict of str to int, optional
         Blocks in each layer; written with an adapter and needed to load it.
+    layer_shapes : dict of str to list of int, optional
+        ``[out, in]`` of each of these layers; written with an adapter, checked on load.
     base_fingerprint : str, optional
         Identity of the base model's weights; written with an adapter, checked on load.
     checksum : str, optional
@@ -129,12 +132,14 @@ class SylvaConfig(PeftConfig):
     seed: int = 0
     masks: Masks | str | os.PathLike[str] | None = field(default=None, repr=False)
     block_counts: dict[str, int] | None = field(default=None, repr=False)
+    layer_shapes: dict[str, list[int]] | None = field(default=None, repr=False)
     base_fingerprint: str | None = field(default=None, repr=False)
     checksum: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = SylvaType.SYLVA
+        self.folder: Path | None = None
         check_density(self.density)
         check_integer("block_size", self.block_size, 1)
         check_choice("importance", self.importance, IMPORTANCES)
@@ -146,6 +151,20 @@ class SylvaConfig(PeftConfig):
         check_integer("samples", self.samples, 1)
         check_integer("seed", self.seed, 0)
         check_positive("damping", self.damping, zero=True)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> SylvaConfig:
+        """Read ``adapter_config.json``, and remember the folder that it lies in."""
+        path = pretrained_model_name_or_path
+        config: SylvaConfig = super().from_pretrained(path, subfolder, **kwargs)
+        # Not a field: only of use to check the tensors beside it before they are loaded.
+        config.folder = Path(path, subfolder or "")
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as PEFT writes them to JSON: all but the masks."""

@@ -8,16 +8,22 @@ layer's own and cost nothing more; only the gradient of the active blocks is add
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ._checks import ConfigError, TargetError
+from ._checks import AdapterError, ConfigError, TargetError
 from .kernels import block_sddmm, gather_blocks, scatter_blocks_
 from .masks import LayerMask
-from .targets import check_tied, is_supported, matches, weight_view
+from .targets import (
+    as_matrix,
+    check_tied,
+    is_inside,
+    is_supported,
+    weight_view,
+)
 
 __all__ = [
     "SparseEmbeddedLinear",
@@ -74,9 +80,10 @@ class _Masters(nn.ParameterDict):
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> nn.Module:
-        return super()._apply(
+        super()._apply(  # type: ignore[no-untyped-call]
             lambda t: fn(t.detach().view(torch.int32)).view(torch.float32), recurse
         )
+        return self
 
 
 class _Tables(nn.Module):
@@ -102,6 +109,25 @@ class _Tables(nn.Module):
 
     def keys(self) -> Iterator[str]:
         return iter(self._buffers)
+
+
+def check_embeddable(layer: nn.Module) -> None:
+    """Raise `TargetError` unless a layer's weight can hold float32 values."""
+    if not is_supported(layer) or weight_view(layer).element_size() > 4:
+        weight = getattr(layer, "weight", None)
+        msg = (
+            "`base_layer` must be a torch.nn.Linear or Conv1D with a dense float32,"
+            f" bfloat16 or float16 weight; got a {type(layer).__name__}"
+            + (f" of {weight.dtype}." if isinstance(weight, torch.Tensor) else ".")
+        )
+        raise TargetError(msg)
+
+
+def check_shape(mask: LayerMask, shape: tuple[int, ...]) -> None:
+    """Raise `ConfigError` unless a mask is for a weight of this (out, in) shape."""
+    if mask.shape != shape:
+        msg = f"`mask` must be for a {shape} weight; got one for {mask.shape}."
+        raise ConfigError(msg)
 
 
 class SparseEmbeddedLinear(nn.Module):
@@ -132,33 +158,40 @@ class SparseEmbeddedLinear(nn.Module):
     by the tensors' version counters; values changed through ``.data`` need `sync`.
     """
 
+    _original: torch.Tensor | None
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        if not is_supported(base_layer) or weight_view(base_layer).element_size() > 4:
-            weight = getattr(base_layer, "weight", None)
-            msg = (
-                "`base_layer` must be a torch.nn.Linear or Conv1D with a dense float32,"
-                f" bfloat16 or float16 weight; got a {type(base_layer).__name__}"
-                + (f" of {weight.dtype}." if isinstance(weight, torch.Tensor) else ".")
-            )
-            raise TargetError(msg)
+        check_embeddable(base_layer)
         self.base_layer = base_layer.requires_grad_(False)
         self.sylva_values = _Masters()
         self.sylva_indices = _Tables()
         self.register_buffer("_original", None, persistent=False)
         self._written: str | None = None
-        self._seen: tuple[int, ...] = ()
+        self._seen: tuple[Any, ...] = ()
+        self._checked: dict[str, tuple[int, int]] = {}
         self.embedded: str | None = None
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight as the base layer stores it."""
+        """The dense weight as the base layer stores it, up to date."""
+        self.sync()
         return self.base_layer.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> torch.Tensor | None:
         """The base layer's bias."""
         return self.base_layer.bias  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        """Number of rows of the (out, in) weight."""
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Number of columns of the (out, in) weight."""
+        return self.shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -179,9 +212,7 @@ class SparseEmbeddedLinear(nn.Module):
         ConfigError
             If the mask is for a weight of another shape.
         """
-        if mask.shape != self.shape:
-            msg = f"`mask` must be for a {self.shape} weight; got one for {mask.shape}."
-            raise ConfigError(msg)
+        check_shape(mask, self.shape)
         self.restore_()
         weight = weight_view(self.base_layer)
         indices = mask.indices.to(weight.device)
@@ -200,10 +231,37 @@ class SparseEmbeddedLinear(nn.Module):
         """Name of the adapter that the weight is to show, or None for the base."""
         return self.embedded
 
-    def state(self) -> tuple[int, ...]:
+    def snapshot(self) -> tuple[Any, ...]:
         """Return what tells whether values or weight changed since the last write."""
-        values, weight = self.sylva_values[self._written], self.weight
-        return id(values), values._version, weight.data_ptr(), weight._version
+        assert self._written is not None
+        values = self.sylva_values[self._written]
+        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
+        # The tensor itself is kept, not its id: a new one may come to have the same.
+        return (
+            values,
+            values.data_ptr(),
+            values._version,
+            weight.data_ptr(),
+            weight._version,
+        )
+
+    def check_indices(self, name: str) -> None:
+        """Raise `AdapterError` unless an adapter's indices are blocks of this weight."""
+        table = self.sylva_indices[name]
+        seen = (table.data_ptr(), table._version)
+        if self._checked.get(name) != seen:
+            try:
+                mask = LayerMask(self.shape, self.sylva_values[name].shape[-1], table)
+                sound = torch.equal(mask.indices, table.cpu().long())
+            except ConfigError:
+                sound = False
+            if not sound:
+                msg = (
+                    f"the block indices of adapter `{name}` do not fit this"
+                    f" {self.shape} weight; the adapter is damaged or for another model."
+                )
+                raise AdapterError(msg)
+            self._checked[name] = seen
 
     @torch.no_grad()
     def sync(self, *, force: bool = False) -> None:
@@ -217,17 +275,20 @@ class SparseEmbeddedLinear(nn.Module):
         wanted = self.wanted()
         if wanted != self._written:
             self.restore_()
-        if wanted is None or (
-            wanted == self._written and not force and self.state() == self._seen
-        ):
+        if wanted is None:
             return
+        if wanted == self._written and not force:
+            now = self.snapshot()
+            if self._seen[0] is now[0] and self._seen[1:] == now[1:]:
+                return
+        self.check_indices(wanted)
         weight = weight_view(self.base_layer)
         indices, values = self.sylva_indices[wanted].long(), self.sylva_values[wanted]
         if self._written is None:
             self._original = gather_blocks(weight, indices, values.shape[-1])
         scatter_blocks_(weight, indices, values)
         self._written = wanted
-        self._seen = self.state()
+        self._seen = self.snapshot()
 
     @torch.no_grad()
     def restore_(self) -> None:
@@ -248,15 +309,44 @@ class SparseEmbeddedLinear(nn.Module):
                 y = _BlockGradient.apply(y, x, values, indices)  # type: ignore[no-untyped-call]
         return y
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Save a weight that shows the values as they are now."""
+        self.sync()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load values, and keep this layer's own base weight under them.
+
+        A saved weight shows the values that were written into it. What lies under them
+        is only known here, so it is put into the weight before that is loaded.
+        """
+        self.restore_()
+        key, own = f"{prefix}base_layer.weight", weight_view(self.base_layer)
+        weight = state_dict.get(key)
+        names = [
+            n for n in self.sylva_indices if f"{prefix}sylva_indices.{n}" in state_dict
+        ]
+        if weight is not None and names and weight.numel() == own.numel():
+            clean = as_matrix(self.base_layer, weight.detach().clone())
+            for name in names:
+                indices = state_dict[f"{prefix}sylva_indices.{name}"].long()
+                size = self.sylva_values[name].shape[-1]
+                blocks = gather_blocks(own, indices.to(own.device), size)
+                scatter_blocks_(
+                    clean, indices.to(clean.device), blocks.to(clean.device)
+                )
+            state_dict[key] = as_matrix(self.base_layer, clean)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def extra_repr(self) -> str:
         """Say how much of the weight is trainable."""
         parts = []
-        for name in self.sylva_values:
-            mask = self.mask(name)
-            parts.append(
-                f"{name}: {len(mask)} blocks of {mask.block_size}×{mask.block_size}"
-                f" ({mask.trainable / mask.total:.1%})"
-            )
+        for name, values in self.sylva_values.items():
+            count, side, _ = values.shape
+            fraction = min(1.0, values.numel() / (self.shape[0] * self.shape[1]))
+            parts.append(f"{name}: {count} blocks of {side}×{side} ({fraction:.1%})")
         return ", ".join(parts)
 
 
@@ -275,6 +365,86 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+def find_saved(model: nn.Module, endings: Iterable[str] | None) -> dict[str, nn.Module]:
+    """Find the outermost modules that ``modules_to_save`` names, as PEFT would.
+
+    Raises
+    ------
+    TargetError
+        If no module has such a name, or one shares a parameter with the rest.
+    """
+    endings = list(endings or ())
+    named = dict(model.named_modules())
+    found = {
+        name: module
+        for name, module in named.items()
+        if any(name.endswith(end) for end in endings)
+        and not is_inside(name.rpartition(".")[0], endings)
+    }
+    if endings and not found:
+        msg = (
+            f"no module of this {type(model).__name__} has a name that ends in one of"
+            f" `modules_to_save`={endings!r}; its outermost modules are"
+            f" {', '.join(repr(name) for name, _ in model.named_children())}."
+        )
+        raise TargetError(msg)
+    inside = {id(p): name for name, m in found.items() for p in m.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in inside and not is_inside(name.rpartition(".")[0], endings):
+            msg = (
+                f"`modules_to_save` names `{inside[id(parameter)]}`, whose weight is"
+                f" shared with `{name}`: training it would change both. Leave it out, or"
+                " untie it first (`config.tie_word_embeddings=False`)."
+            )
+            raise TargetError(msg)
+    return found
+
+
+def check_masks(
+    model: nn.Module,
+    masks: Mapping[str, LayerMask],
+    modules_to_save: Iterable[str] | None,
+) -> dict[str, nn.Module]:
+    """Find the layers that masks are for, in a model without adapters.
+
+    Returns
+    -------
+    dict of str to torch.nn.Module
+        The layers that have an active block.
+
+    Raises
+    ------
+    TargetError
+        If a layer does not exist, cannot hold blocks, or is tied to another.
+    ConfigError
+        If a mask has the wrong shape, no mask has a block, or a layer is inside a module
+        that is trained whole.
+    """
+    endings = list(modules_to_save or ())
+    modules = dict(model.named_modules())
+    layers = {}
+    for name, mask in masks.items():
+        if name not in modules:
+            msg = f"`masks` names a layer `{name}` that the model does not have."
+            raise TargetError(msg)
+        if not len(mask):
+            continue
+        if is_inside(name, endings):
+            msg = (
+                f"`masks` has blocks in `{name}`, which `modules_to_save`={endings!r}"
+                " trains whole; leave it out of one of them."
+            )
+            raise ConfigError(msg)
+        check_embeddable(modules[name])
+        check_tied(model, name, modules[name])
+        check_shape(mask, tuple(weight_view(modules[name]).shape))
+        layers[name] = modules[name]
+    if not layers:
+        msg = "`masks` has no active block in any layer; there is nothing to train."
+        raise ConfigError(msg)
+    return layers
+
+
 def embed(
     model: nn.Module,
     masks: Mapping[str, LayerMask],
@@ -290,7 +460,7 @@ def embed(
     masks : mapping of str to LayerMask
         From `sylva_train.select`; layers without an active block are left alone.
     modules_to_save : list of str, optional
-        Names or name endings of modules to train whole, such as a new head.
+        Endings of the names of modules to train whole, such as a new head.
 
     Returns
     -------
@@ -301,35 +471,28 @@ def embed(
     Raises
     ------
     TargetError
-        If a masked layer does not exist, cannot hold blocks, is tied to another, or the
-        model is embedded already.
+        If a layer or module does not exist, cannot be trained or is tied to another, or
+        the model is embedded already.
     ConfigError
-        If a mask has the wrong shape.
+        If a mask has the wrong shape, no mask has a block, or a layer is inside a module
+        that is trained whole.
     """
     if embedded_layers(model):
         msg = "`model` has embedded blocks already; `unload` or `merge` it first."
         raise TargetError(msg)
-    modules = dict(model.named_modules())
-    layers = {}
-    for name, mask in masks.items():
-        if name not in modules:
-            msg = f"`masks` names a layer `{name}` that the model does not have."
-            raise TargetError(msg)
-        if len(mask):
-            check_tied(model, name, modules[name])
-            layer = SparseEmbeddedLinear(modules[name])
-            layer.add("default", mask)
-            layer.embedded = "default"
-            layers[name] = layer
-    # Nothing is changed before every layer was found good.
+    # Nothing is changed before everything was found good.
+    layers = check_masks(model, masks, modules_to_save)
+    saved = find_saved(model, modules_to_save)
     model.requires_grad_(False)
-    for name, layer in layers.items():
-        layer.train(modules[name].training)
-        layer.sylva_values.requires_grad_(True)
+    for name, module in layers.items():
+        layer = SparseEmbeddedLinear(module)
+        layer.add("default", masks[name])
+        layer.embedded = "default"
+        layer.train(module.training)
         replace_module(model, name, layer)
-    for name, module in modules.items():
-        if name and matches(name, modules_to_save):
-            module.requires_grad_(True)
+    for module in saved.values():
+        module.requires_grad_(True)
+    model.sylva_modules_to_save = list(modules_to_save or ())  # type: ignore[assignment]
     return model
 
 
@@ -341,15 +504,31 @@ def sync(model: nn.Module) -> None:
 
 def merge(model: nn.Module) -> nn.Module:
     """Keep the trained values in the dense weights and take the layers' wrapping away."""
+    if hasattr(model, "merge_and_unload"):
+        merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
+        return merged
     sync(model)
-    for name, layer in embedded_layers(model).items():
-        replace_module(model, name, layer.base_layer)
-    return model
+    return take_out(model)
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Put the base weights back, bit for bit, and take the layers' wrapping away."""
-    for name, layer in embedded_layers(model).items():
+    """Put the base weights back, bit for bit, and take the layers' wrapping away.
+
+    Modules that were trained whole keep their weights; a PEFT model has copies of their
+    first weights and puts those back as well.
+    """
+    if hasattr(model, "merge_and_unload"):
+        base: nn.Module = model.unload()  # type: ignore[operator]
+        return base
+    for layer in embedded_layers(model).values():
         layer.restore_()
+    return take_out(model)
+
+
+def take_out(model: nn.Module) -> nn.Module:
+    """Replace embedded layers by their base layers."""
+    for name, layer in embedded_layers(model).items():
         replace_module(model, name, layer.base_layer)
+    if hasattr(model, "sylva_modules_to_save"):
+        del model.sylva_modules_to_save
     return model

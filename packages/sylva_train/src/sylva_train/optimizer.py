@@ -113,4 +113,4 @@ class SparseAdamW(torch.optim.AdamW):
                 values.append(layer.sylva_values[name])
                 bases.append(layer.original().float() * (rate / (1 - rate)))
         if values:
-            torch._foreach_add_(values, bases)  # type: ignore[arg-type]
+            torch._foreach_add_(values, bases)

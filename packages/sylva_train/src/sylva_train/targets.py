@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ._checks import ConfigError, TargetError
 
-__all__ = ["check_block_size", "find_targets", "is_supported", "weight_view"]
+__all__ = [
+    "check_block_size",
+    "find_targets",
+    "fingerprint",
+    "is_inside",
+    "is_supported",
+    "weight_view",
+]
 
 
 def is_supported(module: nn.Module) -> bool:
     """Whether a module is a linear layer with a dense, floating-point weight."""
     if not isinstance(module, nn.Linear | Conv1D):
         return False
+    # nn.MultiheadAttention reads its projection's weight and never calls the layer.
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    # A parametrized weight (weight norm) is computed: writing into it would be lost.
+    weight = module._parameters.get("weight")
     # Quantized linear layers subclass nn.Linear but keep packed integers.
-    return module.weight.dim() == 2 and module.weight.is_floating_point()
+    return weight is not None and weight.dim() == 2 and weight.is_floating_point()
+
+
+def as_matrix(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """View a tensor of the shape of a layer's weight as an (out, in) matrix."""
+    return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def weight_view(module: nn.Module) -> torch.Tensor:
@@ -27,8 +46,7 @@ def weight_view(module: nn.Module) -> torch.Tensor:
 
     `torch.nn.Linear` stores that already; GPT-2's ``Conv1D`` stores the transpose.
     """
-    weight: torch.Tensor = module.weight.detach()  # type: ignore[operator, assignment]
-    return weight.t() if isinstance(module, Conv1D) else weight
+    return as_matrix(module, module.weight.detach())  # type: ignore[operator]
 
 
 def matches(name: str, patterns: str | Iterable[str] | None) -> bool:
@@ -38,6 +56,16 @@ def matches(name: str, patterns: str | Iterable[str] | None) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == p or name.endswith(f".{p}") for p in patterns)
+
+
+def is_inside(name: str, endings: Iterable[str] | None) -> bool:
+    """Whether a module, or one that holds it, has a name with one of the endings.
+
+    PEFT finds ``modules_to_save`` by the bare ending of a name, without a dot before it.
+    """
+    parts = name.split(".")
+    holders = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(holder.endswith(end) for end in endings or () for holder in holders)
 
 
 def head_names(model: nn.Module) -> set[str]:
@@ -158,3 +186,36 @@ def check_block_size(targets: dict[str, nn.Module], block_size: int) -> None:
             " layer with `exclude_modules`."
         )
         raise ConfigError(msg)
+
+
+def fingerprint(model: nn.Module, exclude: Iterable[str] | None = None) -> str:
+    """Identify a model by its weights: a hash of their names, shapes and values.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model without adapters. The task's head does not count.
+    exclude : iterable of str, optional
+        Name endings of other modules that do not count (``modules_to_save``).
+
+    Returns
+    -------
+    str
+        Hexadecimal SHA-256. Values count up to their rounding to bfloat16, so that one
+        checkpoint has the same fingerprint in float32 and in bfloat16.
+    """
+    exclude = list(exclude or ())
+    heads = head_names(model)
+    digest = hashlib.sha256()
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    digest.update(str(kind).encode())
+    for name, tensor in model.state_dict().items():
+        owner = name.rpartition(".")[0]
+        if owner in heads or is_inside(owner, exclude):
+            continue
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        if tensor.is_meta:
+            continue
+        kept = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        digest.update(kept.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -17,7 +17,7 @@ def interior(weight: torch.Tensor, block_size: int) -> torch.Tensor:
     """View the whole blocks of a weight as (rows, block, columns, block)."""
     rows, columns = (n // block_size for n in weight.shape)
     whole = weight[: rows * block_size, : columns * block_size]
-    return whole.unflatten(0, (rows, block_size)).unflatten(2, (columns, block_size))
+    return whole.view(rows, block_size, columns, block_size)
 
 
 def is_ragged(shape: torch.Size | tuple[int, int], block_size: int) -> bool:

@@ -1,0 +1,15 @@
+"""Sylva's adapters: a PEFT tuner, and the same folder format without PEFT's wrapping."""
+
+from .files import Adapter, inspect_adapter, read_adapter
+from .model import SylvaLayer, SylvaModel
+from .plain import load_adapter, save_adapter
+
+__all__ = [
+    "Adapter",
+    "SylvaLayer",
+    "SylvaModel",
+    "inspect_adapter",
+    "load_adapter",
+    "read_adapter",
+    "save_adapter",
+]

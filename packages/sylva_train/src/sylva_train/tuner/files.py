@@ -1,0 +1,261 @@
+"""The adapter folder: what is in it, and how it is written, read and verified.
+
+``adapter_config.json`` holds the options, the blocks and shape of each layer, and the
+base model's identity; ``adapter_model.safetensors`` holds, for each layer,
+``base_model.model.<layer>.sylva_values`` (k, b, b) float32 and ``.sylva_indices`` (k, 2)
+int32, and the modules that were trained whole. That is PEFT's layout, and PEFT's own
+functions write and read it as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sylva_train._checks import AdapterError, ConfigError, atomic_folder
+from sylva_train.config import SylvaConfig, SylvaType
+from sylva_train.masks import LayerMask
+from sylva_train.targets import is_inside
+
+__all__ = ["Adapter", "checksum", "inspect_adapter", "read_adapter", "write_adapter"]
+
+#: What PEFT puts before a module's name in the base model.
+PREFIX = "base_model.model."
+VALUES, INDICES = "sylva_values", "sylva_indices"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A verified adapter.
+
+    Attributes
+    ----------
+    config : SylvaConfig
+        As it was written.
+    masks : dict of str to LayerMask
+        By the layer's name in the base model.
+    values : dict of str to torch.Tensor
+        (k, b, b) float32 for each layer.
+    modules : dict of str to torch.Tensor
+        Parameters and buffers of ``modules_to_save``, by name in the base model.
+    """
+
+    config: SylvaConfig
+    masks: dict[str, LayerMask]
+    values: dict[str, torch.Tensor]
+    modules: dict[str, torch.Tensor]
+
+
+def checksum(tensors: Mapping[str, torch.Tensor], config: SylvaConfig) -> str:
+    """Hash an adapter: its tensors, and the facts of the configuration to load them by.
+
+    Parameters
+    ----------
+    tensors : mapping of str to torch.Tensor
+        By name, with or without PEFT's prefix.
+    config : SylvaConfig
+        With the facts filled in.
+
+    Returns
+    -------
+    str
+        Hexadecimal SHA-256.
+    """
+    facts = (config.block_size, config.block_counts, config.layer_shapes)
+    head = json.dumps([*facts, config.base_fingerprint], sort_keys=True)
+    digest = hashlib.sha256(head.encode())
+    for name, tensor in sorted((k.removeprefix(PREFIX), t) for k, t in tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_adapter(
+    path: str | os.PathLike[str],
+    config: SylvaConfig,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write an adapter folder whole or not at all.
+
+    Raises
+    ------
+    OutputExistsError
+        If there is something at ``path`` and not ``overwrite``.
+    """
+    config = copy.copy(config)
+    config.inference_mode = True
+    kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with atomic_folder(path, overwrite=overwrite) as folder:
+        save_file(kept, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+
+
+def read_config(path: Path) -> SylvaConfig:
+    """Read and check ``adapter_config.json``."""
+    file = path / CONFIG_NAME
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        kind = fields.get("peft_type")
+        if kind != SylvaType.SYLVA:
+            msg = f"`{path}` is an adapter of the kind {kind!r}, not of Sylva."
+            raise AdapterError(msg)
+        config: SylvaConfig = SylvaConfig.from_peft_type(**fields)  # type: ignore[no-untyped-call]
+        counts, shapes = config.block_counts or {}, config.layer_shapes or {}
+        if not (counts and config.checksum) or counts.keys() != shapes.keys():
+            msg = f"`{file}` does not say which blocks the adapter has; it is damaged."
+            raise AdapterError(msg)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        msg = f"`{path}` is not an adapter that can be read: {error}"
+        raise AdapterError(msg) from error
+    else:
+        return config
+
+
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Read an adapter and verify all of it; no model is needed.
+
+    Raises
+    ------
+    AdapterError
+        If a file is missing, truncated or changed, or its parts do not fit each other.
+    """
+    path = Path(path)
+    config = read_config(path)
+    file = path / SAFETENSORS_WEIGHTS_NAME
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        msg = f"`{file}` is missing or damaged ({error}); get the adapter again."
+        raise AdapterError(msg) from error
+    return verify(tensors, config, str(path))
+
+
+def verify(
+    tensors: Mapping[str, torch.Tensor], config: SylvaConfig, origin: str
+) -> Adapter:
+    """Sort an adapter's tensors, and check them against its configuration.
+
+    Raises
+    ------
+    AdapterError
+        If a tensor is missing, too many, of another shape, or changed.
+    """
+    rest = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    digest = checksum(rest, config)
+    assert config.block_counts is not None
+    assert config.layer_shapes is not None
+    masks, values = {}, {}
+    side = config.block_size
+    for name, count in config.block_counts.items():
+        value, table = (
+            rest.pop(f"{name}.{VALUES}", None),
+            rest.pop(f"{name}.{INDICES}", None),
+        )
+        if value is None or table is None:
+            msg = f"the adapter `{origin}` is damaged: it has no blocks for `{name}`."
+            raise AdapterError(msg)
+        got = (tuple(value.shape), tuple(table.shape))
+        if got != ((count, side, side), (count, 2)) or value.dtype != torch.float32:
+            msg = (
+                f"the adapter `{origin}` is damaged: `{name}` should have {count} blocks"
+                f" of {side} × {side} float32 values, but has values {got[0]}"
+                f" {value.dtype} and indices {got[1]}."
+            )
+            raise AdapterError(msg)
+        try:
+            out, inputs = config.layer_shapes[name]
+            mask = LayerMask((out, inputs), side, table)
+            sorted_right = torch.equal(mask.indices, table.cpu().long())
+        except (ConfigError, ValueError, TypeError):
+            sorted_right = False
+        if not sorted_right:
+            msg = f"the adapter `{origin}` is damaged: the block indices of `{name}`."
+            raise AdapterError(msg)
+        masks[name], values[name] = mask, value
+    for name in rest:
+        owner = name.rpartition(".")[0]
+        if not is_inside(owner, config.modules_to_save) or name.endswith(
+            (VALUES, INDICES)
+        ):
+            msg = (
+                f"the adapter `{origin}` has a tensor `{name}` that belongs to no layer"
+                " of its configuration."
+            )
+            raise AdapterError(msg)
+    if digest != config.checksum:
+        msg = (
+            f"the adapter `{origin}` was changed after it was written: its checksum is"
+            f" {digest[:12]}…, not {str(config.checksum)[:12]}…. Get the adapter again."
+        )
+        raise AdapterError(msg)
+    return Adapter(config, masks, values, rest)
+
+
+def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Describe an adapter without a model, having verified it.
+
+    Parameters
+    ----------
+    path : path
+        The adapter's folder.
+
+    Returns
+    -------
+    dict
+        ``base`` (``name``, ``fingerprint``), ``importance``, ``curvature``,
+        ``block_size``, ``layers`` (for each: ``shape``, ``blocks``, ``trainable``,
+        ``density``), their sums ``blocks``, ``trainable``, ``total`` and ``density``,
+        ``modules_to_save`` (shape of each tensor), ``modules_trainable``, and ``bytes``
+        on disk.
+
+    Raises
+    ------
+    AdapterError
+        If the adapter is damaged.
+    """
+    adapter = read_adapter(path)
+    config = adapter.config
+    layers = {
+        name: {
+            "shape": mask.shape,
+            "blocks": len(mask),
+            "trainable": mask.trainable,
+            "density": mask.trainable / mask.total,
+        }
+        for name, mask in adapter.masks.items()
+    }
+    trainable = sum(mask.trainable for mask in adapter.masks.values())
+    total = sum(mask.total for mask in adapter.masks.values())
+    return {
+        "base": {
+            "name": config.base_model_name_or_path,
+            "fingerprint": config.base_fingerprint,
+        },
+        "importance": config.importance,
+        "curvature": config.curvature if config.importance == "kfac" else None,
+        "block_size": config.block_size,
+        "layers": layers,
+        "blocks": sum(map(len, adapter.masks.values())),
+        "trainable": trainable,
+        "total": total,
+        "density": trainable / total,
+        "modules_to_save": {k: tuple(t.shape) for k, t in adapter.modules.items()},
+        "modules_trainable": sum(t.numel() for t in adapter.modules.values()),
+        "bytes": sum(f.stat().st_size for f in Path(path).iterdir() if f.is_file()),
+    }

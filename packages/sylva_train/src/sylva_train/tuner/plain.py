@@ -1,0 +1,178 @@
+"""Saving and loading adapters of models without a `peft.PeftModel` around them."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from torch import nn
+
+from sylva_train._checks import AdapterError, ConfigError
+from sylva_train.config import SylvaConfig
+from sylva_train.layers import embed, embedded_layers, find_saved, sync
+from sylva_train.targets import is_inside
+
+from .files import INDICES, PREFIX, VALUES, checksum, read_adapter, write_adapter
+from .model import base_fingerprint, base_name, check_base
+
+__all__ = ["load_adapter", "save_adapter"]
+
+
+def trained_modules(model: nn.Module) -> list[str]:
+    """Names of what an embedded model trains whole.
+
+    Those given to `embed`, and modules that were set to require a gradient since.
+    """
+    endings = list(getattr(model, "sylva_modules_to_save", ()))
+    layers = embedded_layers(model)
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        holder = next((n for n in layers if is_within(name, n)), None)
+        own = holder is not None and is_within(name, f"{holder}.{VALUES}")
+        if not parameter.requires_grad or own or is_inside(owner, endings):
+            continue
+        if holder is not None or not owner:
+            msg = (
+                f"the parameter `{name}` requires a gradient, but an adapter holds blocks"
+                " and whole modules; save the merged model instead, or freeze it."
+            )
+            raise ConfigError(msg)
+        endings.append(owner)
+    return endings
+
+
+def is_within(name: str, module: str) -> bool:
+    """Whether a dotted name is a module's or inside it."""
+    return name == module or name.startswith(f"{module}.")
+
+
+def describe(
+    model: nn.Module, config: SylvaConfig | None
+) -> tuple[SylvaConfig, dict[str, torch.Tensor]]:
+    """Return the configuration and the tensors of a model from `embed`."""
+    layers = embedded_layers(model)
+    masks = {name: layer.mask(str(layer.wanted())) for name, layer in layers.items()}
+    sizes = {mask.block_size for mask in masks.values()}
+    if len(sizes) > 1:
+        msg = f"an adapter has one block size; the model's are {sorted(sizes)}."
+        raise ConfigError(msg)
+    config = SylvaConfig(target_modules=list(layers)) if config is None else config
+    config = copy.copy(config)
+    config.masks, config.block_size = None, sizes.pop()
+    config.modules_to_save = trained_modules(model) or None
+    config.block_counts = {name: len(mask) for name, mask in masks.items()}
+    config.layer_shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    config.base_model_name_or_path = base_name(model)
+    config.base_fingerprint = base_fingerprint(model, config.modules_to_save)
+    tensors = {}
+    for name, layer in layers.items():
+        wanted = str(layer.wanted())
+        tensors[f"{name}.{VALUES}"] = layer.sylva_values[wanted]
+        tensors[f"{name}.{INDICES}"] = layer.sylva_indices[wanted]
+    for name, module in find_saved(model, config.modules_to_save).items():
+        tensors |= {f"{name}.{key}": t for key, t in module.state_dict().items()}
+    config.checksum = checksum(tensors, config)
+    return config, tensors
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    config: SylvaConfig | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model's active blocks, and its modules trained whole, to a folder.
+
+    The folder is what `peft.PeftModel.save_pretrained` writes; `load_adapter` and
+    `peft.PeftModel.from_pretrained` both read it. It is written whole or not at all.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        From `sylva_train.embed` or `peft.get_peft_model`; of several adapters the active
+        one is saved.
+    path : path
+        The folder.
+    config : SylvaConfig, optional
+        Options that the masks of an embedded model came from, to be written with them; a
+        PEFT model has its own.
+    overwrite : bool
+        Whether to replace what is at ``path``.
+
+    Raises
+    ------
+    ConfigError
+        If the model has no blocks, or trains something that an adapter cannot hold.
+    OutputExistsError
+        If there is something at ``path`` and not ``overwrite``.
+    """
+    if not embedded_layers(model):
+        msg = "`model` has no embedded blocks; `sylva_train.embed` makes some."
+        raise ConfigError(msg)
+    tensors: dict[str, Any]
+    if hasattr(model, "peft_config"):
+        active: Any = model.active_adapters
+        name = (active() if callable(active) else active)[0]
+        tensors = get_peft_model_state_dict(
+            model, adapter_name=name, save_embedding_layers=False
+        )
+        configs: Any = model.peft_config
+        config = configs[name]
+    else:
+        config, tensors = describe(model, config)
+    named = {PREFIX + name.removeprefix(PREFIX): t for name, t in tensors.items()}
+    assert config is not None
+    write_adapter(path, config, named, overwrite=overwrite)
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Embed a saved adapter's blocks in its base model, in place.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The base model, without adapters; a head of its own matters only where the
+        adapter brings one.
+    path : path
+        A folder from `save_adapter` or `peft.PeftModel.save_pretrained`.
+
+    Returns
+    -------
+    torch.nn.Module
+        The same model, as `sylva_train.embed` makes it: blocks and ``modules_to_save``
+        have the adapter's values and require a gradient.
+
+    Raises
+    ------
+    AdapterError
+        If the adapter is damaged or was made for another base. The model is unchanged.
+    TargetError
+        If the model is embedded already.
+    """
+    adapter = read_adapter(path)
+    if not embedded_layers(model):
+        check_base(model, adapter.config)
+    own: dict[str, torch.Tensor] = dict(model.named_buffers())
+    own.update(model.named_parameters(remove_duplicate=False))
+    for name, tensor in adapter.modules.items():
+        found = tuple(own[name].shape) if name in own else None
+        if found != tuple(tensor.shape):
+            msg = (
+                f"the adapter has `{name}` of shape {tuple(tensor.shape)}, but the model"
+                f" has {found or 'no such tensor'}; load the base with the same head"
+                " (the same labels)."
+            )
+            raise AdapterError(msg)
+    endings = adapter.config.modules_to_save if adapter.modules else None
+    embed(model, adapter.masks, modules_to_save=endings)
+    with torch.no_grad():
+        for name, layer in embedded_layers(model).items():
+            layer.sylva_values["default"].copy_(adapter.values[name])
+        for name, tensor in adapter.modules.items():
+            own[name].copy_(tensor)
+    sync(model)
+    return model
