@@ -1,0 +1,7 @@
+"""Data sets from files, and batches of them in an order that can be repeated."""
+
+from .dataset import TASKS, TextDataset, load_data
+from .loader import Loader
+from .sources import builtin_names
+
+__all__ = ["TASKS", "Loader", "TextDataset", "builtin_names", "load_data"]

@@ -1,0 +1,264 @@
+"""Rows of a data file, each with the line it came from."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from sylva_train._checks import DataError
+
+__all__ = ["SUFFIXES", "Row", "Table", "read_table"]
+
+Row = Mapping[str | int, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a file and where they came from.
+
+    Parameters
+    ----------
+    name : str
+        The file, as errors name it.
+    columns : tuple of str
+        Names of the columns; empty for a file without a header.
+    width : int
+        Number of columns.
+    rows : list of (int, Row)
+        Line (or row, counted from 1) and fields; a delimited row answers to column
+        numbers as well as to names.
+    label_names : tuple of str
+        Names of the classes, where the source itself orders them.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    width: int
+    rows: list[tuple[int, Row]]
+    label_names: tuple[str, ...] = ()
+
+
+def decode(name: str, data: bytes) -> str:
+    """Decode UTF-8, with or without a byte-order mark.
+
+    Raises
+    ------
+    DataError
+        If the bytes are not UTF-8; names the line.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        msg = (
+            f"{name}:{line}: expected UTF-8 text; got the byte 0x{data[error.start]:02x}."
+            " Convert the file to UTF-8."
+        )
+        raise DataError(msg) from None
+
+
+def delimited_rows(
+    name: str, text: str, delimiter: str
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield the first line and the fields of each row that is not blank.
+
+    Raises
+    ------
+    DataError
+        If quotes do not close, or a row has another number of fields than the first.
+    """
+    # Tab-separated corpora (GLUE's) do not quote: a sentence may begin with a quote.
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
+    width, start = 0, 1
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            msg = f"{name}:{start}: {error}; the row cannot be read."
+            raise DataError(msg) from None
+        if fields is None:
+            return
+        if fields:
+            width = width or len(fields)
+            if len(fields) != width:
+                msg = (
+                    f"{name}:{start}: expected {width} fields, as in the first row; got"
+                    f" {len(fields)}."
+                )
+                raise DataError(msg)
+            yield start, fields
+        start = reader.line_num + 1
+
+
+def read_delimited(
+    name: str, data: bytes, is_header: Callable[[Sequence[str]], bool], delimiter: str
+) -> Table:
+    """Read comma- or tab-separated values."""
+    rows = list(delimited_rows(name, decode(name, data), delimiter))
+    columns: tuple[str, ...] = ()
+    if rows and is_header(rows[0][1]):
+        columns = tuple(rows.pop(0)[1])
+        if len(set(columns)) != len(columns):
+            msg = f"{name}:1: expected distinct column names; got {list(columns)}."
+            raise DataError(msg)
+    width = len(columns) or (len(rows[0][1]) if rows else 0)
+    keys = (*columns, *range(width))
+    named: list[tuple[int, Row]] = [
+        (line, dict(zip(keys, (*fields, *fields) if columns else fields, strict=True)))
+        for line, fields in rows
+    ]
+    return Table(name, columns, width, named)
+
+
+def json_values(name: str, text: str) -> Iterator[tuple[int, Any]]:
+    """Yield the line and the value of each element of an array, or of each line.
+
+    Raises
+    ------
+    DataError
+        If the text is not JSON; names the line.
+    """
+    if not text.lstrip().startswith("["):
+        # Not str.splitlines, which also breaks at separators that JSON strings may hold.
+        for line, part in enumerate(text.split("\n"), start=1):
+            if part.strip():
+                try:
+                    yield line, json.loads(part)
+                except json.JSONDecodeError as error:
+                    msg = (
+                        f"{name}:{line}: expected one JSON object a line; {error.msg}."
+                    )
+                    raise DataError(msg) from None
+        return
+    decoder = json.JSONDecoder()
+    position, line, expected = text.index("[") + 1, 1, "a value"
+    seen = 0
+    while True:
+        while position < len(text) and text[position].isspace():
+            position += 1
+        line += text.count("\n", seen, position)
+        seen = position
+        mark = text[position : position + 1]
+        if mark == "]":
+            return
+        if expected == "a comma":
+            if mark != ",":
+                msg = f"{name}:{line}: expected `,` or `]` in the JSON array; got {mark!r}."
+                raise DataError(msg)
+            position, expected = position + 1, "a value"
+            continue
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            msg = f"{name}:{line}: the JSON array cannot be read; {error.msg}."
+            raise DataError(msg) from None
+        yield line, value
+        expected = "a comma"
+
+
+def read_json(name: str, data: bytes, _: Callable[[Sequence[str]], bool]) -> Table:
+    """Read an array of JSON objects, or one object a line (whatever the suffix)."""
+    rows: list[tuple[int, Row]] = []
+    columns: dict[str, None] = {}
+    for line, value in json_values(name, decode(name, data)):
+        if not isinstance(value, dict):
+            msg = (
+                f"{name}:{line}: expected a JSON object, column name to value; got"
+                f" {json.dumps(value)[:40]}."
+            )
+            raise DataError(msg)
+        rows.append((line, value))
+        columns |= dict.fromkeys(value)
+    return Table(name, tuple(columns), len(columns), rows)
+
+
+def read_parquet(name: str, data: bytes, _: Callable[[Sequence[str]], bool]) -> Table:
+    """Read a Parquet file; its rows are counted from 1."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table as read_arrow
+    except ImportError:
+        msg = (
+            f"{name}: Parquet files need pyarrow: `pip install 'sylva-train[data]'`, or"
+            " convert the file to .jsonl or .csv."
+        )
+        raise DataError(msg) from None
+    try:
+        table = read_arrow(io.BytesIO(data))
+    except (ArrowException, OSError) as error:
+        msg = f"{name}: the Parquet file cannot be read; {str(error).splitlines()[0]}"
+        raise DataError(msg) from error
+    rows = list(enumerate(table.to_pylist(), start=1))
+    return Table(name, tuple(table.column_names), table.num_columns, rows)
+
+
+def read_text(name: str, data: bytes, _: Callable[[Sequence[str]], bool]) -> Table:
+    """Read plain text, one row a paragraph, in the column ``text``."""
+    rows: list[tuple[int, Row]] = []
+    paragraph: list[str] = []
+    lines = decode(name, data).split("\n")
+    for line, part in enumerate([*lines, ""], start=1):
+        if part.strip():
+            paragraph.append(part.rstrip("\r"))
+        elif paragraph:
+            rows.append((line - len(paragraph), {"text": "\n".join(paragraph)}))
+            paragraph = []
+    return Table(name, ("text",), 1, rows)
+
+
+READERS: dict[str, Callable[[str, bytes, Callable[[Sequence[str]], bool]], Table]] = {
+    ".csv": lambda name, data, header: read_delimited(name, data, header, ","),
+    ".tsv": lambda name, data, header: read_delimited(name, data, header, "\t"),
+    ".jsonl": read_json,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".txt": read_text,
+}
+#: Endings of the files that can be read.
+SUFFIXES = tuple(READERS)
+
+
+def read_table(
+    source: Path | Traversable, is_header: Callable[[Sequence[str]], bool]
+) -> Table:
+    """Read a file by its suffix.
+
+    Parameters
+    ----------
+    source : Path or Traversable
+        The file.
+    is_header : callable
+        Tells from the first row's fields whether they are column names; asked for
+        ``.csv`` and ``.tsv`` only.
+
+    Raises
+    ------
+    DataError
+        If the suffix is unknown, a row cannot be read, or there is no row.
+    """
+    name = str(source) if isinstance(source, Path) else source.name
+    suffix = Path(source.name).suffix.lower()
+    if suffix not in READERS:
+        msg = f"{name}: expected one of the suffixes {', '.join(SUFFIXES)}; got {suffix!r}."
+        raise DataError(msg)
+    try:
+        data = source.read_bytes()
+    except OSError as error:
+        msg = f"{name}: the file cannot be read; {error.strerror or error}."
+        raise DataError(msg) from error
+    table = READERS[suffix](name, data, is_header)
+    if not table.rows:
+        msg = f"{name}: the file has no rows; expected at least one."
+        raise DataError(msg)
+    return table

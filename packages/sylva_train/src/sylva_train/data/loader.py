@@ -1,0 +1,321 @@
+"""Batches of token ids, in an order that follows from the seed and the epoch alone."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from sylva_train._checks import ConfigError, DataError, check_integer
+
+from .dataset import TextDataset
+
+__all__ = ["Loader"]
+
+#: Label of the positions that do not count in the loss.
+IGNORED = -100
+# Texts given to the tokenizer at once: enough to be fast, few enough to show progress.
+CHUNK = 1024
+
+Example = dict[str, Any]
+
+
+class Loader:
+    """Batches of a data set, the same ones in every run.
+
+    All texts are turned into token ids once, at the start. Batches are padded to their
+    longest text, on the right. The loader keeps no position: `epoch` gives the batches
+    of an epoch from any of them on, and iteration gives those of epoch 0.
+
+    Parameters
+    ----------
+    dataset : TextDataset
+        The texts, from `load_data`.
+    tokenizer : transformers tokenizer
+        Needs a padding token.
+    batch_size : int
+        Texts in a batch.
+    max_length : int
+        Tokens after which a text is cut. Of a prompt with a target the beginning is
+        cut.
+    shuffle : bool
+        Whether each epoch has an order of its own, or the data set's.
+    seed : int
+        Seed of the orders.
+    drop_last : bool
+        Whether to leave out a last batch that is not full.
+    bucket : int
+        Above 1: that many batches at a time are filled by length, so that less is
+        padding; 0 leaves the order alone.
+    pack : bool
+        Whether to join the texts of a causal language model and cut them to
+        ``max_length`` tokens each, instead of padding.
+    progress : callable, optional
+        Called with (texts tokenised, texts in all).
+
+    Raises
+    ------
+    DataError
+        If the data set is empty or a text has no token.
+    ConfigError
+        If an argument cannot be used with this tokenizer or data set.
+
+    Notes
+    -----
+    A batch is a dict of ``input_ids`` and ``attention_mask``, int64 of shape (batch,
+    length), ``token_type_ids`` alike if the tokenizer has them, and ``labels``: int64 of
+    shape (batch,) for classification, else (batch, length) with −100 where no loss is
+    due. The labels of a causal language model are its input ids, which the model shifts;
+    those of a prompt with a target are the target's ids and the end-of-sequence token.
+
+    Examples
+    --------
+    ``loader.epoch(3, start=7)`` goes on where a run stopped after 7 batches of epoch 3.
+    """
+
+    def __init__(
+        self,
+        dataset: TextDataset,
+        tokenizer: Any,
+        batch_size: int,
+        *,
+        max_length: int = 128,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        bucket: int = 0,
+        pack: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        check_integer("batch_size", batch_size, 1)
+        check_integer("max_length", max_length, 2)
+        check_integer("seed", seed, 0)
+        check_integer("bucket", bucket, 0)
+        check_fit(dataset, tokenizer, max_length, pack=pack)
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.bucket = bucket
+        self.task = dataset.task
+        self.examples: list[Example] = []
+        for start in range(0, len(dataset), CHUNK):
+            stop = min(start + CHUNK, len(dataset))
+            part = dataset.subset(range(start, stop))
+            self.examples += encode(part, tokenizer, max_length, whole=pack)
+            if progress is not None:
+                progress(stop, len(dataset))
+        if pack:
+            self.examples = packed(self.examples, max_length)
+        for number, example in enumerate(self.examples):
+            if not example["input_ids"]:
+                msg = (
+                    f"{dataset.name}: example {number} has no token:"
+                    f" {dataset.texts[number]!r}."
+                )
+                raise DataError(msg)
+        self.lengths = np.array([len(e["input_ids"]) for e in self.examples])
+        if not len(self):
+            msg = (
+                f"`drop_last` leaves no batch: {len(self.examples)} examples are fewer"
+                f" than `batch_size` {batch_size}."
+            )
+            raise ConfigError(msg)
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.examples), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def __repr__(self) -> str:
+        return f"Loader({self.dataset!r}, {len(self)} batches of {self.batch_size})"
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return self.epoch(0)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells two loaders' batches apart, as JSON: options and a digest."""
+        total = hashlib.sha256()
+        for example in self.examples:
+            total.update(json.dumps(example, sort_keys=True).encode())
+        names = ("batch_size", "shuffle", "seed", "drop_last", "bucket", "max_length")
+        options = {name: getattr(self, name) for name in names}
+        return options | {"examples": len(self.examples), "sha256": total.hexdigest()}
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """Return the indices of the examples in each batch of an epoch."""
+        # Seed and epoch are mixed, not added: epoch 1 of seed 0 is not epoch 0 of seed 1.
+        random = np.random.default_rng((self.seed, epoch))
+        count, size = len(self.examples), self.batch_size
+        order = random.permutation(count) if self.shuffle else np.arange(count)
+        window = size * self.bucket if self.bucket > 1 else count
+        batches: list[list[int]] = []
+        for start in range(0, count, window):
+            part = order[start : start + window]
+            if self.bucket > 1:
+                part = part[np.argsort(self.lengths[part], kind="stable")]
+            cuts = [part[i : i + size].tolist() for i in range(0, len(part), size)]
+            # A batch that is not full stays last, where `drop_last` finds it.
+            full = [cut for cut in cuts if len(cut) == size]
+            if self.bucket > 1 and self.shuffle:
+                full = [full[i] for i in random.permutation(len(full))]
+            batches += full + [cut for cut in cuts if len(cut) < size]
+        return batches[: len(self)]
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the batches of an epoch from the one numbered ``start`` on."""
+        check_integer("epoch", epoch, 0)
+        check_integer("start", start, 0)
+        for indices in self.plan(epoch)[start:]:
+            yield self.collate([self.examples[i] for i in indices])
+
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Pad examples (of ``loader.examples``) to a batch.
+
+        With ``train_dataset=loader.examples`` and ``data_collator=loader.collate`` they
+        serve `transformers.Trainer` as well.
+        """
+        fills = {
+            "input_ids": self.tokenizer.pad_token_id,
+            "token_type_ids": getattr(self.tokenizer, "pad_token_type_id", 0),
+            "labels": IGNORED,
+        }
+        ids = [example["input_ids"] for example in examples]
+        batch = {"input_ids": pad(ids, fills["input_ids"])}
+        batch["attention_mask"] = pad([[1] * len(row) for row in ids], 0)
+        for name in ("token_type_ids", "labels"):
+            if name not in examples[0]:
+                continue
+            values = [example[name] for example in examples]
+            batch[name] = (
+                torch.tensor(values)
+                if isinstance(values[0], int)
+                else pad(values, fills[name])
+            )
+        return batch
+
+
+def pad(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+    """Return rows as an int64 tensor (rows, longest), filled up on the right."""
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=fill)
+
+
+def check_fit(
+    dataset: TextDataset, tokenizer: Any, max_length: int, *, pack: bool
+) -> None:
+    """Raise unless data set, tokenizer and options can go together."""
+    if not len(dataset):
+        msg = f"{dataset.name}: the data set is empty; expected at least one example."
+        raise DataError(msg)
+    if tokenizer.pad_token_id is None:
+        msg = (
+            "`tokenizer` has no padding token; take it from"
+            " `sylva_train.pretrained.load_tokenizer`, or set `tokenizer.pad_token`."
+        )
+        raise ConfigError(msg)
+    if max_length > tokenizer.model_max_length:
+        msg = (
+            f"`max_length` must be at most {tokenizer.model_max_length}, the most that"
+            f" the tokenizer's model takes; got {max_length}."
+        )
+        raise ConfigError(msg)
+    if pack and (dataset.task != "causal-lm" or dataset.targets):
+        msg = "`pack` is for a causal language model on whole texts, without targets."
+        raise ConfigError(msg)
+    if dataset.task != "classification" and isinstance(dataset.texts[0], tuple):
+        msg = f"{dataset.name}: pairs of texts are for classification only."
+        raise ConfigError(msg)
+
+
+def encode(
+    dataset: TextDataset, tokenizer: Any, max_length: int, *, whole: bool
+) -> list[Example]:
+    """Return token ids and labels of each text; ``whole``: without a cut."""
+    if dataset.targets and dataset.task == "causal-lm":
+        return encode_prompts(dataset, tokenizer, max_length)
+    pairs = [
+        text if isinstance(text, tuple) else (text, None) for text in dataset.texts
+    ]
+    seconds = [second for _, second in pairs if second is not None]
+    options = {} if whole else {"truncation": True, "max_length": max_length}
+    # A `verbose` tokenizer warns of long texts, which packing cuts afterwards.
+    found = tokenizer(
+        [first for first, _ in pairs], seconds or None, verbose=False, **options
+    )
+    names = [n for n in ("input_ids", "token_type_ids") if n in found]
+    examples = [
+        dict(zip(names, values, strict=True))
+        for values in zip(*(found[name] for name in names), strict=True)
+    ]
+    if dataset.task == "classification":
+        for example, label in zip(examples, dataset.labels, strict=True):
+            example["labels"] = label
+    elif dataset.task == "seq2seq":
+        targets = tokenizer(
+            text_target=dataset.targets, truncation=True, max_length=max_length
+        )
+        for example, ids in zip(examples, targets["input_ids"], strict=True):
+            example["labels"] = ids
+    else:
+        for example in examples:
+            ids = with_end(example["input_ids"], tokenizer)
+            ids = ids if whole else ids[:max_length]
+            example |= {"input_ids": ids, "labels": ids}
+            example.pop("token_type_ids", None)
+    return examples
+
+
+def with_end(ids: list[int], tokenizer: Any) -> list[int]:
+    """Append the end-of-sequence token, where there is one that is not there yet."""
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def encode_prompts(
+    dataset: TextDataset, tokenizer: Any, max_length: int
+) -> list[Example]:
+    """Join prompts and targets for a causal language model; only targets have labels.
+
+    Where neither has a space between them, one is put there. What is too long is cut at
+    the prompt's beginning, and only then at the target's end.
+    """
+    texts = [str(text) for text in dataset.texts]
+    targets = [
+        target if text[-1].isspace() or target[0].isspace() else f" {target}"
+        for text, target in zip(texts, dataset.targets, strict=True)
+    ]
+    prompts = tokenizer(texts, verbose=False)["input_ids"]
+    answers = tokenizer(targets, add_special_tokens=False, verbose=False)["input_ids"]
+    examples = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        # One prompt token at least: the first position has no prediction.
+        answer_ids = with_end(answer, tokenizer)[: max_length - 1]
+        room = max_length - len(answer_ids)
+        prompt_ids = without_end(prompt, tokenizer)[-room:]
+        labels = [IGNORED] * len(prompt_ids) + answer_ids
+        examples.append({"input_ids": prompt_ids + answer_ids, "labels": labels})
+    return examples
+
+
+def without_end(ids: list[int], tokenizer: Any) -> list[int]:
+    """Take away the end-of-sequence token that some tokenizers close a prompt with."""
+    end = tokenizer.eos_token_id
+    return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
+
+
+def packed(examples: Sequence[Example], max_length: int) -> list[Example]:
+    """Join token ids and cut them to ``max_length``; the last may be shorter."""
+    ids = np.concatenate([example["input_ids"] for example in examples]).tolist()
+    cuts = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
+    # A single token predicts nothing.
+    return [{"input_ids": c, "labels": c} for c in cuts if len(c) > 1 or len(cuts) == 1]
