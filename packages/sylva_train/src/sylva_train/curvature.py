@@ -442,7 +442,7 @@ def collect_curvature(
                     " the data, and score in float32 or bfloat16 rather than float16."
                 )
                 raise NonFiniteError(msg)
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             seen += batch_size(batch)
             terms += units
             if progress is not None:
