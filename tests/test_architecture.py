@@ -15,8 +15,8 @@ ORDER = {
     "hmatrix": "_backend _checks tree _operator lowrank hodlr mlr construct update "
     "arithmetic factor interop io plot",
     "sylva_train": "_checks config targets kernels masks curvature importance layers "
-    "optimizer tuner checkpoint data pretrained evaluation training baselines comparison report "
-    "cli",
+    "optimizer tuner checkpoint data pretrained evaluation training baselines "
+    "comparison report cli",
 }
 # The only modules that may import the library.
 DOORS = {
