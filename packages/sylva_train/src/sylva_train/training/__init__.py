@@ -1,0 +1,6 @@
+"""One training loop over parts that are passed in, resumable bit for bit."""
+
+from .loop import BatchLoader, TrainResult, train
+from .parts import make_scheduler, pick_device
+
+__all__ = ["BatchLoader", "TrainResult", "make_scheduler", "pick_device", "train"]

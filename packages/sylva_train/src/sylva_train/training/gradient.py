@@ -1,0 +1,96 @@
+"""The gradient of one optimizer step: accumulated, checked, clipped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sylva_train._checks import NonFiniteError
+from sylva_train.curvature import loss_units
+
+__all__ = ["Batch", "Loss", "accumulate_gradient", "clip_gradient", "move"]
+
+Batch = Mapping[str, Any]
+Loss = Callable[[nn.Module, Batch], torch.Tensor]
+
+
+def move(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """Return a batch whose tensors are on a device."""
+    return {
+        name: value.to(device, non_blocking=True)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in batch.items()
+    }
+
+
+def accumulate_gradient(
+    model: nn.Module, batches: Sequence[Batch], loss: Loss, where: str
+) -> float:
+    """Add up the gradient of the mean loss over all samples of some batches.
+
+    Each batch's mean counts by its number of samples (or tokens), so that the sum is
+    the gradient of the one large batch, whatever the sizes.
+
+    Returns
+    -------
+    float
+        The mean loss.
+
+    Raises
+    ------
+    NonFiniteError
+        If the loss is NaN or infinite.
+    """
+    units = [loss_units(model, batch) for batch in batches]
+    total = 0.0
+    for batch, count in zip(batches, units, strict=True):
+        # Exactly 1 for a single batch: its gradient is the plain one, bit for bit.
+        weight = count / sum(units)
+        value = loss(model, batch) * weight
+        number = value.item()
+        if not math.isfinite(number):
+            msg = (
+                f"the loss is {number} in {where}; this step changed no weight. Lower"
+                " `lr`, raise `warmup`, and check the data: NaN comes of a batch without"
+                " a label that counts, too."
+            )
+            raise NonFiniteError(msg)
+        value.backward()
+        total += number
+    return total
+
+
+def clip_gradient(
+    named: Mapping[str, nn.Parameter], max_norm: float, where: str
+) -> float:
+    """Scale the gradient of all parameters together to a norm of at most ``max_norm``.
+
+    Returns
+    -------
+    float
+        The norm before.
+
+    Raises
+    ------
+    NonFiniteError
+        If a gradient is NaN or infinite.
+    """
+    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+    total = torch.nn.utils.get_total_norm(gradients.values())
+    norm = total.item()
+    if not math.isfinite(norm):
+        bad = (n for n, g in gradients.items() if not bool(torch.isfinite(g).all()))
+        msg = (
+            f"the gradient of `{next(bad, 'all parameters')}` is not finite in {where};"
+            " this step changed no weight. Lower `lr`, raise `warmup`, set"
+            " `max_grad_norm`, or train in float32."
+        )
+        raise NonFiniteError(msg)
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(named.values(), max_norm, total)
+    return norm

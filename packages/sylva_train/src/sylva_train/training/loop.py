@@ -1,0 +1,376 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from sylva_train._checks import ConfigError, DataError, OutputExistsError
+from sylva_train.checkpoint import (
+    Checkpoint,
+    capture,
+    checkpoints,
+    identify,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+)
+from sylva_train.config import TrainingConfig
+from sylva_train.curvature import default_loss
+from sylva_train.layers import sync
+from sylva_train.optimizer import SparseAdamW
+
+from .gradient import Batch, Loss, accumulate_gradient, clip_gradient, move
+from .parts import ProgressBar, make_scheduler, place, preserved_rng, seed_everything
+
+__all__ = ["BatchLoader", "TrainResult", "train"]
+
+Evaluate = Callable[[nn.Module], Mapping[str, Any] | float]
+
+#: Steps that are not timed: the first ones fill caches and allocate the moments.
+WARM = 2
+
+
+class BatchLoader(Protocol):
+    """Batches whose order depends on the epoch and on nothing else.
+
+    `sylva_train.Loader` is one. What its attribute ``identity`` (JSON) says, if it has
+    one, must not change between a run and its continuation.
+    """
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterable[Batch]:
+        """Return an epoch's batches from the one numbered ``start`` on."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came of a training run, its interrupted parts included.
+
+    Attributes
+    ----------
+    history : list of dict
+        For each step ``step`` (from 1), ``loss`` (mean over the step's samples, or
+        tokens), ``lr``, ``grad_norm`` (before clipping), ``seconds``, and, where it was
+        evaluated, ``score``.
+    steps : int
+        Optimizer steps.
+    seconds_per_step : float or None
+        Median; None for a run of two steps or fewer. The first two steps, evaluation
+        and checkpoints are not counted in any of the times.
+    step_seconds_iqr : (float, float) or None
+        First and third quartile.
+    train_seconds : float
+        All steps together.
+    metrics : dict
+        Of the last evaluation; empty without one.
+    """
+
+    history: list[dict[str, float]]
+    steps: int
+    seconds_per_step: float | None
+    step_seconds_iqr: tuple[float, float] | None
+    train_seconds: float
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def number_of_steps(loader: BatchLoader, config: TrainingConfig) -> int:
+    """Return the optimizer steps of a run.
+
+    Raises
+    ------
+    DataError
+        If the loader is empty.
+    """
+    if not len(loader):
+        msg = "`loader` has no batch: there is nothing to train on."
+        raise DataError(msg)
+    return config.steps or config.epochs * math.ceil(len(loader) / config.accumulate)
+
+
+@dataclass
+class Run:
+    """A run under way: its parts, and where it is."""
+
+    model: nn.Module
+    loader: BatchLoader
+    config: TrainingConfig
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    device: torch.device
+    loss: Loss
+    total: int
+    epoch: int = 0
+    batch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if any(id(p) not in names for p in trained):
+            msg = (
+                "`optimizer` trains a parameter that `model` does not have; make it after"
+                " the model took its final form."
+            )
+            raise ConfigError(msg)
+        self.named = {names[id(p)]: p for p in trained}
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return len(self.history)
+
+    def groups(self) -> Iterator[list[Batch]]:
+        """Yield the batches of each step, and move the position behind them.
+
+        A step takes ``accumulate`` batches of one epoch; the last may take fewer.
+        """
+        while True:
+            batches = iter(self.loader.epoch(self.epoch, start=self.batch))
+            while group := list(itertools.islice(batches, self.config.accumulate)):
+                self.batch += len(group)
+                yield group
+            if not self.batch:
+                msg = f"`loader` gave no batch in epoch {self.epoch}."
+                raise DataError(msg)
+            self.epoch, self.batch = self.epoch + 1, 0
+
+    def advance(self, group: Sequence[Batch]) -> dict[str, float]:
+        """Take one optimizer step."""
+        first = self.batch - len(group)
+        where = f"step {self.step + 1} (epoch {self.epoch}, batch {first})"
+        self.model.zero_grad(set_to_none=True)
+        batches = [move(batch, self.device) for batch in group]
+        loss = accumulate_gradient(self.model, batches, self.loss, where)
+        norm = clip_gradient(self.named, self.config.max_grad_norm, where)
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.step()
+        self.scheduler.step()
+        return {"step": self.step + 1, "loss": loss, "lr": rate, "grad_norm": norm}
+
+    def evaluate(self, evaluate: Evaluate) -> float:
+        """Evaluate the model; training goes on as if nothing had happened."""
+        self.model.eval()
+        with preserved_rng(self.device):
+            found = evaluate(self.model)
+        self.model.train()
+        self.metrics = dict(found) if isinstance(found, Mapping) else {"score": found}
+        return float(self.metrics.get("score", next(iter(self.metrics.values()))))
+
+    def save(self, output: str | os.PathLike[str], identity: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        state = capture(self.model, self.optimizer, self.scheduler, self.device)
+        record = {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "history": self.history,
+            "metrics": self.metrics,
+        }
+        save_checkpoint(output, Checkpoint(self.step, state, record), identity)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        restore(
+            checkpoint.state, self.model, self.optimizer, self.scheduler, self.device
+        )
+        self.epoch, self.batch = checkpoint.record["epoch"], checkpoint.record["batch"]
+        self.history = checkpoint.record["history"]
+        self.metrics = checkpoint.record["metrics"]
+
+    def due(self, every: int | None) -> bool:
+        """Whether something that happens every so many steps happens now."""
+        return self.step == self.total or (every is not None and self.step % every == 0)
+
+    def result(self) -> TrainResult:
+        """Sum the run up."""
+        seconds = [record["seconds"] for record in self.history]
+        timed = seconds[WARM:]
+        quartiles = np.quantile(timed, (0.25, 0.5, 0.75)).tolist() if timed else None
+        return TrainResult(
+            history=self.history,
+            steps=self.step,
+            seconds_per_step=quartiles[1] if quartiles else None,
+            step_seconds_iqr=(quartiles[0], quartiles[2]) if quartiles else None,
+            train_seconds=sum(seconds),
+            metrics=self.metrics,
+        )
+
+
+def train(
+    model: nn.Module,
+    loader: BatchLoader,
+    config: TrainingConfig | None = None,
+    *,
+    loss: Loss | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    eval_loader: Iterable[Batch] | None = None,
+    evaluate: Evaluate | None = None,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[Callable[[dict[str, float]], object]] = (),
+) -> TrainResult:
+    """Train what of a model requires a gradient: embedded blocks, LoRA, or all of it.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Moved to ``config.device`` and trained in place. When the function returns, or
+        fails, its dense weights show the values of its embedded blocks.
+    loader : BatchLoader
+        Batches with ``labels``.
+    config : TrainingConfig, optional
+        Number of steps, learning rate, schedule, seed and the like.
+    loss : callable, optional
+        Mean loss of (model, batch), where the model does not compute its own.
+    optimizer : torch.optim.Optimizer, optional
+        Instead of `SparseAdamW` with ``config.lr`` and ``config.weight_decay``.
+    scheduler : torch.optim.lr_scheduler.LRScheduler, optional
+        Instead of the one that ``config`` describes; stepped once a step.
+    eval_loader : iterable of batches, optional
+        Data for `sylva_train.evaluate`, every ``config.eval_every`` steps and at the
+        end.
+    evaluate : callable, optional
+        Instead of that: takes the model, returns a score or a dict of metrics, of which
+        ``"score"``, or else the first, goes into the history.
+    output : path, optional
+        Folder for checkpoints: before the first step, every ``config.save_every`` steps
+        (None: after each epoch) and at the end. The last two are kept.
+    resume : bool
+        Go on from the last whole checkpoint in ``output``, if there is one, to the
+        weights that the run would have reached without the interruption.
+    progress : bool
+        Show a progress bar on a terminal.
+    callbacks : sequence of callables
+        Each is called after every step, and after its checkpoint, with the step's entry
+        of the history.
+
+    Returns
+    -------
+    TrainResult
+
+    Raises
+    ------
+    NonFiniteError
+        If a loss or a gradient is NaN or infinite, before it changes a weight.
+    ConfigError
+        If parts do not fit together.
+    DataError
+        If there is no batch, or the model returns no loss.
+    OutputExistsError
+        If ``output`` has checkpoints and ``resume`` is False.
+    CheckpointError
+        If the checkpoint is of another run, or none is whole.
+
+    Notes
+    -----
+    The same seed gives the same weights, bit for bit, on a CPU with the same number of
+    threads; evaluation does not change the course of a run. The caller's random
+    generators are left as they were.
+    """
+    config = config or TrainingConfig()
+    check_parts(optimizer, scheduler, output, resume=resume)
+    total = number_of_steps(loader, config)
+    device = place(model, config.device)
+    optimizer = optimizer or SparseAdamW(
+        model, lr=config.lr, weight_decay=config.weight_decay
+    )
+    scheduler = scheduler or make_scheduler(optimizer, config, total)
+    run = Run(
+        model, loader, config, optimizer, scheduler, device, loss or default_loss, total
+    )
+    if evaluate is None and eval_loader is not None:
+        from sylva_train.evaluation import evaluate as evaluate_model
+
+        evaluate = functools.partial(evaluate_model, loader=eval_loader)
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        with preserved_rng(device):
+            seed_everything(config.seed, device)
+            run_to_end(run, evaluate, output, callbacks, resume, progress)
+    finally:
+        model.zero_grad(set_to_none=True)
+        sync(model)
+        for module, training in modes.items():
+            module.training = training
+    return run.result()
+
+
+def check_parts(
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: LRScheduler | None,
+    output: str | os.PathLike[str] | None,
+    *,
+    resume: bool,
+) -> None:
+    """Raise `ConfigError` or `OutputExistsError` where arguments contradict."""
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        msg = "`scheduler` must be given together with the `optimizer` it was made for."
+        raise ConfigError(msg)
+    if resume and output is None:
+        msg = "`resume` needs `output`, the folder with the checkpoints."
+        raise ConfigError(msg)
+    if output is not None and not resume and checkpoints(output):
+        msg = (
+            f"`output` `{output}` has checkpoints of another run; nothing was changed."
+            " Go on with it (`resume=True`, `--resume`), or choose another folder."
+        )
+        raise OutputExistsError(msg)
+
+
+def run_to_end(
+    run: Run,
+    evaluate: Evaluate | None,
+    output: str | os.PathLike[str] | None,
+    callbacks: Sequence[Callable[[dict[str, float]], object]],
+    resume: bool,
+    progress: bool,
+) -> None:
+    """Take the steps that are left, with evaluation and checkpoints between them."""
+    identity: dict[str, Any] = {}
+    if output is not None:
+        data = {"batches": len(run.loader)} | getattr(run.loader, "identity", {})
+        identity = identify(run.model, run.optimizer, run.scheduler, run.config, data)
+        checkpoint = load_checkpoint(output, identity) if resume else None
+        if checkpoint is not None:
+            run.load(checkpoint)
+        else:
+            # The start is kept too: a new head is drawn by whoever made the model.
+            run.save(output, identity)
+    save_every = run.config.save_every
+    groups = run.groups()
+    bar = ProgressBar(run.total, run.step, enabled=progress)
+    try:
+        while run.step < run.total:
+            begin = time.perf_counter()
+            record = run.advance(next(groups))
+            if run.device.type == "cuda":
+                torch.cuda.synchronize(run.device)
+            record["seconds"] = time.perf_counter() - begin
+            run.history.append(record)
+            if evaluate is not None and run.due(run.config.eval_every):
+                record["score"] = run.evaluate(evaluate)
+            epoch_end = save_every is None and run.batch >= len(run.loader)
+            if output is not None and (run.due(save_every) or epoch_end):
+                run.save(output, identity)
+            bar.advance(run.step, f"step {run.step}  loss {record['loss']:.4f}")
+            for callback in callbacks:
+                callback(record)
+    finally:
+        bar.close()

@@ -1,0 +1,143 @@
+"""What surrounds the loop: device, learning-rate schedule, seeds, progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from sylva_train._checks import ConfigError
+from sylva_train.checkpoint import rng_state, set_rng_state
+from sylva_train.config import TrainingConfig
+
+__all__ = [
+    "ProgressBar",
+    "make_scheduler",
+    "pick_device",
+    "place",
+    "preserved_rng",
+    "seed_everything",
+]
+
+#: Seconds after which a run shows its progress.
+PATIENCE = 2.0
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name; ``"auto"`` is CUDA where there is one.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such device.
+    """
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        msg = f'`device` must be "auto", "cpu", "cuda" or "cuda:<n>"; got {name!r}.'
+        raise ConfigError(msg) from error
+    if device.type == "cuda" and not cuda:
+        msg = (
+            f'`device` is {name!r}, but PyTorch {torch.__version__} sees no CUDA; use "cpu"'
+            " or a CUDA build of PyTorch."
+        )
+        raise ConfigError(msg)
+    return device
+
+
+def place(model: nn.Module, name: str) -> torch.device:
+    """Move a model to the device of that name, unless ``"auto"`` finds it on one."""
+    devices = {p.device for p in model.parameters()}
+    if name == "auto" and all(device.type != "cpu" for device in devices):
+        return next(model.parameters()).device
+    device = pick_device(name)
+    if any(found.type != device.type for found in devices):
+        model.to(device)
+    return device
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: int
+) -> LambdaLR:
+    """Return a schedule: up from 0 over the warm-up, then as ``config.schedule`` says.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Its learning rate is the peak.
+    config : TrainingConfig
+        ``warmup`` and ``schedule``: ``"linear"`` and ``"cosine"`` end at 0.
+    steps : int
+        Optimizer steps in all.
+    """
+    warmup = math.ceil(config.warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        if config.schedule == "constant":
+            return 1.0
+        left = max(0, steps - step) / max(1, steps - warmup)
+        return (
+            left if config.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+        )
+
+    return LambdaLR(optimizer, factor)
+
+
+@contextlib.contextmanager
+def preserved_rng(device: torch.device) -> Iterator[None]:
+    """Leave the global random generators as they were."""
+    state = rng_state(device)
+    try:
+        yield
+    finally:
+        set_rng_state(state, device)
+
+
+def seed_everything(seed: int, device: torch.device) -> None:
+    """Seed the global random generators that `preserved_rng` restores."""
+    # Not torch.manual_seed: it would seed every GPU, the ones not in use as well.
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 what others draw from
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+class ProgressBar:
+    """A bar with the time left, on a terminal, for what takes more than two seconds."""
+
+    def __init__(self, total: int, done: int, *, enabled: bool) -> None:
+        from rich.console import Console
+        from rich.progress import Progress, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self.enabled = enabled and console.is_interactive
+        self.begin = time.perf_counter()
+        columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn())
+        self.bar = Progress(
+            *columns, console=console, transient=True, disable=not self.enabled
+        )
+        self.task = self.bar.add_task("", total=total, completed=done)
+
+    def advance(self, done: int, description: str) -> None:
+        """Show how much is done."""
+        if self.enabled and time.perf_counter() - self.begin > PATIENCE:
+            self.bar.start()
+        self.bar.update(self.task, completed=done, description=description)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.stop()

@@ -1,0 +1,382 @@
+"""The training loop: laws of one step, of a run, and of what it leaves alone."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from sylva_train._checks import ConfigError, DataError, NonFiniteError
+from sylva_train.config import SCHEDULES, TrainingConfig
+from sylva_train.curvature import default_loss
+from sylva_train.kernels import gather_blocks
+from sylva_train.layers import embedded_layers
+from sylva_train.optimizer import SparseAdamW
+from sylva_train.targets import weight_view
+from sylva_train.training import make_scheduler, parts, pick_device, train
+from sylva_train.training.gradient import accumulate_gradient
+from tests.sylva_train.toy import ToyLoader, identical, toy_base, toy_model, weights
+
+CONFIG = TrainingConfig(lr=1e-2, steps=8)
+
+
+def run(model=None, loader=None, **options):
+    model = model or toy_model()
+    options = {"lr": 1e-2, "steps": 8} | options
+    parts = {k: options.pop(k) for k in list(options) if not hasattr(CONFIG, k)}
+    result = train(
+        model,
+        ToyLoader() if loader is None else loader,
+        TrainingConfig(**options),
+        **parts,
+    )
+    return model, result
+
+
+def consistent(model):
+    """Whether the dense weights show the blocks' values."""
+    return all(
+        torch.equal(
+            gather_blocks(
+                weight_view(layer.base_layer),
+                layer.sylva_indices["default"].long(),
+                layer.sylva_values["default"].shape[-1],
+            ),
+            layer.sylva_values["default"],
+        )
+        for layer in embedded_layers(model).values()
+    )
+
+
+# ------------------------------------------------------------------------- determinism
+
+
+def test_a_seed_decides_every_bit_of_the_weights():
+    first, second, other = run()[0], run()[0], run(seed=1)[0]
+    assert identical(weights(first), weights(second))
+    assert not identical(weights(first), weights(other))
+
+
+def test_the_random_generators_of_the_caller_are_left_alone():
+    def draw():
+        return float(torch.rand(1)), random.random(), np.random.rand()  # noqa: NPY002
+
+    def seed():
+        torch.manual_seed(3)
+        random.seed(3)
+        np.random.seed(3)  # noqa: NPY002
+
+    seed()
+    wanted = draw()
+    seed()
+    run()
+    assert draw() == wanted
+
+
+def test_the_random_generators_of_the_caller_have_no_say():
+    torch.manual_seed(3)
+    first, _ = run()
+    torch.manual_seed(4)
+    assert identical(weights(first), weights(run()[0]))
+
+
+def test_evaluation_does_not_change_the_course_of_training():
+    def evaluate(model):
+        assert not model.training
+        return {"accuracy": float(torch.rand(1))}
+
+    plain, _ = run()
+    evaluated, result = run(evaluate=evaluate, eval_every=3)
+    assert identical(weights(plain), weights(evaluated))
+    assert [r["step"] for r in result.history if "score" in r] == [3, 6, 8]
+    assert result.metrics == {"accuracy": result.history[-1]["score"]}
+
+
+# ---------------------------------------------------------------------------- one step
+
+
+def gradient(model, batches):
+    model.zero_grad()
+    accumulate_gradient(model, batches, default_loss, "the test")
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def cut(batch, sizes):
+    parts = {name: tensor.split(sizes) for name, tensor in batch.items()}
+    return [{k: v[i] for k, v in parts.items()} for i in range(len(sizes))]
+
+
+def close(found, wanted):
+    return (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_batches_of_any_size_add_up_to_the_large_one():
+    model = toy_model(dropout=0.0).train()
+    (large,) = ToyLoader(batch_size=22).epoch(0)
+    wanted = gradient(model, [large])
+    assert close(gradient(model, cut(large, [9, 9, 4])), wanted)
+    assert not close(gradient(model, [large, *cut(large, [9, 9, 4])[:1]]), wanted)
+
+
+def test_a_language_model_weighs_batches_by_tokens_that_count():
+    config = transformers.GPT2Config(
+        vocab_size=16, n_embd=16, n_layer=1, n_head=2, n_positions=8,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    ids = torch.randint(16, (5, 8), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(
+        torch.arange(8) >= torch.tensor([8, 2, 3, 5, 2])[:, None], -100
+    )
+    large = {"input_ids": ids, "labels": labels}
+    assert close(gradient(model, cut(large, [1, 2, 2])), gradient(model, [large]))
+
+
+def test_a_run_with_accumulation_follows_the_run_with_large_batches():
+    finals = []
+    for batch_size, accumulate in ((4, 3), (12, 1)):
+        model = toy_model(dropout=0.0)
+        optimizer = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], 0.1
+        )
+        loader = ToyLoader(batch_size=batch_size)
+        _, result = run(
+            model,
+            loader,
+            optimizer=optimizer,
+            accumulate=accumulate,
+            steps=None,
+            epochs=2,
+        )
+        assert result.steps == 4
+        finals.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert close(*finals)
+
+
+@pytest.mark.parametrize("limit", [1e-3, 0.0, 1e3])
+def test_the_gradient_of_all_weights_together_is_clipped(limit):
+    model = toy_model(dropout=0.0)
+    before = weights(model)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), 1.0)
+    _, result = run(
+        model, optimizer=optimizer, steps=1, max_grad_norm=limit, warmup=0.0
+    )
+    moved = torch.cat([(p.detach() - before[n]).flatten() for n, p in trained.items()])
+    norm = result.history[0]["grad_norm"]
+    assert norm > 1e-2
+    wanted = limit if 0 < limit < norm else norm
+    assert moved.norm().item() == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight():
+    calls = []
+
+    def loss(model, batch):
+        calls.append(0)
+        return default_loss(model, batch) * (float("nan") if len(calls) == 3 else 1.0)
+
+    good = toy_model()
+    with pytest.raises(HaltError):
+        run(good, callbacks=[stop_at(2)])
+    bad = toy_model()
+    with pytest.raises(NonFiniteError, match=r"loss is nan in step 3 .*`lr`"):
+        run(bad, loss=loss)
+    assert identical(weights(good), weights(bad))
+    assert consistent(bad)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight():
+    model = toy_model()
+    before = weights(model)
+    model.classifier.weight.register_hook(lambda g: g * float("inf"))
+    with pytest.raises(
+        NonFiniteError, match=r"`classifier.weight` is not finite in step 1"
+    ):
+        run(model)
+    assert identical(before, weights(model))
+
+
+class HaltError(Exception):
+    """Raised by a callback."""
+
+
+def stop_at(step):
+    def callback(record):
+        if record["step"] == step:
+            raise HaltError
+
+    return callback
+
+
+# --------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("warmup", "steps"), [(0.0, 7), (0.06, 50), (0.3, 10), (1.0, 5)]
+)
+def test_schedules_are_those_of_transformers(schedule, warmup, steps):
+    config = TrainingConfig(schedule=schedule, warmup=warmup)
+    ours, theirs = (
+        torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.5) for _ in "12"
+    )
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    mine = make_scheduler(ours, config, steps)
+    reference = transformers.get_scheduler(
+        name, theirs, int(np.ceil(warmup * steps)), steps
+    )
+    for _ in range(steps):
+        assert ours.param_groups[0]["lr"] == pytest.approx(
+            theirs.param_groups[0]["lr"], rel=1e-12, abs=1e-15
+        )
+        for optimizer, scheduler in ((ours, mine), (theirs, reference)):
+            optimizer.step()
+            scheduler.step()
+
+
+def test_the_history_has_the_rates_of_the_schedule():
+    _, result = run(steps=10, lr=1.0, warmup=0.2, schedule="linear")
+    rates = [record["lr"] for record in result.history]
+    assert rates == pytest.approx([0, 0.5, *(1 - i / 8 for i in range(8))])
+
+
+def test_a_scheduler_that_is_passed_in_decides():
+    model = toy_model()
+    optimizer = SparseAdamW(model, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1)
+    _, result = run(model, steps=4, optimizer=optimizer, scheduler=scheduler)
+    assert [r["lr"] for r in result.history] == pytest.approx([1, 1, 0.1, 0.1])
+
+
+# --------------------------------------------------------------------------- whole runs
+
+
+def test_training_learns():
+    _, result = run(toy_model(dropout=0.0), steps=90, lr=2e-2)
+    losses = [record["loss"] for record in result.history]
+    assert np.mean(losses[-6:]) < 0.3 * np.mean(losses[:6])
+
+
+def test_epochs_see_every_batch_and_steps_decide_over_epochs():
+    assert run(steps=None, epochs=2)[1].steps == 2 * 6
+    assert run(steps=None, epochs=2, accumulate=4)[1].steps == 2 * 2
+    assert run(steps=15)[1].steps == 15
+
+
+def test_only_what_requires_a_gradient_moves():
+    model = toy_model()
+    before = weights(model)
+    run(model)
+    assert consistent(model)
+    inactive = ~model.bert.encoder.layer[0].attention.self.query.mask().dense()
+    for name, parameter in model.named_parameters():
+        if name.endswith("query.base_layer.weight") and ".0." in name:
+            assert torch.equal(parameter[inactive], before[name][inactive])
+            assert not torch.equal(parameter, before[name])
+        elif name.endswith("base_layer.weight"):
+            continue
+        else:
+            assert parameter.requires_grad != torch.equal(parameter, before[name]), name
+
+
+def test_full_fine_tuning_and_lora_train_in_the_same_loop():
+    full = toy_base()
+    lora = get_peft_model(
+        toy_base(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    )
+    for model in (full, lora):
+        before = weights(model)
+        run(model)
+        for name, parameter in model.named_parameters():
+            moved = not torch.equal(parameter, before[name])
+            assert moved <= parameter.requires_grad
+        assert not identical(before, weights(model))
+
+
+def test_a_run_leaves_modes_and_gradients_clean():
+    model = toy_model().eval()
+    model.classifier.train()
+    run(model)
+    assert model.classifier.training
+    assert not model.bert.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_exception_leaves_dense_weights_consistent():
+    model = toy_model().eval()
+    before = weights(model)
+    with pytest.raises(HaltError):
+        run(model, callbacks=[stop_at(3)])
+    assert consistent(model)
+    assert not identical(before, weights(model))
+    assert not model.training
+
+
+def test_times_leave_out_the_first_steps():
+    _, result = run(steps=6)
+    seconds = [record["seconds"] for record in result.history]
+    assert result.seconds_per_step == pytest.approx(np.median(seconds[2:]))
+    low, high = result.step_seconds_iqr
+    assert low <= result.seconds_per_step <= high
+    assert result.train_seconds == pytest.approx(sum(seconds))
+    short = run(steps=2)[1]
+    assert short.seconds_per_step is None
+    assert short.step_seconds_iqr is None
+
+
+def test_callbacks_see_every_step():
+    seen = []
+    _, result = run(callbacks=[lambda record: seen.append(copy.copy(record))])
+    assert seen == result.history
+    assert [record["step"] for record in seen] == list(range(1, 9))
+
+
+# ---------------------------------------------------------------------------- arguments
+
+
+def test_parts_that_do_not_fit_are_named():
+    model = toy_model()
+    foreign = torch.optim.SGD(toy_model().parameters(), 0.1)
+    with pytest.raises(ConfigError, match="`optimizer` trains a parameter"):
+        run(model, optimizer=foreign)
+    with pytest.raises(ConfigError, match="`scheduler` must be given together"):
+        run(model, scheduler=make_scheduler(foreign, CONFIG, 8))
+    with pytest.raises(ConfigError, match="`resume` needs `output`"):
+        run(model, resume=True)
+    with pytest.raises(DataError, match="`loader` has no batch"):
+        run(model, ToyLoader(samples=0))
+    with pytest.raises(ConfigError, match="no parameter that requires a gradient"):
+        run(toy_base().requires_grad_(False))
+
+
+def test_devices_that_are_not_there_are_named():
+    with pytest.raises(ConfigError, match="`device` must be"):
+        pick_device("coffee machine")
+    if not torch.cuda.is_available():
+        assert pick_device("auto") == torch.device("cpu")
+        with pytest.raises(ConfigError, match="sees no CUDA"):
+            pick_device("cuda:1")
+
+
+@pytest.mark.parametrize(("terminal", "progress"), [(1, True), (0, True), (1, False)])
+def test_progress_is_for_terminals(monkeypatch, capsys, terminal, progress):
+    monkeypatch.setattr(parts, "PATIENCE", 0.0)
+    for name in ("TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.setenv(name, str(terminal))
+    run(progress=progress)
+    out, err = capsys.readouterr()
+    assert not out
+    assert ("step 8" in err) == bool(terminal and progress)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_is_moved_to_its_device():
+    model, result = run(device="cuda")
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    assert result.steps == 8
+    assert consistent(model)
