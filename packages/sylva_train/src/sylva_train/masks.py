@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -174,6 +175,14 @@ class Masks(Mapping[str, LayerMask]):
         blocks = sum(map(len, self.values()))
         return common / blocks if blocks else 1.0
 
+    def digest(self) -> str:
+        """Hash the blocks of all layers, to tell whether two choices are the same."""
+        text = [
+            [name, mask.shape, mask.block_size, mask.indices.tolist()]
+            for name, mask in sorted(self.items())
+        ]
+        return hashlib.sha256(json.dumps(text).encode()).hexdigest()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to one safetensors file."""
         header = {
@@ -183,6 +192,7 @@ class Masks(Mapping[str, LayerMask]):
                 for name, mask in self.items()
             },
             "metadata": self.metadata,
+            "digest": self.digest(),
         }
         tensors = {name: mask.indices.to(torch.int32) for name, mask in self.items()}
         with atomic_write(path) as temporary:
@@ -209,10 +219,23 @@ class Masks(Mapping[str, LayerMask]):
                     )
                     for name, info in header["layers"].items()
                 }
-        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-            msg = f"the mask file `{path}` is damaged ({error}); make it again."
-            raise AdapterError(msg) from error
-        return cls(layers, header["metadata"])
+            masks = cls(layers, header["metadata"])
+            whole = masks.digest() == header["digest"]
+        except AdapterError:
+            raise
+        except (
+            SafetensorError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+        ) as e:
+            msg = f"the mask file `{path}` is damaged ({e}); make it again."
+            raise AdapterError(msg) from e
+        if not whole:
+            msg = f"the mask file `{path}` was changed; make it again."
+            raise AdapterError(msg)
+        return masks
 
 
 def top_blocks(blocks: torch.Tensor, count: int) -> torch.Tensor:
@@ -271,11 +294,17 @@ def select(
             name: part.nonzero()[:, 0] for name, part in zip(blocks, parts, strict=True)
         }
     if not any(len(flat) for flat in chosen.values()):
-        largest = max((block.numel() for block in blocks.values()), default=0)
+        counts = [block.numel() for block in blocks.values()]
+        has = (
+            f"the largest layer has {max(counts, default=0)}"
+            if scope == "layer"
+            else f"the model has {sum(counts)}"
+        )
+        share = ', or let the layers share a budget with `scope="model"`'
         msg = (
-            f"`density` {density} leaves no whole block to train: the largest layer has"
-            f" {largest} blocks of side {block_size}. Raise `density`, lower"
-            ' `block_size`, or let the layers share a budget with `scope="model"`.'
+            f"`density` {density} leaves no whole block to train: {has} blocks of side"
+            f" {block_size}. Raise `density`, or lower `block_size`"
+            f"{share if scope == 'layer' else ''}."
         )
         raise ConfigError(msg)
     masks = {}

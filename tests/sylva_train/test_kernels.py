@@ -1,0 +1,139 @@
+"""Block operations against plain slices of dense matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.sylva_train.models import dense_blocks, error, layer_masks
+
+from sylva_train.kernels import block_sddmm, gather_blocks, reference, scatter_blocks_
+from sylva_train.masks import LayerMask
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LAYOUTS = ["rows", "columns", "strided", "offset"]
+#: of the products of a few hundred tokens, relative to the product's size
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-4,
+    torch.float16: 1e-4,
+    torch.bfloat16: 1e-4,
+}
+
+
+def lay_out(values: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same matrix in other strides."""
+    if layout == "columns":
+        return values.t().contiguous().t()
+    if layout == "strided":
+        return torch.stack([values, -values], 2)[:, :, 0]
+    if layout == "offset":
+        return torch.nn.functional.pad(values, (3, 2, 1, 1))[1:-1, 3:-2]
+    return values
+
+
+def random(shape, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+weights = st.tuples(
+    layer_masks(),
+    st.sampled_from(DTYPES),
+    st.sampled_from(LAYOUTS),
+    st.integers(0, 2**31),
+)
+
+
+@given(weights)
+def test_gather_is_slicing(case):
+    mask, dtype, layout, seed = case
+    weight = lay_out(random(mask.shape, dtype, seed), layout)
+    blocks = gather_blocks(weight, mask.indices, mask.block_size)
+    assert blocks.dtype == dtype
+    assert torch.equal(blocks, dense_blocks(weight, mask))
+
+
+@given(weights)
+def test_scatter_sets_the_blocks_and_nothing_else(case):
+    mask, dtype, layout, seed = case
+    weight = lay_out(random(mask.shape, dtype, seed), layout)
+    before = weight.clone()
+    new = random((len(mask), mask.block_size, mask.block_size), torch.float32, seed + 1)
+    scatter_blocks_(weight, mask.indices, new)
+    inside = mask.dense()
+    assert torch.equal(weight[~inside], before[~inside])
+    ones = dense_blocks(inside, mask)
+    got = dense_blocks(weight, mask)
+    assert torch.equal(got[ones], new.to(dtype)[ones])
+
+
+@given(weights)
+def test_scatter_of_what_was_gathered_changes_no_bit(case):
+    mask, dtype, layout, seed = case
+    weight = lay_out(random(mask.shape, dtype, seed), layout)
+    before = weight.clone()
+    blocks = gather_blocks(weight, mask.indices, mask.block_size)
+    weight.zero_()
+    weight[~mask.dense()] = before[~mask.dense()]
+    scatter_blocks_(weight, mask.indices, blocks)
+    assert torch.equal(weight, before)
+
+
+def check_sddmm(mask, dtype, tokens, seed):
+    dy = random((tokens, mask.shape[0]), dtype, seed)
+    x = random((tokens, mask.shape[1]), dtype, seed + 1)
+    got = block_sddmm(dy, x, mask.indices, mask.block_size)
+    dense = dy.double().T @ x.double()
+    expected = dense_blocks(dense, mask)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert got.dtype == wide
+    assert got.shape == expected.shape
+    assert error(got, expected, dense) <= TOLERANCE[dtype]
+    outside = ~dense_blocks(torch.ones(mask.shape, dtype=torch.bool), mask)
+    assert not got[outside].any()
+
+
+@given(
+    layer_masks(), st.sampled_from(DTYPES), st.integers(0, 70), st.integers(0, 2**31)
+)
+def test_sddmm_is_the_dense_product_at_the_blocks(mask, dtype, tokens, seed):
+    check_sddmm(mask, dtype, tokens, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("stack", "cartesian", "elements"),
+    [(0, 1e9, 1 << 24), (0, 1e9, 64), (1e9, 0, 1 << 24), (1e9, 1e9, 1 << 24)],
+    ids=["stack", "stack in pieces", "cartesian", "dense"],
+)
+def test_every_way_to_a_product_is_right(
+    monkeypatch, dtype, stack, cartesian, elements
+):
+    monkeypatch.setattr(reference, "STACK_COST", stack)
+    monkeypatch.setattr(reference, "CARTESIAN_COST", cartesian)
+    monkeypatch.setattr(reference, "_STACK_ELEMENTS", elements)
+    for block, shape in [(4, (12, 20)), (4, (13, 22)), (5, (5, 5)), (1, (3, 4))]:
+        grid = torch.rand(
+            [-(-n // block) for n in shape], generator=torch.Generator().manual_seed(0)
+        )
+        indices = (grid < 0.6).nonzero()
+        check_sddmm(LayerMask(shape, block, indices), dtype, 33, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_products_accumulate_in_float32(dtype):
+    # 4096 products of 1: a half-precision sum would stop at 256 (or at 2048).
+    ones = torch.ones((4096, 4), dtype=dtype)
+    got = block_sddmm(ones, ones, torch.zeros((1, 2), dtype=torch.long), 4)
+    assert torch.equal(got, torch.full((1, 4, 4), 4096.0))
+
+
+def test_operands_of_a_product_stay_as_they_were():
+    mask = LayerMask((6, 7), 4, torch.tensor([[0, 1], [1, 0]]))
+    dy, x = random((5, 6), torch.float32, 0), random((5, 7), torch.float32, 1)
+    copies = dy.clone(), x.clone()
+    block_sddmm(dy, x, mask.indices, 4)
+    assert torch.equal(dy, copies[0])
+    assert torch.equal(x, copies[1])

@@ -1,0 +1,561 @@
+"""Embedded layers against dense ones: forward, gradients, writing and taking out."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.sylva_train.models import (
+    ARCHITECTURES,
+    dense_blocks,
+    error,
+    layer_masks,
+    logits,
+    make_batch,
+    make_model,
+    random_masks,
+    same,
+    snapshot,
+    train_step,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from sylva_train._checks import AdapterError, ConfigError, TargetError
+from sylva_train.layers import (
+    SparseEmbeddedLinear,
+    embed,
+    embedded_layers,
+    merge,
+    sync,
+    unload,
+)
+from sylva_train.masks import LayerMask
+from sylva_train.optimizer import SparseAdamW
+from sylva_train.targets import weight_view
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: largest error over the size of the gradient: the inputs' own rounding
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.03}
+INPUTS = [(), (5,), (2, 3), (2, 1, 3), (0,)]
+
+
+def make_layer(mask, kind=nn.Linear, bias=True, dtype=torch.float32, seed=0):
+    """A base layer and the embedded one."""
+    out, inputs = mask.shape
+    generator = torch.Generator().manual_seed(seed)
+    if kind is Conv1D:
+        base = Conv1D(out, inputs)
+    else:
+        base = nn.Linear(inputs, out, bias=bias)
+    for parameter in base.parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        parameter.data = values.to(dtype)
+    layer = SparseEmbeddedLinear(copy.deepcopy(base))
+    layer.add("default", mask)
+    layer.embedded = "default"
+    return base, layer
+
+
+def random(shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def two_layers(block=4, **options):
+    model = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 7, **options))
+    for seed, parameter in enumerate(model.parameters()):
+        parameter.data = random(parameter.shape, seed=seed)
+    return model, random_masks(model, block_size=block)
+
+
+cases = st.tuples(
+    layer_masks(largest=20),
+    st.sampled_from(DTYPES),
+    st.sampled_from([nn.Linear, Conv1D]),
+    st.booleans(),
+    st.sampled_from(INPUTS),
+    st.integers(0, 2**31),
+)
+
+
+@given(cases)
+def test_block_gradient_is_the_dense_gradient_at_the_blocks(case):
+    mask, dtype, kind, bias, batch, seed = case
+    base, layer = make_layer(mask, kind, bias, dtype, seed)
+    x = random((*batch, mask.shape[1]), dtype, seed)
+    dy = random((*batch, mask.shape[0]), dtype, seed + 1)
+    layer(x).backward(dy)
+    got = layer.sylva_values["default"].grad
+    exact = base.double()
+    exact(x.double()).backward(dy.double())
+    dense = weight_view(exact).new_zeros(mask.shape)
+    gradient = exact.weight.grad
+    dense += gradient.t() if kind is Conv1D else gradient
+    assert got.dtype == torch.float32
+    assert error(got, dense_blocks(dense, mask), dense) <= TOLERANCE[dtype]
+
+
+@given(cases)
+def test_output_and_input_gradient_are_the_base_layers_bit_for_bit(case):
+    mask, dtype, kind, bias, batch, seed = case
+    base, layer = make_layer(mask, kind, bias, dtype, seed)
+    results = []
+    for module in (base, layer):
+        x = random((*batch, mask.shape[1]), dtype, seed).requires_grad_()
+        y = module(x)
+        y.backward(random(y.shape, dtype, seed + 1))
+        results.append((y.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@given(cases)
+def test_new_values_are_what_the_layer_computes_with(case):
+    mask, dtype, kind, bias, batch, seed = case
+    base, layer = make_layer(mask, kind, bias, dtype, seed)
+    new = random((len(mask), mask.block_size, mask.block_size), seed=seed + 2)
+    with torch.no_grad():
+        layer.sylva_values["default"].copy_(new)
+        expected = weight_view(base).clone()
+        for block, (row, column) in zip(new, mask.indices.tolist(), strict=True):
+            b = mask.block_size
+            piece = expected[row * b : (row + 1) * b, column * b : (column + 1) * b]
+            piece.copy_(block[: piece.shape[0], : piece.shape[1]])
+        weight_view(base).copy_(expected)
+        x = random((*batch, mask.shape[1]), dtype, seed)
+        assert torch.equal(layer(x), base(x))
+        assert torch.equal(weight_view(layer.base_layer), weight_view(base))
+
+
+@given(cases)
+def test_restore_brings_back_every_bit(case):
+    mask, dtype, kind, bias, _, seed = case
+    base, layer = make_layer(mask, kind, bias, dtype, seed)
+    with torch.no_grad():
+        layer.sylva_values["default"].add_(1.7)
+    layer.sync()
+    layer.restore_()
+    assert torch.equal(layer.base_layer.weight, base.weight)
+
+
+def test_what_is_not_finite_is_restored_as_well():
+    mask = LayerMask((4, 4), 2, torch.tensor([[0, 0], [1, 1]]))
+    base, _ = make_layer(mask)
+    base.weight.data[0, 0], base.weight.data[3, 3] = float("nan"), -0.0
+    layer = SparseEmbeddedLinear(copy.deepcopy(base))
+    layer.add("default", mask)
+    layer.embedded = "default"
+    with torch.no_grad():
+        layer.sylva_values["default"].fill_(3)
+    layer.sync()
+    layer.restore_()
+    bits = [m.weight.detach().view(torch.int32) for m in (layer.base_layer, base)]
+    assert torch.equal(*bits)
+
+
+def test_a_layer_used_twice_adds_its_gradients():
+    mask = LayerMask((6, 6), 4, torch.tensor([[0, 0], [1, 0]]))
+    base, layer = make_layer(mask)
+    x = random((3, 6))
+    layer(torch.tanh(layer(x))).square().sum().backward()
+    base(torch.tanh(base(x))).square().sum().backward()
+    got = layer.sylva_values["default"].grad
+    assert error(got, dense_blocks(base.weight.grad, mask), base.weight.grad) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "activate", [nn.ReLU(inplace=True), nn.SiLU(inplace=True), lambda y: y.mul_(2)]
+)
+def test_an_activation_in_place_after_the_layer(activate):
+    mask = LayerMask((6, 5), 4, torch.tensor([[0, 1], [1, 0]]))
+    base, layer = make_layer(mask)
+    gradients = []
+    for module in (base, layer):
+        x = random((3, 5)).requires_grad_()
+        activate(module(x)).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+    got = layer.sylva_values["default"].grad
+    assert error(got, dense_blocks(base.weight.grad, mask), base.weight.grad) < 1e-5
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    mask = LayerMask((6, 5), 4, torch.tensor([[0, 1], [1, 0]]))
+    gradients = []
+    for wrapped in (False, True):
+        _, layer = make_layer(mask)
+        x = random((3, 5)).requires_grad_()
+        if wrapped:
+            y = checkpoint(layer, x, use_reentrant=reentrant)
+        else:
+            y = layer(x)
+        y.square().sum().backward()
+        gradients.append(layer.sylva_values["default"].grad)
+    assert torch.equal(*gradients)
+
+
+def test_under_autocast_the_gradient_is_float32():
+    mask = LayerMask((6, 5), 4, torch.tensor([[0, 1], [1, 0]]))
+    base, layer = make_layer(mask)
+    x = random((30, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    base(x).square().sum().backward()
+    got = layer.sylva_values["default"].grad
+    assert got.dtype == torch.float32
+    assert error(got, dense_blocks(base.weight.grad, mask), base.weight.grad) < 0.05
+
+
+def test_nothing_is_kept_for_backward_without_gradients():
+    mask = LayerMask((6, 5), 4, torch.tensor([[0, 1]]))
+    _, layer = make_layer(mask)
+    with torch.no_grad():
+        assert layer(random((3, 5))).grad_fn is None
+    layer.sylva_values.requires_grad_(False)
+    assert layer(random((3, 5))).grad_fn is None
+
+
+def test_hooks_of_the_base_layer_still_run():
+    mask = LayerMask((6, 5), 4, torch.tensor([[0, 1]]))
+    _, layer = make_layer(mask)
+    seen = []
+    layer.base_layer.register_forward_hook(lambda *a: seen.append(1))
+    layer(random((3, 5)))
+    assert seen == [1]
+
+
+def test_the_weight_is_up_to_date_whenever_it_is_looked_at():
+    mask = LayerMask((4, 4), 4, torch.tensor([[0, 0]]))
+    _, layer = make_layer(mask)
+    values = layer.sylva_values["default"]
+    with torch.no_grad():
+        values.fill_(2)
+    assert bool((layer.weight == 2).all())
+    with torch.no_grad():
+        values.fill_(3)
+    assert bool((layer.state_dict()["base_layer.weight"] == 3).all())
+    # A change that autograd does not count is seen by a forced write.
+    values.data.fill_(4)
+    layer.sync(force=True)
+    assert bool((layer.base_layer.weight == 4).all())
+    values.data = torch.full((1, 4, 4), 5.0)
+    assert bool((layer.weight == 5).all())
+    layer.sylva_values["default"] = nn.Parameter(torch.full((1, 4, 4), 6.0))
+    assert bool((layer.weight == 6).all())
+    with torch.no_grad():
+        layer.base_layer.weight.zero_()
+    assert bool((layer.weight == 6).all())
+
+
+def test_writing_in_inference_mode():
+    mask = LayerMask((4, 4), 2, torch.tensor([[0, 0], [1, 1]]))
+    base, layer = make_layer(mask)
+    with torch.no_grad():
+        layer.sylva_values["default"].add_(1)
+    with torch.inference_mode():
+        layer(random((2, 4)))
+    layer(random((2, 4))).sum().backward()
+    layer.restore_()
+    assert torch.equal(layer.base_layer.weight, base.weight)
+
+
+def test_several_adapters_share_a_layer():
+    a = LayerMask((6, 6), 2, torch.tensor([[0, 0], [1, 1]]))
+    b = LayerMask((6, 6), 3, torch.tensor([[0, 0], [0, 1], [1, 1]]))
+    base, layer = make_layer(a)
+    layer.add("other", b)
+    shown = {}
+    for name in ("default", "other"):
+        with torch.no_grad():
+            layer.sylva_values[name].add_(1.0)
+        layer.embedded = name
+        layer.sync()
+        shown[name] = layer.base_layer.weight.detach().clone()
+        changed = shown[name] != base.weight
+        assert torch.equal(changed, layer.mask(name).dense())
+    for name in ("default", "other", None, "other", None):
+        layer.embedded = name
+        layer.sync()
+        assert torch.equal(layer.base_layer.weight, shown.get(name, base.weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_casting_the_model_leaves_values_in_float32(dtype):
+    model, masks = two_layers()
+    embed(model, masks)
+    with torch.no_grad():
+        for layer in embedded_layers(model).values():
+            layer.sylva_values["default"].mul_(1.0001)
+    kept = [v.clone() for v in model.parameters() if v.requires_grad]
+    model.to(dtype)
+    values = [p for p in model.parameters() if p.requires_grad]
+    for old, new in zip(kept, values, strict=True):
+        assert new.dtype == torch.float32
+        assert torch.equal(old, new)
+    x = random((4, 10), dtype)
+    assert model(x).dtype == dtype
+    model(x).sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in values)
+    for layer in embedded_layers(model).values():
+        blocks = dense_blocks(weight_view(layer), layer.mask())
+        assert blocks.dtype == dtype
+        assert torch.equal(blocks, layer.sylva_values["default"].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unload_restores_and_merge_keeps(dtype):
+    model, masks = two_layers()
+    model.to(dtype)
+    before = snapshot(model)
+    x = random((4, 10), dtype)
+    unloaded = embed(copy.deepcopy(model), masks)
+    with torch.no_grad():
+        for layer in embedded_layers(unloaded).values():
+            layer.sylva_values["default"].mul_(1.5)
+    trained = unloaded(x)
+    merged = merge(copy.deepcopy(unloaded))
+    assert torch.equal(merged(x), trained)
+    assert merged.state_dict().keys() == before.keys()
+    assert same(snapshot(unload(unloaded)), before)
+    assert not embedded_layers(unloaded)
+
+
+def test_merging_keeps_the_last_step_of_any_optimizer():
+    model, masks = two_layers()
+    embed(model, masks)
+    train_values = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(train_values, lr=0.1)
+    model(random((4, 10))).square().sum().backward()
+    optimizer.step()
+    expected = [v.detach().clone() for v in train_values]
+    layers = list(embedded_layers(model).values())
+    masks_of = [layer.mask() for layer in layers]
+    merge(model)
+    for layer, mask, values in zip(layers, masks_of, expected, strict=True):
+        assert torch.equal(dense_blocks(weight_view(layer.base_layer), mask), values)
+
+
+def test_a_saved_state_has_the_last_step_and_loads_into_the_same_embedding():
+    model, masks = two_layers()
+    before = snapshot(model)
+    fresh = embed(copy.deepcopy(model), masks)
+    embed(model, masks)
+    for _ in range(2):
+        train = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+        model(random((4, 10))).square().sum().backward()
+        train.step()
+    state = snapshot(model)
+    x = random((3, 10), seed=9)
+    expected = model(x)
+    for target in (fresh, embed(two_layers()[0], masks)):
+        target(x)  # so that there is something written already
+        target.load_state_dict(state)
+        assert torch.equal(target(x), expected)
+        # The saved weight shows trained values; the base is this model's own.
+        assert same(snapshot(unload(target)), before)
+
+
+def test_loading_a_base_weight_alone_makes_it_the_base():
+    model, masks = two_layers()
+    other = {k: v + 1 for k, v in snapshot(model).items()}
+    embed(model, masks)
+    model(random((1, 10)))
+    named = {f"{k[:1]}.base_layer.{k[2:]}": v for k, v in other.items()}
+    model.load_state_dict(named, strict=False)
+    model(random((1, 10)))
+    assert same(snapshot(unload(model)), other)
+
+
+def test_loading_other_indices_while_a_layer_is_written():
+    model, masks = two_layers()
+    before = snapshot(model)
+    moved = {
+        name: LayerMask(
+            m.shape, m.block_size, torch.tensor(m.grid_shape) - 1 - m.indices
+        )
+        for name, m in masks.items()
+    }
+    other = embed(copy.deepcopy(model), moved)
+    with torch.no_grad():
+        for layer in embedded_layers(other).values():
+            layer.sylva_values["default"].add_(1)
+    embed(model, masks)
+    x = random((3, 10))
+    model(x)
+    model.load_state_dict(snapshot(other))
+    assert torch.equal(model(x), other(x))
+    assert same(snapshot(unload(model)), before)
+
+
+def test_damaged_indices_are_found_before_they_are_used():
+    model, masks = two_layers()
+    embed(model, masks)
+    state = snapshot(model)
+    state["0.sylva_indices.default"][0, 0] = 99
+    with pytest.raises((AdapterError, IndexError)):
+        model.load_state_dict(state)
+        model(random((1, 10)))
+
+
+def test_a_copy_is_independent():
+    model, masks = two_layers()
+    embed(model, masks)
+    x = random((3, 10))
+    before = model(x)
+    twin = copy.deepcopy(model)
+    train = [p for p in twin.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in train:
+            parameter.add_(1)
+    assert torch.equal(model(x), before)
+    assert not torch.equal(twin(x), before)
+    assert torch.equal(unload(twin)(x), unload(model)(x))
+
+
+def test_a_model_survives_being_pickled_whole():
+    model, masks = two_layers()
+    embed(model, masks)
+    x = random((3, 10))
+    expected = model(x)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert torch.equal(loaded(x), expected)
+    assert torch.equal(unload(loaded)(x), unload(model)(x))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("pattern", ["all-linear", "some"])
+def test_every_architecture_trains_its_blocks_and_head_alone(name, pattern):
+    model, batch = make_model(name), make_batch(name)
+    _, _, head, some = ARCHITECTURES[name]
+    before = snapshot(model)
+    untouched = logits(model, batch)
+    masks = random_masks(model, pattern if pattern == "all-linear" else some)
+    embed(model, masks, modules_to_save=[head])
+    assert torch.equal(logits(model, batch), untouched)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    values = {f"{layer}.sylva_values.default" for layer in masks}
+    heads = {n for n in trainable if n.startswith(f"{head}.")}
+    assert trainable == values | heads
+    assert heads
+    train_step(model, batch)
+    assert not torch.equal(logits(model, batch), untouched)
+    for key, value in merge(copy.deepcopy(model)).state_dict().items():
+        layer = key.removesuffix(".weight")
+        if layer in masks:
+            inside = masks[layer].dense()
+            inside = inside.t() if name.startswith("gpt2") else inside
+            assert not bool((value != before[key])[~inside].any())
+            assert bool((value != before[key])[inside].any())
+        elif not key.startswith(f"{head}."):
+            assert torch.equal(value, before[key])
+    restored = snapshot(unload(model))
+    assert same(
+        {k: v for k, v in restored.items() if not k.startswith(f"{head}.")},
+        {k: v for k, v in before.items() if not k.startswith(f"{head}.")},
+    )
+
+
+def test_layers_without_a_block_are_left_alone():
+    model, masks = two_layers()
+    empty = LayerMask(masks["0"].shape, 4, torch.zeros((0, 2)))
+    embed(model, {"0": empty, "2": masks["2"]})
+    assert list(embedded_layers(model)) == ["2"]
+    assert type(model[0]) is nn.Linear
+
+
+def test_the_mode_of_a_layer_is_kept():
+    model, masks = two_layers()
+    model.eval()
+    assert not any(layer.training for layer in embed(model, masks).modules())
+
+
+def test_a_layer_says_what_it_holds():
+    _, layer = make_layer(LayerMask((8, 8), 4, torch.tensor([[0, 0], [1, 1]])))
+    assert "2 blocks of 4×4 (50.0%)" in repr(layer)
+    assert (layer.out_features, layer.in_features) == (8, 8)
+    assert layer.bias is layer.base_layer.bias
+
+
+def refused(error_type, text, model, masks, **options):
+    before = snapshot(model)
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error_type, match=text):
+        embed(model, masks, **options)
+    assert same(snapshot(model), before), "a refused call changes nothing"
+    assert [p.requires_grad for p in model.parameters()] == flags
+    return True
+
+
+def test_masks_that_do_not_fit_are_refused_before_anything_is_changed():
+    model, masks = two_layers()
+    one = masks["0"]
+    refused(TargetError, "`nowhere`", model, masks | {"nowhere": one})
+    refused(ConfigError, r"\(7, 12\)", model, masks | {"2": one})
+    refused(TargetError, "Tanh", model, masks | {"1": one})
+    empty = LayerMask(one.shape, 4, torch.zeros((0, 2)))
+    refused(ConfigError, "nothing to train", model, {"0": empty})
+    refused(TargetError, "`modules_to_save`", model, masks, modules_to_save=["head"])
+    refused(ConfigError, "trains whole", model, masks, modules_to_save=["0"])
+
+
+def test_what_cannot_hold_float32_values_is_refused():
+    model, masks = two_layers()
+    refused(TargetError, "float64", copy.deepcopy(model).double(), masks)
+    packed = copy.deepcopy(model)
+    packed[0].weight = nn.Parameter(torch.ones(12, 10).to(torch.int8), False)
+    refused(TargetError, "int8", packed, masks)
+    embedding = nn.Sequential(nn.Embedding(12, 10))
+    mask = LayerMask((12, 10), 4, torch.tensor([[0, 0]]))
+    refused(TargetError, "Embedding", embedding, {"0": mask})
+
+
+def test_tied_weights_are_refused():
+    model, masks = two_layers()
+    tied = nn.ModuleDict({"body": model, "twin": nn.Linear(10, 12)})
+    tied["twin"].weight = model[0].weight
+    refused(TargetError, "`twin.weight`", tied, {"body.0": masks["0"]})
+    refused(
+        TargetError,
+        "`body.0.weight`",
+        tied,
+        {"body.2": masks["2"]},
+        modules_to_save=["twin"],
+    )
+
+
+def test_a_model_is_embedded_once():
+    model, masks = two_layers()
+    embed(model, masks)
+    with pytest.raises(TargetError, match="already"):
+        embed(model, masks)
+
+
+def test_original_blocks_are_known_only_while_values_are_written():
+    _, layer = make_layer(LayerMask((8, 8), 4, torch.tensor([[0, 0]])))
+    with pytest.raises(RuntimeError, match="sync"):
+        layer.original()
+    sync(layer)
+    assert torch.equal(layer.original(), layer.sylva_values["default"])
+
+
+def test_sparse_steps_reach_the_dense_weights_at_once():
+    model, masks = two_layers()
+    embed(model, masks)
+    optimizer = SparseAdamW(model, lr=0.1)
+    model(random((4, 10))).square().sum().backward()
+    optimizer.step()
+    for layer in embedded_layers(model).values():
+        blocks = dense_blocks(weight_view(layer.base_layer), layer.mask())
+        assert torch.equal(blocks, layer.sylva_values["default"])

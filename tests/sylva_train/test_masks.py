@@ -1,0 +1,272 @@
+"""Masks: what they count, how they are chosen, and that they come back from disk."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tests.sylva_train.models import layer_masks
+
+from sylva_train._checks import AdapterError, ConfigError
+from sylva_train.importance import LayerScores, Scores
+from sylva_train.masks import LayerMask, Masks, select
+
+
+@given(layer_masks())
+def test_a_mask_counts_the_weights_it_covers(mask):
+    dense = mask.dense()
+    assert dense.shape == mask.shape
+    assert mask.trainable == int(dense.sum())
+    assert mask.total == dense.numel()
+    assert len(mask) == len(mask.indices)
+
+
+@given(layer_masks())
+def test_blocks_tile_the_weight(mask):
+    rows, columns = mask.grid_shape
+    full = LayerMask(mask.shape, mask.block_size, torch.ones(rows, columns).nonzero())
+    assert full.trainable == full.total
+    assert bool(full.dense().all())
+
+
+@given(layer_masks(), st.randoms())
+def test_indices_are_sorted_whatever_their_order(mask, random):
+    shuffled = mask.indices.tolist()
+    random.shuffle(shuffled)
+    indices = torch.tensor(shuffled, dtype=torch.int32).reshape(-1, 2)
+    again = LayerMask(mask.shape, mask.block_size, indices)
+    assert torch.equal(again.indices, mask.indices)
+    assert again.indices.dtype == torch.int64
+
+
+@pytest.mark.parametrize("index", [(-1, 0), (0, -1), (3, 0), (0, 2)])
+def test_indices_outside_the_grid_are_refused(index):
+    with pytest.raises(ConfigError, match="3 × 2 grid"):
+        LayerMask((9, 5), 4, torch.tensor([index]))
+
+
+def test_indices_that_repeat_are_refused():
+    with pytest.raises(ConfigError, match="distinct; 1"):
+        LayerMask((8, 8), 4, torch.tensor([[0, 1], [1, 1], [0, 1]]))
+
+
+def test_a_block_has_a_size():
+    with pytest.raises(ConfigError, match="`block_size`"):
+        LayerMask((8, 8), 0, torch.zeros((0, 2)))
+
+
+def make_scores(*grids, unit=1, **metadata):
+    layers = {
+        f"layer.{i}": LayerScores(
+            tuple(n * unit for n in grid.shape), grid=grid, unit=unit
+        )
+        for i, grid in enumerate(grids)
+    }
+    return Scores(layers, {"importance": "magnitude"} | metadata)
+
+
+# Few different values, so that there are ties.
+grids = st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(0, 2**31)).map(
+    lambda t: torch.randint(
+        0, 4, t[:2], generator=torch.Generator().manual_seed(t[2])
+    ).double()
+)
+
+
+def best(flat, count):
+    """The plain rule: by score, then by position."""
+    order = sorted(range(len(flat)), key=lambda i: (-flat[i], i))
+    return set(order[:count])
+
+
+def chosen(mask):
+    columns = mask.grid_shape[1]
+    return {r * columns + c for r, c in mask.indices.tolist()}
+
+
+@given(grids, grids, st.floats(0.01, 1))
+def test_each_layer_keeps_exactly_its_best_blocks(first, second, density):
+    scores = make_scores(first, second)
+    counts = [math.floor(density * grid.numel() + 1e-9) for grid in (first, second)]
+    assume(any(counts))
+    masks = select(scores, density, 1)
+    for mask, grid, count in zip(masks.values(), (first, second), counts, strict=True):
+        assert chosen(mask) == best(grid.flatten().tolist(), count)
+
+
+@given(grids, grids, st.floats(0.01, 1))
+def test_the_whole_model_keeps_exactly_its_best_blocks(first, second, density):
+    assume(first.any() and second.any())
+    assume(density * (first.numel() + second.numel()) >= 1)
+    masks = select(make_scores(first, second), density, 1, scope="model")
+    flat = torch.cat([(g / g.mean()).flatten() for g in (first, second)]).tolist()
+    expected = best(flat, math.floor(density * len(flat) + 1e-9))
+    columns = len(first.flatten())
+    got = chosen(masks["layer.0"]) | {i + columns for i in chosen(masks["layer.1"])}
+    assert got == expected
+
+
+@given(grids, st.integers(1, 4), st.floats(0.05, 1))
+def test_a_denser_choice_contains_a_sparser_one(grid, block, density):
+    assume(block <= min(grid.shape))
+    rows, columns = (-(-n // block) for n in grid.shape)
+    count = math.floor(density * rows * columns + 1e-9)
+    assume(count)
+    full = select(make_scores(grid), 1.0, block)
+    some = select(make_scores(grid), density, block)
+    assert full.density == 1
+    assert len(some["layer.0"]) == count
+    assert some.overlap(full) == 1
+
+
+def test_exact_budgets_survive_rounding_of_the_product():
+    # 0.29 · 100 is 28.999999999999996 in floating point.
+    masks = select(make_scores(torch.rand(10, 10)), 0.29, 1)
+    assert len(masks["layer.0"]) == 29
+
+
+def test_a_model_of_zero_scores_is_still_chosen_from():
+    masks = select(make_scores(torch.zeros(3, 3), torch.zeros(3, 3)), 0.5, 1, "model")
+    assert sum(map(len, masks.values())) == 9
+    assert chosen(masks["layer.0"]) == set(range(9))
+
+
+def test_one_huge_layer_cannot_take_the_whole_budget():
+    small = torch.arange(1.0, 10).reshape(3, 3)
+    masks = select(make_scores(small, 1e6 * small), 0.5, 1, scope="model")
+    assert chosen(masks["layer.0"]) == {5, 6, 7, 8} | ({4} & chosen(masks["layer.0"]))
+    assert len(masks["layer.1"]) in (4, 5)
+
+
+def test_selection_is_recorded():
+    masks = select(make_scores(torch.rand(4, 4), samples=7), 0.5, 2)
+    assert masks.metadata == {
+        "importance": "magnitude",
+        "samples": 7,
+        "density": 0.5,
+        "block_size": 2,
+        "scope": "layer",
+    }
+    assert "2 blocks" in repr(masks)
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.01, float("nan"), "half", None])
+def test_densities_outside_0_to_1_are_refused(density):
+    with pytest.raises(ConfigError, match="`density`"):
+        select(make_scores(torch.rand(4, 4)), density, 1)
+
+
+def test_a_density_below_one_block_says_so():
+    scores = make_scores(torch.rand(4, 4))
+    with pytest.raises(ConfigError, match=r"layer has 16 blocks.*scope=.model"):
+        select(scores, 0.05, 1)
+    with pytest.raises(ConfigError, match=r"model has 16 blocks of side 1"):
+        select(scores, 0.05, 1, scope="model")
+    with pytest.raises(ConfigError, match="`scope`"):
+        select(scores, 0.5, 1, scope="everything")
+    with pytest.raises(ConfigError, match="`block_size` 5"):
+        select(scores, 0.5, 5)
+
+
+masks_of = st.dictionaries(
+    st.sampled_from(["a", "a.b", "encoder.0.q"]), layer_masks(), min_size=1
+)
+
+
+@given(layers=masks_of)
+def test_masks_come_back_from_disk(tmp_path_factory, layers):
+    path = tmp_path_factory.mktemp("masks") / "m.safetensors"
+    masks = Masks(layers, {"importance": "random", "seed": 3})
+    masks.save(path)
+    again = Masks.load(path)
+    assert again.metadata == masks.metadata
+    assert again.keys() == masks.keys()
+    for name, mask in masks.items():
+        assert (again[name].shape, again[name].block_size) == (
+            mask.shape,
+            mask.block_size,
+        )
+        assert torch.equal(again[name].indices, mask.indices)
+    assert (again.trainable, again.total) == (masks.trainable, masks.total)
+
+
+def saved(tmp_path):
+    path = tmp_path / "m.safetensors"
+    Masks({"a": LayerMask((8, 8), 4, torch.tensor([[0, 0], [1, 1]]))}).save(path)
+    return path
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, -1])
+def test_a_truncated_file_is_found_out(tmp_path, keep):
+    path = saved(tmp_path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(AdapterError, match="damaged"):
+        Masks.load(path)
+
+
+saved_digest = Masks(
+    {"a": LayerMask((8, 8), 4, torch.tensor([[0, 0], [1, 1]]))}
+).digest()
+
+
+def rewrite(path, header=None, indices=((0, 0), (1, 1))):
+    tensors = {"a": torch.tensor(indices, dtype=torch.int32)}
+    layers = {"a": {"shape": [8, 8], "block_size": 4}}
+    good = {"format": "sylva-masks/1", "layers": layers, "metadata": {}}
+    good["digest"] = saved_digest
+    text = json.dumps(good | (header or {}))
+    save_file(tensors, path, metadata={"sylva": text})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"header": {"format": "other"}},
+        {"header": {"layers": {"b": {"shape": [8, 8], "block_size": 4}}}},
+        {"header": {"layers": {"a": {"shape": [8], "block_size": 4}}}},
+        {"header": {"layers": {"a": {"shape": [8, 8], "block_size": 0}}}},
+        {"header": {"layers": {"a": {"shape": ["x", 8], "block_size": 4}}}},
+        {"header": {"layers": None}},
+        {"header": {"layers": {"a": {}}}},
+        {"indices": ((0, 0), (2, 0))},
+        {"indices": ((0, 0), (-1, 0))},
+        {"indices": ((0, 0), (0, 0))},
+        {"indices": ((0, 0), (1, 0))},
+        {"header": {"layers": {"a": {"shape": [8, 7], "block_size": 4}}}},
+        {"header": {"digest": None}},
+    ],
+)
+def test_a_changed_file_is_found_out(tmp_path, change):
+    path = tmp_path / "m.safetensors"
+    rewrite(path)
+    assert len(Masks.load(path)["a"]) == 2
+    rewrite(path, **change)
+    with pytest.raises(AdapterError):
+        Masks.load(path)
+
+
+def test_a_file_of_something_else_or_no_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.zeros(3)}, path)
+    with pytest.raises(AdapterError, match="not a mask file"):
+        Masks.load(path)
+    with pytest.raises((AdapterError, FileNotFoundError)):
+        Masks.load(tmp_path / "nothing")
+
+
+@given(layer_masks(), layer_masks())
+def test_overlap_is_the_shared_fraction(first, second):
+    other = LayerMask(first.shape, first.block_size, first.indices[::2])
+    a, b = Masks({"x": first}), Masks({"x": other})
+    if len(first):
+        assert a.overlap(b) == pytest.approx(len(other) / len(first))
+        assert b.overlap(a) == 1
+    if (first.shape, first.block_size) != (second.shape, second.block_size):
+        with pytest.raises(ConfigError, match="`x`"):
+            a.overlap(Masks({"x": second}))
+    assert a.overlap(Masks({})) == (0 if len(first) else 1)
