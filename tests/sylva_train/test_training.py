@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train.config import SCHEDULES, TrainingConfig
 from sylva_train.curvature import default_loss
+from sylva_train.evaluation import evaluate
 from sylva_train.kernels import gather_blocks
 from sylva_train.layers import embedded_layers
 from sylva_train.optimizer import SparseAdamW
@@ -93,6 +94,13 @@ def test_evaluation_does_not_change_the_course_of_training():
     assert identical(weights(plain), weights(evaluated))
     assert [r["step"] for r in result.history if "score" in r] == [3, 6, 8]
     assert result.metrics == {"accuracy": result.history[-1]["score"]}
+
+
+def test_data_to_evaluate_on_is_enough_to_evaluate():
+    model, result = run(eval_loader=ToyLoader(), eval_every=5)
+    assert [r["step"] for r in result.history if "score" in r] == [5, 8]
+    assert result.metrics == evaluate(model, ToyLoader())
+    assert result.history[-1]["score"] == result.metrics["accuracy"]
 
 
 # ---------------------------------------------------------------------------- one step

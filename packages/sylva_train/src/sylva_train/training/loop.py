@@ -28,6 +28,7 @@ from sylva_train.checkpoint import (
 )
 from sylva_train.config import TrainingConfig
 from sylva_train.curvature import default_loss
+from sylva_train.evaluation import evaluate as evaluate_model
 from sylva_train.layers import sync
 from sylva_train.optimizer import SparseAdamW
 
@@ -169,7 +170,8 @@ class Run:
             found = evaluate(self.model)
         self.model.train()
         self.metrics = dict(found) if isinstance(found, Mapping) else {"score": found}
-        return float(self.metrics.get("score", next(iter(self.metrics.values()))))
+        first = next(iter(self.metrics), "score")
+        return float(self.metrics["score" if "score" in self.metrics else first])
 
     def save(self, output: str | os.PathLike[str], identity: dict[str, Any]) -> None:
         """Write a checkpoint."""
@@ -178,7 +180,12 @@ class Run:
             "epoch": self.epoch,
             "batch": self.batch,
             "history": self.history,
-            "metrics": self.metrics,
+            # Not the arrays and the like that an evaluation of one's own may return.
+            "metrics": {
+                name: value
+                for name, value in self.metrics.items()
+                if isinstance(value, str | int | float)
+            },
         }
         save_checkpoint(output, Checkpoint(self.step, state, record), identity)
 
@@ -295,8 +302,6 @@ def train(
         model, loader, config, optimizer, scheduler, device, loss or default_loss, total
     )
     if evaluate is None and eval_loader is not None:
-        from sylva_train.evaluation import evaluate as evaluate_model
-
         evaluate = functools.partial(evaluate_model, loader=eval_loader)
     modes = {module: module.training for module in model.modules()}
     model.train()
