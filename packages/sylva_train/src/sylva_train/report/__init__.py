@@ -1,0 +1,26 @@
+"""Tables and pictures of a comparison: terminal, Markdown and one HTML page.
+
+All read the results of `sylva compare`. Beside what every comparison has, they use, where
+it is there: ``setup["higher_is_better"]`` (true unless said), ``setup["notes"]`` (texts
+for the end of the page), and in ``factor`` its ``side`` (``"A"`` or ``"G"``),
+``level_ranks`` (one a level), ``level_bytes`` (one a level, then the leaves) and
+``approximation`` (sampled like ``magnitude``).
+"""
+
+from __future__ import annotations
+
+from .headline import Headline, headline
+from .page import write_report
+from .summary import Paired, Row, summary_rows
+from .tables import markdown_table, summary_table
+
+__all__ = [
+    "Headline",
+    "Paired",
+    "Row",
+    "headline",
+    "markdown_table",
+    "summary_rows",
+    "summary_table",
+    "write_report",
+]

@@ -1,0 +1,248 @@
+"""Charts of the methods: scores, differences, trade-off and costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .style import INK, MUTED, SURFACE, Look, dodge, frame, shorten
+from .summary import Metric, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["OVERLAY", "bars", "differences", "score_dots", "trade_off"]
+
+#: Methods that one frame can hold and still be told apart.
+OVERLAY = 6
+
+ROW = 0.27
+
+
+def _rows_frame(
+    labels: Sequence[str], *, right: float, bottom: float = 0.42
+) -> tuple[Figure, Axes]:
+    """Return a chart with one labelled line a method, the first on top."""
+    labels = [shorten(label) for label in labels]
+    left = 0.16 + 0.068 * max(map(len, labels))
+    height = ROW * len(labels) + bottom + 0.1
+    figure, axes = frame(height, left=left, right=right, top=0.1, bottom=bottom)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(axis="y", labelcolor=INK, pad=6)
+    axes.grid(False, axis="y")
+    axes.grid(True, axis="x")
+    axes.spines["left"].set_visible(False)
+    axes.locator_params(axis="x", nbins=6, steps=[1, 2, 5, 10])
+    return figure, axes
+
+
+def _note(axes: Axes, place: int, text: str, bold: bool = False) -> None:
+    """Write a value at the right end of a line."""
+    axes.text(
+        1.0,
+        place,
+        f"  {text}",
+        transform=axes.get_yaxis_transform(),
+        va="center",
+        ha="left",
+        fontweight="bold" if bold else "normal",
+    )
+
+
+def _seeds(
+    axes: Axes, place: float, values: Sequence[float], spread: float, look: Look
+) -> None:
+    """Draw one method's line: a dot a seed, the mean, and a bar for the spread."""
+    mean = float(np.mean(values))
+    if math.isfinite(spread) and spread:
+        axes.plot(
+            [mean - spread, mean + spread],
+            [place, place],
+            color=look.colour,
+            lw=2.2,
+            alpha=0.45,
+            zorder=2,
+        )
+    if len(values) > 1:
+        axes.plot(
+            values,
+            [place] * len(values),
+            ls="",
+            marker="|",
+            ms=6.5,
+            mew=1.1,
+            color=look.colour,
+            zorder=3,
+        )
+    axes.plot(
+        [mean],
+        [place],
+        color=look.colour,
+        marker=look.marker,
+        ms=6.2,
+        mfc=look.face,
+        mec=look.colour if look.hollow else SURFACE,
+        mew=1.4 if look.hollow else 0.6,
+        zorder=4,
+    )
+
+
+def score_dots(
+    rows: Sequence[Row], metric: Metric, looks: Mapping[str, Look]
+) -> Figure:
+    """Draw every method's score: mean, a tick a seed, a bar of one deviation."""
+    rows = [row for row in rows if row.mean is not None]
+    figure, axes = _rows_frame([row.label for row in rows], right=0.82)
+    for place, row in enumerate(rows):
+        values = [metric.factor * score for score in row.scores]
+        deviation = metric.factor * (row.std or 0.0)
+        look = looks[row.method]
+        if row.method in {"frozen", "full"}:
+            mean = float(np.mean(values))
+            axes.axvline(mean, color=look.colour, lw=0.8, ls=(0, (4, 3)), zorder=1)
+        _seeds(axes, place, values, deviation, look)
+        text = metric.number(row.mean or 0.0)
+        text += "" if row.std is None else f" ± {metric.number(row.std)}"
+        _note(axes, place, text, row.best)
+    axes.margins(x=0.06)
+    axes.set_xlabel(metric.title)
+    return figure
+
+
+def differences(
+    rows: Sequence[Row], metric: Metric, looks: Mapping[str, Look]
+) -> Figure:
+    """Draw the paired differences to random blocks, with Student's 95% interval."""
+    rows = [row for row in rows if row.versus_random is not None]
+    figure, axes = _rows_frame([row.label for row in rows], right=0.82)
+    axes.axvline(0, color=INK, lw=0.8, zorder=1)
+    for place, row in enumerate(rows):
+        pair = row.versus_random
+        if pair is None:
+            continue
+        values = [metric.factor * value for value in pair.differences]
+        _seeds(axes, place, values, metric.factor * pair.margin(), looks[row.method])
+        text = metric.signed(pair.mean)
+        text += "" if pair.std is None else f" ± {metric.number(pair.std)}"
+        _note(axes, place, text, row.best)
+    axes.margins(x=0.06)
+    unit = "points of " if metric.percent else ""
+    axes.set_xlabel(f"difference to random blocks, {unit}{metric.words}")
+    return figure
+
+
+def bars(
+    rows: Sequence[Row],
+    values: Mapping[str, float],
+    ranges: Mapping[str, tuple[float, float]],
+    unit: str,
+    looks: Mapping[str, Look],
+    number: Callable[[float], str],
+) -> Figure:
+    """Draw one quantity by method as bars from zero, with a line for its range."""
+    rows = [row for row in rows if row.method in values]
+    figure, axes = _rows_frame([row.label for row in rows], right=0.55)
+    for place, row in enumerate(rows):
+        look, value = looks[row.method], values[row.method]
+        axes.barh(
+            place,
+            value,
+            height=0.56,
+            color=SURFACE if look.hollow else look.colour,
+            edgecolor=look.colour,
+            lw=1.2 if look.hollow else 0,
+        )
+        if row.method in ranges:
+            axes.plot(ranges[row.method], [place, place], color=INK, lw=0.9)
+        _note(axes, place, number(value), row.best)
+    axes.set_xlim(0, None)
+    axes.set_xlabel(unit)
+    return figure
+
+
+def trade_off(rows: Sequence[Row], metric: Metric, looks: Mapping[str, Look]) -> Figure:
+    """Draw score against trained weights; labels stand beside their points."""
+    figure, axes = frame(0.9 + max(2.1, 0.2 * len(rows)), left=0.5, right=0.25)
+    for row in rows:
+        mean, look = metric.factor * (row.mean or 0.0), looks[row.method]
+        low, high = (metric.factor * (v or 0.0) for v in (row.low, row.high))
+        # Many rules train equally many weights: their ranges would cover each other.
+        if len(rows) <= OVERLAY:
+            axes.plot([row.trainable] * 2, [low, high], color=look.colour, lw=1.2)
+        axes.plot(
+            [row.trainable],
+            [mean],
+            color=look.colour,
+            marker=look.marker,
+            ms=6.5,
+            mfc=look.face,
+            mec=look.colour if look.hollow else SURFACE,
+            mew=1.4 if look.hollow else 0.6,
+            zorder=3,
+        )
+    axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.margins(x=0.08, y=0.1)
+    axes.set_xlabel("trained weights")
+    axes.set_ylabel(metric.title)
+    axes.xaxis.set_major_formatter(lambda value, _: _magnitude(value))
+    axes.grid(True, axis="x")
+    _beside(axes, rows, metric)
+    return figure
+
+
+def _magnitude(value: float) -> str:
+    """Print a power of ten shortly."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value:g}"
+
+
+def _beside(axes: Axes, rows: Sequence[Row], metric: Metric) -> None:
+    """Label points on their roomier side, groups at one place dodged as one column."""
+    if not rows:
+        return
+    figure = axes.get_figure(root=True)
+    height = figure.get_size_inches()[1] * axes.get_position().height if figure else 1
+    to_axes = axes.transScale + axes.transLimits
+    places = np.array(
+        [
+            to_axes.transform((row.trainable, metric.factor * (row.mean or 0.0)))
+            for row in rows
+        ]
+    )
+    # Points less than a marker apart stand in one column and share its labels' column.
+    order = np.argsort(places[:, 0], kind="stable")
+    breaks = np.flatnonzero(np.diff(places[order, 0]) > 0.03) + 1
+    for group in np.split(order, breaks):
+        x = places[group, 0].mean()
+        side = -1 if x > 0.6 else 1
+        heights = dodge(places[group, 1].tolist(), 0.165 / height, 0.0, 1.0)
+        for index, y in zip(group, heights, strict=True):
+            crowded = abs(y - places[index, 1]) > 0.02
+            axes.annotate(
+                shorten(rows[index].label),
+                xy=tuple(places[index]),
+                xycoords="axes fraction",
+                xytext=(x + side * (0.085 if len(group) > 1 else 0.035), y),
+                textcoords="axes fraction",
+                va="center",
+                ha="left" if side > 0 else "right",
+                fontsize=8,
+                fontweight="bold" if rows[index].best else "normal",
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": MUTED,
+                    "lw": 0.5,
+                    "shrinkA": 1,
+                    "shrinkB": 4,
+                }
+                if crowded or len(group) > 1
+                else None,
+            )

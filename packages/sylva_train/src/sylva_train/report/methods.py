@@ -1,0 +1,210 @@
+"""Sections of the page that compare the methods: table, scores, curves, costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from html import escape
+
+from . import figures, histories
+from .parts import Page, cells, pair, section, small
+from .summary import BYTES, SECONDS
+from .tables import caption, digits, suited, summary_columns
+
+__all__ = ["costs", "curves", "scores", "table"]
+
+
+def table(page: Page) -> str:
+    """Return the summary table."""
+    columns = summary_columns(page.results)
+    heads = "".join(
+        f'<th scope="col">{escape(column.heading[0])}{small(column.heading[1])}</th>'
+        for column in columns
+    )
+    lines = []
+    for place, row in enumerate(page.rows):
+        badge = '<b class="badge">best rule</b>' if row.best else ""
+        values = "".join(
+            f"<td>{escape(column.cells[place])}"
+            f"{small(column.minor.cells[place] if column.minor else '')}</td>"
+            for column in columns[1:]
+        )
+        lines.append(
+            f"<tr{' class=best' if row.best else ''}>"
+            f'<th scope="row"><span>{page.named(row.method)}</span>{badge}</th>'
+            f"{values}</tr>"
+        )
+    note = caption(page.results).replace("; ★ best Sylva rule", "")
+    note += " Step time is for one batch of training; scoring is done once, before it."
+    return section(
+        "The numbers",
+        f'<div class="scroll"><table class="summary"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f'<p class="note">{escape(note)}</p>',
+    )
+
+
+def scores(page: Page) -> str:
+    """Return the scores, and the paired differences to random blocks."""
+    if not any(row.scores for row in page.rows):
+        return ""
+    marks, interval = "One seed a method.", ""
+    if page.several:
+        marks = (
+            "A tick is one seed, the marker their mean, the bar one standard deviation "
+            "to either side."
+        )
+        interval = (
+            " The bar is Student's 95% interval of the mean, for each rule alone: where "
+            "it crosses zero, chance could explain the difference."
+        )
+    pictures = [
+        page.picture(
+            partial(figures.score_dots, page.rows, page.metric, page.looks),
+            f"{page.metric.words.capitalize()} of each method",
+            f"{marks} Dashed: frozen and full fine-tuning.",
+        )
+    ]
+    if any(row.versus_random for row in page.rows):
+        pictures.append(
+            page.picture(
+                partial(figures.differences, page.rows, page.metric, page.looks),
+                "Does scoring beat random blocks?",
+                "Each rule against random blocks trained with the same seed, hence the "
+                f"same batches and the same head.{interval}",
+            )
+        )
+    return section("Scores", pair(pictures))
+
+
+def curves(page: Page) -> str:
+    """Return loss and score by step: in one frame, or a frame a method if many."""
+    factor = page.metric.factor
+    loss = histories.learning_curves(page.results, "loss", page.rows)
+    score = histories.learning_curves(page.results, "score", page.rows, factor)
+    trained = {curve.method for curve in (*loss, *score)}
+    levels = {
+        row.method: (row.label, factor * row.mean)
+        for row in page.rows
+        if row.method not in trained and row.mean is not None
+    }
+    unit = ", %" if page.metric.percent else ""
+    kinds: list[tuple[list[histories.Curve], str, dict[str, tuple[str, float]]]] = [
+        (loss, "Training loss by step", {}),
+        (score, f"{page.metric.words.capitalize()} by step{unit}", levels),
+    ]
+    kinds = [kind for kind in kinds if kind[0]]
+    band = "Line: mean over seeds. Band: lowest to highest seed."
+    note = band if page.several else ""
+    if len(trained) <= figures.OVERLAY:
+        pictures = [
+            page.picture(
+                partial(histories.curve_panel, found, page.looks, flat), title, note
+            )
+            for found, title, flat in kinds
+        ]
+        return section("Learning curves", pair(pictures) if pictures else "")
+    parts = [
+        f"<h3>{escape(title)}</h3>{_small_multiples(page, found, title, flat)}"
+        for found, title, flat in kinds
+    ]
+    note += " Grey: the other methods."
+    if levels and score:
+        names = " and ".join(label for label, _ in levels.values())
+        note += f" Dashed: {names}, without training steps."
+    return section(
+        "Learning curves", f'{"".join(parts)}<p class="note">{escape(note)}</p>'
+    )
+
+
+def _small_multiples(
+    page: Page,
+    found: list[histories.Curve],
+    title: str,
+    levels: Mapping[str, tuple[str, float]],
+) -> str:
+    """Return a frame a method, the others in grey behind it."""
+    level = next((value for _, value in levels.values()), None)
+    pictures = []
+    for curve in found:
+        others = [other for other in found if other is not curve]
+        look = page.looks[curve.method]
+        draw = partial(histories.curve_cell, curve, others, look, level)
+        label = f"{title}, {curve.label}"
+        pictures.append(page.cell(draw, page.named(curve.method), label))
+    return cells(pictures)
+
+
+def costs(page: Page) -> str:
+    """Return score against trained weights, and bars of time and memory."""
+    points = [
+        row
+        for row in page.rows
+        if row.trainable > 0 and row.mean is not None and row.method != "frozen"
+    ]
+    pictures = []
+    if len(points) > 1:
+        text = "Logarithmic axis."
+        if len(points) <= figures.OVERLAY and page.several:
+            text = f"Vertical line: lowest to highest seed. {text}"
+        frozen = next((row for row in page.rows if row.method == "frozen"), None)
+        if frozen and frozen.mean is not None:
+            level = page.metric.value(frozen.mean)
+            text += f" Not drawn: {frozen.label}, {level}."
+        pictures.append(
+            page.picture(
+                partial(figures.trade_off, points, page.metric, page.looks),
+                f"{page.metric.words.capitalize()} against trained weights",
+                text,
+            )
+        )
+    ranges = {row.method: row.step_iqr for row in page.rows if row.step_iqr}
+    times = {row.method: row.step_seconds for row in page.rows}
+    memory = {row.method: row.peak_memory for row in page.rows}
+    scoring = {row.method: row.score_seconds for row in page.rows}
+    iqr = "; the line spans the middle half of them" if ranges else ""
+    pictures += [
+        _bars(
+            page,
+            "Time of a training step",
+            times,
+            SECONDS,
+            f"Median over the steps{iqr}.",
+            ranges,
+        ),
+        _bars(
+            page,
+            "Peak memory",
+            memory,
+            BYTES,
+            "The largest over the seeds, scoring included.",
+        ),
+        _bars(
+            page,
+            "Time of scoring, once",
+            scoring,
+            SECONDS,
+            "What choosing the blocks costs before training begins.",
+        ),
+    ]
+    found = [picture for picture in pictures if picture]
+    return section("Cost", pair(found, "flow") if found else "")
+
+
+def _bars(
+    page: Page,
+    title: str,
+    values: Mapping[str, float | None],
+    units: tuple[tuple[float, str], ...],
+    text: str,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+) -> str:
+    """Return bars in the unit that suits most of them; nothing without values."""
+    there = {method: value for method, value in values.items() if value is not None}
+    if not there:
+        return ""
+    size, unit = suited(there.values(), units)
+    spans = {m: (low / size, high / size) for m, (low, high) in (ranges or {}).items()}
+    scaled = {method: value / size for method, value in there.items()}
+    draw = partial(figures.bars, page.rows, scaled, spans, unit, page.looks, digits)
+    return page.picture(draw, title, text)

@@ -1,0 +1,198 @@
+"""The comparison as one HTML file that needs neither network nor script."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from sylva_train._checks import atomic_write
+
+from . import layers, methods
+from .headline import headline
+from .page_style import CSS
+from .parts import Page, facts, section
+from .style import css_colours
+from .summary import Results, finite
+
+__all__ = ["write_report"]
+
+
+def write_report(results: Results, path: str | os.PathLike[str]) -> Path:
+    """Write a comparison as one self-contained HTML page.
+
+    Parameters
+    ----------
+    results : dict
+        Results of `sylva compare`. What is missing from them (masks, scores, factor,
+        histories, all seeds but one) is missing from the page.
+    path : path-like
+        The file; replaced if it exists, and only by a whole page.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Raises
+    ------
+    DataError
+        If ``results`` has another format or no runs.
+    """
+    text = _document(Page(results))
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def _document(page: Page) -> str:
+    """Return the page."""
+    found = headline(page.results)
+    sections = [
+        methods.table(page),
+        methods.scores(page),
+        methods.curves(page),
+        methods.costs(page),
+        layers.chosen_blocks(page),
+        layers.block_scores(page),
+        layers.factor(page),
+        _setup(page),
+    ]
+    names = [page.setup.get(key) for key in ("model", "data")]
+    subject = " · ".join(str(name) for name in names if name)
+    tiles = "".join(
+        f"<div><dt>{escape(words)}</dt><dd>{escape(number)}</dd></div>"
+        for number, words in found.figures
+    )
+    return _DOCUMENT.format(
+        title=escape(f"Sylva comparison: {subject}" if subject else "Sylva comparison"),
+        light=css_colours(dark=False),
+        dark=css_colours(dark=True),
+        css=CSS,
+        subject=escape(subject),
+        headline=escape(found.title),
+        tiles=f'<dl class="tiles">{tiles}</dl>' if tiles else "",
+        sentences="".join(f"<p>{escape(text)}</p>" for text in found.sentences),
+        sections="\n".join(filter(None, sections)),
+    )
+
+
+def _setup(page: Page) -> str:
+    setup = dict(page.setup)
+    versions: Mapping[str, Any] = setup.pop("versions", None) or {}
+    notes: Iterable[Any] = setup.pop("notes", None) or ()
+    command = setup.pop("command", None)
+    if setup.get("date"):
+        setup["date"] = str(setup["date"]).replace("T", " ")
+    basic = [(key.replace("_", " "), _plain(value)) for key, value in setup.items()]
+    wide = [
+        ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
+        ("learning rate", _rates(page)),
+        ("command", command),
+    ]
+    measures = "".join(
+        f"<div><dt>{escape(term)}</dt><dd>{escape(text)}</dd></div>"
+        for term, text in _measures(page).items()
+    )
+    more = "".join(f'<p class="note">{escape(str(note))}</p>' for note in notes)
+    return section(
+        "Setup",
+        f"{facts(basic)}{facts(wide, 'facts wide')}"
+        "<h3>How each number was measured</h3>"
+        f'<dl class="measures">{measures}</dl>{more}',
+    )
+
+
+def _rates(page: Page) -> str:
+    """Return the learning rate, or one a method where they differ."""
+    rates = {
+        row.label: ", ".join(
+            sorted(
+                {
+                    f"{run['lr']:g}"
+                    for run in page.results["runs"]
+                    if run["method"] == row.method and finite(run.get("lr"))
+                }
+            )
+        )
+        for row in page.rows
+        if row.step_seconds is not None
+    }
+    values = {rate for rate in rates.values() if rate}
+    if len(values) == 1:
+        return values.pop()
+    return "; ".join(f"{label} {rate}" for label, rate in rates.items() if rate)
+
+
+def _measures(page: Page) -> dict[str, str]:
+    """Say what each column of the table is, and what it leaves out."""
+    count = page.setup.get("eval_examples")
+    best = next((row for row in page.rows if row.best), page.rows[0])
+    examples = f"{count} held-out examples" if count else "the held-out examples"
+    text = (
+        f"Of the model after its last step, on {examples}, the same for every method. "
+        "The spread is over seeds, which set the head, the order of the data and random "
+        "blocks; it does not hold the luck of the evaluation set."
+    )
+    if page.metric.name == "accuracy" and count and best.mean is not None:
+        error = 100 * (best.mean * (1 - best.mean) / count) ** 0.5
+        text += (
+            f" One example is {100 / count:.2f} points, and the standard error of an "
+            f"accuracy from so many examples is {error:.1f} points."
+        )
+    resident = str(page.setup.get("device") or "cpu").startswith("cpu")
+    return {
+        page.metric.words: text,
+        "trained weights": "All entries that the optimizer may change, the task's head "
+        "included, and their share of all weights of the model.",
+        "step": "Wall-clock time of forward, backward and optimizer for one batch: the "
+        "median over the steps of a run, then over seeds.",
+        "scoring": "Wall-clock time to score and to choose the blocks, once a run; the "
+        "median over seeds.",
+        "memory": "Largest resident memory of the run's own process, libraries and data "
+        "included."
+        if resident
+        else "Largest memory that the run's own process allocated on the device.",
+        "adapter": "Bytes on disk of what must be stored beside the base model.",
+    }
+
+
+def _plain(value: object) -> str:
+    """Print a setup entry."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}".replace(",", "\u202f")
+    return "" if value is None else str(value)
+
+
+_DOCUMENT = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" \
+content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>
+:root{{{light}}}
+@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}
+image{{filter:invert(1) hue-rotate(180deg)}}}}
+{css}</style>
+</head>
+<body>
+<main>
+<header>
+<p class="subject">Sylva comparison<span>{subject}</span></p>
+<h1>{headline}</h1>
+{tiles}
+<div class="sentences">{sentences}</div>
+</header>
+{sections}
+</main>
+</body>
+</html>
+"""

@@ -1,0 +1,378 @@
+"""Pictures of why blocks were chosen: block scores and a Kronecker factor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .style import INK, LEVELS, MUTED, SURFACE, THEME, Look, frame, in_powers, power
+from .summary import BYTES, finite, quantity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "PERCENTILES",
+    "block_structure",
+    "heat_map",
+    "score_grid",
+    "score_ranges",
+    "spectra",
+]
+
+Floats = NDArray[np.float64]
+
+#: Percentiles that stand for a layer's distribution of block scores.
+PERCENTILES = (5, 25, 50, 75, 95, 100)
+
+
+def score_ranges(
+    layers: Sequence[tuple[int, Sequence[float], float | None]],
+    limits: tuple[float, float],
+    look: Look,
+    *,
+    numbered: bool = True,
+) -> Figure:
+    """Draw the block scores of one part of the model across its transformer layers.
+
+    Parameters
+    ----------
+    layers : sequence of (int, 101 floats, float or None)
+        Index of the transformer layer, percentiles of its block scores and the
+        threshold of selection.
+    limits : (float, float)
+        Limits of the logarithmic axis, shared by all parts.
+    look : Look
+        Look of the method.
+    numbered : bool
+        Whether the indices mean something to a reader.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = frame(1.75, width=2.3, left=0.48, right=0.1, top=0.08, bottom=0.36)
+    indices = np.array([index for index, _, _ in layers])
+    table = np.array([[q[p] for p in PERCENTILES] for _, q, _ in layers])
+    table = np.clip(table, *limits)
+    low, lower, median, upper, high, top = table.T
+    span = max(1, int(indices.max() - indices.min() + 1))
+    wide = min(6.0, 0.62 * 1.72 * 72 / span)
+    colour = look.colour
+    axes.vlines(indices, low, high, color=colour, lw=max(0.7, wide / 6), alpha=0.55)
+    axes.vlines(indices, lower, upper, color=colour, lw=wide)
+    axes.plot(indices, median, ls="", marker="_", ms=wide, mew=1, color=SURFACE)
+    axes.plot(indices, top, ls="", marker="o", ms=min(2.2, wide), color=colour, mew=0)
+    cuts = np.array([np.nan if cut is None else cut for _, _, cut in layers], float)
+    axes.plot(
+        indices,
+        cuts,
+        ls="",
+        marker="_",
+        ms=1.35 * wide + 1,
+        mew=1.3,
+        color=THEME["frame"][0],
+    )
+    axes.set_yscale("log")
+    axes.minorticks_off()
+    axes.set_ylim(*limits)
+    axes.yaxis.set_major_formatter(in_powers)
+    axes.set_xlim(indices.min() - 0.8, indices.max() + 0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
+    if numbered:
+        axes.set_xlabel("transformer layer", fontsize=8, labelpad=1)
+    else:
+        axes.set_xticks([])
+    axes.tick_params(labelsize=8)
+    return figure
+
+
+def _ramp() -> Colormap:
+    """Return paper to deep blue; the page inverts it on a dark ground."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list(
+        "depth", ["#f7f6f3", "#cfe0ee", "#8fbbdc", "#4a8cc2", "#1d5a97", "#0b2e5c"]
+    )
+
+
+def _logarithmic(values: Floats, decades: float) -> tuple[Floats, float, float]:
+    """Return base-10 logarithms within ``decades`` of the largest value."""
+    top = float(values.max(initial=0.0))
+    top = math.log10(top) if top > 0 else 0.0
+    with np.errstate(divide="ignore"):
+        logs = np.log10(np.abs(values))
+    return np.clip(logs, top - decades, top), top - decades, top
+
+
+def _key(axes: Axes, low: float, high: float, label: str) -> None:
+    """Draw the colour key of a logarithmic heat map as a thin bar at its right."""
+    key = axes.inset_axes((1.03, 0.0, 0.035, 1.0))
+    ramp = np.linspace(0, 1, 64)[:, None]
+    key.imshow(
+        ramp,
+        cmap=_ramp(),
+        aspect="auto",
+        origin="lower",
+        extent=(0, 1, low, high),
+        interpolation="none",
+    )
+    ticks = range(math.ceil(low), math.floor(high) + 1)
+    key.set_yticks(list(ticks), [power(tick) for tick in ticks])
+    key.yaxis.tick_right()
+    key.set_xticks([])
+    key.grid(False)
+    key.tick_params(labelsize=8, pad=1)
+    for spine in key.spines.values():
+        spine.set_visible(False)
+    axes.text(1.03, 1.03, label, transform=axes.transAxes, color=MUTED, fontsize=8)
+
+
+def _plain(axes: Axes) -> None:
+    """Take ticks and grid from a picture of a matrix; leave a hairline round it."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=MUTED, linewidth=0.5)
+
+
+def heat_map(magnitudes: ArrayLike, size: int, top: float) -> Figure:
+    """Draw the magnitude of a matrix's entries on a logarithmic scale.
+
+    Parameters
+    ----------
+    magnitudes : array_like, shape (m, m)
+        Absolute values, sampled or averaged from an ``(n, n)`` matrix.
+    size : int
+        The true ``n``, for the label.
+    top : float
+        Largest magnitude, where the colours end, shared by pictures to be compared.
+    """
+    values = np.asarray(magnitudes, dtype=np.float64)
+    figure, axes = frame(2.6, width=2.9, left=0.1, right=0.62, top=0.25, bottom=0.22)
+    logs, _, high = _logarithmic(np.append(values.ravel(), top), 4)
+    axes.imshow(
+        logs[:-1].reshape(values.shape),
+        cmap=_ramp(),
+        vmin=high - 4,
+        vmax=high,
+        interpolation="none",
+    )
+    _plain(axes)
+    axes.set_xlabel(f"{size} × {size}", fontsize=8, labelpad=3)
+    _key(axes, high - 4, high, "|entry|")
+    return figure
+
+
+def score_grid(grid: ArrayLike, indices: Sequence[Sequence[int]]) -> Figure:
+    """Draw one layer's block scores in place, the chosen blocks framed.
+
+    Parameters
+    ----------
+    grid : array_like, shape (R, C)
+        Score of each block.
+    indices : sequence of (int, int)
+        The chosen blocks.
+    """
+    values = np.asarray(grid, dtype=np.float64)
+    rows, columns = values.shape
+    width = 2.9
+    side = (width - 0.9) * min(1.0, columns / rows)
+    height = max(0.9, min(3.2, side * rows / columns)) + 0.5
+    figure, axes = frame(
+        height, width=width, left=0.28, right=0.62, top=0.25, bottom=0.25
+    )
+    logs, low, high = _logarithmic(values, 3)
+    axes.imshow(logs, cmap=_ramp(), vmin=low, vmax=high, interpolation="none")
+    _plain(axes)
+    axes.add_collection(_outline(values.shape, indices))
+    axes.set_xlabel("in", fontsize=8, labelpad=2)
+    axes.set_ylabel("out", fontsize=8, labelpad=2)
+    _key(axes, low, high, "score")
+    return figure
+
+
+def _outline(
+    shape: tuple[int, ...], indices: Sequence[Sequence[int]]
+) -> LineCollection:
+    """Return the border between chosen blocks and others, a line an edge."""
+    from matplotlib.collections import LineCollection
+
+    chosen = np.zeros((shape[0] + 2, shape[1] + 2), dtype=bool)
+    blocks = np.asarray(indices, dtype=np.int64).reshape(-1, 2) + 1
+    chosen[blocks[:, 0], blocks[:, 1]] = True
+    rows, columns = np.nonzero(chosen[1:] != chosen[:-1])
+    across = np.stack([columns - 1.5, rows - 0.5, columns - 0.5, rows - 0.5], axis=1)
+    rows, columns = np.nonzero(chosen[:, 1:] != chosen[:, :-1])
+    down = np.stack([columns - 0.5, rows - 1.5, columns - 0.5, rows - 0.5], axis=1)
+    lines = np.concatenate([across, down]).reshape(-1, 2, 2)
+    return LineCollection(
+        list(lines),
+        colors=THEME["frame"][0],
+        linewidths=1.3,
+        capstyle="projecting",
+        clip_on=False,
+    )
+
+
+def _square(x: float, y: float, size: float, **options: Any) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), size, size, **options)
+
+
+def level_colours(levels: int) -> list[str]:
+    """Return a colour a level, the coarsest first, and that of the leaves last."""
+    steps = np.linspace(0, len(LEVELS) - 2, max(levels, 1)).round().astype(int)
+    return [*(LEVELS[k] for k in steps[:levels]), LEVELS[-1]]
+
+
+def level_notes(factor: Mapping[str, Any]) -> list[str]:
+    """Return rank and bytes of every level and of the leaves, as far as known."""
+    levels = int(factor["levels"])
+    ranks = list(factor.get("level_ranks") or [factor.get("rank")] * levels)
+    sizes = list(factor.get("level_bytes") or ())
+    notes = []
+    for level in range(levels + 1):
+        parts = ["dense"]
+        if level < levels:
+            known = level < len(ranks) and ranks[level] is not None
+            parts = [f"rank {ranks[level]}"] if known else []
+        if level < len(sizes):
+            parts.append(quantity(float(sizes[level]), BYTES))
+        notes.append("\n".join(parts))
+    return notes
+
+
+def block_structure(factor: Mapping[str, Any]) -> Figure:
+    """Draw which blocks a hierarchical matrix keeps at each level, rank and bytes.
+
+    An MLR matrix is a sum, so each of its terms gets a square; a HODLR matrix is one
+    partition, so all levels share a square.
+
+    Parameters
+    ----------
+    factor : mapping
+        The ``factor`` of the results.
+    """
+    if str(factor["kind"]).upper() == "HODLR":
+        return _partition(factor)
+    from matplotlib.figure import Figure
+
+    levels = int(factor["levels"])
+    notes, colours = level_notes(factor), level_colours(levels)
+    across = min(levels + 1, 5)
+    down = -(-(levels + 1) // across)
+    width, gap = 4.4, 0.22
+    side = min(1.1, (width - 0.1) / across - gap)
+    figure = Figure(figsize=(width, down * (side + 0.72)))
+    height = down * (side + 0.72)
+    for level in range(levels + 1):
+        row, column = divmod(level, across)
+        axes = figure.add_axes(
+            (
+                (0.05 + column * (side + gap)) / width,
+                1 - (0.2 + side + row * (side + 0.72)) / height,
+                side / width,
+                side / height,
+            )
+        )
+        blocks = 2**level
+        for place in range(blocks):
+            size = 1 / blocks
+            style = {"fc": colours[level], "ec": SURFACE, "lw": 0.7}
+            axes.add_patch(_square(place * size, place * size, size, **style))
+        axes.set_xlim(0, 1)
+        axes.set_ylim(1, 0)
+        _plain(axes)
+        title = "leaves" if level == levels else f"level {level}"
+        axes.set_title(title, fontsize=8, pad=3, loc="left")
+        axes.set_xlabel(notes[level], fontsize=8, labelpad=3, loc="left")
+        if level < levels and column < across - 1:
+            place_x = 1 + gap / side / 2
+            axes.text(place_x, 0.5, "+", ha="center", va="center", color=MUTED)
+    return figure
+
+
+def _partition(factor: Mapping[str, Any]) -> Figure:
+    """Draw the one partition of a HODLR matrix, its levels listed beside it."""
+    levels = int(factor["levels"])
+    notes, colours = level_notes(factor), level_colours(levels)
+    figure, axes = frame(2.3, left=0.05, right=2.2, top=0.05, bottom=0.1)
+    for level in range(levels):
+        size = 1 / 2 ** (level + 1)
+        for pair in range(2**level):
+            start = 2 * pair * size
+            style = {"fc": colours[level], "ec": SURFACE, "lw": 0.7}
+            axes.add_patch(_square(start + size, start, size, **style))
+            axes.add_patch(_square(start, start + size, size, **style))
+    size = 1 / 2**levels
+    for leaf in range(2**levels):
+        style = {"fc": colours[-1], "ec": SURFACE, "lw": 0.7}
+        axes.add_patch(_square(leaf * size, leaf * size, size, **style))
+    axes.set_xlim(0, 1)
+    axes.set_ylim(1, 0)
+    _plain(axes)
+    for level, (note, colour) in enumerate(zip(notes, colours, strict=True)):
+        y = (level + 0.5) / (levels + 1)
+        title = "leaves" if level == levels else f"level {level}"
+        axes.plot([1.08], [y], marker="s", ms=7, color=colour, clip_on=False, mew=0)
+        text = f"{title}: {', '.join(note.splitlines())}"
+        axes.text(1.14, y, text, va="center", fontsize=8)
+    return figure
+
+
+def spectra(factor: Mapping[str, Any]) -> Figure:
+    """Draw the values that each level keeps against the dense factor's spectrum."""
+    figure, axes = frame(2.6, left=0.5, right=0.75)
+    colours = level_colours(int(factor["levels"]))
+    dense = _positive(factor["spectrum_dense"])
+    series = [("dense", dense, INK, 0.0)]
+    for level, values in enumerate(factor["singular_values"]):
+        leaves = level >= int(factor["levels"])
+        name = "leaves" if leaves else f"level {level}"
+        series.append((name, _positive(values), colours[level], 2.2))
+    top = max((float(v[0]) for _, v, _, _ in series if v.size), default=1.0)
+    floor = top * 1e-7
+    longest = max((v.size for _, v, _, _ in series), default=1)
+    ends = []
+    for name, every, colour, size in series:
+        values = every[every >= floor]
+        if not values.size:
+            continue
+        places = np.arange(1, values.size + 1)
+        axes.plot(places, values, color=colour, marker="o", ms=size, mew=0, lw=1.2)
+        ends.append((places[-1], values[-1], name))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.minorticks_off()
+    axes.set_xlim(0.9, longest * 1.05)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(in_powers)
+    axes.set_xlabel("index")
+    axes.set_ylabel("eigenvalue")
+    axes.grid(True)
+    for x, y, name in ends:
+        axes.annotate(
+            name,
+            xy=(float(x), float(y)),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            annotation_clip=False,
+            bbox={"fc": SURFACE, "ec": "none", "alpha": 0.85, "pad": 0.6},
+        )
+    return figure
+
+
+def _positive(values: Sequence[float]) -> Floats:
+    """Return the positive values, the largest first."""
+    array = np.asarray([v for v in values if finite(v)], dtype=np.float64)
+    return np.sort(array[array > 0])[::-1]
