@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.sylva_train.models import dense_blocks, error, layer_masks
 
 from sylva_train.kernels import block_sddmm, gather_blocks, reference, scatter_blocks_
 from sylva_train.masks import LayerMask
+from tests.sylva_train.models import dense_blocks, error, layer_masks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = ["rows", "columns", "strided", "offset"]

@@ -9,19 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.sylva_train.models import (
-    ARCHITECTURES,
-    dense_blocks,
-    error,
-    layer_masks,
-    logits,
-    make_batch,
-    make_model,
-    random_masks,
-    same,
-    snapshot,
-    train_step,
-)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -38,6 +25,19 @@ from sylva_train.layers import (
 from sylva_train.masks import LayerMask
 from sylva_train.optimizer import SparseAdamW
 from sylva_train.targets import weight_view
+from tests.sylva_train.models import (
+    ARCHITECTURES,
+    dense_blocks,
+    error,
+    layer_masks,
+    logits,
+    make_batch,
+    make_model,
+    random_masks,
+    same,
+    snapshot,
+    train_step,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: largest error over the size of the gradient: the inputs' own rounding
@@ -49,10 +49,8 @@ def make_layer(mask, kind=nn.Linear, bias=True, dtype=torch.float32, seed=0):
     """A base layer and the embedded one."""
     out, inputs = mask.shape
     generator = torch.Generator().manual_seed(seed)
-    if kind is Conv1D:
-        base = Conv1D(out, inputs)
-    else:
-        base = nn.Linear(inputs, out, bias=bias)
+    linear = kind is nn.Linear
+    base = nn.Linear(inputs, out, bias=bias) if linear else Conv1D(out, inputs)
     for parameter in base.parameters():
         values = torch.randn(parameter.shape, generator=generator)
         parameter.data = values.to(dtype)
@@ -192,10 +190,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     for wrapped in (False, True):
         _, layer = make_layer(mask)
         x = random((3, 5)).requires_grad_()
-        if wrapped:
-            y = checkpoint(layer, x, use_reentrant=reentrant)
-        else:
-            y = layer(x)
+        y = checkpoint(layer, x, use_reentrant=reentrant) if wrapped else layer(x)
         y.square().sum().backward()
         gradients.append(layer.sylva_values["default"].grad)
     assert torch.equal(*gradients)
@@ -228,7 +223,7 @@ def test_hooks_of_the_base_layer_still_run():
     mask = LayerMask((6, 5), 4, torch.tensor([[0, 1]]))
     _, layer = make_layer(mask)
     seen = []
-    layer.base_layer.register_forward_hook(lambda *a: seen.append(1))
+    layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
     layer(random((3, 5)))
     assert seen == [1]
 
@@ -401,9 +396,11 @@ def test_damaged_indices_are_found_before_they_are_used():
     embed(model, masks)
     state = snapshot(model)
     state["0.sylva_indices.default"][0, 0] = 99
-    with pytest.raises((AdapterError, IndexError)):
-        model.load_state_dict(state)
+    model.load_state_dict(state)
+    before = snapshot(model[2])
+    with pytest.raises(AdapterError, match="damaged"):
         model(random((1, 10)))
+    assert same(snapshot(model[2]), before)
 
 
 def test_a_copy_is_independent():

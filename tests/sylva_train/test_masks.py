@@ -10,11 +10,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tests.sylva_train.models import layer_masks
 
 from sylva_train._checks import AdapterError, ConfigError
 from sylva_train.importance import LayerScores, Scores
 from sylva_train.masks import LayerMask, Masks, select
+from tests.sylva_train.models import layer_masks
 
 
 @given(layer_masks())

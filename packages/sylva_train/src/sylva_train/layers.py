@@ -8,6 +8,7 @@ layer's own and cost nothing more; only the gradient of the active blocks is add
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -324,20 +325,20 @@ class SparseEmbeddedLinear(nn.Module):
         """
         self.restore_()
         key, own = f"{prefix}base_layer.weight", weight_view(self.base_layer)
-        weight = state_dict.get(key)
-        names = [
-            n for n in self.sylva_indices if f"{prefix}sylva_indices.{n}" in state_dict
-        ]
-        if weight is not None and names and weight.numel() == own.numel():
-            clean = as_matrix(self.base_layer, weight.detach().clone())
-            for name in names:
-                indices = state_dict[f"{prefix}sylva_indices.{name}"].long()
+        tables = {
+            n: state_dict.get(f"{prefix}sylva_indices.{n}") for n in self.sylva_indices
+        }
+        for name, table in tables.items():
+            # Indices that do not fit are found out when they are used.
+            with contextlib.suppress(ConfigError):
+                if table is None or key not in state_dict or own.is_meta:
+                    continue
                 size = self.sylva_values[name].shape[-1]
-                blocks = gather_blocks(own, indices.to(own.device), size)
-                scatter_blocks_(
-                    clean, indices.to(clean.device), blocks.to(clean.device)
-                )
-            state_dict[key] = as_matrix(self.base_layer, clean)
+                inside = LayerMask(self.shape, size, table).dense().to(own.device)
+                shown = as_matrix(self.base_layer, state_dict[key].detach()).to(own)
+                if shown.shape == own.shape:
+                    clean = torch.where(inside, own, shown)
+                    state_dict[key] = as_matrix(self.base_layer, clean)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

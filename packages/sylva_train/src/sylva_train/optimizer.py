@@ -85,18 +85,17 @@ class SparseAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.decay_towards == "base":
-            self.undo_decay()
         super().step()
+        if self.decay_towards == "base":
+            self.decay_to_base()
         for layer in self.layers:
             layer.sync()
         return loss
 
-    def undo_decay(self) -> None:
-        """Move values by what turns this step's decay to zero into one to the base.
+    def decay_to_base(self) -> None:
+        """Turn this step's decay to zero into one to the base.
 
-        AdamW first does ``v -= lr·wd·v``; with ``v += lr·wd/(1 - lr·wd)·base`` before
-        it, the two make ``v -= lr·wd·(v - base)``.
+        AdamW did ``v -= lr·wd·v``; ``v += lr·wd·base`` makes it ``v -= lr·wd·(v - base)``.
         """
         rates = {
             id(p): float(group["lr"]) * group["weight_decay"]
@@ -106,11 +105,11 @@ class SparseAdamW(torch.optim.AdamW):
         }
         values, bases = [], []
         for layer in self.layers:
-            layer.sync()
             name = layer.wanted()
             rate = rates.get(id(layer.sylva_values[name]), 0.0) if name else 0.0
             if name and rate:
+                layer.sync()
                 values.append(layer.sylva_values[name])
-                bases.append(layer.original().float() * (rate / (1 - rate)))
+                bases.append(layer.original().float() * rate)
         if values:
             torch._foreach_add_(values, bases)
