@@ -69,7 +69,8 @@ def evaluate(
     Raises
     ------
     ConfigError
-        If the metric is unknown, or is not one for these labels.
+        If the metric is unknown or is not one for these labels, or the loader leaves
+        examples out.
     DataError
         If there is no batch, or one without labels.
     NonFiniteError
@@ -77,6 +78,8 @@ def evaluate(
     """
     if metric is not None:
         check_choice("metric", metric, METRICS)
+    if isinstance(loader, Loader):
+        loader.positions()  # refuses a loader that leaves examples out
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -216,10 +219,12 @@ def class_metrics(parts: list[dict[str, Any]]) -> dict[str, float]:
     logits = torch.cat([part["logits"] for part in parts])
     labels = torch.cat([part["labels"] for part in parts])
     truth, guess = labels.numpy(), logits.argmax(-1).numpy()
+    several = len(np.union1d(truth, guess)) > 1
     return {
         "accuracy": float(accuracy_score(truth, guess)),
         "f1": float(f1_score(truth, guess, average="macro", zero_division=0.0)),
-        "mcc": float(matthews_corrcoef(truth, guess)),
+        # 0 by convention for a single class, of which scikit-learn warns.
+        "mcc": float(matthews_corrcoef(truth, guess)) if several else 0.0,
         "loss": float(F.cross_entropy(logits.double(), labels)),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from sylva_train._checks import ConfigError, DataError, check_choice, check_integer
 
-from .files import Row, Table
+from .files import HeaderTest, Row, Table
 from .sources import find_table
 
 __all__ = ["TASKS", "TextDataset", "load_data"]
@@ -126,7 +126,8 @@ def load_data(
         Seed of that choice.
     header : bool, optional
         Whether the first row of a ``.csv`` or ``.tsv`` names the columns; by default it
-        does where a column is asked for by name, or where the default names are found.
+        does in a ``.csv``, and in a ``.tsv`` where a column is asked for by name or the
+        default names are found.
 
     Returns
     -------
@@ -177,19 +178,19 @@ def columns_of(text_column: str | int | Sequence[str | int] | None) -> list[str 
     return list(text_column)
 
 
-def header_test(
-    header: bool | None, named: Sequence[str], task: str
-) -> Callable[[Sequence[str]], bool]:
+def header_test(header: bool | None, named: Sequence[str], task: str) -> HeaderTest:
     """Return the function that tells whether a first row names the columns."""
     if header is None and named:
         header = True
     if header is not None:
-        return lambda _: header
+        return lambda *_: header
     # Both must be there: a single word may well be somebody's first sentence.
     needed = [TEXT_NAMES, LABEL_NAMES if task == "classification" else TARGET_NAMES]
     if task == "causal-lm":
         needed.pop()
-    return lambda fields: all(not set(names).isdisjoint(fields) for names in needed)
+    return lambda fields, suffix: (
+        suffix == ".csv" or all(not set(n).isdisjoint(fields) for n in needed)
+    )
 
 
 def pick_column(

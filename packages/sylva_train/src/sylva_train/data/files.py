@@ -13,9 +13,11 @@ from typing import Any
 
 from sylva_train._checks import DataError
 
-__all__ = ["SUFFIXES", "Row", "Table", "read_table"]
+__all__ = ["SUFFIXES", "HeaderTest", "Row", "Table", "read_table"]
 
 Row = Mapping[str | int, Any]
+#: Tells from the fields of a first row and the suffix whether they name the columns.
+HeaderTest = Callable[[Sequence[str], str], bool]
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,12 @@ def delimited_rows(
         start = reader.line_num + 1
 
 
-def read_delimited(
-    name: str, data: bytes, is_header: Callable[[Sequence[str]], bool], delimiter: str
-) -> Table:
+def read_delimited(name: str, data: bytes, is_header: HeaderTest, suffix: str) -> Table:
     """Read comma- or tab-separated values."""
+    delimiter = "," if suffix == ".csv" else "\t"
     rows = list(delimited_rows(name, decode(name, data), delimiter))
     columns: tuple[str, ...] = ()
-    if rows and is_header(rows[0][1]):
+    if rows and is_header(rows[0][1], suffix):
         columns = tuple(rows.pop(0)[1])
         if len(set(columns)) != len(columns):
             msg = f"{name}:1: expected distinct column names; got {list(columns)}."
@@ -167,7 +168,7 @@ def json_values(name: str, text: str) -> Iterator[tuple[int, Any]]:
         expected = "a comma"
 
 
-def read_json(name: str, data: bytes, _: Callable[[Sequence[str]], bool]) -> Table:
+def read_json(name: str, data: bytes, _: HeaderTest) -> Table:
     """Read an array of JSON objects, or one object a line (whatever the suffix)."""
     rows: list[tuple[int, Row]] = []
     columns: dict[str, None] = {}
@@ -183,7 +184,7 @@ def read_json(name: str, data: bytes, _: Callable[[Sequence[str]], bool]) -> Tab
     return Table(name, tuple(columns), len(columns), rows)
 
 
-def read_parquet(name: str, data: bytes, _: Callable[[Sequence[str]], bool]) -> Table:
+def read_parquet(name: str, data: bytes, _: HeaderTest) -> Table:
     """Read a Parquet file; its rows are counted from 1."""
     try:
         from pyarrow import ArrowException
@@ -203,7 +204,7 @@ def read_parquet(name: str, data: bytes, _: Callable[[Sequence[str]], bool]) -> 
     return Table(name, tuple(table.column_names), table.num_columns, rows)
 
 
-def read_text(name: str, data: bytes, _: Callable[[Sequence[str]], bool]) -> Table:
+def read_text(name: str, data: bytes, _: HeaderTest) -> Table:
     """Read plain text, one row a paragraph, in the column ``text``."""
     rows: list[tuple[int, Row]] = []
     paragraph: list[str] = []
@@ -217,9 +218,9 @@ def read_text(name: str, data: bytes, _: Callable[[Sequence[str]], bool]) -> Tab
     return Table(name, ("text",), 1, rows)
 
 
-READERS: dict[str, Callable[[str, bytes, Callable[[Sequence[str]], bool]], Table]] = {
-    ".csv": lambda name, data, header: read_delimited(name, data, header, ","),
-    ".tsv": lambda name, data, header: read_delimited(name, data, header, "\t"),
+READERS: dict[str, Callable[[str, bytes, HeaderTest], Table]] = {
+    ".csv": lambda name, data, header: read_delimited(name, data, header, ".csv"),
+    ".tsv": lambda name, data, header: read_delimited(name, data, header, ".tsv"),
     ".jsonl": read_json,
     ".json": read_json,
     ".parquet": read_parquet,
@@ -229,9 +230,7 @@ READERS: dict[str, Callable[[str, bytes, Callable[[Sequence[str]], bool]], Table
 SUFFIXES = tuple(READERS)
 
 
-def read_table(
-    source: Path | Traversable, is_header: Callable[[Sequence[str]], bool]
-) -> Table:
+def read_table(source: Path | Traversable, is_header: HeaderTest) -> Table:
     """Read a file by its suffix.
 
     Parameters

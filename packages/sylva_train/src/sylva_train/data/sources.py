@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -13,7 +12,7 @@ from typing import Any
 
 from sylva_train._checks import ConfigError, DataError
 
-from .files import SUFFIXES, Row, Table, read_table
+from .files import SUFFIXES, HeaderTest, Row, Table, read_table
 
 __all__ = ["builtin_names", "find_table"]
 
@@ -48,7 +47,7 @@ def builtin_names() -> list[str]:
 def find_table(
     spec: str | Path,
     split: str | None,
-    is_header: Callable[[Sequence[str]], bool],
+    is_header: HeaderTest,
 ) -> tuple[Table, dict[str, Any]]:
     """Return the rows of a source, and what a built-in task states about itself.
 

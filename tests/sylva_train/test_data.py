@@ -1,0 +1,428 @@
+"""Data sets are read whole or refused with the line; batches come in a fixed order."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sylva_train._checks import ConfigError, DataError
+from sylva_train.data import Loader, TextDataset, builtin_names, load_data
+from tests.sylva_train.words import word_tokenizer
+
+ROWS = [("good film", "pos"), ("bad film", "neg"), ('a "b", c', "pos")]
+
+
+def write(path, text: str | bytes):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def write_rows(path, rows=ROWS):
+    """The same rows in any format."""
+    records = [{"sentence": text, "label": label} for text, label in rows]
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("sentence", "label"), *rows])
+    elif path.suffix == ".tsv":
+        write(path, "sentence\tlabel\n" + "".join(f"{t}\t{n}\n" for t, n in rows))
+    elif path.suffix == ".json":
+        write(path, json.dumps(records, indent=2))
+    elif path.suffix == ".jsonl":
+        write(path, "".join(json.dumps(record) + "\n" for record in records))
+    else:
+        arrow, parquet = pytest.importorskip("pyarrow"), "pyarrow.parquet"
+        table = arrow.Table.from_pylist(records)
+        pytest.importorskip(parquet).write_table(table, path)
+    return path
+
+
+def numbers(n: int, length: int = 3) -> TextDataset:
+    """Texts of different lengths that carry their own number as the label."""
+    texts = [
+        " ".join("abc"[(i + k) % 3] for k in range(1 + i % length)) for i in range(n)
+    ]
+    return TextDataset(
+        "toy", "classification", texts, list(range(n)), [str(i) for i in range(n)]
+    )
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_every_format_gives_the_same_rows(tmp_path, suffix):
+    data = load_data(write_rows(tmp_path / f"x.{suffix}"))
+    assert list(zip(data.texts, data.labels, strict=True)) == [
+        ("good film", 1),
+        ("bad film", 0),
+        ('a "b", c', 1),
+    ]
+    assert data.label_names == ["neg", "pos"]
+
+
+def test_json_lines_are_read_whatever_the_suffix(tmp_path):
+    source = write_rows(tmp_path / "x.jsonl")
+    assert load_data(source.rename(tmp_path / "x.json")).texts[0] == "good film"
+
+
+def test_sst2_and_cola_need_no_column_names(tmp_path):
+    sst2 = load_data(write(tmp_path / "a.tsv", '1\t"good film\n0\tbad\n'))
+    assert (sst2.texts, sst2.labels) == (['"good film', "bad"], [1, 0])
+    cola = load_data(write(tmp_path / "b.tsv", "gj\t1\t\tHe ran.\ngj\t0\t*\tRan he.\n"))
+    assert (cola.texts, cola.labels) == (["He ran.", "Ran he."], [1, 0])
+
+
+def test_columns_go_by_name_or_number(tmp_path):
+    path = write(tmp_path / "x.csv", "x,y,z\nq,good,b\nr,bad,a\n")
+    named = load_data(path, text_column="y", label_column="z")
+    numbered = load_data(path, text_column=1, label_column=2, header=True)
+    assert named == numbered
+    assert named.labels == [1, 0]
+
+
+def test_two_columns_make_pairs(tmp_path):
+    path = write(tmp_path / "x.tsv", "label\ts1\ts2\n1\ta\tb\n0\tc\td\n")
+    data = load_data(path, text_column=["s1", "s2"])
+    assert data.texts == [("a", "b"), ("c", "d")]
+    batch = next(iter(Loader(data, word_tokenizer(), 2)))
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]] * 2
+
+
+def test_byte_order_mark_and_crlf_are_no_text(tmp_path):
+    path = write(tmp_path / "x.csv", b"\xef\xbb\xbfsentence,label\r\na,1\r\nb,0\r\n")
+    assert load_data(path).texts == ["a", "b"]
+
+
+def test_labels_have_a_stable_order(tmp_path):
+    lines = "".join(f"{n}\ttext {n}\n" for n in (10, 9, 2, 10))
+    assert load_data(write(tmp_path / "x.tsv", lines)).label_names == ["2", "9", "10"]
+    path = write_rows(tmp_path / "x.csv")
+    assert load_data(path, labels=["pos", "neg"]).labels == [0, 1, 0]
+
+
+def test_evaluation_knows_the_labels_of_training_only(tmp_path):
+    path = write_rows(tmp_path / "dev.csv", [*ROWS, ("a", "mixed")])
+    with pytest.raises(DataError, match=r"dev\.csv:5: the label 'mixed'.*neg.*pos"):
+        load_data(path, labels=["neg", "pos"])
+
+
+BAD = {
+    "csv-fields": ("x.csv", "sentence,label\na,1\nb\n", ":3: expected 2 fields"),
+    "csv-multiline": ("x.csv", 'sentence,label\n"a\nb",1\nc,2,3\n', ":4: expected 2"),
+    "csv-open-quote": ("x.csv", 'sentence,label\na,1\n"b,0\nc,1\n', ":3: "),
+    "tsv-fields": ("x.tsv", "1\ta\n0\tb\tc\n", ":2: expected 2 fields"),
+    "blank-text": ("x.csv", "sentence,label\na,1\n ,0\n", ":3: expected a text"),
+    "blank-label": ("x.csv", "sentence,label\na,1\nb,\n", ":3: expected a label"),
+    "jsonl-syntax": ("x.jsonl", '{"text": "a", "label": 1}\n{"text": \n', ":2: "),
+    "jsonl-list": (
+        "x.jsonl",
+        '{"text": "a", "label": 1}\n[1]\n',
+        ":2: expected a JSON",
+    ),
+    "jsonl-missing": (
+        "x.jsonl",
+        '{"text": "a", "label": 1}\n\n{"label": 0}\n',
+        ":3: expected a text in column 'text'; got no such column",
+    ),
+    "jsonl-number": ("x.jsonl", '{"text": 1, "label": 1}\n', ":1: expected a text"),
+    "jsonl-float": ("x.jsonl", '{"text": "a", "label": 0.5}\n', ":1: expected a label"),
+    "json-comma": ("x.json", '[{"text": "a", "label": 1}\n {}]', ":2: expected `,`"),
+    "json-open": ("x.json", '[{"text": "a", "label": 1},\n\n', ":3: "),
+    "json-value": ("x.json", '\n[\n{"text": "a", "label": 1},\n{"text" 1}]', ":4: "),
+    "encoding": ("x.csv", b"sentence,label\na,1\n\xff,0\n", ":3: expected UTF-8"),
+    "parquet": ("x.parquet", b"PAR1 nothing", ": the Parquet file cannot be read"),
+    "no-rows": ("x.csv", "sentence,label\n", ": the file has no rows"),
+    "empty": ("x.jsonl", "", ": the file has no rows"),
+    "no-text": ("x.csv", "a,b\n1,2\n", ": no column is known to be the text"),
+    "no-label": ("x.csv", "text,b\n1,2\n", ": no column is known to be the label"),
+    "twice": ("x.csv", "sentence,label,label\na,1,1\n", ":1: expected distinct"),
+    "one-class": ("x.csv", "sentence,label\na,1\nb,1\n", ": expected at least two"),
+    "suffix": ("x.doc", "a", ": expected one of the suffixes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_rows_are_refused_with_file_and_line(tmp_path, case):
+    name, content, message = BAD[case]
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=re.escape(f"{path}{message}")):
+        load_data(path)
+
+
+def test_columns_that_are_not_there_are_named(tmp_path):
+    path = write_rows(tmp_path / "x.csv")
+    with pytest.raises(DataError, match=r"`text_column` 'txt'.*'sentence', 'label'"):
+        load_data(path, text_column="txt")
+    with pytest.raises(DataError, match=r"`label_column` 7 .*'sentence'"):
+        load_data(path, label_column=7, header=True)
+
+
+def test_texts_are_not_taken_for_labels(tmp_path):
+    path = write(tmp_path / "x.tsv", "".join(f"text {n}\t{n % 2}\n" for n in range(30)))
+    with pytest.raises(DataError, match="30 different values in 30 rows"):
+        load_data(path)
+    assert load_data(path, text_column=0, label_column=1).labels[:2] == [0, 1]
+
+
+@pytest.mark.parametrize("spec", ["nowhere/x.csv", "./nowhere", "/nowhere"])
+def test_missing_paths_are_errors(spec):
+    with pytest.raises(DataError, match="there is no such file or folder"):
+        load_data(spec)
+
+
+def test_hub_names_offline_say_what_to_do(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"e2e-rating.*could not load.*local file"):
+        load_data("no-such-name-anywhere")
+
+
+def test_hub_data_keeps_its_class_names(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    names = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    rows = {"text": ["a", "b"], "label": [1, -1]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data.select([0]))
+    assert load_data("some/name:sub", split="dev").label_names == ["no", "yes"]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    with pytest.raises(DataError, match=r"some/name\[test\]:2: expected a label"):
+        load_data("some/name", split="test")
+
+
+def test_folders_are_read_by_split(tmp_path):
+    for name in ("train", "dev"):
+        write_rows(tmp_path / f"{name}.csv")
+    assert load_data(tmp_path).name.endswith("train.csv")
+    assert load_data(tmp_path, split="validation").name.endswith("dev.csv")
+    with pytest.raises(DataError, match=r"no file for the split 'test'.*dev\.csv"):
+        load_data(tmp_path, split="test")
+    with pytest.raises(ConfigError, match="`split` must not"):
+        load_data(tmp_path / "dev.csv", split="dev")
+
+
+def test_limit_keeps_a_random_part_in_order_and_all_classes(tmp_path):
+    path = write_rows(tmp_path / "x.csv", [(f"t {i}", i % 5) for i in range(50)])
+    few, again = (load_data(path, limit=7, seed=3) for _ in range(2))
+    assert few == again
+    assert len(few) == 7
+    assert few.label_names == list("01234")
+    order = [int(text.split()[1]) for text in few.texts]
+    assert order == sorted(order)
+    assert load_data(path, limit=7, seed=4) != few
+    assert len(load_data(path, limit=99)) == 50
+
+
+def test_builtin_splits_share_nothing_and_are_small():
+    assert builtin_names() == ["e2e-rating"]
+    splits = {
+        s: load_data("e2e-rating", split=s) for s in ("train", "validation", "test")
+    }
+    assert {name: len(data) for name, data in splits.items()} == {
+        "train": 4000,
+        "validation": 700,
+        "test": 1500,
+    }
+    texts = [set(data.texts) for data in splits.values()]
+    assert sum(map(len, texts)) == len(set.union(*texts))
+    for data in splits.values():
+        assert data.label_names == ["not stated", "low", "average", "high"]
+        assert min(np.bincount(data.labels)) > 0.15 * len(data)
+
+
+# --- batches ---------------------------------------------------------------------------
+
+
+@given(
+    count=st.integers(1, 40),
+    size=st.integers(1, 9),
+    bucket=st.integers(0, 4),
+    shuffle=st.booleans(),
+    epoch=st.integers(0, 5),
+)
+def test_an_epoch_has_each_example_once(count, size, bucket, shuffle, epoch):
+    loader = Loader(
+        numbers(count), word_tokenizer(), size, shuffle=shuffle, bucket=bucket
+    )
+    plan = loader.plan(epoch)
+    flat = [index for batch in plan for index in batch]
+    assert sorted(flat) == list(range(count))
+    assert len(plan) == len(loader)
+    assert [len(batch) for batch in plan[:-1]] == [size] * (len(plan) - 1)
+    assert torch.tensor(flat)[loader.positions(epoch)].tolist() == list(range(count))
+
+
+@given(start=st.integers(0, 8), bucket=st.integers(0, 3), epoch=st.integers(0, 3))
+def test_any_position_goes_on_with_the_same_batches(start, bucket, epoch):
+    loaders = [
+        Loader(numbers(23), word_tokenizer(), 4, shuffle=True, seed=5, bucket=bucket)
+        for _ in range(2)
+    ]
+    whole, rest = list(loaders[0].epoch(epoch)), list(loaders[1].epoch(epoch, start))
+    assert len(rest) == max(0, len(whole) - start)
+    for one, other in zip(whole[start:], rest, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    plans = {
+        (seed, epoch): str(
+            Loader(numbers(20), word_tokenizer(), 4, shuffle=True, seed=seed).plan(
+                epoch
+            )
+        )
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(set(plans.values())) == 9
+    torch.manual_seed(99)
+    np.random.seed(99)  # noqa: NPY002 the global state must not matter
+    loader = Loader(numbers(20), word_tokenizer(), 4, shuffle=True, seed=1)
+    list(loader.epoch(0))
+    assert str(loader.plan(2)) == plans[1, 2]
+
+
+def test_padding_is_masked_and_no_longer_than_needed():
+    batch = next(iter(Loader(numbers(3), word_tokenizer(), 3)))
+    assert {name: t.dtype for name, t in batch.items()} == dict.fromkeys(
+        ("input_ids", "attention_mask", "token_type_ids", "labels"), torch.int64
+    )
+    assert batch["attention_mask"].tolist() == [
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1],
+    ]
+    assert (batch["input_ids"] == 0).equal(batch["attention_mask"] == 0)
+    assert batch["labels"].tolist() == [0, 1, 2]
+
+
+def test_buckets_pad_less():
+    padded = [
+        sum(b["input_ids"].numel() for b in loader)
+        for loader in (
+            Loader(numbers(60, 9), word_tokenizer(), 4, shuffle=True, bucket=bucket)
+            for bucket in (0, 8)
+        )
+    ]
+    assert padded[1] < 0.8 * padded[0]
+
+
+def test_drop_last_drops_the_rest_only():
+    loader = Loader(numbers(11), word_tokenizer(), 4, shuffle=True, drop_last=True)
+    assert [len(batch) for batch in loader.plan(0)] == [4, 4]
+    assert len(list(loader)) == len(loader) == 2
+    with pytest.raises(ConfigError, match="`drop_last` leaves out 3 examples"):
+        loader.positions()
+    with pytest.raises(ConfigError, match="`drop_last` leaves no batch"):
+        Loader(numbers(3), word_tokenizer(), 4, drop_last=True)
+
+
+def test_texts_are_cut_to_max_length():
+    loader = Loader(numbers(9, 9), word_tokenizer(), 9, max_length=4)
+    assert next(iter(loader))["input_ids"].shape == (9, 4)
+
+
+def test_bad_loaders_are_refused():
+    tokenizer = word_tokenizer()
+    with pytest.raises(DataError, match="empty"):
+        Loader(numbers(0), tokenizer, 4)
+    with pytest.raises(ConfigError, match="`max_length` must be at most 512"):
+        Loader(numbers(3), tokenizer, 4, max_length=513)
+    with pytest.raises(ConfigError, match="no padding token"):
+        Loader(numbers(3), word_tokenizer(pad_token=None), 4)
+    with pytest.raises(ConfigError, match="`batch_size`"):
+        Loader(numbers(3), tokenizer, 0)
+    with pytest.raises(ConfigError, match="`pack`"):
+        Loader(numbers(3), tokenizer, 4, pack=True)
+
+
+def test_identity_tells_data_and_options_apart():
+    def identity(n=5, **options):
+        return json.dumps(Loader(numbers(n), word_tokenizer(), 2, **options).identity)
+
+    assert identity() == identity()
+    assert len({identity(), identity(6), identity(seed=1), identity(max_length=3)}) == 4
+
+
+def test_progress_counts_texts():
+    calls = []
+    Loader(numbers(2500), word_tokenizer(), 4, progress=lambda *c: calls.append(c))
+    assert calls == [(1024, 2500), (2048, 2500), (2500, 2500)]
+
+
+# --- language models -------------------------------------------------------------------
+
+
+def ids(text: str) -> list[int]:
+    return word_tokenizer("decoder")(text)["input_ids"]
+
+
+END = ids("</s>")
+
+
+def test_whole_texts_are_their_own_labels_but_for_padding(tmp_path):
+    path = write(tmp_path / "x.txt", "a b\nc\n\n\nd\n")
+    data = load_data(path, task="causal-lm")
+    assert data.texts == ["a b\nc", "d"]
+    batch = next(iter(Loader(data, word_tokenizer("decoder"), 2)))
+    assert batch["input_ids"].tolist() == [ids("a b c") + END, ids("d") + END + [0, 0]]
+    assert batch["labels"].tolist() == [
+        ids("a b c") + END,
+        ids("d") + END + [-100, -100],
+    ]
+
+
+def test_padding_with_the_end_token_still_has_no_label():
+    data = TextDataset("toy", "causal-lm", ["a b", "a"])
+    tokenizer = word_tokenizer("decoder", pad_token="</s>")
+    batch = next(iter(Loader(data, tokenizer, 2)))
+    assert batch["labels"][1].tolist() == ids("a") + END + [-100]
+    assert batch["attention_mask"][1].tolist() == [1, 1, 0]
+
+
+def test_only_the_answer_to_a_prompt_has_labels(tmp_path):
+    path = write(tmp_path / "x.jsonl", '{"input": "a b c", "output": "d"}\n')
+    data = load_data(path, task="causal-lm")
+    batch = next(iter(Loader(data, word_tokenizer("decoder"), 1)))
+    assert batch["input_ids"].tolist() == [ids("a b c d") + END]
+    assert batch["labels"].tolist() == [[-100] * 3 + ids("d") + END]
+
+
+def test_long_prompts_lose_their_beginning():
+    data = TextDataset("toy", "causal-lm", ["a b c d"], targets=["e"])
+    example = Loader(data, word_tokenizer("decoder"), 1, max_length=4).examples[0]
+    assert example["input_ids"] == ids("c d e") + END
+    data = TextDataset("toy", "causal-lm", ["a b"], targets=["c d e f"])
+    example = Loader(data, word_tokenizer("decoder"), 1, max_length=3).examples[0]
+    assert example == {"input_ids": ids("b c d"), "labels": [-100, *ids("c d")]}
+
+
+def test_packing_keeps_every_token():
+    data = TextDataset("toy", "causal-lm", ["a b c", "d", "e f g"])
+    loader = Loader(data, word_tokenizer("decoder"), 2, max_length=4, pack=True)
+    joined = [i for example in loader.examples for i in example["input_ids"]]
+    assert joined == ids("a b c </s> d </s> e f g </s>")
+    assert [len(example["input_ids"]) for example in loader.examples] == [4, 4, 2]
+
+
+def test_seq2seq_labels_are_the_targets(tmp_path):
+    path = write(tmp_path / "x.csv", "mr,ref\na b,c\nd,e f\n")
+    data = load_data(path, task="seq2seq", text_column="mr", target_column="ref")
+    batch = next(iter(Loader(data, word_tokenizer("seq2seq"), 2)))
+    assert batch["input_ids"].tolist() == [ids("a b") + END, ids("d") + END + [0]]
+    assert batch["labels"].tolist() == [ids("c") + END + [-100], ids("e f") + END]
+
+
+def test_columns_without_a_use_are_refused(tmp_path):
+    path = write_rows(tmp_path / "x.csv")
+    with pytest.raises(ConfigError, match="`label_column` is for"):
+        load_data(path, task="causal-lm", label_column="label")
+    with pytest.raises(ConfigError, match="`target_column` is for"):
+        load_data(path, target_column="label")
+    with pytest.raises(DataError, match="no column is known to be the target"):
+        load_data(path, task="seq2seq")

@@ -1,0 +1,220 @@
+"""Metrics agree with their definitions, and evaluation leaves no trace."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from sylva_train._checks import ConfigError, DataError, NonFiniteError
+from sylva_train.data import Loader, TextDataset
+from sylva_train.evaluation import METRICS, evaluate
+from sylva_train.pretrained import PooledClassifier
+from tests.sylva_train.words import TINY, VOCABULARY, word_tokenizer
+
+TEXTS = ["a good film", "bad", "not good", "a b c d e f", "film", "b a d", "c"]
+
+
+class Fixed(nn.Module):
+    """Gives the logits that its input names."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.table = nn.Parameter(torch.as_tensor(logits, dtype=torch.float32))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, input_ids, **_):
+        return SimpleNamespace(logits=self.dropout(self.table[input_ids[:, 0]]))
+
+
+def fixed(logits, labels, size=3):
+    """Model and batches with these logits and labels."""
+    rows = torch.arange(len(labels))[:, None]
+    batches = [
+        {
+            "input_ids": rows[i : i + size],
+            "labels": torch.as_tensor(labels[i : i + size]),
+        }
+        for i in range(0, len(labels), size)
+    ]
+    return Fixed(logits), batches
+
+
+def language_model(kind: str):
+    torch.manual_seed(0)
+    if kind == "decoder":
+        config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2)
+        return GPT2LMHeadModel(config)
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=16,
+        d_ff=48,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def texts(task: str, targets=()) -> TextDataset:
+    return TextDataset("toy", task, list(TEXTS), targets=list(targets))
+
+
+@given(
+    truth=st.lists(st.integers(0, 2), min_size=1, max_size=30),
+    seed=st.integers(0, 99),
+    size=st.integers(1, 7),
+)
+def test_classification_metrics_follow_their_definitions(truth, seed, size):
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(len(truth), 3)).astype(np.float32)
+    found = evaluate(*fixed(logits, truth, size))
+    truth, guess = np.array(truth), logits.argmax(1)
+    table = np.array(
+        [[((truth == i) & (guess == j)).sum() for j in range(3)] for i in range(3)]
+    )
+    right, rows, columns = np.diag(table), table.sum(1), table.sum(0)
+    used = (rows + columns) > 0
+    f1 = (2 * right[used] / (rows + columns)[used]).mean()
+    n, c = len(truth), right.sum()
+    spread = math.sqrt(float((n**2 - columns @ columns) * (n**2 - rows @ rows)))
+    mcc = (c * n - rows @ columns) / spread if spread else 0.0
+    exact = logits.astype(np.float64)
+    chosen = exact[np.arange(n), truth]
+    loss = (np.log(np.exp(exact).sum(1)) - chosen).mean()
+    expected = {"accuracy": c / n, "f1": f1, "mcc": mcc, "loss": loss}
+    assert {k: found[k] for k in expected} == pytest.approx(expected, abs=1e-9)
+    assert found["examples"] == n
+    assert found["score"] == found["accuracy"]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "mcc", "loss"])
+def test_the_metric_is_the_score(metric):
+    model, batches = fixed([[1, 0], [0, 1], [2, 0]], [0, 1, 1])
+    found = evaluate(model, batches, metric)
+    assert (found["score"], found["metric"]) == (found[metric], metric)
+    assert found["higher_is_better"] == METRICS[metric]
+
+
+def test_predictions_come_in_the_order_of_the_data():
+    torch.manual_seed(0)
+    model = PooledClassifier(BertConfig(**TINY, num_labels=3))
+    data = TextDataset(
+        "toy", "classification", list(TEXTS), [0, 1, 2, 0, 1, 2, 0], ["a", "b", "c"]
+    )
+    tokenizer = word_tokenizer()
+    plain = evaluate(model, Loader(data, tokenizer, 1), predictions=True)
+    mixed = evaluate(
+        model,
+        Loader(data, tokenizer, 3, shuffle=True, seed=4, bucket=2),
+        predictions=True,
+    )
+    np.testing.assert_allclose(plain["logits"], mixed["logits"], rtol=1e-4, atol=1e-5)
+    assert plain["labels"].tolist() == mixed["labels"].tolist() == data.labels
+    assert plain["predictions"].tolist() == plain["logits"].argmax(1).tolist()
+    assert "predictions" not in evaluate(model, Loader(data, tokenizer, 1))
+    dropping = Loader(data, tokenizer, 3, drop_last=True)
+    with pytest.raises(ConfigError, match="`drop_last`"):
+        evaluate(model, dropping)
+
+
+def test_evaluation_leaves_no_trace():
+    model, batches = fixed(np.eye(3), [0, 1, 2])
+    model.train()
+    model.dropout.eval()
+    state, weights = torch.get_rng_state(), model.table.clone()
+    first, second = evaluate(model, batches), evaluate(model, batches)
+    assert first == second
+    assert first["accuracy"] == 1
+    assert model.training
+    assert not model.dropout.training
+    assert model.table.grad is None
+    assert torch.equal(model.table, weights)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+
+
+def test_modes_come_back_after_an_error():
+    model, _ = fixed(np.eye(3), [0])
+    model.train()
+    with pytest.raises(IndexError):
+        evaluate(
+            model, [{"input_ids": torch.tensor([[9]]), "labels": torch.tensor([0])}]
+        )
+    assert model.training
+
+
+@pytest.mark.parametrize("kind", ["decoder", "seq2seq"])
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_language_model_loss_is_the_mean_over_tokens(kind, size):
+    model = language_model(kind)
+    tokenizer = word_tokenizer(kind)
+    data = texts("causal-lm") if kind == "decoder" else texts("seq2seq", TEXTS[::-1])
+    found = evaluate(model, Loader(data, tokenizer, size, bucket=2))
+    total = count = hits = 0
+    with torch.no_grad():
+        for batch in Loader(data, tokenizer, 1):
+            output = model.eval()(**batch)
+            shift = kind == "decoder"
+            tokens = batch["labels"][0, int(shift) :]
+            guess = output.logits[0].argmax(-1)[: -1 if shift else None]
+            total += float(output.loss) * len(tokens)
+            count += len(tokens)
+            hits += int((guess == tokens).sum())
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert found["token_accuracy"] == hits / count
+    assert found["score"] == found["perplexity"]
+    assert not found["higher_is_better"]
+    assert found["examples"] == len(TEXTS)
+
+
+def test_tokens_of_prompts_do_not_count():
+    model, tokenizer = language_model("decoder"), word_tokenizer("decoder")
+    data = texts("causal-lm", ["good"] * len(TEXTS))
+    whole = TextDataset("toy", "causal-lm", [f"{text} good" for text in TEXTS])
+    answers = evaluate(model, Loader(data, tokenizer, 4))
+    everything = evaluate(model, Loader(whole, tokenizer, 4))
+    assert answers["loss"] != pytest.approx(everything["loss"], rel=1e-3)
+
+
+def test_infinite_logits_are_an_error():
+    model, batches = fixed([[1, 0], [0, 1], [0, 1], [math.nan, 1]], [0, 1, 1, 0])
+    with pytest.raises(NonFiniteError, match="batch 1 are NaN or infinite"):
+        evaluate(model, batches)
+
+
+def test_bad_arguments_are_refused():
+    model, batches = fixed(np.eye(2), [0, 1])
+    with pytest.raises(ConfigError, match="`metric` must be one of"):
+        evaluate(model, batches, "auc")
+    with pytest.raises(ConfigError, match=r"labels that are classes.*'perplexity'"):
+        evaluate(model, batches, "perplexity")
+    with pytest.raises(DataError, match="no batch"):
+        evaluate(model, [])
+    with pytest.raises(DataError, match="batch 0 has no `labels`"):
+        evaluate(model, [{"input_ids": torch.tensor([[0]])}])
+    loader = Loader(texts("causal-lm"), word_tokenizer("decoder"), 4)
+    with pytest.raises(ConfigError, match="`predictions`"):
+        evaluate(language_model("decoder"), loader, predictions=True)
+
+
+def test_progress_counts_batches():
+    calls = []
+    model, batches = fixed(np.eye(5), range(5), 2)
+    evaluate(model, batches, progress=lambda *call: calls.append(call))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
