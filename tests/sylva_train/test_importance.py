@@ -19,7 +19,7 @@ from transformers import (
 from sylva_train import masks as masks_module
 from sylva_train._checks import AdapterError, ConfigError, DataError, NonFiniteError
 from sylva_train.config import NEEDS_DATA, SylvaConfig
-from sylva_train.curvature import Collector
+from sylva_train.curvature.collect import Collector
 from sylva_train.importance import Scores, score
 
 LAYER = "bert.encoder.layer.1.intermediate.dense"

@@ -1,1 +1,95 @@
-"""Fine-tune only the most important blocks of a pretrained model."""
+"""Fine-tune only the most important blocks of a pretrained model.
+
+`score` a model's weights on a few labelled samples, `select` the blocks that matter,
+`embed` them in the dense weights and train those: no extra forward work, gradients and
+optimizer state for the blocks alone. With PEFT: ``peft.get_peft_model(model,
+SylvaConfig(masks=masks))``; importing this package is what registers the tuner there.
+"""
+
+from importlib.metadata import version
+
+from ._checks import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    ModelError,
+    NonFiniteError,
+    OutputExistsError,
+    SylvaError,
+    TargetError,
+)
+from .checkpoint import CheckpointError
+from .comparison import Comparison, compare, load_results
+from .config import SylvaConfig, TaskConfig, TrainingConfig
+from .data import Loader, TextDataset, load_data
+from .evaluation import evaluate
+from .importance import LayerScores, Scores, score
+from .layers import SparseEmbeddedLinear, embed, merge, sync, unload
+from .masks import LayerMask, Masks, select
+from .optimizer import SparseAdamW
+from .pretrained import PooledClassifier, load_model, load_tokenizer
+from .report import markdown_table, summary_table, write_report
+from .training import TrainResult, train
+from .tuner import SylvaModel, inspect_adapter, load_adapter, save_adapter
+from .workflow import (
+    evaluate_folder,
+    finetune,
+    load_folder,
+    load_task,
+    merge_folder,
+    predict,
+)
+
+__version__ = version("sylva-train")
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "Comparison",
+    "ConfigError",
+    "DataError",
+    "LayerMask",
+    "LayerScores",
+    "Loader",
+    "Masks",
+    "ModelError",
+    "NonFiniteError",
+    "OutputExistsError",
+    "PooledClassifier",
+    "Scores",
+    "SparseAdamW",
+    "SparseEmbeddedLinear",
+    "SylvaConfig",
+    "SylvaError",
+    "SylvaModel",
+    "TargetError",
+    "TaskConfig",
+    "TextDataset",
+    "TrainResult",
+    "TrainingConfig",
+    "compare",
+    "embed",
+    "evaluate",
+    "evaluate_folder",
+    "finetune",
+    "inspect_adapter",
+    "load_adapter",
+    "load_data",
+    "load_folder",
+    "load_model",
+    "load_results",
+    "load_task",
+    "load_tokenizer",
+    "markdown_table",
+    "merge",
+    "merge_folder",
+    "predict",
+    "save_adapter",
+    "score",
+    "select",
+    "summary_table",
+    "sync",
+    "train",
+    "unload",
+    "write_report",
+]

@@ -114,6 +114,14 @@ def prepare_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> 
     return path
 
 
+def publish(path: Path) -> None:
+    """Give a temporary file or folder the permissions that the user's umask says."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for part in (path, *path.rglob("*")):
+        part.chmod((0o777 if part.is_dir() else 0o666) & ~umask)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``, renamed to it if the block succeeds."""
@@ -124,10 +132,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes private files; what is published follows the user's umask.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        publish(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -147,9 +152,7 @@ def atomic_folder(
     aside = None
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+        publish(temporary)
         if path.exists():
             aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             path.replace(aside / path.name)

@@ -11,23 +11,21 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import hmatrix as hm
+from sylva_train._checks import ConfigError, DataError, NonFiniteError
+from sylva_train.config import SylvaConfig
+from sylva_train.targets import find_targets, weight_view
 
-from ._checks import ConfigError, DataError, NonFiniteError
-from .config import SylvaConfig
-from .targets import weight_view
+from .factors import Factor, accumulator, describe
 
-__all__ = ["Factor", "LayerCurvature", "block_sums", "collect_curvature"]
+__all__ = ["LayerCurvature", "block_sums", "collect_curvature", "describe_factor"]
 
-#: Rows of a leaf below which a hierarchy is not worth its bookkeeping.
-SMALLEST_LEAF = 8
 #: Largest stack of per-sample gradients that is held at once, in numbers.
 LARGEST_STACK = 1 << 24
 
@@ -45,66 +43,6 @@ def block_sums(matrix: torch.Tensor, block_size: int) -> torch.Tensor:
     matrix = F.pad(matrix, (0, -inputs % block_size, 0, -out % block_size))
     columns: torch.Tensor = matrix.unflatten(-1, (-1, block_size)).sum(-1)
     return columns.unflatten(-2, (-1, block_size)).sum(-2)  # type: ignore[no-any-return]
-
-
-class DenseCovariance:
-    """Exact ``Σ z zᵀ``, with the streaming interface of `hmatrix.StreamingMLR`."""
-
-    def __init__(self, n: int, like: torch.Tensor) -> None:
-        self.sum = torch.zeros(n, n, device=like.device)
-        self.count = 0.0
-
-    def update(self, Z: torch.Tensor) -> None:
-        """Add the rows of ``Z`` (c, n)."""
-        Z = Z.float()
-        self.sum.addmm_(Z.T, Z)
-        self.count += len(Z)
-
-    def result(self) -> torch.Tensor:
-        """Return the mean ``E[z zᵀ]``."""
-        return self.sum / max(self.count, 1)
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A Kronecker factor: positive semidefinite up to its format's approximation.
-
-    Parameters
-    ----------
-    matrix : hmatrix.MLR, hmatrix.HODLR or torch.Tensor (n, n)
-        In float32, as it was accumulated; results are computed in float64.
-    """
-
-    matrix: Any
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored numbers."""
-        return int(self.matrix.nbytes)
-
-    def double(self) -> Any:
-        """Return the matrix in float64."""
-        if isinstance(self.matrix, torch.Tensor):
-            return self.matrix.double()
-        return self.matrix.to(dtype="float64")
-
-    def mean_eigenvalue(self) -> float:
-        """Return trace / n."""
-        return float(self.matrix.trace()) / self.matrix.shape[0]
-
-    def product(self, X: torch.Tensor) -> torch.Tensor:
-        """Multiply with ``X`` (n, q), float64."""
-        return self.double() @ X.double()  # type: ignore[no-any-return]
-
-    def inverse_diagonal(self, shift: float) -> torch.Tensor:
-        """Diagonal of ``(matrix + shift·I)⁻¹``, float64 (n,)."""
-        if isinstance(self.matrix, torch.Tensor):
-            matrix = self.matrix.double()
-            matrix.diagonal().add_(shift)
-            factor = torch.linalg.cholesky(matrix)
-            return torch.cholesky_inverse(factor).diagonal().clone()
-        factorization = hm.factorize(self.double(), shift=shift)
-        return factorization.inverse_diagonal()  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -175,16 +113,6 @@ class Collector:
     units: int = 1
     step: int = 0
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def accumulator(self, n: int, like: torch.Tensor) -> Any:
-        """Make an empty covariance of the configured kind."""
-        config = self.config
-        if config.curvature == "dense":
-            return DenseCovariance(n, like)
-        levels = min(config.levels, max(0, (n // SMALLEST_LEAF).bit_length() - 1))
-        kind = hm.StreamingMLR if config.curvature == "mlr" else hm.StreamingHODLR
-        like = torch.empty(0, device=like.device, dtype=torch.float32)
-        return kind(n, levels=levels, rank=config.rank, like=like)
 
     def start(self, batch: Mapping[str, Any], units: int) -> None:
         """Take note of a batch's padding and of the scale of its loss."""
@@ -295,9 +223,9 @@ class Collector:
                 rows_x = torch.einsum("bt,bti->bi", weight, x)
                 rows_g = torch.einsum("bt,bto->bo", weight, g)
             if sums.G is None:
-                sums.G = self.accumulator(g.shape[-1], g)
+                sums.G = accumulator(g.shape[-1], g, self.config)
                 if self.owner[name] == name:
-                    sums.A = self.accumulator(x.shape[-1], x)
+                    sums.A = accumulator(x.shape[-1], x, self.config)
             sums.G.update(rows_g)
             if sums.A is not None:
                 sums.A.update(rows_x)
@@ -453,3 +381,40 @@ def collect_curvature(
         msg = "`dataloader` gave no batch: there is nothing to score with."
         raise DataError(msg)
     return collector.result(terms, seen), seen
+
+
+def describe_factor(
+    model: nn.Module,
+    name: str,
+    dataloader: Iterable[Mapping[str, Any]],
+    config: SylvaConfig,
+    side: str = "in",
+) -> dict[str, Any]:
+    """Hold one layer's hierarchical Kronecker factor against the exact one.
+
+    Parameters
+    ----------
+    model, dataloader, config
+        As for `collect_curvature`.
+    name : str
+        The layer.
+    side : str
+        ``"in"`` for A, ``"out"`` for G.
+
+    Returns
+    -------
+    dict
+        JSON for the report: ``layer``, ``side``, and what `describe` gives.
+    """
+    targets = find_targets(model, [name])
+    both = []
+    for curvature in (config.curvature, "dense"):
+        options = replace(config, curvature=curvature)
+        layers, _ = collect_curvature(
+            model, {name: targets[name]}, dataloader, options, ["factors"]
+        )
+        both.append(layers[name].A if side == "in" else layers[name].G)
+    approximate, exact = both
+    assert approximate is not None
+    assert exact is not None
+    return {"layer": name, "side": side} | describe(approximate, exact)

@@ -1,0 +1,93 @@
+"""What a comparison runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from sylva_train._checks import ConfigError, check_integer
+from sylva_train.baselines import parse_method
+from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
+
+__all__ = ["DEMO", "LEARNING_RATES", "Comparison"]
+
+#: Peak learning rates, chosen on the validation split (benchmarks/bench_rates.py).
+LEARNING_RATES = {"full": 2e-4, "lora": 1e-3, "kfac-pruner": 1e-3, "sylva": 1e-3}
+
+#: Methods of the short comparison.
+DEMO = ("frozen", "full", "lora", "sylva:kfac:mlr", "sylva:random")
+
+#: Scoring options of `SylvaConfig` that a comparison passes on.
+OPTIONS = (
+    "target_modules", "exclude_modules", "density", "block_size", "levels", "rank",
+    "samples", "tokens", "damping", "scope",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What to compare.
+
+    Parameters
+    ----------
+    task : TaskConfig
+        Model and data; ``eval_split`` is what the scores are of.
+    sylva : SylvaConfig
+        Targets, density, block size and scoring options; rule and curvature are the
+        methods'. LoRA gets as many trainable weights.
+    training : TrainingConfig
+        The loop; the learning rate is the method's.
+    methods : tuple of str
+        Names that `parse_method` knows.
+    seeds : tuple of int
+        Of a new head, the data order, dropout and random blocks.
+    learning_rates : dict
+        Instead of `LEARNING_RATES`; a method's own name goes before ``"sylva"``.
+
+    Raises
+    ------
+    ConfigError
+        If a method is unknown, or there is no seed, or the task is not classification.
+    """
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    sylva: SylvaConfig = field(default_factory=SylvaConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    methods: tuple[str, ...] = DEMO
+    seeds: tuple[int, ...] = (0, 1, 2)
+    learning_rates: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = tuple(dict.fromkeys(parse_method(name).name for name in self.methods))
+        object.__setattr__(self, "methods", names)
+        if not names or not self.seeds:
+            msg = "`methods` and `seeds` must each have at least one entry."
+            raise ConfigError(msg)
+        for seed in self.seeds:
+            check_integer("seeds", seed, 0)
+        if self.task.task != "classification":
+            msg = (
+                f"`task` must be classification to be compared; got {self.task.task!r}."
+            )
+            raise ConfigError(msg)
+
+    def rate(self, method: str) -> float:
+        """Return a method's peak learning rate."""
+        rates = LEARNING_RATES | self.learning_rates
+        return rates.get(method, rates.get(method.partition(":")[0], self.training.lr))
+
+    def spec(self, method: str, seed: int) -> dict[str, Any]:
+        """Return what a run's process needs to know, as JSON."""
+        training = dataclasses.replace(
+            self.training,
+            seed=seed,
+            **({"lr": self.rate(method)} if method != "frozen" else {}),
+        )
+        return {
+            "method": method,
+            "task": dataclasses.asdict(self.task),
+            "sylva": {name: getattr(self.sylva, name) for name in OPTIONS},
+            "training": dataclasses.asdict(training),
+            "describe": method.startswith("sylva") and seed == self.seeds[0],
+        }

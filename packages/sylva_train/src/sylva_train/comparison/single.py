@@ -1,0 +1,193 @@
+"""One run of a comparison: adapt, train, evaluate, save, and what it took."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sylva_train._checks import SylvaError, atomic_write
+from sylva_train.baselines import Adapted, Method, adapt, parse_method, probe
+from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
+from sylva_train.curvature import describe_factor
+from sylva_train.data import Loader
+from sylva_train.evaluation import evaluate
+from sylva_train.importance import Scores
+from sylva_train.masks import Masks
+from sylva_train.pretrained import pooled_features
+from sylva_train.targets import find_targets
+from sylva_train.training import pick_device, train
+from sylva_train.tuner import save_adapter
+from sylva_train.workflow import Task, heads, load_task, progress_bar
+
+from .memory import PeakMemory
+
+__all__ = ["run", "worker"]
+
+
+def folder_bytes(path: Path) -> int:
+    """Size of the files in a folder."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def saved_bytes(adapted: Adapted, config: SylvaConfig) -> int:
+    """Save what a method trained, as its users would, and return its size on disk."""
+    model: Any = adapted.model
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "saved"
+        if adapted.masks is not None:
+            save_adapter(model, path, config=config)
+        else:
+            model.save_pretrained(path)
+        return folder_bytes(path)
+
+
+def run_frozen(task: Task, training: TrainingConfig) -> dict[str, Any]:
+    """Fit a linear head on the frozen model's pooled features."""
+    begin = time.perf_counter()
+    loader = Loader(task.train, task.tokenizer, 64, max_length=task.config.max_length)
+    task.model.to(pick_device(training.device))
+    features, labels = pooled_features(task.model, loader)
+    eval_features, eval_labels = pooled_features(task.model, task.eval_loader())
+    predictions, size = probe(features, labels, eval_features, seed=training.seed)
+    accuracy = float(np.mean(predictions == np.asarray(eval_labels)))
+    return {
+        "score": accuracy,
+        "metrics": {"accuracy": accuracy},
+        "trainable": 0,
+        "trainable_head": size,
+        "train_seconds": time.perf_counter() - begin,
+        "adapter_bytes": size * 4,
+    }
+
+
+def run(spec: dict[str, Any]) -> dict[str, Any]:
+    """Do one run: adapt, train, evaluate, save; return its row of the results."""
+    method = parse_method(spec["method"])
+    training = TrainingConfig(**spec["training"])
+    config = SylvaConfig(**spec["sylva"], seed=training.seed)
+    task = load_task(TaskConfig(**spec["task"]), seed=training.seed)
+    config.modules_to_save = heads(task.model, task.config.task)
+    total = sum(p.numel() for p in task.model.parameters())
+    device = pick_device(training.device)
+    memory = PeakMemory(device)
+    row: dict[str, Any] = {
+        "method": method.name,
+        "label": method.label,
+        "seed": training.seed,
+        "lr": training.lr if method.name != "frozen" else None,
+        "seconds_per_step": None,
+        "step_seconds_iqr": None,
+        "score_seconds": None,
+        "score_memory_bytes": None,
+        "history": [],
+        "total": total,
+        "examples": [len(task.train), len(task.evaluation)],
+        "labels": task.train.label_names,
+    }
+    memory.reset()
+    if method.name == "frozen":
+        row |= run_frozen(task, training)
+        row["trainable_fraction"] = 0.0
+        row["peak_memory_bytes"] = memory.bytes()
+        return row
+    loader = task.loader(training.batch_size, training.seed)
+    task.model.to(device)
+    if spec["describe"] and method.curvature is not None:
+        row["factor"] = factor_entry(task, config, method, loader)
+    begin = time.perf_counter()
+    memory.reset()
+    with progress_bar("scoring") as report:
+        adapted = adapt(method, task.model, config, loader, progress=report)
+    if adapted.scores is not None:
+        row["score_seconds"] = time.perf_counter() - begin
+        row["score_memory_bytes"] = memory.bytes()
+    eval_loader = task.eval_loader()
+    memory.reset()
+    peak = 0
+
+    def score(model: torch.nn.Module) -> dict[str, Any]:
+        # Memory is that of training: an evaluation's batches are of another size.
+        nonlocal peak
+        peak = max(peak, memory.bytes())
+        metrics = evaluate(model, eval_loader, metric=task.config.metric)
+        memory.reset()
+        return metrics
+
+    result = train(adapted.model, loader, training, evaluate=score)
+    row |= {
+        "score": result.history[-1]["score"],
+        "metrics": result.metrics,
+        "trainable": adapted.trainable,
+        "trainable_head": adapted.head,
+        "trainable_fraction": adapted.trainable / total,
+        "seconds_per_step": result.seconds_per_step,
+        "step_seconds_iqr": result.step_seconds_iqr,
+        "train_seconds": result.train_seconds,
+        "peak_memory_bytes": peak,
+        "adapter_bytes": saved_bytes(adapted, config),
+        "history": result.history,
+    }
+    if spec["describe"] and adapted.masks is not None and adapted.scores is not None:
+        row["masks"] = mask_entries(adapted.masks)
+        row["scores"] = score_entries(adapted.scores, adapted.masks)
+    return row
+
+
+def mask_entries(masks: Masks) -> dict[str, Any]:
+    """Return masks as JSON for the report."""
+    return {
+        name: {
+            "shape": list(mask.shape),
+            "block_size": mask.block_size,
+            "indices": mask.indices.tolist(),
+        }
+        for name, mask in masks.items()
+    }
+
+
+def score_entries(scores: Scores, masks: Masks) -> dict[str, Any]:
+    """Return block scores, their quantiles and the selection threshold as JSON."""
+    entries = {}
+    for name, mask in masks.items():
+        blocks = scores[name].blocks(mask.block_size)
+        chosen = blocks[mask.indices[:, 0], mask.indices[:, 1]]
+        quantiles = blocks.flatten().quantile(torch.linspace(0, 1, 101).double())
+        entries[name] = {
+            "block_scores_quantiles": quantiles.tolist(),
+            "threshold": float(chosen.min()) if len(chosen) else None,
+            "grid": blocks.tolist(),
+        }
+    return entries
+
+
+def factor_entry(
+    task: Task, config: SylvaConfig, method: Method, loader: Iterable[Any]
+) -> dict[str, Any]:
+    """Describe the input factor of a middle layer for the report."""
+    targets = find_targets(task.model, config.target_modules, config.exclude_modules)
+    names = list(targets)
+    options = dataclasses.replace(
+        config, curvature=method.curvature, samples=min(128, config.samples)
+    )
+    return describe_factor(task.model, names[len(names) // 2], loader, options)
+
+
+def worker() -> None:
+    """Do the run of the spec file that the command line names (a child's entry)."""
+    spec_path, result_path = map(Path, sys.argv[1:3])
+    try:
+        row = run(json.loads(spec_path.read_text(encoding="utf-8")))
+    except SylvaError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        raise SystemExit(3) from error
+    with atomic_write(result_path) as temporary:
+        temporary.write_text(json.dumps(row), encoding="utf-8")

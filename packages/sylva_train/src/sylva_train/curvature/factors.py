@@ -1,0 +1,156 @@
+"""Kronecker factors: exact, PSD multilevel low rank, or HODLR."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import hmatrix as hm
+from sylva_train.config import SylvaConfig
+
+__all__ = ["DenseCovariance", "Factor", "accumulator", "describe"]
+
+#: Rows of a leaf below which a hierarchy is not worth its bookkeeping.
+SMALLEST_LEAF = 8
+#: Side of the pictures of a factor.
+PICTURE = 128
+
+
+class DenseCovariance:
+    """Exact ``Σ z zᵀ``, with the streaming interface of `hmatrix.StreamingMLR`."""
+
+    def __init__(self, n: int, like: torch.Tensor) -> None:
+        self.sum = torch.zeros(n, n, device=like.device)
+        self.count = 0.0
+
+    def update(self, Z: torch.Tensor) -> None:
+        """Add the rows of ``Z`` (c, n)."""
+        Z = Z.float()
+        self.sum.addmm_(Z.T, Z)
+        self.count += len(Z)
+
+    def result(self) -> torch.Tensor:
+        """Return the mean ``E[z zᵀ]``."""
+        return self.sum / max(self.count, 1)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A Kronecker factor: positive semidefinite up to its format's approximation.
+
+    Parameters
+    ----------
+    matrix : hmatrix.MLR, hmatrix.HODLR or torch.Tensor (n, n)
+        In float32, as it was accumulated; results are computed in float64.
+    """
+
+    matrix: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored numbers."""
+        return int(self.matrix.nbytes)
+
+    def double(self) -> Any:
+        """Return the matrix in float64."""
+        if isinstance(self.matrix, torch.Tensor):
+            return self.matrix.double()
+        return self.matrix.to(dtype="float64")
+
+    def mean_eigenvalue(self) -> float:
+        """Return trace / n."""
+        return float(self.matrix.trace()) / self.matrix.shape[0]
+
+    def product(self, X: torch.Tensor) -> torch.Tensor:
+        """Multiply with ``X`` (n, q), float64."""
+        return self.double() @ X.double()  # type: ignore[no-any-return]
+
+    def inverse_diagonal(self, shift: float) -> torch.Tensor:
+        """Diagonal of ``(matrix + shift·I)⁻¹``, float64 (n,)."""
+        if isinstance(self.matrix, torch.Tensor):
+            matrix = self.matrix.double()
+            matrix.diagonal().add_(shift)
+            factor = torch.linalg.cholesky(matrix)
+            return torch.cholesky_inverse(factor).diagonal().clone()
+        factorization = hm.factorize(self.double(), shift=shift)
+        return factorization.inverse_diagonal()  # type: ignore[no-any-return]
+
+
+def accumulator(n: int, like: torch.Tensor, config: SylvaConfig) -> Any:
+    """Make an empty covariance of the configured kind, on the device of ``like``."""
+    if config.curvature == "dense":
+        return DenseCovariance(n, like)
+    levels = min(config.levels, max(0, (n // SMALLEST_LEAF).bit_length() - 1))
+    kind = hm.StreamingMLR if config.curvature == "mlr" else hm.StreamingHODLR
+    like = torch.empty(0, device=like.device, dtype=torch.float32)
+    return kind(n, levels=levels, rank=config.rank, like=like)
+
+
+def describe(approximate: Factor, exact: Factor) -> dict[str, Any]:
+    """Hold a hierarchical factor against the dense one, as JSON for the report.
+
+    Returns
+    -------
+    dict
+        ``kind``, ``n``, ``levels``, ``rank``; ``level_ranks`` and ``level_bytes`` (the
+        leaves last); ``singular_values`` of each level's blocks together and of the
+        leaves, ``spectrum_dense``, largest first; ``magnitude`` and ``approximation``,
+        both matrices' entries reduced to at most 128 × 128 maxima; ``bytes``,
+        ``dense_bytes``, and the relative Frobenius ``error``.
+    """
+    matrix, dense = approximate.double(), exact.double()
+    restored = matrix if isinstance(matrix, torch.Tensor) else matrix.to_dense()
+    entry: dict[str, Any] = {
+        "kind": "exact",
+        "n": len(dense),
+        "levels": 0,
+        "rank": 0,
+        "level_ranks": [],
+        "level_bytes": [exact.nbytes],
+        "singular_values": [spectrum(dense[None])],
+    }
+    if isinstance(matrix, hm.MLR | hm.HODLR):
+        # A level's blocks are F Fᵀ for an MLR matrix, U S Vᵀ for HODLR.
+        if isinstance(matrix, hm.MLR):
+            sizes = [F.nbytes // 2 for F in matrix.factors]
+            values = [
+                torch.linalg.svdvals(F).square().flatten() for F in matrix.factors
+            ]
+        else:
+            sizes = [block.nbytes // 2 for block in matrix.upper]
+            values = [block.S.flatten() for block in matrix.upper]
+        levels = matrix.tree.levels
+        entry |= {
+            "kind": type(matrix).__name__,
+            "levels": levels,
+            "rank": max(matrix.ranks, default=0),
+            "level_ranks": list(matrix.ranks),
+            "level_bytes": [*sizes, matrix.leaves.nbytes // 2],
+            "singular_values": [
+                *(v.sort(descending=True).values.tolist() for v in values),
+                spectrum(matrix.leaves),
+            ],
+        }
+    return entry | {
+        "spectrum_dense": spectrum(dense[None]),
+        "magnitude": picture(dense),
+        "approximation": picture(restored),
+        "bytes": approximate.nbytes,
+        "dense_bytes": exact.nbytes,
+        "error": float((restored - dense).norm() / dense.norm()),
+    }
+
+
+def spectrum(blocks: torch.Tensor) -> list[float]:
+    """Absolute eigenvalues of symmetric blocks (k, m, m) together, largest first."""
+    values = torch.linalg.eigvalsh(blocks).abs().flatten()
+    return values.sort(descending=True).values.tolist()
+
+
+def picture(matrix: torch.Tensor) -> list[list[float]]:
+    """Reduce a matrix to the maxima of its magnitude over a coarser grid."""
+    side = min(PICTURE, len(matrix))
+    return F.adaptive_max_pool2d(matrix.abs()[None], side)[0].tolist()
