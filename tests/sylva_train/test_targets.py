@@ -1,0 +1,208 @@
+"""Which layers a pattern finds, and how a base model is told from another."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+from sylva_train._checks import ConfigError, TargetError
+from sylva_train.targets import (
+    check_block_size,
+    find_targets,
+    fingerprint,
+    is_inside,
+    is_supported,
+    weight_view,
+)
+from tests.sylva_train.models import ARCHITECTURES, make_model
+
+#: linear layers of each backbone: per layer, and outside the layers
+LINEAR = {
+    "bert": 2 * 6 + 1,
+    "roberta": 2 * 6,
+    "gpt2": 2 * 4,
+    "gpt2-classifier": 2 * 4,
+    "llama": 2 * 7,
+    "qwen2": 2 * 7,
+    "mistral": 2 * 7,
+    "t5": 2 * 6 + 2 * 10,
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_linear_is_the_backbone_without_the_head(name):
+    model = make_model(name)
+    found = find_targets(model)
+    assert len(found) == LINEAR[name]
+    head = ARCHITECTURES[name][2]
+    assert not any(layer.startswith(head) for layer in found)
+    order = [n for n, _ in model.named_modules()]
+    assert list(found) == sorted(found, key=order.index)
+    assert find_targets(model, None).keys() == found.keys()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_patterns_are_endings_of_names(name):
+    model = make_model(name)
+    patterns = ARCHITECTURES[name][3]
+    found = find_targets(model, patterns)
+    for layer in find_targets(model, "all-linear"):
+        fits = any(layer.endswith(f".{p}") for p in patterns)
+        assert (layer in found) == fits
+
+
+def nested():
+    """Names that are endings, and beginnings, of others."""
+    block = nn.ModuleDict({"q": nn.Linear(4, 4), "xq": nn.Linear(4, 4)})
+    return nn.ModuleDict({"q": nn.Linear(4, 4), "block": block, "blocks": nn.ReLU()})
+
+
+def test_a_name_is_not_the_ending_of_a_word():
+    model = nested()
+    assert list(find_targets(model, ["q"])) == ["q", "block.q"]
+    assert list(find_targets(model, ["block.q"])) == ["block.q"]
+    assert list(find_targets(model, ["xq"])) == ["block.xq"]
+    assert list(find_targets(model, r"block\..*")) == ["block.q", "block.xq"]
+    assert list(find_targets(model, "q")) == ["q"]
+    assert list(find_targets(model, ["q"], ["block.q"])) == ["q"]
+    assert list(find_targets(model, "all-linear", r".*\.x.*")) == ["q", "block.q"]
+    assert is_inside("head.dense", ["head"])
+    assert is_inside("a.myhead", ["head"])  # as PEFT does
+    assert not is_inside("a.header", ["head"])
+    assert not is_inside("a", None)
+
+
+def test_a_pattern_that_finds_nothing_says_what_there_is():
+    with pytest.raises(TargetError, match="'classifier', 'dense', 'key'"):
+        find_targets(make_model("bert"), ["quarry"])
+    with pytest.raises(TargetError, match="`exclude_modules`"):
+        find_targets(nested(), ["q"], ["q"])
+    with pytest.raises(TargetError, match="no linear layer at all"):
+        find_targets(nn.Sequential(nn.ReLU()))
+
+
+def test_a_match_that_cannot_hold_blocks_is_named():
+    with pytest.raises(TargetError, match=r"word_embeddings`, a Embedding"):
+        find_targets(make_model("bert"), ["word_embeddings"])
+    assert not find_targets(make_model("bert")).keys() & {"bert.embeddings"}
+
+
+def test_tied_weights_are_refused():
+    model = GPT2LMHeadModel(
+        GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9, n_positions=8)
+    )
+    assert "lm_head" not in find_targets(model)
+    with pytest.raises(TargetError, match=r"tied weights.*tie_word_embeddings=False"):
+        find_targets(model, ["lm_head"])
+
+
+def test_only_dense_floating_point_weights_are_supported():
+    integer = nn.Linear(4, 4)
+    integer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), False)
+    normed = parametrizations.weight_norm(nn.Linear(4, 4))
+    attention = nn.MultiheadAttention(4, 1)
+    assert is_supported(nn.Linear(4, 4))
+    assert is_supported(Conv1D(4, 4))
+    assert not any(
+        map(is_supported, [integer, normed, attention.out_proj, nn.Conv1d(4, 4, 1)])
+    )
+    with pytest.raises(TargetError, match="0"):
+        find_targets(nn.Sequential(integer), ["0"])
+    assert not find_targets(nn.ModuleList([attention, nn.Linear(2, 2)])).keys() & {
+        "0.out_proj"
+    }
+
+
+def test_a_weight_view_is_out_by_in_and_shares_memory():
+    for module in (nn.Linear(3, 5), Conv1D(5, 3)):
+        view = weight_view(module)
+        assert view.shape == (5, 3)
+        x = torch.randn(2, 3)
+        bias = module.bias.detach()
+        assert torch.allclose(module(x).detach(), x @ view.T + bias, atol=1e-6)
+        view.zero_()
+        assert not module.weight.any()
+
+
+def test_a_block_fits_its_layer():
+    targets = {"a": nn.Linear(8, 3), "b": nn.Linear(2, 9)}
+    check_block_size(targets, 2)
+    with pytest.raises(ConfigError, match=r"`a` of shape \(3, 8\) and 1 other.*most 2"):
+        check_block_size(targets, 4)
+    with pytest.raises(ConfigError, match=r"`b` of shape \(9, 2\); take at most 2"):
+        check_block_size(targets, 3)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_fingerprint_is_of_the_base_not_of_the_head(name):
+    model, head = make_model(name), ARCHITECTURES[name][2]
+    first = fingerprint(model, [head])
+    assert first == fingerprint(make_model(name), [head])
+    assert first != fingerprint(make_model(name, seed=1), [head])
+    for parameter in model.get_submodule(head).parameters():
+        parameter.data += 1
+    assert fingerprint(model, [head]) == first
+    if name != "t5":  # whose entry here is not a head
+        assert fingerprint(model) == first
+
+
+def test_any_bit_that_bfloat16_keeps_counts():
+    model = make_model("bert")
+    first = fingerprint(model)
+    assert fingerprint(copy.deepcopy(model).to(torch.bfloat16)) == first
+    query = model.bert.encoder.layer[1].attention.self.query
+    with torch.no_grad():
+        query.weight[3, 4] *= 1.02
+    assert fingerprint(model) != first
+    assert fingerprint(model, ["self.query"]) == fingerprint(
+        make_model("bert"), ["self.query"]
+    )
+    with torch.no_grad():
+        query.weight.copy_(
+            make_model("bert").bert.encoder.layer[1].attention.self.query.weight.t()
+        )
+    assert fingerprint(model) != first
+
+
+def test_one_backbone_under_two_heads_of_the_same_body():
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8, num_labels=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    two = BertForSequenceClassification(config)
+    config = copy.deepcopy(config)
+    config.num_labels = 5
+    five = BertForSequenceClassification(config)
+    five.bert.load_state_dict(two.bert.state_dict())
+    assert fingerprint(two) == fingerprint(five)
+    # Other names, so another base: an adapter would not find its layers.
+    assert fingerprint(two.bert) != fingerprint(two)
+    assert "cls.predictions.decoder" not in find_targets(BertForMaskedLM(config))
+    assert find_targets(BertModel(config)).keys() == {
+        name.removeprefix("bert.") for name in find_targets(two)
+    }
+
+
+def test_shapes_and_integers_count_and_meta_tensors_are_survived():
+    a, b = nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False)
+    b.weight.data = a.weight.data.reshape(2, 3)
+    assert fingerprint(a) != fingerprint(b)
+    norm = nn.BatchNorm1d(2)
+    first = fingerprint(norm)
+    norm.num_batches_tracked += 1
+    assert fingerprint(norm) != first
+    assert fingerprint(nn.Linear(2, 3, device="meta")) != fingerprint(nn.Linear(2, 3))
