@@ -26,17 +26,17 @@ from sylva_train.report.style import dodge, looks
 
 # label, trainable fraction (None: all), accuracy, step seconds, scoring seconds
 METHODS = {
-    "frozen": ("Frozen, head only", 0.0, 0.812, None, None),
+    "frozen": ("Frozen features + head", 0.0, 0.812, None, None),
     "full": ("Full fine-tuning", None, 0.903, 0.412, None),
-    "lora": ("LoRA, r = 8", 0.013, 0.896, 0.367, None),
+    "lora": ("LoRA", 0.013, 0.896, 0.367, None),
     "kfac-pruner": ("K-FAC pruner", 0.05, 0.879, 0.349, 14.8),
     "sylva:kfac:mlr": ("Sylva, K-FAC (MLR)", 0.05, 0.897, 0.341, 12.3),
     "sylva:kfac:hodlr": ("Sylva, K-FAC (HODLR)", 0.05, 0.887, 0.342, 15.1),
-    "sylva:kfac:dense": ("Sylva, K-FAC (dense)", 0.05, 0.898, 0.340, 19.9),
-    "sylva:fisher-diag": ("Sylva, Fisher diagonal", 0.05, 0.893, 0.341, 8.2),
-    "sylva:weight-gradient": ("Sylva, |weight · gradient|", 0.05, 0.891, 0.339, 8.0),
-    "sylva:gradient": ("Sylva, |gradient|", 0.05, 0.894, 0.343, 8.1),
-    "sylva:magnitude": ("Sylva, |weight|", 0.05, 0.883, 0.341, 0.1),
+    "sylva:kfac:dense": ("Sylva, K-FAC (exact factors)", 0.05, 0.898, 0.340, 19.9),
+    "sylva:fisher-diag": ("Sylva, diagonal Fisher", 0.05, 0.893, 0.341, 8.2),
+    "sylva:weight-gradient": ("Sylva, weight × gradient", 0.05, 0.891, 0.339, 8.0),
+    "sylva:gradient": ("Sylva, gradient", 0.05, 0.894, 0.343, 8.1),
+    "sylva:magnitude": ("Sylva, magnitude", 0.05, 0.883, 0.341, 0.1),
     "sylva:random": ("Sylva, random blocks", 0.05, 0.886, 0.344, None),
 }
 DEMO = ("frozen", "full", "lora", "sylva:kfac:mlr", "sylva:random")
@@ -65,7 +65,7 @@ def fake_run(method, seed, steps, rng, shift=0.0):
     """One run whose curves bend as those of a real fine-tuning do."""
     label, fraction, score, step, scoring = METHODS[method]
     end = score + shift + rng.normal(0, 0.004)
-    trainable = TOTAL if fraction is None else int(fraction * TOTAL) + HEAD
+    trainable = TOTAL if fraction is None else int(fraction * TOTAL)
     logged = np.arange(1, steps + 1) if step else []
     history = [
         {
@@ -92,10 +92,11 @@ def fake_run(method, seed, steps, rng, shift=0.0):
         "seconds_per_step": step and step * float(rng.normal(1, 0.01)),
         "step_seconds_iqr": step and [step * 0.96, step * 1.07],
         "score_seconds": scoring,
+        "score_memory_bytes": scoring and int(9e8 + 2e7 * scoring),
         "train_seconds": (step or 0) * steps,
         "peak_memory_bytes": int(7e8 + 16 * trainable + (0.4e9 if step else 0)),
-        "adapter_bytes": None if method == "frozen" else trainable * 4,
-        "lr": 2e-4,
+        "adapter_bytes": (trainable + HEAD) * 4,
+        "lr": 2e-4 if step else None,
         "history": history,
     }
 
@@ -142,11 +143,15 @@ def fake_factor(rng, n=96, levels=3, rank=6):
         spectra.append(sorted(values, reverse=True))
     leaf = n >> levels
     where = np.arange(n) // leaf
+    leaves = [
+        np.linalg.eigvalsh(rest[i : i + leaf, i : i + leaf]) for i in range(0, n, leaf)
+    ]
+    spectra.append(np.sort(np.abs(leaves), axis=None)[::-1].tolist())
     lost = np.where(np.equal.outer(where, where), 0, rest)
     sizes = [8 * n * rank] * levels + [8 * n * leaf]
     return {
         "layer": "encoder.layer.0.attention.self.query",
-        "side": "A",
+        "side": "in",
         "kind": "MLR",
         "n": n,
         "levels": levels,
@@ -178,7 +183,7 @@ def fake_results(
         "format": "sylva-comparison/1",
         "setup": {
             "model": "minilm",
-            "data": "sst2",
+            "data": "sst2 (validation)",
             "task": "classification",
             "labels": ["negative", "positive"],
             "metric": "accuracy",
@@ -189,7 +194,7 @@ def fake_results(
             "density": 0.05,
             "block_size": block,
             "seeds": list(range(seeds)),
-            "device": "cpu",
+            "device": "AMD EPYC 7B13",
             "threads": 2,
             "versions": {"sylva_train": "0.1.0", "torch": "2.13.0"},
             "commit": "3947c39",
@@ -420,6 +425,7 @@ def test_the_control_does_not_stand_for_sylva():
 def test_the_terminal_table_cuts_nothing(everything, width):
     text = printed(report.summary_table(everything), width)
     assert "…" not in text
+    assert "90.9" in text  # in the last column
     for row in report.summary_rows(everything):
         assert f"{100 * row.mean:.1f} ± {100 * row.std:.1f}" in text
 

@@ -2,7 +2,7 @@
 
 All read the results of `sylva compare`. Beside what every comparison has, they use, where
 it is there: ``setup["higher_is_better"]`` (true unless said), ``setup["notes"]`` (texts
-for the end of the page), and in ``factor`` its ``side`` (``"A"`` or ``"G"``),
+for the end of the page), and in ``factor`` its ``side`` (``"in"`` or ``"out"``),
 ``level_ranks`` (one a level), ``level_bytes`` (one a level, then the leaves) and
 ``approximation`` (sampled like ``magnitude``).
 """

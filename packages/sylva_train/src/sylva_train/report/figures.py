@@ -28,7 +28,7 @@ def _rows_frame(
 ) -> tuple[Figure, Axes]:
     """Return a chart with one labelled line a method, the first on top."""
     labels = [shorten(label) for label in labels]
-    left = 0.16 + 0.068 * max(map(len, labels))
+    left = 0.18 + 0.064 * max(map(len, labels))
     height = ROW * len(labels) + bottom + 0.1
     figure, axes = frame(height, left=left, right=right, top=0.1, bottom=bottom)
     axes.set_ylim(len(labels) - 0.5, -0.5)
@@ -119,7 +119,7 @@ def differences(
 ) -> Figure:
     """Draw the paired differences to random blocks, with Student's 95% interval."""
     rows = [row for row in rows if row.versus_random is not None]
-    figure, axes = _rows_frame([row.label for row in rows], right=0.82)
+    figure, axes = _rows_frame([row.rule for row in rows], right=0.82)
     axes.axvline(0, color=INK, lw=0.8, zorder=1)
     for place, row in enumerate(rows):
         pair = row.versus_random

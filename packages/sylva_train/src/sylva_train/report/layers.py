@@ -19,7 +19,7 @@ __all__ = ["block_scores", "chosen_blocks", "factor"]
 MOST_BLOCKS = 150_000
 
 #: The two Kronecker factors of a layer.
-SIDES = {"A": "A, of the inputs", "G": "G, of the output gradients"}
+SIDES = {"in": "A, of the inputs", "out": "G, of the output gradients"}
 
 
 #: Transformer layer, percentiles of its block scores, threshold.
@@ -207,28 +207,28 @@ def factor(page: Page) -> str:
     dense = np.abs(np.asarray(found["magnitude"], dtype=np.float64))
     top = float(dense.max(initial=0.0)) or 1.0
     upper = [page.picture(partial(structure.heat_map, dense, size, top), "Dense")]
-    if found.get("approximation"):
-        kept = np.abs(np.asarray(found["approximation"], dtype=np.float64))
-        upper.append(
-            page.picture(partial(structure.heat_map, kept, size, top), f"As {kind}")
+    lower = []
+    if int(found["levels"]):
+        kept = found.get("approximation")
+        if kept:
+            draw = partial(structure.heat_map, np.abs(np.asarray(kept)), size, top)
+            upper.append(page.picture(draw, f"As {kind}"))
+        words = (
+            "A partition: off-diagonal blocks of low rank, dense leaves."
+            if kind.upper() == "HODLR"
+            else "A sum of block diagonals: each level adds low-rank blocks half the "
+            "size, the leaves are dense."
         )
-    words = (
-        "A partition: off-diagonal blocks of low rank, dense leaves."
-        if kind.upper() == "HODLR"
-        else "A sum of block diagonals: each level adds low-rank blocks half the size, "
-        "the leaves are dense."
-    )
-    lower = [
-        page.picture(
-            partial(structure.block_structure, found), f"{kind}, level by level", words
-        ),
+        draw = partial(structure.block_structure, found)
+        lower.append(page.picture(draw, f"{kind}, level by level", words))
+    lower.append(
         page.picture(
             partial(structure.spectra, found),
             "Spectrum of each level",
-            "Largest first; black: the dense factor. Values below 10⁻⁷ of the largest "
-            "are not drawn.",
-        ),
-    ]
+            "All blocks of a level together, largest first; black: the dense factor. "
+            "Values below 10⁻⁷ of the largest are not drawn.",
+        )
+    )
     stored, whole = float(found["bytes"]), float(found["dense_bytes"])
     side = str(found.get("side") or "")
     pairs = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from html import escape
 
@@ -35,7 +35,10 @@ def table(page: Page) -> str:
             f"{values}</tr>"
         )
     note = caption(page.results).replace("; ★ best Sylva rule", "")
-    note += " Step time is for one batch of training; scoring is done once, before it."
+    note += (
+        " Trained: weights of the body, the task's head aside. Step: one batch of "
+        "training. Scoring is done once, before it."
+    )
     return section(
         "The numbers",
         f'<div class="scroll"><table class="summary"><thead><tr>{heads}</tr></thead>'
@@ -83,6 +86,8 @@ def curves(page: Page) -> str:
     loss = histories.learning_curves(page.results, "loss", page.rows)
     score = histories.learning_curves(page.results, "score", page.rows, factor)
     trained = {curve.method for curve in (*loss, *score)}
+    if all(len(curve.steps) < 2 for curve in score):
+        score = []  # scored at the end only, which the table says
     levels = {
         row.method: (row.label, factor * row.mean)
         for row in page.rows
@@ -174,10 +179,10 @@ def costs(page: Page) -> str:
         ),
         _bars(
             page,
-            "Peak memory",
+            "Peak memory of training",
             memory,
             BYTES,
-            "The largest over the seeds, scoring included.",
+            "The largest over the seeds.",
         ),
         _bars(
             page,
@@ -185,6 +190,13 @@ def costs(page: Page) -> str:
             scoring,
             SECONDS,
             "What choosing the blocks costs before training begins.",
+        ),
+        _bars(
+            page,
+            "Peak memory of scoring",
+            {row.method: row.score_memory for row in page.rows},
+            BYTES,
+            "The largest over the seeds.",
         ),
     ]
     found = [picture for picture in pictures if picture]
@@ -195,7 +207,7 @@ def _bars(
     page: Page,
     title: str,
     values: Mapping[str, float | None],
-    units: tuple[tuple[float, str], ...],
+    units: Sequence[tuple[float, str]],
     text: str,
     ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> str:

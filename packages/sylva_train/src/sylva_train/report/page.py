@@ -142,20 +142,19 @@ def _measures(page: Page) -> dict[str, str]:
             f" One example is {100 / count:.2f} points, and the standard error of an "
             f"accuracy from so many examples is {error:.1f} points."
         )
-    resident = str(page.setup.get("device") or "cpu").startswith("cpu")
     return {
         page.metric.words: text,
-        "trained weights": "All entries that the optimizer may change, the task's head "
-        "included, and their share of all weights of the model.",
+        "trained": "Weights of the body that the optimizer may change, and their share "
+        "of all weights of the model. The task's head is trained beside them by every "
+        "method.",
         "step": "Wall-clock time of forward, backward and optimizer for one batch: the "
         "median over the steps of a run, then over seeds.",
         "scoring": "Wall-clock time to score and to choose the blocks, once a run; the "
         "median over seeds.",
-        "memory": "Largest resident memory of the run's own process, libraries and data "
-        "included."
-        if resident
-        else "Largest memory that the run's own process allocated on the device.",
-        "adapter": "Bytes on disk of what must be stored beside the base model.",
+        "memory": "The highest in the run's own process while it trains and, apart from "
+        "that, while it scores: resident memory on a CPU, libraries and data included; "
+        "allocated memory on a GPU.",
+        "adapter": "Bytes on disk of what the method saves.",
     }
 
 

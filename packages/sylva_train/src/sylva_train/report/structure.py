@@ -356,7 +356,7 @@ def spectra(factor: Mapping[str, Any]) -> Figure:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(in_powers)
     axes.set_xlabel("index")
-    axes.set_ylabel("eigenvalue")
+    axes.set_ylabel("singular value")
     axes.grid(True)
     for x, y, name in ends:
         axes.annotate(

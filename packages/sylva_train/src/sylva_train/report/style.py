@@ -191,7 +191,7 @@ def in_powers(value: float, _: float = 0) -> str:
     return power(round(math.log10(value))) if value > 0 else ""
 
 
-def shorten(text: str, length: int = 27) -> str:
+def shorten(text: str, length: int = 31) -> str:
     """Cut a label that no picture has room for."""
     return text if len(text) <= length else f"{text[: length - 1].rstrip()}…"
 

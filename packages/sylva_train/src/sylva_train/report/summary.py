@@ -183,6 +183,8 @@ class Row:
     Times are medians over the seeds, memory and adapter size the largest; None stands
     for what was not measured. `mean`, `std` (sample standard deviation; None for one
     seed), `low` and `high` are of the finite scores; `failed` counts the others.
+    `trainable` does not count the task's head, `trainable_head` does nothing else;
+    `peak_memory` is that of training, `score_memory` that of scoring.
     """
 
     method: str
@@ -196,6 +198,7 @@ class Row:
     step_seconds: float | None
     step_iqr: tuple[float, float] | None
     score_seconds: float | None
+    score_memory: int | None
     train_seconds: float | None
     peak_memory: int | None
     adapter_bytes: int | None
@@ -329,6 +332,7 @@ def summarise(method: str, runs: Sequence[Mapping[str, Any]]) -> Row:
         step_seconds=middle(run.get("seconds_per_step") for run in runs),
         step_iqr=None if low is None or high is None else (low, high),
         score_seconds=middle(run.get("score_seconds") for run in runs),
+        score_memory=largest(run.get("score_memory_bytes") for run in runs),
         train_seconds=middle(run.get("train_seconds") for run in runs),
         peak_memory=largest(run.get("peak_memory_bytes") for run in runs),
         adapter_bytes=largest(run.get("adapter_bytes") for run in runs),

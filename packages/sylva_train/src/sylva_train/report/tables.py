@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .summary import (
@@ -82,13 +83,15 @@ class Column:
 def digits(value: float) -> str:
     """Print about three significant digits, without an exponent."""
     size = abs(value)
+    if 0 < size < 0.095:
+        return f"{value:.{1 - math.floor(math.log10(size))}f}"
     return f"{value:.{0 if size >= 100 or not value else 1 if size >= 10 else 2}f}"
 
 
 def measured(
     title: str,
     values: Iterable[float | None],
-    units: tuple[tuple[float, str], ...],
+    units: Sequence[tuple[float, str]],
 ) -> Column:
     """Return a column of quantities, all in the unit that suits their median."""
     values = list(values)
@@ -98,7 +101,7 @@ def measured(
 
 
 def suited(
-    values: Iterable[float | None], units: tuple[tuple[float, str], ...]
+    values: Iterable[float | None], units: Sequence[tuple[float, str]]
 ) -> tuple[float, str]:
     """Return the largest unit that the median of the values reaches."""
     there = sorted(abs(value) for value in values if value)
@@ -143,7 +146,7 @@ def summary_columns(results: Results) -> list[Column]:
         ),
         measured("step", (row.step_seconds for row in rows), SECONDS),
         measured("scoring", (row.score_seconds for row in rows), SECONDS),
-        measured("memory", (row.peak_memory for row in rows), BYTES),
+        _memory(rows),
         measured("adapter", (row.adapter_bytes for row in rows), BYTES),
     ]
     return [column for column in columns if not column.empty]
@@ -152,6 +155,15 @@ def summary_columns(results: Results) -> list[Column]:
 def named(row: Row) -> str:
     """Return the method's label, starred for the best Sylva rule."""
     return f"{row.label} ★" if row.best else row.label
+
+
+def _memory(rows: Sequence[Row]) -> Column:
+    """Return the peak memory of training and, in the same unit, that of scoring."""
+    peaks = [row.peak_memory for row in rows]
+    unit = [suited(peaks, BYTES)]
+    scoring = measured("scoring", (row.score_memory for row in rows), unit)
+    major = measured("memory", peaks, unit)
+    return replace(major, minor=None if scoring.empty else scoring)
 
 
 def _score(row: Row, metric: Metric) -> str:
@@ -223,7 +235,7 @@ def summary_table(results: Results) -> Table:
     )
     for column in columns:
         table.add_column(
-            Text("\n".join(column.heading)),
+            Text("\n".join(_narrow_heading(column))),
             justify="right" if column.numeric else "left",
             no_wrap=column.numeric,
             min_width=None if column.numeric else 12,
@@ -239,6 +251,12 @@ def summary_table(results: Results) -> Table:
         ]
         table.add_row(*cells, style="bold" if row.best else None)
     return table
+
+
+def _narrow_heading(column: Column) -> list[str]:
+    """Return title, minor title and unit, a line each: 80 characters must do."""
+    minor = column.minor.title if column.minor else ""
+    return [part for part in (column.title, minor, column.unit) if part]
 
 
 def markdown_table(results: Results) -> str:
