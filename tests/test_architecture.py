@@ -40,11 +40,19 @@ def rooms(package: str) -> dict[str, list[Path]]:
     return found
 
 
+def running(tree: ast.AST) -> Iterator[ast.AST]:
+    """Nodes of a module but those under ``if TYPE_CHECKING``, which never run."""
+    yield tree
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield from running(node)
+
+
 def imports(path: Path, package: str) -> Iterator[tuple[str, ...]]:
     """Dotted names that a file imports, relative ones made absolute."""
     root = PACKAGES / package / "src"
     here = (*path.relative_to(root).with_suffix("").parts,)
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in running(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (tuple(alias.name.split(".")) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
