@@ -1,0 +1,77 @@
+"""Ways to take blocks of ``dyᵀ x`` on a CPU: what the cost model in kernels rests on.
+
+For each shape: the dense product, the product of the active rows and columns, the stack
+of narrow products, and what `block_sddmm` chose, all relative to the dense product.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from _common import interleave, parser, setting, write
+
+from sylva_train.kernels import block_sddmm, reference
+
+
+def ways(dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, b: int) -> list:
+    """Return the ways as functions, by forcing the cost model's hand."""
+
+    def forced(stack: float, cartesian: float):
+        def way() -> torch.Tensor:
+            kept = reference.STACK_COST, reference.CARTESIAN_COST
+            reference.STACK_COST, reference.CARTESIAN_COST = stack, cartesian
+            try:
+                return block_sddmm(dy, x, indices, b)
+            finally:
+                reference.STACK_COST, reference.CARTESIAN_COST = kept
+
+        return way
+
+    huge = 1e9
+    return [
+        lambda: dy.T @ x,
+        forced(0.0, huge),
+        forced(huge, 0.0),
+        lambda: block_sddmm(dy, x, indices, b),
+    ]
+
+
+def main() -> None:
+    options = parser(__doc__).parse_args()
+    torch.set_num_threads(options.threads)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    shapes = [(384, 384), (1536, 384), (384, 1536), (2048, 2048)]
+    for tokens, (out, inputs), b, density in itertools.product(
+        [512, 2048], shapes, [16, 32, 64], [0.05, 0.2]
+    ):
+        dy = torch.randn(tokens, out, generator=generator)
+        x = torch.randn(tokens, inputs, generator=generator)
+        columns = inputs // b
+        blocks = out // b * columns
+        flat = torch.randperm(blocks, generator=generator)[: int(density * blocks)]
+        indices = torch.stack([flat // columns, flat % columns], 1)
+        times = interleave(options.repeats, *ways(dy, x, indices, b))
+        dense, stack, cartesian, chosen = (t["median"] for t in times)
+        row = {
+            "tokens": tokens,
+            "shape": [out, inputs],
+            "block_size": b,
+            "density": density,
+            "active_rows_times_columns": len(indices[:, 0].unique())
+            * len(indices[:, 1].unique())
+            / blocks,
+            "stack": stack / dense,
+            "cartesian": cartesian / dense,
+            "chosen": chosen / dense,
+        }
+        rows.append(
+            {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+        )
+        print(rows[-1])
+    print(write("layer", {"setting": setting(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Seconds of one training step on a CPU: Sylva beside LoRA, full fine-tuning and none.
+
+A step is forward, backward, clipping and optimizer on the same batch of MiniLM's
+encoder; the methods take turns, step by step, so that a busy machine slows them all.
+LoRA has as many trainable weights as Sylva; random blocks, since which ones they are
+changes the cost little, and a staircase mask as scores give it beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _common import interleave, parser, setting, write
+
+from sylva_train import Loader, SylvaConfig, load_data, load_model
+from sylva_train.baselines import adapt, parse_method
+from sylva_train.importance import LayerScores, Scores
+from sylva_train.targets import find_targets, weight_view
+
+
+def staircase(targets: dict[str, torch.nn.Module]) -> Scores:
+    """Rank-one scores with a heavy tail, as the second-order rule gives them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> torch.Tensor:
+        return torch.exp(1.5 * torch.randn(n, generator=generator, dtype=torch.float64))
+
+    layers = {}
+    for name, module in targets.items():
+        out, inputs = weight_view(module).shape
+        layers[name] = LayerScores((out, inputs), s_out=draw(out), s_in=draw(inputs))
+    return Scores(layers, {"importance": "kfac"})
+
+
+def stepper(
+    name: str, batch: dict[str, Any], options: Any
+) -> tuple[Callable[[], None], int]:
+    """Return a function that takes one step, and the number of trained weights."""
+    model, _ = load_model("minilm", labels=["a", "b", "c", "d"], seed=0)
+    config = SylvaConfig(
+        density=options.density,
+        block_size=options.block,
+        modules_to_save=["classifier"],
+    )
+    if name == "frozen backbone":
+        model.requires_grad_(False)
+        model.classifier.requires_grad_(True)
+        # As deep as an adapter's backward pass: down to the embeddings.
+        model.enable_input_require_grads()
+        trained = 0
+    else:
+        scores = None
+        if name == "sylva, staircase":
+            scores = staircase(find_targets(model))
+        method = parse_method("sylva:random" if "sylva" in name else name)
+        adapted = adapt(method, model, config, scores=scores)
+        model, trained = adapted.model, adapted.trainable
+    from sylva_train import SparseAdamW
+
+    optimizer = SparseAdamW(model, lr=1e-4)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, trained
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--density", type=float, default=0.05)
+    options.add_argument("--block", type=int, default=32)
+    options.add_argument("--batch", type=int, default=32)
+    options = options.parse_args()
+    torch.set_num_threads(options.threads)
+    data = load_data("e2e-rating", limit=options.batch)
+    _, tokenizer = load_model("minilm", labels=["a", "b", "c", "d"])
+    batch = next(iter(Loader(data, tokenizer, options.batch, max_length=64)))
+    names = ["frozen backbone", "full", "lora", "sylva, random", "sylva, staircase"]
+    steps, counts = zip(*(stepper(n, batch, options) for n in names), strict=True)
+    times = interleave(options.repeats, *steps, warmup=2)
+    results = {
+        "setting": setting(packages=("transformers", "peft")),
+        "batch": list(batch["input_ids"].shape),
+        "density": options.density,
+        "block_size": options.block,
+        "methods": {
+            name: {"trainable": count, "seconds": time}
+            for name, count, time in zip(names, counts, times, strict=True)
+        },
+    }
+    lora, full = times[2]["median"], times[1]["median"]
+    for name, time in zip(names, times, strict=True):
+        ratios = time["median"] / lora, time["median"] / full
+        results["methods"][name]["over_lora"] = round(ratios[0], 3)
+        results["methods"][name]["over_full"] = round(ratios[1], 3)
+        print(
+            f"{name:18} {time['median']:.3f} s  {ratios[0]:.2f} × LoRA  {ratios[1]:.2f} × full"
+        )
+    print(write("step", results))
+
+
+if __name__ == "__main__":
+    main()
