@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from sylva_train._checks import ConfigError, OutputExistsError
@@ -88,7 +89,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path, whole, step):
     assert same_course(result, whole[1])
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_number_of_interruptions_changes_nothing(tmp_path_factory, data):
     config = TrainingConfig(
@@ -120,6 +121,26 @@ def test_a_head_drawn_at_random_is_part_of_the_first_checkpoint(tmp_path, whole)
     model = toy_model()
     torch.nn.init.normal_(model.classifier.weight)
     assert identical(weights(resume(tmp_path, model=model)[0]), whole[0])
+
+
+def test_adapters_of_peft_go_on_from_another_random_start(tmp_path):
+    def build(seed):
+        config = LoraConfig(
+            r=2, target_modules=["query"], modules_to_save=["classifier"]
+        )
+        model = toy_base()
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(model.classifier.weight)
+        return get_peft_model(model, config)
+
+    def trained(model):
+        return {name: p for name, p in weights(model).items() if "original" not in name}
+
+    first, second = build(1), build(2)
+    train(first, ToyLoader(), CONFIG)
+    interrupt(tmp_path, 8, model=build(1))
+    resume(tmp_path, model=second)
+    assert identical(trained(first), trained(second))
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path, whole):
@@ -268,11 +289,12 @@ assert os.waitpid(start("whole"), 0)[1] == 0
 draw = random.Random(seed)
 deaths = writing = 0
 while True:
-    last = deaths >= 12
-    in_save = draw.randint(1, 6) if draw.random() < 0.3 and not last else 0
+    last = deaths >= 8
+    in_save = draw.randint(2, 6) if deaths == 0 or draw.random() < 0.3 else 0
+    in_save = 0 if last else in_save
     pid = start("killed", in_save)
     if not in_save and not last:
-        time.sleep(draw.uniform(0.01, 0.15))
+        time.sleep(draw.uniform(0.01, 0.1))
         os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     if os.WIFEXITED(status):
@@ -295,8 +317,7 @@ def test_a_run_that_is_killed_again_and_again_ends_where_the_whole_one_does(tmp_
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     deaths, writing, same = done.stdout.split()
-    assert int(deaths) >= 3
-    assert int(writing) >= 1
+    assert int(deaths) >= int(writing) >= 1
     assert same == "True"
 
 
@@ -446,6 +467,15 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
     with pytest.warns(UserWarning, match="checkpoint-6"), pytest.raises(HaltError):
         resume(tmp_path, callbacks=[stop_at(6)])
     read(tmp_path / "checkpoint-6")
+
+
+def test_a_damaged_checkpoint_of_a_later_step_does_not_outlive_the_next(tmp_path):
+    interrupt(tmp_path, 7)
+    truncate(tmp_path / "checkpoint-6" / TENSORS)
+    config = TrainingConfig(lr=1e-2, epochs=2, save_every=4)
+    with pytest.warns(UserWarning, match="checkpoint-6"), pytest.raises(HaltError):
+        resume(tmp_path, config, callbacks=[stop_at(4)])
+    assert list(checkpoints(tmp_path)) == [4, 3]
 
 
 def test_with_nothing_whole_left_nothing_is_changed(tmp_path):

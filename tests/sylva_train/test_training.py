@@ -291,6 +291,13 @@ def test_only_what_requires_a_gradient_moves():
             assert parameter.requires_grad != torch.equal(parameter, before[name]), name
 
 
+def test_dense_weights_are_written_whatever_the_optimizer():
+    model = toy_model()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    run(model, optimizer=torch.optim.SGD(trained, 0.1))
+    assert consistent(model)
+
+
 def test_full_fine_tuning_and_lora_train_in_the_same_loop():
     full = toy_base()
     lora = get_peft_model(

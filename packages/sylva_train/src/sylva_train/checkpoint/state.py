@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sylva_train.config import TrainingConfig
-from sylva_train.layers import embedded_layers, sync
+from sylva_train.layers import embedded_layers
 
 __all__ = [
     "capture",
@@ -78,7 +78,8 @@ def frozen_digest(model: nn.Module) -> str:
         layer.restore_()
     total = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        # PEFT keeps the head that it copied for training, random where it is new.
+        if not parameter.requires_grad and ".original_module." not in name:
             flat = parameter.detach().reshape(-1)
             sample = flat[:: max(1, len(flat) // SAMPLE)]
             total.update(f"{name} {tuple(parameter.shape)} {digest(sample)}".encode())
@@ -168,13 +169,15 @@ def restore(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     device: torch.device,
 ) -> None:
-    """Put a run back into a state that `capture` returned, dense weights included."""
+    """Put a run back into a state that `capture` returned.
+
+    Embedded layers see that their values changed, and write them before they are used.
+    """
     parameters, present = dict(model.named_parameters()), dict(buffers(model))
     for name, tensor in state["parameters"].items():
         parameters[name].copy_(tensor)
     for name, tensor in state["buffers"].items():
         present[name].copy_(tensor)
-    sync(model)
     optimizer.load_state_dict(state["optimizer"])
     keep_dtypes(optimizer, state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
