@@ -19,6 +19,7 @@ from transformers import (
 from sylva_train import masks as masks_module
 from sylva_train._checks import AdapterError, ConfigError, DataError, NonFiniteError
 from sylva_train.config import NEEDS_DATA, SylvaConfig
+from sylva_train.curvature import describe_factor
 from sylva_train.curvature.collect import Collector
 from sylva_train.importance import Scores, score
 
@@ -339,3 +340,26 @@ def test_a_damaged_score_file_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(AdapterError, match="damaged"):
         Scores.load(path)
+
+
+@pytest.mark.parametrize("curvature", ["mlr", "dense"])
+def test_a_singular_factor_asks_for_damping(curvature):
+    options = config(curvature=curvature, damping=0.0, samples=1)
+    with pytest.raises(ConfigError, match="damping"):
+        score(bert(), batches(), options)
+
+
+@pytest.mark.parametrize("curvature", ["mlr", "hodlr"])
+def test_a_factor_of_full_rank_is_described_without_error(curvature):
+    options = config(curvature=curvature, rank=48)
+    entry = describe_factor(bert(), LAYER, batches(), options)
+    assert entry["error"] < 1e-5
+    assert entry["dense_bytes"] == 32 * 32 * 4
+    assert len(entry["magnitude"]) == len(entry["approximation"]) == 32
+    assert len(entry["level_bytes"]) == entry["levels"] + 1 == 3
+    total = sum(entry["level_bytes"])
+    assert total == entry["bytes"]
+    # An MLR matrix is a sum of positive semidefinite terms: traces add up.
+    if curvature == "mlr":
+        trace = sum(map(sum, entry["singular_values"]))
+        assert trace == pytest.approx(sum(entry["spectrum_dense"]), rel=1e-4)

@@ -79,11 +79,8 @@ class Comparison:
 
     def spec(self, method: str, seed: int) -> dict[str, Any]:
         """Return what a run's process needs to know, as JSON."""
-        training = dataclasses.replace(
-            self.training,
-            seed=seed,
-            **({"lr": self.rate(method)} if method != "frozen" else {}),
-        )
+        rate = self.training.lr if method == "frozen" else self.rate(method)
+        training = dataclasses.replace(self.training, seed=seed, lr=rate)
         return {
             "method": method,
             "task": dataclasses.asdict(self.task),

@@ -176,7 +176,9 @@ def factor_entry(
     targets = find_targets(task.model, config.target_modules, config.exclude_modules)
     names = list(targets)
     options = dataclasses.replace(
-        config, curvature=method.curvature, samples=min(128, config.samples)
+        config,
+        curvature=method.curvature or config.curvature,
+        samples=min(128, config.samples),
     )
     return describe_factor(task.model, names[len(names) // 2], loader, options)
 

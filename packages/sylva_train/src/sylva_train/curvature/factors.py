@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import hmatrix as hm
+from sylva_train._checks import ConfigError
 from sylva_train.config import SylvaConfig
 
 __all__ = ["DenseCovariance", "Factor", "accumulator", "describe"]
@@ -17,6 +18,7 @@ __all__ = ["DenseCovariance", "Factor", "accumulator", "describe"]
 SMALLEST_LEAF = 8
 #: Side of the pictures of a factor.
 PICTURE = 128
+LINALG_ERROR: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 class DenseCovariance:
@@ -62,21 +64,34 @@ class Factor:
 
     def mean_eigenvalue(self) -> float:
         """Return trace / n."""
-        return float(self.matrix.trace()) / self.matrix.shape[0]
+        mean: float = float(self.matrix.trace()) / self.matrix.shape[0]
+        return mean
 
     def product(self, X: torch.Tensor) -> torch.Tensor:
         """Multiply with ``X`` (n, q), float64."""
         return self.double() @ X.double()  # type: ignore[no-any-return]
 
     def inverse_diagonal(self, shift: float) -> torch.Tensor:
-        """Diagonal of ``(matrix + shift·I)⁻¹``, float64 (n,)."""
-        if isinstance(self.matrix, torch.Tensor):
-            matrix = self.matrix.double()
-            matrix.diagonal().add_(shift)
-            factor = torch.linalg.cholesky(matrix)
-            return torch.cholesky_inverse(factor).diagonal().clone()
-        factorization = hm.factorize(self.double(), shift=shift)
-        return factorization.inverse_diagonal()  # type: ignore[no-any-return]
+        """Diagonal of ``(matrix + shift·I)⁻¹``, float64 (n,).
+
+        Raises
+        ------
+        ConfigError
+            If the shifted matrix is singular to working precision.
+        """
+        try:
+            if isinstance(self.matrix, torch.Tensor):
+                matrix = self.double()
+                matrix.diagonal().add_(shift)
+                factor = torch.linalg.cholesky(matrix)
+                return torch.cholesky_inverse(factor).diagonal().clone()
+            diagonal: torch.Tensor = hm.factorize(
+                self.double(), shift
+            ).inverse_diagonal()
+            return diagonal
+        except (LINALG_ERROR, hm.HMatrixError) as error:
+            msg = f"a Kronecker factor cannot be inverted ({error}); raise `damping`."
+            raise ConfigError(msg) from error
 
 
 def accumulator(n: int, like: torch.Tensor, config: SylvaConfig) -> Any:
@@ -120,7 +135,8 @@ def describe(approximate: Factor, exact: Factor) -> dict[str, Any]:
                 torch.linalg.svdvals(F).square().flatten() for F in matrix.factors
             ]
         else:
-            sizes = [block.nbytes // 2 for block in matrix.upper]
+            parts = [(block.U, block.S, block.V) for block in matrix.upper]
+            sizes = [sum(part.nbytes for part in level) // 2 for level in parts]
             values = [block.S.flatten() for block in matrix.upper]
         levels = matrix.tree.levels
         entry |= {
@@ -147,7 +163,8 @@ def describe(approximate: Factor, exact: Factor) -> dict[str, Any]:
 def spectrum(blocks: torch.Tensor) -> list[float]:
     """Absolute eigenvalues of symmetric blocks (k, m, m) together, largest first."""
     values = torch.linalg.eigvalsh(blocks).abs().flatten()
-    return values.sort(descending=True).values.tolist()
+    largest_first: list[float] = values.sort(descending=True).values.tolist()
+    return largest_first
 
 
 def picture(matrix: torch.Tensor) -> list[list[float]]:
