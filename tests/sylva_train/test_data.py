@@ -81,6 +81,7 @@ def test_columns_go_by_name_or_number(tmp_path):
     named = load_data(path, text_column="y", label_column="z")
     numbered = load_data(path, text_column=1, label_column=2, header=True)
     assert named == numbered
+    assert named == load_data(path, text_column="1", label_column="2")
     assert named.labels == [1, 0]
 
 

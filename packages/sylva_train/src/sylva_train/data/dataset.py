@@ -153,7 +153,9 @@ def load_data(
         check_integer("limit", limit, 1)
     check_integer("seed", seed, 0)
     texts = columns_of(text_column)
-    named = [c for c in (*texts, label_column, target_column) if isinstance(c, str)]
+    # A command line gives numbers as strings.
+    asked = (*texts, label_column, target_column)
+    named = [c for c in asked if isinstance(c, str) and not c.isdecimal()]
     is_header = header_test(header, named, task)
     table, info = find_table(spec, split, is_header)
     chosen = choose_columns(table, texts, label_column, target_column, task, info)
@@ -211,12 +213,11 @@ def pick_column(
         if table.columns:
             return next((name for name in names if name in table.columns), None)
         return number
-    if isinstance(wanted, int):
-        # Only delimited rows have numbers.
-        if wanted in table.rows[0][1] and 0 <= wanted < table.width:
-            return wanted
-    elif wanted in table.columns:
+    if wanted in table.columns:
         return wanted
+    # Only delimited rows have numbers.
+    if str(wanted).isdecimal() and int(wanted) in table.rows[0][1]:
+        return int(wanted)
     have = ", ".join(map(repr, table.columns)) or f"numbers 0 to {table.width - 1}"
     msg = f"{table.name}: `{option}` {wanted!r} is not among the columns: {have}."
     raise DataError(msg)
