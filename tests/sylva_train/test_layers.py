@@ -339,6 +339,42 @@ def test_merging_keeps_the_last_step_of_any_optimizer():
         assert torch.equal(dense_blocks(weight_view(layer.base_layer), mask), values)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.AdamW, {"fused": True}),
+        (torch.optim.AdamW, {"foreach": True}),
+        (torch.optim.AdamW, {"foreach": False}),
+        (torch.optim.SGD, {"fused": True}),
+        (torch.optim.Adagrad, {}),
+    ],
+)
+def test_steps_of_any_optimizer_reach_the_next_forward_pass(kind, options):
+    # Fused steps do not count up the values' version.
+    model, masks = two_layers()
+    embed(model, masks)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = kind(trained, lr=0.05, **options)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(random((4, 10))).square().sum().backward()
+        optimizer.step()
+        expected = merge(copy.deepcopy(model))(random((2, 10)))
+        assert torch.equal(model(random((2, 10))), expected)
+
+
+def test_values_that_were_set_behind_autograd_show_in_evaluation():
+    model, masks = two_layers()
+    embed(model, masks)
+    x = random((2, 10))
+    before = model(x)
+    for layer in embedded_layers(model).values():
+        layer.sylva_values["default"].data.mul_(2)
+    after = model.eval()(x)
+    assert not torch.equal(before, after)
+    assert torch.equal(merge(copy.deepcopy(model))(x), after)
+
+
 def test_a_saved_state_has_the_last_step_and_loads_into_the_same_embedding():
     model, masks = two_layers()
     before = snapshot(model)

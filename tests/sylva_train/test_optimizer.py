@@ -106,6 +106,7 @@ def assert_same_blocks(model, dense, masks, tolerance=1e-6):
             {"eps": 1e-4},
             {"foreach": False},
             {"amsgrad": True},
+            {"fused": True},
         ]
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +52,11 @@ SCOPES = ("layer", "model")
 SCHEDULES = ("linear", "cosine", "constant")
 
 
-class SylvaType(StrEnum):
-    """Sylva's key in PEFT's tables, of the kind that PEFT's own `PeftType` is."""
+class SylvaType(str, Enum):  # noqa: UP042
+    """Sylva's key in PEFT's tables, of the kind that PEFT's own `PeftType` is.
+
+    No `enum.StrEnum`: PEFT reports the part of ``str(key)`` after the dot.
+    """
 
     SYLVA = "SYLVA"
 

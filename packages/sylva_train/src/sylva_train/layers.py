@@ -9,11 +9,13 @@ layer's own and cost nothing more; only the gradient of the active blocks is add
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._checks import AdapterError, ConfigError, TargetError
 from .kernels import block_sddmm, gather_blocks, scatter_blocks_
@@ -112,6 +114,25 @@ class _Tables(nn.Module):
         return iter(self._buffers)
 
 
+@functools.cache
+def watch_optimizers() -> None:
+    """See that steps of every optimizer count as changes of the values.
+
+    Fused optimizers, Trainer's default among them, write parameters without counting up
+    their version, and the dense weights would stay as they were for good.
+    """
+
+    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if getattr(optimizer, "writes_through", False):
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if getattr(parameter, "sylva_shown", False):
+                    torch.autograd.graph.increment_version(parameter)
+
+    register_optimizer_step_post_hook(count)
+
+
 def check_embeddable(layer: nn.Module) -> None:
     """Raise `TargetError` unless a layer's weight can hold float32 values."""
     if not is_supported(layer) or weight_view(layer).element_size() > 4:
@@ -156,7 +177,8 @@ class SparseEmbeddedLinear(nn.Module):
     -----
     The values reach the dense weight before the next forward pass, when
     `sync` is called, and after every step of `sylva_train.SparseAdamW`. A change is seen
-    by the tensors' version counters; values changed through ``.data`` need `sync`.
+    by the tensors' version counters, which every optimizer of PyTorch's kind counts up;
+    values changed through ``.data`` need `sync`, unless the mode changes after it.
     """
 
     _original: torch.Tensor | None
@@ -164,6 +186,7 @@ class SparseEmbeddedLinear(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         check_embeddable(base_layer)
+        watch_optimizers()
         self.base_layer = base_layer.requires_grad_(False)
         self.sylva_values = _Masters()
         self.sylva_indices = _Tables()
@@ -280,7 +303,7 @@ class SparseEmbeddedLinear(nn.Module):
             return
         if wanted == self._written and not force:
             now = self.snapshot()
-            if self._seen[0] is now[0] and self._seen[1:] == now[1:]:
+            if self._seen and self._seen[0] is now[0] and self._seen[1:] == now[1:]:
                 return
         self.check_indices(wanted)
         weight = weight_view(self.base_layer)
@@ -288,6 +311,7 @@ class SparseEmbeddedLinear(nn.Module):
         if self._written is None:
             self._original = gather_blocks(weight, indices, values.shape[-1])
         scatter_blocks_(weight, indices, values)
+        values.sylva_shown = True
         self._written = wanted
         self._seen = self.snapshot()
 
@@ -310,9 +334,15 @@ class SparseEmbeddedLinear(nn.Module):
                 y = _BlockGradient.apply(y, x, values, indices)  # type: ignore[no-untyped-call]
         return y
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and write again if it changes, so that evaluation is exact."""
+        if mode != self.training:
+            self._seen = ()
+        return super().train(mode)
+
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Save a weight that shows the values as they are now."""
-        self.sync()
+        self.sync(force=True)
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(
@@ -358,6 +388,13 @@ def embedded_layers(model: nn.Module) -> dict[str, SparseEmbeddedLinear]:
         for name, module in model.named_modules()
         if isinstance(module, SparseEmbeddedLinear)
     }
+
+
+def check_unembedded(model: nn.Module) -> None:
+    """Raise `TargetError` if a model has embedded blocks."""
+    if embedded_layers(model):
+        msg = "`model` has embedded blocks already; `unload` or `merge` it first."
+        raise TargetError(msg)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -478,9 +515,7 @@ def embed(
         If a mask has the wrong shape, no mask has a block, or a layer is inside a module
         that is trained whole.
     """
-    if embedded_layers(model):
-        msg = "`model` has embedded blocks already; `unload` or `merge` it first."
-        raise TargetError(msg)
+    check_unembedded(model)
     # Nothing is changed before everything was found good.
     layers = check_masks(model, masks, modules_to_save)
     saved = find_saved(model, modules_to_save)

@@ -78,6 +78,9 @@ class SparseAdamW(torch.optim.AdamW):
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **kwargs
         )
 
+    #: Its own steps end in the dense weights; nothing is left to write before a forward.
+    writes_through = True
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step and write the new values into the dense weights."""
@@ -88,8 +91,9 @@ class SparseAdamW(torch.optim.AdamW):
         super().step()
         if self.decay_towards == "base":
             self.decay_to_base()
+        # By force: a fused step does not count as a change of the values.
         for layer in self.layers:
-            layer.sync()
+            layer.sync(force=True)
         return loss
 
     def decay_to_base(self) -> None:

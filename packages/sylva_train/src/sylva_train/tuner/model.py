@@ -31,6 +31,7 @@ from sylva_train.layers import (
     SparseEmbeddedLinear,
     check_embeddable,
     check_masks,
+    check_unembedded,
     embedded_layers,
     find_saved,
     replace_module,
@@ -353,6 +354,8 @@ class SylvaModel(BaseTuner):
         AdapterError
             If a saved adapter is damaged or was made for another base.
         """
+        if any(not isinstance(m, SylvaLayer) for m in embedded_layers(model).values()):
+            check_unembedded(model)
         # A copy, so that the facts of this adapter stay out of the caller's object.
         config: Any = copy.copy(self.peft_config[adapter_name])
         with base_in_place(model):
@@ -392,7 +395,17 @@ class SylvaModel(BaseTuner):
         else:
             layer.add(adapter_name, self._masks[current_key])
         if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
+            setattr(parent, target_name, layer)
+
+    def _replace_module(
+        self,
+        parent: nn.Module,
+        child_name: str,
+        new_module: nn.Module,
+        child: nn.Module,  # noqa: ARG002
+    ) -> None:
+        # PEFT's own also copies ``child.weight``, which a head of several layers has not.
+        setattr(parent, child_name, new_module)
 
     def set_adapter(
         self, adapter_name: str | list[str], inference_mode: bool = False
@@ -400,6 +413,17 @@ class SylvaModel(BaseTuner):
         """Make one adapter active; see `SylvaLayer.set_adapter`."""
         check_one(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """Return the base model with an adapter's values and head in it."""
+        if adapter_names:
+            self.set_adapter(adapter_names)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def unload(self) -> nn.Module:
         """Return the base model, all its weights and its head as they were."""

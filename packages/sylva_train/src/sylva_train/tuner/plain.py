@@ -12,7 +12,13 @@ from torch import nn
 
 from sylva_train._checks import AdapterError, ConfigError
 from sylva_train.config import SylvaConfig
-from sylva_train.layers import embed, embedded_layers, find_saved, sync
+from sylva_train.layers import (
+    check_unembedded,
+    embed,
+    embedded_layers,
+    find_saved,
+    sync,
+)
 from sylva_train.targets import is_inside
 
 from .files import INDICES, PREFIX, VALUES, checksum, read_adapter, write_adapter
@@ -115,8 +121,11 @@ def save_adapter(
         raise ConfigError(msg)
     tensors: dict[str, Any]
     if hasattr(model, "peft_config"):
-        active: Any = model.active_adapters
-        name = (active() if callable(active) else active)[0]
+        layers: Any = embedded_layers(model).values()
+        name = next((n for n in (layer.active() for layer in layers) if n), None)
+        if name is None:
+            msg = "`model` has no active adapter; `set_adapter` makes one active."
+            raise ConfigError(msg)
         tensors = get_peft_model_state_dict(
             model, adapter_name=name, save_embedding_layers=False
         )
@@ -154,8 +163,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         If the model is embedded already.
     """
     adapter = read_adapter(path)
-    if not embedded_layers(model):
-        check_base(model, adapter.config)
+    check_unembedded(model)
+    check_base(model, adapter.config)
     own: dict[str, torch.Tensor] = dict(model.named_buffers())
     own.update(model.named_parameters(remove_duplicate=False))
     for name, tensor in adapter.modules.items():
