@@ -24,6 +24,7 @@ __all__ = [
     "detach",
     "dtype_name",
     "eigh_descending",
+    "frobenius",
     "inverse_lower",
     "is_array",
     "library",
@@ -75,6 +76,15 @@ def nbytes(*arrays: Array) -> int:
     return sum(math.prod(x.shape) * Space.of(x).itemsize for x in arrays)
 
 
+def frobenius(x: Array) -> Array:
+    """Return the Frobenius norm of a whole array, as an array; it may overflow."""
+    if array_api_compat.is_numpy_array(x):
+        # vdot needs no array of squares, and an overflow is the caller's to judge
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.sqrt(np.vdot(x, x))
+    return namespace(x).linalg.vector_norm(x)
+
+
 def detach(x: Array) -> Array:
     """Cut a torch tensor off its autograd graph; return other arrays as they are."""
     return x.detach() if array_api_compat.is_torch_array(x) else x
@@ -92,11 +102,18 @@ def to_numpy(x: Array) -> np.ndarray:
 
 
 def contiguous(x: Array) -> Array:
-    """Return ``x`` with its last axis contiguous in memory, where that matters.
+    """Return ``x`` in row-major memory of its own size.
 
-    torch concatenates and multiplies strided views an order of magnitude slower.
+    torch multiplies strided views an order of magnitude slower, and a slice that is
+    kept would keep all of what it was cut from.
     """
-    return x.contiguous() if array_api_compat.is_torch_array(x) else x
+    if array_api_compat.is_torch_array(x):
+        x = x.contiguous()
+        return x.clone() if x.untyped_storage().nbytes() > nbytes(x) else x
+    xp = namespace(x)
+    if array_api_compat.is_numpy_array(x) or array_api_compat.is_cupy_array(x):
+        return xp.array(x, order="C")
+    return xp.asarray(x, copy=True)
 
 
 def subtract_product(x: Array, a: Array, b: Array) -> Array:

@@ -13,6 +13,7 @@ from hmatrix._backend import (
     Array,
     Space,
     dtype_name,
+    frobenius,
     is_array,
     library,
     namespace,
@@ -36,6 +37,7 @@ __all__ = [
     "check_kind",
     "check_operand",
     "check_space",
+    "not_finite",
 ]
 
 
@@ -189,15 +191,24 @@ def check_operand(
     return array
 
 
-def check_finite(name: str, x: Array) -> None:
-    """Raise if ``x`` holds NaN or infinite values, or their squares overflow."""
+def check_finite(name: str, x: Array) -> float:
+    """Return the Frobenius norm of ``x``, or raise if it or its square is not finite.
+
+    What follows sums squares: numbers too large for that are as bad as infinity.
+    """
+    xp, space = namespace(x), Space.of(x)
+    norm = float(frobenius(x))
+    if not norm * norm <= float(xp.finfo(space.dtype).max):
+        raise NonFiniteError(not_finite(name, x, space.name))
+    return norm
+
+
+def not_finite(name: str, x: Array, dtype: str) -> str:
+    """Message about NaN, infinite or overflowing values in ``x``."""
     xp = namespace(x)
-    # One pass and one number: what follows sums squares anyway.
-    if not bool(xp.isfinite(xp.sum(x * x))):
-        count = int(xp.sum(xp.astype(~xp.isfinite(x), xp.int64)))
-        found = f"{count} NaN or infinite values" if count else "values too large"
-        msg = (
-            f"`{name}` of shape {tuple(x.shape)} holds {found} to sum its squares in "
-            f"{dtype_name(x.dtype)}; drop or rescale them first."
-        )
-        raise NonFiniteError(msg)
+    count = int(xp.sum(xp.astype(~xp.isfinite(x), xp.int64)))
+    found = f"{count} NaN or infinite values" if count else "values too large"
+    return (
+        f"`{name}` of shape {tuple(x.shape)} holds {found} to sum its squares in "
+        f"{dtype}; drop or rescale them first."
+    )

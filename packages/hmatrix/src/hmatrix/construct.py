@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import math
 
-from hmatrix._backend import Array, Space, detach, namespace, transpose
+from hmatrix._backend import (
+    Array,
+    Space,
+    contiguous,
+    detach,
+    frobenius,
+    namespace,
+    transpose,
+)
 from hmatrix._checks import (
     ShapeError,
     check_array,
@@ -81,20 +89,19 @@ def from_dense(
     if A.shape[1] != n:
         msg = f"`A` must be square, got shape {tuple(A.shape)}."
         raise ShapeError(msg)
-    check_finite("A", A)
+    norm = check_finite("A", A)
     tree = _tree(n, levels, leaf_size, tree)
     rtol = (
         math.sqrt(space.eps) if rtol is None else check_float("rtol", rtol, minimum=0)
     )
     if max_rank is not None:
         max_rank = check_int("max_rank", max_rank, 0)
-    A, symmetric = _symmetrize(A, symmetric)
+    A, symmetric = _symmetrize(A, symmetric, norm)
     missing = tree.padded - n
     if missing:
         A = xp.concat([A, space.zeros(missing, n)], axis=0)
         A = xp.concat([A, space.zeros(tree.padded, missing)], axis=1)
 
-    norm = float(xp.linalg.vector_norm(A))
     upper: list[LowRank] = []
     lower: list[LowRank] = []
     squares = 0.0
@@ -108,8 +115,7 @@ def from_dense(
             block, lost = compress(blocks, tolerance=tolerance, max_rank=max_rank)
             side.append(block)
             squares += float(xp.sum(lost**2)) * (2 if symmetric else 1)
-    # a copy, so that the matrix does not hold on to A
-    leaves = _diagonal_blocks(A, tree, tree.levels) + space.zeros()
+    leaves = contiguous(_diagonal_blocks(A, tree, tree.levels))
     error = math.sqrt(squares) / norm if norm else 0.0
     return HODLR(tree, leaves, tuple(upper), None if symmetric else tuple(lower), error)
 
@@ -140,13 +146,12 @@ def _tree(
     return ClusterTree.from_leaf_size(n, LEAF_SIZE if leaf_size is None else leaf_size)
 
 
-def _symmetrize(A: Array, symmetric: bool | None) -> tuple[Array, bool]:
+def _symmetrize(A: Array, symmetric: bool | None, norm: float) -> tuple[Array, bool]:
     xp = namespace(A)
     if symmetric is None:
         return A, bool(xp.all(transpose(A) == A))
     if symmetric:
-        difference = float(xp.linalg.vector_norm(A - transpose(A)))
-        norm = float(xp.linalg.vector_norm(A))
+        difference = float(frobenius(A - transpose(A)))
         if difference > 100 * Space.of(A).eps * norm:
             msg = (
                 "`symmetric` is true, but `A` differs from its transpose by "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from hmatrix._backend import Array, Space
-from hmatrix._checks import check_float
+from hmatrix._checks import check_float, check_int
 from hmatrix._operator import Operator, apply_padded
 from hmatrix.tree import ClusterTree
 
@@ -26,6 +26,7 @@ class Factorization(ABC):
     """
 
     def __init__(self, H: Operator, shift: float) -> None:
+        self._matrix = H
         self.tree = H.tree
         self.space = H.space
         self.shift = check_float("shift", shift)
@@ -35,13 +36,16 @@ class Factorization(ABC):
         """``(n, n)``."""
         return self.tree.n, self.tree.n
 
-    def solve(self, b: Array) -> Array:
+    def solve(self, b: Array, *, refine: int = 1) -> Array:
         """Solve ``(H + shift·I) x = b``.
 
         Parameters
         ----------
         b : array (n,) or (n, q)
             Right-hand sides, in the library, dtype and device of the matrix.
+        refine : int
+            Steps of iterative refinement. One makes up for inverted leaves where LU
+            factors would be backward stable; it costs a product and a second solve.
 
         Returns
         -------
@@ -53,7 +57,15 @@ class Factorization(ABC):
         ShapeError, DTypeError, BackendError
             If ``b`` does not fit.
         """
-        return apply_padded("b", b, self.tree, self.space, self._apply)
+        refine = check_int("refine", refine, 0)
+
+        def solve(b: Array) -> Array:
+            x = self._apply(b)
+            for _ in range(refine):
+                x = x + self._apply(b - self._matrix._apply(x) - self.shift * x)
+            return x
+
+        return apply_padded("b", b, self.tree, self.space, solve)
 
     @abstractmethod
     def _apply(self, x: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmatrix._backend import Array, Space, to_numpy, transpose
+from hmatrix._backend import Array, Space, contiguous, to_numpy, transpose
 from hmatrix._checks import SingularBlockError, SingularLeafError
 from hmatrix._operator import Operator
 from hmatrix.factor._base import Factorization, shifted_leaves
@@ -23,15 +23,19 @@ class HODLRFactorization(Factorization):
         leaves = shifted_leaves(tree, H.leaves, self.shift)
         signs, logs = xp.linalg.slogdet(leaves)
         self._inverse_leaves = _invert(leaves, signs, tree.levels, leaf=True)
-        self._sign = float(xp.prod(signs))
-        self._logdet = float(xp.sum(logs))
+        self._sign, self._logdet = 1.0, 0.0
+        self._count_determinant(signs, logs)
 
         # P and Q of all levels, each (padded, r): the halves' factors below each other
-        P, self._Q = [], []
+        P: list[Array] = []
+        self._Q: list[Array] = []
+        scales: list[Array] = []  # C, (2**level, 2, r)
         for level in range(tree.levels):
             B12, B21 = H.blocks(level)
-            P.append(self._beside(B12.U, B21.U))
-            self._Q.append(self._beside(B21.V, B12.V))
+            shape = (tree.padded, -1)
+            P.append(xp.reshape(_pair(B12.U, B21.U), shape))
+            self._Q.append(xp.reshape(_pair(B21.V, B12.V), shape))
+            scales.append(_pair(B12.S, B21.S))
         self._widths = [int(p.shape[-1]) for p in P]
         self._Y: list[Array] = [None] * tree.levels  # D P
         self._E: list[Array] = [None] * tree.levels  # (I + C QᵀD P)⁻¹ C
@@ -40,9 +44,9 @@ class HODLRFactorization(Factorization):
         X = self._solve_leaves(xp.concat(P, axis=-1))
         for level in reversed(range(tree.levels)):
             width = self._widths[level]
-            self._Y[level] = X[:, X.shape[1] - width :]
+            self._Y[level] = contiguous(X[:, X.shape[1] - width :])
             X = X[:, : X.shape[1] - width]
-            self._E[level] = self._core(H, level)
+            self._E[level] = self._core(level, scales[level])
             X = self._step(level, X)
 
     def inverse(self) -> HODLRInverse:
@@ -65,11 +69,10 @@ class HODLRFactorization(Factorization):
                 continue
             # rows of a half meet the columns of Dᵀ Q that come from the other block
             Y = self._halves(level, self._Y[level])
-            Z = (
-                Y
-                if self.symmetric
-                else self._halves(level, self._transposed_columns(level))
-            )
+            Z = Y
+            if not self.symmetric:
+                x = self._solve_transposed(self._Q[level], level + 1)
+                Z = self._halves(level, x)
             E = self._E[level]
             off = xp.stack([E[:, :width, width:], E[:, width:, :width]], axis=1)
             part = xp.sum((Y @ off) * Z, axis=-1)
@@ -100,9 +103,6 @@ class HODLRFactorization(Factorization):
             x = x - xp.reshape(Q @ small, x.shape)
         return self._leaves_times(transpose(self._inverse_leaves), x)
 
-    def _transposed_columns(self, level: int) -> Array:
-        return self._solve_transposed(self._Q[level], level + 1)
-
     def _step(self, level: int, x: Array) -> Array:
         """Turn the children's solutions into the nodes': x − D P E Qᵀ x."""
         xp, width = self.space.xp, self._widths[level]
@@ -116,7 +116,7 @@ class HODLRFactorization(Factorization):
         Y = self._halves(level, self._Y[level])
         return x - xp.reshape(Y @ small, x.shape)
 
-    def _core(self, H: HODLR, level: int) -> Array:
+    def _core(self, level: int, scales: Array) -> Array:
         """Return ``(I + C QᵀD P)⁻¹ C`` of each node and count its determinant."""
         xp, width = self.space.xp, self._widths[level]
         nodes = self.tree.nodes(level)
@@ -124,24 +124,20 @@ class HODLRFactorization(Factorization):
             return self.space.zeros(nodes, 0, 0)
         Y, Q = self._halves(level, self._Y[level]), self._halves(level, self._Q[level])
         QY = transpose(Q) @ Y  # V21ᵀ Y1 and V12ᵀ Y2
-        B12, B21 = H.blocks(level)
-        zero, eye = xp.zeros_like(QY[:, 0, :, :]), self.space.eye(width)
-        eye = zero + eye
-        top = xp.concat([eye, B12.S[:, :, None] * QY[:, 1, :, :]], axis=-1)
-        bottom = xp.concat([B21.S[:, :, None] * QY[:, 0, :, :], eye], axis=-1)
+        CQY = scales[..., None] * xp.flip(QY, axis=1)
+        eye = xp.zeros_like(QY[:, 0, :, :]) + self.space.eye(width)
+        top = xp.concat([eye, CQY[:, 0, :, :]], axis=-1)
+        bottom = xp.concat([CQY[:, 1, :, :], eye], axis=-1)
         K = xp.concat([top, bottom], axis=-2)
         signs, logs = xp.linalg.slogdet(K)
-        self._sign *= float(xp.prod(signs))
-        self._logdet += float(xp.sum(logs))
-        C = xp.concat([B12.S, B21.S], axis=-1)
-        return _invert(K, signs, level, leaf=False) * C[:, None, :]
+        self._count_determinant(signs, logs)
+        C = xp.reshape(scales, (nodes, 1, 2 * width))
+        return _invert(K, signs, level, leaf=False) * C
 
-    def _beside(self, first: Array, second: Array) -> Array:
-        """Stack the factors of both halves of each node: (padded, r)."""
+    def _count_determinant(self, signs: Array, logs: Array) -> None:
         xp = self.space.xp
-        width = max(first.shape[-1], second.shape[-1])
-        parts = [_widen(part, width) for part in (first, second)]
-        return xp.reshape(xp.stack(parts, axis=1), (self.tree.padded, width))
+        self._sign *= float(xp.prod(signs))
+        self._logdet += float(xp.sum(xp.astype(logs, xp.float64)))
 
     def _halves(self, level: int, x: Array) -> Array:
         """View (padded, q) as (2**level, 2, half, q)."""
@@ -200,13 +196,15 @@ class HODLRInverse(Operator):
         return repr(self._factorization).replace("Factorization", "Inverse", 1)
 
 
-def _widen(x: Array, width: int) -> Array:
-    """Append zero columns until x (..., r) has ``width``."""
-    missing = width - x.shape[-1]
-    if not missing:
-        return x
-    space = Space.of(x)
-    return space.xp.concat([x, space.zeros(*x.shape[:-1], missing)], axis=-1)
+def _pair(first: Array, second: Array) -> Array:
+    """Stack (b, ..., r) and (b, ..., s) to (b, 2, ..., max(r, s)), zeros at the end."""
+    space = Space.of(first)
+    width = max(first.shape[-1], second.shape[-1])
+    parts = [
+        space.xp.concat([x, space.zeros(*x.shape[:-1], width - x.shape[-1])], axis=-1)
+        for x in (first, second)
+    ]
+    return space.xp.stack(parts, axis=1)
 
 
 def _invert(blocks: Array, signs: Array, level: int, *, leaf: bool) -> Array:

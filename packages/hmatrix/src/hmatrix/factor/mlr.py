@@ -68,7 +68,8 @@ class MLRFactorization(Factorization):
 def _logdet(L: Array) -> float:
     """Sum of the log-determinants of ``L Lᵀ``, L (..., m, m)."""
     xp = Space.of(L).xp
-    return 2 * float(xp.sum(xp.log(xp.linalg.diagonal(L))))
+    logs = xp.astype(xp.log(xp.linalg.diagonal(L)), xp.float64)
+    return 2 * float(xp.sum(logs))
 
 
 def _cholesky(blocks: Array, level: int, what: str, shift: float) -> Array:

@@ -13,6 +13,7 @@ from hmatrix._backend import (
     Space,
     contiguous,
     detach,
+    frobenius,
     is_array,
     nbytes,
     transpose,
@@ -26,6 +27,7 @@ from hmatrix._checks import (
     check_int,
     check_operand,
     check_space,
+    not_finite,
 )
 from hmatrix.tree import ClusterTree
 
@@ -112,9 +114,10 @@ class Streaming(ABC):
                 "flatten leading axes first."
             )
             raise ShapeError(msg)
-        root = math.sqrt(check_float("weight", weight, minimum=0.0))
+        weight = check_float("weight", weight, minimum=0.0)
+        root = math.sqrt(weight)
         pieces = self._pieces(Z)
-        self._check_finite(Z, pieces, root)
+        self._check_finite(Z, pieces, weight)
         xp, missing = self.space.xp, self.tree.padded - self.tree.n
         for piece in pieces:
             E = xp.astype(piece, self.space.dtype, copy=False)
@@ -122,7 +125,7 @@ class Streaming(ABC):
             if missing:
                 E = xp.concat([E, self.space.zeros(missing, E.shape[1])], axis=0)
             self._add(E)
-        self._count += float(weight) * int(Z.shape[0])
+        self._count += weight * int(Z.shape[0])
 
     def merge(self, other: Self) -> None:
         """Add what ``other`` holds; both keep working afterwards.
@@ -240,24 +243,15 @@ class Streaming(ABC):
         edges = [c * i // count for i in range(count + 1)] if count else []
         return [Z[a:b, :] for a, b in itertools.pairwise(edges)]
 
-    def _check_finite(self, Z: Array, pieces: Sequence[Array], root: float) -> None:
+    def _check_finite(self, Z: Array, pieces: Sequence[Array], weight: float) -> None:
         """Refuse a batch before any of it is added; one number leaves the device."""
         if not pieces:
             return
-        xp = self.space.xp
-        norms = [
-            xp.linalg.vector_norm(xp.astype(piece, self.space.dtype, copy=False))
-            for piece in pieces
-        ]
-        energy = xp.sum(xp.stack(norms) ** 2) * root**2
-        if not bool(xp.isfinite(energy)):
-            bad = int(xp.sum(xp.astype(~xp.isfinite(Z), xp.int64)))
-            found = f"{bad} NaN or infinite values" if bad else "values too large"
-            msg = (
-                f"`Z` of shape {tuple(Z.shape)} holds {found} to sum their squares in "
-                f"{self.space.name}; nothing was added. Drop or rescale the samples."
-            )
-            raise NonFiniteError(msg)
+        xp, dtype = self.space.xp, self.space.dtype
+        norms = [frobenius(xp.astype(piece, dtype, copy=False)) for piece in pieces]
+        norm = float(frobenius(xp.stack(norms)))
+        if not norm * norm * weight <= float(xp.finfo(dtype).max):
+            raise NonFiniteError(not_finite("Z", Z, self.space.name))
 
     def _add_to_leaves(self, E: Array) -> None:
         """Add the diagonal blocks of ``E Eᵀ``, E (padded, c)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from hmatrix._backend import Array, transpose
+from hmatrix._backend import Array, contiguous, transpose
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank
 from hmatrix.update._base import Streaming
@@ -104,5 +104,5 @@ class StreamingHODLR(Streaming):
         U, S, Vt = xp.linalg.svd(core, full_matrices=False)
         small = xp.stack([U[..., :r], transpose(Vt)[..., :r]], axis=1)
         self._bases[k] = Q @ small
-        self._scales[k] = S[..., :r]
+        self._scales[k] = contiguous(S[..., :r])
         self._lost[k] = self._lost[k] + xp.linalg.vector_norm(S[..., r:], axis=-1)

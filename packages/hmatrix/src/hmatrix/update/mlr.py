@@ -10,6 +10,7 @@ from hmatrix._backend import (
     Array,
     Space,
     cholesky,
+    contiguous,
     eigh_descending,
     inverse_lower,
     subtract_product,
@@ -180,15 +181,16 @@ class StreamingMLR(Streaming):
             M = _square_root(M)
         _, V = eigh_descending(transpose(M) @ M)
         MV = M @ V
-        return MV[..., :r], MV[..., r:]
+        return contiguous(MV[..., :r]), MV[..., r:]
 
     def _split_randomized(self, M: Array, r: int, sketch: int) -> tuple[Array, Array]:
         omega = self._normal(int(M.shape[-1]), sketch)
         Q = _orthonormal(transpose(M) @ (M @ omega), omega)
         MQ = M @ Q
         _, V = eigh_descending(transpose(MQ) @ MQ)
-        F = (MQ @ V)[..., :r]
-        return F, subtract_product(M, F, transpose((Q @ V)[..., :r]))
+        V = V[..., :r]
+        F = MQ @ V
+        return F, subtract_product(M, F, transpose(Q @ V))
 
     def _norm_between_halves(self, E: Array) -> Array:
         """Frobenius norm of ``E₁ E₂ᵀ``, the halves of the rows of E (b, m, w): (b,)."""

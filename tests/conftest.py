@@ -1,0 +1,63 @@
+"""Hypothesis profiles and the fixtures of both packages' tests."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+
+from tests.helpers import Library
+
+hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
+hypothesis.settings.register_profile(
+    "ci", max_examples=100, deadline=None, derandomize=True, print_blob=True
+)
+hypothesis.settings.register_profile("nightly", max_examples=5000, deadline=None)
+hypothesis.settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev")
+)
+
+LIBRARIES = [
+    Library("numpy"),
+    Library("array_api_strict"),
+    Library("torch"),
+    pytest.param(Library("torch", "cuda"), marks=pytest.mark.gpu),
+    pytest.param(Library("cupy", "cuda"), marks=pytest.mark.gpu),
+]
+
+
+def pytest_collection_modifyitems(items):
+    """Skip GPU tests where there is no CUDA device."""
+    if all(item.get_closest_marker("gpu") is None for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+# Session scope, since hypothesis runs many examples with one fixture.
+@pytest.fixture(scope="session", params=LIBRARIES, ids=str)
+def xp(request):
+    """Array library under test, with `Library.asarray` to move NumPy arrays there."""
+    if request.param.name != "torch":
+        pytest.importorskip(request.param.name)
+    return request.param
+
+
+@pytest.fixture(scope="session", params=["float32", "float64"])
+def dtype(request):
+    """Dtype under test."""
+    return request.param
+
+
+@pytest.fixture
+def rng():
+    """Random numbers that are the same in every run."""
+    import numpy as np
+
+    return np.random.default_rng(20240607)

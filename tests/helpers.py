@@ -1,0 +1,83 @@
+"""Dense oracles, array libraries and the one table of tolerances."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+import numpy as np
+
+#: Largest error ratio ``‖a − b‖ / ‖b‖`` of an operation in a dtype. "exact" is what
+#: rounding alone may do, "solve" is multiplied by the condition number.
+TOLERANCES = {
+    ("float64", "exact"): 1e-13,
+    ("float64", "stream"): 1e-12,
+    ("float64", "solve"): 1e-14,
+    ("float32", "exact"): 5e-6,
+    ("float32", "stream"): 1e-4,
+    ("float32", "solve"): 1e-5,
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """An array library on a device."""
+
+    name: str
+    device: str | None = None
+
+    def asarray(self, x, dtype=None):
+        """Copy a NumPy array there."""
+        x = np.array(x, dtype=dtype or x.dtype)
+        if self.name == "numpy":
+            return x
+        module = importlib.import_module(self.name)
+        if self.name == "torch":
+            return module.asarray(x, device=self.device or "cpu")
+        return module.asarray(x)
+
+    def __str__(self):
+        return self.name + (f"-{self.device}" if self.device else "")
+
+
+def to_numpy(x):
+    """Copy an array of any library into a NumPy array."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu().numpy()
+    elif hasattr(x, "get"):
+        x = x.get()
+    elif not isinstance(x, np.ndarray):
+        x = np.from_dlpack(x)
+    return np.array(x)
+
+
+def dense(H):
+    """Return a hierarchical matrix as a float64 NumPy array."""
+    return to_numpy(H.to_dense()).astype(np.float64)
+
+
+def error_ratio(actual, expected):
+    """Return ``‖actual − expected‖ / ‖expected‖`` in float64."""
+    a, b = (np.asarray(to_numpy(x), dtype=np.float64) for x in (actual, expected))
+    assert a.shape == b.shape, f"shape {a.shape}, expected {b.shape}"
+    difference, norm = np.linalg.norm(a - b), np.linalg.norm(b)
+    return difference / norm if norm else difference
+
+
+def assert_close(actual, expected, tolerance, factor=1.0):
+    """Check the error ratio against a (dtype, operation) entry of the table."""
+    bound = factor * TOLERANCES[tolerance]
+    ratio = error_ratio(actual, expected)
+    assert ratio <= bound, f"error ratio {ratio:.2e} above {bound:.2e}"
+
+
+def assert_in(x, like):
+    """Check that an array is of the library, dtype and device of another."""
+    assert type(x) is type(like)
+    assert x.dtype == like.dtype
+    assert getattr(x, "device", None) == getattr(like, "device", None)
+
+
+def condition(A):
+    """Return the 2-norm condition number of a dense matrix, at least 1."""
+    return max(1.0, float(np.linalg.cond(A))) if A.size else 1.0

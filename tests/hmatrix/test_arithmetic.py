@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hmatrix as hm
+from tests.helpers import assert_close, dense, error_ratio
+from tests.strategies import SEEDS, make_samples, square_matrices, trees
+
+
+@st.composite
+def pairs(draw):
+    n, levels = draw(trees())
+    return [
+        hm.from_dense(draw(square_matrices(n)), levels=levels, max_rank=4)
+        for _ in range(2)
+    ]
+
+
+def mlr(n, levels, seed, rank=4):
+    stream = hm.StreamingMLR(n, levels, rank)
+    stream.update(make_samples("walk", 20, n, np.random.default_rng(seed)))
+    return stream.result()
+
+
+@given(pairs())
+def test_sums_are_exact(pair):
+    H, G = pair
+    scale = hm.norm(H) + hm.norm(G)
+    error = np.linalg.norm(dense(hm.add(H, G)) - dense(H) - dense(G))
+    assert error <= 1e-14 * scale
+    assert hm.add(H, G).symmetric == (H.symmetric and G.symmetric)
+
+
+@given(pairs())
+def test_a_matrix_less_itself_is_nothing(pair):
+    H, _ = pair
+    zero = hm.add(H, hm.scale(H, -1.0))
+    assert hm.norm(zero) <= 1e-13 * hm.norm(H)
+    assert hm.norm(hm.truncate(zero, max_rank=4)) <= 1e-13 * hm.norm(H)
+
+
+@given(pairs(), st.floats(1e-10, 0.5))
+def test_truncation_keeps_its_promise(pair, rtol):
+    total = hm.add(*pair)
+    cut = hm.truncate(total, rtol=rtol)
+    assert error_ratio(cut.to_dense(), dense(total)) <= rtol + 1e-12
+    assert all(a <= b for a, b in zip(cut.ranks, total.ranks, strict=True))
+
+
+@given(pairs(), st.integers(0, 4))
+def test_truncation_is_idempotent(pair, rank):
+    once = hm.truncate(pair[0], max_rank=rank)
+    again = hm.truncate(once, max_rank=rank)
+    assert all(r <= rank for r in once.ranks)
+    assert np.linalg.norm(dense(once) - dense(again)) <= 1e-12 * hm.norm(pair[0])
+
+
+@given(pairs(), st.floats(-5, 5))
+def test_scaling_and_shifting(pair, factor):
+    H, _ = pair
+    n = H.tree.n
+    assert_close(
+        hm.scale(H, factor).to_dense(), factor * dense(H), ("float64", "exact")
+    )
+    d = np.arange(n, dtype=float)
+    shifted = dense(H) + np.diag(d)
+    assert_close(hm.shift(H, d).to_dense(), shifted, ("float64", "exact"))
+    shifted = dense(H) + factor * np.eye(n)
+    assert_close(hm.shift(H, factor).to_dense(), shifted, ("float64", "exact"))
+
+
+@given(trees(), SEEDS)
+def test_mlr_sums_scales_and_shifts(size, seed):
+    H, G = mlr(*size, seed), mlr(*size, seed // 2)
+    D = dense(H)
+    assert_close(hm.add(H, G).to_dense(), D + dense(G), ("float64", "exact"))
+    assert_close(hm.scale(H, 2.5).to_dense(), 2.5 * D, ("float64", "exact"))
+    assert_close(
+        hm.shift(H, 2.0).to_dense(), D + 2 * np.eye(len(D)), ("float64", "exact")
+    )
+
+
+@given(trees(), SEEDS)
+def test_truncating_an_mlr_keeps_its_diagonal(size, seed):
+    H = mlr(*size, seed)
+    cut = hm.truncate(H, max_rank=2)
+    assert all(r <= 2 for r in cut.ranks)
+    assert_close(cut.diagonal(), H.diagonal(), ("float64", "stream"))
+    inverse = hm.factorize(H, 0.1).inverse()
+    cut = hm.truncate(inverse, max_rank=2)
+    assert_close(cut.diagonal(), inverse.diagonal(), ("float64", "stream"))
+
+
+def test_norms_of_inverses(rng):
+    inverse = hm.factorize(mlr(40, 3, 0), 0.5).inverse()
+    assert hm.norm(inverse) == pytest.approx(np.linalg.norm(dense(inverse)))
+
+
+def test_what_does_not_match_is_refused():
+    H, G = (hm.from_dense(np.eye(8), levels=k) for k in (1, 2))
+    with pytest.raises(hm.ShapeError, match="`G` must have ClusterTree"):
+        hm.add(H, G)
+    with pytest.raises(TypeError, match="`G` must be a HODLR, got MLR"):
+        hm.add(H, mlr(8, 1, 0))
+    with pytest.raises(hm.DTypeError, match="`G` has dtype float32"):
+        hm.add(H, H.to(dtype="float32"))
+    with pytest.raises(ValueError, match="`factor` must be at least 0"):
+        hm.scale(mlr(8, 1, 0), -1.0)
+    with pytest.raises(ValueError, match="truncated by `max_rank`"):
+        hm.truncate(mlr(8, 1, 0), rtol=1e-3)
+    with pytest.raises(ValueError, match="`G` must have sign 1, got -1"):
+        hm.add(mlr(8, 1, 0), hm.factorize(mlr(8, 1, 0), 1.0).inverse())
+    with pytest.raises(hm.ShapeError, match=r"`diagonal` must have shape \(8,\)"):
+        hm.shift(H, np.ones(7))

@@ -1,0 +1,231 @@
+"""Solve, inverse, its diagonal and log-determinant against dense linear algebra."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hmatrix as hm
+from tests.helpers import (
+    assert_close,
+    assert_in,
+    condition,
+    dense,
+    error_ratio,
+    to_numpy,
+)
+from tests.strategies import SEEDS, batches, invertible_matrices, make_samples, trees
+
+shifts = st.sampled_from([0.0, 0.3, 10.0])
+
+
+@st.composite
+def factored(draw):
+    """Draw a HODLR or MLR matrix with its factorization and dense form."""
+    n, levels = draw(trees())
+    if draw(st.booleans()):
+        stream = hm.StreamingMLR(n, levels, draw(st.integers(1, 5)))
+        for Z in draw(batches(n)):
+            stream.update(Z)
+        H = stream.result()
+        shift = draw(st.sampled_from([0.01, 1.0])) * (1 + hm.norm(H))
+    else:
+        A = draw(invertible_matrices(n))
+        H = hm.from_dense(A, levels=levels, rtol=1e-3)
+        shift = draw(shifts)
+    return H, hm.factorize(H, shift), dense(H) + shift * np.eye(n)
+
+
+@given(factored(), SEEDS)
+def test_solve(case, seed):
+    H, F, D = case
+    X = np.random.default_rng(seed).standard_normal((H.tree.n, 2))
+    solved = F.solve(D @ X)
+    assert_close(solved, X, ("float64", "solve"), 100 * condition(D))
+    assert_close(
+        F.solve(D @ X[:, 0]), X[:, 0], ("float64", "solve"), 100 * condition(D)
+    )
+
+
+@given(factored())
+def test_inverse_both_sides_and_diagonal(case):
+    _, F, D = case
+    inverse = F.inverse()
+    exact = np.linalg.inv(D)
+    factor = 100 * condition(D)
+    assert_close(inverse.to_dense(), exact, ("float64", "solve"), factor)
+    assert_close(inverse.T.to_dense(), exact.T, ("float64", "solve"), factor)
+    assert_close(F.inverse_diagonal(), np.diag(exact), ("float64", "solve"), factor)
+    assert_close(inverse.diagonal(), np.diag(exact), ("float64", "solve"), factor)
+    x = np.arange(1.0, len(D) + 1)
+    assert_close(inverse @ x, exact @ x, ("float64", "solve"), factor)
+    assert_close(x @ inverse, x @ exact, ("float64", "solve"), factor)
+
+
+@given(factored())
+def test_slogdet(case):
+    _, F, D = case
+    sign, value = F.slogdet()
+    exact_sign, exact = np.linalg.slogdet(D)
+    assert sign == exact_sign
+    assert abs(value - exact) <= 1e-13 * len(D) * condition(D)
+    assert F.logdet() == value
+
+
+@given(factored(), SEEDS)
+def test_factoring_the_mlr_inverse_gives_back_the_matrix(case, seed):
+    H, F, D = case
+    if isinstance(H, hm.MLR):
+        back = hm.factorize(F.inverse())
+        tolerance = ("float64", "solve")
+        assert_close(back.inverse().to_dense(), D, tolerance, 1e3 * condition(D))
+        assert abs(back.logdet() + F.logdet()) <= 1e-13 * len(D) * condition(D)
+        assert F.inverse().sign == -1
+        assert back.inverse().sign == 1
+
+
+@given(trees(), SEEDS)
+def test_the_diagonal_of_an_mlr_inverse_is_positive(size, seed):
+    n, levels = size
+    X = make_samples("decaying", 30, n, np.random.default_rng(seed)).astype(np.float32)
+    stream = hm.StreamingMLR(n, levels, 4, dtype="float32")
+    stream.update(X)
+    H = stream.result()
+    diagonal = hm.factorize(H, 1e-3 * H.trace() / n).inverse_diagonal()
+    assert np.all(to_numpy(diagonal) > 0)
+
+
+def test_reference_log_determinants():
+    """exp(-|x - y|) + 0.01 I has a closed-form determinant (a Markov chain)."""
+    n = 512
+    x = np.linspace(0, 1, n)
+    H = hm.from_dense(np.exp(-abs(x[:, None] - x)), leaf_size=32, rtol=1e-12)
+    # |K| = Π (1 − e^{−2Δ}) of an Ornstein-Uhlenbeck process, without noise
+    exact = (n - 1) * np.log(-np.expm1(-2 / (n - 1)))
+    assert hm.factorize(H).logdet() == pytest.approx(exact, rel=1e-9)
+
+
+def test_negative_determinants(rng):
+    A = np.diag(np.where(np.arange(20) % 2, 2.0, -3.0)) + 0.01 * rng.random((20, 20))
+    A[:1] *= -1
+    F = hm.factorize(hm.from_dense(A, levels=2, rtol=1e-14))
+    sign, value = np.linalg.slogdet(A)
+    assert F.slogdet() == (sign, pytest.approx(value))
+    with pytest.raises(ValueError, match=r"determinant is negative.*slogdet"):
+        F.logdet()
+
+
+@pytest.mark.parametrize("kind", ["hodlr", "general", "mlr"])
+def test_every_library_and_dtype(xp, dtype, kind, rng):
+    n = 37
+    if kind == "mlr":
+        stream = hm.StreamingMLR(n, 2, 4)
+        stream.update(make_samples("walk", 50, n, rng))
+        H = stream.result()
+    else:
+        A = rng.standard_normal((n, n))
+        A = A + A.T if kind == "hodlr" else A
+        H = hm.from_dense(A + 20 * np.eye(n), levels=2, max_rank=5)
+    H = H.to(like=xp.asarray(np.empty(0)), dtype=dtype)
+    F = hm.factorize(H, 0.5)
+    D = dense(H) + 0.5 * np.eye(n)
+    b = xp.asarray(rng.standard_normal(n), dtype)
+    factor = 10 * condition(D)
+    assert_in(F.solve(b), b)
+    exact = scipy.linalg.solve(D, to_numpy(b).astype(float))
+    assert_close(F.solve(b), exact, (dtype, "solve"), factor)
+    diagonal = np.diag(scipy.linalg.inv(D))
+    assert_close(F.inverse_diagonal(), diagonal, (dtype, "solve"), factor)
+    tolerance = 1e-12 if dtype == "float64" else 1e-4
+    assert F.slogdet()[1] == pytest.approx(np.linalg.slogdet(D)[1], rel=tolerance)
+
+
+def test_refinement_makes_up_for_inverted_leaves(rng):
+    """A truncated covariance is indefinite: its sub-blocks can be badly conditioned."""
+    stream = hm.StreamingHODLR(256, 3, 8)
+    stream.update(make_samples("decaying", 60, 256, rng)[:, rng.permutation(256)])
+    H = stream.result()
+    shift = 1e-4 * H.trace() / 256
+    F, b = hm.factorize(H, shift), rng.standard_normal(256)
+
+    def residual(x):
+        return error_ratio(H @ x + shift * x, b)
+
+    assert residual(F.solve(b)) < 1e-11
+    assert residual(F.solve(b)) <= residual(F.solve(b, refine=0))
+
+
+def test_singular_leaves_are_named():
+    A = np.eye(16)
+    A[5, 5] = 0
+    H = hm.from_dense(A, levels=2)
+    with pytest.raises(
+        hm.SingularLeafError, match=r"leaf 1: .* inf in float64"
+    ) as caught:
+        hm.factorize(H)
+    assert (caught.value.level, caught.value.node) == (2, 1)
+    assert isinstance(caught.value, np.linalg.LinAlgError)
+    assert hm.factorize(H, shift=0.1).logdet() == pytest.approx(
+        15 * np.log(1.1) + np.log(0.1)
+    )
+
+
+def test_singular_inner_nodes_are_named():
+    H = hm.from_dense(np.ones((8, 8)) + np.kron(np.eye(2), np.eye(4)) * 0, levels=0)
+    with pytest.raises(hm.SingularLeafError, match="leaf 0"):
+        hm.factorize(H)
+    A = np.block([[np.eye(4), np.eye(4)], [np.eye(4), np.eye(4)]])
+    with pytest.raises(hm.SingularBlockError, match="node 0 of level 0") as caught:
+        hm.factorize(hm.from_dense(A, levels=1))
+    assert not isinstance(caught.value, hm.SingularLeafError)
+
+
+def test_matrices_that_are_not_positive_definite_are_named():
+    leaves = np.stack([np.eye(3), np.diag([1.0, -2.0, 1.0])])
+    H = hm.MLR(hm.ClusterTree(6, 1), leaves, (np.ones((1, 6, 1)),))
+    match = "level 1, leaf 1: smallest eigenvalue -2 with `shift` = 0"
+    with pytest.raises(hm.NotPositiveDefiniteError, match=match):
+        hm.factorize(H)
+    assert hm.factorize(H, shift=2.5).slogdet()[0] == 1
+    H = hm.MLR(
+        hm.ClusterTree(6, 1), np.stack([np.eye(3)] * 2), (np.ones((1, 6, 1)),), -1
+    )
+    with pytest.raises(hm.NotPositiveDefiniteError, match="level 0, node 0"):
+        hm.factorize(H)
+
+
+def test_failing_torch_leaves_are_named_too():
+    import torch
+
+    H = hm.MLR(hm.ClusterTree(4, 1), -torch.ones(2, 2, 2), (torch.zeros(1, 4, 1),))
+    with pytest.raises(hm.NotPositiveDefiniteError, match="smallest eigenvalue -2"):
+        hm.factorize(H)
+
+
+def test_zero_matrices_need_a_shift():
+    H = hm.from_dense(np.zeros((10, 10)), levels=2)
+    assert H.ranks == (0, 0)
+    with pytest.raises(hm.SingularLeafError, match="Use a `shift`"):
+        hm.factorize(H)
+    F = hm.factorize(H, 2.0)
+    assert F.logdet() == pytest.approx(10 * np.log(2))
+    assert np.array_equal(F.inverse_diagonal(), np.full(10, 0.5))
+
+
+def test_wrong_arguments_are_refused():
+    F = hm.factorize(hm.from_dense(np.eye(6), levels=1))
+    with pytest.raises(hm.ShapeError, match=r"`b` must have shape \(6,\) or \(6, q\)"):
+        F.solve(np.ones(5))
+    with pytest.raises(hm.DTypeError, match="`b` has dtype float32"):
+        F.solve(np.ones(6, dtype=np.float32))
+    with pytest.raises(TypeError, match="`H` must be a HODLR or MLR, got ndarray"):
+        hm.factorize(np.eye(6))
+    with pytest.raises(hm.NonFiniteError, match="`shift` must be finite"):
+        hm.factorize(hm.from_dense(np.eye(6), levels=1), shift=np.nan)
+
+
+def test_repr_says_what_it_is():
+    F = hm.factorize(hm.from_dense(np.eye(6), levels=1))
+    assert repr(F) == "HODLRFactorization(n=6, levels=1, float64, numpy)"
+    assert repr(F.inverse()) == "HODLRInverse(n=6, levels=1, float64, numpy)"

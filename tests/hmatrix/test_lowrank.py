@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hmatrix import BackendError, LowRank, ShapeError
+from hmatrix.lowrank import compress, recompress
+from tests.helpers import assert_close, dense, to_numpy
+from tests.strategies import SEEDS
+
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
+
+
+@given(shapes, SEEDS, st.floats(0, 3))
+def test_each_block_loses_at_most_the_tolerance(shape, seed, tolerance):
+    A = np.random.default_rng(seed).standard_normal(shape)
+    block, lost = compress(A, tolerance=tolerance)
+    error = np.linalg.norm(block.to_dense() - A, axis=(-2, -1))
+    assert np.all(error <= tolerance + 1e-12)
+    np.testing.assert_allclose(error, lost, atol=1e-12)
+
+
+@given(shapes, SEEDS, st.integers(0, 9))
+def test_capped_rank_is_the_best_of_that_rank(shape, seed, rank):
+    A = np.random.default_rng(seed).standard_normal(shape)
+    block, lost = compress(A, max_rank=rank)
+    tails = np.linalg.svd(A, compute_uv=False)[:, rank:]
+    assert block.rank <= rank
+    np.testing.assert_allclose(lost, np.linalg.norm(tails, axis=-1), atol=1e-12)
+
+
+@given(shapes, SEEDS)
+def test_recompressing_repeated_factors_gives_back_the_rank(shape, seed):
+    rng = np.random.default_rng(seed)
+    b, m, n = shape
+    r = min(m, n, 2)
+    U, V = rng.standard_normal((b, m, r)), rng.standard_normal((b, n, r))
+    twice = LowRank(
+        np.concatenate([U, U], -1), np.ones((b, 2 * r)), np.concatenate([V, V], -1)
+    )
+    block, _ = recompress(twice, tolerance=1e-10)
+    assert block.rank <= r
+    assert_close(block.to_dense(), 2 * U @ V.swapaxes(-1, -2), ("float64", "exact"))
+
+
+def test_tiny_blocks_do_not_underflow():
+    A = np.diag([1e-200, 1e-201])[None]
+    block, lost = compress(A, max_rank=1)
+    assert block.largest_rank == 1
+    assert float(lost[0]) == pytest.approx(1e-201)
+
+
+def test_products_and_transpose(xp, dtype, rng):
+    arrays = [rng.standard_normal(s) for s in ((2, 5, 3), (2, 3), (2, 4, 3))]
+    block = LowRank(*(xp.asarray(x, dtype) for x in arrays))
+    x = rng.standard_normal((2, 4, 6))
+    assert_close(block @ xp.asarray(x, dtype), dense(block) @ x, (dtype, "exact"))
+    transposed = to_numpy(block.T.to_dense()).swapaxes(-1, -2)
+    assert_close(transposed, dense(block), (dtype, "exact"))
+
+
+def test_factors_must_fit():
+    with pytest.raises(ShapeError, match=r"\(\.\.\., m, r\)"):
+        LowRank(np.ones((3, 2)), np.ones(1), np.ones((4, 2)))
+    with pytest.raises(BackendError, match="`U` must be a NumPy"):
+        LowRank([[1.0]], np.ones(1), np.ones((4, 1)))

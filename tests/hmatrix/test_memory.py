@@ -1,0 +1,45 @@
+"""No n×n array is built on the way."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import hmatrix as hm
+from tests.strategies import make_samples
+
+N, LEVELS, RANK = 4096, 6, 8
+
+
+def peak_bytes(run):
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [hm.StreamingMLR, hm.StreamingHODLR])
+def test_streaming_and_inverting_never_build_the_matrix(kind, rng):
+    batch = make_samples("walk", 64, N, rng).astype(np.float32)
+
+    def run():
+        stream = kind(N, LEVELS, RANK, dtype="float32")
+        stream.update(batch)
+        H = stream.result()
+        F = hm.factorize(H, 0.1)
+        F.solve(batch[0])
+        F.inverse_diagonal()
+        F.logdet()
+        H.diagonal()
+        hm.norm(H)
+
+    assert peak_bytes(run) < 4 * N * N / 2.5
+
+
+def test_a_large_batch_is_taken_in_pieces(rng):
+    batch = make_samples("walk", 8192, 512, rng).astype(np.float32)
+    stream = hm.StreamingMLR(512, 2, RANK, dtype="float32")
+    several = peak_bytes(lambda: stream.update(batch))
+    assert several < 120e6

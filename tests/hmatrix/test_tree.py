@@ -1,0 +1,42 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hmatrix as hm
+from tests.strategies import trees
+
+
+@given(trees())
+def test_padding_is_the_least_that_makes_equal_leaves(size):
+    tree = hm.ClusterTree(*size)
+    assert tree.padded == tree.leaf_size * tree.nodes(tree.levels)
+    assert tree.n <= tree.padded < tree.n + tree.nodes(tree.levels)
+
+
+@given(trees())
+def test_nodes_of_every_level_cover_the_padded_range(size):
+    tree = hm.ClusterTree(*size)
+    assert all(
+        tree.nodes(k) * tree.size(k) == tree.padded for k in range(tree.levels + 1)
+    )
+
+
+@given(st.integers(1, 3000), st.integers(2, 300))
+def test_leaf_size_is_kept_with_the_fewest_levels(n, leaf_size):
+    tree = hm.ClusterTree.from_leaf_size(n, leaf_size)
+    assert tree.leaf_size <= leaf_size
+    if tree.levels:
+        assert hm.ClusterTree(n, tree.levels - 1).leaf_size > leaf_size
+
+
+def test_too_many_levels_name_the_most_there_can_be():
+    with pytest.raises(hm.ShapeError, match=r"`levels` = 4 .* n = 15 .* at most 3"):
+        hm.ClusterTree(15, 4)
+
+
+@pytest.mark.parametrize(
+    ("n", "levels"), [(0, 0), (-3, 0), (4, -1), (4.0, 1), (4, True), ("4", 1)]
+)
+def test_bad_sizes_are_refused(n, levels):
+    with pytest.raises(hm.ShapeError, match=r"`(n|levels)` must be"):
+        hm.ClusterTree(n, levels)
