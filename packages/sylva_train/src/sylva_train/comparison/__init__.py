@@ -5,14 +5,18 @@ comparison that was killed goes on where it stopped.
 """
 
 from .compare import compare, load_results
-from .plan import DEMO, LEARNING_RATES, Comparison
-from .single import worker
+from .events import Event
+from .plan import DEMO, DEMO_STEPS, LEARNING_RATES, Comparison, demonstration
+from .process import worker
 
 __all__ = [
     "DEMO",
+    "DEMO_STEPS",
     "LEARNING_RATES",
     "Comparison",
+    "Event",
     "compare",
+    "demonstration",
     "load_results",
     "worker",
 ]

@@ -2,59 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime as dt
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sylva_train._checks import (
-    ConfigError,
-    OutputExistsError,
-    SylvaError,
-    atomic_write,
-)
+from sylva_train._checks import ConfigError, atomic_write
+from sylva_train.baselines import parse_method
+from sylva_train.evaluation import METRICS
 from sylva_train.training import pick_device
+from sylva_train.workflow import check_folder, located
 
+from .events import Clock, Event, Watcher
 from .plan import Comparison
+from .process import start
 
 __all__ = ["compare", "load_results"]
 
 FORMAT = "sylva-comparison/1"
-
-
-def start(spec: dict[str, Any], result_path: Path) -> dict[str, Any]:
-    """Run a spec in a process of its own and return its row.
-
-    Raises
-    ------
-    SylvaError
-        If the process fails; its own message is on stderr.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        spec_path = Path(folder) / "spec.json"
-        spec_path.write_text(json.dumps(spec), encoding="utf-8")
-        code = "from sylva_train.comparison import worker; worker()"
-        done = subprocess.run(
-            [sys.executable, "-c", code, spec_path, result_path], check=False
-        )
-    if done.returncode:
-        msg = (
-            f"the run of {spec['method']} with seed {spec['training']['seed']} failed"
-            f" (exit code {done.returncode}); see its message above. Finished runs are"
-            " kept: the same command goes on after them."
-        )
-        raise SylvaError(msg)
-    row: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
-    return row
+RUNS, RESULTS = "runs", "results.json"
 
 
 def compare(
@@ -62,7 +40,9 @@ def compare(
     output: str | os.PathLike[str],
     *,
     resume: bool = False,
-    notify: Callable[[str, dict[str, Any] | None], None] | None = None,
+    overwrite: bool = False,
+    watch: Watcher | None = None,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Run every method with every seed and gather the results.
 
@@ -73,9 +53,14 @@ def compare(
     output : path
         Folder for ``results.json`` and, a file a run, ``runs/``.
     resume : bool
-        Keep the runs that a killed comparison of the same options finished.
-    notify : callable, optional
-        Called with a run's name, and None at its beginning or its row at its end.
+        Keep the runs that a killed comparison of the same options finished; more
+        methods and seeds may be added.
+    overwrite : bool
+        Whether to delete a comparison that is there.
+    watch : callable, optional
+        Told each `Event`.
+    command : str, optional
+        How to do this again, for the report.
 
     Returns
     -------
@@ -85,55 +70,160 @@ def compare(
     Raises
     ------
     OutputExistsError
-        If ``output`` has results and ``resume`` is not set.
+        If ``output`` has something in it and neither ``resume`` nor ``overwrite`` is
+        set, or has something else than a comparison.
     ConfigError
         If ``resume`` meets runs of other options.
     SylvaError
-        If a run fails.
+        If a run fails; runs that were finished are kept.
     """
     output = Path(output)
-    runs = output / "runs"
-    if output.exists() and any(output.iterdir()) and not resume:
-        msg = (
-            f"the output `{output}` exists; nothing was changed. Choose another folder,"
-            " or go on with it (`resume=True`, `--resume`)."
+    comparison = dataclasses.replace(comparison, task=located(comparison.task))
+    begun = (output / RUNS).is_dir()
+    if not (resume and begun):
+        check_folder(
+            output,
+            marks=[RUNS, RESULTS],
+            overwrite=overwrite,
+            advice="go on with it (`resume=True`, `--resume`), " if begun else "",
         )
-        raise OutputExistsError(msg)
-    runs.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for seed in comparison.seeds:
-        for method in comparison.methods:
-            spec = comparison.spec(method, seed)
-            name = f"{method.replace(':', '-')}-{seed}"
-            path, spec_path = runs / f"{name}.json", runs / f"{name}.spec.json"
-            if path.exists() and spec_path.exists():
-                if json.loads(spec_path.read_text(encoding="utf-8")) != spec:
-                    msg = (
-                        f"`{path}` is of a comparison with other options; choose another"
-                        " output folder."
-                    )
-                    raise ConfigError(msg)
-                row = json.loads(path.read_text(encoding="utf-8"))
-            else:
-                if notify is not None:
-                    notify(name, None)
-                with atomic_write(spec_path) as temporary:
-                    temporary.write_text(json.dumps(spec), encoding="utf-8")
-                row = start(spec, path)
-            if notify is not None:
-                notify(name, row)
-            rows.append(row)
-    results = gather(comparison, rows)
-    with atomic_write(output / "results.json") as temporary:
+    if resume and begun:
+        check_same(comparison, output)
+    with fresh(output, keep=resume and begun):
+        rows = run_all(comparison, output, watch or (lambda _: None))
+    results = gather(comparison, rows, command)
+    with atomic_write(output / RESULTS) as temporary:
         temporary.write_text(json.dumps(results), encoding="utf-8")
     return results
 
 
-def gather(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
+@contextlib.contextmanager
+def fresh(output: Path, *, keep: bool) -> Iterator[None]:
+    """Make a comparison's folder, for good only once a run in it is done.
+
+    What was there before comes back if none is, unless ``keep`` goes on with it.
+    """
+    aside = output.with_name(f".{output.name}.old")
+    if output.exists() and not keep:
+        shutil.rmtree(aside, ignore_errors=True)
+        output.replace(aside)
+    (output / RUNS).mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        # A row's name ends in its seed, a spec's in "spec".
+        if not list((output / RUNS).glob("*[0-9].json")):
+            shutil.rmtree(output)
+            if aside.exists():
+                aside.replace(output)
+        raise
+    finally:
+        if output.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def files(output: Path, method: str, seed: int) -> tuple[Path, Path]:
+    """Return the paths of a run's row and of its spec."""
+    name = f"{method.replace(':', '-')}-{seed}"
+    return output / RUNS / f"{name}.json", output / RUNS / f"{name}.spec.json"
+
+
+def check_same(comparison: Comparison, output: Path) -> None:
+    """Raise `ConfigError` if a run that is to be kept has other options."""
+    for seed in comparison.seeds:
+        for method in comparison.methods:
+            path, spec_path = files(output, method, seed)
+            if not (path.exists() and spec_path.exists()):
+                continue
+            spec, found = comparison.spec(method, seed), read(spec_path)
+            differ = [
+                f"`{name}` is {found[part].get(name)!r} there and {value!r} here"
+                for part in ("task", "sylva", "training")
+                for name, value in spec[part].items()
+                if found[part].get(name) != value
+            ]
+            if spec != found:
+                msg = (
+                    f"`{output}` is a comparison with other options:"
+                    f" {'; '.join(differ) or 'another first seed'} ({path.name}). Go on"
+                    " with the same ones, or choose another folder."
+                )
+                raise ConfigError(msg)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a file of a run.
+
+    Raises
+    ------
+    ConfigError
+        If it is damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        msg = f"`{path}` is damaged ({error}); delete it, and the run is done again."
+        raise ConfigError(msg) from error
+    return content
+
+
+def run_all(
+    comparison: Comparison, output: Path, watch: Watcher
+) -> list[dict[str, Any]]:
+    """Do the runs that are not done yet, and return the rows of all."""
+    plan = [(m, seed) for seed in comparison.seeds for m in comparison.methods]
+    clock = Clock([method for method, _ in plan])
+    rows = []
+    for number, (method, seed) in enumerate(plan):
+        event = Event(
+            kind="begin",
+            method=method,
+            label=parse_method(method).label,
+            seed=seed,
+            number=number + 1,
+            count=len(plan),
+            left=clock.left(number),
+        )
+        path, spec_path = files(output, method, seed)
+        if path.exists() and spec_path.exists():
+            row = read(path)
+            rows.append(row)
+            watch(dataclasses.replace(event, kind="kept", row=row))
+            continue
+        watch(event)
+        spec = comparison.spec(method, seed)
+        with atomic_write(spec_path) as temporary:
+            temporary.write_text(json.dumps(spec), encoding="utf-8")
+        begin = time.perf_counter()
+        report = stages(event, clock, watch, begin)
+        row = start(spec, path, report)
+        clock.finish(method, time.perf_counter() - begin)
+        left = clock.left(number + 1)
+        watch(dataclasses.replace(event, kind="end", row=row, left=left))
+        rows.append(row)
+    return rows
+
+
+def stages(
+    event: Event, clock: Clock, watch: Watcher, begin: float
+) -> Callable[[str, int, int], None]:
+    """Return the function of (stage, done, total) that tells a run's progress on."""
+
+    def report(stage: str, done: int, total: int) -> None:
+        left = clock.left(event.number - 1, time.perf_counter() - begin)
+        progress: dict[str, Any] = {"stage": stage, "done": done, "total": total}
+        watch(dataclasses.replace(event, kind="stage", left=left, **progress))
+
+    return report
+
+
+def gather(
+    comparison: Comparison, rows: list[dict[str, Any]], command: str | None
+) -> dict[str, Any]:
     """Turn the runs' rows into the results that reports are made of."""
     results: dict[str, Any] = {
         "format": FORMAT,
-        "setup": setup(comparison, rows),
+        "setup": setup(comparison, rows) | {"command": command},
         "masks": {},
         "scores": {},
         "factor": None,
@@ -152,6 +242,7 @@ def gather(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]
 def setup(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return on what, with what and when a comparison was run."""
     task, training = comparison.task, comparison.training
+    metric = task.metric or "accuracy"
     device = pick_device(training.device)
     packages = ("sylva-train", "hmatrix", "torch", "transformers", "peft", "numpy")
     steps = max((len(row["history"]) for row in rows), default=0)
@@ -160,7 +251,8 @@ def setup(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "data": f"{task.data} ({task.eval_data or task.eval_split})",
         "task": task.task,
         "labels": rows[0]["labels"],
-        "metric": task.metric or "accuracy",
+        "metric": metric,
+        "higher_is_better": METRICS[metric],
         "train_examples": rows[0]["examples"][0],
         "eval_examples": rows[0]["examples"][1],
         "steps": training.steps or steps,
@@ -177,7 +269,6 @@ def setup(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "commit": commit(),
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "total_weights": rows[0]["total"],
-        "command": " ".join(["sylva", *sys.argv[1:]]),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +11,16 @@ from sylva_train._checks import ConfigError, check_integer
 from sylva_train.baselines import parse_method
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 
-__all__ = ["DEMO", "LEARNING_RATES", "Comparison"]
+__all__ = ["DEMO", "DEMO_STEPS", "LEARNING_RATES", "Comparison", "demonstration"]
 
 #: Peak learning rates, chosen on the validation split (benchmarks/bench_rates.py).
 LEARNING_RATES = {"full": 2e-4, "lora": 1e-3, "kfac-pruner": 1e-3, "sylva": 1e-3}
 
 #: Methods of the short comparison.
 DEMO = ("frozen", "full", "lora", "sylva:kfac:mlr", "sylva:random")
+
+#: Its optimizer steps a run: ten minutes in all on two cores.
+DEMO_STEPS = 60
 
 #: Scoring options of `SylvaConfig` that a comparison passes on.
 OPTIONS = (
@@ -81,10 +85,40 @@ class Comparison:
         """Return what a run's process needs to know, as JSON."""
         rate = self.training.lr if method == "frozen" else self.rate(method)
         training = dataclasses.replace(self.training, seed=seed, lr=rate)
-        return {
+        spec = {
             "method": method,
             "task": dataclasses.asdict(self.task),
             "sylva": {name: getattr(self.sylva, name) for name in OPTIONS},
             "training": dataclasses.asdict(training),
             "describe": method.startswith("sylva") and seed == self.seeds[0],
         }
+        # As it will be read from a file: tuples become lists.
+        read: dict[str, Any] = json.loads(json.dumps(spec))
+        return read
+
+
+def demonstration(
+    *,
+    task: TaskConfig | None = None,
+    steps: int = DEMO_STEPS,
+    methods: tuple[str, ...] = DEMO,
+    seeds: tuple[int, ...] = (0, 1, 2),
+) -> Comparison:
+    """Return the short comparison: 5% of MiniLM on the built-in task.
+
+    Parameters
+    ----------
+    task : TaskConfig, optional
+        Instead of MiniLM on ``"e2e-rating"``, cut at 64 tokens, scored on its test split.
+    steps : int
+        Optimizer steps of each run.
+    methods, seeds : tuple
+        What to run, and how often.
+    """
+    return Comparison(
+        task=task or TaskConfig(eval_split="test", max_length=64),
+        sylva=SylvaConfig(density=0.05, block_size=32, samples=128),
+        training=TrainingConfig(steps=steps),
+        methods=methods,
+        seeds=seeds,
+    )

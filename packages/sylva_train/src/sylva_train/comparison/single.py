@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sylva_train._checks import SylvaError, atomic_write
+from sylva_train._checks import ConfigError
 from sylva_train.baselines import Adapted, Method, adapt, parse_method, probe
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.curvature import describe_factor
@@ -26,11 +24,22 @@ from sylva_train.pretrained import pooled_features
 from sylva_train.targets import find_targets
 from sylva_train.training import pick_device, train
 from sylva_train.tuner import save_adapter
-from sylva_train.workflow import Task, heads, load_task, progress_bar
+from sylva_train.workflow import Report, Task, heads, load_task
 
 from .memory import PeakMemory
 
-__all__ = ["run", "worker"]
+__all__ = ["run"]
+
+Tell = Callable[[str, int, int], None]
+
+
+def stage(tell: Tell, name: str) -> Report:
+    """Return the function of (done, total) that tells of a stage."""
+
+    def report(done: int, total: int) -> None:
+        tell(name, done, total)
+
+    return report
 
 
 def folder_bytes(path: Path) -> int:
@@ -50,18 +59,35 @@ def saved_bytes(adapted: Adapted, config: SylvaConfig) -> int:
         return folder_bytes(path)
 
 
-def run_frozen(task: Task, training: TrainingConfig) -> dict[str, Any]:
-    """Fit a linear head on the frozen model's pooled features."""
+def run_frozen(task: Task, training: TrainingConfig, tell: Tell) -> dict[str, Any]:
+    """Fit a linear head on the frozen model's pooled features.
+
+    Raises
+    ------
+    ConfigError
+        If the metric is not one of classes alone: a probe's loss is of other features.
+    """
     begin = time.perf_counter()
     loader = Loader(task.train, task.tokenizer, 64, max_length=task.config.max_length)
     task.model.to(pick_device(training.device))
-    features, labels = pooled_features(task.model, loader)
-    eval_features, eval_labels = pooled_features(task.model, task.eval_loader())
+    features, labels = pooled_features(
+        task.model, loader, progress=stage(tell, "reading features")
+    )
+    eval_features, eval_labels = pooled_features(
+        task.model, task.eval_loader(), progress=stage(tell, "evaluating")
+    )
     predictions, size = probe(features, labels, eval_features, seed=training.seed)
-    accuracy = float(np.mean(predictions == np.asarray(eval_labels)))
+    metrics = prediction_metrics(eval_labels, predictions)
+    metric = task.config.metric or "accuracy"
+    if metric not in metrics:
+        msg = (
+            f"`metric` {metric!r} is not one that frozen features are scored by; take one"
+            f" of {', '.join(metrics)}, or leave the method out."
+        )
+        raise ConfigError(msg)
     return {
-        "score": accuracy,
-        "metrics": {"accuracy": accuracy},
+        "score": metrics[metric],
+        "metrics": metrics,
         "trainable": 0,
         "trainable_head": size,
         "train_seconds": time.perf_counter() - begin,
@@ -69,12 +95,38 @@ def run_frozen(task: Task, training: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def run(spec: dict[str, Any]) -> dict[str, Any]:
-    """Do one run: adapt, train, evaluate, save; return its row of the results."""
+def prediction_metrics(truth: np.ndarray, guess: np.ndarray) -> dict[str, float]:
+    """Return the metrics of `sylva_train.evaluate` that classes alone give."""
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    several = len(np.union1d(truth, guess)) > 1
+    return {
+        "accuracy": float(accuracy_score(truth, guess)),
+        "f1": float(f1_score(truth, guess, average="macro", zero_division=0.0)),
+        "mcc": float(matthews_corrcoef(truth, guess)) if several else 0.0,
+    }
+
+
+def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
+    """Do one run: adapt, train, evaluate, save; return its row of the results.
+
+    Parameters
+    ----------
+    spec : dict
+        From `Comparison.spec`.
+    tell : callable
+        Called with (stage, done, total).
+
+    Raises
+    ------
+    SylvaError
+        Whatever stops it.
+    """
     method = parse_method(spec["method"])
     training = TrainingConfig(**spec["training"])
     config = SylvaConfig(**spec["sylva"], seed=training.seed)
     task = load_task(TaskConfig(**spec["task"]), seed=training.seed)
+    assert task.held_out is not None
     config.modules_to_save = heads(task.model, task.config.task)
     total = sum(p.numel() for p in task.model.parameters())
     device = pick_device(training.device)
@@ -90,12 +142,12 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         "score_memory_bytes": None,
         "history": [],
         "total": total,
-        "examples": [len(task.train), len(task.evaluation)],
+        "examples": [len(task.train), len(task.held_out)],
         "labels": task.train.label_names,
     }
     memory.reset()
     if method.name == "frozen":
-        row |= run_frozen(task, training)
+        row |= run_frozen(task, training, tell)
         row["trainable_fraction"] = 0.0
         row["peak_memory_bytes"] = memory.bytes()
         return row
@@ -105,8 +157,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         row["factor"] = factor_entry(task, config, method, loader)
     begin = time.perf_counter()
     memory.reset()
-    with progress_bar("scoring") as report:
-        adapted = adapt(method, task.model, config, loader, progress=report)
+    adapted = adapt(method, task.model, config, loader, progress=stage(tell, "scoring"))
     if adapted.scores is not None:
         row["score_seconds"] = time.perf_counter() - begin
         row["score_memory_bytes"] = memory.bytes()
@@ -118,11 +169,20 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         # Memory is that of training: an evaluation's batches are of another size.
         nonlocal peak
         peak = max(peak, memory.bytes())
-        metrics = evaluate(model, eval_loader, metric=task.config.metric)
+        metric, report = task.config.metric, stage(tell, "evaluating")
+        metrics = evaluate(model, eval_loader, metric=metric, progress=report)
         memory.reset()
         return metrics
 
-    result = train(adapted.model, loader, training, evaluate=score)
+    steps = training.steps or training.epochs * -(-len(loader) // training.accumulate)
+    result = train(
+        adapted.model,
+        loader,
+        training,
+        evaluate=score,
+        progress=False,
+        callbacks=[lambda record: tell("training", int(record["step"]), steps)],
+    )
     row |= {
         "score": result.history[-1]["score"],
         "metrics": result.metrics,
@@ -181,15 +241,3 @@ def factor_entry(
         samples=min(128, config.samples),
     )
     return describe_factor(task.model, names[len(names) // 2], loader, options)
-
-
-def worker() -> None:
-    """Do the run of the spec file that the command line names (a child's entry)."""
-    spec_path, result_path = map(Path, sys.argv[1:3])
-    try:
-        row = run(json.loads(spec_path.read_text(encoding="utf-8")))
-    except SylvaError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        raise SystemExit(3) from error
-    with atomic_write(result_path) as temporary:
-        temporary.write_text(json.dumps(row), encoding="utf-8")

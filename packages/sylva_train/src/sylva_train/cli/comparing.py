@@ -1,0 +1,72 @@
+"""Comparisons on the command line: progress while they run, and the demo's story."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sylva_train._checks import atomic_write
+from sylva_train.comparison import Comparison, Event, compare
+from sylva_train.report import markdown_table, write_report
+from sylva_train.workflow import Progress, duration
+
+from .show import score_text
+
+__all__ = ["publish", "run_comparison"]
+
+
+def publish(results: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Write the report and the table beside the results, and return these."""
+    write_report(results, output / "report.html")
+    with atomic_write(output / "table.md") as temporary:
+        temporary.write_text(markdown_table(results), encoding="utf-8")
+    return results
+
+
+def run_comparison(
+    comparison: Comparison,
+    output: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    quiet: bool,
+    command: str,
+) -> dict[str, Any]:
+    """Run a comparison with its progress on stderr, and write its report."""
+    metric = comparison.task.metric or "accuracy"
+    with Progress(enabled=not quiet) as bars:
+
+        def watch(event: Event) -> None:
+            show(bars, event, metric)
+
+        results = compare(
+            comparison,
+            output,
+            resume=resume,
+            overwrite=overwrite,
+            watch=watch,
+            command=command,
+        )
+    return publish(results, output)
+
+
+def show(bars: Progress, event: Event, metric: str) -> None:
+    """Show what happened in a comparison."""
+    name = f"{event.label}, seed {event.seed}"
+    place = f"{event.number}/{event.count}"
+    if event.kind == "stage":
+        bars.report(
+            "comparison",
+            event.number - 1,
+            event.count,
+            left=event.left,
+            words=f"run {event.number} of {event.count}",
+            lines=False,
+        )
+        words = f"{name}: {event.stage}"
+        bars.report(event.stage, event.done, event.total, words=words, lines=False)
+    elif event.row is not None:
+        score = score_text(metric, event.row["score"])
+        kept = "  (finished before)" if event.kind == "kept" else ""
+        left = f"; about {duration(event.left)} left" if event.left else ""
+        bars.say(f"{place:>6}  {name}: {score}{kept}{left}")

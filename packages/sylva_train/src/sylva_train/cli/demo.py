@@ -1,0 +1,120 @@
+"""The demo: a short comparison, then one adapter made, kept, loaded again and asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+from sylva_train.baselines import parse_method
+from sylva_train.comparison import Comparison
+from sylva_train.workflow import finetune, predict
+
+from . import show
+from .comparing import run_comparison
+
+__all__ = ["SENTENCES", "run_demo"]
+
+#: What the methods are for, to people who see them for the first time.
+REASONS = {
+    "frozen": "nothing of the model is trained: the floor",
+    "full": "every weight is trained: what is usual, and costs most",
+    "lora": "low-rank additions, as many weights as Sylva trains",
+    "sylva:kfac:mlr": "the blocks that matter most by second-order information",
+    "sylva:random": "blocks drawn by lot: is it worth choosing them?",
+}
+METHOD = "sylva:kfac:mlr"
+#: Sentences of nobody's data set, and what a reader would answer.
+SENTENCES = (
+    (
+        "The Golden Palace is a cheap coffee shop that its customers rate 5 out of 5.",
+        "high",
+    ),
+    ("Prices are high at The Mill, yet customers give it a single star.", "low"),
+    (
+        "The Wrestlers is a family friendly pub by the river with Italian food.",
+        "not stated",
+    ),
+    ("Nobody has a good word to say about the food at The Cricketers.", "low"),
+    (
+        "Diners find Zizzi neither good nor bad; three stars of five seem fair.",
+        "average",
+    ),
+)
+
+
+def introduce(comparison: Comparison) -> None:
+    """Say what will be done, and why."""
+    task, training = comparison.task, comparison.training
+    runs = len(comparison.methods) * len(comparison.seeds)
+    seeds = len(comparison.seeds)
+    show.say("1. Compare", "bold")
+    show.say(
+        "Task: which customer rating does a sentence about a restaurant state: high,"
+        " average,\nlow or none? One has to read it: 'high' may be the price, and a rating"
+        " may be told in\nstars, marks or words. Accuracy is that on sentences held out.\n"
+        f"Model: {task.model}, fine-tuned for {training.steps} steps of"
+        f" {training.batch_size} sentences, in these ways:\n"
+    )
+    for name in comparison.methods:
+        label = parse_method(name).label
+        show.say(f"   {label:<24} {REASONS.get(name, '')}".rstrip())
+    show.say(
+        f"\n{runs} runs: each way with {seeds} seed{'s' if seeds > 1 else ''}, since one"
+        " run may be lucky; each in a\nprocess of its own, to measure its memory.\n"
+    )
+
+
+def run_demo(
+    comparison: Comparison,
+    output: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    command: str,
+) -> None:
+    """Compare, fine-tune once, save, load and predict."""
+    introduce(comparison)
+    results = run_comparison(
+        comparison,
+        output,
+        resume=resume,
+        overwrite=overwrite,
+        quiet=False,
+        command=command,
+    )
+    show.comparison(results)
+    show.say("\n2. Keep", "bold")
+    show.say("One more run of Sylva with seed 0, this time to save what it learns.")
+    run = finetune(
+        comparison.task,
+        comparison.sylva,
+        dataclasses.replace(comparison.training, lr=comparison.rate(METHOD)),
+        output / "finetuned",
+        resume=True,
+    )
+    adapter = output / "finetuned" / "adapter"
+    show.say(
+        f"The adapter takes {show.size(show.folder_size(adapter))} on disk; the whole"
+        f" model {show.size(4 * run['total'])}. Both score the same:"
+        f" {show.score_text(run['metrics']['metric'], run['metrics']['score'])}."
+    )
+    show.say("\n3. Use", "bold")
+    show.say("The adapter, loaded into a fresh copy of the model, reads new sentences:")
+    texts = [text for text, _ in SENTENCES]
+    answers = predict(output / "finetuned", texts)
+    rows = [
+        (text, truth, answer, f"{probability:.0%}")
+        for (text, truth), (answer, probability) in zip(SENTENCES, answers, strict=True)
+    ]
+    columns = ("sentence", "a reader", "the model", "sure")
+    show.out().print(show.table(columns, rows, texts=3))
+    show.written(
+        {
+            "report": output / "report.html",
+            "adapter": adapter,
+            "everything": output,
+        },
+        f"sylva finetune runs/mine --model {shlex.quote(comparison.task.model)}"
+        " --data YOUR.csv",
+    )

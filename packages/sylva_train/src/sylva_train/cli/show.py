@@ -1,0 +1,279 @@
+"""What commands print on stdout: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sylva_train.comparison import load_results
+from sylva_train.importance import Scores
+from sylva_train.masks import Masks
+from sylva_train.report import headline, summary_table
+from sylva_train.tuner import inspect_adapter
+from sylva_train.workflow import (
+    describe_masks,
+    describe_scores,
+    duration,
+    read_run,
+)
+
+__all__ = [
+    "comparison",
+    "facts",
+    "folder_size",
+    "inspect",
+    "metrics",
+    "out",
+    "run",
+    "score_text",
+    "scores",
+    "size",
+    "table",
+    "written",
+]
+
+#: Metrics that are fractions.
+FRACTIONS = {"accuracy", "f1", "token_accuracy"}
+#: Columns where the output is not a terminal: nothing should be cut off in a file.
+WIDE = 160
+
+
+def out() -> Console:
+    """Return the console of stdout."""
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDE
+    return console
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print text as it is, wrapped by the terminal only."""
+    out().print(text, markup=False, soft_wrap=True, style=style)
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1
+) -> Table:
+    """Lay out rows; the first ``texts`` columns are words, the others numbers."""
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    for number, name in enumerate(columns):
+        grid.add_column(
+            name, justify="left" if number < texts else "right", overflow="fold"
+        )
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
+def facts(pairs: Mapping[str, object]) -> None:
+    """Print names and values, a line each; those without a value are left out."""
+    kept = {name: value for name, value in pairs.items() if value not in (None, "")}
+    width = max(map(len, kept), default=0)
+    for name, value in kept.items():
+        say(f"{name:<{width}}  {value}")
+
+
+def count(number: int) -> str:
+    """Print a number of weights."""
+    for size_, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size_:
+            return f"{number / size_:.3g} {unit}"
+    return str(number)
+
+
+def size(number: int) -> str:
+    """Print a number of bytes."""
+    for size_, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= size_:
+            return f"{number / size_:.3g} {unit}"
+    return f"{number} B"
+
+
+def folder_size(path: Path) -> int:
+    """Return the bytes of a folder's files."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def score_text(metric: str, value: float) -> str:
+    """Print a score with its name."""
+    number = f"{value:.1%}" if metric in FRACTIONS else f"{value:.4g}"
+    return f"{metric.replace('_', ' ')} {number}"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Print a weight's shape."""
+    return " × ".join(map(str, shape))
+
+
+def as_text(content: Any) -> None:
+    """Print JSON."""
+    say(json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def written(paths: Mapping[str, Path], command: str | None = None) -> None:
+    """Say where results are, and what to do next."""
+    facts({**paths, "next": command})
+
+
+def scores(found: Scores, density: float = 0.05, block_size: int | None = None) -> None:
+    """Print how the importance of each layer is spread over its blocks."""
+    about = describe_scores(found, density, block_size)
+    side = about["block_size"]
+    rows = [
+        (
+            name,
+            shape_text(layer["shape"]),
+            str(layer["blocks"]),
+            f"{layer['top_share']:.1%}",
+            f"{layer['effective']:.0%}",
+        )
+        for name, layer in about["layers"].items()
+    ]
+    top = f"in top {density:.3g}" if density < 0.01 else f"in top {density:.0%}"
+    columns = ("layer", "shape", "blocks", top, "effective")
+    out().print(table(columns, rows))
+    say(
+        f"Blocks of {side} × {side} weights. '{top}': the share of the layer's score that"
+        " its best blocks have. 'effective': over how many blocks the score is spread;"
+        " 100% if they are all alike."
+    )
+
+
+def masks(found: Masks) -> None:
+    """Print the blocks of each layer."""
+    about = describe_masks(found)
+    facts({name: plain(value) for name, value in about["metadata"].items()})
+    layer_table(about)
+
+
+def layer_table(about: Mapping[str, Any]) -> None:
+    """Print blocks, weights and density of each layer and of all."""
+    rows = [
+        (
+            name,
+            shape_text(layer["shape"]),
+            f"{layer['blocks']:,}",
+            f"{layer['trainable']:,}",
+            f"{layer['density']:.1%}",
+        )
+        for name, layer in about["layers"].items()
+    ]
+    total = (
+        "all",
+        "",
+        f"{about['blocks']:,}",
+        f"{about['trainable']:,}",
+        f"{about['density']:.1%}",
+    )
+    grid = table(("layer", "shape", "blocks", "weights", "density"), rows)
+    grid.add_section()
+    grid.add_row(*total, style="bold")
+    out().print(grid)
+
+
+def adapter(path: Path) -> None:
+    """Print what an adapter has, having verified it."""
+    about = inspect_adapter(path)
+    modules = ", ".join(about["modules_to_save"])
+    rule = about["importance"]
+    facts(
+        {
+            "base model": about["base"]["name"],
+            "fingerprint": about["base"]["fingerprint"],
+            "rule": f"{rule} ({about['curvature']})" if about["curvature"] else rule,
+            "block size": about["block_size"],
+            "trained whole": modules and f"{modules} ({about['modules_trainable']:,})",
+            "on disk": size(about["bytes"]),
+        }
+    )
+    layer_table(about)
+
+
+def run(record: Mapping[str, Any], path: Path) -> None:
+    """Print what a fine-tuning did."""
+    task, options = record["task"], record["sylva"]
+    rule = options["importance"]
+    about: dict[str, object] = {
+        "model": task["model"],
+        "data": f"{task['data']} ({task['eval_data'] or task['eval_split']})",
+        "rule": f"{rule} ({options['curvature']})" if rule == "kfac" else rule,
+    }
+    if not record["finished"]:
+        facts(about | {"state": "interrupted; sylva finetune --resume goes on with it"})
+        return
+    found, steps = record["metrics"], len(record["history"])
+    seconds = record["seconds_per_step"]
+    facts(
+        about
+        | {
+            "trained": f"{count(record['trainable'])} of {count(record['total'])} weights:"
+            f" {record['density']:.1%} of the layers in {record['blocks']:,} blocks,"
+            f" {record['head']:,} outside of them",
+            "training": f"{steps:,} steps in {duration(record['train_seconds'])}"
+            + (f", {seconds:.3g} s each" if seconds else ""),
+            "result": f"{score_text(found['metric'], found['score'])} on"
+            f" {found['examples']:,} examples",
+            "on disk": size(folder_size(path / "adapter")),
+        }
+    )
+
+
+def metrics(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print the metrics of an evaluation."""
+    if as_json:
+        as_text(found)
+        return
+    numbers = {n: v for n, v in found.items() if isinstance(v, float) and n != "score"}
+    facts({"data": f"{found['data']}, {found['examples']:,} examples"})
+    facts(
+        {
+            name.replace("_", " "): f"{value:.2%}"
+            if name in FRACTIONS
+            else f"{value:.4g}"
+            for name, value in numbers.items()
+        }
+    )
+
+
+def comparison(results: Mapping[str, Any], output: Path | None = None) -> None:
+    """Print a comparison's table and where its files are."""
+    out().print(summary_table(results))
+    say(headline(results).title)
+    if output is not None:
+        files = ("report.html", "results.json", "table.md")
+        written({file.partition(".")[0]: output / file for file in files})
+
+
+def plain(value: Any) -> Any:
+    """Print a list as words."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def inspect(path: Path, kind: str, *, as_json: bool = False) -> None:
+    """Print what is at a path of a kind that `kind_of` knows."""
+    if kind == "adapter":
+        as_text(inspect_adapter(path)) if as_json else adapter(path)
+    elif kind == "run":
+        record = read_run(path, finished=False)
+        as_text(record) if as_json else run(record, path)
+    elif kind == "masks":
+        found = Masks.load(path)
+        as_text(describe_masks(found)) if as_json else masks(found)
+    elif kind == "scores":
+        loaded = Scores.load(path)
+        if as_json:
+            as_text(describe_scores(loaded))
+        else:
+            facts({name: plain(value) for name, value in loaded.metadata.items()})
+            scores(loaded)
+    else:
+        file = path / "results.json" if path.is_dir() else path
+        results = load_results(file)
+        as_text(results) if as_json else comparison(results)

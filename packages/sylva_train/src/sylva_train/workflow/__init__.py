@@ -1,0 +1,42 @@
+"""Whole jobs over files and folders: what the command line runs, as functions.
+
+A fine-tuning is a folder: ``adapter/`` (PEFT's layout), ``masks.safetensors``,
+``scores.safetensors`` where something was scored, ``checkpoints/`` while it runs, and
+``sylva.json`` with the task, the options, the classes and, once it is done, the results.
+"""
+
+from .inspection import describe_masks, describe_scores, kind_of
+from .outputs import check_folder
+from .progress import Progress, Report, duration
+from .runs import (
+    evaluate_folder,
+    finetune,
+    load_folder,
+    merge_folder,
+    predict,
+    read_run,
+)
+from .scoring import score_file, score_task
+from .task import Task, heads, load_task, located
+
+__all__ = [
+    "Progress",
+    "Report",
+    "Task",
+    "check_folder",
+    "describe_masks",
+    "describe_scores",
+    "duration",
+    "evaluate_folder",
+    "finetune",
+    "heads",
+    "kind_of",
+    "load_folder",
+    "load_task",
+    "located",
+    "merge_folder",
+    "predict",
+    "read_run",
+    "score_file",
+    "score_task",
+]

@@ -1,0 +1,151 @@
+"""What a file or folder of Sylva's is, and what is in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sylva_train._checks import AdapterError, ConfigError
+from sylva_train.importance import Scores
+from sylva_train.masks import Masks
+
+__all__ = ["describe_masks", "describe_scores", "kind_of"]
+
+#: The file that tells what a folder is, in the order in which they are looked for.
+FOLDERS = {
+    "sylva.json": "run",
+    "results.json": "comparison",
+    "adapter_config.json": "adapter",
+}
+#: The beginning of a file's format.
+FILES = {"sylva-masks": "masks", "sylva-scores": "scores"}
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """Tell what is at a path.
+
+    Returns
+    -------
+    str
+        ``"run"``, ``"comparison"`` or ``"adapter"`` for a folder, ``"comparison"``,
+        ``"masks"`` or ``"scores"`` for a file.
+
+    Raises
+    ------
+    ConfigError
+        If it is none of them, or nothing is there.
+    AdapterError
+        If a safetensors file is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        msg = f"there is nothing at `{path}`."
+        raise ConfigError(msg)
+    kind = None
+    if path.is_dir():
+        kind = next((k for name, k in FOLDERS.items() if (path / name).is_file()), None)
+    elif path.suffix == ".json":
+        kind = "comparison"
+    elif path.suffix == ".safetensors":
+        kind = FILES.get(format_of(path).partition("/")[0])
+    if kind is None:
+        msg = (
+            f"`{path}` is none of these: the folder of a fine-tuning, of a comparison or"
+            " of an adapter, a file of masks or scores, or a results.json."
+        )
+        raise ConfigError(msg)
+    return kind
+
+
+def format_of(path: Path) -> str:
+    """Return the format that a safetensors file states, or nothing."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("sylva", "{}"))
+    except (OSError, ValueError, SafetensorError) as error:
+        msg = f"`{path}` is damaged or is not a safetensors file ({error})."
+        raise AdapterError(msg) from error
+    found = header.get("format") if isinstance(header, dict) else None
+    return found if isinstance(found, str) else ""
+
+
+def describe_masks(masks: Masks) -> dict[str, Any]:
+    """Return what masks hold, as JSON.
+
+    Returns
+    -------
+    dict
+        ``metadata``; for each of ``layers`` its ``shape``, ``block_size``, ``blocks``,
+        ``trainable`` weights and ``density``; and their sums.
+    """
+    layers = {
+        name: {
+            "shape": list(mask.shape),
+            "block_size": mask.block_size,
+            "blocks": len(mask),
+            "trainable": mask.trainable,
+            "density": mask.trainable / mask.total,
+        }
+        for name, mask in masks.items()
+    }
+    return {
+        "metadata": masks.metadata,
+        "layers": layers,
+        "blocks": sum(map(len, masks.values())),
+        "trainable": masks.trainable,
+        "density": masks.density,
+    }
+
+
+def describe_scores(
+    scores: Scores, density: float = 0.05, block_size: int | None = None
+) -> dict[str, Any]:
+    """Return how the importance of each layer is spread over its blocks, as JSON.
+
+    Parameters
+    ----------
+    scores : Scores
+        From `sylva_train.score`.
+    density : float
+        Fraction of the blocks whose share of the scores is told.
+    block_size : int, optional
+        Side of a block; by default that of the scores, or 32 if it fits.
+
+    Returns
+    -------
+    dict
+        ``metadata``, ``density``, ``block_size``; for each of ``layers`` its ``shape``,
+        number of ``blocks``, ``top_share``, the part of the layer's score that the best
+        blocks have, and ``effective``, the exponential of the entropy of the scores over
+        the number of blocks: 1 if all are alike, the less the more a few stand out.
+    """
+    if block_size is None:
+        unit = max((layer.unit for layer in scores.values()), default=1)
+        side = min((min(layer.shape) for layer in scores.values()), default=1)
+        block_size = unit if unit > 1 else min(32, side)
+    layers = {}
+    for name, layer in scores.items():
+        # Truncated HODLR factors make scores that are below zero.
+        flat = layer.blocks(block_size).flatten().clamp(min=0).sort(descending=True)[0]
+        total = float(flat.sum())
+        share = flat / total if total > 0 else torch.full_like(flat, 1 / len(flat))
+        top = max(1, math.floor(density * len(flat) + 1e-9))
+        entropy = float(torch.special.entr(share).sum())
+        layers[name] = {
+            "shape": list(layer.shape),
+            "blocks": len(flat),
+            "top_share": float(share[:top].sum()),
+            "effective": math.exp(entropy) / len(flat),
+        }
+    return {
+        "metadata": scores.metadata,
+        "density": density,
+        "block_size": block_size,
+        "layers": layers,
+    }

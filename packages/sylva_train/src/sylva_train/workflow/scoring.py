@@ -1,0 +1,121 @@
+"""Scoring a task's model, and keeping the scores in a file."""
+
+from __future__ import annotations
+
+import os
+
+from sylva_train.config import NEEDS_DATA, SylvaConfig, TaskConfig
+from sylva_train.importance import Scores, score
+from sylva_train.targets import check_block_size, find_targets
+from sylva_train.training import pick_device
+
+from .outputs import check_file
+from .progress import Progress
+from .task import Task, load_task, located
+
+__all__ = ["score_file", "score_task"]
+
+#: Sequences in a batch when scoring; memory, not the scores, depends on it.
+BATCH = 32
+
+
+def check_targets(task: Task, config: SylvaConfig) -> None:
+    """Find the layers before any time is spent on the data."""
+    targets = find_targets(task.model, config.target_modules, config.exclude_modules)
+    check_block_size(targets, config.block_size)
+
+
+def score_task(
+    task: Task,
+    config: SylvaConfig,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Scores:
+    """Score a task's model on samples of its training data.
+
+    Parameters
+    ----------
+    task : Task
+        From `load_task`.
+    config : SylvaConfig
+        Layers, rule and its options.
+    seed : int
+        Seed of which samples.
+    device : str
+        Where to.
+    progress : Progress, optional
+        Shows it.
+
+    Returns
+    -------
+    Scores
+        With the model and the data in their metadata.
+
+    Raises
+    ------
+    SylvaError
+        As `sylva_train.score`.
+    """
+    progress = progress or Progress(enabled=False)
+    loader = None
+    rule = config.importance
+    words = f"{rule} ({config.curvature})" if rule == "kfac" else rule
+    if rule in NEEDS_DATA:
+        batch = min(BATCH, config.samples)
+        loader = task.score_loader(config.samples, batch, seed)
+        progress.say(f"Scoring by {words} on {len(loader.examples):,} examples.")
+    else:
+        progress.say(f"Scoring by {words}; this needs no data.")
+    task.model.to(pick_device(device))
+    scores = score(task.model, loader, config, progress=progress.stage("scoring"))
+    scores.metadata |= {"model": task.config.model, "data": task.train.name}
+    return scores
+
+
+def score_file(
+    task_config: TaskConfig,
+    config: SylvaConfig,
+    output: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Scores:
+    """Score a model on a task's training data and keep the scores.
+
+    Parameters
+    ----------
+    task_config, config : TaskConfig, SylvaConfig
+        The task, the layers and the rule.
+    output : path
+        A safetensors file; `sylva_train.Scores.load` reads it.
+    seed : int
+        Seed of a new head and of which samples.
+    device : str
+        Where to.
+    overwrite : bool
+        Whether to replace a file that is there.
+    progress : bool
+        Whether to show progress on stderr.
+
+    Returns
+    -------
+    Scores
+
+    Raises
+    ------
+    OutputExistsError
+        If ``output`` exists and not ``overwrite``.
+    SylvaError
+        Whatever stops reading, loading or scoring; nothing is written then.
+    """
+    check_file(output, overwrite=overwrite)
+    with Progress(enabled=progress) as bars:
+        task = load_task(located(task_config), seed=seed, evaluation=False)
+        check_targets(task, config)
+        scores = score_task(task, config, seed=seed, device=device, progress=bars)
+    scores.save(output)
+    return scores

@@ -1,0 +1,241 @@
+"""A task made ready: its data read, its model and tokenizer loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from sylva_train._checks import ConfigError, DataError
+from sylva_train.config import TaskConfig
+from sylva_train.data import Loader, TextDataset, builtin_names, load_data
+from sylva_train.pretrained import load_model
+
+from .progress import Report
+
+__all__ = ["Task", "heads", "load_task", "located", "read_data"]
+
+#: Part of a single file that is kept for evaluation.
+HOLDOUT = 0.1
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task made ready: model, tokenizer and data.
+
+    Attributes
+    ----------
+    config : TaskConfig
+        The options.
+    model, tokenizer
+        The pretrained model, with a new head where the task needs one.
+    train : TextDataset
+        What to train on.
+    held_out : TextDataset or None
+        What to evaluate on; None where only scoring was asked for.
+    """
+
+    config: TaskConfig
+    model: nn.Module
+    tokenizer: Any
+    train: TextDataset
+    held_out: TextDataset | None
+
+    def loader(
+        self, batch_size: int, seed: int, *, progress: Report | None = None
+    ) -> Loader:
+        """Return the training batches, in the order of a seed."""
+        return Loader(
+            self.train,
+            self.tokenizer,
+            batch_size,
+            max_length=self.config.max_length,
+            shuffle=True,
+            seed=seed,
+            progress=progress,
+        )
+
+    def score_loader(self, samples: int, batch_size: int, seed: int) -> Loader:
+        """Return batches of as many training examples as are scored, and no more.
+
+        They are the first ones of `loader` with the same seed.
+        """
+        count = len(self.train)
+        order = np.random.default_rng((seed, 0)).permutation(count)[:samples]
+        return Loader(
+            self.train.subset(order.tolist()),
+            self.tokenizer,
+            batch_size,
+            max_length=self.config.max_length,
+        )
+
+    def eval_loader(
+        self, batch_size: int = 64, *, progress: Report | None = None
+    ) -> Loader:
+        """Return the evaluation batches, in the order of the data.
+
+        Raises
+        ------
+        DataError
+            If the task was loaded without evaluation data.
+        """
+        if self.held_out is None:
+            msg = f"{self.train.name}: the task was loaded without evaluation data."
+            raise DataError(msg)
+        return Loader(
+            self.held_out,
+            self.tokenizer,
+            batch_size,
+            max_length=self.config.max_length,
+            progress=progress,
+        )
+
+
+def located(config: TaskConfig) -> TaskConfig:
+    """Return the task with its files' whole paths, to be found from another folder."""
+    changes: dict[str, Any] = {}
+    for name in ("data", "eval_data", "model"):
+        value = getattr(config, name)
+        if value is None or value == "minilm" or value in builtin_names():
+            continue
+        path = Path(value).expanduser()
+        if path.exists():
+            changes[name] = str(path.resolve())
+    return dataclasses.replace(config, **changes)
+
+
+def is_file(spec: str) -> bool:
+    """Whether data is a single file, which has no splits."""
+    return spec not in builtin_names() and Path(spec).expanduser().is_file()
+
+
+def read_data(
+    config: TaskConfig,
+    *,
+    seed: int,
+    labels: Sequence[str] | None = None,
+    training: bool = True,
+    evaluation: bool = True,
+) -> tuple[TextDataset | None, TextDataset | None]:
+    """Read the data of a task.
+
+    Parameters
+    ----------
+    config : TaskConfig
+        Where it is.
+    seed : int
+        Seed of what is kept.
+    labels : sequence of str, optional
+        The classes, where they are known: those of the model.
+    training, evaluation : bool
+        Which part is wanted; the other is read only if it takes part in the answer.
+
+    Returns
+    -------
+    training, evaluation : TextDataset or None
+
+    Raises
+    ------
+    DataError
+        If the data cannot be used; the message has file and line.
+    """
+    options: dict[str, Any] = {
+        "text_column": config.text_column,
+        "label_column": config.label_column,
+        "target_column": config.target_column,
+        "task": config.task,
+        "seed": seed,
+    }
+    single = is_file(config.data)
+    # One file without evaluation data of its own: a tenth of it is held out.
+    divided = single and config.eval_data is None
+    examples = None
+    if training or divided or labels is None:
+        examples = load_data(
+            config.data,
+            split=None if single else "train",
+            limit=config.limit,
+            labels=labels,
+            **options,
+        )
+        labels = labels or examples.label_names or None
+    if divided and examples is not None:
+        return divide(examples, seed)
+    held_out = None
+    if evaluation:
+        source = config.eval_data or config.data
+        held_out = load_data(
+            source,
+            split=None if is_file(source) else config.eval_split,
+            limit=config.eval_limit,
+            labels=labels,
+            **options,
+        )
+    return examples, held_out
+
+
+def divide(examples: TextDataset, seed: int) -> tuple[TextDataset, TextDataset]:
+    """Hold a tenth of some examples out, the same ones for the same seed.
+
+    Raises
+    ------
+    ConfigError
+        If there is one example only.
+    """
+    order = np.random.default_rng(seed).permutation(len(examples))
+    held = max(1, round(HOLDOUT * len(examples)))
+    if held >= len(examples):
+        msg = f"{examples.name} has one example: give `eval_data` to evaluate on."
+        raise ConfigError(msg)
+    parts = (order[held:], order[:held])
+    rest, held_out = (examples.subset(sorted(part.tolist())) for part in parts)
+    return rest, held_out
+
+
+def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> Task:
+    """Read a task's data and load its model.
+
+    Parameters
+    ----------
+    config : TaskConfig
+        The task.
+    seed : int
+        Seed of a new head, and of what ``limit`` keeps.
+    evaluation : bool
+        Whether evaluation data is wanted.
+
+    Returns
+    -------
+    Task
+
+    Raises
+    ------
+    DataError
+        If the data cannot be used; the message has file and line.
+    ModelError
+        If the model cannot be loaded.
+    """
+    training, held_out = read_data(config, seed=seed, evaluation=evaluation)
+    assert training is not None
+    model, tokenizer = load_model(
+        config.model,
+        task=config.task,
+        labels=training.label_names or None,
+        pooling=config.pooling,
+        seed=seed,
+    )
+    return Task(config, model, tokenizer, training, held_out if evaluation else None)
+
+
+def heads(model: nn.Module, task: str) -> list[str] | None:
+    """Names of the modules that a new task trains whole: a classification head."""
+    if task != "classification":
+        return None
+    backbone = getattr(model, "base_model", model)
+    names = [n for n, child in model.named_children() if child is not backbone]
+    return [n for n in names if any(True for _ in model.get_submodule(n).parameters())]
