@@ -31,9 +31,9 @@ from sylva_train.tuner import (
     SylvaModel,
     inspect_adapter,
     load_adapter,
-    model,
     save_adapter,
 )
+from sylva_train.tuner import base as base_module
 from tests.sylva_train.models import (
     ARCHITECTURES,
     dense_blocks,
@@ -593,6 +593,20 @@ def test_another_base_is_refused_by_name(saved, door):
     assert not embedded_layers(base)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "text"),
+    [
+        ({"bert.pooler.dense": [16, 8]}, r"\(16, 8\), but the model has \(16, 16\)"),
+        ({"bert.nothing": [16, 16]}, "no such layer"),
+        ({"bert.embeddings.word_embeddings": [40, 16]}, "no such layer"),
+    ],
+)
+def test_a_model_without_the_adapters_layers_is_refused(shapes, text):
+    config = SylvaConfig(layer_shapes=shapes, base_model_name_or_path="some/base")
+    with pytest.raises(AdapterError, match=text):
+        base_module.check_base(make_model(), config)
+
+
 @pytest.mark.parametrize("change", ["head", "classes"])
 def test_a_head_of_its_own_does_not_make_another_base(tmp_path, change):
     # The adapter brings no head.
@@ -638,8 +652,10 @@ def test_a_head_with_other_labels_is_refused(saved):
 
 def test_the_base_is_hashed_once(saved, tmp_path, monkeypatch):
     calls = []
-    real = model.fingerprint
-    monkeypatch.setattr(model, "fingerprint", lambda *a: (calls.append(1), real(*a))[1])
+    real = base_module.fingerprint
+    monkeypatch.setattr(
+        base_module, "fingerprint", lambda *a: (calls.append(1), real(*a))[1]
+    )
     trained = make_trained()
     assert not calls
     for i in range(3):
@@ -975,6 +991,18 @@ def test_what_an_adapter_cannot_hold_is_said(tmp_path):
     next(iter(embedded_layers(model).values())).base_layer.bias.requires_grad_(True)
     with pytest.raises(ConfigError, match=r"query\.base_layer\.bias"):
         save_adapter(model, tmp_path / "a")
+    mixed = make_model()
+    masks = random_masks(mixed)
+    name = "bert.pooler.dense"
+    masks[name] = LayerMask((16, 16), 4, torch.tensor([[0, 1]]))
+    with pytest.raises(ConfigError, match=r"\[4, 8\]"):
+        save_adapter(embed(mixed, masks), tmp_path / "a")
+    idle = make_peft()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        idle.delete_adapter("default")
+    with pytest.raises(ConfigError, match="no active adapter"):
+        save_adapter(idle, tmp_path / "a")
     with pytest.raises(ConfigError, match="no embedded blocks"):
         save_adapter(make_model(), tmp_path / "a")
     assert not list(tmp_path.iterdir())

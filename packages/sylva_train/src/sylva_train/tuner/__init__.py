@@ -1,7 +1,8 @@
 """Sylva's adapters: a PEFT tuner, and the same folder format without PEFT's wrapping."""
 
 from .files import Adapter, inspect_adapter, read_adapter
-from .model import SylvaLayer, SylvaModel
+from .layer import SylvaLayer
+from .model import SylvaModel
 from .plain import load_adapter, save_adapter
 
 __all__ = [

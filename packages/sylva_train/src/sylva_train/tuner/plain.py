@@ -21,8 +21,8 @@ from sylva_train.layers import (
 )
 from sylva_train.targets import is_inside
 
+from .base import base_fingerprint, base_name, check_base
 from .files import INDICES, PREFIX, VALUES, checksum, read_adapter, write_adapter
-from .model import base_fingerprint, base_name, check_base
 
 __all__ = ["load_adapter", "save_adapter"]
 

@@ -1,0 +1,34 @@
+"""Sparse embedded linear layers: trainable blocks that live inside a frozen weight.
+
+A layer keeps its dense weight as a frozen parameter and, for each adapter, float32
+values of the active blocks as a parameter of shape (k, b, b). The values are written
+into the dense weight whenever they changed, so forward and input gradient are the base
+layer's own and cost nothing more; only the gradient of the active blocks is added.
+"""
+
+from .embedding import (
+    check_masks,
+    check_unembedded,
+    embed,
+    embedded_layers,
+    find_saved,
+    merge,
+    replace_module,
+    sync,
+    unload,
+)
+from .linear import SparseEmbeddedLinear, check_embeddable
+
+__all__ = [
+    "SparseEmbeddedLinear",
+    "check_embeddable",
+    "check_masks",
+    "check_unembedded",
+    "embed",
+    "embedded_layers",
+    "find_saved",
+    "merge",
+    "replace_module",
+    "sync",
+    "unload",
+]

@@ -1,0 +1,214 @@
+"""Embedding blocks in a whole model, and taking them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from sylva_train._checks import ConfigError, TargetError
+from sylva_train.masks import LayerMask
+from sylva_train.targets import check_tied, is_inside, weight_view
+
+from .linear import SparseEmbeddedLinear, check_embeddable, check_shape
+
+__all__ = [
+    "check_masks",
+    "check_unembedded",
+    "embed",
+    "embedded_layers",
+    "find_saved",
+    "merge",
+    "replace_module",
+    "sync",
+    "unload",
+]
+
+
+def embedded_layers(model: nn.Module) -> dict[str, SparseEmbeddedLinear]:
+    """Return a model's embedded layers by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SparseEmbeddedLinear)
+    }
+
+
+def check_unembedded(model: nn.Module) -> None:
+    """Raise `TargetError` if a model has embedded blocks."""
+    if embedded_layers(model):
+        msg = "`model` has embedded blocks already; `unload` or `merge` it first."
+        raise TargetError(msg)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module in the place of ``name``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def find_saved(model: nn.Module, endings: Iterable[str] | None) -> dict[str, nn.Module]:
+    """Find the outermost modules that ``modules_to_save`` names, as PEFT would.
+
+    Raises
+    ------
+    TargetError
+        If no module has such a name, or one shares a parameter with the rest.
+    """
+    endings = list(endings or ())
+    named = dict(model.named_modules())
+    found = {
+        name: module
+        for name, module in named.items()
+        if any(name.endswith(end) for end in endings)
+        and not is_inside(name.rpartition(".")[0], endings)
+    }
+    if endings and not found:
+        msg = (
+            f"no module of this {type(model).__name__} has a name that ends in one of"
+            f" `modules_to_save`={endings!r}; its outermost modules are"
+            f" {', '.join(repr(name) for name, _ in model.named_children())}."
+        )
+        raise TargetError(msg)
+    inside = {id(p): name for name, m in found.items() for p in m.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in inside and not is_inside(name.rpartition(".")[0], endings):
+            msg = (
+                f"`modules_to_save` names `{inside[id(parameter)]}`, whose weight is"
+                f" shared with `{name}`: training it would change both. Leave it out, or"
+                " untie it first (`config.tie_word_embeddings=False`)."
+            )
+            raise TargetError(msg)
+    return found
+
+
+def check_masks(
+    model: nn.Module,
+    masks: Mapping[str, LayerMask],
+    modules_to_save: Iterable[str] | None,
+) -> dict[str, nn.Module]:
+    """Find the layers that masks are for, in a model without adapters.
+
+    Returns
+    -------
+    dict of str to torch.nn.Module
+        The layers that have an active block.
+
+    Raises
+    ------
+    TargetError
+        If a layer does not exist, cannot hold blocks, or is tied to another.
+    ConfigError
+        If a mask has the wrong shape, no mask has a block, or a layer is inside a module
+        that is trained whole.
+    """
+    endings = list(modules_to_save or ())
+    modules = dict(model.named_modules())
+    layers = {}
+    for name, mask in masks.items():
+        if name not in modules:
+            msg = f"`masks` names a layer `{name}` that the model does not have."
+            raise TargetError(msg)
+        if not len(mask):
+            continue
+        if is_inside(name, endings):
+            msg = (
+                f"`masks` has blocks in `{name}`, which `modules_to_save`={endings!r}"
+                " trains whole; leave it out of one of them."
+            )
+            raise ConfigError(msg)
+        check_embeddable(modules[name])
+        check_tied(model, name, modules[name])
+        check_shape(mask, tuple(weight_view(modules[name]).shape))
+        layers[name] = modules[name]
+    if not layers:
+        msg = "`masks` has no active block in any layer; there is nothing to train."
+        raise ConfigError(msg)
+    return layers
+
+
+def embed(
+    model: nn.Module,
+    masks: Mapping[str, LayerMask],
+    *,
+    modules_to_save: list[str] | None = None,
+) -> nn.Module:
+    """Make the masked blocks of a model trainable, in place, and freeze the rest.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The pretrained model; cast it to its dtype first.
+    masks : mapping of str to LayerMask
+        From `sylva_train.select`; layers without an active block are left alone.
+    modules_to_save : list of str, optional
+        Endings of the names of modules to train whole, such as a new head.
+
+    Returns
+    -------
+    torch.nn.Module
+        The same model. The parameters that require a gradient are the blocks' values,
+        (k, b, b) float32 in each layer, and those of ``modules_to_save``.
+
+    Raises
+    ------
+    TargetError
+        If a layer or module does not exist, cannot be trained or is tied to another, or
+        the model is embedded already.
+    ConfigError
+        If a mask has the wrong shape, no mask has a block, or a layer is inside a module
+        that is trained whole.
+    """
+    check_unembedded(model)
+    # Nothing is changed before everything was found good.
+    layers = check_masks(model, masks, modules_to_save)
+    saved = find_saved(model, modules_to_save)
+    model.requires_grad_(False)
+    for name, module in layers.items():
+        layer = SparseEmbeddedLinear(module)
+        layer.add("default", masks[name])
+        layer.embedded = "default"
+        layer.train(module.training)
+        replace_module(model, name, layer)
+    for module in saved.values():
+        module.requires_grad_(True)
+    model.sylva_modules_to_save = list(modules_to_save or ())  # type: ignore[assignment]
+    return model
+
+
+def sync(model: nn.Module) -> None:
+    """Write every embedded layer's values into its dense weight, changed or not."""
+    for layer in embedded_layers(model).values():
+        layer.sync(force=True)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Keep the trained values in the dense weights and take the layers' wrapping away."""
+    if hasattr(model, "merge_and_unload"):
+        merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
+        return merged
+    sync(model)
+    return take_out(model)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Put the base weights back, bit for bit, and take the layers' wrapping away.
+
+    Modules that were trained whole keep their weights; a PEFT model has copies of their
+    first weights and puts those back as well.
+    """
+    if hasattr(model, "merge_and_unload"):
+        base: nn.Module = model.unload()  # type: ignore[operator]
+        return base
+    for layer in embedded_layers(model).values():
+        layer.restore_()
+    return take_out(model)
+
+
+def take_out(model: nn.Module) -> nn.Module:
+    """Replace embedded layers by their base layers."""
+    for name, layer in embedded_layers(model).items():
+        replace_module(model, name, layer.base_layer)
+    if hasattr(model, "sylva_modules_to_save"):
+        del model.sylva_modules_to_save
+    return model

@@ -1,0 +1,267 @@
+"""The sparse embedded linear layer: values of blocks, written into a frozen weight."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from sylva_train._checks import AdapterError, ConfigError, TargetError
+from sylva_train.kernels import gather_blocks, scatter_blocks_
+from sylva_train.masks import LayerMask
+from sylva_train.targets import as_matrix, is_supported, weight_view
+
+from .gradient import BlockGradient
+from .storage import Masters, Tables, watch_optimizers
+
+__all__ = ["SparseEmbeddedLinear", "check_embeddable", "check_shape"]
+
+
+def check_embeddable(layer: nn.Module) -> None:
+    """Raise `TargetError` unless a layer's weight can hold float32 values."""
+    if not is_supported(layer) or weight_view(layer).element_size() > 4:
+        weight = getattr(layer, "weight", None)
+        msg = (
+            "`base_layer` must be a torch.nn.Linear or Conv1D with a dense float32,"
+            f" bfloat16 or float16 weight; got a {type(layer).__name__}"
+            + (f" of {weight.dtype}." if isinstance(weight, torch.Tensor) else ".")
+        )
+        raise TargetError(msg)
+
+
+def check_shape(mask: LayerMask, shape: tuple[int, ...]) -> None:
+    """Raise `ConfigError` unless a mask is for a weight of this (out, in) shape."""
+    if mask.shape != shape:
+        msg = f"`mask` must be for a {shape} weight; got one for {mask.shape}."
+        raise ConfigError(msg)
+
+
+class SparseEmbeddedLinear(nn.Module):
+    """A linear layer some of whose blocks of weights can be trained.
+
+    Parameters
+    ----------
+    base_layer : torch.nn.Linear or Conv1D
+        The layer; its weight and bias are kept as they are, and frozen.
+
+    Attributes
+    ----------
+    sylva_values : torch.nn.ParameterDict
+        For each adapter the values of its blocks, (k, b, b), float32 whatever the
+        weight's dtype (float64 weights are refused), zero beyond a ragged edge.
+    sylva_indices : mapping of str to torch.Tensor
+        For each adapter the block rows and block columns, (k, 2), int32.
+
+    Raises
+    ------
+    TargetError
+        If the layer's weight is not a dense floating-point matrix of at most 32 bits.
+
+    Notes
+    -----
+    The values reach the dense weight before the next forward pass, when
+    `sync` is called, and after every step of `sylva_train.SparseAdamW`. A change is seen
+    by the tensors' version counters, which every optimizer of PyTorch's kind counts up;
+    values changed through ``.data`` need `sync`, unless the mode changes after it.
+    """
+
+    _original: torch.Tensor | None
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        check_embeddable(base_layer)
+        watch_optimizers()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.sylva_values = Masters()
+        self.sylva_indices = Tables()
+        self.register_buffer("_original", None, persistent=False)
+        self._written: str | None = None
+        self._seen: tuple[Any, ...] = ()
+        self._checked: dict[str, tuple[int, int]] = {}
+        self.embedded: str | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight as the base layer stores it, up to date."""
+        self.sync()
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        """Number of rows of the (out, in) weight."""
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Number of columns of the (out, in) weight."""
+        return self.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        out, inputs = weight_view(self.base_layer).shape
+        return out, inputs
+
+    def mask(self, name: str = "default") -> LayerMask:
+        """Return the mask of an adapter."""
+        values = self.sylva_values[name]
+        return LayerMask(self.shape, values.shape[-1], self.sylva_indices[name])
+
+    def add(self, name: str, mask: LayerMask) -> None:
+        """Add an adapter whose values start as the base weight's.
+
+        Raises
+        ------
+        ConfigError
+            If the mask is for a weight of another shape.
+        """
+        check_shape(mask, self.shape)
+        self.restore_()
+        weight = weight_view(self.base_layer)
+        indices = mask.indices.to(weight.device)
+        values = gather_blocks(weight, indices, mask.block_size).float()
+        self.sylva_values[name] = nn.Parameter(values)
+        self.sylva_indices[name] = indices.to(torch.int32)
+
+    def original(self) -> torch.Tensor:
+        """Return the base weight's blocks under the written adapter: (k, b, b)."""
+        if self._original is None:
+            msg = "no adapter is written into this layer's weight: call `sync` first"
+            raise RuntimeError(msg)
+        return self._original
+
+    def wanted(self) -> str | None:
+        """Name of the adapter that the weight is to show, or None for the base."""
+        return self.embedded
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """Return what tells whether values or weight changed since the last write."""
+        assert self._written is not None
+        values = self.sylva_values[self._written]
+        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
+        # The tensor itself is kept, not its id: a new one may come to have the same.
+        return (
+            values,
+            values.data_ptr(),
+            values._version,
+            weight.data_ptr(),
+            weight._version,
+        )
+
+    def check_indices(self, name: str) -> None:
+        """Raise `AdapterError` unless an adapter's indices are blocks of this weight."""
+        table = self.sylva_indices[name]
+        seen = (table.data_ptr(), table._version)
+        if self._checked.get(name) != seen:
+            try:
+                mask = LayerMask(self.shape, self.sylva_values[name].shape[-1], table)
+                sound = torch.equal(mask.indices, table.cpu().long())
+            except ConfigError:
+                sound = False
+            if not sound:
+                msg = (
+                    f"the block indices of adapter `{name}` do not fit this"
+                    f" {self.shape} weight; the adapter is damaged or for another model."
+                )
+                raise AdapterError(msg)
+            self._checked[name] = seen
+
+    @torch.no_grad()
+    def sync(self, *, force: bool = False) -> None:
+        """Make the dense weight show the wanted adapter's values.
+
+        Parameters
+        ----------
+        force : bool
+            Write even if no change was seen (values changed through ``.data``).
+        """
+        wanted = self.wanted()
+        if wanted != self._written:
+            self.restore_()
+        if wanted is None:
+            return
+        if wanted == self._written and not force:
+            now = self.snapshot()
+            if self._seen and self._seen[0] is now[0] and self._seen[1:] == now[1:]:
+                return
+        self.check_indices(wanted)
+        weight = weight_view(self.base_layer)
+        indices, values = self.sylva_indices[wanted].long(), self.sylva_values[wanted]
+        if self._written is None:
+            self._original = gather_blocks(weight, indices, values.shape[-1])
+        scatter_blocks_(weight, indices, values)
+        values.sylva_shown = True
+        self._written = wanted
+        self._seen = self.snapshot()
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Put the base weight back, bit for bit."""
+        if self._written is not None:
+            indices = self.sylva_indices[self._written].long()
+            scatter_blocks_(weight_view(self.base_layer), indices, self.original())
+            self._written, self._original = None, None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Map (..., in) to (..., out)."""
+        self.sync()
+        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        if self._written is not None and torch.is_grad_enabled():
+            values = self.sylva_values[self._written]
+            if values.requires_grad:
+                indices = self.sylva_indices[self._written]
+                y = BlockGradient.apply(y, x, values, indices)  # type: ignore[no-untyped-call]
+        return y
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and write again if it changes, so that evaluation is exact."""
+        if mode != self.training:
+            self._seen = ()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Save a weight that shows the values as they are now."""
+        self.sync(force=True)
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load values, and keep this layer's own base weight under them.
+
+        A saved weight shows the values that were written into it. What lies under them
+        is only known here, so it is put into the weight before that is loaded.
+        """
+        self.restore_()
+        key, own = f"{prefix}base_layer.weight", weight_view(self.base_layer)
+        tables = {
+            n: state_dict.get(f"{prefix}sylva_indices.{n}") for n in self.sylva_indices
+        }
+        for name, table in tables.items():
+            # Indices that do not fit are found out when they are used.
+            with contextlib.suppress(ConfigError):
+                if table is None or key not in state_dict or own.is_meta:
+                    continue
+                size = self.sylva_values[name].shape[-1]
+                inside = LayerMask(self.shape, size, table).dense().to(own.device)
+                shown = as_matrix(self.base_layer, state_dict[key].detach()).to(own)
+                if shown.shape == own.shape:
+                    clean = torch.where(inside, own, shown)
+                    state_dict[key] = as_matrix(self.base_layer, clean)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Say how much of the weight is trainable."""
+        parts = []
+        for name, values in self.sylva_values.items():
+            count, side, _ = values.shape
+            fraction = min(1.0, values.numel() / (self.shape[0] * self.shape[1]))
+            parts.append(f"{name}: {count} blocks of {side}×{side} ({fraction:.1%})")
+        return ", ".join(parts)

@@ -1,0 +1,84 @@
+"""The base model under an adapter: having it in place, and telling it from others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from sylva_train._checks import AdapterError, TargetError
+from sylva_train.config import SylvaConfig
+from sylva_train.layers import SparseEmbeddedLinear, check_embeddable, replace_module
+from sylva_train.targets import fingerprint, weight_view
+
+__all__ = ["base_fingerprint", "base_in_place", "base_name", "check_base"]
+
+
+@contextlib.contextmanager
+def base_in_place(model: nn.Module) -> Iterator[None]:
+    """Take every adapter out of a model for a while: its modules and its weights."""
+    wrapped = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, SparseEmbeddedLinear | AuxiliaryTrainingWrapper)
+    ]
+    try:
+        for name, module in wrapped:
+            if isinstance(module, SparseEmbeddedLinear):
+                module.restore_()
+                replace_module(model, name, module.base_layer)
+            else:
+                replace_module(model, name, module.original_module)
+        yield
+    finally:
+        for name, module in wrapped:
+            replace_module(model, name, module)
+
+
+def base_fingerprint(model: nn.Module, modules_to_save: list[str] | None) -> str:
+    """Identify the base of a model that may have adapters in it."""
+    with base_in_place(model):
+        return fingerprint(model, modules_to_save)
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Name or path that a model was loaded from."""
+    return getattr(model, "name_or_path", None) or None
+
+
+def check_base(model: nn.Module, config: SylvaConfig) -> None:
+    """Raise `AdapterError` unless an adapter was made for this model's weights.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Without adapters.
+    config : SylvaConfig
+        Of the adapter, with its layers' shapes and its base's fingerprint.
+    """
+    theirs = config.base_fingerprint
+    known = f"`{config.base_model_name_or_path}` ({str(theirs)[:12]}…)"
+    if theirs is not None:
+        ours = fingerprint(model, config.modules_to_save)
+        if ours != theirs:
+            msg = (
+                f"the adapter was made for the base model {known}, but this one is"
+                f" `{base_name(model)}` ({ours[:12]}…). Its weights differ; load the base"
+                " that the adapter was trained on (in float32 or bfloat16, as then)."
+            )
+            raise AdapterError(msg)
+    modules = dict(model.named_modules())
+    for name, shape in (config.layer_shapes or {}).items():
+        try:
+            check_embeddable(modules[name])
+            found = tuple(weight_view(modules[name]).shape)
+        except (KeyError, TargetError):
+            found = None
+        if found != tuple(shape):
+            msg = (
+                f"the adapter has blocks for `{name}` of shape {tuple(shape)}, but the"
+                f" model has {found or 'no such layer'}; it was made for {known}."
+            )
+            raise AdapterError(msg)
