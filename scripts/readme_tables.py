@@ -1,0 +1,73 @@
+"""Put measured tables into README.md.
+
+``python scripts/readme_tables.py RESULTS.json`` takes the ``results.json`` of ``sylva
+compare`` or ``sylva demo`` and rewrites what stands between ``<!-- comparison-table -->``
+and ``<!-- /comparison-table -->``: the table, then a line on what it was measured with.
+``--block demo-table`` rewrites the demo's. No number in those blocks is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from sylva_train import load_results, markdown_table
+
+BLOCKS = ("demo-table", "comparison-table")
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def provenance(setup: dict[str, Any]) -> str:
+    """Say on what, with what and when the results were measured."""
+    versions = ", ".join(
+        f"{name} {version}" for name, version in setup["versions"].items()
+    )
+    seeds = len(setup["seeds"])
+    return (
+        f"{setup['model']} on {setup['data']}: {setup['train_examples']} training and"
+        f" {setup['eval_examples']} evaluation examples, {setup['steps']} steps of"
+        f" {setup['batch_size']}, density {setup['density']:g}, blocks of"
+        f" {setup['block_size']}, {seeds} seed{'s' if seeds > 1 else ''}."
+        f" {setup['device']}, {setup['threads']} threads; {versions};"
+        f" {setup['date']}, commit {setup['commit'] or 'unknown'}."
+    )
+
+
+def block(name: str, results: dict[str, Any]) -> str:
+    """Return a block with its markers."""
+    table = markdown_table(results).strip()
+    return f"<!-- {name} -->\n\n{table}\n\n{provenance(results['setup'])}\n\n<!-- /{name} -->"
+
+
+def replace(text: str, name: str, results: dict[str, Any]) -> str:
+    """Return the text with a block rewritten.
+
+    Raises
+    ------
+    SystemExit
+        If its markers do not stand there exactly once.
+    """
+    pattern = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        msg = f"expected one <!-- {name} --> … <!-- /{name} --> in the file."
+        raise SystemExit(msg)
+    return pattern.sub(lambda _: block(name, results), text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the results and rewrite the file."""
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("results", type=Path, help="results.json of a comparison")
+    options.add_argument("--block", choices=BLOCKS, default="comparison-table")
+    options.add_argument("--readme", type=Path, default=README, help="file to rewrite")
+    given = options.parse_args(arguments)
+    text = given.readme.read_text(encoding="utf-8")
+    text = replace(text, given.block, load_results(given.results))
+    given.readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
