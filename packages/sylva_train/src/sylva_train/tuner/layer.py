@@ -71,9 +71,9 @@ class SylvaLayer(SparseEmbeddedLinear, BaseTunerLayer):  # type: ignore[misc]
         if self.merged_adapters:
             return self.merged_adapters[0]
         name = self.active()
-        if self._disable_adapters or name is None or not self.is_loaded(name):
+        if self._disable_adapters or name is None:
             return None
-        return name
+        return name if name == self._written or self.is_loaded(name) else None
 
     def set_adapter(
         self, adapter_names: str | list[str], inference_mode: bool = False
@@ -163,7 +163,8 @@ class SylvaLayer(SparseEmbeddedLinear, BaseTunerLayer):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
-        name = self.active()
-        if name is not None and not self._disable_adapters:
-            self.check_loaded(name)
+        if self._written is None and not self._disable_adapters:
+            name = self.active()
+            if name is not None:
+                self.check_loaded(name)
         return super().forward(x, *args, **kwargs)
