@@ -52,6 +52,7 @@ numpydoc_show_class_members = False
 # Examples run from the pages and from the docstrings, each page in a folder of its own.
 doctest_global_setup = """
 import os, tempfile, torch
+from hmatrix import ClusterTree, LowRank  # their own docstrings name them so
 _folder = tempfile.TemporaryDirectory()
 _before = os.getcwd()
 os.chdir(_folder.name)

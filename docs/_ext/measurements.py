@@ -57,6 +57,17 @@ def flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{words(name)}: ")
 
 
+def spread(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each of a row's groups, where these measure the same things."""
+    groups = {k: v for k, v in row.items() if isinstance(v, Mapping) and not plain(v)}
+    if len(groups) > 1 and len({tuple(v) for v in groups.values()}) == 1:
+        single = {k: v for k, v in row.items() if k not in groups}
+        for name, group in groups.items():
+            yield dict(flat({"": name} | single | group))
+    else:
+        yield dict(flat(row))
+
+
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines of a pipe table."""
     titles = list(dict.fromkeys(title for row in rows for title in row))
@@ -72,7 +83,7 @@ def tables(name: str, value: Any) -> Iterator[str]:
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
         yield f"**{words(name)}**"
         yield ""
-        yield from table([dict(flat(row)) for row in value])
+        yield from table([each for row in value for each in spread(row)])
         return
     if not isinstance(value, Mapping):
         return
@@ -83,7 +94,8 @@ def tables(name: str, value: Any) -> Iterator[str]:
         yield from tables(name, [{"": k} | v for k, v in groups.items()])
         groups = {}
     if singles:
-        yield ", ".join(f"{k}: {cell(v)}" for k, v in singles.items()) + "."
+        what = ", ".join(f"{k}: {cell(v)}" for k, v in singles.items())
+        yield f"{words(name)}: {what}." if name else f"{what}."
         yield ""
     for key, group in groups.items():
         yield from tables(f"{name}, {key}" if name else key, group)
