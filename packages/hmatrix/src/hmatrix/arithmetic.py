@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
-from hmatrix._backend import Array, namespace, transpose
+from hmatrix._backend import Array, namespace, qr, transpose
 from hmatrix._checks import ShapeError, check_float, check_int, check_operand
 from hmatrix.construct import block_tolerance
 from hmatrix.hodlr import HODLR
@@ -85,8 +85,8 @@ def norm(H: HODLR | MLR) -> float:
         for level in range(H.tree.levels):
             for block in H.blocks(level):
                 # the core of both QRs: no cancellation between dependent columns
-                _, Ru = xp.linalg.qr(block.U)
-                _, Rv = xp.linalg.qr(block.V)
+                _, Ru = qr(block.U)
+                _, Rv = qr(block.V)
                 core = (Ru * block.S[..., None, :]) @ transpose(Rv)
                 squares += float(xp.sum(core**2))
         return math.sqrt(squares)

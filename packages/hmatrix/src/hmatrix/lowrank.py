@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hmatrix._backend import Array, Space, namespace, to_numpy, transpose
+from hmatrix._backend import Array, Space, namespace, qr, svd, to_numpy, transpose
 from hmatrix._checks import ShapeError, check_array, check_operand
 
 __all__ = ["LowRank", "compress", "recompress"]
@@ -109,8 +109,7 @@ def compress(
     array (...)
         Frobenius norm that each block did lose.
     """
-    U, S, Vt = namespace(blocks).linalg.svd(blocks, full_matrices=False)
-    return _cut(U, S, transpose(Vt), tolerance, max_rank)
+    return _cut(*svd(blocks), tolerance, max_rank)
 
 
 def recompress(
@@ -121,14 +120,13 @@ def recompress(
     Arguments and results are those of `compress`; the factors of ``block`` need not
     be orthonormal.
     """
-    xp = namespace(block.U)
     if not block.rank:
-        return block, xp.sum(block.S, axis=-1)
-    Qu, Ru = xp.linalg.qr(block.U)
-    Qv, Rv = xp.linalg.qr(block.V)
+        return block, namespace(block.S).sum(block.S, axis=-1)
+    Qu, Ru = qr(block.U)
+    Qv, Rv = qr(block.V)
     core = (Ru * block.S[..., None, :]) @ transpose(Rv)
-    U, S, Vt = xp.linalg.svd(core, full_matrices=False)
-    return _cut(Qu @ U, S, Qv @ transpose(Vt), tolerance, max_rank)
+    U, S, V = svd(core)
+    return _cut(Qu @ U, S, Qv @ V, tolerance, max_rank)
 
 
 def _cut(

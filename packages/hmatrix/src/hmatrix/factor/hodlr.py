@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmatrix._backend import Array, Space, contiguous, to_numpy, transpose
+from hmatrix._backend import (
+    Array,
+    Space,
+    contiguous,
+    inverse,
+    slogdet,
+    to_numpy,
+    transpose,
+)
 from hmatrix._checks import SingularBlockError, SingularLeafError
 from hmatrix._operator import Operator
 from hmatrix.factor._base import Factorization, shifted_leaves
@@ -21,7 +29,7 @@ class HODLRFactorization(Factorization):
         self.symmetric = H.symmetric
         xp, tree = self.space.xp, self.tree
         leaves = shifted_leaves(tree, H.leaves, self.shift)
-        signs, logs = xp.linalg.slogdet(leaves)
+        signs, logs = slogdet(leaves)
         self._inverse_leaves = _invert(leaves, signs, tree.levels, leaf=True)
         self._sign, self._logdet = 1.0, 0.0
         self._count_determinant(signs, logs)
@@ -129,7 +137,7 @@ class HODLRFactorization(Factorization):
         top = xp.concat([eye, CQY[:, 0, :, :]], axis=-1)
         bottom = xp.concat([CQY[:, 1, :, :], eye], axis=-1)
         K = xp.concat([top, bottom], axis=-2)
-        signs, logs = xp.linalg.slogdet(K)
+        signs, logs = slogdet(K)
         self._count_determinant(signs, logs)
         C = xp.reshape(scales, (nodes, 1, 2 * width))
         return _invert(K, signs, level, leaf=False) * C
@@ -212,7 +220,7 @@ def _invert(blocks: Array, signs: Array, level: int, *, leaf: bool) -> Array:
     space = Space.of(blocks)
     xp = space.xp
     if not bool(xp.any(signs == 0)):
-        inverses = xp.linalg.inv(blocks)
+        inverses = inverse(blocks)
         condition = to_numpy(_one_norm(blocks) * _one_norm(inverses))
         if bool(np.all(condition < 1 / space.eps)):
             return inverses

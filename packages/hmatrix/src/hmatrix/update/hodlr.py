@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from hmatrix._backend import Array, contiguous, transpose
+from hmatrix._backend import Array, contiguous, one_thread_if_small, qr, svd, transpose
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank
 from hmatrix.update._base import Streaming
@@ -82,8 +82,9 @@ class StreamingHODLR(Streaming):
 
     def _add(self, E: Array) -> None:
         for k, basis in enumerate(self._bases):
-            shape = (*basis.shape[:3], E.shape[-1])
-            self._add_to_level(k, self.space.xp.reshape(E, shape))
+            Z = self.space.xp.reshape(E, (*basis.shape[:3], E.shape[-1]))
+            with one_thread_if_small(Z):
+                self._add_to_level(k, Z)
         self._add_to_leaves(E)
 
     def _merge(self, other: Self) -> None:
@@ -97,12 +98,12 @@ class StreamingHODLR(Streaming):
         xp = self.space.xp
         basis, S = self._bases[k], self._scales[k]
         r = int(S.shape[-1])
-        Q, R = xp.linalg.qr(xp.concat([basis, Z], axis=-1))
+        Q, R = qr(xp.concat([basis, Z], axis=-1))
         ones = xp.ones_like(Z[:, 0, 0, :])
         weights = xp.concat([S, ones], axis=-1)[:, None, :]
         core = (R[:, 0, :, :] * weights) @ transpose(R[:, 1, :, :])
-        U, S, Vt = xp.linalg.svd(core, full_matrices=False)
-        small = xp.stack([U[..., :r], transpose(Vt)[..., :r]], axis=1)
+        U, S, V = svd(core)
+        small = xp.stack([U[..., :r], V[..., :r]], axis=1)
         self._bases[k] = Q @ small
         self._scales[k] = contiguous(S[..., :r])
         self._lost[k] = self._lost[k] + xp.linalg.vector_norm(S[..., r:], axis=-1)

@@ -13,6 +13,8 @@ from hmatrix._backend import (
     contiguous,
     eigh_descending,
     inverse_lower,
+    one_thread_if_small,
+    qr,
     subtract_product,
     transpose,
 )
@@ -179,18 +181,20 @@ class StreamingMLR(Streaming):
             return self._split_randomized(M, r, sketch)
         if w > m:
             M = _square_root(M)
-        _, V = eigh_descending(transpose(M) @ M)
-        MV = M @ V
-        return contiguous(MV[..., :r]), MV[..., r:]
+        with one_thread_if_small(M):
+            _, V = eigh_descending(transpose(M) @ M)
+            MV = M @ V
+            return contiguous(MV[..., :r]), MV[..., r:]
 
     def _split_randomized(self, M: Array, r: int, sketch: int) -> tuple[Array, Array]:
         omega = self._normal(int(M.shape[-1]), sketch)
         Q = _orthonormal(transpose(M) @ (M @ omega), omega)
         MQ = M @ Q
-        _, V = eigh_descending(transpose(MQ) @ MQ)
-        V = V[..., :r]
-        F = MQ @ V
-        return F, subtract_product(M, F, transpose(Q @ V))
+        with one_thread_if_small(MQ):
+            _, V = eigh_descending(transpose(MQ) @ MQ)
+            V = V[..., :r]
+            F, QV = MQ @ V, Q @ V
+        return F, subtract_product(M, F, transpose(QV))
 
     def _norm_between_halves(self, E: Array) -> Array:
         """Frobenius norm of ``E₁ E₂ᵀ``, the halves of the rows of E (b, m, w): (b,)."""
@@ -218,15 +222,17 @@ class StreamingMLR(Streaming):
 def _square_root(M: Array) -> Array:
     """Return L (b, m, m) with ``L Lᵀ = M Mᵀ``, M (b, m, w) wider than high.
 
-    The rows are brought to norm 1 first, so that rounding stays small beside each row's
-    own norm, as it does in ``M Mᵀ``.
+    The product is brought to unit diagonal first, so that rounding stays small beside
+    each row's own norm, as it is in ``M Mᵀ``.
     """
     xp = Space.of(M).xp
-    norms = xp.linalg.vector_norm(M, axis=-1, keepdims=True)
-    rows = M / xp.where(norms > 0, norms, xp.ones_like(norms))
-    values, vectors = eigh_descending(rows @ transpose(rows))
-    roots = xp.sqrt(xp.where(values > 0, values, xp.zeros_like(values)))
-    return norms * (vectors * roots[:, None, :])
+    G = M @ transpose(M)
+    with one_thread_if_small(G):
+        norms = xp.sqrt(xp.linalg.diagonal(G))
+        scales = xp.where(norms > 0, norms, xp.ones_like(norms))
+        values, vectors = eigh_descending(G / scales[:, :, None] / scales[:, None, :])
+        roots = xp.sqrt(xp.where(values > 0, values, xp.zeros_like(values)))
+        return norms[:, :, None] * (vectors * roots[:, None, :])
 
 
 def _orthonormal(Y: Array, noise: Array) -> Array:
@@ -236,20 +242,24 @@ def _orthonormal(Y: Array, noise: Array) -> Array:
     room for Cholesky QR, done twice in float64: ``noise``, standard normal (w, s), at the
     level of float32 rounding bounds the condition number even of a zero ``Y``.
     """
-    space = Space.of(Y)
-    xp = space.xp
-    if space.name == "float32":
-        Q = xp.astype(Y, xp.float64)
-        norms = xp.linalg.vector_norm(Q, axis=-2, keepdims=True)
-        level = NOISE / math.sqrt(noise.shape[0])
-        Q = Q / xp.where(norms > 0, norms, xp.ones_like(norms)) + level * xp.astype(
-            noise, xp.float64
-        )
-        for _ in range(2):
-            L = cholesky(transpose(Q) @ Q)
-            if L is None:
-                break
-            Q = Q @ transpose(inverse_lower(L))
-        else:
-            return xp.astype(Q, space.dtype)
-    return xp.linalg.qr(Y)[0]
+    if Space.of(Y).name == "float32":
+        with one_thread_if_small(Y):
+            Q = _cholesky_qr_twice(Y, noise)
+        if Q is not None:
+            return Q
+    return qr(Y)[0]
+
+
+def _cholesky_qr_twice(Y: Array, noise: Array) -> Array | None:
+    xp = Space.of(Y).xp
+    Q = xp.astype(Y, xp.float64)
+    norms = xp.linalg.vector_norm(Q, axis=-2, keepdims=True)
+    level = NOISE / math.sqrt(noise.shape[0])
+    Q = Q / xp.where(norms > 0, norms, xp.ones_like(norms))
+    Q = Q + level * xp.astype(noise, xp.float64)
+    for _ in range(2):
+        L = cholesky(transpose(Q) @ Q)
+        if L is None:
+            return None
+        Q = Q @ transpose(inverse_lower(L))
+    return xp.astype(Q, Y.dtype)
