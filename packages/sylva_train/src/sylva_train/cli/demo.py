@@ -46,22 +46,22 @@ SENTENCES = (
 def introduce(comparison: Comparison) -> None:
     """Say what will be done, and why."""
     task, training = comparison.task, comparison.training
-    runs = len(comparison.methods) * len(comparison.seeds)
-    seeds = len(comparison.seeds)
+    ways, seeds = len(comparison.methods), len(comparison.seeds)
     show.say("1. Compare", "bold")
-    show.say(
-        "Task: which customer rating does a sentence about a restaurant state: high,"
-        " average,\nlow or none? One has to read it: 'high' may be the price, and a rating"
-        " may be told in\nstars, marks or words. Accuracy is that on sentences held out.\n"
-        f"Model: {task.model}, fine-tuned for {training.steps} steps of"
-        f" {training.batch_size} sentences, in these ways:\n"
+    show.prose(
+        "The task: which customer rating does a sentence about a restaurant state: high,"
+        " average, low or none? One has to read it, since 'high' may be the price and a"
+        " rating may be told in stars, marks or words. Accuracy is that on sentences held"
+        f" out. The model, {task.model}, learns from {training.steps} batches of"
+        f" {training.batch_size} sentences, in each of these ways:\n"
     )
     for name in comparison.methods:
         label = parse_method(name).label
         show.say(f"   {label:<24} {REASONS.get(name, '')}".rstrip())
-    show.say(
-        f"\n{runs} runs: each way with {seeds} seed{'s' if seeds > 1 else ''}, since one"
-        " run may be lucky; each in a\nprocess of its own, to measure its memory.\n"
+    again = f", each way with {seeds} seeds, since one run may be lucky"
+    show.prose(
+        f"\nThat makes {ways * seeds} runs{again if seeds > 1 else ''}. Each is a process"
+        " of its own, so that its memory can be measured.\n"
     )
 
 
@@ -85,7 +85,7 @@ def run_demo(
     )
     show.comparison(results)
     show.say("\n2. Keep", "bold")
-    show.say("One more run of Sylva with seed 0, this time to save what it learns.")
+    show.prose("Sylva once more with seed 0, this time to save what it learns.")
     run = finetune(
         comparison.task,
         comparison.sylva,
@@ -94,20 +94,24 @@ def run_demo(
         resume=True,
     )
     adapter = output / "finetuned" / "adapter"
-    show.say(
-        f"The adapter takes {show.size(show.folder_size(adapter))} on disk; the whole"
-        f" model {show.size(4 * run['total'])}. Both score the same:"
-        f" {show.score_text(run['metrics']['metric'], run['metrics']['score'])}."
+    found = run["metrics"]
+    show.prose(
+        f"It scores {show.score_text(found['metric'], found['score'])}. The adapter takes"
+        f" {show.size(show.folder_size(adapter))} on disk; the whole model would take"
+        f" {show.size(4 * run['total'])}."
     )
     show.say("\n3. Use", "bold")
-    show.say("The adapter, loaded into a fresh copy of the model, reads new sentences:")
+    show.prose(
+        "The adapter is loaded into a fresh copy of the model, which reads sentences that"
+        " are in no data set:"
+    )
     texts = [text for text, _ in SENTENCES]
     answers = predict(output / "finetuned", texts)
     rows = [
         (text, truth, answer, f"{probability:.0%}")
         for (text, truth), (answer, probability) in zip(SENTENCES, answers, strict=True)
     ]
-    columns = ("sentence", "a reader", "the model", "sure")
+    columns = ("sentence", "a reader says", "the model", "sure")
     show.out().print(show.table(columns, rows, texts=3))
     show.written(
         {

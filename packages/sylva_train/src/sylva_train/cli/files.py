@@ -69,11 +69,11 @@ def read_options(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name not in kinds:
             near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)
-            advice = f"; did you mean `{near[0].replace('_', '-')}`?" if near else "."
-            msg = f"{path}: there is no option `{key}`{advice}"
+            advice = f"; did you mean {near[0].replace('_', '-')!r}?" if near else "."
+            msg = f"{path}: there is no option {str(key)!r}{advice}"
             raise ConfigError(msg)
         if name in values:
-            msg = f"{path}: `{key}` stands twice."
+            msg = f"{path}: {key!r} stands twice."
             raise ConfigError(msg)
         values[name] = converted(path, key, value, kinds[name])
     return {name: value for name, value in values.items() if value is not None}
@@ -108,7 +108,7 @@ def converted(path: Path, key: str, value: Any, kind: Any) -> Any:
     if wanted is str and isinstance(value, dict) and all(map(is_word, value.values())):
         return ",".join(f"{name}={part}" for name, part in value.items())
     if type(value) is not wanted:
-        msg = f"{path}: `{key}` must be {NAMES[wanted]}; got {value!r}."
+        msg = f"{path}: {key!r} must be {NAMES[wanted]}; got {value!r}."
         raise ConfigError(msg)
     return value
 

@@ -31,6 +31,7 @@ __all__ = [
     "inspect",
     "metrics",
     "out",
+    "prose",
     "run",
     "score_text",
     "scores",
@@ -43,6 +44,8 @@ __all__ = [
 FRACTIONS = {"accuracy", "f1", "token_accuracy"}
 #: Columns where the output is not a terminal: nothing should be cut off in a file.
 WIDE = 160
+#: Columns of running text.
+READABLE = 88
 
 
 def out() -> Console:
@@ -56,6 +59,13 @@ def out() -> Console:
 def say(text: str, style: str | None = None) -> None:
     """Print text as it is, wrapped by the terminal only."""
     out().print(text, markup=False, soft_wrap=True, style=style)
+
+
+def prose(text: str) -> None:
+    """Print sentences, broken between words where lines are easy to read."""
+    console = out()
+    console.width = min(console.width, READABLE)
+    console.print(text, markup=False)
 
 
 def table(
@@ -139,7 +149,7 @@ def scores(found: Scores, density: float = 0.05, block_size: int | None = None) 
     top = f"in top {density:.3g}" if density < 0.01 else f"in top {density:.0%}"
     columns = ("layer", "shape", "blocks", top, "effective")
     out().print(table(columns, rows))
-    say(
+    prose(
         f"Blocks of {side} × {side} weights. '{top}': the share of the layer's score that"
         " its best blocks have. 'effective': over how many blocks the score is spread;"
         " 100% if they are all alike."
@@ -245,7 +255,7 @@ def metrics(found: Mapping[str, Any], *, as_json: bool) -> None:
 def comparison(results: Mapping[str, Any], output: Path | None = None) -> None:
     """Print a comparison's table and where its files are."""
     out().print(summary_table(results))
-    say(headline(results).title)
+    prose(headline(results).title)
     if output is not None:
         files = ("report.html", "results.json", "table.md")
         written({file.partition(".")[0]: output / file for file in files})

@@ -21,6 +21,7 @@ from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.pretrained import pooled_features
+from sylva_train.pretrained.loading import quiet
 from sylva_train.targets import find_targets
 from sylva_train.training import pick_device, train
 from sylva_train.tuner import save_adapter
@@ -50,7 +51,7 @@ def folder_bytes(path: Path) -> int:
 def saved_bytes(adapted: Adapted, config: SylvaConfig) -> int:
     """Save what a method trained, as its users would, and return its size on disk."""
     model: Any = adapted.model
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "saved"
         if adapted.masks is not None:
             save_adapter(model, path, config=config)

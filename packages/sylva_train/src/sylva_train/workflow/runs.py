@@ -154,14 +154,9 @@ def finetune(
         msg = "`masks` and `scores` must not both be given: masks are made from scores."
         raise ConfigError(msg)
     given = masks if masks is not None else scores
+    source = None
     if given is not None:
-        names = [name for name in CHOICE if name in given.metadata]
-        if masks is None:
-            names = [n for n in names if n not in {"density", "block_size", "scope"}]
-        config = dataclasses.replace(
-            config, **{name: given.metadata[name] for name in names}
-        )
-    source = None if given is None else origin(given)
+        config, source = chosen(config, given), origin(given)
     wanted = run_record(task_config, config, training, source)
     begun = None
     if resume and (output / RECORD).exists():
@@ -213,6 +208,17 @@ def finetune(
         temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return record
+
+
+def chosen(config: SylvaConfig, given: Masks | Scores) -> SylvaConfig:
+    """Return the options with those that masks or scores were made with."""
+    names = [name for name in CHOICE if given.metadata.get(name) is not None]
+    if isinstance(given, Scores):
+        names = [n for n in names if n not in {"density", "block_size", "scope"}]
+    known = {name: given.metadata[name] for name in names}
+    # Rules that need no data have seen no sample.
+    known["samples"] = known.get("samples") or config.samples
+    return dataclasses.replace(config, **known)
 
 
 def origin(given: Masks | Scores) -> str:

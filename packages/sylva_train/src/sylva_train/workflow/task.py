@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from sylva_train._checks import ConfigError, DataError
+from sylva_train._checks import ConfigError, DataError, check_choice
 from sylva_train.config import TaskConfig
 from sylva_train.data import Loader, TextDataset, builtin_names, load_data
+from sylva_train.evaluation import CLASSIFICATION, LANGUAGE
 from sylva_train.pretrained import load_model
 
 from .progress import Report
@@ -197,6 +198,13 @@ def divide(examples: TextDataset, seed: int) -> tuple[TextDataset, TextDataset]:
     return rest, held_out
 
 
+def check_metric(config: TaskConfig) -> None:
+    """Raise `ConfigError` for a metric of another task, before hours of training."""
+    if config.metric is not None:
+        known = CLASSIFICATION if config.task == "classification" else LANGUAGE
+        check_choice("metric", config.metric, known)
+
+
 def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> Task:
     """Read a task's data and load its model.
 
@@ -219,7 +227,10 @@ def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> 
         If the data cannot be used; the message has file and line.
     ModelError
         If the model cannot be loaded.
+    ConfigError
+        If the metric is not one of the task's.
     """
+    check_metric(config)
     training, held_out = read_data(config, seed=seed, evaluation=evaluation)
     assert training is not None
     model, tokenizer = load_model(

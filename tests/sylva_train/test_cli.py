@@ -1,0 +1,449 @@
+"""Every command does its job; what is wrong is one line, an exit code and no trace."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig
+
+from sylva_train.importance import Scores
+from sylva_train.masks import Masks
+from sylva_train.pretrained import load_model
+from tests.sylva_train.jobs import (
+    SHORT,
+    SMALL,
+    STEPS,
+    contents,
+    kill_when,
+    start_process,
+    sylva,
+    told,
+    write_data,
+)
+from tests.sylva_train.words import TINY, save_folder
+
+runs = importlib.import_module("sylva_train.workflow.runs")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A model, data in one file, and a finished run; not to be changed."""
+    path = tmp_path_factory.mktemp("home")
+    save_folder(path / "model")
+    write_data(path / "train.jsonl")
+    sylva("finetune", path / "run", *source(path), *SHORT)
+    sylva("score", path / "scores.safetensors", *source(path), *SMALL)
+    return path
+
+
+def source(home: Path, data: str = "train.jsonl") -> list:
+    return ["--model", home / "model", "--data", home / data, "--max-length", 16]
+
+
+def test_score_writes_scores_and_shows_the_layers(home):
+    scores = Scores.load(home / "scores.safetensors")
+    assert scores.rule == "magnitude"
+    assert scores.metadata["model"] == str(home / "model")
+    shown = sylva("inspect", home / "scores.safetensors").stdout
+    assert "backbone.encoder.layer.1.output.dense" in shown
+    assert "48 × 32" in shown
+
+
+def test_score_by_curvature_shows_progress_apart_from_results(home, tmp_path):
+    options = ["--importance", "kfac", "--block-size", 8, "--samples", 8, "--levels", 1]
+    result = sylva("score", tmp_path / "s.safetensors", *source(home), *options)
+    assert "Scoring by kfac (mlr) on 8 examples" in result.stderr
+    assert "Scoring" not in result.stdout
+    assert Scores.load(tmp_path / "s.safetensors").rule == "kfac"
+
+
+def test_finetune_leaves_a_whole_run(home):
+    names = {path.name for path in (home / "run").iterdir()}
+    assert names == {"adapter", "masks.safetensors", "scores.safetensors", "sylva.json"}
+    run = json.loads((home / "run" / "sylva.json").read_text())
+    assert run["finished"]
+    assert len(run["history"]) == 4
+    assert run["labels"] == ["bad", "good"]
+    masks = Masks.load(home / "run" / "masks.safetensors")
+    assert run["trainable"] == masks.trainable + run["head"]
+    assert run["head"] == 32 * 2 + 2
+
+
+def test_finetune_takes_scores_and_masks(home, tmp_path):
+    options = [*source(home), "--steps", 1, "--batch-size", 8, "--quiet"]
+    scores = ["--scores", home / "scores.safetensors", "--density", 0.1]
+    sylva("finetune", tmp_path / "a", *options, *scores, "--block-size", 8)
+    masks = ["--masks", tmp_path / "a" / "masks.safetensors"]
+    sylva("finetune", tmp_path / "b", *options, *masks)
+    same = [contents(tmp_path / run)["masks.safetensors"] for run in "ab"]
+    assert same[0] == same[1]
+    config = json.loads((tmp_path / "b/adapter/adapter_config.json").read_text())
+    assert (config["importance"], config["density"]) == ("magnitude", 0.1)
+    both = sylva("finetune", tmp_path / "c", *options, *masks, *scores, code=2)
+    assert "`--masks` and `--scores` must not both be given" in told(both)
+
+
+def test_evaluate_repeats_the_runs_own_score(home):
+    run = json.loads((home / "run" / "sylva.json").read_text())
+    found = json.loads(sylva("evaluate", home / "run", "--json", "--quiet").stdout)
+    assert found["score"] == run["metrics"]["score"]
+    assert found["loss"] == pytest.approx(run["metrics"]["loss"], rel=1e-5)
+
+
+def test_evaluate_on_other_data(home, tmp_path):
+    other = write_data(tmp_path / "new.jsonl", count=10, seed=5)
+    shown = sylva("evaluate", home / "run", "--data", other, "--limit", 6).stdout
+    assert "6 examples" in shown
+    assert "accuracy" in shown
+
+
+def test_merge_writes_a_model_without_sylva(home, tmp_path):
+    sylva("merge", home / "run", tmp_path / "merged")
+    model, tokenizer = load_model(tmp_path / "merged")
+    tuned = runs.load_folder(home / "run")[0]
+    batch = tokenizer(["a b good"], return_tensors="pt")
+    torch.testing.assert_close(model(**batch).logits, tuned(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("run", "4 steps"),
+        ("run/adapter", "fingerprint"),
+        ("run/masks.safetensors", "density"),
+        ("scores.safetensors", "effective"),
+    ],
+)
+def test_inspect_knows_what_it_sees(home, name, words):
+    assert words in sylva("inspect", home / name).stdout
+    assert json.loads(sylva("inspect", home / name, "--json").stdout)
+
+
+def test_inspect_says_what_it_knows(home):
+    message = told(sylva("inspect", home / "model", code=2))
+    assert "is none of these" in message
+    assert "there is nothing at" in told(sylva("inspect", home / "nowhere", code=2))
+
+
+# Options
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "toml", "json"])
+def test_flags_win_over_the_file(home, tmp_path, suffix):
+    options = {
+        "model": str(home / "model"),
+        "data": str(home / "train.jsonl"),
+        "max-length": 16,
+        "block_size": 8,
+        "importance": "magnitude",
+        "target-modules": ["query", "value"],
+        "density": 0.25,
+        "steps": 2,
+        "quiet": True,
+    }
+    file = tmp_path / f"options.{suffix}"
+    if suffix == "toml":
+        lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
+        file.write_text("\n".join(lines))
+    else:
+        file.write_text(json.dumps(options))  # which is YAML as well
+    sylva("finetune", tmp_path / "run", "--config", file, "--density", 0.5)
+    run = json.loads((tmp_path / "run" / "sylva.json").read_text())
+    assert run["sylva"]["density"] == 0.5
+    assert run["sylva"]["target_modules"] == ["query", "value"]
+    assert run["training"]["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("densty: 0.1", "there is no option 'densty'; did you mean 'density'?"),
+        ("density: much", "'density' must be a number; got 'much'"),
+        ("steps: 1.5", "'steps' must be an integer; got 1.5"),
+        ("quiet: 1", "'quiet' must be true or false; got 1"),
+        ("steps: 1\nsteps: [", "not valid YAML"),
+        ("- steps", "expected names and values; got a list"),
+        ("block-size: 8\nblock_size: 8", "'block_size' stands twice"),
+    ],
+)
+def test_a_files_errors_name_file_and_key(tmp_path, text, words):
+    file = tmp_path / "options.yaml"
+    file.write_text(text)
+    message = told(sylva("finetune", tmp_path / "run", "--config", file, code=2))
+    assert str(file) in message
+    assert words in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_number_in_scientific_notation_is_a_number(home, tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("lr: 1e-3\nsparsity: 0.5")  # YAML 1.1 reads 1e-3 as a text
+    sylva(
+        "finetune", tmp_path / "run", *source(home), *SMALL, "--steps", 1,
+        "--config", file,
+    )  # fmt: skip
+    run = json.loads((tmp_path / "run" / "sylva.json").read_text())
+    assert (run["training"]["lr"], run["sylva"]["density"]) == (1e-3, 0.5)
+
+
+def test_sparsity_is_one_minus_density(home, tmp_path):
+    file = tmp_path / "options.json"
+    file.write_text('{"density": 0.4}')
+    base = ["finetune", tmp_path / "run", *source(home), *SMALL, "--steps", 1]
+    both = sylva(*base, "--density", 0.5, "--sparsity", 0.5, code=2)
+    assert "must not both be given" in told(both)
+    sylva(*base, "--config", file, "--sparsity", 0.9)
+    run = json.loads((tmp_path / "run" / "sylva.json").read_text())
+    assert run["sylva"]["density"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sparsity", "1"], "`--sparsity` must be at least 0 and below 1; got 1.0"),
+        (["--sparsity", "-0.1"], "`--sparsity` must be at least 0 and below 1"),
+        (["--density", "0"], "`--density`"),
+        (["--importance", "luck"], "`--importance` must be one of 'kfac'"),
+        (["--lr", "nan"], "`--lr` must be a finite number above 0"),
+        (["--device", "abacus"], "`--device` must be"),
+        (["--target-modules", "nothing"], "its linear layers end in"),
+        (["--block-size", "64"], "`--block-size` 64 is larger than"),
+        (["--density", "0.001"], "leaves no whole block to train"),
+        (["--metric", "beauty"], "`--metric` must be one of"),
+    ],
+)
+def test_options_that_cannot_be_used(home, tmp_path, options, words):
+    output = tmp_path / "deep" / "run"
+    base = ["finetune", output, *source(home), *SMALL, *STEPS]
+    assert words in told(sylva(*base, *options, code=2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_flag_is_an_error_of_usage(tmp_path):
+    result = sylva("finetune", tmp_path / "run", "--densty", "0.5", code=2)
+    assert "--density" in result.stderr
+
+
+def test_debug_shows_where_an_error_arose(tmp_path):
+    result = sylva("inspect", tmp_path / "nothing", "--debug", code=2, trace=True)
+    assert "Traceback" in result.stderr
+    assert told(result)
+
+
+# Data and models
+
+
+def test_a_row_that_cannot_be_read_is_named(home, tmp_path):
+    data = write_data(tmp_path / "bad.jsonl", 9)
+    with data.open("a") as file:
+        file.write('{"text": "a b", "label": \n')
+    result = sylva("finetune", tmp_path / "run", *source(home), "--data", data, code=1)
+    assert f"{data}:10:" in told(result)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["", "text,label\n"])
+def test_an_empty_data_set_is_refused(home, tmp_path, content):
+    data = tmp_path / "empty.csv"
+    data.write_text(content)
+    options = [*source(home), "--data", data]
+    for command in ("score", "finetune"):
+        result = sylva(command, tmp_path / "out.safetensors", *options, code=1)
+        assert str(data) in told(result)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_nan_while_scoring_writes_nothing(home, tmp_path):
+    shutil.copytree(home / "model", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["encoder.layer.0.output.dense.weight"][0, 0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    options = ["--model", tmp_path / "model", "--importance", "kfac", "--samples", 8]
+    base = [*source(home), "--block-size", 8, *options]
+    for command in ("score", "finetune"):
+        result = sylva(command, tmp_path / "out.safetensors", *base, code=1)
+        assert "the loss is nan in batch" in told(result)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_loss_that_diverges_keeps_the_run_to_look_at(home, tmp_path):
+    options = [*source(home), *SHORT, "--lr", "1e30", "--max-grad-norm", 0]
+    result = sylva("finetune", tmp_path / "run", *options, code=1)
+    assert "Lower `--lr`" in told(result)
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert "interrupted" in sylva("inspect", tmp_path / "run").stdout
+    for command in (["evaluate"], ["merge", tmp_path / "merged"]):
+        arguments = [command[0], tmp_path / "run", *command[1:]]
+        assert "was interrupted" in told(sylva(*arguments, code=1))
+
+
+# Adapters
+
+
+def broken(home: Path, tmp_path: Path) -> Path:
+    shutil.copytree(home / "run", tmp_path / "run")
+    return tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+
+
+def test_a_truncated_adapter_is_refused(home, tmp_path):
+    file = broken(home, tmp_path)
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(tmp_path, "is missing or damaged")
+
+
+def test_a_tampered_adapter_is_refused(home, tmp_path):
+    weights = load_file(file := broken(home, tmp_path))
+    name = next(name for name in weights if name.endswith("sylva_values"))
+    weights[name][0, 0, 0] += 1
+    save_file(weights, file)
+    refused(tmp_path, "was changed after it was written")
+
+
+def test_an_adapter_with_a_flipped_bit_is_refused(home, tmp_path):
+    file = broken(home, tmp_path)
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    refused(tmp_path, "damaged")
+
+
+def refused(tmp_path: Path, words: str) -> None:
+    run = tmp_path / "run"
+    for arguments in (
+        ["evaluate", run],
+        ["merge", run, tmp_path / "merged"],
+        ["inspect", run / "adapter"],
+    ):
+        assert words in told(sylva(*arguments, code=1))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(home, tmp_path):
+    other = save_folder(tmp_path / "other", seed=1)
+    result = sylva("evaluate", home / "run", "--model", other, code=1)
+    assert "Its weights differ" in told(result)
+    merged = ["merge", home / "run", tmp_path / "merged", "--model", other]
+    told(sylva(*merged, code=1))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_masks_of_another_model_are_refused(home, tmp_path):
+    config = BertConfig(**(TINY | {"num_hidden_layers": 1, "intermediate_size": 40}))
+    save_folder(tmp_path / "other", config)
+    masks = ["--masks", home / "run" / "masks.safetensors"]
+    options = [*source(home), "--model", tmp_path / "other", *masks]
+    told(sylva("finetune", tmp_path / "run", *options, code=2))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_found_from_elsewhere(home, tmp_path, monkeypatch):
+    shutil.copytree(home / "model", tmp_path / "model")
+    write_data(tmp_path / "train.jsonl")
+    monkeypatch.chdir(tmp_path)
+    sylva("finetune", "run", "--model", "model", "--data", "train.jsonl", *SHORT)
+    monkeypatch.chdir(home)
+    sylva("evaluate", tmp_path / "run")
+
+
+# Outputs that exist
+
+
+def test_an_output_that_exists_is_kept(home, tmp_path):
+    before = contents(home / "run")
+    for arguments in (
+        ["finetune", home / "run", *source(home), *SHORT],
+        ["score", home / "scores.safetensors", *source(home), *SMALL],
+        ["merge", home / "run", home / "model"],
+        ["compare", home / "run", "--methods", "full"],
+        ["demo", home / "run"],
+    ):
+        message = told(sylva(*arguments, code=2))
+        assert "exists" in message
+        assert "--overwrite" in message
+    assert contents(home / "run") == before
+
+
+def test_overwrite_replaces_a_run_only_once_the_new_one_can_train(home, tmp_path):
+    shutil.copytree(home / "run", tmp_path / "run")
+    before = contents(tmp_path)
+    base = ["finetune", tmp_path / "run", *source(home), *SHORT, "--overwrite"]
+    sylva(*base, "--data", tmp_path / "missing.csv", code=1)
+    sylva(*base, "--target-modules", "nothing", code=2)
+    assert contents(tmp_path) == before
+    sylva(*base, "--steps", 2)
+    run = json.loads((tmp_path / "run" / "sylva.json").read_text())
+    assert len(run["history"]) == 2
+
+
+def test_overwrite_never_replaces_what_is_no_output(home, tmp_path):
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    for arguments in (
+        ["finetune", folder, *source(home), *SHORT],
+        ["merge", home / "run", folder],
+        ["compare", folder, "--methods", "full"],
+        ["demo", folder],
+    ):
+        message = told(sylva(*arguments, "--overwrite", code=2))
+        assert "is not what this command writes" in message
+    assert contents(folder) == {"thesis.txt": b"years of work"}
+
+
+# Interruption
+
+
+def test_ctrl_c_says_how_to_go_on(home, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    base = ["finetune", tmp_path / "run", *source(home), *SHORT]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "train", interrupted)
+        message = told(sylva(*base, code=130))
+    command = message.partition("Go on with: sylva ")[2].split()
+    assert command[-1] == "--resume"
+    sylva(*command)
+    assert "finetune --resume" not in sylva("inspect", tmp_path / "run").stdout
+
+
+def test_resume_refuses_other_options(home):
+    base = ["finetune", home / "run", *source(home), *SHORT, "--resume"]
+    assert "`--density` is 0.2 there and 0.3 here" in told(
+        sylva(*base, "--density", 0.3, code=2)
+    )
+    sylva(*base)  # finished: nothing to do
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_identical_adapter(home, tmp_path):
+    options = [*source(home), *SHORT, "--steps", 60, "--save-every", 5]
+    sylva("finetune", tmp_path / "whole", *options)
+    base = ["finetune", tmp_path / "killed", *options]
+    later = tmp_path / "killed" / "checkpoints" / "checkpoint-10"
+    kill_when(start_process(*base), later.exists)
+    assert not (tmp_path / "killed" / "adapter").exists()
+    assert "go on with it" in told(sylva(*base, code=2))
+    sylva(*base, "--resume")
+    name = "adapter/adapter_model.safetensors"
+    whole, killed = (contents(tmp_path / run) for run in ("whole", "killed"))
+    assert killed[name] == whole[name]
+    assert killed.keys() == whole.keys()
+
+
+def test_errors_that_were_not_foreseen_are_told_as_such(home, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("the sky fell")
+
+    cli = importlib.import_module("sylva_train.cli.app")
+    monkeypatch.setattr(cli, "evaluate_folder", broken)
+    message = told(sylva("evaluate", home / "run", code=1))
+    assert "RuntimeError: the sky fell" in message
+    assert "--debug" in message
