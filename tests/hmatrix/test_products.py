@@ -114,6 +114,17 @@ def test_conversion_keeps_the_numbers(xp, make, rng):
     assert_close(single.to_dense(), dense(H), ("float32", "exact"))
 
 
+@pytest.mark.parametrize("make", MAKERS)
+def test_gradients_reach_the_vector(make, rng):
+    import torch
+
+    H = make(13, 2, rng).to(like=torch.empty(0, dtype=torch.float64))
+    x = torch.ones(13, dtype=torch.float64, requires_grad=True)
+    weights = torch.arange(13.0, dtype=torch.float64)
+    (weights @ (H @ x)).backward()
+    assert_close(x.grad, dense(H).T @ weights.numpy(), ("float64", "exact"))
+
+
 def test_repr_says_what_it_is(rng):
     assert repr(symmetric(40, 2, rng)) == (
         "HODLR(n=40, levels=2, ranks=(3, 3), symmetric, float64, numpy, 5.19 kB)"

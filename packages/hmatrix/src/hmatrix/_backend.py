@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -309,11 +309,20 @@ def cholesky(a: Array) -> Array | None:
             factor, info = xp.linalg.cholesky_ex(a)
         return None if bool(xp.any(info != 0)) else factor
     try:
-        factor = xp.linalg.cholesky(a)
+        with _raising(a):
+            return xp.linalg.cholesky(a)
     except np.linalg.LinAlgError:
         return None
-    # CuPy reports failure through NaN unless told otherwise.
-    return factor if bool(xp.all(xp.isfinite(factor))) else None
+
+
+def _raising(a: Array) -> AbstractContextManager[Any]:
+    """Make CuPy raise on failure as NumPy does; by default it returns garbage."""
+    if not array_api_compat.is_cupy_array(a):
+        return nullcontext()
+    from cupyx import errstate
+
+    raising: AbstractContextManager[Any] = errstate(linalg="raise")
+    return raising
 
 
 def inverse_lower(a: Array) -> Array:
