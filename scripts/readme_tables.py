@@ -4,6 +4,7 @@
 compare`` or ``sylva demo`` and rewrites what stands between ``<!-- comparison-table -->``
 and ``<!-- /comparison-table -->``: the table, then a line on what it was measured with.
 ``--block demo-table`` rewrites the demo's. No number in those blocks is typed by hand.
+Needs an environment with sylva_train, such as ``.nox/demo``.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ def provenance(setup: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {version}" for name, version in setup["versions"].items()
     )
-    seeds = len(setup["seeds"])
+    seeds, threads = len(setup["seeds"]), setup["threads"]
     return (
         f"{setup['model']} on {setup['data']}: {setup['train_examples']} training and"
         f" {setup['eval_examples']} evaluation examples, {setup['steps']} steps of"
         f" {setup['batch_size']}, density {setup['density']:g}, blocks of"
         f" {setup['block_size']}, {seeds} seed{'s' if seeds > 1 else ''}."
-        f" {setup['device']}, {setup['threads']} threads; {versions};"
+        f" {setup['device']}, {threads} thread{'s' if threads > 1 else ''}; {versions};"
         f" {setup['date']}, commit {setup['commit'] or 'unknown'}."
     )
 
