@@ -267,11 +267,21 @@ def one_thread_if_small(x: Array) -> Iterator[None]:
 
 
 def eigh_descending(a: Array) -> tuple[Array, Array]:
-    """Eigenvalues, largest first, and eigenvectors of symmetric ``a`` (..., m, m)."""
+    """Eigenvalues, largest first, and eigenvectors of symmetric ``a`` (..., m, m).
+
+    The matrices are brought to norm 1 and freed of subnormal numbers first: MKL's
+    float32 solver gives NaN for some matrices that have them.
+    """
     xp = namespace(a)
+    if not a.shape[-1]:
+        return xp.zeros(a.shape[:-1], dtype=a.dtype, device=a.device), a
+    scale = xp.max(xp.abs(a), axis=(-2, -1), keepdims=True)
+    scale = xp.where(scale > 0, scale, xp.ones_like(scale))
+    a = a / scale
+    a = xp.where(xp.abs(a) < xp.finfo(a.dtype).smallest_normal, xp.zeros_like(a), a)
     with one_thread_if_small(a):
         values, vectors = xp.linalg.eigh(a)
-    return xp.flip(values, axis=-1), xp.flip(vectors, axis=-1)
+    return xp.flip(values * scale[..., 0], axis=-1), xp.flip(vectors, axis=-1)
 
 
 def svd(a: Array) -> tuple[Array, Array, Array]:
