@@ -265,8 +265,8 @@ def test_eigenvectors_survive_subnormal_numbers():
     grams = []
     for seed in range(100):
         random = np.random.default_rng(seed)
-        powers = 10 ** random.uniform(-25, -4, size=30)
-        M = (random.standard_normal((24, 30)) * powers).astype(np.float32)
+        M = random.standard_normal((24, 30)) * 10 ** random.uniform(-25, -4, size=30)
+        M = M.astype(np.float32)
         grams.append(M.T @ M)
     a = torch.from_numpy(np.stack(grams))
     values, vectors = eigh_descending(a)

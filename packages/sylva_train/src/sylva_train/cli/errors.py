@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import traceback
+import warnings
 from typing import Any
 
 import torch
@@ -37,6 +38,13 @@ def fail(message: str) -> None:
     console.print(f"Error: {line}", style="red", markup=False)
 
 
+def warn(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as a line, without the source that it came from."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    line = " ".join(str(message).split())
+    console.print(f"Warning: {line}", style="yellow", markup=False)
+
+
 class Commands(typer.core.TyperGroup):
     """The commands, with one way to fail: a line that says why, and an exit code."""
 
@@ -49,7 +57,9 @@ class Commands(typer.core.TyperGroup):
         """Run a command."""
         arguments: list[str] = ctx.meta[ARGUMENTS]
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = warn
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             fail(interruption(arguments, self.flags(arguments)))
             raise typer.Exit(INTERRUPTED) from None

@@ -22,8 +22,10 @@ import torch
 from sylva_train._checks import ConfigError, atomic_write
 from sylva_train.baselines import parse_method
 from sylva_train.evaluation import METRICS
+from sylva_train.importance import score
+from sylva_train.masks import select
 from sylva_train.training import pick_device
-from sylva_train.workflow import check_folder, located
+from sylva_train.workflow import check_folder, load_task, located
 
 from .events import Clock, Event, Watcher
 from .plan import Comparison
@@ -89,6 +91,8 @@ def compare(
         )
     if resume and begun:
         check_same(comparison, output)
+    if any(not done(output, *key) for key in keys(comparison)):
+        check_plan(comparison)
     with fresh(output, keep=resume and begun):
         rows = run_all(comparison, output, watch or (lambda _: None))
     results = gather(comparison, rows, command)
@@ -128,27 +132,51 @@ def files(output: Path, method: str, seed: int) -> tuple[Path, Path]:
     return output / RUNS / f"{name}.json", output / RUNS / f"{name}.spec.json"
 
 
+def keys(comparison: Comparison) -> list[tuple[str, int]]:
+    """Return method and seed of each run, in order."""
+    return [(m, seed) for seed in comparison.seeds for m in comparison.methods]
+
+
+def done(output: Path, method: str, seed: int) -> bool:
+    """Whether a run is finished."""
+    return all(path.exists() for path in files(output, method, seed))
+
+
+def check_plan(comparison: Comparison) -> None:
+    """Find what is wrong with model, data and options before the first run does.
+
+    Raises
+    ------
+    SylvaError
+        As a run would.
+    """
+    config = comparison.sylva
+    task = load_task(comparison.task, seed=comparison.seeds[0])
+    pick_device(comparison.training.device)
+    drawn = score(task.model, config=dataclasses.replace(config, importance="random"))
+    select(drawn, config.density, config.block_size, config.scope)
+
+
 def check_same(comparison: Comparison, output: Path) -> None:
     """Raise `ConfigError` if a run that is to be kept has other options."""
-    for seed in comparison.seeds:
-        for method in comparison.methods:
-            path, spec_path = files(output, method, seed)
-            if not (path.exists() and spec_path.exists()):
-                continue
-            spec, found = comparison.spec(method, seed), read(spec_path)
-            differ = [
-                f"`{name}` is {found[part].get(name)!r} there and {value!r} here"
-                for part in ("task", "sylva", "training")
-                for name, value in spec[part].items()
-                if found[part].get(name) != value
-            ]
-            if spec != found:
-                msg = (
-                    f"`{output}` is a comparison with other options:"
-                    f" {'; '.join(differ) or 'another first seed'} ({path.name}). Go on"
-                    " with the same ones, or choose another folder."
-                )
-                raise ConfigError(msg)
+    for method, seed in keys(comparison):
+        if not done(output, method, seed):
+            continue
+        path, spec_path = files(output, method, seed)
+        spec, found = comparison.spec(method, seed), read(spec_path)
+        differ = [
+            f"`{name}` is {found[part].get(name)!r} there and {value!r} here"
+            for part in ("task", "sylva", "training")
+            for name, value in spec[part].items()
+            if found[part].get(name) != value
+        ]
+        if spec != found:
+            msg = (
+                f"`{output}` is a comparison with other options:"
+                f" {'; '.join(differ) or 'another first seed'} ({path.name}). Go on with"
+                " the same ones, or choose another folder."
+            )
+            raise ConfigError(msg)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -171,7 +199,7 @@ def run_all(
     comparison: Comparison, output: Path, watch: Watcher
 ) -> list[dict[str, Any]]:
     """Do the runs that are not done yet, and return the rows of all."""
-    plan = [(m, seed) for seed in comparison.seeds for m in comparison.methods]
+    plan = keys(comparison)
     clock = Clock([method for method, _ in plan])
     rows = []
     for number, (method, seed) in enumerate(plan):
@@ -185,7 +213,7 @@ def run_all(
             left=clock.left(number),
         )
         path, spec_path = files(output, method, seed)
-        if path.exists() and spec_path.exists():
+        if done(output, method, seed):
             row = read(path)
             rows.append(row)
             watch(dataclasses.replace(event, kind="kept", row=row))
