@@ -223,7 +223,7 @@ class TrainingConfig:
     steps: int | None = None
     batch_size: int = 32
     accumulate: int = 1
-    lr: float = 3e-4
+    lr: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.06
     schedule: str = "linear"

@@ -310,9 +310,9 @@ def demo(
       sylva demo
       sylva demo runs/second --seeds 0
     """
-    task = dataclasses.replace(
-        demonstration().task, model=model, limit=limit, eval_limit=eval_limit
-    )
+    sizes = {"limit": limit, "eval_limit": eval_limit}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    task = dataclasses.replace(demonstration().task, model=model, **given)
     run_demo(
         demonstration(
             task=task,

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from sylva_train import _checks
 from sylva_train._checks import SylvaError, atomic_write
 
@@ -119,6 +121,8 @@ def worker() -> None:
     spec_path, result_path = map(Path, sys.argv[1:3])
     end_with_parent()
     warnings.showwarning = lambda text, *_, **__: send(warning=str(text))
+    # Bars of saving a model would run into those of the parent.
+    logging.disable_progress_bar()
     # What was imported is not garbage: a collection takes a tenth of the time.
     gc.freeze()
     try:
