@@ -311,7 +311,7 @@ def demo(
       sylva demo runs/second --seeds 0
     """
     sizes = {"limit": limit, "eval_limit": eval_limit}
-    given = {name: size for name, size in sizes.items() if size is not None}
+    given: dict[str, Any] = {n: size for n, size in sizes.items() if size is not None}
     task = dataclasses.replace(demonstration().task, model=model, **given)
     run_demo(
         demonstration(
