@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import typer
 
