@@ -128,7 +128,9 @@ def docs(session: nox.Session) -> None:
     """Build the documentation, warnings as errors, and run its examples."""
     install(session, "docs", "demo")
     for builder in ("html", "doctest"):
-        session.run("sphinx-build", "-W", "-b", builder, "docs", f"docs/_build/{builder}")
+        session.run(
+            "sphinx-build", "-W", "-b", builder, "docs", f"docs/_build/{builder}"
+        )
 
 
 @nox.session(default=False)
