@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -16,6 +15,7 @@ from sylva_train.baselines import METHODS
 from sylva_train.comparison import (
     DEMO,
     DEMO_STEPS,
+    DEMO_TASK,
     Comparison,
     demonstration,
     load_results,
@@ -290,9 +290,9 @@ def compare(
 @command(output="Folder for results and adapter.")
 def demo(
     output: Path = Path("runs/demo"),
-    model: str = "minilm",
-    limit: int | None = None,
-    eval_limit: int | None = None,
+    model: str = DEMO_TASK.model,
+    limit: int | None = DEMO_TASK.limit,
+    eval_limit: int | None = DEMO_TASK.eval_limit,
     steps: int = DEMO_STEPS,
     methods: str = ",".join(DEMO),
     seeds: str = "0,1,2",
@@ -311,9 +311,9 @@ def demo(
       sylva demo
       sylva demo runs/second --seeds 0
     """
-    sizes = {"limit": limit, "eval_limit": eval_limit}
-    given: dict[str, Any] = {n: size for n, size in sizes.items() if size is not None}
-    task = dataclasses.replace(demonstration().task, model=model, **given)
+    task = dataclasses.replace(
+        DEMO_TASK, model=model, limit=limit, eval_limit=eval_limit
+    )
     run_demo(
         demonstration(
             task=task,

@@ -6,12 +6,20 @@ comparison that was killed goes on where it stopped.
 
 from .compare import compare, load_results
 from .events import Event
-from .plan import DEMO, DEMO_STEPS, LEARNING_RATES, Comparison, demonstration
+from .plan import (
+    DEMO,
+    DEMO_STEPS,
+    DEMO_TASK,
+    LEARNING_RATES,
+    Comparison,
+    demonstration,
+)
 from .process import worker
 
 __all__ = [
     "DEMO",
     "DEMO_STEPS",
+    "DEMO_TASK",
     "LEARNING_RATES",
     "Comparison",
     "Event",

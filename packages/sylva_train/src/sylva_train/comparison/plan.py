@@ -11,7 +11,14 @@ from sylva_train._checks import ConfigError, check_integer
 from sylva_train.baselines import parse_method
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 
-__all__ = ["DEMO", "DEMO_STEPS", "LEARNING_RATES", "Comparison", "demonstration"]
+__all__ = [
+    "DEMO",
+    "DEMO_STEPS",
+    "DEMO_TASK",
+    "LEARNING_RATES",
+    "Comparison",
+    "demonstration",
+]
 
 #: Peak learning rates, chosen on the validation split (benchmarks/bench_rates.py); the
 #: pruner trains the same kind of weights as Sylva, and takes its rate.
@@ -20,6 +27,8 @@ LEARNING_RATES = {"full": 4e-4, "lora": 4e-3, "kfac-pruner": 2e-3, "sylva": 2e-3
 #: Methods of the short comparison.
 DEMO = ("frozen", "full", "lora", "sylva:kfac:mlr", "sylva:random")
 
+#: Its task: 2000 sentences, and 600 of the test split to score on.
+DEMO_TASK = TaskConfig(eval_split="test", max_length=64, limit=2000, eval_limit=600)
 #: Its optimizer steps a run: ten minutes in all on two cores.
 DEMO_STEPS = 60
 
@@ -110,16 +119,14 @@ def demonstration(
     Parameters
     ----------
     task : TaskConfig, optional
-        Instead of MiniLM on 2000 sentences of ``"e2e-rating"``, cut at 64 tokens, scored
-        on 600 of its test split.
+        Instead of `DEMO_TASK`: MiniLM on ``"e2e-rating"``.
     steps : int
         Optimizer steps of each run.
     methods, seeds : tuple
         What to run, and how often.
     """
     return Comparison(
-        task=task
-        or TaskConfig(eval_split="test", max_length=64, limit=2000, eval_limit=600),
+        task=task or DEMO_TASK,
         sylva=SylvaConfig(density=0.05, block_size=32, samples=128),
         training=TrainingConfig(steps=steps),
         methods=methods,

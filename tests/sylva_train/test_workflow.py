@@ -1,0 +1,438 @@
+"""Whole jobs from Python: what they read, keep, refuse and give back."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from sylva_train import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    LayerScores,
+    Masks,
+    OutputExistsError,
+    Scores,
+    TargetError,
+    evaluate_folder,
+    finetune,
+    load_folder,
+    merge_folder,
+    predict,
+    score,
+    select,
+)
+from sylva_train.workflow import (
+    Progress,
+    describe_masks,
+    describe_scores,
+    duration,
+    load_task,
+    score_file,
+    score_task,
+)
+from sylva_train.workflow.task import located, read_data
+from tests.sylva_train.jobs import contents, sylva_config, task, training, write_data
+from tests.sylva_train.models import same, snapshot
+from tests.sylva_train.words import save_folder
+
+progress = importlib.import_module("sylva_train.workflow.progress")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A model, data, and a finished run; not to be changed."""
+    path = tmp_path_factory.mktemp("home")
+    save_folder(path / "model")
+    write_data(path / "train.jsonl")
+    run(path, path / "run")
+    return path
+
+
+def run(home: Path, output: Path, **options):
+    steps = options.pop("training", training())
+    config = options.pop("sylva", sylva_config())
+    return finetune(task(home), config, steps, output, **(QUIET | options))
+
+
+QUIET = {"progress": False}
+
+
+# Data
+
+
+def test_a_tenth_of_a_single_file_is_held_out(home):
+    parts = read_data(task(home), seed=3)
+    assert [len(part) for part in parts] == [36, 4]
+    assert not set(parts[0].texts) & set(parts[1].texts)
+    again = read_data(task(home), seed=3)
+    assert [p.texts for p in parts] == [p.texts for p in again]
+    other = read_data(task(home), seed=4)
+    assert other[1].texts != parts[1].texts
+    # The same again where only the evaluation is asked for.
+    labels = parts[0].label_names
+    _, alone = read_data(task(home), seed=3, labels=labels, training=False)
+    assert alone.texts == parts[1].texts
+
+
+def test_one_example_is_not_divided(home, tmp_path):
+    data = tmp_path / "one.jsonl"
+    data.write_text('{"text": "a", "label": "good"}\n')
+    (tmp_path / "two.jsonl").write_text(
+        '{"text": "a", "label": "good"}\n{"text": "b", "label": "bad"}\n'
+    )
+    with pytest.raises(DataError, match="two classes"):
+        load_task(task(home, data=str(data)))
+    limited = task(home, data=str(tmp_path / "two.jsonl"), limit=1)
+    with pytest.raises(ConfigError, match="eval_data"):
+        load_task(limited)
+
+
+def test_splits_of_a_folder_are_read(home, tmp_path):
+    write_data(tmp_path / "train.jsonl", 20)
+    write_data(tmp_path / "dev.jsonl", 6, seed=1)
+    training_, held_out = read_data(task(home, data=str(tmp_path)), seed=0)
+    assert (len(training_), len(held_out)) == (20, 6)
+    with pytest.raises(DataError, match="'test'"):
+        read_data(task(home, data=str(tmp_path), eval_split="test"), seed=0)
+
+
+def test_evaluation_data_may_lie_elsewhere(home, tmp_path):
+    other = write_data(tmp_path / "other.jsonl", 6, seed=1)
+    found = read_data(task(home, eval_data=str(other)), seed=0)
+    assert [len(part) for part in found] == [40, 6]
+
+
+def test_scoring_takes_the_first_examples_of_training(home):
+    made = load_task(task(home), seed=5)
+    few = made.score_loader(samples=10, batch_size=4, seed=5)
+    first = [row for batch in made.loader(10, 5) for row in batch["labels"].tolist()]
+    got = [row for batch in few for row in batch["labels"].tolist()]
+    texts = [made.train.texts[i] for i in made.loader(10, 5).plan(0)[0]]
+    assert few.dataset.texts == texts
+    assert got == first[:10]
+
+
+def test_a_metric_of_another_task_is_refused_before_training(home, tmp_path):
+    with pytest.raises(ConfigError, match="metric"):
+        finetune(
+            task(home, metric="perplexity"),
+            sylva_config(),
+            training(),
+            tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_paths_are_made_whole_and_names_left_alone(home, monkeypatch):
+    monkeypatch.chdir(home)
+    found = located(task(home, model="model", data="train.jsonl"))
+    assert found.model == str(home / "model")
+    assert found.data == str(home / "train.jsonl")
+    names = task(home, model="minilm", data="e2e-rating", eval_data="glue:sst2")
+    assert located(names) == names
+
+
+# Runs
+
+
+def test_a_run_is_what_its_parts_are(home):
+    """Scoring, choosing and the masks of a run are those of the functions for it."""
+    made = load_task(task(home), seed=0)
+    config = sylva_config()
+    masks = select(score(made.model, config=config), 0.2, 8)
+    kept = Masks.load(home / "run" / "masks.safetensors")
+    assert kept.digest() == masks.digest()
+
+
+def test_only_blocks_and_head_differ_from_the_base(home):
+    base = load_task(task(home), seed=0).model.state_dict()
+    model, _, _ = load_folder(home / "run")
+    masks = Masks.load(home / "run" / "masks.safetensors")
+    merged = importlib.import_module("sylva_train").merge(model).state_dict()
+    for name, tensor in merged.items():
+        layer = name.removesuffix(".weight")
+        changed = tensor != base[name]
+        if layer in masks:
+            assert not (changed & ~masks[layer].dense()).any()
+            assert changed.any()
+        elif not name.startswith("classifier"):
+            assert not changed.any()
+
+
+def test_the_same_run_again_is_the_same(home, tmp_path):
+    run(home, tmp_path / "again")
+    name = "adapter/adapter_model.safetensors"
+    assert contents(home / "run")[name] == contents(tmp_path / "again")[name]
+
+
+def test_scores_made_before_are_the_runs_own(home, tmp_path):
+    scores = score_file(task(home), sylva_config(), tmp_path / "s", progress=False)
+    run(home, tmp_path / "run", scores=Scores.load(tmp_path / "s"))
+    name = "adapter/adapter_model.safetensors"
+    assert contents(home / "run")[name] == contents(tmp_path / "run")[name]
+    assert scores.metadata["data"] == str(home / "train.jsonl")
+
+
+def test_masks_bring_the_options_they_were_made_with(home, tmp_path):
+    made = load_task(task(home), seed=0)
+    config = sylva_config(importance="random", seed=4, density=0.5, block_size=16)
+    masks = select(score(made.model, config=config), 0.5, 16, "model")
+    record = run(home, tmp_path / "run", masks=masks)
+    for name in ("importance", "seed", "density", "block_size"):
+        assert record["sylva"][name] == getattr(config, name)
+    assert record["sylva"]["scope"] == "model"
+
+
+def test_kfac_runs_keep_their_scores(home, tmp_path):
+    config = sylva_config(importance="kfac", samples=8, levels=1, rank=4)
+    run(home, tmp_path / "run", sylva=config, training=training(steps=1))
+    scores = Scores.load(tmp_path / "run" / "scores.safetensors")
+    assert (scores.rule, scores.metadata["samples"]) == ("kfac", 8)
+
+
+def test_a_finished_run_is_given_back(home):
+    before = contents(home / "run")
+    record = run(home, home / "run", resume=True)
+    assert record == json.loads((home / "run" / "sylva.json").read_text())
+    assert contents(home / "run") == before
+
+
+def test_resume_begins_where_there_is_nothing(home, tmp_path):
+    assert run(home, tmp_path / "run", resume=True)["finished"]
+
+
+def test_resume_refuses_what_is_no_run(home, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(OutputExistsError, match="no run to go on with"):
+        run(home, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"training": training(steps=5)}, "`steps` is 4 there and 5 here"),
+        ({"sylva": sylva_config(target_modules=["query"])}, "`target_modules`"),
+    ],
+)
+def test_resume_refuses_other_options(home, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        run(home, home / "run", resume=True, **changes)
+
+
+def test_resume_refuses_other_masks(home, tmp_path):
+    made = load_task(task(home), seed=0)
+    masks = [
+        select(
+            score(made.model, config=sylva_config(importance="random", seed=s)), 0.2, 8
+        )
+        for s in (0, 1)
+    ]
+    run(home, tmp_path / "run", masks=masks[0])
+    run(home, tmp_path / "run", masks=masks[0], resume=True)
+    with pytest.raises(ConfigError, match="other masks or scores"):
+        run(home, tmp_path / "run", masks=masks[1], resume=True)
+
+
+def test_a_damaged_record_is_named(home, tmp_path):
+    (tmp_path / "sylva.json").write_text('{"format": "sylva-run/1",')
+    with pytest.raises(AdapterError, match=r"sylva\.json` is damaged"):
+        load_folder(tmp_path)
+    (tmp_path / "sylva.json").write_text('{"format": "other"}')
+    with pytest.raises(AdapterError, match="not of the format"):
+        evaluate_folder(tmp_path)
+    with pytest.raises(AdapterError, match="not the folder of a fine-tuning"):
+        merge_folder(tmp_path / "nothing", tmp_path / "merged")
+
+
+def test_modules_to_save_that_are_not_there(home, tmp_path):
+    config = sylva_config(modules_to_save=["pooler"])
+    with pytest.raises(TargetError, match="pooler"):
+        run(home, tmp_path / "run", sylva=config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_that_cannot_be_made_is_refused_first(home, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="is not writable"):
+        run(home, tmp_path / "run")
+
+
+def test_an_output_below_a_file_is_refused_first(home, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is not a folder"):
+        run(home, tmp_path / "file" / "run")
+
+
+def test_scores_are_not_written_over_a_folder(home, tmp_path):
+    with pytest.raises(OutputExistsError, match="is a folder"):
+        score_file(task(home), sylva_config(), tmp_path, overwrite=True)
+
+
+def test_scoring_leaves_the_model_alone(home):
+    made = load_task(task(home), seed=0)
+    before = snapshot(made.model)
+    score_task(made, sylva_config(importance="gradient", samples=8))
+    assert same(before, snapshot(made.model))
+
+
+# Use
+
+
+def test_predictions_are_the_models(home):
+    texts = ["a b good", "c d bad", "a"]
+    model, tokenizer, record = load_folder(home / "run")
+    found = predict(home / "run", texts)
+    for text, (label, probability) in zip(texts, found, strict=True):
+        logits = model(**tokenizer([text], return_tensors="pt")).logits[0].detach()
+        assert label == record["labels"][int(logits.argmax())]
+        assert probability == pytest.approx(float(logits.softmax(0).max()), rel=1e-5)
+
+
+def test_a_model_learns_what_the_data_has(home, tmp_path):
+    longer = training(steps=60, lr=0.03)
+    record = run(home, tmp_path / "run", training=longer)
+    assert record["history"][-1]["loss"] < 0.1 < record["history"][0]["loss"]
+    data = load_task(task(home), seed=0).train
+    right = [data.label_names[i] for i in data.labels]
+    assert [label for label, _ in predict(tmp_path / "run", data.texts)] == right
+
+
+def test_evaluation_takes_the_models_classes(home, tmp_path):
+    data = tmp_path / "new.jsonl"
+    data.write_text('{"text": "a", "label": "superb"}\n')
+    with pytest.raises(DataError, match="superb"):
+        evaluate_folder(home / "run", {"eval_data": str(data)})
+    data.write_text('{"text": "a", "label": "good"}\n')  # one class is enough here
+    found = evaluate_folder(home / "run", {"eval_data": str(data)})
+    assert found["examples"] == 1
+    with pytest.raises(ConfigError, match="metric"):
+        evaluate_folder(home / "run", {"metric": "perplexity"})
+
+
+def test_a_causal_model_is_finetuned_and_evaluated(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.sylva_train.words import TINY, word_tokenizer
+
+    small = LlamaConfig(**TINY, tie_word_embeddings=False, num_key_value_heads=2)
+    save_folder(tmp_path / "model", small, LlamaForCausalLM, word_tokenizer("decoder"))
+    write_data(tmp_path / "train.jsonl")
+    options = {"task": "causal-lm", "text_column": "text"}
+    config = task(tmp_path, **options)
+    record = finetune(config, sylva_config(), training(), tmp_path / "run", **QUIET)
+    assert record["labels"] == []
+    assert record["head"] == 0
+    found = evaluate_folder(tmp_path / "run")
+    assert found["perplexity"] == pytest.approx(record["metrics"]["perplexity"])
+    with pytest.raises(ConfigError, match="not classification"):
+        predict(tmp_path / "run", ["a"])
+
+
+# Descriptions
+
+
+def layer(grid: list[list[float]]) -> LayerScores:
+    values = torch.tensor(grid, dtype=torch.float64)
+    rows, columns = values.shape
+    return LayerScores((rows * 2, columns * 2), grid=values, unit=2)
+
+
+def test_scores_that_are_all_alike_use_every_block():
+    scores = Scores({"a": layer([[3.0, 3.0], [3.0, 3.0]])}, {"importance": "magnitude"})
+    about = describe_scores(scores, density=0.25)["layers"]["a"]
+    assert about["effective"] == pytest.approx(1.0)
+    assert about["top_share"] == pytest.approx(0.25)
+
+
+def test_scores_in_one_block_use_one():
+    scores = Scores(
+        {"a": layer([[0.0, 0.0], [5.0, -1.0]])}, {"importance": "magnitude"}
+    )
+    about = describe_scores(scores, density=0.25)["layers"]["a"]
+    assert about["effective"] == pytest.approx(0.25)
+    assert about["top_share"] == 1.0
+
+
+def test_scores_of_zero_say_nothing():
+    scores = Scores({"a": layer([[0.0, 0.0]])}, {"importance": "magnitude"})
+    about = describe_scores(scores, density=0.5)["layers"]["a"]
+    assert (about["effective"], about["top_share"]) == (1.0, 0.5)
+
+
+def test_masks_are_described_by_their_own_numbers(home):
+    masks = Masks.load(home / "run" / "masks.safetensors")
+    about = describe_masks(masks)
+    assert about["trainable"] == sum(x["trainable"] for x in about["layers"].values())
+    assert about["density"] == masks.density
+    json.dumps(about)
+
+
+# Progress
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.04, "0.0 s"),
+        (0.96, "1.0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min"),
+        (119.7, "2 min"),
+        (170, "2 min 50 s"),
+        (3570, "1 h"),
+        (3569, "59 min"),
+        (5400, "1 h 30 min"),
+    ],
+)
+def test_durations_are_said_as_people_do(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_progress_says_nothing_at_first_and_lines_later(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    with Progress() as bars:
+        for second in range(100):
+            now[0] += 1
+            bars.report("scoring", second, 100)
+            if second < 2:
+                assert capsys.readouterr().err == ""
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "  scoring: 2%, 1 min 38 s left"
+    assert len(lines) == math.ceil(98 / progress.INTERVAL)
+
+
+def test_progress_that_is_off_is_silent(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    with Progress(enabled=False) as bars:
+        bars.say("hello")
+        for second in range(100):
+            now[0] += 1
+            bars.report("scoring", second, 100)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bars_are_drawn_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Progress() as bars:
+        for second in range(5):
+            now[0] += 1
+            bars.report("scoring", second, 10, words=f"scoring {second}")
+        bars.bars.refresh()
+        bars.report("scoring", 10, 10)
+    drawn = capsys.readouterr().err
+    assert "scoring 4" in drawn
+    assert "6 s left" in drawn
