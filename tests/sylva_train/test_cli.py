@@ -15,6 +15,7 @@ from transformers import BertConfig
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.pretrained import load_model
+from sylva_train.workflow import load_folder
 from tests.sylva_train.jobs import (
     SHORT,
     SMALL,
@@ -28,7 +29,7 @@ from tests.sylva_train.jobs import (
 )
 from tests.sylva_train.words import TINY, save_folder
 
-runs = importlib.import_module("sylva_train.workflow.runs")
+finetuning = importlib.import_module("sylva_train.workflow.finetuning")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_evaluate_on_other_data(home, tmp_path):
 def test_merge_writes_a_model_without_sylva(home, tmp_path):
     sylva("merge", home / "run", tmp_path / "merged")
     model, tokenizer = load_model(tmp_path / "merged")
-    tuned = runs.load_folder(home / "run")[0]
+    tuned = load_folder(home / "run")[0]
     batch = tokenizer(["a b good"], return_tensors="pt")
     torch.testing.assert_close(model(**batch).logits, tuned(**batch).logits)
 
@@ -406,7 +407,7 @@ def test_ctrl_c_says_how_to_go_on(home, tmp_path, monkeypatch):
 
     base = ["finetune", tmp_path / "run", *source(home), *SHORT]
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "train", interrupted)
+        patch.setattr(finetuning, "train", interrupted)
         message = told(sylva(*base, code=130))
     command = message.partition("Go on with: sylva ")[2].split()
     assert command[-1] == "--resume"

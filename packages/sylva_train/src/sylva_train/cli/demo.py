@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from sylva_train.baselines import parse_method
-from sylva_train.comparison import Comparison
+from sylva_train.comparison import Comparison, check_output
 from sylva_train.workflow import finetune, predict
 
 from . import show
@@ -74,6 +74,7 @@ def run_demo(
     command: str,
 ) -> None:
     """Compare, fine-tune once, save, load and predict."""
+    check_output(output, resume=resume, overwrite=overwrite)
     introduce(comparison)
     results = run_comparison(
         comparison,

@@ -4,7 +4,7 @@ A run in a process of its own has its own peak memory and its own random state, 
 comparison that was killed goes on where it stopped.
 """
 
-from .compare import compare, load_results
+from .compare import check_output, compare
 from .events import Event
 from .plan import (
     DEMO,
@@ -15,6 +15,7 @@ from .plan import (
     demonstration,
 )
 from .process import worker
+from .results import load_results
 
 __all__ = [
     "DEMO",
@@ -23,6 +24,7 @@ __all__ = [
     "LEARNING_RATES",
     "Comparison",
     "Event",
+    "check_output",
     "compare",
     "demonstration",
     "load_results",

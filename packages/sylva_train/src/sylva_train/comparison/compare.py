@@ -1,27 +1,19 @@
-"""All runs of a comparison, each in its own process, and their results."""
+"""All runs of a comparison, each in its own process."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime as dt
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sylva_train._checks import ConfigError, atomic_write
 from sylva_train.baselines import parse_method
-from sylva_train.evaluation import METRICS
 from sylva_train.importance import score
 from sylva_train.masks import select
 from sylva_train.training import pick_device
@@ -30,10 +22,10 @@ from sylva_train.workflow import check_folder, load_task, located
 from .events import Clock, Event, Watcher
 from .plan import Comparison
 from .process import start
+from .results import gather
 
-__all__ = ["compare", "load_results"]
+__all__ = ["check_output", "compare"]
 
-FORMAT = "sylva-comparison/1"
 RUNS, RESULTS = "runs", "results.json"
 
 
@@ -81,24 +73,39 @@ def compare(
     """
     output = Path(output)
     comparison = dataclasses.replace(comparison, task=located(comparison.task))
-    begun = (output / RUNS).is_dir()
-    if not (resume and begun):
-        check_folder(
-            output,
-            marks=[RUNS, RESULTS],
-            overwrite=overwrite,
-            advice="go on with it (`resume=True`, `--resume`), " if begun else "",
-        )
-    if resume and begun:
+    keep = check_output(output, resume=resume, overwrite=overwrite)
+    if keep:
         check_same(comparison, output)
     if any(not done(output, *key) for key in keys(comparison)):
         check_plan(comparison)
-    with fresh(output, keep=resume and begun):
+    with fresh(output, keep=keep):
         rows = run_all(comparison, output, watch or (lambda _: None))
     results = gather(comparison, rows, command)
     with atomic_write(output / RESULTS) as temporary:
         temporary.write_text(json.dumps(results), encoding="utf-8")
     return results
+
+
+def check_output(
+    output: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False
+) -> bool:
+    """Refuse a folder that is in the way, and tell whether runs in it are to be kept.
+
+    Raises
+    ------
+    OutputExistsError
+        As `compare`.
+    """
+    begun = (Path(output) / RUNS).is_dir()
+    if resume and begun:
+        return True
+    check_folder(
+        output,
+        marks=[RUNS, RESULTS],
+        overwrite=overwrite,
+        advice="go on with it (`resume=True`, `--resume`), " if begun else "",
+    )
+    return False
 
 
 @contextlib.contextmanager
@@ -243,102 +250,3 @@ def stages(
         watch(dataclasses.replace(event, kind="stage", left=left, **progress))
 
     return report
-
-
-def gather(
-    comparison: Comparison, rows: list[dict[str, Any]], command: str | None
-) -> dict[str, Any]:
-    """Turn the runs' rows into the results that reports are made of."""
-    results: dict[str, Any] = {
-        "format": FORMAT,
-        "setup": setup(comparison, rows) | {"command": command},
-        "masks": {},
-        "scores": {},
-        "factor": None,
-        "runs": [],
-    }
-    for row in rows:
-        for part in ("masks", "scores"):
-            if part in row:
-                results[part][row["method"]] = row[part]
-        results["factor"] = results["factor"] or row.get("factor")
-        extra = ("masks", "scores", "factor", "total", "examples", "labels")
-        results["runs"].append({k: v for k, v in row.items() if k not in extra})
-    return results
-
-
-def setup(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return on what, with what and when a comparison was run."""
-    task, training = comparison.task, comparison.training
-    metric = task.metric or "accuracy"
-    device = pick_device(training.device)
-    packages = ("sylva-train", "hmatrix", "torch", "transformers", "peft", "numpy")
-    steps = max((len(row["history"]) for row in rows), default=0)
-    return {
-        "model": task.model,
-        "data": f"{task.data} ({task.eval_data or task.eval_split})",
-        "task": task.task,
-        "labels": rows[0]["labels"],
-        "metric": metric,
-        "higher_is_better": METRICS[metric],
-        "train_examples": rows[0]["examples"][0],
-        "eval_examples": rows[0]["examples"][1],
-        "steps": training.steps or steps,
-        "batch_size": training.batch_size,
-        "density": comparison.sylva.density,
-        "block_size": comparison.sylva.block_size,
-        "seeds": list(comparison.seeds),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else processor(),
-        "threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"python": sys.version.split()[0]},
-        "commit": commit(),
-        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "total_weights": rows[0]["total"],
-    }
-
-
-def processor() -> str:
-    """Return the CPU's name."""
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """Return the commit of the checkout that the package runs from, if any."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
-
-
-def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the ``results.json`` of a comparison.
-
-    Raises
-    ------
-    ConfigError
-        If it is not one.
-    """
-    try:
-        results: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        msg = f"`{path}` cannot be read as the results of a comparison ({error})."
-        raise ConfigError(msg) from error
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
-        msg = f"`{path}` does not hold results of the format {FORMAT}."
-        raise ConfigError(msg)
-    return results

@@ -22,7 +22,7 @@ __all__ = [
 
 #: Peak learning rates, chosen on the validation split (benchmarks/bench_rates.py); the
 #: pruner trains the same kind of weights as Sylva, and takes its rate.
-LEARNING_RATES = {"full": 4e-4, "lora": 4e-3, "kfac-pruner": 2e-3, "sylva": 2e-3}
+LEARNING_RATES = {"full": 4e-4, "lora": 4e-3, "kfac-pruner": 4e-3, "sylva": 4e-3}
 
 #: Methods of the short comparison.
 DEMO = ("frozen", "full", "lora", "sylva:kfac:mlr", "sylva:random")

@@ -5,12 +5,12 @@ A fine-tuning is a folder: ``adapter/`` (PEFT's layout), ``masks.safetensors``,
 ``sylva.json`` with the task, the options, the classes and, once it is done, the results.
 """
 
+from .finetuning import finetune
 from .inspection import describe_masks, describe_scores, kind_of
 from .outputs import check_folder
 from .progress import Progress, Report, duration
 from .runs import (
     evaluate_folder,
-    finetune,
     load_folder,
     merge_folder,
     predict,
