@@ -1,0 +1,124 @@
+"""The results of a comparison: put together from its runs, and read again."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sylva_train._checks import ConfigError
+from sylva_train.evaluation import METRICS
+from sylva_train.training import pick_device
+
+from .plan import Comparison
+
+__all__ = ["gather", "load_results"]
+
+FORMAT = "sylva-comparison/1"
+
+
+def gather(
+    comparison: Comparison, rows: list[dict[str, Any]], command: str | None
+) -> dict[str, Any]:
+    """Turn the runs' rows into the results that reports are made of."""
+    results: dict[str, Any] = {
+        "format": FORMAT,
+        "setup": setup(comparison, rows) | {"command": command},
+        "masks": {},
+        "scores": {},
+        "factor": None,
+        "runs": [],
+    }
+    for row in rows:
+        for part in ("masks", "scores"):
+            if part in row:
+                results[part][row["method"]] = row[part]
+        results["factor"] = results["factor"] or row.get("factor")
+        extra = ("masks", "scores", "factor", "total", "examples", "labels")
+        results["runs"].append({k: v for k, v in row.items() if k not in extra})
+    return results
+
+
+def setup(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return on what, with what and when a comparison was run."""
+    task, training = comparison.task, comparison.training
+    metric = task.metric or "accuracy"
+    device = pick_device(training.device)
+    packages = ("sylva-train", "hmatrix", "torch", "transformers", "peft", "numpy")
+    steps = max((len(row["history"]) for row in rows), default=0)
+    return {
+        "model": task.model,
+        "data": f"{task.data} ({task.eval_data or task.eval_split})",
+        "task": task.task,
+        "labels": rows[0]["labels"],
+        "metric": metric,
+        "higher_is_better": METRICS[metric],
+        "train_examples": rows[0]["examples"][0],
+        "eval_examples": rows[0]["examples"][1],
+        "steps": training.steps or steps,
+        "batch_size": training.batch_size,
+        "density": comparison.sylva.density,
+        "block_size": comparison.sylva.block_size,
+        "seeds": list(comparison.seeds),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: importlib.metadata.version(name) for name in packages}
+        | {"python": sys.version.split()[0]},
+        "commit": commit(),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "total_weights": rows[0]["total"],
+    }
+
+
+def processor() -> str:
+    """Return the CPU's name."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout that the package runs from, if any."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the ``results.json`` of a comparison.
+
+    Raises
+    ------
+    ConfigError
+        If it is not one.
+    """
+    try:
+        results: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        msg = f"`{path}` cannot be read as the results of a comparison ({error})."
+        raise ConfigError(msg) from error
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        msg = f"`{path}` does not hold results of the format {FORMAT}."
+        raise ConfigError(msg)
+    return results

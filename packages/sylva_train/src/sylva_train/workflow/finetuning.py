@@ -1,0 +1,287 @@
+"""Fine-tuning from start to end, into a folder that an interrupted run goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from torch import nn
+
+from sylva_train._checks import (
+    ConfigError,
+    OutputExistsError,
+    atomic_folder,
+    atomic_write,
+)
+from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
+from sylva_train.evaluation import evaluate
+from sylva_train.importance import Scores
+from sylva_train.layers import embed
+from sylva_train.masks import Masks, select
+from sylva_train.training import train
+from sylva_train.tuner import save_adapter
+
+from .outputs import check_folder, occupied
+from .progress import Progress
+from .runs import FORMAT, RECORD, read_run
+from .scoring import check_targets, score_task
+from .task import Task, heads, load_task, located
+
+__all__ = ["finetune"]
+
+#: Facts that a configuration gets when an adapter is written.
+FACTS = {"masks", "block_counts", "layer_shapes", "base_fingerprint", "checksum"}
+#: Options that say how to choose blocks, which masks bring with them.
+CHOICE = (
+    "importance", "curvature", "levels", "rank", "samples", "tokens", "damping", "seed",
+    "density", "block_size", "scope",
+)  # fmt: skip
+
+
+def sylva_options(config: SylvaConfig) -> dict[str, Any]:
+    """Return Sylva's own options, without PEFT's and the facts of an adapter."""
+    foreign = {field.name for field in dataclasses.fields(PeftConfig)} | FACTS
+    names = [field.name for field in dataclasses.fields(config)]
+    return {name: getattr(config, name) for name in names if name not in foreign}
+
+
+def run_record(
+    task: TaskConfig, config: SylvaConfig, training: TrainingConfig, source: str | None
+) -> dict[str, Any]:
+    """Return what ``sylva.json`` says of a run that has begun."""
+    record = {
+        "format": FORMAT,
+        "finished": False,
+        "task": dataclasses.asdict(task),
+        "sylva": sylva_options(config),
+        "training": dataclasses.asdict(training),
+        "source": source,
+    }
+    # As it will be read: tuples become lists, numbers keep their type.
+    read: dict[str, Any] = json.loads(json.dumps(record))
+    return read
+
+
+def check_same(begun: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
+    """Raise `ConfigError` where a run that is to go on has other options."""
+    parts = [key for key in ("task", "sylva", "training") if begun[key] != wanted[key]]
+    differ = [
+        f"`{name}` is {begun[part].get(name)!r} there and {value!r} here"
+        for part in parts
+        for name, value in wanted[part].items()
+        if begun[part].get(name) != value
+    ]
+    if begun["source"] != wanted["source"] and wanted["source"] is not None:
+        differ.append("the blocks come from other masks or scores")
+    if differ:
+        msg = (
+            f"`{output}` is a run with other options: {'; '.join(differ)}. Go on with the"
+            " same ones, or choose another folder."
+        )
+        raise ConfigError(msg)
+
+
+def finetune(
+    task_config: TaskConfig,
+    config: SylvaConfig,
+    training: TrainingConfig,
+    output: str | os.PathLike[str],
+    *,
+    masks: Masks | None = None,
+    scores: Scores | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score, choose blocks, fine-tune them, evaluate, and save the adapter.
+
+    Parameters
+    ----------
+    task_config, config, training : TaskConfig, SylvaConfig, TrainingConfig
+        The task, what to train of the model, and how.
+    output : path
+        Folder of the run.
+    masks, scores : Masks, Scores, optional
+        Chosen or scored before; nothing is scored then.
+    resume : bool
+        Go on with an interrupted run in ``output``, to the identical weights; begin it
+        where there is none.
+    overwrite : bool
+        Whether to replace a run that is there. It is deleted when the new one's blocks
+        are chosen and its training begins.
+    progress : bool
+        Whether to show progress on stderr.
+
+    Returns
+    -------
+    dict
+        What ``sylva.json`` holds: ``task``, ``sylva``, ``training``, ``labels``,
+        ``metrics`` of the evaluation, ``history`` of the training, ``trainable``
+        (``head`` of them outside of the blocks) and ``total`` weights.
+
+    Raises
+    ------
+    OutputExistsError
+        If ``output`` exists and neither ``resume`` nor ``overwrite`` is set.
+    ConfigError
+        If ``resume`` meets a run with other options.
+    SylvaError
+        Whatever stops scoring, training or saving.
+    """
+    output = Path(output)
+    task_config = located(task_config)
+    if masks is not None and scores is not None:
+        msg = "`masks` and `scores` must not both be given: masks are made from scores."
+        raise ConfigError(msg)
+    given = masks if masks is not None else scores
+    source = None
+    if given is not None:
+        config, source = chosen(config, given), origin(given)
+    wanted = run_record(task_config, config, training, source)
+    begun = None
+    if resume and (output / RECORD).exists():
+        begun = read_run(output, finished=False)
+        check_same(begun, wanted, output)
+        if begun["finished"]:
+            return begun
+    elif resume and occupied(output):
+        msg = f"`{output}` has no run to go on with; choose another folder."
+        raise OutputExistsError(msg)
+    else:
+        check_new(output, overwrite=overwrite)
+    with Progress(enabled=progress) as bars:
+        task = load_task(task_config, seed=training.seed)
+        assert task.held_out is not None
+        bars.say(
+            f"{len(task.train):,} examples to train on ({task.train.name}),"
+            f" {len(task.held_out):,} to evaluate on."
+        )
+        if config.modules_to_save is None:
+            config = dataclasses.replace(config)
+            config.modules_to_save = heads(task.model, task_config.task)
+        if begun is not None:
+            masks = Masks.load(output / "masks.safetensors")
+        elif masks is None:
+            check_targets(task, config)
+            if scores is None:
+                scores = score_task(
+                    task,
+                    config,
+                    seed=training.seed,
+                    device=training.device,
+                    progress=bars,
+                )
+            masks = select(scores, config.density, config.block_size, config.scope)
+        total = sum(p.numel() for p in task.model.parameters())
+        # Masks of another model stop here, before anything is written or replaced.
+        embed(task.model, masks, modules_to_save=config.modules_to_save)
+        if begun is None:
+            with atomic_folder(output, overwrite=overwrite) as folder:
+                if scores is not None:
+                    scores.save(folder / "scores.safetensors")
+                masks.save(folder / "masks.safetensors")
+                text = json.dumps(wanted, indent=1)
+                (folder / RECORD).write_text(text, encoding="utf-8")
+        found = train_blocks(task, config, training, output, masks, resume, bars)
+    record = wanted | {"finished": True, **found, "total": total}
+    with atomic_write(output / RECORD) as temporary:
+        temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    return record
+
+
+def chosen(config: SylvaConfig, given: Masks | Scores) -> SylvaConfig:
+    """Return the options with those that masks or scores were made with."""
+    names = [name for name in CHOICE if given.metadata.get(name) is not None]
+    if isinstance(given, Scores):
+        names = [n for n in names if n not in {"density", "block_size", "scope"}]
+    known = {name: given.metadata[name] for name in names}
+    # Rules that need no data have seen no sample.
+    known["samples"] = known.get("samples") or config.samples
+    return dataclasses.replace(config, **known)
+
+
+def origin(given: Masks | Scores) -> str:
+    """Identify masks or scores that were given, to know them again."""
+    if isinstance(given, Masks):
+        return f"masks {given.digest()}"
+    digest = hashlib.sha256()
+    for name, layer in sorted(given.items()):
+        digest.update(name.encode())
+        for part in (layer.s_out, layer.s_in, layer.grid):
+            if part is not None:
+                digest.update(part.cpu().contiguous().numpy().tobytes())
+    return f"scores {digest.hexdigest()}"
+
+
+def check_new(output: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that is in the way."""
+    record = output / RECORD
+    unfinished = False
+    if record.exists() and not overwrite:
+        unfinished = not read_run(output, finished=False)["finished"]
+    advice = "go on with it (`resume=True`, `--resume`), " if unfinished else ""
+    check_folder(output, marks=[RECORD], overwrite=overwrite, advice=advice)
+
+
+def train_blocks(
+    task: Task,
+    config: SylvaConfig,
+    training: TrainingConfig,
+    output: Path,
+    masks: Masks,
+    resume: bool,
+    bars: Progress,
+) -> dict[str, Any]:
+    """Train embedded blocks, evaluate them and save the adapter."""
+    seed = training.seed
+    loader = task.loader(training.batch_size, seed, progress=bars.stage("tokenizing"))
+    eval_loader = task.eval_loader(progress=bars.stage("tokenizing"))
+    steps = training.steps or training.epochs * -(-len(loader) // training.accumulate)
+    blocks, layers = (sum(map(len, masks.values())), sum(map(bool, masks.values())))
+    bars.say(
+        f"Training {masks.trainable:,} weights for {steps:,} steps: {blocks:,} blocks in"
+        f" {layers} layers, {masks.density:.1%} of them."
+    )
+
+    def score_model(model: nn.Module) -> dict[str, Any]:
+        metric, report = task.config.metric, bars.stage("evaluating")
+        return evaluate(model, eval_loader, metric=metric, progress=report)
+
+    def show(step: dict[str, float]) -> None:
+        words = f"step {step['step']:,} of {steps:,}, loss {step['loss']:.3f}"
+        bars.report("training", step["step"], steps, words=words)
+
+    result = train(
+        task.model,
+        loader,
+        training,
+        output=output / "checkpoints",
+        resume=resume,
+        evaluate=score_model,
+        progress=False,
+        callbacks=[show],
+    )
+    save_adapter(task.model, output / "adapter", config=config, overwrite=resume)
+    head = sum(
+        p.numel()
+        for name, p in task.model.named_parameters()
+        if p.requires_grad and "sylva_values" not in name
+    )
+    return {
+        "labels": task.train.label_names,
+        "metrics": result.metrics,
+        "history": result.history,
+        "seconds_per_step": result.seconds_per_step,
+        "train_seconds": result.train_seconds,
+        "blocks": blocks,
+        "trainable": masks.trainable + head,
+        "head": head,
+        "density": masks.density,
+    }
