@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
+import sylva_train
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.pretrained import load_model
@@ -229,6 +231,31 @@ def test_options_that_cannot_be_used(home, tmp_path, options, words):
 def test_an_unknown_flag_is_an_error_of_usage(tmp_path):
     result = sylva("finetune", tmp_path / "run", "--densty", "0.5", code=2)
     assert "--density" in result.stderr
+
+
+def test_warnings_are_lines(home, tmp_path):
+    options = ["--importance", "kfac", "--block-size", 8, "--samples", 8]
+    rough = ["--curvature", "hodlr", "--levels", 1, "--rank", 4]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        output = tmp_path / "s.safetensors"
+        result = sylva("score", output, *source(home), *options, *rough)
+    lines = [x for x in result.stderr.splitlines() if x.startswith("Warning: ")]
+    assert len(lines) == 1
+    assert "importance.py" not in result.stderr
+
+
+def test_pairs_of_texts(home, tmp_path):
+    data = tmp_path / "pairs.csv"
+    rows = [f"{a},{b},{'same' if a == b else 'other'}" for a in "abcd" for b in "abcd"]
+    data.write_text("\n".join(["first,second,label", *rows]))
+    options = [*source(home), "--data", data, "--text-column", "first,second", *SHORT]
+    sylva("finetune", tmp_path / "run", *options)
+    sylva("evaluate", tmp_path / "run")
+
+
+def test_version():
+    assert sylva("--version").stdout.split() == ["sylva-train", sylva_train.__version__]
 
 
 def test_debug_shows_where_an_error_arose(tmp_path):

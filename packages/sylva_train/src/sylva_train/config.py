@@ -267,7 +267,7 @@ class TaskConfig:
     eval_split : str
         Split to evaluate on, where ``data`` or ``eval_data`` has splits.
     text_column, label_column, target_column : str or int, optional
-        Columns of the data, where their usual names do not tell.
+        Columns of the data, where their usual names do not tell; two of texts make pairs.
     limit, eval_limit : int, optional
         Examples to keep at most.
     max_length : int
@@ -289,7 +289,7 @@ class TaskConfig:
     data: str = "e2e-rating"
     eval_data: str | None = None
     eval_split: str = "validation"
-    text_column: str | int | None = None
+    text_column: str | int | list[str | int] | None = None
     label_column: str | int | None = None
     target_column: str | int | None = None
     limit: int | None = None

@@ -7,7 +7,9 @@ import inspect
 import shlex
 import sys
 from collections.abc import Callable, Collection
+from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -35,7 +37,7 @@ from . import show
 from .comparing import publish, run_comparison
 from .demo import run_demo
 from .errors import Commands
-from .options import column, expand, numbers, rates, words
+from .options import column, columns, expand, numbers, rates, words
 
 __all__ = ["app", "main"]
 
@@ -71,6 +73,25 @@ def command(
         return function
 
     return register
+
+
+def show_version(value: bool) -> None:
+    """Print the version and end."""
+    if value:
+        typer.echo(f"sylva-train {version('sylva-train')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version.", is_eager=True, callback=show_version
+        ),
+    ] = False,
+) -> None:
+    """Hold the options of `sylva` itself."""
 
 
 def main() -> None:
@@ -184,7 +205,7 @@ def evaluate(
     changes = {
         "eval_data": data,
         "eval_split": split,
-        "text_column": column(text_column),
+        "text_column": columns(text_column),
         "label_column": column(label_column),
         "target_column": column(target_column),
         "eval_limit": limit,

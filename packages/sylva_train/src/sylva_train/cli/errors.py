@@ -38,8 +38,15 @@ def fail(message: str) -> None:
     console.print(f"Error: {line}", style="red", markup=False)
 
 
-def warn(message: Warning | str, *_: object, **__: object) -> None:
-    """Print a warning as a line, without the source that it came from."""
+def warn(
+    message: Warning | str, category: type[Warning], *_: object, **__: object
+) -> None:
+    """Print a warning as a line, without the source that it came from.
+
+    Not what libraries tell developers, such as that a function of theirs will go.
+    """
+    if not issubclass(category, UserWarning):
+        return
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     line = " ".join(str(message).split())
     console.print(f"Warning: {line}", style="yellow", markup=False)

@@ -93,7 +93,7 @@ FLAGS: dict[str, Flag] = {
     "text_column": flag(
         str | None,
         TASK,
-        "Column of the texts: name, or number from 0.",
+        "Column of the texts: name, or number from 0; two of them make pairs.",
         metavar="COLUMN",
     ),
     "label_column": flag(

@@ -21,7 +21,7 @@ from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from .files import read_options
 from .flags import FLAGS, PANELS
 
-__all__ = ["column", "expand", "numbers", "rates", "words"]
+__all__ = ["column", "columns", "expand", "numbers", "rates", "words"]
 
 _NONE = inspect.Parameter.empty
 
@@ -83,6 +83,12 @@ def column(text: str | None) -> str | int | None:
     return int(text) if text is not None and text.isdigit() else text
 
 
+def columns(text: str | None) -> str | int | list[str | int | None] | None:
+    """Read a column, or two with a comma between them."""
+    parts = [column(part) for part in words(text) or ()]
+    return parts if len(parts) > 1 else column(text)
+
+
 def density(values: dict[str, Any], source: Callable[[str], int]) -> float:
     """Return the density, which may be given as sparsity.
 
@@ -123,8 +129,10 @@ def build(kind: type, values: dict[str, Any], source: Callable[[str], int]) -> A
         fields[name] = modules(fields[name])
     if "modules_to_save" in fields:
         fields["modules_to_save"] = words(fields["modules_to_save"])
-    for name in fields.keys() & {"text_column", "label_column", "target_column"}:
+    for name in fields.keys() & {"label_column", "target_column"}:
         fields[name] = column(fields[name])
+    if "text_column" in fields:
+        fields["text_column"] = columns(fields["text_column"])
     return kind(**fields)
 
 

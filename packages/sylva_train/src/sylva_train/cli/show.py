@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sylva_train.comparison import load_results
+from sylva_train.config import TaskConfig
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.report import headline, summary_table
@@ -21,6 +22,7 @@ from sylva_train.workflow import (
     describe_masks,
     describe_scores,
     duration,
+    evaluated_on,
     read_run,
 )
 
@@ -212,7 +214,7 @@ def run(record: Mapping[str, Any], path: Path) -> None:
     rule = options["importance"]
     about: dict[str, object] = {
         "model": task["model"],
-        "data": f"{task['data']} ({task['eval_data'] or task['eval_split']})",
+        "data": f"{task['data']} ({evaluated_on(TaskConfig(**task))})",
         "rule": f"{rule} ({options['curvature']})" if rule == "kfac" else rule,
     }
     if not record["finished"]:

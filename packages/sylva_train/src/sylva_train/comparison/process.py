@@ -116,11 +116,19 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def tell_warning(
+    message: Warning | str, category: type[Warning], *_: object, **__: object
+) -> None:
+    """Tell the parent of a warning to users; libraries' for developers are not."""
+    if issubclass(category, UserWarning):
+        send(warning=str(message))
+
+
 def worker() -> None:
     """Do the run of the spec file that the command line names (a child's entry)."""
     spec_path, result_path = map(Path, sys.argv[1:3])
     end_with_parent()
-    warnings.showwarning = lambda text, *_, **__: send(warning=str(text))
+    warnings.showwarning = tell_warning
     # Bars of saving a model would run into those of the parent.
     logging.disable_progress_bar()
     # What was imported is not garbage: a collection takes a tenth of the time.

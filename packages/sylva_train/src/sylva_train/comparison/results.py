@@ -17,6 +17,7 @@ import torch
 from sylva_train._checks import ConfigError
 from sylva_train.evaluation import METRICS
 from sylva_train.training import pick_device
+from sylva_train.workflow import evaluated_on
 
 from .plan import Comparison
 
@@ -56,7 +57,7 @@ def setup(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
     steps = max((len(row["history"]) for row in rows), default=0)
     return {
         "model": task.model,
-        "data": f"{task.data} ({task.eval_data or task.eval_split})",
+        "data": f"{task.data} ({evaluated_on(task)})",
         "task": task.task,
         "labels": rows[0]["labels"],
         "metric": metric,

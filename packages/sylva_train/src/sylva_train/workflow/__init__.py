@@ -17,7 +17,7 @@ from .runs import (
     read_run,
 )
 from .scoring import score_file, score_task
-from .task import Task, heads, load_task, located
+from .task import Task, evaluated_on, heads, load_task, located
 
 __all__ = [
     "Progress",
@@ -28,6 +28,7 @@ __all__ = [
     "describe_scores",
     "duration",
     "evaluate_folder",
+    "evaluated_on",
     "finetune",
     "heads",
     "kind_of",

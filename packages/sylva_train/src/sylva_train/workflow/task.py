@@ -19,7 +19,7 @@ from sylva_train.pretrained import load_model
 
 from .progress import Report
 
-__all__ = ["Task", "heads", "load_task", "located", "read_data"]
+__all__ = ["Task", "evaluated_on", "heads", "load_task", "located", "read_data"]
 
 #: Part of a single file that is kept for evaluation.
 HOLDOUT = 0.1
@@ -113,6 +113,13 @@ def located(config: TaskConfig) -> TaskConfig:
 def is_file(spec: str) -> bool:
     """Whether data is a single file, which has no splits."""
     return spec not in builtin_names() and Path(spec).expanduser().is_file()
+
+
+def evaluated_on(config: TaskConfig) -> str:
+    """Say on what a task is evaluated."""
+    if config.eval_data is not None:
+        return config.eval_data
+    return "a tenth held out" if is_file(config.data) else config.eval_split
 
 
 def read_data(
