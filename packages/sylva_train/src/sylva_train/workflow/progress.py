@@ -139,7 +139,8 @@ class Progress:
         stage = self.stages.setdefault(name, Stage(now, done))
         if left is None and done > stage.first:
             left = (now - stage.begin) * (total - done) / (done - stage.first)
-        rest = "" if left is None else f"{duration(left)} left"
+        # An estimate that has run out says nothing.
+        rest = f"{duration(left)} left" if left and left >= 0.05 else ""
         words = words or name
         if done >= total:
             self.end(name)
