@@ -50,7 +50,9 @@ def training(**options) -> TrainingConfig:
 
 def sylva(*arguments, code: int = 0, trace: bool = False) -> Result:
     """Run a command in this process, and check how it ends."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(
+        app, [str(argument) for argument in arguments]
+    )
     assert result.exit_code == code, result.output
     if code and not trace:
         # Nothing but the message, which is one line.

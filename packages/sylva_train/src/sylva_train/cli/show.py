@@ -124,6 +124,16 @@ def shape_text(shape: Sequence[int]) -> str:
     return " × ".join(map(str, shape))
 
 
+def shortened(names: Sequence[str]) -> tuple[str, list[str]]:
+    """Return what layers' names have in common as a title, and the rest of each."""
+    parts = [name.split(".")[:-1] for name in names]
+    alike = [len(set(column)) == 1 for column in zip(*parts, strict=False)]
+    common = [*alike, False].index(False) if len(names) > 1 else 0
+    prefix = ".".join(names[0].split(".")[:common]) if common else ""
+    title = f"layer in {prefix}" if prefix else "layer"
+    return title, [".".join(name.split(".")[common:]) for name in names]
+
+
 def as_text(content: Any) -> None:
     """Print JSON."""
     say(json.dumps(content, indent=1, ensure_ascii=False))
@@ -138,6 +148,7 @@ def scores(found: Scores, density: float = 0.05, block_size: int | None = None) 
     """Print how the importance of each layer is spread over its blocks."""
     about = describe_scores(found, density, block_size)
     side = about["block_size"]
+    title, names = shortened(list(about["layers"]))
     rows = [
         (
             name,
@@ -146,10 +157,10 @@ def scores(found: Scores, density: float = 0.05, block_size: int | None = None) 
             f"{layer['top_share']:.1%}",
             f"{layer['effective']:.0%}",
         )
-        for name, layer in about["layers"].items()
+        for name, layer in zip(names, about["layers"].values(), strict=True)
     ]
     top = f"in top {density:.3g}" if density < 0.01 else f"in top {density:.0%}"
-    columns = ("layer", "shape", "blocks", top, "effective")
+    columns = (title, "shape", "blocks", top, "effective")
     out().print(table(columns, rows))
     prose(
         f"Blocks of {side} × {side} weights. '{top}': the share of the layer's score that"
@@ -167,6 +178,7 @@ def masks(found: Masks) -> None:
 
 def layer_table(about: Mapping[str, Any]) -> None:
     """Print blocks, weights and density of each layer and of all."""
+    title, names = shortened(list(about["layers"]))
     rows = [
         (
             name,
@@ -175,7 +187,7 @@ def layer_table(about: Mapping[str, Any]) -> None:
             f"{layer['trainable']:,}",
             f"{layer['density']:.1%}",
         )
-        for name, layer in about["layers"].items()
+        for name, layer in zip(names, about["layers"].values(), strict=True)
     ]
     total = (
         "all",
@@ -184,7 +196,7 @@ def layer_table(about: Mapping[str, Any]) -> None:
         f"{about['trainable']:,}",
         f"{about['density']:.1%}",
     )
-    grid = table(("layer", "shape", "blocks", "weights", "density"), rows)
+    grid = table((title, "shape", "blocks", "weights", "density"), rows)
     grid.add_section()
     grid.add_row(*total, style="bold")
     out().print(grid)
