@@ -363,3 +363,13 @@ def test_a_factor_of_full_rank_is_described_without_error(curvature):
     if curvature == "mlr":
         trace = sum(map(sum, entry["singular_values"]))
         assert trace == pytest.approx(sum(entry["spectrum_dense"]), rel=1e-4)
+
+
+def test_a_changed_score_file_is_refused(tmp_path):
+    path = tmp_path / "scores.safetensors"
+    score(bert(), batches(), config()).save(path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(AdapterError, match="changed"):
+        Scores.load(path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sylva_train._checks import AdapterError, ConfigError
@@ -209,18 +210,14 @@ def test_a_truncated_file_is_found_out(tmp_path, keep):
         Masks.load(path)
 
 
-saved_digest = Masks(
-    {"a": LayerMask((8, 8), 4, torch.tensor([[0, 0], [1, 1]]))}
-).digest()
-
-
-def rewrite(path, header=None, indices=((0, 0), (1, 1))):
-    tensors = {"a": torch.tensor(indices, dtype=torch.int32)}
-    layers = {"a": {"shape": [8, 8], "block_size": 4}}
-    good = {"format": "sylva-masks/1", "layers": layers, "metadata": {}}
-    good["digest"] = saved_digest
-    text = json.dumps(good | (header or {}))
-    save_file(tensors, path, metadata={"sylva": text})
+def rewrite(path, header=None, indices=None):
+    """Change a file that was saved, as anything but `Masks.save` would."""
+    with safe_open(path, "pt") as file:
+        kept = json.loads(file.metadata()["sylva"])
+        tensors = {name: file.get_tensor(name) for name in kept["layers"]}
+    if indices is not None:
+        tensors["a"] = torch.tensor(indices, dtype=torch.int32)
+    save_file(tensors, path, metadata={"sylva": json.dumps(kept | (header or {}))})
 
 
 @pytest.mark.parametrize(
@@ -238,11 +235,12 @@ def rewrite(path, header=None, indices=((0, 0), (1, 1))):
         {"indices": ((0, 0), (0, 0))},
         {"indices": ((0, 0), (1, 0))},
         {"header": {"layers": {"a": {"shape": [8, 7], "block_size": 4}}}},
-        {"header": {"digest": None}},
+        {"header": {"sha256": None}},
+        {"header": {"metadata": {"density": 0.5}}},
     ],
 )
 def test_a_changed_file_is_found_out(tmp_path, change):
-    path = tmp_path / "m.safetensors"
+    path = saved(tmp_path)
     rewrite(path)
     assert len(Masks.load(path)["a"]) == 2
     rewrite(path, **change)

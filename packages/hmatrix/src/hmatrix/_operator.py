@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from hmatrix._backend import Array, Space, transpose
-from hmatrix._checks import ShapeError, check_operand
+from hmatrix._checks import ShapeError, check_operand, check_space
 from hmatrix.tree import ClusterTree
 
-__all__ = ["Operator", "apply_padded", "pad_rows"]
+__all__ = ["Operator", "StoredOperator", "apply_padded", "pad_rows"]
 
 
 def pad_rows(x: Array, rows: int) -> Array:
@@ -130,3 +130,27 @@ class Operator(ABC):
         if len(x.shape) == 2:
             return transpose(self._product(transpose(x), self._apply_transposed))
         return self._product(x, self._apply_transposed)
+
+
+class StoredOperator(Operator):
+    """An operator that is the arrays it holds."""
+
+    leaves: Array
+
+    @abstractmethod
+    def map(self, change: Callable[[Array], Array]) -> Self:
+        """Return a copy with ``change`` applied to each stored array."""
+
+    def to(self, *, like: Array | None = None, dtype: object = None) -> Self:
+        """Return a copy in the library and device of ``like`` and in ``dtype``.
+
+        Parameters
+        ----------
+        like : array, optional
+            Array whose library and device, and dtype if ``dtype`` is not given,
+            to take; default: this matrix's own.
+        dtype : str or dtype, optional
+            ``"float32"`` or ``"float64"``.
+        """
+        space = check_space(Space.like(self.leaves if like is None else like, dtype))
+        return self.map(space.asarray)

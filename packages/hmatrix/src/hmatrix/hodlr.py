@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hmatrix._backend import Array, Space, nbytes, transpose
 from hmatrix._checks import ShapeError, check_space
-from hmatrix._operator import Operator
+from hmatrix._operator import StoredOperator
 from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
 
@@ -15,7 +15,7 @@ __all__ = ["HODLR"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HODLR(Operator):
+class HODLR(StoredOperator):
     """Hierarchically off-diagonal low-rank matrix.
 
     At every level each node's diagonal block is halved into ``[[B11, B12], [B21,
@@ -155,20 +155,6 @@ class HODLR(Operator):
         return HODLR(
             self.tree, change(self.leaves), mapped(self.upper), lower, self.error
         )
-
-    def to(self, *, like: Array | None = None, dtype: object = None) -> HODLR:
-        """Return a copy in the library and device of ``like`` and in ``dtype``.
-
-        Parameters
-        ----------
-        like : array, optional
-            Array whose library and device, and dtype if ``dtype`` is not given,
-            to take; default: this matrix's own.
-        dtype : str or dtype, optional
-            ``"float32"`` or ``"float64"``.
-        """
-        space = check_space(Space.like(self.leaves if like is None else like, dtype))
-        return self.map(space.asarray)
 
     def _apply(self, x: Array) -> Array:
         xp, q = self.space.xp, x.shape[1]

@@ -9,14 +9,14 @@ import numpy as np
 
 from hmatrix._backend import Array, Space, nbytes, to_numpy, transpose
 from hmatrix._checks import ShapeError, check_operand, check_space
-from hmatrix._operator import Operator
+from hmatrix._operator import StoredOperator
 from hmatrix.tree import ClusterTree
 
 __all__ = ["MLR"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MLR(Operator):
+class MLR(StoredOperator):
     """Symmetric multilevel low-rank matrix.
 
     ``A = blkdiag(L_j) + sign · Σ_k blkdiag_j(F_kj F_kjᵀ)``. With ``sign=1`` and
@@ -133,20 +133,6 @@ class MLR(Operator):
         """Return a copy with ``change`` applied to each stored array."""
         factors = tuple(change(F) for F in self.factors)
         return MLR(self.tree, change(self.leaves), factors, self.sign)
-
-    def to(self, *, like: Array | None = None, dtype: object = None) -> MLR:
-        """Return a copy in the library and device of ``like`` and in ``dtype``.
-
-        Parameters
-        ----------
-        like : array, optional
-            Array whose library and device, and dtype if ``dtype`` is not given,
-            to take; default: this matrix's own.
-        dtype : str or dtype, optional
-            ``"float32"`` or ``"float64"``.
-        """
-        space = check_space(Space.like(self.leaves if like is None else like, dtype))
-        return self.map(space.asarray)
 
     def _apply(self, x: Array) -> Array:
         xp, q = self.space.xp, x.shape[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
@@ -11,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from ._checks import AdapterError, ConfigError, NonFiniteError, atomic_write
+from ._checks import ConfigError, NonFiniteError
+from ._files import read_tensors, write_tensors
 from .config import NEEDS_DATA, SylvaConfig
 from .curvature import LayerCurvature, block_sums, collect_curvature
 from .targets import check_block_size, find_targets, weight_view
@@ -134,18 +132,14 @@ class Scores(Mapping[str, LayerScores]):
         """Write the scores to one safetensors file."""
         parts = ("s_out", "s_in", "grid")
         tensors = {
-            f"{name}.{part}": getattr(layer, part).cpu().contiguous()
+            f"{name}.{part}": getattr(layer, part)
             for name, layer in self.items()
             for part in parts
             if getattr(layer, part) is not None
         }
-        header = {
-            "format": FORMAT,
-            "layers": {n: {"shape": s.shape, "unit": s.unit} for n, s in self.items()},
-            "metadata": self.metadata,
-        }
-        with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata={"sylva": json.dumps(header)})
+        layers = {n: {"shape": s.shape, "unit": s.unit} for n, s in self.items()}
+        header = {"format": FORMAT, "layers": layers, "metadata": self.metadata}
+        write_tensors(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
@@ -154,28 +148,19 @@ class Scores(Mapping[str, LayerScores]):
         Raises
         ------
         AdapterError
-            If the file is damaged or is not a score file.
+            If the file is damaged, was changed, or is not a score file.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("sylva", "{}"))
-                if header.get("format") != FORMAT:
-                    msg = f"`{path}` is not a score file of the format {FORMAT}."
-                    raise AdapterError(msg)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                layers = {
-                    name: LayerScores(
-                        tuple(info["shape"]),
-                        tensors.get(f"{name}.s_out"),
-                        tensors.get(f"{name}.s_in"),
-                        tensors.get(f"{name}.grid"),
-                        info["unit"],
-                    )
-                    for name, info in header["layers"].items()
-                }
-        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-            msg = f"the score file `{path}` is damaged ({error}); score again."
-            raise AdapterError(msg) from error
+        tensors, header = read_tensors(path, FORMAT, "score")
+        layers = {
+            name: LayerScores(
+                tuple(info["shape"]),
+                tensors.get(f"{name}.s_out"),
+                tensors.get(f"{name}.s_in"),
+                tensors.get(f"{name}.grid"),
+                info["unit"],
+            )
+            for name, info in header["layers"].items()
+        }
         return cls(layers, header["metadata"])
 
 

@@ -11,17 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ._checks import (
-    AdapterError,
-    ConfigError,
-    atomic_write,
-    check_choice,
-    check_density,
-    check_integer,
-)
+from ._checks import ConfigError, check_choice, check_density, check_integer
+from ._files import read_tensors, write_tensors
 from .config import SCOPES
 
 if TYPE_CHECKING:
@@ -185,18 +177,13 @@ class Masks(Mapping[str, LayerMask]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to one safetensors file."""
-        header = {
-            "format": FORMAT,
-            "layers": {
-                name: {"shape": mask.shape, "block_size": mask.block_size}
-                for name, mask in self.items()
-            },
-            "metadata": self.metadata,
-            "digest": self.digest(),
+        layers = {
+            name: {"shape": mask.shape, "block_size": mask.block_size}
+            for name, mask in self.items()
         }
+        header = {"format": FORMAT, "layers": layers, "metadata": self.metadata}
         tensors = {name: mask.indices.to(torch.int32) for name, mask in self.items()}
-        with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata={"sylva": json.dumps(header)})
+        write_tensors(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
@@ -205,37 +192,14 @@ class Masks(Mapping[str, LayerMask]):
         Raises
         ------
         AdapterError
-            If the file is damaged or is not a mask file.
+            If the file is damaged, was changed, or is not a mask file.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("sylva", "{}"))
-                if header.get("format") != FORMAT:
-                    msg = f"`{path}` is not a mask file of the format {FORMAT}."
-                    raise AdapterError(msg)
-                layers = {
-                    name: LayerMask(
-                        tuple(info["shape"]), info["block_size"], file.get_tensor(name)
-                    )
-                    for name, info in header["layers"].items()
-                }
-            masks = cls(layers, header["metadata"])
-            whole = masks.digest() == header["digest"]
-        except AdapterError:
-            raise
-        except (
-            SafetensorError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-        ) as e:
-            msg = f"the mask file `{path}` is damaged ({e}); make it again."
-            raise AdapterError(msg) from e
-        if not whole:
-            msg = f"the mask file `{path}` was changed; make it again."
-            raise AdapterError(msg)
-        return masks
+        tensors, header = read_tensors(path, FORMAT, "mask")
+        layers = {
+            name: LayerMask(tuple(info["shape"]), info["block_size"], tensors[name])
+            for name, info in header["layers"].items()
+        }
+        return cls(layers, header["metadata"])
 
 
 def top_blocks(blocks: torch.Tensor, count: int) -> torch.Tensor:

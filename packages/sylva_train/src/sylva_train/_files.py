@@ -1,0 +1,82 @@
+"""One safetensors file with a JSON header: how scores and masks are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ._checks import AdapterError, atomic_write
+
+__all__ = ["read_tensors", "write_tensors"]
+
+
+def checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> str:
+    """Hash tensors, by name, and their header."""
+    total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        total.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    header: Mapping[str, Any],
+) -> None:
+    """Write tensors and a header with a ``format`` and a checksum, or nothing."""
+    kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    # As it will be read: JSON has no tuples, and no keys but strings.
+    plain = json.loads(json.dumps(header))
+    plain["sha256"] = checksum(kept, plain)
+    with atomic_write(path) as temporary:
+        save_file(kept, temporary, metadata={"sylva": json.dumps(plain)})
+
+
+def read_tensors(
+    path: str | os.PathLike[str], file_format: str, what: str
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    file_format : str
+        The ``format`` that the header must have.
+    what : str
+        What the file is called in messages.
+
+    Returns
+    -------
+    tensors : dict of str to torch.Tensor
+    header : dict
+
+    Raises
+    ------
+    AdapterError
+        If the file is damaged, was changed, or is not of this format.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("sylva", "{}"))
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, ValueError) as error:
+        msg = f"the {what} file `{path}` is damaged ({error}); make it again."
+        raise AdapterError(msg) from error
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != file_format:
+        msg = f"`{path}` is not a {what} file of the format {file_format}."
+        raise AdapterError(msg)
+    if header.pop("sha256", None) != checksum(tensors, header):
+        msg = f"the {what} file `{path}` was changed; make it again."
+        raise AdapterError(msg)
+    return tensors, header
