@@ -34,7 +34,7 @@ def table(page: Page) -> str:
             f'<th scope="row"><span>{page.named(row.method)}</span>{badge}</th>'
             f"{values}</tr>"
         )
-    note = caption(page.results).replace("; ★ best Sylva rule", "")
+    note = caption(page.results).replace("; ★ best scoring rule", "")
     note += (
         " Trained: weights of the body, the task's head aside. Step: one batch of "
         "training. Scoring is done once, before it."

@@ -125,7 +125,7 @@ def summary_columns(results: Results) -> list[Column]:
     Returns
     -------
     list of Column
-        Method first. The star marks the best Sylva rule.
+        Method first. The star marks the best scoring rule.
     """
     metric, rows = metric_of(results), summary_rows(results)
     ranges = Column("range", tuple(_range(row, metric) for row in rows))
@@ -153,7 +153,7 @@ def summary_columns(results: Results) -> list[Column]:
 
 
 def named(row: Row) -> str:
-    """Return the method's label, starred for the best Sylva rule."""
+    """Return the method's label, starred for the best scoring rule."""
     return f"{row.label} ★" if row.best else row.label
 
 
@@ -199,7 +199,7 @@ def caption(results: Results) -> str:
     if any(row.versus_random for row in rows):
         parts.append("vs random: difference to random blocks, seed by seed")
     if any(row.best for row in rows):
-        parts.append("★ best Sylva rule")
+        parts.append("★ best scoring rule")
     return "; ".join(parts) + "."
 
 
