@@ -39,9 +39,14 @@ from tests.sylva_train.models import (
     train_step,
 )
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 #: largest error over the size of the gradient: the inputs' own rounding
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.03}
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-4,
+    torch.bfloat16: 0.2,
+    torch.float16: 0.03,
+}
 INPUTS = [(), (5,), (2, 3), (2, 1, 3), (0,)]
 
 
@@ -90,12 +95,12 @@ def test_block_gradient_is_the_dense_gradient_at_the_blocks(case):
     dy = random((*batch, mask.shape[0]), dtype, seed + 1)
     layer(x).backward(dy)
     got = layer.sylva_values["default"].grad
-    exact = base.double()
+    exact = copy.deepcopy(base).double()
     exact(x.double()).backward(dy.double())
     dense = weight_view(exact).new_zeros(mask.shape)
     gradient = exact.weight.grad
     dense += gradient.t() if kind is Conv1D else gradient
-    assert got.dtype == torch.float32
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
     assert error(got, dense_blocks(dense, mask), dense) <= TOLERANCE[dtype]
 
 
@@ -543,9 +548,28 @@ def test_masks_that_do_not_fit_are_refused_before_anything_is_changed():
     refused(ConfigError, "trains whole", model, masks, modules_to_save=["0"])
 
 
-def test_what_cannot_hold_float32_values_is_refused():
+def test_float64_weights_keep_float64_values():
     model, masks = two_layers()
-    refused(TargetError, "float64", copy.deepcopy(model).double(), masks)
+    model.double()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    embed(model, masks)
+    x = random((5, 10), torch.float64)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(x).square().sum().backward()
+    optimizer.step()
+    model.float().double()  # values only move: float32 would round them
+    values = model[0].sylva_values["default"]
+    assert values.dtype == torch.float64
+    assert not torch.equal(values, values.float().double())
+    model.double()
+    unload(model)
+    # The base itself went through float32, as it would have without blocks.
+    expected = {name: p.float().double() for name, p in before.items()}
+    assert all(torch.equal(expected[n], p) for n, p in model.state_dict().items())
+
+
+def test_what_cannot_hold_values_is_refused():
+    model, masks = two_layers()
     packed = copy.deepcopy(model)
     packed[0].weight = nn.Parameter(torch.ones(12, 10).to(torch.int8), False)
     refused(TargetError, "int8", packed, masks)

@@ -16,16 +16,25 @@ from sylva_train.targets import as_matrix, is_supported, weight_view
 from .gradient import BlockGradient
 from .storage import Masters, Tables, watch_optimizers
 
-__all__ = ["SparseEmbeddedLinear", "check_embeddable", "check_shape"]
+__all__ = ["SparseEmbeddedLinear", "check_embeddable", "check_shape", "values_dtype"]
+
+
+#: Dtypes of weights that can hold trained values.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def values_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Return the dtype of a weight's trained values: float32 at least."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def check_embeddable(layer: nn.Module) -> None:
-    """Raise `TargetError` unless a layer's weight can hold float32 values."""
-    if not is_supported(layer) or weight_view(layer).element_size() > 4:
+    """Raise `TargetError` unless a layer's weight can hold trained values."""
+    if not is_supported(layer) or weight_view(layer).dtype not in DTYPES:
         weight = getattr(layer, "weight", None)
         msg = (
-            "`base_layer` must be a torch.nn.Linear or Conv1D with a dense float32,"
-            f" bfloat16 or float16 weight; got a {type(layer).__name__}"
+            "`base_layer` must be a torch.nn.Linear or Conv1D with a dense float64,"
+            f" float32, bfloat16 or float16 weight; got a {type(layer).__name__}"
             + (f" of {weight.dtype}." if isinstance(weight, torch.Tensor) else ".")
         )
         raise TargetError(msg)
@@ -49,15 +58,15 @@ class SparseEmbeddedLinear(nn.Module):
     Attributes
     ----------
     sylva_values : torch.nn.ParameterDict
-        For each adapter the values of its blocks, (k, b, b), float32 whatever the
-        weight's dtype (float64 weights are refused), zero beyond a ragged edge.
+        For each adapter the values of its blocks, (k, b, b), float32 for a weight of
+        16 or 32 bits and float64 for one of 64, zero beyond a ragged edge.
     sylva_indices : mapping of str to torch.Tensor
         For each adapter the block rows and block columns, (k, 2), int32.
 
     Raises
     ------
     TargetError
-        If the layer's weight is not a dense floating-point matrix of at most 32 bits.
+        If the layer's weight is not a dense matrix of one of `DTYPES`.
 
     Notes
     -----
@@ -126,7 +135,8 @@ class SparseEmbeddedLinear(nn.Module):
         self.restore_()
         weight = weight_view(self.base_layer)
         indices = mask.indices.to(weight.device)
-        values = gather_blocks(weight, indices, mask.block_size).float()
+        values = gather_blocks(weight, indices, mask.block_size)
+        values = values.to(values_dtype(weight))
         self.sylva_values[name] = nn.Parameter(values)
         self.sylva_indices[name] = indices.to(torch.int32)
 

@@ -23,9 +23,12 @@ class Masters(nn.ParameterDict):
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> nn.Module:
-        super()._apply(  # type: ignore[no-untyped-call]
-            lambda t: fn(t.detach().view(torch.int32)).view(torch.float32), recurse
-        )
+        def moved(values: torch.Tensor) -> torch.Tensor:
+            wide = values.dtype == torch.float64
+            bits = values.detach().view(torch.int64 if wide else torch.int32)
+            return fn(bits).view(values.dtype)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
 
 

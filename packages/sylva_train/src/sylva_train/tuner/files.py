@@ -33,6 +33,8 @@ __all__ = ["Adapter", "checksum", "inspect_adapter", "read_adapter", "write_adap
 #: What PEFT puts before a module's name in the base model.
 PREFIX = "base_model.model."
 VALUES, INDICES = "sylva_values", "sylva_indices"
+#: Dtypes of values; float64 where the base's weights are.
+FLOATS = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,10 @@ def verify(
             msg = f"the adapter `{origin}` is damaged: it has no blocks for `{name}`."
             raise AdapterError(msg)
         got = (tuple(value.shape), tuple(table.shape))
-        if got != ((count, side, side), (count, 2)) or value.dtype != torch.float32:
+        if got != ((count, side, side), (count, 2)) or value.dtype not in FLOATS:
             msg = (
                 f"the adapter `{origin}` is damaged: `{name}` should have {count} blocks"
-                f" of {side} × {side} float32 values, but has values {got[0]}"
+                f" of {side} × {side} float values, but has values {got[0]}"
                 f" {value.dtype} and indices {got[1]}."
             )
             raise AdapterError(msg)

@@ -11,6 +11,7 @@ from torch import nn
 
 from sylva_train._checks import AdapterError, ConfigError
 from sylva_train.layers import SparseEmbeddedLinear
+from sylva_train.layers.linear import values_dtype
 from sylva_train.targets import weight_view
 
 from .files import INDICES, VALUES
@@ -43,8 +44,9 @@ class SylvaLayer(SparseEmbeddedLinear, BaseTunerLayer):  # type: ignore[misc]
 
     def reserve(self, name: str, count: int, block_size: int) -> None:
         """Add an adapter whose blocks are still to be loaded: indices are −1."""
-        device = weight_view(self.base_layer).device
-        values = torch.zeros((count, block_size, block_size), device=device)
+        weight = weight_view(self.base_layer)
+        device, shape = weight.device, (count, block_size, block_size)
+        values = torch.zeros(shape, device=device, dtype=values_dtype(weight))
         self.sylva_values[name] = nn.Parameter(values)
         table = torch.full((count, 2), -1, dtype=torch.int32, device=device)
         self.sylva_indices[name] = table
