@@ -82,14 +82,16 @@ def tests(session: nox.Session) -> None:
     """Run the default tests (CPU, a few minutes on two cores)."""
     install(session, "test")
     # One BLAS thread for each of the workers: more only fight over the cores.
-    pytest(session, "-n", "2", "-m", "not property and not gpu", OMP_NUM_THREADS="1")
+    env = {"OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "quick"}
+    pytest(session, "-n", "2", "-m", "not property and not gpu", **env)
 
 
 @nox.session(default=False)
 def property(session: nox.Session) -> None:
     """Run the long hypothesis profile and every slow property."""
     install(session, "test")
-    pytest(session, "-m", "not gpu", HYPOTHESIS_PROFILE="nightly", OMP_NUM_THREADS="1")
+    env = {"OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "nightly"}
+    pytest(session, "-n", "2", "-m", "not gpu", **env)
 
 
 @nox.session(default=False, venv_backend="none")

@@ -13,6 +13,10 @@ hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
 hypothesis.settings.register_profile(
     "ci", max_examples=100, deadline=None, derandomize=True, print_blob=True
 )
+# The default tests of a checkout: the same examples each time, and few of them.
+hypothesis.settings.register_profile(
+    "quick", max_examples=25, deadline=None, derandomize=True, print_blob=True
+)
 hypothesis.settings.register_profile("nightly", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev")
