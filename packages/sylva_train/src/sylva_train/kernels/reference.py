@@ -79,7 +79,7 @@ def scatter_blocks_(
 
 # Seconds per block of each way to take blocks of a product, relative to the dense
 # product, on a CPU (benchmarks/bench_layer.py): gathering and narrow products cost more.
-STACK_COST, CARTESIAN_COST = 6.5, 2.5
+STACK_COST, CARTESIAN_COST = 11.0, 1.5
 # Largest copy of gathered activations, in elements: longer stacks go in pieces.
 _STACK_ELEMENTS = 1 << 24
 
