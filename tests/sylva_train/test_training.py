@@ -395,3 +395,8 @@ def test_a_model_is_moved_to_its_device():
     assert {p.device.type for p in model.parameters()} == {"cuda"}
     assert result.steps == 8
     assert consistent(model)
+
+
+def test_a_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(ConfigError, match="`warmup` is a fraction"):
+        TrainingConfig(warmup=100)

@@ -20,6 +20,7 @@ from sylva_train import (
     OutputExistsError,
     Scores,
     TargetError,
+    TrainingConfig,
     evaluate_folder,
     finetune,
     load_folder,
@@ -109,14 +110,28 @@ def test_evaluation_data_may_lie_elsewhere(home, tmp_path):
     assert [len(part) for part in found] == [40, 6]
 
 
-def test_scoring_takes_the_first_examples_of_training(home):
-    made = load_task(task(home), seed=5)
+def test_scoring_takes_the_first_examples_of_training_by_length(home):
+    made = load_task(task(home, data="e2e-rating", limit=64), seed=5)
     few = made.score_loader(samples=10, batch_size=4, seed=5)
-    first = [row for batch in made.loader(10, 5) for row in batch["labels"].tolist()]
-    got = [row for batch in few for row in batch["labels"].tolist()]
-    texts = [made.train.texts[i] for i in made.loader(10, 5).plan(0)[0]]
-    assert few.dataset.texts == texts
-    assert got == first[:10]
+    unfilled = made.loader(TrainingConfig(batch_size=10, bucket=0, seed=5))
+    assert few.dataset.texts == [made.train.texts[i] for i in unfilled.plan(0)[0]]
+    lengths = [few.lengths[i] for indices in few.plan(0) for i in indices]
+    assert lengths == sorted(lengths)
+
+
+def test_training_fills_batches_by_length_in_random_order(home):
+    made = load_task(task(home, data="e2e-rating", limit=64), seed=5)
+    filled, chance = (
+        made.loader(TrainingConfig(batch_size=4, bucket=bucket, seed=5))
+        for bucket in (8, 0)
+    )
+
+    def padding(loader):
+        return sum(int((batch["attention_mask"] == 0).sum()) for batch in loader)
+
+    assert padding(filled) < padding(chance)
+    firsts = [filled.lengths[indices[0]] for indices in filled.plan(0)]
+    assert firsts != sorted(firsts)
 
 
 def test_a_metric_of_another_task_is_refused_before_training(home, tmp_path):

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
 
-from ._checks import check_choice, check_density, check_integer, check_positive
+from ._checks import (
+    ConfigError,
+    check_choice,
+    check_density,
+    check_integer,
+    check_positive,
+)
 
 if TYPE_CHECKING:
     from .masks import Masks
@@ -194,6 +200,9 @@ class TrainingConfig:
         Optimizer steps in all.
     batch_size : int
         Sequences in a batch.
+    bucket : int
+        Batches that are filled by length together, out of which they come in random
+        order: less padding, so faster steps. 0 fills each by chance.
     accumulate : int
         Batches whose gradients make up one step.
     lr : float
@@ -222,6 +231,7 @@ class TrainingConfig:
     epochs: int = 2
     steps: int | None = None
     batch_size: int = 32
+    bucket: int = 8
     accumulate: int = 1
     lr: float = 1e-3
     weight_decay: float = 0.01
@@ -242,9 +252,13 @@ class TrainingConfig:
         check_positive("lr", self.lr)
         check_positive("weight_decay", self.weight_decay, zero=True)
         check_positive("warmup", self.warmup, zero=True)
+        if self.warmup > 1:
+            msg = f"`warmup` is a fraction of the steps, at most 1; got {self.warmup}."
+            raise ConfigError(msg)
         check_positive("max_grad_norm", self.max_grad_norm, zero=True)
         check_choice("schedule", self.schedule, SCHEDULES)
-        check_integer("seed", self.seed, 0)
+        for name in ("bucket", "seed"):
+            check_integer(name, getattr(self, name), 0)
 
 
 @dataclass(frozen=True, kw_only=True)

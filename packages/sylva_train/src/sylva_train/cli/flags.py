@@ -182,6 +182,9 @@ FLAGS: dict[str, Flag] = {
         int | None, TRAINING, "Optimizer steps in all, instead of epochs.", metavar="N"
     ),
     "batch_size": flag(int, TRAINING, "Examples in a batch.", metavar="N"),
+    "bucket": flag(
+        int, TRAINING, "Batches filled by length together; 0: none.", metavar="N"
+    ),
     "accumulate": flag(int, TRAINING, "Batches in an optimizer step.", metavar="N"),
     "lr": flag(float, TRAINING, "Peak learning rate.", metavar="X"),
     "weight_decay": flag(float, TRAINING, "Decoupled weight decay.", metavar="X"),

@@ -27,10 +27,10 @@ LEARNING_RATES = {"full": 4e-4, "lora": 4e-3, "kfac-pruner": 4e-3, "sylva": 4e-3
 #: Methods of the short comparison.
 DEMO = ("frozen", "full", "lora", "sylva:kfac:mlr", "sylva:random")
 
-#: Its task: 1280 sentences, which the steps see once, and 400 of the test split.
-DEMO_TASK = TaskConfig(eval_split="test", max_length=64, limit=1280, eval_limit=400)
+#: Its task: 1920 sentences, which the steps see once, and 400 of the test split.
+DEMO_TASK = TaskConfig(eval_split="test", max_length=64, limit=1920, eval_limit=400)
 #: Its optimizer steps a run: ten minutes in all on two cores.
-DEMO_STEPS = 40
+DEMO_STEPS = 60
 
 #: Scoring options of `SylvaConfig` that a comparison passes on.
 OPTIONS = (

@@ -16,7 +16,6 @@ from sylva_train._checks import ConfigError
 from sylva_train.baselines import Adapted, Method, adapt, parse_method, probe
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.curvature import describe_factor
-from sylva_train.data import Loader
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
@@ -25,7 +24,7 @@ from sylva_train.pretrained.loading import quiet
 from sylva_train.targets import find_targets
 from sylva_train.training import pick_device, train
 from sylva_train.tuner import save_adapter
-from sylva_train.workflow import Report, Task, heads, load_task
+from sylva_train.workflow import Report, Task, evaluation_loader, heads, load_task
 
 from .memory import PeakMemory
 
@@ -69,7 +68,7 @@ def run_frozen(task: Task, training: TrainingConfig, tell: Tell) -> dict[str, An
         If the metric is not one of classes alone: a probe's loss is of other features.
     """
     begin = time.perf_counter()
-    loader = Loader(task.train, task.tokenizer, 64, max_length=task.config.max_length)
+    loader = evaluation_loader(task.train, task.tokenizer, task.config.max_length)
     task.model.to(pick_device(training.device))
     features, labels = pooled_features(
         task.model, loader, progress=stage(tell, "reading features")
@@ -152,7 +151,7 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
         row["trainable_fraction"] = 0.0
         row["peak_memory_bytes"] = memory.bytes()
         return row
-    loader = task.loader(training.batch_size, training.seed)
+    loader = task.loader(training)
     task.model.to(device)
     if spec["describe"] and method.curvature is not None:
         row["factor"] = factor_entry(task, config, method, loader)

@@ -17,7 +17,7 @@ from .runs import (
     read_run,
 )
 from .scoring import score_file, score_task
-from .task import Task, evaluated_on, heads, load_task, located
+from .task import Task, evaluated_on, evaluation_loader, heads, load_task, located
 
 __all__ = [
     "Progress",
@@ -29,6 +29,7 @@ __all__ = [
     "duration",
     "evaluate_folder",
     "evaluated_on",
+    "evaluation_loader",
     "finetune",
     "heads",
     "kind_of",

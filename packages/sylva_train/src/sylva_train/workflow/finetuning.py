@@ -240,8 +240,7 @@ def train_blocks(
     bars: Progress,
 ) -> dict[str, Any]:
     """Train embedded blocks, evaluate them and save the adapter."""
-    seed = training.seed
-    loader = task.loader(training.batch_size, seed, progress=bars.stage("tokenizing"))
+    loader = task.loader(training, progress=bars.stage("tokenizing"))
     eval_loader = task.eval_loader(progress=bars.stage("tokenizing"))
     steps = training.steps or training.epochs * -(-len(loader) // training.accumulate)
     blocks, layers = (sum(map(len, masks.values())), sum(map(bool, masks.values())))

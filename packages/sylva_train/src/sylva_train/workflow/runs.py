@@ -13,7 +13,6 @@ from torch import nn
 
 from sylva_train._checks import AdapterError, ConfigError, atomic_folder
 from sylva_train.config import TaskConfig
-from sylva_train.data import Loader
 from sylva_train.evaluation import evaluate
 from sylva_train.layers import merge
 from sylva_train.pretrained import load_model
@@ -23,7 +22,7 @@ from sylva_train.tuner import load_adapter
 
 from .outputs import check_folder
 from .progress import Progress
-from .task import read_data
+from .task import evaluation_loader, read_data
 
 __all__ = [
     "FORMAT",
@@ -158,11 +157,11 @@ def evaluate_folder(
         labels = run["labels"] or None
         _, data = read_data(task, seed=seed, labels=labels, training=False)
         assert data is not None
-        loader = Loader(
+        loader = evaluation_loader(
             data,
             tokenizer,
+            task.max_length,
             batch_size,
-            max_length=task.max_length,
             progress=bars.stage("tokenizing"),
         )
         model.to(pick_device(device))

@@ -12,14 +12,22 @@ import numpy as np
 from torch import nn
 
 from sylva_train._checks import ConfigError, DataError, check_choice
-from sylva_train.config import TaskConfig
+from sylva_train.config import TaskConfig, TrainingConfig
 from sylva_train.data import Loader, TextDataset, builtin_names, load_data
 from sylva_train.evaluation import CLASSIFICATION, LANGUAGE
 from sylva_train.pretrained import load_model
 
 from .progress import Report
 
-__all__ = ["Task", "evaluated_on", "heads", "load_task", "located", "read_data"]
+__all__ = [
+    "Task",
+    "evaluated_on",
+    "evaluation_loader",
+    "heads",
+    "load_task",
+    "located",
+    "read_data",
+]
 
 #: Part of a single file that is kept for evaluation.
 HOLDOUT = 0.1
@@ -48,23 +56,24 @@ class Task:
     held_out: TextDataset | None
 
     def loader(
-        self, batch_size: int, seed: int, *, progress: Report | None = None
+        self, training: TrainingConfig, *, progress: Report | None = None
     ) -> Loader:
-        """Return the training batches, in the order of a seed."""
+        """Return the training batches, in the order of the seed."""
         return Loader(
             self.train,
             self.tokenizer,
-            batch_size,
+            training.batch_size,
             max_length=self.config.max_length,
             shuffle=True,
-            seed=seed,
+            seed=training.seed,
+            bucket=training.bucket,
             progress=progress,
         )
 
     def score_loader(self, samples: int, batch_size: int, seed: int) -> Loader:
         """Return batches of as many training examples as are scored, and no more.
 
-        They are the first ones of `loader` with the same seed.
+        They are the first ones of a permutation by the seed, filled by length.
         """
         count = len(self.train)
         order = np.random.default_rng((seed, 0)).permutation(count)[:samples]
@@ -73,12 +82,13 @@ class Task:
             self.tokenizer,
             batch_size,
             max_length=self.config.max_length,
+            bucket=16,
         )
 
     def eval_loader(
         self, batch_size: int = 64, *, progress: Report | None = None
     ) -> Loader:
-        """Return the evaluation batches, in the order of the data.
+        """Return the evaluation batches.
 
         Raises
         ------
@@ -88,13 +98,35 @@ class Task:
         if self.held_out is None:
             msg = f"{self.train.name}: the task was loaded without evaluation data."
             raise DataError(msg)
-        return Loader(
+        return evaluation_loader(
             self.held_out,
             self.tokenizer,
+            self.config.max_length,
             batch_size,
-            max_length=self.config.max_length,
             progress=progress,
         )
+
+
+def evaluation_loader(
+    dataset: TextDataset,
+    tokenizer: Any,
+    max_length: int,
+    batch_size: int = 64,
+    *,
+    progress: Report | None = None,
+) -> Loader:
+    """Return batches to evaluate on, filled by length, which leaves little padding.
+
+    `evaluate` and `pooled_features` give their answers in the order of the data.
+    """
+    return Loader(
+        dataset,
+        tokenizer,
+        batch_size,
+        max_length=max_length,
+        bucket=16,
+        progress=progress,
+    )
 
 
 def located(config: TaskConfig) -> TaskConfig:
