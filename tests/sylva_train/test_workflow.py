@@ -111,7 +111,7 @@ def test_evaluation_data_may_lie_elsewhere(home, tmp_path):
 
 
 def test_scoring_takes_the_first_examples_of_training_by_length(home):
-    made = load_task(task(home, data="e2e-rating", limit=64), seed=5)
+    made = load_task(task(home, data="e2e-rating", limit=64, max_length=32), seed=5)
     few = made.score_loader(samples=10, batch_size=4, seed=5)
     unfilled = made.loader(TrainingConfig(batch_size=10, bucket=0, seed=5))
     assert few.dataset.texts == [made.train.texts[i] for i in unfilled.plan(0)[0]]
@@ -120,7 +120,7 @@ def test_scoring_takes_the_first_examples_of_training_by_length(home):
 
 
 def test_training_fills_batches_by_length_in_random_order(home):
-    made = load_task(task(home, data="e2e-rating", limit=64), seed=5)
+    made = load_task(task(home, data="e2e-rating", limit=64, max_length=32), seed=5)
     filled, chance = (
         made.loader(TrainingConfig(batch_size=4, bucket=bucket, seed=5))
         for bucket in (8, 0)
