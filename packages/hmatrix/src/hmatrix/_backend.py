@@ -18,11 +18,15 @@ import array_api_compat
 import numpy as np
 
 __all__ = [
+    "COMPLEX",
     "FLOATS",
     "HALVES",
+    "NUMBERS",
     "Array",
     "Space",
+    "adjoint",
     "cholesky",
+    "conjugate",
     "contiguous",
     "detach",
     "dtype_name",
@@ -47,6 +51,8 @@ Array = Any  # an array of any supported library; the standard has no common typ
 Namespace = Any
 
 FLOATS = ("float32", "float64")
+COMPLEX = ("complex64", "complex128")
+NUMBERS = (*FLOATS, *COMPLEX)
 HALVES = ("float16", "bfloat16")
 
 
@@ -89,7 +95,7 @@ def frobenius(x: Array) -> Array:
     if array_api_compat.is_numpy_array(x):
         # vdot needs no array of squares, and an overflow is the caller's to judge
         with np.errstate(over="ignore", invalid="ignore"):
-            return np.sqrt(np.vdot(x, x))
+            return np.sqrt(np.vdot(x, x).real)
     return namespace(x).linalg.vector_norm(x)
 
 
@@ -135,6 +141,16 @@ def subtract_product(x: Array, a: Array, b: Array) -> Array:
 def transpose(x: Array) -> Array:
     """Swap the last two axes."""
     return namespace(x).matrix_transpose(x)
+
+
+def conjugate(x: Array) -> Array:
+    """Return the complex conjugate; a real array is returned as it is."""
+    return namespace(x).conj(x) if dtype_name(x.dtype) in COMPLEX else x
+
+
+def adjoint(x: Array) -> Array:
+    """Swap the last two axes and conjugate."""
+    return conjugate(transpose(x))
 
 
 @dataclass(frozen=True)
@@ -198,7 +214,21 @@ class Space:
     @property
     def itemsize(self) -> int:
         """Bytes of one number."""
-        return int(self.xp.finfo(self.dtype).bits) // 8
+        parts = 2 if self.is_complex else 1
+        return int(self.xp.finfo(self.dtype).bits) // 8 * parts
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether the numbers are complex."""
+        return self.name in COMPLEX
+
+    @property
+    def real(self) -> Space:
+        """The space of absolute values."""
+        if not self.is_complex:
+            return self
+        name = FLOATS[COMPLEX.index(self.name)]
+        return Space(self.xp, getattr(self.xp, name), self.device)
 
     def zeros(self, *shape: int) -> Array:
         """Return an array of zeros."""
@@ -207,6 +237,10 @@ class Space:
     def eye(self, n: int) -> Array:
         """Return the identity matrix."""
         return self.xp.eye(n, dtype=self.dtype, device=self.device)
+
+    def integers(self, x: np.ndarray) -> Array:
+        """Bring integers of NumPy here, to be indices."""
+        return self.xp.asarray(x, device=self.device)
 
     def asarray(self, x: Array) -> Array:
         """Bring an array of any library into this space."""
@@ -220,6 +254,10 @@ class Space:
         Drawn on the device where the library can: the same key gives the same
         numbers on the same library and kind of device, not across them.
         """
+        if self.is_complex:
+            parts = self.real.normal((2, *shape), *key)
+            whole = self.xp.astype(parts[0, ...], self.dtype) + 1j * parts[1, ...]
+            return whole / math.sqrt(2)
         seed = np.random.SeedSequence(key)
         if array_api_compat.is_torch_namespace(self.xp):
             generator = self.xp.Generator(device=self.device)
@@ -267,14 +305,14 @@ def one_thread_if_small(x: Array) -> Iterator[None]:
 
 
 def eigh_descending(a: Array) -> tuple[Array, Array]:
-    """Eigenvalues, largest first, and eigenvectors of symmetric ``a`` (..., m, m).
+    """Eigenvalues, largest first, and eigenvectors of Hermitian ``a`` (..., m, m).
 
     The matrices are brought to norm 1 and freed of subnormal numbers first: MKL's
     float32 solver gives NaN for some matrices that have them.
     """
     xp = namespace(a)
     if not a.shape[-1]:
-        return xp.zeros(a.shape[:-1], dtype=a.dtype, device=a.device), a
+        return Space.of(a).real.zeros(*a.shape[:-1]), a
     scale = xp.max(xp.abs(a), axis=(-2, -1), keepdims=True)
     scale = xp.where(scale > 0, scale, xp.ones_like(scale))
     a = a / scale
@@ -285,10 +323,10 @@ def eigh_descending(a: Array) -> tuple[Array, Array]:
 
 
 def svd(a: Array) -> tuple[Array, Array, Array]:
-    """Thin singular value decomposition ``a = U diag(S) Vᵀ``: U, S and V."""
+    """Thin singular value decomposition ``a = U diag(S) Vᴴ``: U, S and V."""
     with one_thread_if_small(a):
-        U, S, Vt = namespace(a).linalg.svd(a, full_matrices=False)
-    return U, S, transpose(Vt)
+        U, S, Vh = namespace(a).linalg.svd(a, full_matrices=False)
+    return U, S, adjoint(Vh)
 
 
 def qr(a: Array) -> tuple[Array, Array]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hmatrix._backend import (
+    COMPLEX,
     FLOATS,
     HALVES,
     Array,
@@ -137,10 +138,10 @@ def check_kind(name: str, value: object, *kinds: type) -> None:
         raise TypeError(msg)
 
 
-def check_space(space: Space) -> Space:
-    """Return ``space`` if the package stores numbers of its dtype."""
-    if space.dtype is None or space.name not in FLOATS:
-        msg = f"`dtype` must be one of {', '.join(FLOATS)}, got {space.name}."
+def check_space(space: Space, dtypes: tuple[str, ...] = FLOATS) -> Space:
+    """Return ``space`` if its dtype is one of ``dtypes``."""
+    if space.dtype is None or space.name not in dtypes:
+        msg = f"`dtype` must be one of {', '.join(dtypes)}, got {space.name}."
         raise DTypeError(msg)
     return space
 
@@ -180,7 +181,7 @@ def check_operand(
         raise BackendError(msg)
     arrived, expected = dtype_name(array.dtype), space.name
     allowed: tuple[str, ...] = (expected,)
-    if narrower:
+    if narrower and expected not in COMPLEX:
         allowed = (*FLOATS[: FLOATS.index(expected) + 1], *HALVES)
     if arrived not in allowed:
         msg = (

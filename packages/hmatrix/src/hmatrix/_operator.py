@@ -4,22 +4,48 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
-from hmatrix._backend import Array, Space, transpose
+import numpy as np
+
+from hmatrix._backend import NUMBERS, Array, Space, conjugate, to_numpy, transpose
 from hmatrix._checks import ShapeError, check_operand, check_space
 from hmatrix.tree import ClusterTree
 
-__all__ = ["Operator", "StoredOperator", "apply_padded", "pad_rows"]
+__all__ = [
+    "Operator",
+    "StoredOperator",
+    "apply_padded",
+    "operation",
+    "pad_rows",
+    "real_rows",
+    "unpad_rows",
+]
 
 
-def pad_rows(x: Array, rows: int) -> Array:
-    """Append zero rows to ``x`` (n, q) until it has ``rows``."""
+def pad_rows(x: Array, tree: ClusterTree) -> Array:
+    """Bring rows (n, ...) into the order of the leaves, zeros between: (padded, ...)."""
     space = Space.of(x)
-    missing = rows - x.shape[0]
-    if not missing:
+    missing = tree.padded - tree.n
+    if tree.plain and not missing:
         return x
-    return space.xp.concat([x, space.zeros(missing, *x.shape[1:])], axis=0)
+    x = space.xp.concat([x, space.zeros(max(missing, 1), *x.shape[1:])], axis=0)
+    if tree.plain:
+        return x
+    return space.xp.take(x, space.integers(tree.rows), axis=0)
+
+
+def unpad_rows(y: Array, tree: ClusterTree) -> Array:
+    """Bring padded rows back into the order of the matrix: (n, ...)."""
+    if tree.plain:
+        return y[: tree.n, ...]
+    space = Space.of(y)
+    return space.xp.take(y, space.integers(tree.slots), axis=0)
+
+
+def real_rows(tree: ClusterTree, space: Space) -> Array:
+    """Which padded rows are rows of the matrix, bool (padded,)."""
+    return space.integers(tree.rows) < tree.n
 
 
 def apply_padded(
@@ -38,7 +64,7 @@ def apply_padded(
         msg = f"`{name}` must have shape {expected}, got {shape}."
         raise ShapeError(msg)
     block = x[:, None] if len(shape) == 1 else x
-    y = apply(pad_rows(block, tree.padded))[:n, :]
+    y = unpad_rows(apply(pad_rows(block, tree)), tree)
     return y[:, 0] if len(shape) == 1 else y
 
 
@@ -63,8 +89,8 @@ class Operator(ABC):
         """Product with a padded block, (padded, q) to (padded, q)."""
 
     @abstractmethod
-    def _apply_transposed(self, x: Array) -> Array:
-        """Product of the transpose with a padded block."""
+    def _apply_adjoint(self, x: Array) -> Array:
+        """Product of the adjoint with a padded block."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,18 +116,24 @@ class Operator(ABC):
         return self._product(x, self._apply, 2)
 
     def rmatvec(self, x: Array) -> Array:
-        """Multiply the transpose with a vector ``x`` (n,)."""
-        return self._product(x, self._apply_transposed, 1)
+        """Multiply the adjoint with a vector ``x`` (n,)."""
+        return self._product(x, self._apply_adjoint, 1)
 
     def rmatmat(self, x: Array) -> Array:
-        """Multiply the transpose with a block ``x`` (n, q)."""
-        return self._product(x, self._apply_transposed, 2)
+        """Multiply the adjoint with a block ``x`` (n, q)."""
+        return self._product(x, self._apply_adjoint, 2)
 
     def to_dense(self) -> Array:
         """Return the matrix as one array (n, n). For tests and small n."""
-        return self._apply(pad_rows(self.space.eye(self.tree.n), self.tree.padded))[
-            : self.tree.n, :
-        ]
+        eye = pad_rows(self.space.eye(self.tree.n), self.tree)
+        return unpad_rows(self._apply(eye), self.tree)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return the matrix as a dense NumPy array, as `numpy.asarray` asks for it."""
+        if copy is False:
+            msg = "A dense array of a hierarchical matrix is always a new one."
+            raise ValueError(msg)
+        return to_numpy(self.to_dense()).astype(dtype or self.space.name, copy=False)
 
     def _describe(self, *words: str, nbytes: int) -> str:
         """Text of ``repr``: sizes, what the subclass adds, and where it lives."""
@@ -126,16 +158,21 @@ class Operator(ABC):
         return self._product(x, self._apply)
 
     def __rmatmul__(self, x: Array) -> Array:
-        x = check_operand("x", x, self.space)
+        # x A = conj(Aᴴ conj(xᵀ))ᵀ
+        x = conjugate(check_operand("x", x, self.space))
         if len(x.shape) == 2:
-            return transpose(self._product(transpose(x), self._apply_transposed))
-        return self._product(x, self._apply_transposed)
+            y = transpose(self._product(transpose(x), self._apply_adjoint))
+        else:
+            y = self._product(x, self._apply_adjoint)
+        return conjugate(y)
 
 
 class StoredOperator(Operator):
     """An operator that is the arrays it holds."""
 
     leaves: Array
+    #: Dtypes that the format can have.
+    _dtypes: ClassVar[tuple[str, ...]] = NUMBERS
 
     @abstractmethod
     def map(self, change: Callable[[Array], Array]) -> Self:
@@ -150,7 +187,43 @@ class StoredOperator(Operator):
             Array whose library and device, and dtype if ``dtype`` is not given,
             to take; default: this matrix's own.
         dtype : str or dtype, optional
-            ``"float32"`` or ``"float64"``.
+            ``"float32"``, ``"float64"``, ``"complex64"`` or ``"complex128"``.
         """
-        space = check_space(Space.like(self.leaves if like is None else like, dtype))
+        like = self.leaves if like is None else like
+        space = check_space(Space.like(like, dtype), self._dtypes)
         return self.map(space.asarray)
+
+    # What makes new matrices is written in modules after this one, which enter it with
+    # `operation`.
+
+    def __add__(self, other: object) -> Any:
+        return _operations["add"](self, other)
+
+    def __sub__(self, other: object) -> Any:
+        return _operations["subtract"](self, other)
+
+    def __neg__(self) -> Any:
+        return _operations["scale"](self, -1.0)
+
+    def __mul__(self, factor: object) -> Any:
+        return _operations["scale"](self, factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, factor: Any) -> Any:
+        return _operations["scale"](self, 1 / factor)
+
+    def __matmul__(self, x: Any) -> Any:
+        if isinstance(x, StoredOperator):
+            return _operations["matmul"](self, x)
+        return super().__matmul__(x)
+
+
+_operations: dict[str, Callable[..., Any]] = {}
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def operation(function: Function) -> Function:
+    """Enter a function as the one that an operator of `StoredOperator` calls."""
+    _operations[function.__name__] = function
+    return function

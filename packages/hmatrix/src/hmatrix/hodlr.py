@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hmatrix._backend import Array, Space, nbytes, transpose
+from hmatrix._backend import (
+    NUMBERS,
+    Array,
+    Space,
+    adjoint,
+    conjugate,
+    nbytes,
+    transpose,
+)
 from hmatrix._checks import ShapeError, check_space
-from hmatrix._operator import StoredOperator
+from hmatrix._operator import StoredOperator, unpad_rows
 from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
 
@@ -32,7 +40,8 @@ class HODLR(StoredOperator):
     upper : tuple of LowRank
         Blocks ``B12`` of level k as one batch (2**k, padded / 2**(k+1), same).
     lower : tuple of LowRank, optional
-        Blocks ``B21`` alike. Without them the matrix is symmetric, ``B21 = B12ᵀ``.
+        Blocks ``B21`` alike. Without them the matrix is Hermitian (symmetric, if real),
+        ``B21 = B12ᴴ``.
     error : float, optional
         Relative Frobenius error of the compression that made it, where known.
 
@@ -61,7 +70,7 @@ class HODLR(StoredOperator):
     error: float | None = None
 
     def __post_init__(self) -> None:
-        check_space(self.space)
+        check_space(self.space, NUMBERS)
         tree, m = self.tree, self.tree.leaf_size
         expected = (tree.nodes(tree.levels), m, m)
         if tuple(self.leaves.shape) != expected:
@@ -82,7 +91,7 @@ class HODLR(StoredOperator):
 
     @property
     def symmetric(self) -> bool:
-        """Whether one of the two off-diagonal blocks stands for both."""
+        """Whether one of the two off-diagonal blocks stands for both (Hermitian)."""
         return self.lower is None
 
     @property
@@ -91,17 +100,22 @@ class HODLR(StoredOperator):
         return Space.of(self.leaves)
 
     @property
-    def T(self) -> HODLR:
-        """The transpose (views)."""
+    def H(self) -> HODLR:
+        """The adjoint (views): the matrix itself, if it is symmetric."""
         if self.lower is None:
             return self
         return HODLR(
             self.tree,
-            transpose(self.leaves),
-            tuple(block.T for block in self.lower),
-            tuple(block.T for block in self.upper),
+            adjoint(self.leaves),
+            tuple(block.H for block in self.lower),
+            tuple(block.H for block in self.upper),
             self.error,
         )
+
+    @property
+    def T(self) -> HODLR:
+        """The transpose."""
+        return self.H.map(conjugate) if self.space.is_complex else self.H
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -121,20 +135,21 @@ class HODLR(StoredOperator):
     def blocks(self, level: int) -> tuple[LowRank, LowRank]:
         """Return ``B12`` and ``B21`` of a level, also of a symmetric matrix."""
         upper = self.upper[level]
-        return upper, upper.T if self.lower is None else self.lower[level]
+        return upper, upper.H if self.lower is None else self.lower[level]
 
     def diagonal(self) -> Array:
         """Return the diagonal (n,)."""
         diagonal = self.space.xp.linalg.diagonal(self.leaves)
-        return self.space.xp.reshape(diagonal, (-1,))[: self.tree.n]
+        return unpad_rows(self.space.xp.reshape(diagonal, (-1,)), self.tree)
 
-    def trace(self) -> float:
+    def trace(self) -> float | complex:
         """Return the sum of the diagonal."""
-        return float(self.space.xp.sum(self.diagonal()))
+        total = self.space.xp.sum(self.diagonal())
+        return complex(total) if self.space.is_complex else float(total)
 
     def to_dense(self) -> Array:
         """Return the matrix as one array (n, n). For tests and small n."""
-        xp, n = self.space.xp, self.tree.n
+        xp = self.space.xp
         dense = self.leaves
         for level in reversed(range(self.tree.levels)):
             m = self.tree.size(level + 1)
@@ -143,7 +158,8 @@ class HODLR(StoredOperator):
             top = xp.concat([halves[:, 0, :, :], B12], axis=-1)
             bottom = xp.concat([B21, halves[:, 1, :, :]], axis=-1)
             dense = xp.concat([top, bottom], axis=-2)
-        return dense[0, :n, :n]
+        rows = transpose(unpad_rows(dense[0, ...], self.tree))
+        return transpose(unpad_rows(rows, self.tree))
 
     def map(self, change: Callable[[Array], Array]) -> HODLR:
         """Return a copy with ``change`` applied to each stored array."""
@@ -167,8 +183,8 @@ class HODLR(StoredOperator):
             y = y + xp.reshape(xp.stack(parts, axis=1), x.shape)
         return y
 
-    def _apply_transposed(self, x: Array) -> Array:
-        return self.T._apply(x)
+    def _apply_adjoint(self, x: Array) -> Array:
+        return self.H._apply(x)
 
     def __repr__(self) -> str:
         kind = "symmetric" if self.symmetric else "general"

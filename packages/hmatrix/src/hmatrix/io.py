@@ -50,7 +50,10 @@ def save(path: str | os.PathLike[str], H: HODLR | MLR) -> None:
     """
     check_kind("H", H, HODLR, MLR)
     header: dict[str, Any] = {"n": H.tree.n, "levels": H.tree.levels}
-    arrays = {"leaves": H.leaves}
+    arrays: dict[str, Any] = {"leaves": H.leaves}
+    for name in ("sizes", "permutation"):
+        if getattr(H.tree, name) is not None:
+            arrays[f"tree.{name}"] = getattr(H.tree, name)
     if isinstance(H, HODLR):
         header |= {"symmetric": H.symmetric, "error": H.error}
         for side, blocks in (("upper", H.upper), ("lower", H.lower or ())):
@@ -61,12 +64,12 @@ def save(path: str | os.PathLike[str], H: HODLR | MLR) -> None:
         header |= {"sign": H.sign}
         arrays |= {f"factors.{k}": F for k, F in enumerate(H.factors)}
     data = safetensors.numpy.save(
-        {name: np.ascontiguousarray(to_numpy(x)) for name, x in arrays.items()},
+        {name: _as_real(to_numpy(x)) for name, x in arrays.items()},
         metadata={
             "format": "hmatrix",
             "version": str(FORMAT_VERSION),
             "kind": type(H).__name__,
-            "header": json.dumps(header),
+            "header": json.dumps(header | {"complex": H.space.is_complex}),
         },
     )
     _write(Path(path), data)
@@ -102,11 +105,27 @@ def load(path: str | os.PathLike[str], *, like: Array | None = None) -> HODLR | 
         msg = f"`path`: {path} is truncated, or no safetensors file ({error})."
         raise FileFormatError(msg) from error
     try:
-        H = _rebuild(metadata["kind"], json.loads(metadata["header"]), arrays)
+        header = json.loads(metadata["header"])
+        if header.get("complex"):
+            arrays = {name: _as_complex(name, x) for name, x in arrays.items()}
+        H = _rebuild(metadata["kind"], header, arrays)
     except (KeyError, TypeError, ValueError, HMatrixError) as error:
         msg = f"`path`: {path} is damaged: {type(error).__name__}: {error}"
         raise FileFormatError(msg) from error
     return H if like is None else H.to(like=like, dtype=H.space.name)
+
+
+def _as_real(x: np.ndarray) -> np.ndarray:
+    """Give complex numbers an axis of their parts: safetensors has real ones only."""
+    x = np.ascontiguousarray(x)
+    return x.view(x.real.dtype).reshape(*x.shape, 2) if np.iscomplexobj(x) else x
+
+
+def _as_complex(name: str, x: np.ndarray) -> np.ndarray:
+    """Take back what `_as_real` did to the arrays that may be complex."""
+    if name != "leaves" and not name.endswith((".U", ".V")):
+        return x
+    return x.view(np.result_type(x.dtype, np.complex64))[..., 0]
 
 
 def _check_metadata(path: Path, metadata: dict[str, str]) -> None:
@@ -125,7 +144,8 @@ def _check_metadata(path: Path, metadata: dict[str, str]) -> None:
 
 
 def _rebuild(kind: str, header: dict[str, Any], arrays: dict[str, Any]) -> HODLR | MLR:
-    tree = ClusterTree(header["n"], header["levels"])
+    places = (arrays.pop(f"tree.{name}", None) for name in ("sizes", "permutation"))
+    tree = ClusterTree(header["n"], header["levels"], *places)
     levels = range(tree.levels)
     if kind == "MLR":
         factors = tuple(arrays[f"factors.{k}"] for k in levels)

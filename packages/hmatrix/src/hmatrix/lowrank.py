@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hmatrix._backend import Array, Space, namespace, qr, svd, to_numpy, transpose
+from hmatrix._backend import (
+    Array,
+    Space,
+    adjoint,
+    conjugate,
+    namespace,
+    qr,
+    svd,
+    to_numpy,
+)
 from hmatrix._checks import ShapeError, check_array, check_operand
 
 __all__ = ["LowRank", "compress", "recompress"]
@@ -14,14 +23,14 @@ __all__ = ["LowRank", "compress", "recompress"]
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """Blocks ``U diag(S) Vᵀ``.
+    """Blocks ``U diag(S) Vᴴ`` (``Vᵀ`` for real numbers).
 
     Parameters
     ----------
     U : array (..., m, r)
         Left factors.
     S : array (..., r)
-        Scales; unused columns have scale zero.
+        Scales, real; unused columns have scale zero.
     V : array (..., n, r)
         Right factors.
 
@@ -40,7 +49,8 @@ class LowRank:
     def __post_init__(self) -> None:
         U = check_array("U", self.U)
         space = Space.of(U)
-        V, S = check_operand("V", self.V, space), check_operand("S", self.S, space)
+        V = check_operand("V", self.V, space)
+        S = check_operand("S", self.S, space.real)
         batch, r = tuple(U.shape[:-2]), U.shape[-1]
         fits = (*batch, r) == tuple(S.shape) and (*batch, r) == (
             *V.shape[:-2],
@@ -74,17 +84,27 @@ class LowRank:
         return int(self.ranks.max()) if self.rank else 0
 
     @property
-    def T(self) -> LowRank:
-        """The transposed blocks (views)."""
+    def H(self) -> LowRank:
+        """The adjoint blocks (views)."""
         return LowRank(self.V, self.S, self.U)
+
+    @property
+    def T(self) -> LowRank:
+        """The transposed blocks."""
+        return LowRank(conjugate(self.V), self.S, conjugate(self.U))
+
+    @property
+    def scaled(self) -> Array:
+        """Left factors times scales, ``U diag(S)``."""
+        return _scaled(self.U, self.S[..., None, :])
 
     def to_dense(self) -> Array:
         """Return the blocks as an array (..., m, n)."""
-        return (self.U * self.S[..., None, :]) @ transpose(self.V)
+        return self.scaled @ adjoint(self.V)
 
     def __matmul__(self, x: Array) -> Array:
         """Multiply with ``x`` (..., n, q)."""
-        return self.U @ (self.S[..., None] * (transpose(self.V) @ x))
+        return self.U @ _scaled(adjoint(self.V) @ x, self.S[..., None])
 
 
 def compress(
@@ -124,7 +144,7 @@ def recompress(
         return block, namespace(block.S).sum(block.S, axis=-1)
     Qu, Ru = qr(block.U)
     Qv, Rv = qr(block.V)
-    core = (Ru * block.S[..., None, :]) @ transpose(Rv)
+    core = _scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
     U, S, V = svd(core)
     return _cut(Qu @ U, S, Qv @ V, tolerance, max_rank)
 
@@ -149,6 +169,17 @@ def _cut(
         keep = keep & allowed
     lost = xp.max(xp.where(keep, xp.zeros_like(tails), tails), axis=-1)
     rank = int(xp.max(xp.sum(xp.astype(keep, xp.int64), axis=-1)))
-    mask = xp.astype(keep, S.dtype)[..., :rank]
-    U, S, V = U[..., :rank], S[..., :rank] * mask, V[..., :rank]
-    return LowRank(U * mask[..., None, :], S, V * mask[..., None, :]), lost
+    keep = keep[..., :rank]
+    columns = keep[..., None, :]
+    U, S, V = U[..., :rank], S[..., :rank], V[..., :rank]
+    cut = LowRank(
+        xp.where(columns, U, xp.zeros_like(U)),
+        xp.where(keep, S, xp.zeros_like(S)),
+        xp.where(columns, V, xp.zeros_like(V)),
+    )
+    return cut, lost
+
+
+def _scaled(x: Array, S: Array) -> Array:
+    """Multiply with real scales, which the standard wants in the dtype of ``x``."""
+    return x * namespace(x).astype(S, x.dtype, copy=False)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from hmatrix._backend import Array, Space, nbytes, to_numpy, transpose
+from hmatrix._backend import FLOATS, Array, Space, nbytes, to_numpy, transpose
 from hmatrix._checks import ShapeError, check_operand, check_space
-from hmatrix._operator import StoredOperator
+from hmatrix._operator import StoredOperator, unpad_rows
 from hmatrix.tree import ClusterTree
 
 __all__ = ["MLR"]
@@ -58,6 +59,8 @@ class MLR(StoredOperator):
     factors: tuple[Array, ...]
     sign: int = 1
 
+    _dtypes: ClassVar[tuple[str, ...]] = FLOATS
+
     def __post_init__(self) -> None:
         check_space(self.space)
         tree, m = self.tree, self.tree.leaf_size
@@ -86,6 +89,8 @@ class MLR(StoredOperator):
         """The transpose: the matrix itself."""
         return self
 
+    H = T
+
     @property
     def ranks(self) -> tuple[int, ...]:
         """Largest number of non-zero columns of a factor, for each level."""
@@ -109,7 +114,7 @@ class MLR(StoredOperator):
         diagonal = xp.reshape(xp.linalg.diagonal(self.leaves), (-1,))
         for F in self.factors:
             diagonal = diagonal + self.sign * xp.reshape(xp.sum(F * F, axis=-1), (-1,))
-        return diagonal[: self.tree.n]
+        return unpad_rows(diagonal, self.tree)
 
     def trace(self) -> float:
         """Return the sum of the diagonal."""
@@ -117,7 +122,7 @@ class MLR(StoredOperator):
 
     def to_dense(self) -> Array:
         """Return the matrix as one array (n, n). For tests and small n."""
-        xp, n = self.space.xp, self.tree.n
+        xp = self.space.xp
         dense = self.leaves
         for level in reversed(range(self.tree.levels)):
             m = self.tree.size(level + 1)
@@ -127,7 +132,8 @@ class MLR(StoredOperator):
             bottom = xp.concat([zero, halves[:, 1, :, :]], axis=-1)
             F = self.factors[level]
             dense = xp.concat([top, bottom], axis=-2) + self.sign * (F @ transpose(F))
-        return dense[0, :n, :n]
+        rows = transpose(unpad_rows(dense[0, ...], self.tree))
+        return transpose(unpad_rows(rows, self.tree))
 
     def map(self, change: Callable[[Array], Array]) -> MLR:
         """Return a copy with ``change`` applied to each stored array."""
@@ -143,7 +149,7 @@ class MLR(StoredOperator):
             y = y + self.sign * xp.reshape(part, x.shape)
         return y
 
-    def _apply_transposed(self, x: Array) -> Array:
+    def _apply_adjoint(self, x: Array) -> Array:
         return self._apply(x)
 
     def __repr__(self) -> str:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from hmatrix._backend import Array, Space
 from hmatrix._checks import check_float, check_int
-from hmatrix._operator import Operator, apply_padded
+from hmatrix._operator import Operator, apply_padded, real_rows
 from hmatrix.tree import ClusterTree
 
 __all__ = ["Factorization", "shifted_leaves"]
@@ -80,8 +80,12 @@ class Factorization(ABC):
         """Return the diagonal of the inverse (n,)."""
 
     @abstractmethod
-    def slogdet(self) -> tuple[float, float]:
-        """Return sign and log of the absolute value of the determinant."""
+    def slogdet(self) -> tuple[float | complex, float]:
+        """Return sign and log of the absolute value of the determinant.
+
+        The sign of a complex matrix that is not Hermitian is a complex number of
+        absolute value 1.
+        """
 
     def logdet(self) -> float:
         """Return the log of the determinant.
@@ -89,11 +93,11 @@ class Factorization(ABC):
         Raises
         ------
         ValueError
-            If the determinant is negative; `slogdet` gives its sign.
+            If the determinant is negative or complex; `slogdet` gives its sign.
         """
         sign, value = self.slogdet()
-        if sign < 0:
-            msg = "The determinant is negative and has no real log; use slogdet()."
+        if sign != 1:
+            msg = f"The determinant has sign {sign} and no real log; use slogdet()."
             raise ValueError(msg)
         return value
 
@@ -112,8 +116,7 @@ def shifted_leaves(tree: ClusterTree, leaves: Array, shift: float) -> Array:
     """
     space = Space.of(leaves)
     xp = space.xp
-    rows = xp.arange(tree.padded, device=space.device)
-    real = xp.full((tree.padded,), shift, dtype=space.dtype, device=space.device)
-    added = xp.where(rows < tree.n, real, xp.ones_like(real))
+    added = xp.full((tree.padded,), shift, dtype=space.dtype, device=space.device)
+    added = xp.where(real_rows(tree, space), added, xp.ones_like(added))
     added = xp.reshape(added, leaves.shape[:2])
     return leaves + added[:, :, None] * space.eye(tree.leaf_size)

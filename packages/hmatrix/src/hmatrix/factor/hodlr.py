@@ -7,14 +7,15 @@ import numpy as np
 from hmatrix._backend import (
     Array,
     Space,
+    adjoint,
+    conjugate,
     contiguous,
     inverse,
     slogdet,
     to_numpy,
-    transpose,
 )
-from hmatrix._checks import SingularBlockError, SingularLeafError
-from hmatrix._operator import Operator
+from hmatrix._checks import DTypeError, SingularBlockError, SingularLeafError
+from hmatrix._operator import Operator, unpad_rows
 from hmatrix.factor._base import Factorization, shifted_leaves
 from hmatrix.hodlr import HODLR
 
@@ -31,7 +32,8 @@ class HODLRFactorization(Factorization):
         leaves = shifted_leaves(tree, H.leaves, self.shift)
         signs, logs = slogdet(leaves)
         self._inverse_leaves = _invert(leaves, signs, tree.levels, leaf=True)
-        self._sign, self._logdet = 1.0, 0.0
+        self._sign: float | complex = 1.0
+        self._logdet = 0.0
         self._count_determinant(signs, logs)
 
         # P and Q of all levels, each (padded, r): the halves' factors below each other
@@ -46,7 +48,7 @@ class HODLRFactorization(Factorization):
             scales.append(_pair(B12.S, B21.S))
         self._widths = [int(p.shape[-1]) for p in P]
         self._Y: list[Array] = [None] * tree.levels  # D P
-        self._E: list[Array] = [None] * tree.levels  # (I + C QᵀD P)⁻¹ C
+        self._E: list[Array] = [None] * tree.levels  # (I + C QᴴD P)⁻¹ C
         if not tree.levels:
             return
         X = self._solve_leaves(xp.concat(P, axis=-1))
@@ -61,31 +63,31 @@ class HODLRFactorization(Factorization):
         """Return the inverse as an operator; nothing is formed."""
         return HODLRInverse(self)
 
-    def slogdet(self) -> tuple[float, float]:
+    def slogdet(self) -> tuple[float | complex, float]:
         """Return sign and log of the absolute value of the determinant."""
         return self._sign, self._logdet
 
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,), in ``O(n r K)`` if symmetric.
 
-        Otherwise the transposed halves are carried along at ``O(n r² K²)``.
+        Otherwise the adjoint halves are carried along at ``O(n r² K²)``.
         """
         xp = self.space.xp
         diagonal = xp.reshape(xp.linalg.diagonal(self._inverse_leaves), (-1,))
         for level, width in enumerate(self._widths):
             if not width:
                 continue
-            # rows of a half meet the columns of Dᵀ Q that come from the other block
+            # rows of a half meet the columns of Dᴴ Q that come from the other block
             Y = self._halves(level, self._Y[level])
             Z = Y
             if not self.symmetric:
-                x = self._solve_transposed(self._Q[level], level + 1)
+                x = self._solve_adjoint(self._Q[level], level + 1)
                 Z = self._halves(level, x)
             E = self._E[level]
             off = xp.stack([E[:, :width, width:], E[:, width:, :width]], axis=1)
-            part = xp.sum((Y @ off) * Z, axis=-1)
+            part = xp.sum((Y @ off) * conjugate(Z), axis=-1)
             diagonal = diagonal - xp.reshape(part, (-1,))
-        return diagonal[: self.tree.n]
+        return unpad_rows(diagonal, self.tree)
 
     def _apply(self, x: Array) -> Array:
         x = self._solve_leaves(x)
@@ -93,45 +95,46 @@ class HODLRFactorization(Factorization):
             x = self._step(level, x)
         return x
 
-    def _apply_transposed(self, x: Array) -> Array:
-        return self._solve_transposed(x, 0)
+    def _apply_adjoint(self, x: Array) -> Array:
+        return self._solve_adjoint(x, 0)
 
-    def _solve_transposed(self, x: Array, top: int) -> Array:
-        """Apply the transposed inverses of the nodes at level ``top``."""
+    def _solve_adjoint(self, x: Array, top: int) -> Array:
+        """Apply the adjoint inverses of the nodes at level ``top``."""
         xp = self.space.xp
         for level in range(top, self.tree.levels):
             if not self._widths[level]:
                 continue
             halves = self._halves(level, x)
             Y = self._halves(level, self._Y[level])
-            small = xp.reshape(transpose(Y) @ halves, (Y.shape[0], -1, x.shape[1]))
-            small = transpose(self._E[level]) @ small
+            small = xp.reshape(adjoint(Y) @ halves, (Y.shape[0], -1, x.shape[1]))
+            small = adjoint(self._E[level]) @ small
             small = xp.flip(xp.reshape(small, (*Y.shape[:2], -1, x.shape[1])), axis=1)
             Q = self._halves(level, self._Q[level])
             x = x - xp.reshape(Q @ small, x.shape)
-        return self._leaves_times(transpose(self._inverse_leaves), x)
+        return self._leaves_times(adjoint(self._inverse_leaves), x)
 
     def _step(self, level: int, x: Array) -> Array:
-        """Turn the children's solutions into the nodes': x − D P E Qᵀ x."""
+        """Turn the children's solutions into the nodes': x − D P E Qᴴ x."""
         xp, width = self.space.xp, self._widths[level]
         if not width or not x.shape[1]:
             return x
         halves = self._halves(level, x)
         Q = self._halves(level, self._Q[level])
-        small = xp.flip(transpose(Q) @ halves, axis=1)
+        small = xp.flip(adjoint(Q) @ halves, axis=1)
         small = xp.reshape(small, (small.shape[0], 2 * width, x.shape[1]))
         small = xp.reshape(self._E[level] @ small, (-1, 2, width, x.shape[1]))
         Y = self._halves(level, self._Y[level])
         return x - xp.reshape(Y @ small, x.shape)
 
     def _core(self, level: int, scales: Array) -> Array:
-        """Return ``(I + C QᵀD P)⁻¹ C`` of each node and count its determinant."""
+        """Return ``(I + C QᴴD P)⁻¹ C`` of each node and count its determinant."""
         xp, width = self.space.xp, self._widths[level]
         nodes = self.tree.nodes(level)
         if not width:
             return self.space.zeros(nodes, 0, 0)
         Y, Q = self._halves(level, self._Y[level]), self._halves(level, self._Q[level])
-        QY = transpose(Q) @ Y  # V21ᵀ Y1 and V12ᵀ Y2
+        QY = adjoint(Q) @ Y  # V21ᴴ Y1 and V12ᴴ Y2
+        scales = xp.astype(scales, QY.dtype, copy=False)
         CQY = scales[..., None] * xp.flip(QY, axis=1)
         eye = xp.zeros_like(QY[:, 0, :, :]) + self.space.eye(width)
         top = xp.concat([eye, CQY[:, 0, :, :]], axis=-1)
@@ -144,7 +147,11 @@ class HODLRFactorization(Factorization):
 
     def _count_determinant(self, signs: Array, logs: Array) -> None:
         xp = self.space.xp
-        self._sign *= float(xp.prod(signs))
+        sign = complex(xp.prod(signs))
+        # that of a Hermitian matrix is real
+        self._sign *= (
+            sign if self.space.is_complex and not self.symmetric else sign.real
+        )
         self._logdet += float(xp.sum(xp.astype(logs, xp.float64)))
 
     def _halves(self, level: int, x: Array) -> Array:
@@ -169,11 +176,11 @@ class HODLRInverse(Operator):
     """
 
     def __init__(
-        self, factorization: HODLRFactorization, *, transposed: bool = False
+        self, factorization: HODLRFactorization, *, adjoint: bool = False
     ) -> None:
         self.tree = factorization.tree
         self._factorization = factorization
-        self._transposed = transposed
+        self._adjoint = adjoint
 
     @property
     def space(self) -> Space:
@@ -181,24 +188,34 @@ class HODLRInverse(Operator):
         return self._factorization.space
 
     @property
+    def H(self) -> HODLRInverse:
+        """The adjoint inverse."""
+        return HODLRInverse(self._factorization, adjoint=not self._adjoint)
+
+    @property
     def T(self) -> HODLRInverse:
-        """The transposed inverse."""
-        return HODLRInverse(self._factorization, transposed=not self._transposed)
+        """The transposed inverse, of a real matrix; a complex one has ``H``."""
+        if self.space.is_complex:
+            msg = "The inverse of a complex matrix is not transposed, use its adjoint `H`."
+            raise DTypeError(msg)
+        return self.H
 
     def diagonal(self) -> Array:
         """Return the diagonal (n,)."""
-        return self._factorization.inverse_diagonal()
+        diagonal = self._factorization.inverse_diagonal()
+        return conjugate(diagonal) if self._adjoint else diagonal
 
-    def trace(self) -> float:
+    def trace(self) -> float | complex:
         """Return the sum of the diagonal."""
-        return float(self.space.xp.sum(self.diagonal()))
+        total = self.space.xp.sum(self.diagonal())
+        return complex(total) if self.space.is_complex else float(total)
 
     def _apply(self, x: Array) -> Array:
         factor = self._factorization
-        return (factor._apply_transposed if self._transposed else factor._apply)(x)
+        return (factor._apply_adjoint if self._adjoint else factor._apply)(x)
 
-    def _apply_transposed(self, x: Array) -> Array:
-        return self.T._apply(x)
+    def _apply_adjoint(self, x: Array) -> Array:
+        return self.H._apply(x)
 
     def __repr__(self) -> str:
         return repr(self._factorization).replace("Factorization", "Inverse", 1)

@@ -6,6 +6,7 @@ import numpy as np
 
 from hmatrix._backend import Array, Space, cholesky, inverse_lower, to_numpy, transpose
 from hmatrix._checks import NotPositiveDefiniteError
+from hmatrix._operator import real_rows
 from hmatrix.factor._base import Factorization, shifted_leaves
 from hmatrix.mlr import MLR
 
@@ -43,8 +44,8 @@ class MLRFactorization(Factorization):
                 X = X - H.sign * xp.reshape(update, X.shape)
         inverse_leaves = transpose(half) @ half
         # padded rows of the inverse are identity here, zero outside
-        rows = xp.arange(tree.padded, device=self.space.device)
-        real = xp.reshape(xp.astype(rows < tree.n, self.space.dtype), leaves.shape[:2])
+        real = xp.astype(real_rows(tree, self.space), self.space.dtype)
+        real = xp.reshape(real, leaves.shape[:2])
         self._inverse = MLR(
             tree, inverse_leaves * real[:, :, None], tuple(W), sign=-H.sign
         )

@@ -16,6 +16,7 @@ from hmatrix._backend import (
     frobenius,
     is_array,
     nbytes,
+    to_numpy,
     transpose,
 )
 from hmatrix._checks import (
@@ -29,6 +30,7 @@ from hmatrix._checks import (
     check_space,
     not_finite,
 )
+from hmatrix._operator import pad_rows
 from hmatrix.tree import ClusterTree
 
 __all__ = ["Streaming"]
@@ -45,7 +47,7 @@ class Streaming(ABC):
 
     def __init__(
         self,
-        n: int,
+        n: int | ClusterTree,
         levels: int = 4,
         rank: int = 32,
         *,
@@ -53,7 +55,7 @@ class Streaming(ABC):
         dtype: object = None,
         seed: int = 0,
     ) -> None:
-        self.tree = ClusterTree(n, levels)
+        self.tree = n if isinstance(n, ClusterTree) else ClusterTree(n, levels)
         self.rank = check_int("rank", rank, 1)
         self.seed = check_int("seed", seed, 0)
         if like is not None:
@@ -118,13 +120,11 @@ class Streaming(ABC):
         root = math.sqrt(weight)
         pieces = self._pieces(Z)
         self._check_finite(Z, pieces, weight)
-        xp, missing = self.space.xp, self.tree.padded - self.tree.n
+        xp = self.space.xp
         for piece in pieces:
             E = xp.astype(piece, self.space.dtype, copy=False)
             E = contiguous(transpose(E if root == 1 else E * root))
-            if missing:
-                E = xp.concat([E, self.space.zeros(missing, E.shape[1])], axis=0)
-            self._add(E)
+            self._add(pad_rows(E, self.tree))
         self._count += weight * int(Z.shape[0])
 
     def merge(self, other: Self) -> None:
@@ -212,10 +212,14 @@ class Streaming(ABC):
 
     @classmethod
     def _from_options(cls, state: Mapping[str, Any], like: Array) -> Self:
+        # a plain tree has neither sizes nor permutation
+        places = {
+            name: None if state.get(name) is None else to_numpy(state[name])
+            for name in ("sizes", "permutation")
+        }
         return cls(
-            int(state["n"]),
-            int(state["levels"]),
-            int(state["rank"]),
+            ClusterTree(int(state["n"]), int(state["levels"]), **places),
+            rank=int(state["rank"]),
             like=like,
             seed=int(state["seed"]),
         )
@@ -226,6 +230,11 @@ class Streaming(ABC):
             "levels": self.tree.levels,
             "rank": self.rank,
             "seed": self.seed,
+            **{
+                name: value
+                for name in ("sizes", "permutation")
+                if (value := getattr(self.tree, name)) is not None
+            },
         }
 
     def _arrays(self) -> dict[str, Array]:

@@ -7,6 +7,7 @@ from typing import Self
 from hmatrix._backend import Array, contiguous, one_thread_if_small, qr, svd, transpose
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank
+from hmatrix.tree import ClusterTree
 from hmatrix.update._base import Streaming
 
 __all__ = ["StreamingHODLR"]
@@ -47,7 +48,7 @@ class StreamingHODLR(Streaming):
 
     def __init__(
         self,
-        n: int,
+        n: int | ClusterTree,
         levels: int = 4,
         rank: int = 32,
         *,

@@ -20,6 +20,7 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import check_choice
 from hmatrix.mlr import MLR
+from hmatrix.tree import ClusterTree
 from hmatrix.update._base import Streaming
 
 __all__ = ["StreamingMLR"]
@@ -46,8 +47,8 @@ class StreamingMLR(Streaming):
 
     Parameters
     ----------
-    n : int
-        Length of a sample.
+    n : int or ClusterTree
+        Length of a sample; or the tree, which has its own ``levels``.
     levels : int
         Halvings, ``2**levels <= n``.
     rank : int
@@ -89,7 +90,7 @@ class StreamingMLR(Streaming):
 
     def __init__(
         self,
-        n: int,
+        n: int | ClusterTree,
         levels: int = 4,
         rank: int = 32,
         *,

@@ -1,12 +1,14 @@
-"""Hierarchical matrices from other descriptions of a matrix."""
+"""Hierarchical matrices from dense ones."""
 
 from __future__ import annotations
 
 import math
 
 from hmatrix._backend import (
+    NUMBERS,
     Array,
     Space,
+    adjoint,
     contiguous,
     detach,
     frobenius,
@@ -17,18 +19,15 @@ from hmatrix._checks import (
     ShapeError,
     check_array,
     check_finite,
-    check_float,
-    check_int,
     check_space,
 )
+from hmatrix._operator import pad_rows
+from hmatrix.construct.budget import block_tolerance, check_tolerances, make_tree
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, compress
 from hmatrix.tree import ClusterTree
 
-__all__ = ["block_tolerance", "from_dense"]
-
-#: Rows of a leaf where neither ``levels`` nor ``leaf_size`` is given.
-LEAF_SIZE = 64
+__all__ = ["from_dense"]
 
 
 def from_dense(
@@ -38,6 +37,7 @@ def from_dense(
     leaf_size: int | None = None,
     tree: ClusterTree | None = None,
     rtol: float | None = None,
+    atol: float = 0.0,
     max_rank: int | None = None,
     symmetric: bool | None = None,
 ) -> HODLR:
@@ -46,19 +46,21 @@ def from_dense(
     Parameters
     ----------
     A : array (n, n)
-        The matrix, float32 or float64, on any device. torch tensors are detached.
+        The matrix, real or complex, on any device. torch tensors are detached.
     levels, leaf_size, tree
         The halving, by one of: number of halvings, rows of a leaf at most, or a tree.
         Default: ``leaf_size=64``.
     rtol : float, optional
         Promise ``‖A − H‖_F ≤ rtol · ‖A‖_F`` (to rounding), kept by giving every
         block its share of the error. Default: square root of the dtype's epsilon.
+    atol : float
+        Promise ``‖A − H‖_F ≤ atol`` instead, where that allows more.
     max_rank : int, optional
         Cap on the rank of every block. It wins over ``rtol``; ``H.error`` tells the
         relative Frobenius error reached.
     symmetric : bool, optional
         Store one of the two off-diagonal blocks. Default: whether ``A`` equals its
-        transpose.
+        adjoint (transpose, if real).
 
     Returns
     -------
@@ -72,7 +74,7 @@ def from_dense(
     DTypeError, BackendError, NonFiniteError
         If ``A`` is not a finite float array of a supported library.
     ValueError
-        If ``symmetric=True`` and ``A`` differs from its transpose beyond rounding.
+        If ``symmetric=True`` and ``A`` differs from its adjoint beyond rounding.
 
     Examples
     --------
@@ -84,30 +86,23 @@ def from_dense(
     (3, True, True)
     """
     A = detach(check_array("A", A, ndim=2))
-    space = check_space(Space.of(A))
+    space = check_space(Space.of(A), NUMBERS)
     xp, n = space.xp, int(A.shape[0])
     if A.shape[1] != n:
         msg = f"`A` must be square, got shape {tuple(A.shape)}."
         raise ShapeError(msg)
     norm = check_finite("A", A)
-    tree = _tree(n, levels, leaf_size, tree)
-    rtol = (
-        math.sqrt(space.eps) if rtol is None else check_float("rtol", rtol, minimum=0)
-    )
-    if max_rank is not None:
-        max_rank = check_int("max_rank", max_rank, 0)
+    tree = make_tree(n, levels, leaf_size, tree)
+    rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
     A, symmetric = _symmetrize(A, symmetric, norm)
-    missing = tree.padded - n
-    if missing:
-        A = xp.concat([A, space.zeros(missing, n)], axis=0)
-        A = xp.concat([A, space.zeros(tree.padded, missing)], axis=1)
+    A = transpose(pad_rows(transpose(pad_rows(A, tree)), tree))
 
     upper: list[LowRank] = []
     lower: list[LowRank] = []
     squares = 0.0
     for level in range(tree.levels):
         nodes, half = _diagonal_blocks(A, tree, level), tree.size(level + 1)
-        tolerance = block_tolerance(tree, level, rtol * norm)
+        tolerance = block_tolerance(tree, level, max(rtol * norm, atol))
         sides = [(upper, nodes[:, :half, half:])]
         if not symmetric:
             sides.append((lower, nodes[:, half:, :half]))
@@ -120,45 +115,19 @@ def from_dense(
     return HODLR(tree, leaves, tuple(upper), None if symmetric else tuple(lower), error)
 
 
-def block_tolerance(tree: ClusterTree, level: int, total: float) -> float:
-    """Return what each off-diagonal block of ``level`` may lose in Frobenius norm.
-
-    Levels share the square of ``total`` equally, and so do the blocks of a level; the
-    errors of all blocks together are then at most ``total``.
-    """
-    return total / math.sqrt(tree.levels * 2 * tree.nodes(level))
-
-
-def _tree(
-    n: int, levels: int | None, leaf_size: int | None, tree: ClusterTree | None
-) -> ClusterTree:
-    given = [x is not None for x in (levels, leaf_size, tree)]
-    if sum(given) > 1:
-        msg = "Give one of `levels`, `leaf_size` and `tree`, not several."
-        raise ShapeError(msg)
-    if tree is not None:
-        if tree.n != n:
-            msg = f"`tree` is of {tree.n} rows, the matrix has {n}."
-            raise ShapeError(msg)
-        return tree
-    if levels is not None:
-        return ClusterTree(n, levels)
-    return ClusterTree.from_leaf_size(n, LEAF_SIZE if leaf_size is None else leaf_size)
-
-
 def _symmetrize(A: Array, symmetric: bool | None, norm: float) -> tuple[Array, bool]:
     xp = namespace(A)
     if symmetric is None:
-        return A, bool(xp.all(transpose(A) == A))
+        return A, bool(xp.all(adjoint(A) == A))
     if symmetric:
-        difference = float(frobenius(A - transpose(A)))
+        difference = float(frobenius(A - adjoint(A)))
         if difference > 100 * Space.of(A).eps * norm:
             msg = (
-                "`symmetric` is true, but `A` differs from its transpose by "
-                f"{difference / norm:.3g} of its norm; pass (A + A.T) / 2."
+                "`symmetric` is true, but `A` differs from its adjoint by "
+                f"{difference / norm:.3g} of its norm; pass (A + A.T.conj()) / 2."
             )
             raise ValueError(msg)
-        A = (A + transpose(A)) / 2
+        A = (A + adjoint(A)) / 2
     return A, symmetric
 
 

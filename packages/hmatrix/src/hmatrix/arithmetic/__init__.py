@@ -1,0 +1,9 @@
+"""Operations that make a new matrix from old ones, and norms."""
+
+from __future__ import annotations
+
+from hmatrix.arithmetic.linear import add, scale, shift, subtract
+from hmatrix.arithmetic.norms import norm
+from hmatrix.arithmetic.truncation import truncate
+
+__all__ = ["add", "norm", "scale", "shift", "subtract", "truncate"]

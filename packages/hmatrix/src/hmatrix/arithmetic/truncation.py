@@ -1,0 +1,73 @@
+"""Smaller ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+from hmatrix._checks import check_float, check_int
+from hmatrix.arithmetic.norms import norm
+from hmatrix.construct import block_tolerance
+from hmatrix.hodlr import HODLR
+from hmatrix.lowrank import LowRank, recompress
+from hmatrix.mlr import MLR
+from hmatrix.update import StreamingMLR
+
+__all__ = ["truncate"]
+
+Matrix = TypeVar("Matrix", HODLR, MLR)
+
+
+def truncate(
+    H: Matrix, *, rtol: float | None = None, max_rank: int | None = None
+) -> Matrix:
+    """Return ``H`` with smaller ranks.
+
+    Parameters
+    ----------
+    H : HODLR or MLR
+        The matrix.
+    rtol : float, optional
+        For a `HODLR`: ``‖H − result‖_F ≤ rtol · ‖H‖_F``; default: rounding only.
+    max_rank : int, optional
+        Cap on the ranks. An `MLR` needs it: what its nodes cannot hold goes down to
+        their children and the leaves, so that the diagonal and the leaf blocks stay
+        exact.
+
+    Raises
+    ------
+    ValueError
+        If ``rtol`` is given for an `MLR`, or ``max_rank`` is not.
+    """
+    if max_rank is not None:
+        max_rank = check_int("max_rank", max_rank, 1 if isinstance(H, MLR) else 0)
+    if isinstance(H, MLR):
+        if rtol is not None or max_rank is None:
+            msg = "An MLR matrix is truncated by `max_rank`, not by `rtol`."
+            raise ValueError(msg)
+        stream = StreamingMLR(H.tree, rank=max_rank, like=H.leaves, method="eigh")
+        stream.add_factors(H.factors)
+        held = stream.result(normalize=False)
+        leaves = H.leaves + H.sign * held.leaves
+        return MLR(H.tree, leaves, held.factors, H.sign)
+    rtol = H.space.eps if rtol is None else check_float("rtol", rtol, minimum=0.0)
+    xp, size = H.space.xp, norm(H)
+    upper: list[LowRank] = []
+    lower: list[LowRank] = []
+    squares = 0.0
+    for level in range(H.tree.levels):
+        tolerance = block_tolerance(H.tree, level, rtol * size)
+        for side, block in zip((upper, lower), H.blocks(level), strict=True):
+            if side is lower and H.symmetric:
+                continue
+            cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
+            side.append(cut)
+            squares += float(xp.sum(lost**2)) * (2 if H.symmetric else 1)
+    error = math.sqrt(squares) / size if size else 0.0
+    return HODLR(
+        H.tree,
+        H.leaves,
+        tuple(upper),
+        None if H.symmetric else tuple(lower),
+        None if H.error is None else H.error + error,
+    )
