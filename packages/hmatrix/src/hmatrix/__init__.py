@@ -10,9 +10,10 @@ from hmatrix._checks import (
     ShapeError,
     SingularBlockError,
     SingularLeafError,
+    ToleranceError,
 )
-from hmatrix.arithmetic import add, norm, scale, shift, truncate
-from hmatrix.construct import from_dense
+from hmatrix.arithmetic import add, norm, scale, shift, subtract, truncate
+from hmatrix.construct import from_dense, from_entries, from_kernel
 from hmatrix.factor import Factorization, factorize
 from hmatrix.hodlr import HODLR
 from hmatrix.interop import aslinearoperator
@@ -40,15 +41,19 @@ __all__ = [
     "SingularLeafError",
     "StreamingHODLR",
     "StreamingMLR",
+    "ToleranceError",
     "add",
     "aslinearoperator",
     "factorize",
     "from_dense",
+    "from_entries",
+    "from_kernel",
     "load",
     "norm",
     "plot",
     "save",
     "scale",
     "shift",
+    "subtract",
     "truncate",
 ]

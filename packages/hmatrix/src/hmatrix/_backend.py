@@ -207,6 +207,11 @@ class Space:
         return self.library + (f" on {device}" if "cpu" not in device.lower() else "")
 
     @property
+    def on_host(self) -> bool:
+        """Whether the numbers are in the memory of the CPU."""
+        return "cpu" in str(self.device).lower()
+
+    @property
     def eps(self) -> float:
         """Distance from 1 to the next number of the dtype."""
         return float(self.xp.finfo(self.dtype).eps)

@@ -30,6 +30,7 @@ __all__ = [
     "ShapeError",
     "SingularBlockError",
     "SingularLeafError",
+    "ToleranceError",
     "check_array",
     "check_choice",
     "check_finite",
@@ -60,6 +61,10 @@ class BackendError(HMatrixError, TypeError):
 
 class NonFiniteError(HMatrixError, ValueError):
     """Data hold NaN or infinite values."""
+
+
+class ToleranceError(HMatrixError, ArithmeticError):
+    """A tolerance that was asked for cannot be kept."""
 
 
 class FileFormatError(HMatrixError, ValueError):

@@ -18,7 +18,7 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import ShapeError, check_array, check_operand
 
-__all__ = ["LowRank", "compress", "recompress"]
+__all__ = ["LowRank", "compress", "cut", "recompress"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +129,7 @@ def compress(
     array (...)
         Frobenius norm that each block did lose.
     """
-    return _cut(*svd(blocks), tolerance, max_rank)
+    return cut(*svd(blocks), tolerance, max_rank)
 
 
 def recompress(
@@ -146,13 +146,16 @@ def recompress(
     Qv, Rv = qr(block.V)
     core = _scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
     U, S, V = svd(core)
-    return _cut(Qu @ U, S, Qv @ V, tolerance, max_rank)
+    return cut(Qu @ U, S, Qv @ V, tolerance, max_rank)
 
 
-def _cut(
-    U: Array, S: Array, V: Array, tolerance: float, max_rank: int | None
+def cut(
+    U: Array, S: Array, V: Array, tolerance: float | Array, max_rank: int | None
 ) -> tuple[LowRank, Array]:
-    """Drop the tails of singular triplets, S descending."""
+    """Drop the tails of singular triplets, S descending.
+
+    Arguments and results are those of `compress`; ``tolerance`` may be an array (..., 1).
+    """
     xp = namespace(S)
     width = int(S.shape[-1])
     if not width:
@@ -172,12 +175,12 @@ def _cut(
     keep = keep[..., :rank]
     columns = keep[..., None, :]
     U, S, V = U[..., :rank], S[..., :rank], V[..., :rank]
-    cut = LowRank(
+    kept = LowRank(
         xp.where(columns, U, xp.zeros_like(U)),
         xp.where(keep, S, xp.zeros_like(S)),
         xp.where(columns, V, xp.zeros_like(V)),
     )
-    return cut, lost
+    return kept, lost
 
 
 def _scaled(x: Array, S: Array) -> Array:

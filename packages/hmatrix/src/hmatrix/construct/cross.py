@@ -1,0 +1,467 @@
+"""Adaptive cross approximation of all off-diagonal blocks of a level at once.
+
+Two steps. Pivots are found by cross approximation with partial pivoting (Bebendorf,
+"Approximation of boundary element matrices", 2000) on a sample of each block's rows and
+columns; then the pivots' rows and columns are evaluated in full, which is all products.
+A check on entries that were not looked at decides whether that was right: blocks that
+fail are done again with a larger sample, in the end with all rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hmatrix._backend import (
+    Array,
+    Space,
+    adjoint,
+    cholesky,
+    conjugate,
+    inverse_lower,
+    svd,
+    to_numpy,
+    transpose,
+)
+from hmatrix.lowrank import LowRank, compress, cut, recompress
+
+__all__ = ["Blocks", "approximate", "beside", "masked", "pieces"]
+
+#: Rows and columns of the first sample.
+SAMPLE = 128
+#: Entries of each block, beside one whole row and column, that check the result.
+CHECKS = 64
+#: Entries evaluated at once on the host: their temporaries stay in the cache.
+CHUNK = 2**17
+#: Columns by which factors grow.
+STEP = 16
+#: Small steps in a row, and rows without a residual in a row, that end the search.
+QUIET, NULLS = 2, 3
+#: Blocks up to this size are compressed by the SVD if cross approximation fails.
+DENSE = 1024
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks ``function(rows[b, :, None], columns[b, None, :])`` of one size.
+
+    Parameters
+    ----------
+    function : callable
+        Gives entries for broadcast labels of rows and columns.
+    rows, columns : array (b, m) or (b, m, d)
+        Labels: row numbers, or points.
+    real_rows, real_columns : array (b, m) or None
+        Whether it is a row of the matrix, or padding; None without padding.
+    space : Space
+        Of the entries.
+    """
+
+    function: Callable[[Array, Array], Array]
+    rows: Array
+    columns: Array
+    real_rows: Array | None
+    real_columns: Array | None
+    space: Space
+
+    @property
+    def count(self) -> int:
+        """Number of blocks."""
+        return int(self.rows.shape[0])
+
+    @property
+    def size(self) -> int:
+        """Rows of a block."""
+        return int(self.rows.shape[1])
+
+    @property
+    def xp(self) -> Any:
+        """Array namespace."""
+        return self.space.xp
+
+    @property
+    def lower(self) -> Blocks:
+        """The blocks on the other side of the diagonal."""
+        return Blocks(
+            self.function,
+            self.columns,
+            self.rows,
+            self.real_columns,
+            self.real_rows,
+            self.space,
+        )
+
+    @property
+    def adjoint(self) -> Blocks:
+        """The adjoint blocks."""
+
+        def swapped(a: Array, b: Array) -> Array:
+            return conjugate(self.function(b, a))
+
+        return Blocks(
+            swapped,
+            self.columns,
+            self.rows,
+            self.real_columns,
+            self.real_rows,
+            self.space,
+        )
+
+    def taken(self, index: Array, axis: int) -> Blocks:
+        """Return some blocks (axis 0), or the same rows and columns of all (axis 1)."""
+
+        def take(x: Array | None) -> Array | None:
+            return None if x is None else self.xp.take(x, index, axis=axis)
+
+        return replace(
+            self,
+            rows=take(self.rows),
+            columns=take(self.columns),
+            real_rows=take(self.real_rows),
+            real_columns=take(self.real_columns),
+        )
+
+    def group(self, start: int, count: int) -> Blocks:
+        """Return some of the blocks that follow each other."""
+        stop = min(start + count, self.count)
+
+        def take(x: Array | None) -> Array | None:
+            return None if x is None else x[start:stop, ...]
+
+        return replace(
+            self,
+            rows=take(self.rows),
+            columns=take(self.columns),
+            real_rows=take(self.real_rows),
+            real_columns=take(self.real_columns),
+        )
+
+    def at(self, i: Array, j: Array) -> Array:
+        """Return entries at places i, j (b, q): (b, q)."""
+        x = self.function(pick(self.rows, i), pick(self.columns, j))
+        if self.real_rows is None:
+            return x
+        return masked(x, pick(self.real_rows, i), pick(self.real_columns, j))
+
+    def at_columns(self, j: Array) -> Array:
+        """Return columns at places j (b, q): (b, q, m), each of them contiguous."""
+        x = self._evaluate(
+            self.rows[:, None, ...], pick(self.columns, j)[:, :, None, ...]
+        )
+        if self.real_rows is None:
+            return x
+        real = pick(self.real_columns, j)
+        return masked(x, self.real_rows[:, None, :], real[:, :, None])
+
+    def _evaluate(self, a: Array, b: Array) -> Array:
+        """Evaluate columns (b, q, m), a piece of the rows a (b, 1, m) at a time."""
+        count, q, m = int(b.shape[0]), int(b.shape[1]), int(a.shape[2])
+        step = pieces(self.space, count * q, m)
+        if step >= m:
+            return self.function(a, b)
+        x = self.space.zeros(count, q, m)
+        for start in range(0, m, step):
+            stop = min(start + step, m)
+            x[:, :, start:stop] = self.function(a[:, :, start:stop, ...], b)
+        return x
+
+    def dense(self) -> Array:
+        """Return the blocks as arrays (b, m, m)."""
+        x = self.function(self.rows[:, :, None, ...], self.columns[:, None, ...])
+        if self.real_rows is None or self.real_columns is None:
+            return x
+        return masked(x, self.real_rows[:, :, None], self.real_columns[:, None, :])
+
+
+def masked(x: Array, rows: Array, columns: Array) -> Array:
+    """Return entries with zeros where row or column is padding."""
+    xp = Space.of(x).xp
+    return xp.where(rows & columns, x, xp.zeros_like(x))
+
+
+def pieces(space: Space, width: int, count: int) -> int:
+    """Return how many of ``count`` rows of ``width`` entries to evaluate at once.
+
+    On the host the temporaries of a piece should stay in the cache.
+    """
+    return max(1, CHUNK // width) if space.on_host else count
+
+
+def pick(x: Array, places: Array) -> Array:
+    """Take rows ``x[b, places[b, q], ...]`` of x (b, m, ...): (b, q, ...)."""
+    space = Space.of(x)
+    xp, (b, m) = space.xp, x.shape[:2]
+    flat = xp.reshape(x, (b * m, *x.shape[2:]))
+    first = m * xp.arange(b, device=space.device)
+    chosen = xp.take(flat, xp.reshape(places + first[:, None], (-1,)), axis=0)
+    return xp.reshape(chosen, (b, places.shape[1], *x.shape[2:]))
+
+
+def approximate(
+    blocks: Blocks, tolerance: float, max_rank: int | None, seed: int
+) -> tuple[LowRank, Array]:
+    """Approximate blocks by low rank.
+
+    Parameters
+    ----------
+    blocks : Blocks
+        The blocks.
+    tolerance : float
+        Frobenius norm that each block may lose.
+    max_rank : int or None
+        Cap on the ranks.
+    seed : int
+        Of the check.
+
+    Returns
+    -------
+    LowRank
+        Orthonormal factors with the singular values between them.
+    array (b,)
+        Frobenius norms lost: what was cut, and what the check estimates.
+    """
+    space = blocks.space
+    found, lost = attempt(blocks, SAMPLE, tolerance, max_rank, seed)
+    sample = SAMPLE
+    while max_rank is None and sample < blocks.size:
+        bad = np.flatnonzero(to_numpy(lost) > tolerance)
+        if not len(bad):
+            break
+        sample, seed = 4 * sample, seed + 1
+        index = space.integers(bad)
+        again = attempt(blocks.taken(index, 0), sample, tolerance, None, seed)
+        found = replace_blocks(found, again[0], bad)
+        lost = scatter(lost, again[1], bad)
+    bad = np.flatnonzero(to_numpy(lost) > tolerance)
+    if len(bad) and blocks.size <= DENSE:
+        dense = blocks.taken(space.integers(bad), 0).dense()
+        exact = compress(dense, tolerance=tolerance, max_rank=max_rank)
+        found = replace_blocks(found, exact[0], bad)
+        lost = scatter(lost, exact[1], bad)
+    return found, lost
+
+
+def attempt(
+    blocks: Blocks, sample: int, tolerance: float, max_rank: int | None, seed: int
+) -> tuple[LowRank, Array]:
+    """Approximate with pivots out of a sample of each block, and estimate the error."""
+    space, xp, m = blocks.space, blocks.xp, blocks.size
+    limit = m if max_rank is None else min(m, max_rank + 8)
+    places = np.arange(m)
+    if m > sample:
+        # dense at both ends, where clusters meet and kernels are rough
+        ends = (1 - np.cos(np.pi * np.arange(sample) / (sample - 1))) / 2
+        places = np.unique(np.round(ends * (m - 1)).astype(np.int64))
+    index = space.integers(places)
+    inner = blocks if m <= sample else blocks.taken(index, 1)
+    scale = m / len(places)
+    i, j, U, V, valid = cross(inner, tolerance / (4 * scale), limit, seed)
+    # the pivots D are taken out of V, so that both factors have entries of order 1
+    D = xp.linalg.diagonal(gather(V, j))
+    D = conjugate(xp.where(valid, D, xp.ones_like(D)))
+    V = V / conjugate(D)[:, :, None]
+    if m > sample:
+        pivots = (index[i], index[j])
+        U, V = extend(blocks, pivots, gather(U, i), gather(V, j), D, valid)
+    D = xp.where(valid, D, xp.zeros_like(D))
+    estimate = residual(blocks, U, D, V, seed)
+    found, lost = orthonormal(U, D, V, tolerance * 0.8, max_rank)
+    return found, xp.sqrt(lost**2 + estimate**2)
+
+
+def cross(
+    blocks: Blocks, tolerance: float, limit: int, seed: int
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Cross approximation with partial pivoting: blocks ≈ Uᵀ conj(V).
+
+    Returns
+    -------
+    i, j : array (b, r)
+        Pivots' rows and columns.
+    U, V : array (b, r, m)
+        Rows of U are 1 at their pivots.
+    valid : array (b, r)
+        Whether a step found a pivot; its rows are zero where not.
+    """
+    space, xp, b, m = blocks.space, blocks.xp, blocks.count, blocks.size
+    places = xp.arange(m, device=space.device)
+    chance = xp.abs(space.real.normal((m,), seed, m))[None, :]
+    U, V = space.zeros(b, STEP, m), space.zeros(b, STEP, m)
+    steps: list[tuple[Array, Array, Array]] = []
+    used_rows, used_columns = (
+        xp.zeros((b, m), dtype=xp.bool, device=space.device),
+    ) * 2
+    alive = xp.ones((b,), dtype=xp.bool, device=space.device)
+    quiet, nulls = (xp.zeros((b,), dtype=xp.int64, device=space.device),) * 2
+    largest = space.real.zeros(b)
+    row = xp.zeros((b,), dtype=xp.int64, device=space.device) + m // 2
+    other = blocks.adjoint
+    for k in range(min(m, limit)):
+        if k == U.shape[1]:
+            more = space.zeros(b, min(k, m - k), m)
+            U, V = xp.concat([U, more], axis=1), xp.concat([V, more], axis=1)
+        # residual row, conjugated: a column of the adjoint blocks
+        v = other.at_columns(row[:, None])
+        largest = xp.maximum(largest, xp.max(xp.abs(v[:, 0, :]), axis=-1))
+        v = (v - conjugate(at(U, k, row)) @ V[:, :k, :])[:, 0, :]
+        size = xp.where(used_columns, xp.zeros_like(largest)[:, None], xp.abs(v))
+        column = xp.argmax(size, axis=-1)
+        pivot = pick(v, column[:, None])[:, 0]
+        # what rounding leaves of an entry is no pivot
+        good = alive & (xp.abs(pivot) > 8 * space.eps * largest)
+        used_rows = used_rows | (places == row[:, None])
+        used_columns = used_columns | (good[:, None] & (places == column[:, None]))
+        u = blocks.at_columns(column[:, None])
+        u = (u - conjugate(at(V, k, column)) @ U[:, :k, :])[:, 0, :]
+        u = u / xp.where(good, conjugate(pivot), xp.ones_like(pivot))[:, None]
+        u = xp.where(good[:, None], u, xp.zeros_like(u))
+        v = xp.where(good[:, None], v, xp.zeros_like(v))
+        U[:, k, :], V[:, k, :] = u, v
+        norm = xp.linalg.vector_norm(u, axis=-1) * xp.linalg.vector_norm(v, axis=-1)
+        small = norm <= tolerance
+        steps.append((row, column, good))
+        quiet = xp.where(good & small, quiet + 1, xp.zeros_like(quiet))
+        nulls = xp.where(good, xp.zeros_like(nulls), nulls + 1)
+        alive = alive & (quiet < QUIET) & (nulls < NULLS)
+        if not bool(xp.any(alive)):
+            break
+        # once nothing is found where it was expected, rows by chance
+        score = xp.where(small[:, None], chance, xp.abs(u))
+        row = xp.argmax(xp.where(used_rows, -xp.ones_like(score), score), axis=-1)
+    i, j, valid = (xp.stack(parts, axis=-1) for parts in zip(*steps, strict=True))
+    return i, j, U[:, : len(steps), :], V[:, : len(steps), :], valid
+
+
+def at(U: Array, k: int, places: Array) -> Array:
+    """Return ``U[b, :k, places[b]]`` of U (b, r, m): (b, 1, k)."""
+    return transpose(gather(U[:, :k, :], places[:, None]))
+
+
+def gather(U: Array, places: Array) -> Array:
+    """Return ``U[b, :, places[b, q]]`` of U (b, r, m): (b, r, q)."""
+    xp = Space.of(U).xp
+    return xp.take_along_axis(U, places[:, None, :], axis=-1)
+
+
+def extend(
+    blocks: Blocks,
+    pivots: tuple[Array, Array],
+    U: Array,
+    V: Array,
+    D: Array,
+    valid: Array,
+) -> tuple[Array, Array]:
+    """Evaluate the pivots' rows and columns in full: U, V (b, r, m) of whole blocks.
+
+    ``B[:, J] = Uᵀ D conj(V[J])`` and ``B[I, :] = U[I]ᵀ D conj(V)``, where V[J] (b, r, r)
+    and U[I] are the factors at the pivots: triangular, of unit diagonal.
+    """
+    xp = blocks.xp
+    keep = xp.astype(valid, U.dtype)[:, :, None]
+    eye = blocks.space.eye(int(valid.shape[-1]))
+
+    def unit_lower(x: Array) -> Array:
+        return xp.tril(transpose(x * keep), k=-1) + eye
+
+    rows, columns = pivots
+    lower_U, lower_V = unit_lower(U), unit_lower(V)
+    U = conjugate(inverse_lower(lower_V)) @ blocks.at_columns(columns)
+    V = conjugate(inverse_lower(lower_U)) @ blocks.adjoint.at_columns(rows)
+    return U * keep / D[:, :, None], V * keep / conjugate(D)[:, :, None]
+
+
+def residual(blocks: Blocks, U: Array, D: Array, V: Array, seed: int) -> Array:
+    """Estimate the Frobenius norm of each block's error (b,) from what was not used.
+
+    One row, one column and single entries by chance: a wrong row shows in any column, a
+    wrong column in any row. The largest of the three estimates counts.
+    """
+    space, xp, m = blocks.space, blocks.xp, blocks.size
+    b = blocks.count
+    chance = np.random.default_rng((seed, m, b))
+    i, j = (space.integers(chance.integers(0, m, (b, CHECKS))) for _ in range(2))
+    # of what the entries are sums
+    left, right = gather(U, i) * D[:, :, None], conjugate(gather(V, j))
+    entries = blocks.at(i, j) - xp.sum(left * right, axis=-2)
+    column = (
+        blocks.at_columns(j[:, :1]) - transpose(D[:, :, None] * right[:, :, :1]) @ U
+    )
+    row = blocks.adjoint.at_columns(i[:, :1]) - adjoint(left[:, :, :1]) @ V
+    squares = [
+        m * m / CHECKS * xp.sum(xp.abs(entries) ** 2, axis=-1),
+        *(m * xp.sum(xp.abs(x[:, 0, :]) ** 2, axis=-1) for x in (column, row)),
+    ]
+    return xp.sqrt(xp.max(xp.stack(squares, axis=-1), axis=-1))
+
+
+def orthonormal(
+    U: Array, D: Array, V: Array, tolerance: float, max_rank: int | None
+) -> tuple[LowRank, Array]:
+    """Return ``Uᵀ diag(D) conj(V)`` by its singular values, as many as are needed.
+
+    The factors are well conditioned, so Cholesky QR will do: all products but for one
+    small core.
+    """
+    xp = Space.of(U).xp
+    Lu, Lv = cholesky(gram(U)), cholesky(gram(V))
+    if Lu is None or Lv is None:
+        ones = xp.ones_like(xp.abs(D))
+        block = LowRank(transpose(U * D[:, :, None]), ones, transpose(V))
+        return recompress(block, tolerance=tolerance, max_rank=max_rank)
+    P, S, Q = svd((adjoint(Lu) * D[:, None, :]) @ Lv)
+    small, lost = cut(P, S, Q, tolerance, max_rank)
+    left, right = (
+        adjoint(inverse_lower(L)) @ x for L, x in ((Lu, small.U), (Lv, small.V))
+    )
+    return LowRank(transpose(U) @ left, small.S, transpose(V) @ right), lost
+
+
+def gram(U: Array) -> Array:
+    """Gram matrices (b, r, r) of the rows of U (b, r, m), 1 for a row of zeros."""
+    space = Space.of(U)
+    null = space.xp.linalg.vector_norm(U, axis=-1) == 0
+    ones = space.eye(int(U.shape[1])) * space.xp.astype(null, U.dtype)[:, None, :]
+    return conjugate(U) @ transpose(U) + ones
+
+
+def scatter(x: Array, part: Array, which: np.ndarray) -> Array:
+    """Return x (b, ...) with some entries replaced."""
+    space = Space.of(x)
+    order = np.arange(x.shape[0])
+    order[which] = x.shape[0] + np.arange(len(which))
+    return space.xp.take(
+        space.xp.concat([x, part], axis=0), space.integers(order), axis=0
+    )
+
+
+def replace_blocks(all_: LowRank, part: LowRank, which: np.ndarray) -> LowRank:
+    """Return blocks with some of them replaced."""
+    width = max(all_.rank, part.rank)
+    both = zip(widened(all_, width), widened(part, width), strict=True)
+    return LowRank(*(scatter(x, y, which) for x, y in both))
+
+
+def widened(block: LowRank, width: int) -> tuple[Array, Array, Array]:
+    """Return U, S and V with zero columns up to a width."""
+
+    def wide(x: Array) -> Array:
+        space = Space.of(x)
+        return space.xp.concat(
+            [x, space.zeros(*x.shape[:-1], width - x.shape[-1])], axis=-1
+        )
+
+    return wide(block.U), wide(block.S), wide(block.V)
+
+
+def beside(parts: list[tuple[LowRank, Array]]) -> tuple[LowRank, Array]:
+    """Join batches of blocks, and their errors."""
+    if len(parts) == 1:
+        return parts[0]
+    xp = Space.of(parts[0][1]).xp
+    width = max(block.rank for block, _ in parts)
+    columns = zip(*(widened(block, width) for block, _ in parts), strict=True)
+    errors = xp.concat([error for _, error in parts], axis=0)
+    return LowRank(*(xp.concat(column, axis=0) for column in columns)), errors

@@ -1,0 +1,381 @@
+"""Hierarchical matrices from a function of entries, by cross approximation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from hmatrix._backend import (
+    NUMBERS,
+    Array,
+    Space,
+    adjoint,
+    conjugate,
+    frobenius,
+    is_array,
+    namespace,
+)
+from hmatrix._checks import (
+    BackendError,
+    NonFiniteError,
+    ShapeError,
+    ToleranceError,
+    check_array,
+    check_finite,
+    check_float,
+    check_int,
+    check_operand,
+    check_space,
+)
+from hmatrix._operator import pad_rows, real_rows
+from hmatrix.construct.budget import (
+    LEAF_SIZE,
+    block_tolerance,
+    check_tolerances,
+    make_tree,
+)
+from hmatrix.construct.cross import Blocks, approximate, beside, masked, pieces
+from hmatrix.hodlr import HODLR
+from hmatrix.lowrank import LowRank, cut
+from hmatrix.tree import ClusterTree
+
+__all__ = ["from_entries", "from_kernel"]
+
+#: Rows of a group of blocks on the host: their factors stay in the cache.
+GROUP = 2**14
+
+Function = Callable[[Array, Array], Array]
+
+
+def from_entries(
+    function: Function,
+    n: int,
+    *,
+    like: Array | None = None,
+    dtype: object = None,
+    levels: int | None = None,
+    leaf_size: int | None = None,
+    tree: ClusterTree | None = None,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    max_rank: int | None = None,
+    symmetric: bool | None = None,
+    seed: int = 0,
+) -> HODLR:
+    """Compress a matrix that is given by a function of its entries.
+
+    Parameters
+    ----------
+    function : callable
+        ``function(i, j)`` gives entries for integer arrays of rows and columns that
+        broadcast against each other, all entries of a block in one call.
+    n : int
+        Rows and columns.
+    like : array, optional
+        Array whose library and device the indices have; default NumPy.
+    dtype : str or dtype, optional
+        Of the matrix; default that of ``like``, else float64.
+    levels, leaf_size, tree
+        The halving, as of `from_dense`.
+    rtol, atol, max_rank
+        As of `from_dense`: ``‖A − H‖_F ≤ max(rtol · ‖A‖_F, atol)``, here by an estimate:
+        each block is checked on entries that its approximation has not seen.
+        ``H.error`` is the estimate of the relative error.
+    symmetric : bool, optional
+        Store one of the two off-diagonal blocks. Default: whether the leaves, and some
+        other entries drawn by chance, are Hermitian.
+    seed : int
+        Of the checks.
+
+    Returns
+    -------
+    HODLR
+
+    Raises
+    ------
+    ToleranceError
+        If the tolerance is not reached and no ``max_rank`` excuses it.
+    ShapeError, BackendError, NonFiniteError
+        If the function gives no finite array of the shape of its arguments.
+
+    Notes
+    -----
+    About ``n (m + 2 Σ r)`` entries are evaluated, m being the rows of a leaf and r the
+    rank of each level. Cross approximation with pivots from a sample of each block
+    (Bebendorf 2000); where the check fails, from a larger sample, in the end from the
+    whole block.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import hmatrix as hm
+    >>> H = hm.from_entries(lambda i, j: 1.0 / (1 + abs(i - j)), 5000, rtol=1e-8)
+    >>> H.error < 1e-8, H.symmetric, H.nbytes < 0.05 * 8 * 5000**2
+    (True, True, True)
+    """
+    space = check_space(Space.like(like, dtype), NUMBERS)
+    tree = make_tree(check_int("n", n, 1), levels, leaf_size, tree)
+    # a padded row has the number of some row; what it gives is masked
+    labels = space.integers(np.minimum(tree.rows, tree.n - 1))
+    return build(
+        checked(function, space),
+        labels,
+        tree,
+        space,
+        rtol,
+        atol,
+        max_rank,
+        symmetric,
+        seed,
+    )
+
+
+def from_kernel(
+    kernel: Function,
+    points: Array,
+    *,
+    nugget: float | Array = 0.0,
+    levels: int | None = None,
+    leaf_size: int | None = None,
+    tree: ClusterTree | None = None,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    max_rank: int | None = None,
+    symmetric: bool | None = None,
+    seed: int = 0,
+) -> HODLR:
+    """Compress the matrix of a kernel on points, ``kernel(x_i, x_j)``.
+
+    Parameters
+    ----------
+    kernel : callable
+        ``kernel(x, y)`` gives entries for points x and y that broadcast against each
+        other: arrays (...) of numbers for points (n,), arrays (..., d) for points (n, d).
+    points : array (n,) or (n, d)
+        The points, of any library and device; the matrix has theirs. Points that are
+        not sorted numbers are ordered by a k-d tree; vectors keep the order of
+        ``points``.
+    nugget : float or array (n,)
+        Added to the diagonal.
+    levels, leaf_size, tree, rtol, atol, max_rank, symmetric, seed
+        As of `from_entries`.
+
+    Returns
+    -------
+    HODLR
+
+    Raises
+    ------
+    ToleranceError, ShapeError, BackendError, NonFiniteError
+        As `from_entries`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import hmatrix as hm
+    >>> x = np.random.default_rng(0).random((2000, 2))
+    >>> def gaussian(x, y):
+    ...     return np.exp(-((x - y) ** 2).sum(axis=-1))
+    >>> H = hm.from_kernel(gaussian, x, nugget=0.1, rtol=1e-6)
+    >>> H
+    HODLR(n=2000, levels=5, ranks=(15, 10, 9, 6, 6), symmetric, float64, numpy, 1.76 MB)
+    """
+    points = check_array("points", points)
+    if len(points.shape) not in (1, 2) or not math.prod(points.shape):
+        msg = f"`points` must have shape (n,) or (n, d), got {tuple(points.shape)}."
+        raise ShapeError(msg)
+    space = check_space(Space.of(points))
+    xp, n = space.xp, int(points.shape[0])
+    check_finite("points", points)
+    sorted_ = len(points.shape) == 1 and bool(xp.all(points[1:] >= points[:-1]))
+    if tree is None and levels is None and not sorted_:
+        tree = ClusterTree.from_points(
+            points, LEAF_SIZE if leaf_size is None else leaf_size
+        )
+        leaf_size = None
+    tree = make_tree(n, levels, leaf_size, tree)
+    probe = kernel(points[:1, ...], points[:1, ...])
+    if is_array(probe):  # a kernel may be complex where points are real
+        space = check_space(Space.of(probe), NUMBERS)
+    labels = xp.take(points, space.integers(np.minimum(tree.rows, n - 1)), axis=0)
+    function = checked(kernel, space, dims=len(points.shape) - 1)
+    H = build(function, labels, tree, space, rtol, atol, max_rank, symmetric, seed)
+    return with_diagonal(H, nugget)
+
+
+def with_diagonal(H: HODLR, nugget: float | Array) -> HODLR:
+    """Add a number or a vector to the diagonal of a matrix just built."""
+    space, tree = H.space, H.tree
+    if is_array(nugget):
+        added = check_operand("nugget", nugget, space)
+        if tuple(added.shape) != (tree.n,):
+            msg = f"`nugget` must have shape ({tree.n},), got {tuple(added.shape)}."
+            raise ShapeError(msg)
+        added = pad_rows(added, tree)
+    elif check_float("nugget", nugget) == 0:
+        return H
+    else:
+        added = space.xp.astype(real_rows(tree, space), space.dtype) * nugget
+    # nobody else has these leaves yet: their diagonals change in place
+    count, m = H.leaves.shape[:2]
+    flat = space.xp.reshape(H.leaves, (count, m * m))
+    flat[:, :: m + 1] += space.xp.reshape(added, (count, m))
+    leaves = space.xp.reshape(flat, (count, m, m))
+    return HODLR(tree, leaves, H.upper, H.lower, H.error)
+
+
+def checked(function: Function, space: Space, dims: int = 0) -> Function:
+    """Return the function with its results checked and cast.
+
+    ``dims`` trailing axes of a label are those of a point.
+    """
+
+    def entries(a: Array, b: Array) -> Array:
+        x = function(a, b)
+        if not is_array(x) or namespace(x) is not space.xp:
+            msg = (
+                f"The function must give a {space.library} array, got "
+                f"{type(x).__name__}; build it from its arguments."
+            )
+            raise BackendError(msg)
+        shapes = (s[: len(s) - dims] for s in (tuple(a.shape), tuple(b.shape)))
+        expected = np.broadcast_shapes(*shapes)
+        if tuple(x.shape) != expected:
+            msg = (
+                f"The function must give an array of shape {expected} for arguments of "
+                f"shapes {tuple(a.shape)} and {tuple(b.shape)}, got {tuple(x.shape)}."
+            )
+            raise ShapeError(msg)
+        if not bool(space.xp.all(space.xp.isfinite(x))):
+            msg = "The function gave NaN or infinite entries; it must be finite everywhere."
+            raise NonFiniteError(msg)
+        return space.xp.astype(x, space.dtype, copy=False)
+
+    return entries
+
+
+def build(
+    function: Function,
+    labels: Array,
+    tree: ClusterTree,
+    space: Space,
+    rtol: float | None,
+    atol: float,
+    max_rank: int | None,
+    symmetric: bool | None,
+    seed: int,
+) -> HODLR:
+    """Build the matrix of a function of labels, which are in the order of the leaves."""
+    rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
+    xp, trailing = space.xp, labels.shape[1:]
+    real = None
+    if tree.padded > tree.n:
+        real = real_rows(tree, space)
+    leaves = diagonal_blocks(function, labels, real, tree, space)
+    squares = float(frobenius(leaves)) ** 2
+    if symmetric is None:
+        symmetric = looks_hermitian(function, labels, leaves, seed)
+    sides: list[list[LowRank]] = [[] for _ in range(1 if symmetric else 2)]
+    losses: list[list[Array]] = [[] for _ in sides]
+    for level in reversed(range(tree.levels)):
+        shape = (tree.nodes(level), 2, tree.size(level + 1))
+        halves = xp.reshape(labels, (*shape, *trailing))
+        masks = None if real is None else xp.reshape(real, shape)
+        blocks = Blocks(
+            function,
+            halves[:, 0, ...],
+            halves[:, 1, ...],
+            None if masks is None else masks[:, 0, :],
+            None if masks is None else masks[:, 1, :],
+            space,
+        )
+        # by what is known of the norm so far: too strict at first, and mended at the end
+        tolerance = block_tolerance(tree, level, max(rtol * math.sqrt(squares), atol))
+        for side, lost, which in zip(
+            sides, losses, (blocks, blocks.lower), strict=False
+        ):
+            step = max(1, GROUP // which.size) if space.on_host else which.count
+            found, error = beside(
+                [
+                    approximate(
+                        which.group(start, step), tolerance, max_rank, seed + start
+                    )
+                    for start in range(0, which.count, step)
+                ]
+            )
+            side.insert(0, found)
+            lost.insert(0, error)
+            squares += float(frobenius(found.S)) ** 2 * (2 if symmetric else 1)
+    norm = math.sqrt(squares)
+    total = max(rtol * norm, atol)
+    trimmed, square = trim(sides, losses, tree, total, max_rank)
+    square *= 2 if symmetric else 1
+    reached = math.sqrt(square)
+    if max_rank is None and reached > total:
+        msg = (
+            f"The error is {reached / norm:.3g} of the norm by the estimate, "
+            f"{total / norm:.3g} was asked for: entries may be too rough or too noisy for "
+            "low rank. Use a larger `rtol`, another order of the rows, or a `max_rank`."
+        )
+        raise ToleranceError(msg)
+    lower = None if symmetric else tuple(trimmed[1])
+    return HODLR(
+        tree, leaves, tuple(trimmed[0]), lower, reached / norm if norm else 0.0
+    )
+
+
+def trim(
+    sides: list[list[LowRank]],
+    losses: list[list[Array]],
+    tree: ClusterTree,
+    total: float,
+    max_rank: int | None,
+) -> tuple[list[list[LowRank]], float]:
+    """Cut blocks again now that the norm is known; return also the square of all losses."""
+    trimmed: list[list[LowRank]] = [[] for _ in sides]
+    square = 0.0
+    for side, lost, out in zip(sides, losses, trimmed, strict=True):
+        for level, (block, error) in enumerate(zip(side, lost, strict=True)):
+            xp = namespace(error)
+            rest = block_tolerance(tree, level, total) ** 2 - error**2
+            rest = 0.9 * xp.sqrt(xp.where(rest > 0, rest, xp.zeros_like(rest)))
+            kept, more = cut(block.U, block.S, block.V, rest[:, None], max_rank)
+            out.append(kept)
+            square += float(xp.sum(error**2 + more**2))
+    return trimmed, square
+
+
+def diagonal_blocks(
+    function: Function,
+    labels: Array,
+    real: Array | None,
+    tree: ClusterTree,
+    space: Space,
+) -> Array:
+    """Evaluate the leaves, some at a time: (2**K, m, m)."""
+    xp, m, count = space.xp, tree.leaf_size, tree.nodes(tree.levels)
+    labels = xp.reshape(labels, (count, m, *labels.shape[1:]))
+    leaves = space.zeros(count, m, m)
+    step = pieces(space, m * m, count)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        some = labels[start:stop, ...]
+        leaves[start:stop, :, :] = function(some[:, :, None, ...], some[:, None, ...])
+    if real is None:
+        return leaves
+    masks = xp.reshape(real, (count, m))
+    return masked(leaves, masks[:, :, None], masks[:, None, :])
+
+
+def looks_hermitian(
+    function: Function, labels: Array, leaves: Array, seed: int
+) -> bool:
+    """Whether the leaves and 256 entries drawn by chance are those of a Hermitian matrix."""
+    xp, space = namespace(leaves), Space.of(leaves)
+    if not bool(xp.all(leaves == adjoint(leaves))):
+        return False
+    drawn = np.random.default_rng(seed).integers(0, labels.shape[0], (2, 256))
+    a, b = (xp.take(labels, space.integers(i), axis=0) for i in drawn)
+    return bool(xp.all(function(a, b) == conjugate(function(b, a))))

@@ -1,0 +1,206 @@
+"""Matrices from functions of entries and from kernels on points."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hmatrix as hm
+import hmatrix.construct.cross
+from tests.helpers import assert_in, dense, error_ratio, to_numpy
+from tests.strategies import SEEDS
+
+KERNELS = {
+    "exponential": lambda d: np.exp(-d),
+    "gaussian": lambda d: np.exp(-(d**2) / 0.02),
+    "matern": lambda d: (1 + 10 * d) * np.exp(-10 * d),
+    "logarithm": lambda d: np.log(d + 1e-3),
+    "inverse": lambda d: 1 / (d + 1e-2),
+    "constant": lambda d: 0 * d + 2.0,
+    "zero": lambda d: 0 * d,
+}
+
+
+def relative(H, A):
+    return np.linalg.norm(to_numpy(H.to_dense()) - A) / (np.linalg.norm(A) or 1.0)
+
+
+@given(
+    kind=st.sampled_from(sorted(KERNELS)),
+    n=st.one_of(st.integers(1, 400), st.sampled_from([512, 521, 700])),
+    rtol=st.sampled_from([1e-3, 1e-6, 1e-10]),
+    leaf_size=st.sampled_from([1, 5, 16, 64]),
+    seed=SEEDS,
+)
+def test_kernels_on_sorted_points_keep_the_tolerance(kind, n, rtol, leaf_size, seed):
+    x = np.sort(np.random.default_rng(seed).random(n))
+    H = hm.from_kernel(
+        lambda a, b: KERNELS[kind](abs(a - b)), x, rtol=rtol, leaf_size=leaf_size
+    )
+    A = KERNELS[kind](abs(x[:, None] - x))
+    assert H.symmetric
+    assert relative(H, A) <= rtol
+    assert H.error <= rtol
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_points_in_any_order_and_dimension(dims, rng):
+    x = rng.random((700, dims))
+
+    def kernel(a, b):
+        return np.exp(-np.sqrt(((a - b) ** 2).sum(axis=-1)))
+
+    nugget = rng.random(700)
+    H = hm.from_kernel(kernel, x, nugget=nugget, rtol=1e-6, leaf_size=40)
+    A = kernel(x[:, None], x) + np.diag(nugget)
+    assert relative(H, A) <= 1e-6
+    assert np.allclose(H @ nugget, A @ nugget, rtol=1e-5)
+    assert np.allclose(H.diagonal(), np.diag(A), rtol=1e-14)
+
+
+def test_every_library_and_dtype(xp, dtype, rng):
+    x = xp.asarray(rng.random((300, 2)), dtype)
+    tolerance = {"float32": 1e-4, "float64": 1e-9}[dtype]
+
+    def kernel(a, b):
+        d = a - b
+        squares = d[..., 0] ** 2 + d[..., 1] ** 2
+        return 1 / (1 + squares)
+
+    H = hm.from_kernel(kernel, x, nugget=0.5, rtol=tolerance, leaf_size=30)
+    assert_in(H.leaves, x)
+    points = to_numpy(x).astype(np.float64)
+    A = kernel(points[:, None], points) + 0.5 * np.eye(300)
+    assert error_ratio(dense(H), A) <= tolerance
+
+
+def test_general_and_complex_kernels(rng):
+    x = np.sort(rng.random(500))
+
+    def drift(a, b):
+        return np.exp(-2 * (a - b)) / (1.5 + a)
+
+    H = hm.from_kernel(drift, x, rtol=1e-9)
+    assert not H.symmetric
+    assert relative(H, drift(x[:, None], x)) <= 1e-9
+
+    def wave(a, b):
+        return np.exp(20j * abs(a - b)) / (0.1 + abs(a - b))
+
+    H = hm.from_kernel(wave, x, rtol=1e-9)
+    assert not H.symmetric  # symmetric, but not Hermitian
+    assert relative(H, wave(x[:, None], x)) <= 1e-9
+
+    def turning(a, b):
+        return np.exp(5j * (a - b) - abs(a - b))
+
+    H = hm.from_kernel(turning, x, rtol=1e-9)
+    assert H.symmetric
+    assert relative(H, turning(x[:, None], x)) <= 1e-9
+
+
+def test_blocks_of_exactly_low_rank_cost_a_few_rows():
+    """Peers look at each row in turn for more, and end with a block of full rank."""
+    n, seen = 4096, 0
+    x = np.linspace(0, 1, n)
+
+    def kernel(a, b):
+        nonlocal seen
+        value = np.exp(-abs(a - b))
+        seen += value.size
+        return value
+
+    H = hm.from_kernel(kernel, x, rtol=1e-10)
+    assert set(H.ranks) == {1}
+    levels = H.tree.levels
+    # the leaves, and of each level some rows and columns of samples and blocks
+    assert seen <= n * (H.tree.leaf_size + 16 * levels) + levels * 2**15
+
+
+@pytest.mark.parametrize("spikes", ["row", "column", "entry"])
+def test_false_convergence_is_caught(spikes, rng):
+    """Smooth blocks with something rough in them: wrong determinants elsewhere."""
+    n = 512
+    x = np.sort(rng.random(n))
+    smooth = np.exp(-((x[:, None] - x) ** 2))
+    rough = np.zeros((n, n))
+    match spikes:
+        case "row":
+            rough[37] = rng.standard_normal(n)
+        case "column":
+            rough[:, 301] = rng.standard_normal(n)
+        case "entry":
+            rough[5, 300:] = 2.0
+    A = smooth + rough + 20 * np.eye(n)
+    H = hm.from_entries(lambda i, j: A[i, j], n, rtol=1e-10, leaf_size=32)
+    assert relative(H, A) <= 1e-10
+    sign, value = np.linalg.slogdet(A)
+    assert hm.factorize(H).slogdet() == (sign, pytest.approx(value, rel=1e-9))
+
+
+def test_a_matrix_without_structure_is_stored_whole(rng):
+    A = rng.standard_normal((200, 200))
+    H = hm.from_entries(lambda i, j: A[i, j], 200, rtol=1e-8, leaf_size=25)
+    assert relative(H, A) <= 1e-8
+
+
+def test_a_rank_cap_tells_what_is_lost(rng):
+    x = np.sort(rng.random(600))
+    H = hm.from_kernel(lambda a, b: np.log(abs(a - b) + 1e-4), x, rtol=0.0, max_rank=3)
+    assert max(H.ranks) <= 3
+    A = np.log(abs(x[:, None] - x) + 1e-4)
+    true = relative(H, A)
+    assert true / 3 <= H.error <= 3 * true
+
+
+def test_entries_that_no_check_confirms_are_an_error(monkeypatch):
+    monkeypatch.setattr(hmatrix.construct.cross, "DENSE", 0)
+    chance = np.random.default_rng(0)
+
+    def noise(i, j):  # another value each time: no approximation can be right
+        return 1.0 + 0.1 * chance.standard_normal(np.broadcast_shapes(i.shape, j.shape))
+
+    with pytest.raises(hm.ToleranceError, match=r"was asked for.*max_rank"):
+        hm.from_entries(noise, 300, rtol=1e-6, leaf_size=32)
+
+
+def test_an_absolute_tolerance_may_allow_more(rng):
+    x = np.sort(rng.random(500))
+    A = np.exp(-((x[:, None] - x) ** 2) / 0.01)
+    loose, tight = (
+        hm.from_kernel(
+            lambda a, b: np.exp(-((a - b) ** 2) / 0.01), x, rtol=1e-12, atol=atol
+        )
+        for atol in (1e-2, 0.0)
+    )
+    assert sum(loose.ranks) < sum(tight.ranks)
+    assert np.linalg.norm(dense(loose) - A) <= 1e-2
+
+
+def test_no_array_of_the_whole_matrix():
+    n = 2**14
+    x = np.linspace(0, 1, n)
+    tracemalloc.start()
+    H = hm.from_kernel(lambda a, b: 1 / (1 + abs(a - b)), x, rtol=1e-8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * H.nbytes < 8 * n * n / 20
+
+
+def test_bad_functions_are_told_apart():
+    with pytest.raises(hm.NonFiniteError, match="finite everywhere"):
+        hm.from_entries(lambda i, j: np.where(i + j == 0, np.nan, 1.0), 100)
+    with pytest.raises(hm.NonFiniteError, match="finite everywhere"):
+        hm.from_entries(lambda i, j: np.where(abs(i - j) > 300, np.inf, 1.0), 1000)
+    with pytest.raises(hm.ShapeError, match="must give an array of shape"):
+        hm.from_entries(lambda _i, _j: np.ones(3), 100)
+    with pytest.raises(hm.BackendError, match="must give a numpy array"):
+        hm.from_entries(lambda _i, _j: 1.0, 100)
+    with pytest.raises(hm.ShapeError, match="`points` must have shape"):
+        hm.from_kernel(lambda a, b: a * b, np.ones((2, 2, 2)))
+    with pytest.raises(hm.NonFiniteError, match="points"):
+        hm.from_kernel(lambda a, b: a * b, np.array([0.0, np.nan]))
+    with pytest.raises(hm.ShapeError, match="`nugget` must have shape"):
+        hm.from_kernel(lambda a, b: a * b, np.arange(4.0), nugget=np.ones(3))
