@@ -31,7 +31,8 @@ class ClusterTree:
 
     Examples
     --------
-    >>> tree = ClusterTree(100, levels=3)
+    >>> import hmatrix as hm
+    >>> tree = hm.ClusterTree(100, levels=3)
     >>> tree.leaf_size, tree.padded, tree.nodes(3), tree.size(1)
     (13, 104, 8, 52)
     """
@@ -55,7 +56,8 @@ class ClusterTree:
 
         Examples
         --------
-        >>> ClusterTree.from_leaf_size(1000, 64)
+        >>> import hmatrix as hm
+        >>> hm.ClusterTree.from_leaf_size(1000, 64)
         ClusterTree(n=1000, levels=4)
         """
         n = check_int("n", n, 1)
