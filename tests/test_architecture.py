@@ -79,6 +79,18 @@ def test_modules_import_only_from_those_before_them(package):
     assert not wrong
 
 
+@pytest.mark.parametrize("package", ORDER)
+def test_no_module_reaches_into_another_room(package):
+    wrong = [
+        f"{path.name} imports {'.'.join(target)}"
+        for name, paths in rooms(package).items()
+        for path in paths
+        for target in imports(path, package)
+        if target[0] == package and len(target) > 3 and target[1] != name
+    ]
+    assert not wrong, "import from the room itself, which exports what others need"
+
+
 @pytest.mark.parametrize(("package", "library"), DOORS)
 def test_each_optional_library_has_its_door(package, library):
     doors = DOORS[package, library]

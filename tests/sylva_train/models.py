@@ -1,9 +1,10 @@
-"""Tiny models of every architecture that is tested, masks for them, and batches."""
+"""Tiny models of every architecture that is tested, with blocks or without; batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import peft
 import torch
 from hypothesis import strategies as st
 from torch import nn
@@ -25,10 +26,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from sylva_train.config import SylvaConfig
+from sylva_train.layers import embed
 from sylva_train.masks import LayerMask
 from sylva_train.targets import find_targets, weight_view
 
 VOCABULARY, LENGTH, BLOCK = 40, 6, 8
+#: The files of an adapter.
+TENSORS, OPTIONS = "adapter_model.safetensors", "adapter_config.json"
 
 ENCODER = {
     "vocab_size": VOCABULARY,
@@ -64,6 +69,8 @@ T5 = {
     "num_heads": 2,
     "decoder_start_token_id": 0,
 }
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 #: name -> (class, configuration, its head, a pattern for some of its layers)
 ARCHITECTURES: dict[str, tuple[type, Callable[[], object], str, list[str]]] = {
@@ -152,6 +159,20 @@ def random_masks(
     return masks
 
 
+def random(shape, dtype=torch.float32, seed=0):
+    """Normal numbers, the same for the same seed in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def two_layers(block=4, **options):
+    """Two linear layers with a tanh between them, and masks."""
+    model = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 7, **options))
+    for seed, parameter in enumerate(model.parameters()):
+        parameter.data = random(parameter.shape, seed=seed)
+    return model, random_masks(model, block_size=block)
+
+
 def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         return model(**batch).logits
@@ -198,6 +219,34 @@ def error(got: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> flo
     return float((got.double() - expected.double()).abs().max() / size)
 
 
+def make_peft(name="bert", seed=0, **options):
+    """A tiny model with blocks and its head, not yet trained."""
+    base = make_model(name)
+    options = {"modules_to_save": [ARCHITECTURES[name][2]]} | options
+    masks = random_masks(base, seed=seed)
+    return peft.get_peft_model(base, SylvaConfig(masks=masks, **options)).eval()
+
+
+def make_trained(name="bert", seed=0, **options):
+    """The same after two steps."""
+    model = make_peft(name, seed, **options)
+    train_step(model, make_batch(name), steps=2)
+    return model
+
+
+def make_plain(name="bert", seed=0):
+    """The same without PEFT."""
+    base = make_model(name)
+    head = ARCHITECTURES[name][2]
+    embed(base, random_masks(base, seed=seed), modules_to_save=[head])
+    train_step(base, make_batch(name), steps=2)
+    return base
+
+
+def trainable(model):
+    return {n for n, p in model.named_parameters() if p.requires_grad}
+
+
 @st.composite
 def layer_masks(draw, largest: int = 40, fitting: bool = False) -> LayerMask:
     """Any mask: odd sizes, ragged edges, no block, every block."""
@@ -218,14 +267,23 @@ def layer_masks(draw, largest: int = 40, fitting: bool = False) -> LayerMask:
 __all__ = [
     "ARCHITECTURES",
     "BLOCK",
+    "DTYPES",
+    "OPTIONS",
+    "TENSORS",
     "dense_blocks",
     "error",
     "layer_masks",
     "logits",
     "make_batch",
     "make_model",
+    "make_peft",
+    "make_plain",
+    "make_trained",
+    "random",
     "random_masks",
     "same",
     "snapshot",
     "train_step",
+    "trainable",
+    "two_layers",
 ]

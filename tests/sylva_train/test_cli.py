@@ -102,9 +102,14 @@ def test_evaluate_repeats_the_runs_own_score(home):
 
 def test_evaluate_on_other_data(home, tmp_path):
     other = write_data(tmp_path / "new.jsonl", count=10, seed=5)
-    shown = sylva("evaluate", home / "run", "--data", other, "--limit", 6).stdout
+    shown = sylva("evaluate", home / "run", "--data", other, "--eval-limit", 6).stdout
     assert "6 examples" in shown
     assert "accuracy" in shown
+
+
+@pytest.mark.parametrize("command", ["evaluate", "finetune", "compare", "demo"])
+def test_one_option_limits_what_is_evaluated_on(command):
+    assert "--eval-limit" in sylva(command, "--help").stdout
 
 
 def test_merge_writes_a_model_without_sylva(home, tmp_path):

@@ -1,14 +1,17 @@
-"""A model and data small enough to train in a blink."""
+"""A model and data small enough to train in a blink, and runs that are interrupted."""
 
 from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from sylva_train import layers
+from sylva_train.config import TrainingConfig
 from sylva_train.masks import LayerMask
+from sylva_train.training import train
 
 
 class ToyLoader:
@@ -78,3 +81,33 @@ def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -
     return first.keys() == second.keys() and all(
         torch.equal(first[name], second[name]) for name in first
     )
+
+
+#: Two epochs of six batches.
+CONFIG = TrainingConfig(lr=1e-2, epochs=2, save_every=3)
+
+
+class HaltError(Exception):
+    """Raised by a callback."""
+
+
+def stop_at(step):
+    def callback(record):
+        if record["step"] == step:
+            raise HaltError
+
+    return callback
+
+
+def interrupt(folder, step, config=CONFIG, model=None, **parts):
+    with pytest.raises(HaltError):
+        train(
+            model or toy_model(), ToyLoader(), config, output=folder,
+            callbacks=[stop_at(step)], **parts,
+        )  # fmt: skip
+
+
+def resume(folder, config=CONFIG, model=None, loader=None, **parts):
+    model = model or toy_model()
+    loader = loader or ToyLoader()
+    return model, train(model, loader, config, output=folder, resume=True, **parts)

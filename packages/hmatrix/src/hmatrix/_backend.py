@@ -76,6 +76,8 @@ def dtype_name(dtype: object) -> str:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from hmatrix._backend import dtype_name
     >>> dtype_name(np.dtype("float64")), dtype_name(np.float32), dtype_name("float32")
     ('float64', 'float32', 'float32')
     """

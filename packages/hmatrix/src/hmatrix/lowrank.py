@@ -37,7 +37,8 @@ class LowRank:
     Examples
     --------
     >>> import numpy as np
-    >>> block = LowRank(np.ones((3, 1)), np.array([2.0]), np.ones((4, 1)))
+    >>> import hmatrix as hm
+    >>> block = hm.LowRank(np.ones((3, 1)), np.array([2.0]), np.ones((4, 1)))
     >>> block.shape, block.rank, float(block.to_dense()[0, 0])
     ((3, 4), 1, 2.0)
     """

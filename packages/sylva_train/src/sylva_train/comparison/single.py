@@ -19,8 +19,7 @@ from sylva_train.curvature import describe_factor
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
-from sylva_train.pretrained import pooled_features
-from sylva_train.pretrained.loading import quiet
+from sylva_train.pretrained import pooled_features, quiet
 from sylva_train.targets import find_targets
 from sylva_train.training import pick_device, train
 from sylva_train.tuner import save_adapter

@@ -125,12 +125,20 @@ def read_datasets(spec: str, split: str) -> Table:
     )
     try:
         from datasets import ClassLabel, load_dataset
+        from datasets.utils import (
+            are_progress_bars_disabled,
+            disable_progress_bars,
+            enable_progress_bars,
+        )
     except ImportError:
         msg = (
             f"{unknown}; to look for it on the hub, `pip install 'sylva-train[data]'`."
         )
         raise DataError(msg) from None
     name, _, configuration = spec.partition(":")
+    # Whether to show progress is for the caller to say, and `datasets` does not ask.
+    hidden = are_progress_bars_disabled()
+    disable_progress_bars()
     try:
         data = load_dataset(name, configuration or None, split=split)
     # Which of a dozen errors (HTTP, file, value, offline mode) depends on the version.
@@ -141,6 +149,9 @@ def read_datasets(spec: str, split: str) -> Table:
             " Without a network, pass the path of a local file."
         )
         raise DataError(msg) from error
+    finally:
+        if not hidden:
+            enable_progress_bars()
     classes = {n: f for n, f in data.features.items() if isinstance(f, ClassLabel)}
 
     def named(column: str, value: Any) -> Any:

@@ -17,7 +17,7 @@ from .embedding import (
     sync,
     unload,
 )
-from .linear import SparseEmbeddedLinear, check_embeddable
+from .linear import SparseEmbeddedLinear, check_embeddable, values_dtype
 
 __all__ = [
     "SparseEmbeddedLinear",
@@ -31,4 +31,5 @@ __all__ = [
     "replace_module",
     "sync",
     "unload",
+    "values_dtype",
 ]

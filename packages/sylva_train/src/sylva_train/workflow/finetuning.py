@@ -24,7 +24,7 @@ from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.layers import embed
 from sylva_train.masks import Masks, select
-from sylva_train.training import train
+from sylva_train.training import number_of_steps, train
 from sylva_train.tuner import save_adapter
 
 from .outputs import check_folder, occupied
@@ -242,7 +242,7 @@ def train_blocks(
     """Train embedded blocks, evaluate them and save the adapter."""
     loader = task.loader(training, progress=bars.stage("tokenizing"))
     eval_loader = task.eval_loader(progress=bars.stage("tokenizing"))
-    steps = training.steps or training.epochs * -(-len(loader) // training.accumulate)
+    steps = number_of_steps(loader, training)
     blocks, layers = (sum(map(len, masks.values())), sum(map(bool, masks.values())))
     bars.say(
         f"Training {masks.trainable:,} weights for {steps:,} steps: {blocks:,} blocks in"

@@ -15,8 +15,7 @@ from sylva_train._checks import AdapterError, ConfigError, atomic_folder
 from sylva_train.config import TaskConfig
 from sylva_train.evaluation import evaluate
 from sylva_train.layers import merge
-from sylva_train.pretrained import load_model
-from sylva_train.pretrained.loading import quiet
+from sylva_train.pretrained import load_model, quiet
 from sylva_train.training import pick_device
 from sylva_train.tuner import load_adapter
 
@@ -50,6 +49,11 @@ def read_run(
         The folder.
     finished : bool
         Whether to refuse a run that was interrupted.
+
+    Returns
+    -------
+    dict
+        As from `finetune`; of an interrupted run, what it was asked for.
 
     Raises
     ------

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from sylva_train._checks import ConfigError, DataError, check_choice
-from sylva_train.config import TaskConfig, TrainingConfig
+from sylva_train.config import MINILM, TaskConfig, TrainingConfig
 from sylva_train.data import Loader, TextDataset, builtin_names, load_data
 from sylva_train.evaluation import CLASSIFICATION, LANGUAGE
 from sylva_train.pretrained import load_model
@@ -134,7 +134,7 @@ def located(config: TaskConfig) -> TaskConfig:
     changes: dict[str, Any] = {}
     for name in ("data", "eval_data", "model"):
         value = getattr(config, name)
-        if value is None or value == "minilm" or value in builtin_names():
+        if value is None or value == MINILM or value in builtin_names():
             continue
         path = Path(value).expanduser()
         if path.exists():

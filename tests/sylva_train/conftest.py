@@ -1,0 +1,65 @@
+"""Fixtures that several of the package's test files share."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+
+from sylva_train.config import SylvaConfig
+from sylva_train.training import train
+from sylva_train.tuner import save_adapter
+from tests.sylva_train.models import (
+    logits,
+    make_batch,
+    make_model,
+    make_trained,
+    random_masks,
+    train_step,
+)
+from tests.sylva_train.results import METHODS, fake_results
+from tests.sylva_train.toy import CONFIG, ToyLoader, toy_model, weights
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A trained BERT adapter's folder and the outputs of the model it came from."""
+    path = tmp_path_factory.mktemp("adapter") / "a"
+    model = make_trained()
+    model.save_pretrained(path)
+    return path, logits(model, make_batch())
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A model with adapters ``default`` (blocks of 8) and ``other`` (of 4)."""
+    one = make_trained()
+    base = make_model()
+    config = SylvaConfig(
+        masks=random_masks(base, ["query", "pooler.dense"], 0.3, 4, seed=7),
+        modules_to_save=["classifier"],
+    )
+    two = peft.get_peft_model(base, config).eval()
+    train_step(two, make_batch(seed=3), steps=2)
+    save_adapter(two, tmp_path / "other")
+    batch = make_batch()
+    expected = {
+        None: logits(make_model(), batch),
+        "default": logits(one, batch),
+        "other": logits(two, batch),
+    }
+    one.load_adapter(tmp_path / "other", "other")
+    return one, expected, tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Weights and history of the run without an interruption."""
+    model = toy_model()
+    result = train(model, ToyLoader(), CONFIG)
+    return weights(model), result
+
+
+@pytest.fixture(scope="module")
+def every_method():
+    """Results of all methods; not to be changed."""
+    return fake_results(tuple(METHODS), seeds=5, steps=120, depth=3)
