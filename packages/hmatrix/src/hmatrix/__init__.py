@@ -10,6 +10,7 @@ from hmatrix._checks import (
     ShapeError,
     SingularBlockError,
     SingularLeafError,
+    ToleranceNotReachedError,
 )
 from hmatrix.arithmetic import add, norm, scale, shift, truncate
 from hmatrix.construct import from_dense
@@ -40,6 +41,7 @@ __all__ = [
     "SingularLeafError",
     "StreamingHODLR",
     "StreamingMLR",
+    "ToleranceNotReachedError",
     "add",
     "aslinearoperator",
     "factorize",

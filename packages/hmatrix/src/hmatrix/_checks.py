@@ -30,6 +30,7 @@ __all__ = [
     "ShapeError",
     "SingularBlockError",
     "SingularLeafError",
+    "ToleranceNotReachedError",
     "check_array",
     "check_choice",
     "check_finite",
@@ -93,6 +94,20 @@ class NotPositiveDefiniteError(SingularBlockError):
     level, node
         Where in the cluster tree.
     """
+
+
+class ToleranceNotReachedError(HMatrixError, ArithmeticError):
+    """An iteration ended above the tolerance that was asked for.
+
+    Attributes
+    ----------
+    reached
+        Where it ended.
+    """
+
+    def __init__(self, message: str, reached: float) -> None:
+        super().__init__(message)
+        self.reached = reached
 
 
 def check_int(name: str, value: object, minimum: int) -> int:
