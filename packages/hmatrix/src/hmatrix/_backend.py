@@ -107,7 +107,9 @@ def detach(x: Array) -> Array:
 
 def wants_gradient(x: Array) -> bool:
     """Tell whether an array is a torch tensor whose operations are recorded."""
-    return bool(array_api_compat.is_torch_array(x) and x.requires_grad)
+    if not array_api_compat.is_torch_array(x):
+        return False
+    return bool(x.requires_grad and namespace(x).is_grad_enabled())
 
 
 def to_numpy(x: Array) -> np.ndarray:

@@ -7,9 +7,9 @@ small factorization.
 
 from __future__ import annotations
 
-from hmatrix._checks import check_choice, check_kind
+from hmatrix._checks import NotPositiveDefiniteError, check_choice, check_kind
 from hmatrix.factor._base import Factorization
-from hmatrix.factor.cholesky import HODLRCholesky
+from hmatrix.factor.cholesky import HODLRCholesky, has_cholesky
 from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
 from hmatrix.factor.mlr import MLRFactorization
 from hmatrix.hodlr import HODLR
@@ -37,10 +37,11 @@ def factorize(
     shift : float
         Added to the diagonal (damping, nugget).
     method : {"auto", "inversion", "cholesky"}
-        Of a `HODLR`: recursive block inversion of any matrix, or the symmetric
-        factorization ``W Wᴴ`` of a Hermitian positive definite one, which also
-        gives ``sample`` and ``whiten``. "auto" is the inversion, which needs no
-        definiteness and fewer operations. An `MLR` has one method, with both.
+        Of a `HODLR`: "inversion" is recursive block inversion, of any matrix;
+        "cholesky" the symmetric factorization ``W Wᴴ`` of a Hermitian positive
+        definite one, which also gives ``sample`` and ``whiten``. "auto" tries the
+        latter where it applies, since it loses far fewer digits of an
+        ill-conditioned matrix, and falls back on the former. An `MLR` has one method.
 
     Returns
     -------
@@ -92,7 +93,12 @@ def factorize(
     check_kind("H", H, HODLR, MLR)
     if isinstance(H, HODLR):
         method = check_choice("method", method, ("auto", "inversion", "cholesky"))
-        kind = HODLRCholesky if method == "cholesky" else HODLRFactorization
-        return kind(H, shift)
+        if method == "cholesky" or (method == "auto" and has_cholesky(H)):
+            try:
+                return HODLRCholesky(H, shift)
+            except NotPositiveDefiniteError:
+                if method == "cholesky":
+                    raise
+        return HODLRFactorization(H, shift)
     check_choice("method", method, ("auto",))
     return MLRFactorization(H, shift)

@@ -15,7 +15,7 @@ from hmatrix.factor.symmetric import (
 )
 from hmatrix.hodlr import HODLR
 
-__all__ = ["HODLRCholesky"]
+__all__ = ["HODLRCholesky", "has_cholesky"]
 
 
 class HODLRCholesky(Factorization):
@@ -24,26 +24,32 @@ class HODLRCholesky(Factorization):
     def __init__(self, H: HODLR, shift: float = 0.0) -> None:
         super().__init__(H, shift)
         _check(H)
+        # what is singular to working precision is left to other methods
+        pivot = 10 * self.space.eps
         xp, tree = self.space.xp, self.tree
         leaves = shifted_leaves(tree, H.leaves, self.shift)
-        L = checked_cholesky(leaves, tree.levels, "leaf", self.shift)
+        L = checked_cholesky(leaves, tree.levels, "leaf", self.shift, pivot=pivot)
         self._logdet = logdet_of_cholesky(L)
         eye = self.space.eye
 
         def core(level: int, columns: Array) -> tuple[Array, Array, Array]:
             """Factor ``[[I, B], [Bᴴ, I]]``, ``B = Q₁ K Q₂ᴴ``."""
-            halves = xp.reshape(columns, (-1, tree.size(level + 1), columns.shape[-1]))
+            nodes, r = tree.nodes(level), columns.shape[-1]
+            halves = xp.reshape(columns, (2 * nodes, tree.size(level + 1), r))
+            if not r:
+                none = self.space.zeros(nodes, 0, 0)
+                return halves, none, none
             # Orthonormal bases keep the core as well conditioned as the node, whatever
             # the scales of U and V
             Q, R = qr(halves)
-            R = xp.reshape(R, (-1, 2, *R.shape[1:]))
+            R = xp.reshape(R, (nodes, 2, *R.shape[1:]))
             S = xp.astype(H.upper[level].S, R.dtype, copy=False)[:, None, :]
             K = (R[:, 0, :, :] * S) @ adjoint(R[:, 1, :, :])
             one = xp.zeros_like(K) + eye(K.shape[-1])
             top = xp.concat([one, K], axis=-1)
             bottom = xp.concat([adjoint(K), one], axis=-1)
             small = xp.concat([top, bottom], axis=-2)
-            M = checked_cholesky(small, level, "node", self.shift)
+            M = checked_cholesky(small, level, "node", self.shift, pivot=pivot)
             self._logdet = self._logdet + logdet_of_cholesky(M)
             return Q, M - eye(M.shape[-1]), inverse_lower(M) - eye(M.shape[-1])
 
@@ -104,17 +110,26 @@ class HODLRCholesky(Factorization):
         )
 
 
+def has_cholesky(H: HODLR) -> bool:
+    """Tell whether the method is made for ``H``, if it is definite."""
+    return H.symmetric and not _wants_gradients(H)
+
+
 def _check(H: HODLR) -> None:
     if not H.symmetric:
         msg = (
-            '`H` must be Hermitian for method="cholesky", and stored so (H.symmetric); '
-            'use method="inversion".'
+            '`H` must be Hermitian for method="cholesky", and stored so (from_dense(A, '
+            'symmetric=True)); use method="inversion".'
         )
         raise ValueError(msg)
-    parts = (x for block in H.upper for x in (block.U, block.S, block.V))
-    if any(map(wants_gradient, (H.leaves, *parts))):
+    if _wants_gradients(H):
         msg = (
             'method="cholesky" has no gradients, since a QR decomposition has none '
             'where ranks are deficient; use method="inversion", or detach the tensors.'
         )
         raise ValueError(msg)
+
+
+def _wants_gradients(H: HODLR) -> bool:
+    parts = (x for block in H.upper for x in (block.U, block.S, block.V))
+    return any(map(wants_gradient, (H.leaves, *parts)))

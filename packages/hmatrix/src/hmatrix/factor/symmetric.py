@@ -103,12 +103,14 @@ class SymmetricFactor:
         x = space.zeros(diagonal.shape[0], 0)
         for Q, Y in zip(self.bases, self.inverse_cores, strict=True):
             x = _update(Q, adjoint(Y), x)
-            x = xp.concat([x, xp.reshape(Q, (-1, Q.shape[-1]))], axis=-1)
+            x = xp.concat([x, xp.reshape(Q, (x.shape[0], Q.shape[-1]))], axis=-1)
         # x is now W⁻ᴴ Q of the nodes' children, for all levels
         x = _blocks_times(adjoint(self.inverse_leaves), x)
         done = 0
         for Q, Y in zip(self.bases, self.inverse_cores, strict=True):
             r = Q.shape[-1]
+            if not r:
+                continue
             Z = xp.reshape(x[:, done : done + r], Q.shape)
             done += r
             # the node's inverse is the children's plus Z M Zᴴ, M = (I + Y)ᴴ (I + Y) − I
@@ -145,10 +147,24 @@ def logdet_of_cholesky(L: Array) -> Array:
     return 2 * xp.sum(xp.astype(logs, xp.float64))
 
 
-def checked_cholesky(blocks: Array, level: int, what: str, shift: float) -> Array:
-    """Cholesky factors of the blocks of a level, or say which has none."""
+def _smallest_pivot(L: Array, blocks: Array) -> float:
+    """Smallest square of L's diagonal relative to the diagonal of the blocks."""
+    xp = namespace(L)
+    if not L.shape[-1]:
+        return 1.0
+    pivots, entries = (xp.abs(xp.linalg.diagonal(x)) for x in (L, blocks))
+    return float(xp.min(pivots**2 / entries))
+
+
+def checked_cholesky(
+    blocks: Array, level: int, what: str, shift: float, *, pivot: float = 0.0
+) -> Array:
+    """Cholesky factors of the blocks of a level, or say which has none.
+
+    A block has none either if it leaves no more than ``pivot`` of a diagonal entry.
+    """
     L = cholesky(blocks)
-    if L is None:
+    if L is None or (pivot and _smallest_pivot(L, blocks) <= pivot):
         double = to_numpy(blocks)
         double = double.astype(np.result_type(double.dtype, np.float64))
         smallest = np.linalg.eigvalsh(double)[:, 0]
