@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hmatrix.construct.budget import block_tolerance
+from hmatrix.construct.budget import Guard, block_tolerance
 from hmatrix.construct.dense import from_dense
 
-__all__ = ["block_tolerance", "from_dense"]
+__all__ = ["Guard", "block_tolerance", "from_dense"]
