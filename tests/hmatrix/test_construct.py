@@ -96,5 +96,5 @@ def test_bad_matrices_are_refused(A, error, match):
 
 
 def test_false_symmetry_is_refused():
-    with pytest.raises(ValueError, match="`symmetric` is true"):
+    with pytest.raises(ValueError, match="`symmetric` or `definite` is true"):
         hm.from_dense(np.triu(np.ones((8, 8))), levels=1, symmetric=True)

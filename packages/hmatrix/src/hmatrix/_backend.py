@@ -45,6 +45,7 @@ __all__ = [
     "svd",
     "to_numpy",
     "transpose",
+    "wants_gradient",
 ]
 
 Array = Any  # an array of any supported library; the standard has no common type
@@ -106,10 +107,17 @@ def detach(x: Array) -> Array:
     return x.detach() if array_api_compat.is_torch_array(x) else x
 
 
+def wants_gradient(x: Array) -> bool:
+    """Tell whether an array is a torch tensor whose operations are recorded."""
+    if not array_api_compat.is_torch_array(x):
+        return False
+    return bool(x.requires_grad and namespace(x).is_grad_enabled())
+
+
 def to_numpy(x: Array) -> np.ndarray:
     """Copy an array of any library and device into host memory."""
     if array_api_compat.is_torch_array(x):
-        return np.asarray(x.detach().cpu())
+        return np.asarray(x.detach().cpu().resolve_conj())
     if array_api_compat.is_cupy_array(x):
         return np.asarray(x.get())
     if array_api_compat.is_numpy_array(x):
@@ -249,11 +257,26 @@ class Space:
         """Bring integers of NumPy here, to be indices."""
         return self.xp.asarray(x, device=self.device)
 
-    def asarray(self, x: Array) -> Array:
-        """Bring an array of any library into this space."""
+    def asarray(self, x: Array, *, copy: bool = False) -> Array:
+        """Bring an array of any library into this space.
+
+        Memory is shared where library, dtype and device allow it, unless ``copy``.
+        """
         if namespace(x) is not self.xp:
-            x = self.xp.asarray(to_numpy(x), device=self.device)
-        return array_api_compat.to_device(self.xp.astype(x, self.dtype), self.device)
+            x = self._handed_over(x)
+        x = self.xp.astype(x, self.dtype, copy=copy)
+        return array_api_compat.to_device(x, self.device)
+
+    def _handed_over(self, x: Array) -> Array:
+        """Give this library an array of another one."""
+        device = x.__dlpack_device__()
+        # only devices of their own need DLPack: host memory is shared through NumPy
+        if device[0] != 1 and device == self.zeros(0).__dlpack_device__():
+            return self.xp.from_dlpack(detach(x))
+        host = to_numpy(x)
+        if not host.flags.writeable or min(host.strides, default=0) < 0:
+            host = host.copy()  # torch has neither read-only nor reversed arrays
+        return self.xp.asarray(host, device=self.device)
 
     def normal(self, shape: tuple[int, ...], *key: int) -> Array:
         """Return standard normal numbers that ``key`` alone determines.

@@ -64,7 +64,17 @@ class NonFiniteError(HMatrixError, ValueError):
 
 
 class ToleranceError(HMatrixError, ArithmeticError):
-    """A tolerance that was asked for cannot be kept."""
+    """A tolerance that was asked for was not reached.
+
+    Attributes
+    ----------
+    reached
+        What was reached instead.
+    """
+
+    def __init__(self, message: str, reached: float) -> None:
+        super().__init__(message)
+        self.reached = reached
 
 
 class FileFormatError(HMatrixError, ValueError):

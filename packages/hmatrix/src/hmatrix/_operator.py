@@ -179,7 +179,10 @@ class StoredOperator(Operator):
         """Return a copy with ``change`` applied to each stored array."""
 
     def to(self, *, like: Array | None = None, dtype: object = None) -> Self:
-        """Return a copy in the library and device of ``like`` and in ``dtype``.
+        """Return it in the library and device of ``like`` and in ``dtype``.
+
+        Nothing is copied where the two can share memory (one device, the same dtype);
+        arrays of NumPy or CuPy lose a torch tensor's gradients.
 
         Parameters
         ----------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import ShapeError, check_array, check_operand
 
-__all__ = ["LowRank", "compress", "cut", "recompress"]
+__all__ = ["LowRank", "compress", "cut_triplets", "recompress", "triplets"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +131,8 @@ def compress(
     array (...)
         Frobenius norm that each block did lose.
     """
-    return cut(*svd(blocks), tolerance, max_rank)
+    cut, lost, _ = cut_triplets(*svd(blocks), tolerance, max_rank)
+    return cut, lost
 
 
 def recompress(
@@ -141,47 +143,62 @@ def recompress(
     Arguments and results are those of `compress`; the factors of ``block`` need not
     be orthonormal.
     """
+    cut, lost, _ = cut_triplets(*triplets(block), tolerance, max_rank)
+    return cut, lost
+
+
+def triplets(block: LowRank) -> tuple[Array, Array, Array]:
+    """Return the singular triplets U, S and V of low-rank blocks, S descending."""
     if not block.rank:
-        return block, namespace(block.S).sum(block.S, axis=-1)
+        return block.U, block.S, block.V
     Qu, Ru = qr(block.U)
     Qv, Rv = qr(block.V)
     core = _scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
     U, S, V = svd(core)
-    return cut(Qu @ U, S, Qv @ V, tolerance, max_rank)
+    return Qu @ U, S, Qv @ V
 
 
-def cut(
-    U: Array, S: Array, V: Array, tolerance: float | Array, max_rank: int | None
-) -> tuple[LowRank, Array]:
+def cut_triplets(
+    U: Array,
+    S: Array,
+    V: Array,
+    tolerance: float | Array,
+    max_rank: int | None,
+    spectral: float = math.inf,
+) -> tuple[LowRank, Array, Array]:
     """Drop the tails of singular triplets, S descending.
 
-    Arguments and results are those of `compress`; ``tolerance`` may be an array (..., 1).
+    Each block may lose ``tolerance`` in the Frobenius norm and ``spectral`` in the
+    spectral one (``tolerance`` may be an array (..., 1)). Returns the blocks, and what they did lose in both norms.
     """
     xp = namespace(S)
     width = int(S.shape[-1])
     if not width:
-        return LowRank(U, S, V), xp.sum(S, axis=-1)
+        none = xp.sum(S, axis=-1)
+        return LowRank(U, S, V), none, none
     # tails[..., i]: norm of the singular values from i on. Summed from the small end
     # and relative to the largest, so that tiny ones neither vanish nor underflow.
     top = xp.max(S, axis=-1, keepdims=True)
     scale = xp.where(top > 0, top, xp.ones_like(top))
     squares = xp.flip((S / scale) ** 2, axis=-1)
     tails = scale * xp.sqrt(xp.flip(xp.cumulative_sum(squares, axis=-1), axis=-1))
-    keep = tails > tolerance
+    keep = (tails > tolerance) | (spectral < S)
     if max_rank is not None:
         allowed = xp.arange(width, device=Space.of(S).device) < max_rank
         keep = keep & allowed
-    lost = xp.max(xp.where(keep, xp.zeros_like(tails), tails), axis=-1)
+    lost, largest = (
+        xp.max(xp.where(keep, xp.zeros_like(x), x), axis=-1) for x in (tails, S)
+    )
     rank = int(xp.max(xp.sum(xp.astype(keep, xp.int64), axis=-1)))
     keep = keep[..., :rank]
     columns = keep[..., None, :]
     U, S, V = U[..., :rank], S[..., :rank], V[..., :rank]
-    kept = LowRank(
+    cut = LowRank(
         xp.where(columns, U, xp.zeros_like(U)),
         xp.where(keep, S, xp.zeros_like(S)),
         xp.where(columns, V, xp.zeros_like(V)),
     )
-    return kept, lost
+    return cut, lost, largest
 
 
 def _scaled(x: Array, S: Array) -> Array:

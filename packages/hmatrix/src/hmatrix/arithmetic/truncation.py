@@ -7,9 +7,9 @@ from typing import TypeVar
 
 from hmatrix._checks import check_float, check_int
 from hmatrix.arithmetic.norms import norm
-from hmatrix.construct import block_tolerance
+from hmatrix.construct import Guard, block_tolerance
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, recompress
+from hmatrix.lowrank import LowRank, recompress, triplets
 from hmatrix.mlr import MLR
 from hmatrix.update import StreamingMLR
 
@@ -19,7 +19,11 @@ Matrix = TypeVar("Matrix", HODLR, MLR)
 
 
 def truncate(
-    H: Matrix, *, rtol: float | None = None, max_rank: int | None = None
+    H: Matrix,
+    *,
+    rtol: float | None = None,
+    max_rank: int | None = None,
+    definite: bool = False,
 ) -> Matrix:
     """Return ``H`` with smaller ranks.
 
@@ -33,17 +37,23 @@ def truncate(
         Cap on the ranks. An `MLR` needs it: what its nodes cannot hold goes down to
         their children and the leaves, so that the diagonal and the leaf blocks stay
         exact.
+    definite : bool
+        Keep a Hermitian positive semidefinite `HODLR` so, as in `from_dense`: the
+        result is never below ``H``. (An `MLR` of sign 1 stays so by its form.)
 
     Raises
     ------
     ValueError
-        If ``rtol`` is given for an `MLR`, or ``max_rank`` is not.
+        If ``rtol`` or ``definite`` is given for an `MLR`, or ``max_rank`` is not; or
+        ``definite`` for a matrix that is not stored as Hermitian.
     """
     if max_rank is not None:
         max_rank = check_int("max_rank", max_rank, 1 if isinstance(H, MLR) else 0)
     if isinstance(H, MLR):
-        if rtol is not None or max_rank is None:
-            msg = "An MLR matrix is truncated by `max_rank`, not by `rtol`."
+        if rtol is not None or definite or max_rank is None:
+            msg = (
+                "An MLR matrix is truncated by `max_rank`, not by `rtol` or `definite`."
+            )
             raise ValueError(msg)
         stream = StreamingMLR(H.tree, rank=max_rank, like=H.leaves, method="eigh")
         stream.add_factors(H.factors)
@@ -51,7 +61,11 @@ def truncate(
         leaves = H.leaves + H.sign * held.leaves
         return MLR(H.tree, leaves, held.factors, H.sign)
     rtol = H.space.eps if rtol is None else check_float("rtol", rtol, minimum=0.0)
-    xp, size = H.space.xp, norm(H)
+    if definite and not H.symmetric:
+        msg = "`definite` is true, but `H` is not stored as Hermitian (H.symmetric)."
+        raise ValueError(msg)
+    xp, size, leaves = H.space.xp, norm(H), H.leaves
+    guard = Guard(H.tree, leaves, rtol * size) if definite else None
     upper: list[LowRank] = []
     lower: list[LowRank] = []
     squares = 0.0
@@ -60,13 +74,19 @@ def truncate(
         for side, block in zip((upper, lower), H.blocks(level), strict=True):
             if side is lower and H.symmetric:
                 continue
-            cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
+            if guard is None:
+                cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
+            else:
+                cut, lost = guard.cut(level, *triplets(block), max_rank)
             side.append(cut)
             squares += float(xp.sum(lost**2)) * (2 if H.symmetric else 1)
+    if guard is not None:
+        leaves, added = guard.finish()
+        squares += added
     error = math.sqrt(squares) / size if size else 0.0
     return HODLR(
         H.tree,
-        H.leaves,
+        leaves,
         tuple(upper),
         None if H.symmetric else tuple(lower),
         None if H.error is None else H.error + error,

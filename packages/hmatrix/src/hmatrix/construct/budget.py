@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
-from hmatrix._backend import Space
+from hmatrix._backend import Array, Space, namespace
 from hmatrix._checks import ShapeError, check_float, check_int
+from hmatrix._operator import real_rows
+from hmatrix.lowrank import LowRank, cut_triplets
 from hmatrix.tree import ClusterTree
 
-__all__ = ["LEAF_SIZE", "block_tolerance", "check_tolerances", "make_tree"]
+__all__ = ["LEAF_SIZE", "Guard", "block_tolerance", "check_tolerances", "make_tree"]
 
 #: Rows of a leaf where neither ``levels`` nor ``leaf_size`` is given.
 LEAF_SIZE = 64
@@ -21,6 +23,56 @@ def block_tolerance(tree: ClusterTree, level: int, total: float) -> float:
     errors of all blocks together are then at most ``total``.
     """
     return total / math.sqrt(tree.levels * 2 * tree.nodes(level))
+
+
+class Guard:
+    """What keeps a Hermitian matrix positive definite while its blocks are cut.
+
+    Cutting ``E`` off ``B12`` takes ``[[0, E], [Eᴴ, 0]] ⪯ ‖E‖₂ I`` from the node. So
+    ``‖E‖₂`` is added to the node's diagonal, and the result is never below what it
+    approximates in the Loewner order. The additions are errors of their own: they and
+    the blocks get half of the square of the whole error each.
+
+    Parameters
+    ----------
+    tree : ClusterTree
+        The halving.
+    leaves : array (2**K, m, m)
+        Leaves of the matrix.
+    total : float
+        Frobenius norm that the matrix may lose.
+    """
+
+    def __init__(self, tree: ClusterTree, leaves: Array, total: float) -> None:
+        self.tree = tree
+        self._leaves = leaves
+        self._total = total / math.sqrt(2)
+        self._added = Space.of(leaves).real.zeros(tree.nodes(tree.levels))
+
+    def cut(
+        self, level: int, U: Array, S: Array, V: Array, max_rank: int | None
+    ) -> tuple[LowRank, Array]:
+        """Cut the blocks B12 of a level; return them and what they lost."""
+        tree, xp = self.tree, namespace(S)
+        # the additions of all levels meet on one diagonal: their norms add up
+        spectral = self._total / (tree.levels * math.sqrt(tree.n))
+        tolerance = block_tolerance(tree, level, self._total)
+        block, lost, norms = cut_triplets(U, S, V, tolerance, max_rank, spectral)
+        leaves = tree.nodes(tree.levels) // tree.nodes(level)
+        self._added = self._added + xp.reshape(
+            xp.broadcast_to(norms[:, None], (tree.nodes(level), leaves)), (-1,)
+        )
+        return block, lost
+
+    def finish(self) -> tuple[Array, float]:
+        """Return the leaves with the additions, and the squares of these."""
+        space = Space.of(self._leaves)
+        xp, m = space.xp, self.tree.leaf_size
+        real = xp.astype(real_rows(self.tree, space), self._added.dtype)
+        added = self._added[:, None] * xp.reshape(real, (-1, m))
+        squares = float(xp.sum(added**2))
+        added = xp.astype(added, space.dtype, copy=False)
+        return self._leaves + added[:, :, None] * space.eye(m), squares
 
 
 def check_tolerances(

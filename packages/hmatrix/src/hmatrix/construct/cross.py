@@ -26,7 +26,7 @@ from hmatrix._backend import (
     to_numpy,
     transpose,
 )
-from hmatrix.lowrank import LowRank, compress, cut, recompress
+from hmatrix.lowrank import LowRank, compress, cut_triplets, recompress
 
 __all__ = ["Blocks", "approximate", "beside", "masked", "pieces"]
 
@@ -412,7 +412,7 @@ def orthonormal(
         block = LowRank(transpose(U * D[:, :, None]), ones, transpose(V))
         return recompress(block, tolerance=tolerance, max_rank=max_rank)
     P, S, Q = svd((adjoint(Lu) * D[:, None, :]) @ Lv)
-    small, lost = cut(P, S, Q, tolerance, max_rank)
+    small, lost, _ = cut_triplets(P, S, Q, tolerance, max_rank)
     left, right = (
         adjoint(inverse_lower(L)) @ x for L, x in ((Lu, small.U), (Lv, small.V))
     )

@@ -13,6 +13,7 @@ from hmatrix._backend import (
     detach,
     frobenius,
     namespace,
+    svd,
     transpose,
 )
 from hmatrix._checks import (
@@ -22,7 +23,7 @@ from hmatrix._checks import (
     check_space,
 )
 from hmatrix._operator import pad_rows
-from hmatrix.construct.budget import block_tolerance, check_tolerances, make_tree
+from hmatrix.construct.budget import Guard, block_tolerance, check_tolerances, make_tree
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, compress
 from hmatrix.tree import ClusterTree
@@ -40,6 +41,7 @@ def from_dense(
     atol: float = 0.0,
     max_rank: int | None = None,
     symmetric: bool | None = None,
+    definite: bool = False,
 ) -> HODLR:
     """Compress a dense matrix, each off-diagonal block by its SVD.
 
@@ -61,6 +63,11 @@ def from_dense(
     symmetric : bool, optional
         Store one of the two off-diagonal blocks. Default: whether ``A`` equals its
         adjoint (transpose, if real).
+    definite : bool
+        Keep a Hermitian positive semidefinite ``A`` so: ``H − A`` has no negative
+        eigenvalue (to rounding). What a cut takes from definiteness is added to the
+        diagonal, at the cost of somewhat larger ranks for the same ``rtol``. Implies
+        ``symmetric=True``.
 
     Returns
     -------
@@ -74,7 +81,8 @@ def from_dense(
     DTypeError, BackendError, NonFiniteError
         If ``A`` is not a finite float array of a supported library.
     ValueError
-        If ``symmetric=True`` and ``A`` differs from its adjoint beyond rounding.
+        If ``symmetric=True`` or ``definite=True`` and ``A`` differs from its adjoint
+        beyond rounding.
 
     Examples
     --------
@@ -94,23 +102,31 @@ def from_dense(
     norm = check_finite("A", A)
     tree = make_tree(n, levels, leaf_size, tree)
     rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
-    A, symmetric = _symmetrize(A, symmetric, norm)
+    A, symmetric = _symmetrize(A, True if definite else symmetric, norm)
     A = transpose(pad_rows(transpose(pad_rows(A, tree)), tree))
 
+    total = max(rtol * norm, atol)
+    leaves = contiguous(_diagonal_blocks(A, tree, tree.levels))
+    guard = Guard(tree, leaves, total) if definite else None
     upper: list[LowRank] = []
     lower: list[LowRank] = []
     squares = 0.0
     for level in range(tree.levels):
         nodes, half = _diagonal_blocks(A, tree, level), tree.size(level + 1)
-        tolerance = block_tolerance(tree, level, max(rtol * norm, atol))
+        tolerance = block_tolerance(tree, level, total)
         sides = [(upper, nodes[:, :half, half:])]
         if not symmetric:
             sides.append((lower, nodes[:, half:, :half]))
         for side, blocks in sides:
-            block, lost = compress(blocks, tolerance=tolerance, max_rank=max_rank)
+            if guard is None:
+                block, lost = compress(blocks, tolerance=tolerance, max_rank=max_rank)
+            else:
+                block, lost = guard.cut(level, *svd(blocks), max_rank)
             side.append(block)
             squares += float(xp.sum(lost**2)) * (2 if symmetric else 1)
-    leaves = contiguous(_diagonal_blocks(A, tree, tree.levels))
+    if guard is not None:
+        leaves, added = guard.finish()
+        squares += added
     error = math.sqrt(squares) / norm if norm else 0.0
     return HODLR(tree, leaves, tuple(upper), None if symmetric else tuple(lower), error)
 
@@ -123,7 +139,7 @@ def _symmetrize(A: Array, symmetric: bool | None, norm: float) -> tuple[Array, b
         difference = float(frobenius(A - adjoint(A)))
         if difference > 100 * Space.of(A).eps * norm:
             msg = (
-                "`symmetric` is true, but `A` differs from its adjoint by "
+                "`symmetric` or `definite` is true, but `A` differs from its adjoint by "
                 f"{difference / norm:.3g} of its norm; pass (A + A.T.conj()) / 2."
             )
             raise ValueError(msg)

@@ -38,7 +38,7 @@ from hmatrix.construct.budget import (
 )
 from hmatrix.construct.cross import Blocks, approximate, beside, masked, pieces
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, cut
+from hmatrix.lowrank import LowRank, cut_triplets
 from hmatrix.tree import ClusterTree
 
 __all__ = ["from_entries", "from_kernel"]
@@ -319,7 +319,7 @@ def build(
             f"{total / norm:.3g} was asked for: entries may be too rough or too noisy for "
             "low rank. Use a larger `rtol`, another order of the rows, or a `max_rank`."
         )
-        raise ToleranceError(msg)
+        raise ToleranceError(msg, reached / norm)
     lower = None if symmetric else tuple(trimmed[1])
     return HODLR(
         tree, leaves, tuple(trimmed[0]), lower, reached / norm if norm else 0.0
@@ -341,7 +341,9 @@ def trim(
             xp = namespace(error)
             rest = block_tolerance(tree, level, total) ** 2 - error**2
             rest = 0.9 * xp.sqrt(xp.where(rest > 0, rest, xp.zeros_like(rest)))
-            kept, more = cut(block.U, block.S, block.V, rest[:, None], max_rank)
+            kept, more, _ = cut_triplets(
+                block.U, block.S, block.V, rest[:, None], max_rank
+            )
             out.append(kept)
             square += float(xp.sum(error**2 + more**2))
     return trimmed, square

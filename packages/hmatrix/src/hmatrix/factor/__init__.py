@@ -7,8 +7,9 @@ small factorization.
 
 from __future__ import annotations
 
-from hmatrix._checks import check_kind
+from hmatrix._checks import NotPositiveDefiniteError, check_choice, check_kind
 from hmatrix.factor._base import Factorization
+from hmatrix.factor.cholesky import HODLRCholesky, has_cholesky
 from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
 from hmatrix.factor.mlr import MLRFactorization
 from hmatrix.hodlr import HODLR
@@ -16,6 +17,7 @@ from hmatrix.mlr import MLR
 
 __all__ = [
     "Factorization",
+    "HODLRCholesky",
     "HODLRFactorization",
     "HODLRInverse",
     "MLRFactorization",
@@ -23,7 +25,9 @@ __all__ = [
 ]
 
 
-def factorize(H: HODLR | MLR, shift: float = 0.0) -> Factorization:
+def factorize(
+    H: HODLR | MLR, shift: float = 0.0, *, method: str = "auto"
+) -> Factorization:
     """Factorize ``H + shift·I``.
 
     Parameters
@@ -32,6 +36,12 @@ def factorize(H: HODLR | MLR, shift: float = 0.0) -> Factorization:
         The matrix. An `MLR` must be positive definite once shifted.
     shift : float
         Added to the diagonal (damping, nugget).
+    method : {"auto", "inversion", "cholesky"}
+        Of a `HODLR`: "inversion" is recursive block inversion, of any matrix;
+        "cholesky" the symmetric factorization ``W Wᴴ`` of a Hermitian positive
+        definite one, which also gives ``sample`` and ``whiten``. "auto" tries the
+        latter where it applies, since it loses far fewer digits of an
+        ill-conditioned matrix, and falls back on the former. An `MLR` has one method.
 
     Returns
     -------
@@ -43,9 +53,14 @@ def factorize(H: HODLR | MLR, shift: float = 0.0) -> Factorization:
     Raises
     ------
     NotPositiveDefiniteError
-        If a shifted `MLR` is not positive definite.
+        If a shifted `MLR`, or a `HODLR` for "cholesky", is not positive definite. Of a
+        node's core it names the eigenvalue relative to the node's halves.
     SingularLeafError, SingularBlockError
         If a block that a `HODLR` must invert is singular to working precision.
+
+    ValueError
+        If ``method`` is not one of these; or is "cholesky" for a matrix that is not
+        stored as Hermitian, or whose tensors want gradients.
 
     Notes
     -----
@@ -53,7 +68,14 @@ def factorize(H: HODLR | MLR, shift: float = 0.0) -> Factorization:
     children's inverses and ``P C Qᵀ`` its off-diagonal part, which never divides by small
     singular values (Chen & Martinsson, "Solving linear systems on a GPU with
     hierarchically off-diagonal low-rank approximations", 2022). For `MLR` it is
-    ``X − W Wᵀ`` with ``W = X F R⁻ᵀ``, ``R Rᵀ = I + Fᵀ X F``.
+    ``X − W Wᵀ`` with ``W = X F R⁻ᵀ``, ``R Rᵀ = I + Fᵀ X F``. With "cholesky" a node is
+    ``W_c (I + Q X Qᴴ)(I + Q X Qᴴ)ᴴ W_cᴴ``, ``W_c`` its halves' factors and ``Q``
+    orthonormal (Ambikasaran, O'Neil & Singh, "Fast symmetric factorization of
+    hierarchical matrices with applications", 2014).
+
+    torch carries gradients through solutions, the inverse's diagonal and the
+    log-determinant to leaves, factors and right-hand sides. A shift that wants a
+    gradient is added by `hmatrix.shift` instead.
 
     Examples
     --------
@@ -70,5 +92,13 @@ def factorize(H: HODLR | MLR, shift: float = 0.0) -> Factorization:
     """
     check_kind("H", H, HODLR, MLR)
     if isinstance(H, HODLR):
+        method = check_choice("method", method, ("auto", "inversion", "cholesky"))
+        if method == "cholesky" or (method == "auto" and has_cholesky(H)):
+            try:
+                return HODLRCholesky(H, shift)
+            except NotPositiveDefiniteError:
+                if method == "cholesky":
+                    raise
         return HODLRFactorization(H, shift)
+    check_choice("method", method, ("auto",))
     return MLRFactorization(H, shift)

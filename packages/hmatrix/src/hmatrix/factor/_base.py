@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
-from hmatrix._backend import Array, Space
-from hmatrix._checks import check_float, check_int
+from hmatrix._backend import Array, Space, detach, wants_gradient
+from hmatrix._checks import (
+    ShapeError,
+    ToleranceError,
+    check_float,
+    check_int,
+)
 from hmatrix._operator import Operator, apply_padded, real_rows
+from hmatrix.factor.symmetric import SymmetricFactor
+from hmatrix.hodlr import HODLR
+from hmatrix.mlr import MLR
 from hmatrix.tree import ClusterTree
 
-__all__ = ["Factorization", "shifted_leaves"]
+__all__ = ["Factorization", "shifted_leaves", "take_array"]
+
+#: Refinement steps after which `Factorization.solve` gives up.
+MOST_STEPS = 30
 
 
 class Factorization(ABC):
@@ -17,6 +30,8 @@ class Factorization(ABC):
 
     Attributes
     ----------
+    matrix : HODLR or MLR
+        What was factorized, without the shift.
     tree : ClusterTree
         The halving of the matrix.
     space : Space
@@ -25,8 +40,10 @@ class Factorization(ABC):
         What was added to the diagonal.
     """
 
-    def __init__(self, H: Operator, shift: float) -> None:
-        self._matrix = H
+    _logdet: Array  # float64 ()
+
+    def __init__(self, H: HODLR | MLR, shift: float) -> None:
+        self.matrix = H
         self.tree = H.tree
         self.space = H.space
         self.shift = check_float("shift", shift)
@@ -36,7 +53,14 @@ class Factorization(ABC):
         """``(n, n)``."""
         return self.tree.n, self.tree.n
 
-    def solve(self, b: Array, *, refine: int = 1) -> Array:
+    def solve(
+        self,
+        b: Array,
+        *,
+        refine: int = 1,
+        rtol: float | None = None,
+        adjoint: bool = False,
+    ) -> Array:
         """Solve ``(H + shift·I) x = b``.
 
         Parameters
@@ -46,6 +70,11 @@ class Factorization(ABC):
         refine : int
             Steps of iterative refinement. One makes up for inverted leaves where LU
             factors would be backward stable; it costs a product and a second solve.
+        rtol : float, optional
+            Go on until ``‖b − (H + shift·I) x‖ ≤ rtol · ‖b‖`` for every right-hand
+            side.
+        adjoint : bool
+            Solve with the adjoint matrix.
 
         Returns
         -------
@@ -56,20 +85,125 @@ class Factorization(ABC):
         ------
         ShapeError, DTypeError, BackendError
             If ``b`` does not fit.
+        ToleranceError
+            If refinement stalls above ``rtol``.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import hmatrix as hm
+        >>> t = np.linspace(0, 1, 200)
+        >>> H = hm.from_dense(np.exp(-abs(t[:, None] - t)), levels=3)
+        >>> x = hm.factorize(H).solve(t, rtol=1e-12)
+        >>> bool(np.linalg.norm(H @ x - t) <= 1e-12 * np.linalg.norm(t))
+        True
         """
         refine = check_int("refine", refine, 0)
+        rtol = None if rtol is None else check_float("rtol", rtol, minimum=0)
+        apply, product = self._apply, self.matrix._apply
+        if adjoint:
+            apply, product = self._apply_adjoint, self.matrix._apply_adjoint
 
         def solve(b: Array) -> Array:
-            x = self._apply(b)
+            def residual(x: Array) -> Array:
+                return b - product(x) - self.shift * x
+
+            x = apply(b)
             for _ in range(refine):
-                x = x + self._apply(b - self._matrix._apply(x) - self.shift * x)
-            return x
+                x = x + apply(residual(x))
+            return x if rtol is None else self._refine(b, x, residual, apply, rtol)
 
         return apply_padded("b", b, self.tree, self.space, solve)
+
+    def _refine(
+        self,
+        b: Array,
+        x: Array,
+        residual: Callable[[Array], Array],
+        apply: Callable[[Array], Array],
+        rtol: float,
+    ) -> Array:
+        """Refine ``x`` until the residual of every column is small enough."""
+        xp = self.space.xp
+        sizes = xp.linalg.vector_norm(detach(b), axis=0)
+        sizes = xp.where(sizes > 0, sizes, xp.ones_like(sizes))
+        before = float("inf")
+        for _ in range(MOST_STEPS):
+            r = residual(x)
+            norms = xp.linalg.vector_norm(detach(r), axis=0)
+            reached = float(xp.max(norms / sizes)) if b.shape[1] else 0.0
+            if reached <= rtol:
+                return x
+            if not reached < before / 2:
+                break
+            before, x = reached, x + apply(r)
+        msg = (
+            f"`rtol` = {rtol:.3g} was not reached: refinement in {self.space.name} ends "
+            f"at a relative residual of {reached:.3g}. Allow more, or use a `shift`"
+            + (" or float64." if self.space.eps > 1e-10 else ".")
+        )
+        raise ToleranceError(msg, reached)
+
+    def sample(self, z: Array) -> Array:
+        """Return ``W z`` with ``W Wᴴ = H + shift·I``.
+
+        White noise ``z`` becomes a sample of the normal distribution with this
+        covariance.
+
+        Parameters
+        ----------
+        z : array (n,) or (n, q)
+            Of the library, dtype and device of the matrix.
+
+        Raises
+        ------
+        TypeError
+            If there is no such factor: a `HODLR` has one with ``method="cholesky"``.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import hmatrix as hm
+        >>> t = np.linspace(0, 1, 200)
+        >>> H = hm.from_dense(np.exp(-abs(t[:, None] - t)), levels=3)
+        >>> F = hm.factorize(H, method="cholesky")
+        >>> W = F.sample(np.eye(200))
+        >>> bool(np.allclose(W @ W.T, H))
+        True
+        """
+        factor = self._symmetric_factor()
+        return apply_padded("z", z, self.tree, self.space, factor.apply)
+
+    def whiten(self, x: Array) -> Array:
+        """Return ``W⁻¹ x``, the inverse of `sample`; ``‖W⁻¹ x‖² = xᴴ (H + shift·I)⁻¹ x``.
+
+        Parameters
+        ----------
+        x : array (n,) or (n, q)
+            Of the library, dtype and device of the matrix.
+
+        Raises
+        ------
+        TypeError
+            If there is no such factor: a `HODLR` has one with ``method="cholesky"``.
+        """
+        factor = self._symmetric_factor()
+        return apply_padded("x", x, self.tree, self.space, factor.solve)
+
+    def _symmetric_factor(self) -> SymmetricFactor:
+        msg = (
+            "Block inversion has no symmetric factor W; use "
+            'factorize(H, method="cholesky") of a positive definite matrix.'
+        )
+        raise TypeError(msg)
 
     @abstractmethod
     def _apply(self, x: Array) -> Array:
         """Product of the inverse with a padded block."""
+
+    def _apply_adjoint(self, x: Array) -> Array:
+        """Product of the adjoint inverse with a padded block: Hermitian, unless said."""
+        return self._apply(x)
 
     @abstractmethod
     def inverse(self) -> Operator:
@@ -79,16 +213,26 @@ class Factorization(ABC):
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,)."""
 
-    @abstractmethod
-    def slogdet(self) -> tuple[float | complex, float]:
+    def slogdet(self) -> tuple[float | complex, Any]:
         """Return sign and log of the absolute value of the determinant.
 
-        The sign of a complex matrix that is not Hermitian is a complex number of
-        absolute value 1.
+        Both are Python numbers, the sign a complex one of absolute value 1 for a
+        complex matrix that is not Hermitian. If the matrix holds torch tensors that
+        want gradients, the log is a float64 tensor () with one.
         """
+        value = self._logdet
+        return self._sign_of_determinant(), (
+            value if wants_gradient(value) else float(value)
+        )
 
-    def logdet(self) -> float:
+    def _sign_of_determinant(self) -> float | complex:
+        return 1.0
+
+    def logdet(self) -> Any:
         """Return the log of the determinant.
+
+        A float; or a float64 tensor (), if the matrix holds torch tensors that want
+        gradients.
 
         Raises
         ------
@@ -101,11 +245,42 @@ class Factorization(ABC):
             raise ValueError(msg)
         return value
 
+    @abstractmethod
+    def _arrays(self) -> dict[str, Array]:
+        """Arrays that, with matrix and shift, are the factorization."""
+
+    @classmethod
+    def _restore(cls, H: Any, shift: float, arrays: Mapping[str, Array]) -> Self:
+        """Return the factorization of ``H`` that has these arrays."""
+        self = cls.__new__(cls)
+        Factorization.__init__(self, H, shift)
+        self._logdet = take_array(arrays, "logdet", ())
+        self._set_arrays(arrays)
+        return self
+
+    @abstractmethod
+    def _set_arrays(self, arrays: Mapping[str, Array]) -> None:
+        """Take back what `_arrays` gave."""
+
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(n={self.tree.n}, levels={self.tree.levels}, "
             f"{self.space.name}, {self.space.place})"
         )
+
+
+def take_array(
+    arrays: Mapping[str, Array], name: str, shape: tuple[int | None, ...]
+) -> Array:
+    """Return an array of this shape, in which None stands for any number."""
+    found = tuple(arrays[name].shape)
+    fits = len(found) == len(shape) and all(
+        want in (have, None) for have, want in zip(found, shape, strict=True)
+    )
+    if not fits:
+        msg = f"`{name}` must have shape {shape}, got {found}."
+        raise ShapeError(msg)
+    return arrays[name]
 
 
 def shifted_leaves(tree: ClusterTree, leaves: Array, shift: float) -> Array:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 
 from hmatrix._backend import (
@@ -10,13 +13,14 @@ from hmatrix._backend import (
     adjoint,
     conjugate,
     contiguous,
+    detach,
     inverse,
     slogdet,
     to_numpy,
 )
 from hmatrix._checks import DTypeError, SingularBlockError, SingularLeafError
 from hmatrix._operator import Operator, unpad_rows
-from hmatrix.factor._base import Factorization, shifted_leaves
+from hmatrix.factor._base import Factorization, shifted_leaves, take_array
 from hmatrix.hodlr import HODLR
 
 __all__ = ["HODLRFactorization", "HODLRInverse"]
@@ -25,47 +29,51 @@ __all__ = ["HODLRFactorization", "HODLRInverse"]
 class HODLRFactorization(Factorization):
     """Recursive block inversion of a `HODLR` matrix; see `factorize`."""
 
+    matrix: HODLR
+
     def __init__(self, H: HODLR, shift: float = 0.0) -> None:
         super().__init__(H, shift)
-        self.symmetric = H.symmetric
+        self._take_bases()
         xp, tree = self.space.xp, self.tree
         leaves = shifted_leaves(tree, H.leaves, self.shift)
         signs, logs = slogdet(leaves)
         self._inverse_leaves = _invert(leaves, signs, tree.levels, leaf=True)
-        self._sign: float | complex = 1.0
-        self._logdet = 0.0
-        self._count_determinant(signs, logs)
-
-        # P and Q of all levels, each (padded, r): the halves' factors below each other
-        P: list[Array] = []
-        self._Q: list[Array] = []
-        scales: list[Array] = []  # C, (2**level, 2, r)
-        for level in range(tree.levels):
-            B12, B21 = H.blocks(level)
-            shape = (tree.padded, -1)
-            P.append(xp.reshape(_pair(B12.U, B21.U), shape))
-            self._Q.append(xp.reshape(_pair(B21.V, B12.V), shape))
-            scales.append(_pair(B12.S, B21.S))
-        self._widths = [int(p.shape[-1]) for p in P]
+        self._sign = xp.prod(detach(signs))
+        self._logdet = xp.sum(xp.astype(logs, xp.float64))
         self._Y: list[Array] = [None] * tree.levels  # D P
         self._E: list[Array] = [None] * tree.levels  # (I + C QᴴD P)⁻¹ C
         if not tree.levels:
             return
+        # P of all levels, each (padded, r): the halves' factors below each other
+        P = [_pair(B12.U, B21.U) for B12, B21 in map(H.blocks, range(tree.levels))]
+        P = [xp.reshape(pair, (tree.padded, -1)) for pair in P]
         X = self._solve_leaves(xp.concat(P, axis=-1))
         for level in reversed(range(tree.levels)):
             width = self._widths[level]
             self._Y[level] = contiguous(X[:, X.shape[1] - width :])
             X = X[:, : X.shape[1] - width]
-            self._E[level] = self._core(level, scales[level])
+            B12, B21 = H.blocks(level)
+            self._E[level] = self._core(level, _pair(B12.S, B21.S))
             X = self._step(level, X)
+
+    def _take_bases(self) -> None:
+        """Keep Q of each level, (padded, r), as P without the scales C."""
+        H, tree = self.matrix, self.tree
+        self.symmetric = H.symmetric
+        pairs = (_pair(B21.V, B12.V) for B12, B21 in map(H.blocks, range(tree.levels)))
+        self._Q = [self.space.xp.reshape(pair, (tree.padded, -1)) for pair in pairs]
+        self._widths = [int(q.shape[-1]) for q in self._Q]
 
     def inverse(self) -> HODLRInverse:
         """Return the inverse as an operator; nothing is formed."""
         return HODLRInverse(self)
 
-    def slogdet(self) -> tuple[float | complex, float]:
-        """Return sign and log of the absolute value of the determinant."""
-        return self._sign, self._logdet
+    def _sign_of_determinant(self) -> float | complex:
+        sign = complex(self._sign)
+        if self.space.is_complex and not self.symmetric:
+            return sign
+        # that of a Hermitian matrix is real, to rounding
+        return math.copysign(1.0, sign.real)
 
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,), in ``O(n r K)`` if symmetric.
@@ -141,18 +149,32 @@ class HODLRFactorization(Factorization):
         bottom = xp.concat([CQY[:, 1, :, :], eye], axis=-1)
         K = xp.concat([top, bottom], axis=-2)
         signs, logs = slogdet(K)
-        self._count_determinant(signs, logs)
+        self._sign = self._sign * xp.prod(detach(signs))
+        self._logdet = self._logdet + xp.sum(xp.astype(logs, xp.float64))
         C = xp.reshape(scales, (nodes, 1, 2 * width))
         return _invert(K, signs, level, leaf=False) * C
 
-    def _count_determinant(self, signs: Array, logs: Array) -> None:
-        xp = self.space.xp
-        sign = complex(xp.prod(signs))
-        # that of a Hermitian matrix is real
-        self._sign *= (
-            sign if self.space.is_complex and not self.symmetric else sign.real
-        )
-        self._logdet += float(xp.sum(xp.astype(logs, xp.float64)))
+    def _arrays(self) -> dict[str, Array]:
+        arrays = {"sign": self._sign, "logdet": self._logdet}
+        arrays["inverse_leaves"] = self._inverse_leaves
+        for name, series in (("Y", self._Y), ("E", self._E)):
+            arrays |= {f"{name}.{k}": x for k, x in enumerate(series)}
+        return arrays
+
+    def _set_arrays(self, arrays: Mapping[str, Array]) -> None:
+        self._take_bases()
+        tree, widths = self.tree, self._widths
+        self._sign = take_array(arrays, "sign", ())
+        leaf = tuple(self.matrix.leaves.shape)
+        self._inverse_leaves = take_array(arrays, "inverse_leaves", leaf)
+        self._Y = [
+            take_array(arrays, f"Y.{k}", (tree.padded, width))
+            for k, width in enumerate(widths)
+        ]
+        self._E = [
+            take_array(arrays, f"E.{k}", (tree.nodes(k), 2 * width, 2 * width))
+            for k, width in enumerate(widths)
+        ]
 
     def _halves(self, level: int, x: Array) -> Array:
         """View (padded, q) as (2**level, 2, half, q)."""
@@ -175,9 +197,7 @@ class HODLRInverse(Operator):
     instead of being stored.
     """
 
-    def __init__(
-        self, factorization: HODLRFactorization, *, adjoint: bool = False
-    ) -> None:
+    def __init__(self, factorization: Factorization, *, adjoint: bool = False) -> None:
         self.tree = factorization.tree
         self._factorization = factorization
         self._adjoint = adjoint
@@ -218,7 +238,7 @@ class HODLRInverse(Operator):
         return self.H._apply(x)
 
     def __repr__(self) -> str:
-        return repr(self._factorization).replace("Factorization", "Inverse", 1)
+        return "HODLRInverse(" + repr(self._factorization).partition("(")[2]
 
 
 def _pair(first: Array, second: Array) -> Array:

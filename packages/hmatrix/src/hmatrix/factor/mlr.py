@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
+from functools import cached_property
 
-from hmatrix._backend import Array, Space, cholesky, inverse_lower, to_numpy, transpose
-from hmatrix._checks import NotPositiveDefiniteError
+from hmatrix._backend import Array, inverse_lower, transpose
 from hmatrix._operator import real_rows
-from hmatrix.factor._base import Factorization, shifted_leaves
+from hmatrix.factor._base import Factorization, shifted_leaves, take_array
+from hmatrix.factor.symmetric import (
+    SymmetricFactor,
+    checked_cholesky,
+    logdet_of_cholesky,
+)
 from hmatrix.mlr import MLR
 
 __all__ = ["MLRFactorization"]
@@ -16,18 +21,18 @@ __all__ = ["MLRFactorization"]
 class MLRFactorization(Factorization):
     """Inverse of an `MLR` matrix, in the same form with the other sign."""
 
+    matrix: MLR
+
     def __init__(self, H: MLR, shift: float = 0.0) -> None:
         super().__init__(H, shift)
         xp, tree = self.space.xp, self.tree
         leaves = shifted_leaves(tree, H.leaves, self.shift)
-        L = _cholesky(leaves, tree.levels, "leaf", self.shift)
-        self._logdet = _logdet(L)
+        L = checked_cholesky(leaves, tree.levels, "leaf", self.shift)
+        self._logdet = logdet_of_cholesky(L)
         half = inverse_lower(L)
         W: list[Array] = [None] * tree.levels
         if tree.levels:
-            columns = xp.concat(
-                [xp.reshape(F, (tree.padded, F.shape[-1])) for F in H.factors], axis=-1
-            )
+            columns = xp.concat(self._columns(), axis=-1)
             X = xp.reshape(columns, (*leaves.shape[:2], columns.shape[-1]))
             X = xp.reshape(transpose(half) @ (half @ X), columns.shape)
             for level in reversed(range(tree.levels)):
@@ -36,8 +41,8 @@ class MLRFactorization(Factorization):
                 Y = xp.reshape(X[:, rest:], F.shape)
                 columns, X = columns[:, :rest], X[:, :rest]
                 core = self.space.eye(F.shape[-1]) + H.sign * (transpose(F) @ Y)
-                R = _cholesky(core, level, "node", self.shift)
-                self._logdet += _logdet(R)
+                R = checked_cholesky(core, level, "node", self.shift)
+                self._logdet = self._logdet + logdet_of_cholesky(R)
                 W[level] = Y @ transpose(inverse_lower(R))
                 above = xp.reshape(columns, (*F.shape[:2], rest))
                 update = W[level] @ (transpose(W[level]) @ above)
@@ -58,29 +63,46 @@ class MLRFactorization(Factorization):
         """Return the diagonal of the inverse (n,)."""
         return self._inverse.diagonal()
 
-    def slogdet(self) -> tuple[float, float]:
-        """Return sign (1) and log of the determinant."""
-        return 1.0, self._logdet
-
     def _apply(self, x: Array) -> Array:
         return self._inverse._apply(x)
 
+    def _columns(self) -> list[Array]:
+        """Return the factors of all levels, each (padded, r)."""
+        reshape, rows = self.space.xp.reshape, self.tree.padded
+        return [reshape(F, (rows, F.shape[-1])) for F in self.matrix.factors]
 
-def _logdet(L: Array) -> float:
-    """Sum of the log-determinants of ``L Lᵀ``, L (..., m, m)."""
-    xp = Space.of(L).xp
-    logs = xp.astype(xp.log(xp.linalg.diagonal(L)), xp.float64)
-    return 2 * float(xp.sum(logs))
+    @cached_property
+    def _factor(self) -> SymmetricFactor:
+        # made when first asked for: the inverse does not need it
+        xp, tree, sign = self.space.xp, self.tree, self.matrix.sign
+        leaves = shifted_leaves(tree, self.matrix.leaves, self.shift)
+        L = checked_cholesky(leaves, tree.levels, "leaf", self.shift)
 
+        def core(level: int, columns: Array) -> tuple[Array, Array, Array]:
+            """Factor ``I ± F Fᵀ`` by ``R Rᵀ = I ± Fᵀ F`` without a QR decomposition.
 
-def _cholesky(blocks: Array, level: int, what: str, shift: float) -> Array:
-    L = cholesky(blocks)
-    if L is None:
-        smallest = np.linalg.eigvalsh(to_numpy(blocks).astype(np.float64))[:, 0]
-        node = int(np.argmin(smallest))
-        msg = (
-            f"Not positive definite at level {level}, {what} {node}: smallest eigenvalue "
-            f"{smallest[node]:.3g} with `shift` = {shift:.3g}; use a larger shift."
+            ``X = ±(I + R)⁻¹`` solves ``X + Xᵀ + X Fᵀ F Xᵀ = ±I``.
+            """
+            F = xp.reshape(columns, self.matrix.factors[level].shape)
+            eye = self.space.eye(F.shape[-1])
+            small = eye + sign * (transpose(F) @ F)
+            R = checked_cholesky(small, level, "node", self.shift)
+            X = inverse_lower(eye + R)
+            return F, sign * X, -sign * (transpose(X) @ inverse_lower(R))
+
+        return SymmetricFactor.build(tree, L, self._columns(), core)
+
+    def _symmetric_factor(self) -> SymmetricFactor:
+        return self._factor
+
+    def _arrays(self) -> dict[str, Array]:
+        factors = {f"factors.{k}": W for k, W in enumerate(self._inverse.factors)}
+        return {"logdet": self._logdet, "leaves": self._inverse.leaves, **factors}
+
+    def _set_arrays(self, arrays: Mapping[str, Array]) -> None:
+        factors = tuple(
+            take_array(arrays, f"factors.{k}", tuple(F.shape))
+            for k, F in enumerate(self.matrix.factors)
         )
-        raise NotPositiveDefiniteError(msg, level, node)
-    return L
+        sign = -self.matrix.sign
+        self._inverse = MLR(self.tree, arrays["leaves"], factors, sign)

@@ -200,11 +200,11 @@ class Streaming(ABC):
             if found is None or not is_array(found) or shape != tuple(expected.shape):
                 msg = f"`state[{name!r}]`: expected an array {tuple(expected.shape)}, got {shape}."
                 raise FileFormatError(msg)
-        self._leaves = space.asarray(leaves)
+        self._leaves = space.asarray(leaves, copy=True)
         for series in cls._series:
             parts = getattr(self, series)
             parts[:] = [
-                space.asarray(state[f"{series.lstrip('_')}.{k}"])
+                space.asarray(state[f"{series.lstrip('_')}.{k}"], copy=True)
                 for k in range(len(parts))
             ]
         self._count = float(state["count"])

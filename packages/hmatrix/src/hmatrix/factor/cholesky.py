@@ -1,0 +1,135 @@
+"""Symmetric factorization of Hermitian positive definite HODLR matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hmatrix._backend import Array, adjoint, inverse_lower, qr, wants_gradient
+from hmatrix._operator import unpad_rows
+from hmatrix.factor._base import Factorization, shifted_leaves, take_array
+from hmatrix.factor.hodlr import HODLRInverse
+from hmatrix.factor.symmetric import (
+    SymmetricFactor,
+    checked_cholesky,
+    logdet_of_cholesky,
+)
+from hmatrix.hodlr import HODLR
+
+__all__ = ["HODLRCholesky", "has_cholesky"]
+
+
+class HODLRCholesky(Factorization):
+    """``H + shift·I = W Wᴴ`` of a Hermitian `HODLR` matrix; see `factorize`."""
+
+    def __init__(self, H: HODLR, shift: float = 0.0) -> None:
+        super().__init__(H, shift)
+        _check(H)
+        # what is singular to working precision is left to other methods
+        pivot = 10 * self.space.eps
+        xp, tree = self.space.xp, self.tree
+        leaves = shifted_leaves(tree, H.leaves, self.shift)
+        L = checked_cholesky(leaves, tree.levels, "leaf", self.shift, pivot=pivot)
+        self._logdet = logdet_of_cholesky(L)
+        eye = self.space.eye
+
+        def core(level: int, columns: Array) -> tuple[Array, Array, Array]:
+            """Factor ``[[I, B], [Bᴴ, I]]``, ``B = Q₁ K Q₂ᴴ``."""
+            nodes, r = tree.nodes(level), columns.shape[-1]
+            halves = xp.reshape(columns, (2 * nodes, tree.size(level + 1), r))
+            if not r:
+                none = self.space.zeros(nodes, 0, 0)
+                return halves, none, none
+            # Orthonormal bases keep the core as well conditioned as the node, whatever
+            # the scales of U and V
+            Q, R = qr(halves)
+            R = xp.reshape(R, (nodes, 2, *R.shape[1:]))
+            S = xp.astype(H.upper[level].S, R.dtype, copy=False)[:, None, :]
+            K = (R[:, 0, :, :] * S) @ adjoint(R[:, 1, :, :])
+            one = xp.zeros_like(K) + eye(K.shape[-1])
+            top = xp.concat([one, K], axis=-1)
+            bottom = xp.concat([adjoint(K), one], axis=-1)
+            small = xp.concat([top, bottom], axis=-2)
+            M = checked_cholesky(small, level, "node", self.shift, pivot=pivot)
+            self._logdet = self._logdet + logdet_of_cholesky(M)
+            return Q, M - eye(M.shape[-1]), inverse_lower(M) - eye(M.shape[-1])
+
+        columns = [
+            xp.reshape(xp.stack([block.U, block.V], axis=1), (tree.padded, block.rank))
+            for block in H.upper
+        ]
+        self._factor = SymmetricFactor.build(tree, L, columns, core)
+
+    def inverse(self) -> HODLRInverse:
+        """Return the inverse as an operator; nothing is formed."""
+        return HODLRInverse(self)
+
+    def inverse_diagonal(self) -> Array:
+        """Return the diagonal of the inverse (n,), in ``O(n r² K²)``."""
+        return unpad_rows(self._factor.inverse_diagonal(), self.tree)
+
+    def _apply(self, x: Array) -> Array:
+        return self._factor.solve_adjoint(self._factor.solve(x))
+
+    def _symmetric_factor(self) -> SymmetricFactor:
+        return self._factor
+
+    def _arrays(self) -> dict[str, Array]:
+        factor = self._factor
+        arrays = {
+            "logdet": self._logdet,
+            "leaves": factor.leaves,
+            "inverse_leaves": factor.inverse_leaves,
+        }
+        for name in ("bases", "cores", "inverse_cores"):
+            arrays |= {f"{name}.{k}": x for k, x in enumerate(getattr(factor, name))}
+        return arrays
+
+    def _set_arrays(self, arrays: Mapping[str, Array]) -> None:
+        tree, m, levels = self.tree, self.tree.leaf_size, range(self.tree.levels)
+        leaf = (tree.nodes(tree.levels), m, m)
+        bases = tuple(
+            take_array(
+                arrays, f"bases.{k}", (tree.nodes(k + 1), tree.size(k + 1), None)
+            )
+            for k in levels
+        )
+        sizes = [2 * int(Q.shape[-1]) for Q in bases]
+        cores, inverse_cores = (
+            tuple(
+                take_array(arrays, f"{name}.{k}", (tree.nodes(k), sizes[k], sizes[k]))
+                for k in levels
+            )
+            for name in ("cores", "inverse_cores")
+        )
+        self._factor = SymmetricFactor(
+            take_array(arrays, "leaves", leaf),
+            take_array(arrays, "inverse_leaves", leaf),
+            bases,
+            cores,
+            inverse_cores,
+        )
+
+
+def has_cholesky(H: HODLR) -> bool:
+    """Tell whether the method is made for ``H``, if it is definite."""
+    return H.symmetric and not _wants_gradients(H)
+
+
+def _check(H: HODLR) -> None:
+    if not H.symmetric:
+        msg = (
+            '`H` must be Hermitian for method="cholesky", and stored so (from_dense(A, '
+            'symmetric=True)); use method="inversion".'
+        )
+        raise ValueError(msg)
+    if _wants_gradients(H):
+        msg = (
+            'method="cholesky" has no gradients, since a QR decomposition has none '
+            'where ranks are deficient; use method="inversion", or detach the tensors.'
+        )
+        raise ValueError(msg)
+
+
+def _wants_gradients(H: HODLR) -> bool:
+    parts = (x for block in H.upper for x in (block.U, block.S, block.V))
+    return any(map(wants_gradient, (H.leaves, *parts)))

@@ -1,0 +1,177 @@
+"""Factors W of Hermitian positive definite matrices ``W Wᴴ``, level by level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hmatrix._backend import (
+    Array,
+    Space,
+    adjoint,
+    cholesky,
+    conjugate,
+    inverse_lower,
+    namespace,
+    to_numpy,
+)
+from hmatrix._checks import NotPositiveDefiniteError
+from hmatrix.tree import ClusterTree
+
+__all__ = ["SymmetricFactor", "checked_cholesky", "logdet_of_cholesky"]
+
+#: From level and columns (padded, r) to Q, X and Y of this level's term.
+Core = Callable[[int, Array], tuple[Array, Array, Array]]
+
+
+@dataclass(frozen=True, eq=False)
+class SymmetricFactor:
+    """``W = blkdiag(L) · T_{K−1} ⋯ T_0`` with ``T_k = I + Q_k X_k Q_kᴴ``.
+
+    Parameters
+    ----------
+    leaves, inverse_leaves : array (2**K, m, m)
+        ``L``, lower triangular, and its inverse.
+    bases : tuple of array (2**k or 2**(k+1), rows, r)
+        ``Q_k``: one block for each node of level k, or one for each half of it.
+    cores, inverse_cores : tuple of array (2**k, s, s)
+        ``X_k``, and ``Y_k`` of ``T_k⁻¹ = I + Q_k Y_k Q_kᴴ``.
+    """
+
+    leaves: Array
+    inverse_leaves: Array
+    bases: tuple[Array, ...]
+    cores: tuple[Array, ...]
+    inverse_cores: tuple[Array, ...]
+
+    @classmethod
+    def build(
+        cls, tree: ClusterTree, leaves: Array, columns: Sequence[Array], core: Core
+    ) -> SymmetricFactor:
+        """Factor from the leaves to the root.
+
+        Parameters
+        ----------
+        tree
+            The halving.
+        leaves
+            Cholesky factors ``L``.
+        columns
+            For each level what its off-diagonal part is made of, (padded, r).
+        core
+            Makes the term of a level from its columns, everything below divided out.
+        """
+        xp, half = namespace(leaves), inverse_lower(leaves)
+        terms: list[tuple[Array, Array, Array]] = [None] * tree.levels  # type: ignore[list-item]
+        if tree.levels:
+            # the columns of all levels above go along: one product a level
+            x = _blocks_times(half, xp.concat(list(columns), axis=-1))
+            for level in reversed(range(tree.levels)):
+                rest = x.shape[1] - columns[level].shape[1]
+                Q, X, Y = terms[level] = core(level, x[:, rest:])
+                x = _update(Q, Y, x[:, :rest])
+        bases, cores, inverses = zip(*terms, strict=True) if terms else ((), (), ())
+        return cls(leaves, half, bases, cores, inverses)
+
+    def apply(self, x: Array) -> Array:
+        """Return ``W x`` of a padded block."""
+        for Q, X in zip(self.bases, self.cores, strict=True):
+            x = _update(Q, X, x)
+        return _blocks_times(self.leaves, x)
+
+    def solve(self, x: Array) -> Array:
+        """Return ``W⁻¹ x``."""
+        x = _blocks_times(self.inverse_leaves, x)
+        for Q, Y in zip(self.bases[::-1], self.inverse_cores[::-1], strict=True):
+            x = _update(Q, Y, x)
+        return x
+
+    def solve_adjoint(self, x: Array) -> Array:
+        """Return ``W⁻ᴴ x``."""
+        for Q, Y in zip(self.bases, self.inverse_cores, strict=True):
+            x = _update(Q, adjoint(Y), x)
+        return _blocks_times(adjoint(self.inverse_leaves), x)
+
+    def inverse_diagonal(self) -> Array:
+        """Return the diagonal of ``(W Wᴴ)⁻¹`` (padded,), of bases of halves."""
+        space = Space.of(self.leaves)
+        xp = space.xp
+        diagonal = xp.sum(xp.abs(self.inverse_leaves) ** 2, axis=-2)
+        diagonal = xp.astype(xp.reshape(diagonal, (-1,)), space.dtype, copy=False)
+        x = space.zeros(diagonal.shape[0], 0)
+        for Q, Y in zip(self.bases, self.inverse_cores, strict=True):
+            x = _update(Q, adjoint(Y), x)
+            x = xp.concat([x, xp.reshape(Q, (x.shape[0], Q.shape[-1]))], axis=-1)
+        # x is now W⁻ᴴ Q of the nodes' children, for all levels
+        x = _blocks_times(adjoint(self.inverse_leaves), x)
+        done = 0
+        for Q, Y in zip(self.bases, self.inverse_cores, strict=True):
+            r = Q.shape[-1]
+            if not r:
+                continue
+            Z = xp.reshape(x[:, done : done + r], Q.shape)
+            done += r
+            # the node's inverse is the children's plus Z M Zᴴ, M = (I + Y)ᴴ (I + Y) − I
+            M = adjoint(Y) @ Y + Y + adjoint(Y)
+            M = xp.stack([M[:, :r, :r], M[:, r:, r:]], axis=1)
+            part = xp.sum((Z @ xp.reshape(M, (-1, r, r))) * conjugate(Z), axis=-1)
+            diagonal = diagonal + xp.reshape(part, (-1,))
+        return diagonal
+
+
+def _update(Q: Array, X: Array, x: Array) -> Array:
+    """Return ``x + Q X Qᴴ x`` of each node."""
+    if not Q.shape[-1] or not x.shape[1]:
+        return x
+    xp, q = namespace(x), x.shape[1]
+    small = adjoint(Q) @ xp.reshape(x, (*Q.shape[:2], q))
+    small = X @ xp.reshape(small, (*X.shape[:2], q))
+    small = xp.reshape(small, (Q.shape[0], Q.shape[2], q))
+    return x + xp.reshape(Q @ small, x.shape)
+
+
+def _blocks_times(blocks: Array, x: Array) -> Array:
+    """Multiply rows (padded, q) with diagonal blocks."""
+    xp = namespace(x)
+    y = blocks @ xp.reshape(x, (*blocks.shape[:2], x.shape[1]))
+    return xp.reshape(y, x.shape)
+
+
+def logdet_of_cholesky(L: Array) -> Array:
+    """Sum of the log-determinants of ``L Lᴴ``, L (..., m, m), as float64 ()."""
+    xp = namespace(L)
+    # the diagonal is real, whatever the dtype
+    logs = xp.log(xp.abs(xp.linalg.diagonal(L)))
+    return 2 * xp.sum(xp.astype(logs, xp.float64))
+
+
+def _smallest_pivot(L: Array, blocks: Array) -> float:
+    """Smallest square of L's diagonal relative to the diagonal of the blocks."""
+    xp = namespace(L)
+    if not L.shape[-1]:
+        return 1.0
+    pivots, entries = (xp.abs(xp.linalg.diagonal(x)) for x in (L, blocks))
+    return float(xp.min(pivots**2 / entries))
+
+
+def checked_cholesky(
+    blocks: Array, level: int, what: str, shift: float, *, pivot: float = 0.0
+) -> Array:
+    """Cholesky factors of the blocks of a level, or say which has none.
+
+    A block has none either if it leaves no more than ``pivot`` of a diagonal entry.
+    """
+    L = cholesky(blocks)
+    if L is None or (pivot and _smallest_pivot(L, blocks) <= pivot):
+        double = to_numpy(blocks)
+        double = double.astype(np.result_type(double.dtype, np.float64))
+        smallest = np.linalg.eigvalsh(double)[:, 0]
+        node = int(np.argmin(smallest))
+        msg = (
+            f"Not positive definite at level {level}, {what} {node}: smallest eigenvalue "
+            f"{smallest[node]:.3g} with `shift` = {shift:.3g}; use a larger shift."
+        )
+        raise NotPositiveDefiniteError(msg, level, node)
+    return L

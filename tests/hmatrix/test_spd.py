@@ -1,0 +1,331 @@
+"""Positive definite matrices: symmetric factors, and compression that keeps them so."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hmatrix as hm
+from tests.helpers import assert_in, error_ratio, to_numpy
+from tests.strategies import SEEDS, SIZES, make_samples
+
+DTYPES = ("float32", "float64", "complex64", "complex128")
+
+
+def rounding(dtype):
+    return 1e-5 if dtype in ("float32", "complex64") else 1e-13
+
+
+def definite_matrix(n, rng, *, is_complex=False, smallest=0.3):
+    """Hermitian, eigenvalues from ``smallest``: kernel-like plus random."""
+    t = np.sort(rng.random(n))
+    B = rng.standard_normal((n, 3)) / np.sqrt(n)
+    if is_complex:
+        B = B + 1j * rng.standard_normal((n, 3)) / np.sqrt(n)
+    A = np.exp(-3 * abs(t[:, None] - t)) + B @ B.conj().T
+    A = (A + A.conj().T) / 2
+    return A + (smallest - min(0.0, np.linalg.eigvalsh(A)[0])) * np.eye(n)
+
+
+@st.composite
+def cluster_trees(draw):
+    """Plain, permuted and uneven trees, empty leaves among them."""
+    n = draw(SIZES)
+    levels = draw(st.integers(0, min(4, n.bit_length() - 1)))
+    rng = np.random.default_rng(draw(SEEDS))
+    kind = draw(st.sampled_from(["plain", "permuted", "uneven"]))
+    if kind == "plain":
+        return hm.ClusterTree(n, levels)
+    sizes = None
+    if kind == "uneven":
+        sizes = np.bincount(rng.integers(0, 2**levels, n), minlength=2**levels)
+    return hm.ClusterTree(n, levels, sizes, rng.permutation(n))
+
+
+@st.composite
+def definite_cases(draw):
+    """A definite HODLR matrix with its dense form, of any dtype, tree and rank."""
+    tree, dtype = draw(cluster_trees()), draw(st.sampled_from(DTYPES))
+    rng = np.random.default_rng(draw(SEEDS))
+    A = definite_matrix(tree.n, rng, is_complex="complex" in dtype).astype(dtype)
+    max_rank = draw(st.sampled_from([0, 1, 3, None]))
+    H = hm.from_dense(A, tree=tree, rtol=1e-6, max_rank=max_rank, definite=True)
+    shift = draw(st.sampled_from([0.0, 0.5]))
+    D = to_numpy(H.to_dense()).astype(np.result_type(dtype, np.float64))
+    return hm.factorize(H, shift, method="cholesky"), D + shift * np.eye(tree.n)
+
+
+@given(definite_cases(), SEEDS)
+def test_the_factor_times_its_adjoint_is_the_matrix(case, seed):
+    F, D = case
+    n, tolerance = len(D), rounding(F.space.name)
+    W = F.sample(np.eye(n, dtype=F.space.dtype))
+    assert_in(W, F.matrix.leaves)
+    assert error_ratio_of(W @ W.conj().T, D) < tolerance
+    x = np.random.default_rng(seed).standard_normal(n).astype(F.space.dtype)
+    factor = 10 * tolerance * np.linalg.cond(D)
+    assert error_ratio_of(F.whiten(F.sample(x)), x) < factor
+    assert error_ratio_of(F.sample(F.whiten(x)), x) < factor
+    energy = np.linalg.norm(F.whiten(x)) ** 2
+    assert energy == pytest.approx(
+        np.real(x.conj() @ np.linalg.solve(D, x)), rel=factor
+    )
+
+
+@given(definite_cases(), SEEDS)
+def test_it_solves_and_inverts(case, seed):
+    F, D = case
+    n, factor = len(D), 10 * rounding(F.space.name) * np.linalg.cond(D)
+    x = np.random.default_rng(seed).standard_normal((n, 2)).astype(F.space.dtype)
+    b = (D @ x).astype(F.space.dtype)
+    assert error_ratio_of(F.solve(b), x) < factor
+    assert error_ratio_of(F.solve(b, refine=0, adjoint=True), x) < factor
+    exact = np.linalg.inv(D)
+    assert error_ratio_of(F.inverse_diagonal(), np.diag(exact)) < factor
+    assert error_ratio_of(F.inverse().to_dense(), exact) < factor
+    assert error_ratio_of(F.inverse().H.to_dense(), exact) < factor
+
+
+@given(definite_cases())
+def test_the_log_determinant_is_not_that_of_the_factor(case):
+    F, D = case
+    # a factor alone would give half of it
+    exact = np.linalg.slogdet(D)[1]
+    tolerance = rounding(F.space.name) * len(D) * np.linalg.cond(D)
+    assert abs(F.logdet() - exact) < tolerance
+    assert F.slogdet() == (1.0, F.logdet())
+    assert isinstance(F.logdet(), float)
+
+
+def error_ratio_of(actual, expected):
+    """Error ratio, of complex numbers too."""
+    difference = np.linalg.norm(to_numpy(actual) - expected)
+    return difference / max(np.linalg.norm(expected), 1e-300)
+
+
+def test_every_library_gives_one_factor(xp, dtype, rng):
+    A = definite_matrix(37, rng)
+    H = hm.from_dense(xp.asarray(A, dtype), levels=2, rtol=1e-6, symmetric=True)
+    F = hm.factorize(H, 0.1, method="cholesky")
+    x = xp.asarray(rng.standard_normal(37), dtype)
+    reference = hm.factorize(
+        hm.from_dense(A, levels=2, rtol=1e-6, symmetric=True), 0.1, method="cholesky"
+    )
+    # compressions of two dtypes differ by as much as they may lose
+    for name in ("sample", "whiten", "solve"):
+        y = getattr(F, name)(x)
+        assert_in(y, x)
+        assert (
+            error_ratio(y, getattr(reference, name)(to_numpy(x).astype(float))) < 1e-4
+        )
+    assert F.logdet() == pytest.approx(reference.logdet(), rel=1e-4, abs=1e-3)
+    assert error_ratio(F.inverse_diagonal(), reference.inverse_diagonal()) < 1e-4
+
+
+@given(SIZES, st.integers(0, 4), st.integers(1, 6), SEEDS)
+def test_mlr_matrices_and_their_inverses_have_a_factor(n, levels, rank, seed):
+    rng = np.random.default_rng(seed)
+    levels = min(levels, n.bit_length() - 1)
+    stream = hm.StreamingMLR(n, levels, rank)
+    stream.update(make_samples("walk", 30, n, rng))
+    F = hm.factorize(stream.result(), 0.1)
+    D = to_numpy(F.matrix.to_dense()) + 0.1 * np.eye(n)
+    for G, exact in (
+        (F, D),
+        (hm.factorize(F.inverse()), np.linalg.inv(D)),  # of sign −1
+    ):
+        W = G.sample(np.eye(n))
+        tolerance = 1e-13 * np.linalg.cond(D)
+        assert error_ratio(W @ W.T, exact) < tolerance
+        assert error_ratio(G.whiten(W), np.eye(n)) < tolerance
+
+
+def test_samples_have_the_covariance(rng):
+    n = 24
+    A = definite_matrix(n, rng)
+    F = hm.factorize(hm.from_dense(A, levels=2, rtol=1e-12), method="cholesky")
+    X = F.sample(rng.standard_normal((n, 20_000)))
+    # xᴴ A⁻¹ x of every sample is chi-squared
+    energies = np.sum(F.whiten(X) ** 2, axis=0)
+    assert scipy.stats.kstest(energies, scipy.stats.chi2(n).cdf).pvalue > 0.01
+    assert error_ratio(X @ X.T / X.shape[1], A) < 0.05
+
+
+def test_scaled_bases_do_not_harm_the_factor(rng):
+    """Neither wild scales in U and V nor dependent columns are the matrix's fault."""
+    tree, A = hm.ClusterTree(32, 1), 2.0 * np.eye(32)
+    u, v = rng.standard_normal((2, 16)) / 8
+    A[:16, 16:] = np.outer(u, v)
+    A[16:, :16] = A[:16, 16:].T
+    U = np.stack([u * 1e12, u * 1e12, 0 * u], axis=1)[None]
+    V = np.stack([v * 1e-12, v * 1e-12, v], axis=1)[None]
+    block = hm.LowRank(U, np.array([[3.0, -2.0, 5.0]]), V)
+    H = hm.HODLR(tree, np.stack([A[:16, :16], A[16:, 16:]]), (block,))
+    F = hm.factorize(H, method="cholesky")
+    W = F.sample(np.eye(32))
+    assert error_ratio(W @ W.T, A) < 1e-14
+    assert F.logdet() == pytest.approx(np.linalg.slogdet(A)[1], rel=1e-14)
+
+
+def test_ill_conditioned_kernels_keep_more_digits_than_by_inversion():
+    t = np.linspace(0, 1, 512)
+    A = np.exp(-(((t[:, None] - t) / 0.3) ** 2)) + 1e-6 * np.eye(512)
+    H = hm.from_dense(A, levels=4, rtol=1e-13)
+    D = to_numpy(H.to_dense())
+    exact, b = np.linalg.slogdet(D)[1], np.cos(40 * t)
+    residuals, errors = {}, {}
+    for method in ("auto", "cholesky", "inversion"):
+        F = hm.factorize(H, method=method)
+        residuals[method] = error_ratio(H @ F.solve(b), b)
+        errors[method] = abs(F.slogdet()[1] / exact - 1)
+    assert residuals["auto"] == residuals["cholesky"] < 1e-2 * residuals["inversion"]
+    assert errors["auto"] == errors["cholesky"] < 1e-2 * errors["inversion"]
+
+
+def indefinite_node(value):
+    """A definite leaf each, and at the root a block that is too large by ``value``."""
+    A = np.eye(8)
+    A[0, 4] = A[4, 0] = 1 + value
+    return hm.from_dense(A, levels=1, symmetric=True)
+
+
+def test_what_is_not_definite_is_named():
+    A = np.diag([1.0, 1, 1, -0.5, 1, 1, 1, 1])
+    with pytest.raises(
+        hm.NotPositiveDefiniteError,
+        match=r"level 2, leaf 1: smallest eigenvalue -0\.5 with `shift` = 0",
+    ) as caught:
+        hm.factorize(hm.from_dense(A, levels=2), method="cholesky")
+    assert (caught.value.level, caught.value.node) == (2, 1)
+    with pytest.raises(
+        hm.NotPositiveDefiniteError,
+        match=r"level 0, node 0: smallest eigenvalue -0\.25 with `shift` = 0",
+    ):
+        hm.factorize(indefinite_node(0.25), method="cholesky")
+    assert hm.factorize(indefinite_node(0.25), 0.5, method="cholesky").logdet() > 0
+
+
+def test_auto_inverts_what_is_not_definite(rng):
+    F = hm.factorize(indefinite_node(0.25))
+    D = to_numpy(F.matrix.to_dense())
+    sign, log = np.linalg.slogdet(D)
+    assert F.slogdet() == (sign, pytest.approx(log))
+    assert sign == -1
+    b = rng.standard_normal(8)
+    assert error_ratio(D @ F.solve(b), b) < 1e-13
+    with pytest.raises(TypeError, match=r'no symmetric factor W.*method="cholesky"'):
+        F.sample(b)
+
+
+def test_a_matrix_singular_to_rounding_is_not_called_definite():
+    A = np.ones((8, 8)) + 1e-17 * np.eye(8)
+    for levels in (0, 1, 2):
+        H = hm.from_dense(A, levels=levels)
+        with pytest.raises(hm.NotPositiveDefiniteError):
+            hm.factorize(H, method="cholesky")
+        with pytest.raises(hm.SingularBlockError):
+            hm.factorize(H)
+
+
+def test_methods_that_do_not_apply_are_refused(rng):
+    general = hm.from_dense(np.triu(np.ones((8, 8))), levels=1)
+    with pytest.raises(ValueError, match="`H` must be Hermitian"):
+        hm.factorize(general, method="cholesky")
+    with pytest.raises(ValueError, match="`method` must be one of 'auto', 'inv"):
+        hm.factorize(general, method="lu")
+    stream = hm.StreamingMLR(8, 1, 2)
+    stream.update(rng.standard_normal((9, 8)))
+    with pytest.raises(ValueError, match="`method` must be one of 'auto', got"):
+        hm.factorize(stream.result(), method="cholesky")
+
+
+# Compression that keeps definiteness
+
+
+@st.composite
+def semidefinite_matrices(draw):
+    """Dense Hermitian matrices with eigenvalues from zero, and a tree."""
+    tree, rng = draw(cluster_trees()), np.random.default_rng(draw(SEEDS))
+    kind = draw(st.sampled_from(["samples", "kernel", "complex"]))
+    if kind == "kernel":
+        t = np.sort(rng.random(tree.n))
+        A = np.exp(-(((t[:, None] - t) / 0.1) ** 2))
+    else:
+        X = rng.standard_normal((tree.n, max(1, tree.n // 3)))
+        if kind == "complex":
+            X = X + 1j * rng.standard_normal(X.shape)
+        A = X @ X.conj().T
+    return (A + A.conj().T) / 2, tree
+
+
+def smallest_eigenvalue(A):
+    """Relative to the norm."""
+    return np.linalg.eigvalsh(A)[0] / np.linalg.norm(A, 2)
+
+
+@given(semidefinite_matrices(), st.floats(1e-6, 0.5))
+def test_compression_never_goes_below_a_definite_matrix(case, rtol):
+    A, tree = case
+    H = hm.from_dense(A, tree=tree, rtol=rtol, definite=True)
+    D = to_numpy(H.to_dense())
+    assert np.linalg.eigvalsh(D - A)[0] > -1e-13 * np.linalg.norm(A)
+    assert smallest_eigenvalue(D) > -1e-13
+    error = np.linalg.norm(D - A) / np.linalg.norm(A)
+    assert error <= rtol + 1e-13
+    assert abs(error - H.error) <= 1e-13 + 1e-6 * error
+
+
+@given(semidefinite_matrices(), st.integers(0, 3))
+def test_nor_does_it_with_capped_ranks(case, max_rank):
+    A, tree = case
+    H = hm.from_dense(A, tree=tree, max_rank=max_rank, definite=True)
+    D = to_numpy(H.to_dense())
+    assert np.linalg.eigvalsh(D - A)[0] > -1e-13 * np.linalg.norm(A)
+    assert all(rank <= max_rank for rank in H.ranks)
+    assert H.error == pytest.approx(
+        np.linalg.norm(D - A) / np.linalg.norm(A), abs=1e-13
+    )
+
+
+@given(semidefinite_matrices(), st.floats(1e-6, 0.5))
+def test_truncation_never_goes_below_either(case, rtol):
+    A, tree = case
+    H = hm.from_dense(A, tree=tree, rtol=1e-10, definite=True)
+    G = hm.truncate(H, rtol=rtol, definite=True)
+    D, E = to_numpy(H.to_dense()), to_numpy(G.to_dense())
+    assert np.linalg.eigvalsh(E - D)[0] > -1e-13 * np.linalg.norm(A)
+    assert np.linalg.norm(E - D) <= (rtol + 1e-13) * np.linalg.norm(D)
+    assert np.linalg.norm(E - A) <= (G.error + 1e-13) * np.linalg.norm(A)
+    assert all(a <= b for a, b in zip(G.ranks, H.ranks, strict=True))
+
+
+@pytest.mark.parametrize("rtol", [1e-2, 1e-4])
+def test_without_it_definiteness_is_lost(xp, rtol):
+    t = np.linspace(0, 1, 128)
+    A = xp.asarray(np.exp(-(((t[:, None] - t) / 0.1) ** 2)) + 1e-8 * np.eye(128))
+    plain, kept = (
+        hm.from_dense(A, levels=4, rtol=rtol, definite=definite)
+        for definite in (False, True)
+    )
+    assert smallest_eigenvalue(to_numpy(plain.to_dense())) < -1e-2 * rtol
+    assert smallest_eigenvalue(to_numpy(kept.to_dense())) > 0
+    with pytest.raises(hm.NotPositiveDefiniteError):
+        hm.factorize(plain, method="cholesky")
+    hm.factorize(kept, method="cholesky")
+    fine = hm.from_dense(A, levels=4, rtol=1e-12)
+    cut = hm.truncate(fine, rtol=rtol)
+    assert smallest_eigenvalue(to_numpy(cut.to_dense())) < -1e-2 * rtol
+    hm.factorize(hm.truncate(fine, rtol=rtol, definite=True), method="cholesky")
+
+
+def test_only_hermitian_matrices_can_be_kept_definite(rng):
+    general = np.triu(np.ones((8, 8)))
+    with pytest.raises(ValueError, match="`definite` is true, but `A` differs"):
+        hm.from_dense(general, levels=1, definite=True)
+    with pytest.raises(ValueError, match="`definite` is true, but `H` is not stored"):
+        hm.truncate(hm.from_dense(general, levels=1), definite=True)
+    stream = hm.StreamingMLR(8, 1, 2)
+    stream.update(rng.standard_normal((9, 8)))
+    with pytest.raises(ValueError, match="not by `rtol` or `definite`"):
+        hm.truncate(stream.result(), max_rank=1, definite=True)
