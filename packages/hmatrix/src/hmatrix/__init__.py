@@ -10,7 +10,7 @@ from hmatrix._checks import (
     ShapeError,
     SingularBlockError,
     SingularLeafError,
-    ToleranceNotReachedError,
+    ToleranceError,
 )
 from hmatrix.arithmetic import add, norm, scale, shift, truncate
 from hmatrix.construct import from_dense
@@ -41,7 +41,7 @@ __all__ = [
     "SingularLeafError",
     "StreamingHODLR",
     "StreamingMLR",
-    "ToleranceNotReachedError",
+    "ToleranceError",
     "add",
     "aslinearoperator",
     "factorize",

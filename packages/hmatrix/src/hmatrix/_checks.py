@@ -30,7 +30,7 @@ __all__ = [
     "ShapeError",
     "SingularBlockError",
     "SingularLeafError",
-    "ToleranceNotReachedError",
+    "ToleranceError",
     "check_array",
     "check_choice",
     "check_finite",
@@ -96,17 +96,18 @@ class NotPositiveDefiniteError(SingularBlockError):
     """
 
 
-class ToleranceNotReachedError(HMatrixError, ArithmeticError):
-    """An iteration ended above the tolerance that was asked for.
+class ToleranceError(HMatrixError, ArithmeticError):
+    """An approximation does not reach the tolerance that was asked for.
 
     Attributes
     ----------
-    reached
-        Where it ended.
+    asked, reached
+        Relative errors or residuals: the one allowed and the one left.
     """
 
-    def __init__(self, message: str, reached: float) -> None:
+    def __init__(self, message: str, asked: float, reached: float) -> None:
         super().__init__(message)
+        self.asked = asked
         self.reached = reached
 
 

@@ -181,7 +181,7 @@ def cut_triplets(
     scale = xp.where(top > 0, top, xp.ones_like(top))
     squares = xp.flip((S / scale) ** 2, axis=-1)
     tails = scale * xp.sqrt(xp.flip(xp.cumulative_sum(squares, axis=-1), axis=-1))
-    keep = (tails > tolerance) | (S > spectral)
+    keep = (tails > tolerance) | (spectral < S)
     if max_rank is not None:
         allowed = xp.arange(width, device=Space.of(S).device) < max_rank
         keep = keep & allowed

@@ -9,7 +9,7 @@ from typing import Any, Self
 from hmatrix._backend import Array, Space, detach, wants_gradient
 from hmatrix._checks import (
     ShapeError,
-    ToleranceNotReachedError,
+    ToleranceError,
     check_float,
     check_int,
 )
@@ -85,7 +85,7 @@ class Factorization(ABC):
         ------
         ShapeError, DTypeError, BackendError
             If ``b`` does not fit.
-        ToleranceNotReachedError
+        ToleranceError
             If refinement stalls above ``rtol``.
 
         Examples
@@ -142,7 +142,7 @@ class Factorization(ABC):
             f"at a relative residual of {reached:.3g}. Allow more, or use a `shift`"
             + (" or float64." if self.space.eps > 1e-10 else ".")
         )
-        raise ToleranceNotReachedError(msg, reached)
+        raise ToleranceError(msg, rtol, reached)
 
     def sample(self, z: Array) -> Array:
         """Return ``W z`` with ``W Wᴴ = H + shift·I``.
