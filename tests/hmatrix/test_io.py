@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 
 import hmatrix as hm
-from tests.helpers import assert_in, dense
+from tests.helpers import assert_in, dense, error_ratio, to_numpy
 
 
 def matrices(rng):
@@ -107,5 +108,102 @@ def test_tampered_files_are_refused(change, match, tmp_path):
 
 
 def test_only_matrices_are_saved(tmp_path):
-    with pytest.raises(TypeError, match="`H` must be a HODLR or MLR, got ndarray"):
+    with pytest.raises(TypeError, match="must be a HODLR or MLR or Factorization, got"):
         hm.save(tmp_path / "x", np.eye(3))
+
+
+def factorizations(n, rng, is_complex):
+    """Every kind of factorization, of a permuted and uneven tree."""
+    sizes = np.array([n // 3, 0, n // 4, n - n // 3 - n // 4])
+    tree = hm.ClusterTree(n, 2, sizes, rng.permutation(n))
+    A = rng.standard_normal((n, n))
+    if is_complex:
+        A = A + 1j * rng.standard_normal((n, n))
+    S = (A + A.conj().T) / 2 + 4 * np.sqrt(n) * np.eye(n)
+    stream = hm.StreamingMLR(tree, rank=3)
+    stream.update(A.real)
+    return {
+        "inversion": (hm.from_dense(A, tree=tree, max_rank=4), "inversion"),
+        "hermitian": (hm.from_dense(S, tree=tree, max_rank=4), "inversion"),
+        "cholesky": (hm.from_dense(S, tree=tree, max_rank=4), "cholesky"),
+        "mlr": (stream.result(), "auto"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["inversion", "hermitian", "cholesky", "mlr"])
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_a_factorization_comes_back_bit_for_bit(
+    xp, dtype, kind, is_complex, rng, tmp_path
+):
+    n = 53
+    if is_complex and kind == "mlr":
+        pytest.skip("MLR matrices are real")
+    H, method = factorizations(n, rng, is_complex)[kind]
+    if is_complex:
+        dtype = {"float32": "complex64", "float64": "complex128"}[dtype]
+    H = H.to(like=xp.asarray(np.empty(0)), dtype=dtype)
+    F = hm.factorize(H, 0.25, method=method)
+    path = tmp_path / "F.safetensors"
+    hm.save(path, F)
+    G = hm.load(path, like=H.leaves)
+    assert repr(G) == repr(F)
+    assert (type(G), G.shift, G.tree) == (type(F), F.shift, F.tree)
+    b = xp.asarray(rng.standard_normal((n, 3)), dtype)
+    assert_in(G.solve(b), b)
+
+    def same(x, y):
+        return np.array_equal(to_numpy(x), to_numpy(y))
+
+    assert same(G.solve(b), F.solve(b))
+    assert same(G.solve(b[:, 0]), F.solve(b[:, 0]))
+    assert same(G.solve(b, adjoint=True), F.solve(b, adjoint=True))
+    assert same(G.inverse_diagonal(), F.inverse_diagonal())
+    assert G.slogdet() == F.slogdet()
+    if kind in ("cholesky", "mlr"):
+        assert same(G.sample(b), F.sample(b))
+        assert same(G.whiten(b), F.whiten(b))
+    on_host = hm.load(path)
+    assert (
+        error_ratio(
+            abs(to_numpy(on_host.solve(to_numpy(b)) - to_numpy(F.solve(b)))) + 1,
+            np.ones((n, 3)),
+        )
+        < 1e-4
+    )
+
+
+def test_a_factorization_that_does_not_fit_its_matrix_is_refused(tmp_path, rng):
+    path = tmp_path / "F.safetensors"
+    for H, method in factorizations(40, rng, is_complex=False).values():
+        F = hm.factorize(H, 10.0, method=method)
+        hm.save(path, F)
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        own = [name for name in arrays if name.startswith("factorization.")]
+        assert len(own) > 2
+        for name in own:
+            smaller = arrays | {
+                name: arrays[name][:0] if arrays[name].ndim else np.ones(1)
+            }
+            safetensors.numpy.save_file(smaller, path, metadata=metadata)
+            with pytest.raises(hm.FileFormatError, match="damaged: ShapeError"):
+                hm.load(path)
+            lacking = {key: x for key, x in arrays.items() if key != name}
+            safetensors.numpy.save_file(lacking, path, metadata=metadata)
+            with pytest.raises(hm.FileFormatError, match="damaged: KeyError"):
+                hm.load(path)
+
+
+def test_a_factorization_of_the_wrong_matrix_is_refused(tmp_path, rng):
+    path = tmp_path / "F.safetensors"
+    F = hm.factorize(hm.from_dense(np.eye(10), levels=1), method="cholesky")
+    hm.save(path, F)
+    with safetensors.safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    safetensors.numpy.save_file(
+        arrays, path, metadata=metadata | {"kind": "MLRFactorization"}
+    )
+    with pytest.raises(hm.FileFormatError, match="TypeError: `matrix` must be a MLR"):
+        hm.load(path)

@@ -63,20 +63,6 @@ class NonFiniteError(HMatrixError, ValueError):
     """Data hold NaN or infinite values."""
 
 
-class ToleranceError(HMatrixError, ArithmeticError):
-    """A tolerance that was asked for was not reached.
-
-    Attributes
-    ----------
-    reached
-        What was reached instead.
-    """
-
-    def __init__(self, message: str, reached: float) -> None:
-        super().__init__(message)
-        self.reached = reached
-
-
 class FileFormatError(HMatrixError, ValueError):
     """A file is truncated, damaged or not one of ours."""
 
@@ -108,6 +94,21 @@ class NotPositiveDefiniteError(SingularBlockError):
     level, node
         Where in the cluster tree.
     """
+
+
+class ToleranceError(HMatrixError, ArithmeticError):
+    """An approximation does not reach the tolerance that was asked for.
+
+    Attributes
+    ----------
+    asked, reached
+        Relative errors or residuals: the one allowed and the one left.
+    """
+
+    def __init__(self, message: str, asked: float, reached: float) -> None:
+        super().__init__(message)
+        self.asked = asked
+        self.reached = reached
 
 
 def check_int(name: str, value: object, minimum: int) -> int:

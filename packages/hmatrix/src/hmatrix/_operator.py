@@ -175,8 +175,15 @@ class StoredOperator(Operator):
     _dtypes: ClassVar[tuple[str, ...]] = NUMBERS
 
     @abstractmethod
-    def map(self, change: Callable[[Array], Array]) -> Self:
-        """Return a copy with ``change`` applied to each stored array."""
+    def map(
+        self,
+        change: Callable[[Array], Array],
+        scales: Callable[[Array], Array] | None = None,
+    ) -> Self:
+        """Return a copy with ``change`` applied to each stored array.
+
+        ``scales`` is for those that are real in a complex matrix, if given.
+        """
 
     def to(self, *, like: Array | None = None, dtype: object = None) -> Self:
         """Return it in the library and device of ``like`` and in ``dtype``.
@@ -194,7 +201,7 @@ class StoredOperator(Operator):
         """
         like = self.leaves if like is None else like
         space = check_space(Space.like(like, dtype), self._dtypes)
-        return self.map(space.asarray)
+        return self.map(space.asarray, space.real.asarray)
 
     # What makes new matrices is written in modules after this one, which enter it with
     # `operation`.

@@ -161,11 +161,16 @@ class HODLR(StoredOperator):
         rows = transpose(unpad_rows(dense[0, ...], self.tree))
         return transpose(unpad_rows(rows, self.tree))
 
-    def map(self, change: Callable[[Array], Array]) -> HODLR:
-        """Return a copy with ``change`` applied to each stored array."""
+    def map(
+        self,
+        change: Callable[[Array], Array],
+        scales: Callable[[Array], Array] | None = None,
+    ) -> HODLR:
+        """Return a copy with ``change`` applied to each array, ``scales`` to each S."""
+        scales = change if scales is None else scales
 
         def mapped(blocks: tuple[LowRank, ...]) -> tuple[LowRank, ...]:
-            return tuple(LowRank(change(b.U), change(b.S), change(b.V)) for b in blocks)
+            return tuple(LowRank(change(b.U), scales(b.S), change(b.V)) for b in blocks)
 
         lower = None if self.lower is None else mapped(self.lower)
         return HODLR(

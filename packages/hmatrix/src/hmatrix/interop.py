@@ -10,6 +10,7 @@ import numpy as np
 from hmatrix._backend import Array, to_numpy
 from hmatrix._checks import check_kind
 from hmatrix._operator import Operator
+from hmatrix.factor import Factorization
 
 __all__ = ["aslinearoperator"]
 
@@ -37,9 +38,21 @@ def aslinearoperator(H: Operator) -> Any:
     >>> x, info = cg(hm.aslinearoperator(H), t, rtol=1e-10)
     >>> info, bool(np.allclose(H @ x, t))
     (0, True)
+
+    A factorization at a loose tolerance preconditions the matrix itself:
+
+    >>> A = np.eye(100) + 1 / (1e-4 + abs(t[:, None] - t))
+    >>> M = hm.factorize(hm.from_dense(A, levels=2, rtol=1e-2, definite=True)).inverse()
+    >>> steps = []
+    >>> x, info = cg(A, t, M=hm.aslinearoperator(M), callback=steps.append)
+    >>> info, len(steps) < 10
+    (0, True)
     """
     from scipy.sparse.linalg import LinearOperator
 
+    if isinstance(H, Factorization):
+        msg = "`H` is a Factorization; pass `H.inverse()`, or the matrix itself."
+        raise TypeError(msg)
     check_kind("H", H, Operator)
 
     def host(product: Callable[[Array], Array]) -> Callable[[np.ndarray], np.ndarray]:

@@ -1,4 +1,4 @@
-"""Matrices in files: safetensors with a format version, written atomically."""
+"""Matrices and factorizations in files: safetensors with a format version, written atomically."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from hmatrix._backend import Array, to_numpy
+from hmatrix._backend import Array, Space, dtype_name, to_numpy
 from hmatrix._checks import FileFormatError, HMatrixError, check_kind
+from hmatrix.factor import (
+    Factorization,
+    HODLRCholesky,
+    HODLRFactorization,
+    MLRFactorization,
+)
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank
 from hmatrix.mlr import MLR
@@ -24,17 +30,25 @@ __all__ = ["load", "save"]
 #: Raised when files of older programs could be misread by newer ones, or the reverse.
 FORMAT_VERSION = 1
 
+#: Begins the names of a factorization's own arrays, beside those of its matrix.
+_PREFIX = "factorization."
+_FACTORIZATIONS: dict[str, tuple[type, type[Factorization]]] = {
+    "HODLRFactorization": (HODLR, HODLRFactorization),
+    "HODLRCholesky": (HODLR, HODLRCholesky),
+    "MLRFactorization": (MLR, MLRFactorization),
+}
 
-def save(path: str | os.PathLike[str], H: HODLR | MLR) -> None:
-    """Write a matrix to a file.
+
+def save(path: str | os.PathLike[str], H: HODLR | MLR | Factorization) -> None:
+    """Write a matrix, or a factorization with its matrix, to a file.
 
     Parameters
     ----------
     path : path
         The file, in the safetensors format; replaced in one step if it exists, so
         that a reader never sees half of it.
-    H : HODLR or MLR
-        The matrix, of any library and device.
+    H : HODLR, MLR or Factorization
+        What to write, of any library and device.
 
     Examples
     --------
@@ -45,38 +59,40 @@ def save(path: str | os.PathLike[str], H: HODLR | MLR) -> None:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = pathlib.Path(folder) / "eye.safetensors"
     ...     hm.save(path, H)
-    ...     hm.load(path)
+    ...     print(hm.load(path))
+    ...     hm.save(path, hm.factorize(H, shift=3.0))
+    ...     print(hm.load(path).solve(np.ones(10)).sum())
     HODLR(n=10, levels=1, ranks=(0,), symmetric, float64, numpy, 400 B)
+    2.5
     """
-    check_kind("H", H, HODLR, MLR)
-    header: dict[str, Any] = {"n": H.tree.n, "levels": H.tree.levels}
-    arrays: dict[str, Any] = {"leaves": H.leaves}
-    for name in ("sizes", "permutation"):
-        if getattr(H.tree, name) is not None:
-            arrays[f"tree.{name}"] = getattr(H.tree, name)
-    if isinstance(H, HODLR):
-        header |= {"symmetric": H.symmetric, "error": H.error}
-        for side, blocks in (("upper", H.upper), ("lower", H.lower or ())):
-            for k, block in enumerate(blocks):
-                parts = {"U": block.U, "S": block.S, "V": block.V}
-                arrays |= {f"{side}.{k}.{name}": part for name, part in parts.items()}
+    check_kind("H", H, HODLR, MLR, Factorization)
+    if isinstance(H, Factorization):
+        header, arrays = _parts(H.matrix)
+        header |= {"matrix": type(H.matrix).__name__, "shift": H.shift}
+        arrays |= {f"{_PREFIX}{name}": x for name, x in H._arrays().items()}
     else:
-        header |= {"sign": H.sign}
-        arrays |= {f"factors.{k}": F for k, F in enumerate(H.factors)}
+        header, arrays = _parts(H)
+    numbers = {name: to_numpy(x) for name, x in arrays.items()}
+    header["complex"] = [name for name, x in numbers.items() if np.iscomplexobj(x)]
+    header["transposed"] = [name for name, x in numbers.items() if _is_transposed(x)]
+    for name in header["transposed"]:
+        numbers[name] = numbers[name].mT
     data = safetensors.numpy.save(
-        {name: _as_real(to_numpy(x)) for name, x in arrays.items()},
+        {name: _as_real(x) for name, x in numbers.items()},
         metadata={
             "format": "hmatrix",
             "version": str(FORMAT_VERSION),
             "kind": type(H).__name__,
-            "header": json.dumps(header | {"complex": H.space.is_complex}),
+            "header": json.dumps(header),
         },
     )
     _write(Path(path), data)
 
 
-def load(path: str | os.PathLike[str], *, like: Array | None = None) -> HODLR | MLR:
-    """Read a matrix that `save` wrote.
+def load(
+    path: str | os.PathLike[str], *, like: Array | None = None
+) -> HODLR | MLR | Factorization:
+    """Read what `save` wrote.
 
     Parameters
     ----------
@@ -84,6 +100,12 @@ def load(path: str | os.PathLike[str], *, like: Array | None = None) -> HODLR | 
         The file.
     like : array, optional
         Array whose library and device to use; default NumPy. The dtype is the file's.
+
+    Returns
+    -------
+    HODLR, MLR or Factorization
+        As it was saved. A factorization solves at once, with the same bits on the same
+        machine.
 
     Raises
     ------
@@ -106,26 +128,56 @@ def load(path: str | os.PathLike[str], *, like: Array | None = None) -> HODLR | 
         raise FileFormatError(msg) from error
     try:
         header = json.loads(metadata["header"])
-        if header.get("complex"):
-            arrays = {name: _as_complex(name, x) for name, x in arrays.items()}
-        H = _rebuild(metadata["kind"], header, arrays)
+        for name in header.get("complex", ()):
+            x = arrays[name]
+            arrays[name] = x.view(np.result_type(x.dtype, np.complex64))[..., 0]
+        for name in header.get("transposed", ()):
+            arrays[name] = arrays[name].mT
+        tree = _rebuild_tree(header, arrays)
+        if like is not None:
+            arrays = {
+                name: Space.like(like, dtype_name(x.dtype)).asarray(x)
+                for name, x in arrays.items()
+            }
+        return _rebuild(metadata["kind"], header, tree, arrays)
     except (KeyError, TypeError, ValueError, HMatrixError) as error:
         msg = f"`path`: {path} is damaged: {type(error).__name__}: {error}"
         raise FileFormatError(msg) from error
-    return H if like is None else H.to(like=like, dtype=H.space.name)
+
+
+def _parts(H: HODLR | MLR) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what is in a matrix: a header for JSON, and arrays."""
+    header: dict[str, Any] = {"n": H.tree.n, "levels": H.tree.levels}
+    arrays: dict[str, Any] = {"leaves": H.leaves}
+    for name in ("sizes", "permutation"):
+        if getattr(H.tree, name) is not None:
+            arrays[f"tree.{name}"] = getattr(H.tree, name)
+    if isinstance(H, HODLR):
+        header |= {"symmetric": H.symmetric, "error": H.error}
+        for side, blocks in (("upper", H.upper), ("lower", H.lower or ())):
+            for k, block in enumerate(blocks):
+                parts = {"U": block.U, "S": block.S, "V": block.V}
+                arrays |= {f"{side}.{k}.{name}": part for name, part in parts.items()}
+    else:
+        header |= {"sign": H.sign}
+        arrays |= {f"factors.{k}": F for k, F in enumerate(H.factors)}
+    return header, arrays
+
+
+def _is_transposed(x: np.ndarray) -> bool:
+    """Tell whether an array has its columns in one piece, not its rows.
+
+    BLAS rounds the two differently, and a factorization should come back with the
+    same bits.
+    """
+    return x.ndim > 1 and not x.flags.c_contiguous and bool(x.mT.flags.c_contiguous)
 
 
 def _as_real(x: np.ndarray) -> np.ndarray:
     """Give complex numbers an axis of their parts: safetensors has real ones only."""
-    x = np.ascontiguousarray(x)
-    return x.view(x.real.dtype).reshape(*x.shape, 2) if np.iscomplexobj(x) else x
-
-
-def _as_complex(name: str, x: np.ndarray) -> np.ndarray:
-    """Take back what `_as_real` did to the arrays that may be complex."""
-    if name != "leaves" and not name.endswith((".U", ".V")):
-        return x
-    return x.view(np.result_type(x.dtype, np.complex64))[..., 0]
+    if np.iscomplexobj(x):
+        return np.stack([x.real, x.imag], axis=-1)
+    return np.asarray(x, order="C")
 
 
 def _check_metadata(path: Path, metadata: dict[str, str]) -> None:
@@ -143,9 +195,24 @@ def _check_metadata(path: Path, metadata: dict[str, str]) -> None:
         raise FileFormatError(msg)
 
 
-def _rebuild(kind: str, header: dict[str, Any], arrays: dict[str, Any]) -> HODLR | MLR:
+def _rebuild_tree(header: dict[str, Any], arrays: dict[str, Any]) -> ClusterTree:
     places = (arrays.pop(f"tree.{name}", None) for name in ("sizes", "permutation"))
-    tree = ClusterTree(header["n"], header["levels"], *places)
+    return ClusterTree(header["n"], header["levels"], *places)
+
+
+def _rebuild(
+    kind: str, header: dict[str, Any], tree: ClusterTree, arrays: dict[str, Any]
+) -> HODLR | MLR | Factorization:
+    if kind in _FACTORIZATIONS:
+        matrix, factorization = _FACTORIZATIONS[kind]
+        H = _rebuild(header["matrix"], header, tree, arrays)
+        check_kind("matrix", H, matrix)
+        own = {
+            name.removeprefix(_PREFIX): x
+            for name, x in arrays.items()
+            if name.startswith(_PREFIX)
+        }
+        return factorization._restore(H, header["shift"], own)
     levels = range(tree.levels)
     if kind == "MLR":
         factors = tuple(arrays[f"factors.{k}"] for k in levels)

@@ -135,7 +135,11 @@ class MLR(StoredOperator):
         rows = transpose(unpad_rows(dense[0, ...], self.tree))
         return transpose(unpad_rows(rows, self.tree))
 
-    def map(self, change: Callable[[Array], Array]) -> MLR:
+    def map(
+        self,
+        change: Callable[[Array], Array],
+        scales: Callable[[Array], Array] | None = None,  # noqa: ARG002
+    ) -> MLR:
         """Return a copy with ``change`` applied to each stored array."""
         factors = tuple(change(F) for F in self.factors)
         return MLR(self.tree, change(self.leaves), factors, self.sign)

@@ -319,7 +319,7 @@ def build(
             f"{total / norm:.3g} was asked for: entries may be too rough or too noisy for "
             "low rank. Use a larger `rtol`, another order of the rows, or a `max_rank`."
         )
-        raise ToleranceError(msg, reached / norm)
+        raise ToleranceError(msg, total / norm, reached / norm)
     lower = None if symmetric else tuple(trimmed[1])
     return HODLR(
         tree, leaves, tuple(trimmed[0]), lower, reached / norm if norm else 0.0

@@ -142,7 +142,7 @@ class Factorization(ABC):
             f"at a relative residual of {reached:.3g}. Allow more, or use a `shift`"
             + (" or float64." if self.space.eps > 1e-10 else ".")
         )
-        raise ToleranceError(msg, reached)
+        raise ToleranceError(msg, rtol, reached)
 
     def sample(self, z: Array) -> Array:
         """Return ``W z`` with ``W Wᴴ = H + shift·I``.

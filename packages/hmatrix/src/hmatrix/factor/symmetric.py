@@ -70,7 +70,8 @@ class SymmetricFactor:
             x = _blocks_times(half, xp.concat(list(columns), axis=-1))
             for level in reversed(range(tree.levels)):
                 rest = x.shape[1] - columns[level].shape[1]
-                Q, X, Y = terms[level] = core(level, x[:, rest:])
+                terms[level] = core(level, x[:, rest:])
+                Q, _, Y = terms[level]
                 x = _update(Q, Y, x[:, :rest])
         bases, cores, inverses = zip(*terms, strict=True) if terms else ((), (), ())
         return cls(leaves, half, bases, cores, inverses)
