@@ -10,9 +10,10 @@ from hmatrix._checks import (
     ShapeError,
     SingularBlockError,
     SingularLeafError,
+    ToleranceError,
 )
 from hmatrix.arithmetic import add, norm, scale, shift, truncate
-from hmatrix.construct import from_dense
+from hmatrix.construct import from_dense, from_matvec
 from hmatrix.factor import Factorization, factorize
 from hmatrix.hodlr import HODLR
 from hmatrix.interop import aslinearoperator
@@ -40,10 +41,12 @@ __all__ = [
     "SingularLeafError",
     "StreamingHODLR",
     "StreamingMLR",
+    "ToleranceError",
     "add",
     "aslinearoperator",
     "factorize",
     "from_dense",
+    "from_matvec",
     "load",
     "norm",
     "plot",

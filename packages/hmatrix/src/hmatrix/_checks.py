@@ -30,6 +30,7 @@ __all__ = [
     "ShapeError",
     "SingularBlockError",
     "SingularLeafError",
+    "ToleranceError",
     "check_array",
     "check_choice",
     "check_finite",
@@ -93,6 +94,21 @@ class NotPositiveDefiniteError(SingularBlockError):
     level, node
         Where in the cluster tree.
     """
+
+
+class ToleranceError(HMatrixError, ArithmeticError):
+    """An approximation does not reach the tolerance that was asked for.
+
+    Attributes
+    ----------
+    asked, reached
+        Relative Frobenius errors: the one allowed and the one estimated.
+    """
+
+    def __init__(self, message: str, asked: float, reached: float) -> None:
+        super().__init__(message)
+        self.asked = asked
+        self.reached = reached
 
 
 def check_int(name: str, value: object, minimum: int) -> int:
