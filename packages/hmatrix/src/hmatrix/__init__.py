@@ -13,7 +13,15 @@ from hmatrix._checks import (
     ToleranceError,
 )
 from hmatrix.arithmetic import add, norm, scale, shift, truncate
-from hmatrix.construct import from_dense, from_matvec
+from hmatrix.construct import (
+    from_dense,
+    from_diagonal,
+    from_low_rank,
+    from_matvec,
+    from_sparse,
+    from_toeplitz,
+    identity,
+)
 from hmatrix.factor import Factorization, factorize
 from hmatrix.hodlr import HODLR
 from hmatrix.interop import aslinearoperator
@@ -46,7 +54,12 @@ __all__ = [
     "aslinearoperator",
     "factorize",
     "from_dense",
+    "from_diagonal",
+    "from_low_rank",
     "from_matvec",
+    "from_sparse",
+    "from_toeplitz",
+    "identity",
     "load",
     "norm",
     "plot",

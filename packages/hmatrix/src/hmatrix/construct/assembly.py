@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from hmatrix._backend import Array, Space, namespace
 from hmatrix._operator import real_rows
@@ -18,50 +18,45 @@ __all__ = ["assemble"]
 def assemble(
     tree: ClusterTree,
     leaves: Array,
-    upper: Sequence[LowRank],
-    lower: Sequence[LowRank] | None,
+    upper: Iterable[LowRank],
+    lower: Iterable[LowRank] | None,
     *,
-    rtol: float,
-    atol: float = 0.0,
-    max_rank: int | None = None,
-    spent: float = 0.0,
-) -> tuple[HODLR, float]:
+    norm: float,
+    total: float,
+    max_rank: int | None,
+) -> HODLR:
     """Cut the blocks of a matrix to what it may lose.
 
     Parameters
     ----------
     tree, leaves, upper, lower
-        Of the matrix, as `HODLR` takes them. Factors need not be orthonormal.
-    rtol, atol, max_rank
-        What may be lost in all, ``max(rtol · ‖matrix‖_F, atol)``, and the cap.
-    spent : float
-        Error that is there already and counts against it.
+        Of the matrix, as `HODLR` takes them. Blocks are taken one by one, so that an
+        iterator need not hold them all; their factors need not be orthonormal.
+    norm : float
+        Frobenius norm of the matrix.
+    total : float
+        Frobenius norm that all blocks together may lose.
+    max_rank : int, optional
+        Cap on the ranks.
 
     Returns
     -------
     HODLR
-        Its ``error`` is what the cut lost, without what was spent before.
-    float
-        Frobenius norm of the matrix before the cut.
+        Its ``error`` is what the cut lost.
     """
     xp = namespace(leaves)
-    symmetric = lower is None
-    sides = [[recompress(block)[0] for block in side] for side in (upper, lower or ())]
-    blocks = [block for side in sides for block in side]
-    weight = 2 if symmetric else 1
-    squares = sum(float(xp.sum(block.S**2)) for block in blocks) * weight
-    norm = math.sqrt(squares + float(xp.sum(xp.abs(leaves) ** 2)))
-    total = math.sqrt(max(max(rtol * norm, atol) ** 2 - spent**2, 0.0))
     squares = 0.0
-    for first, side in enumerate(sides):
-        for level, block in enumerate(side):
+    sides: tuple[list[LowRank], list[LowRank]] = ([], [])
+    for first, blocks in enumerate((upper, lower or ())):
+        for level, block in enumerate(blocks):
             tolerance = block_tolerance(tree, level, total)
             cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
-            side[level] = _real(cut, tree, level, first)
-            squares += float(xp.sum(lost**2)) * weight
+            sides[first].append(_real(cut, tree, level, first))
+            squares += float(xp.sum(lost**2)) * (2 if lower is None else 1)
     error = math.sqrt(squares) / norm if norm else 0.0
-    cut_lower = None if symmetric else tuple(sides[1])
-    return HODLR(tree, leaves, tuple(sides[0]), cut_lower, error), norm
+    return HODLR(
+        tree, leaves, tuple(sides[0]), None if lower is None else tuple(sides[1]), error
+    )
 
 
 def _real(block: LowRank, tree: ClusterTree, level: int, first: int) -> LowRank:

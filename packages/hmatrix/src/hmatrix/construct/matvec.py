@@ -34,7 +34,7 @@ from hmatrix.hodlr import HODLR, apply_blocks
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
 
-__all__ = ["Probes", "find_range", "from_matvec"]
+__all__ = ["ROUNDING", "Probes", "find_range", "from_matvec"]
 
 Product = Callable[[Array], Array]
 
@@ -180,27 +180,27 @@ def from_matvec(
     for level in range(tree.levels):
         peeling.peel(level, share, step, max_rank)
     leaves = peeling.leaves()
-    upper, lower = ([pair[side] for pair in peeling.found] for side in (0, 1))
-
-    def cut(spent: float) -> tuple[HODLR, float]:
-        return assemble(
-            tree,
-            leaves,
-            upper,
-            None if symmetric else lower,
-            rtol=asked,
-            atol=atol,
-            max_rank=max_rank,
-            spent=spent,
-        )
-
-    whole = HODLR(tree, leaves, tuple(upper), None if symmetric else tuple(lower))
-    # twice: the estimate may be low
-    H, norm = cut(spent=2 * probes.error(whole))
-    reached = probes.error(H)
-    if max_rank is None and reached > max(asked * norm, atol):
-        raise ToleranceError(*_missed(asked, atol, reached, norm))
-    return HODLR(tree, leaves, H.upper, H.lower, reached / norm if norm else 0.0)
+    upper, lower = (tuple(pair[side] for pair in peeling.found) for side in (0, 1))
+    whole = HODLR(tree, leaves, upper, None if symmetric else lower)
+    xp = space.xp
+    squares = sum(float(xp.sum(block.S**2)) for block in (*upper, *lower))
+    norm = math.sqrt(squares + float(xp.sum(xp.abs(leaves) ** 2)))
+    allowed = max(asked * norm, atol)
+    spent = 2 * probes.error(whole)  # twice: the estimate may be low
+    H = assemble(
+        tree,
+        leaves,
+        whole.upper,
+        whole.lower,
+        norm=norm,
+        total=math.sqrt(max(allowed**2 - spent**2, 0.0)),
+        max_rank=max_rank,
+    )
+    advice = (
+        "Check that `rmatvec` is the adjoint (that the matrix is symmetric, if you said "
+        "so) and that products are that exact; then raise `rtol` or `oversampling`"
+    )
+    return probes.judge(H, norm, math.inf if max_rank is not None else allowed, advice)
 
 
 def find_range(
@@ -264,6 +264,20 @@ class Probes:
         """Estimate of ``‖A − H‖_F``."""
         difference = self.products - H._apply(self.vectors)
         return float(frobenius(difference)) / math.sqrt(PROBES)
+
+    def judge(self, H: HODLR, norm: float, allowed: float, advice: str) -> HODLR:
+        """Return ``H`` with its error; raise if that is more than is allowed."""
+        reached = self.error(H)
+        if reached > allowed:
+            scale = norm or 1.0
+            msg = (
+                f"A relative error of {allowed / scale:.3g} was asked for, and "
+                f"{reached / scale:.3g} reached. {advice}, or give `max_rank` to take "
+                "what can be had."
+            )
+            raise ToleranceError(msg, allowed / scale, reached / scale)
+        error = reached / norm if norm else 0.0
+        return HODLR(H.tree, H.leaves, H.upper, H.lower, error)
 
 
 @dataclass
@@ -399,18 +413,3 @@ def _checked(name: str, product: Product, space: Space) -> Product:
         return y
 
     return apply
-
-
-def _missed(
-    asked: float, atol: float, reached: float, norm: float
-) -> tuple[str, float, float]:
-    """Arguments of the error about a tolerance that is not reached."""
-    if norm:
-        asked, reached = max(asked, atol / norm), reached / norm
-    msg = (
-        f"A relative error of {asked:.3g} was asked for, and {reached:.3g} reached. "
-        "Check that `rmatvec` is the adjoint (that the matrix is symmetric, if you said "
-        "so) and that products are that exact; then raise `rtol` or `oversampling`, or "
-        "give `max_rank` to take what can be had."
-    )
-    return msg, asked, reached
