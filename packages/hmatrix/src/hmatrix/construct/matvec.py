@@ -43,6 +43,9 @@ PROBES = 16
 #: The levels are found to this part of the tolerance: the error of one spoils those
 #: below it, and the final cut has to have something left to lose.
 PEELING_SHARE = 0.25
+#: The cut keeps to this part, so that an estimate that is a little high breaks no
+#: promise that is kept.
+CUT_SHARE = 0.7
 #: Of the relative errors that are asked for, the smallest that products can show, in
 #: units of epsilon.
 ROUNDING = 100
@@ -89,7 +92,9 @@ def from_matvec(
     rtol : float, optional
         Promise ``‖A − H‖_F ≤ rtol · ‖A‖_F``, which random vectors that the
         compression did not see check at the end. Default: square root of the dtype's
-        epsilon; less than 100 epsilon counts as 100 epsilon.
+        epsilon; less than 100 epsilon counts as 100 epsilon. Where products are less
+        exact than this, sketches grow to full size for nothing: cap them by
+        ``max_rank``.
     atol : float
         Promise ``‖A − H‖_F ≤ atol`` instead, where that allows more.
     max_rank : int, optional
@@ -193,7 +198,7 @@ def from_matvec(
         whole.upper,
         whole.lower,
         norm=norm,
-        total=math.sqrt(max(allowed**2 - spent**2, 0.0)),
+        total=math.sqrt(max((CUT_SHARE * allowed) ** 2 - spent**2, 0.0)),
         max_rank=max_rank,
     )
     advice = (
