@@ -125,6 +125,13 @@ def test_errors_of_upper_levels_spoil_lower_ones_little(max_rank):
     assert relative(H, A) <= 2 * best.error
 
 
+def test_the_trap_of_noise_that_adds_up_in_a_deep_tree(rng):
+    A = known("toeplitz", 1024) + 1e-4 * rng.standard_normal((1024, 1024))
+    H = compress(A, leaf_size=1, rtol=1e-3)
+    assert H.tree.levels == 10
+    assert relative(H, A) <= 1e-3
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_number_of_products_is_as_documented(symmetric):
     A = np.exp(-distances(512) / 99)

@@ -40,9 +40,11 @@ Product = Callable[[Array], Array]
 
 #: Random vectors that measure norm and error.
 PROBES = 16
-#: The levels are found to this part of the tolerance: the error of one spoils those
-#: below it, and the final cut has to have something left to lose.
-PEELING_SHARE = 0.25
+#: The levels are found to this part of the tolerance, that the final cut has something
+#: left to lose, and to a smaller one in a deep tree: each level adds up to half of the
+#: squared errors of those above to its own.
+PEELING_SHARE = 0.5
+LEVEL_GROWTH = 1.2
 #: The cut keeps to this part, so that an estimate that is a little high breaks no
 #: promise that is kept.
 CUT_SHARE = 0.7
@@ -181,7 +183,8 @@ def from_matvec(
     )
     probes = Probes.of(peeling.forward, tree, space, seed)
     asked = max(rtol, ROUNDING * space.eps)
-    share = PEELING_SHARE * max(asked * probes.norm, atol)
+    share = PEELING_SHARE / LEVEL_GROWTH**tree.levels * max(asked * probes.norm, atol)
+    share = max(share, ROUNDING / 4 * space.eps * probes.norm)
     for level in range(tree.levels):
         peeling.peel(level, share, step, max_rank)
     leaves = peeling.leaves()
