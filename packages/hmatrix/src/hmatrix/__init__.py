@@ -13,7 +13,17 @@ from hmatrix._checks import (
     ToleranceError,
 )
 from hmatrix.arithmetic import add, norm, scale, shift, subtract, truncate
-from hmatrix.construct import from_dense, from_entries, from_kernel
+from hmatrix.construct import (
+    from_dense,
+    from_diagonal,
+    from_entries,
+    from_kernel,
+    from_low_rank,
+    from_matvec,
+    from_sparse,
+    from_toeplitz,
+    identity,
+)
 from hmatrix.factor import Factorization, factorize
 from hmatrix.hodlr import HODLR
 from hmatrix.interop import aslinearoperator
@@ -46,8 +56,14 @@ __all__ = [
     "aslinearoperator",
     "factorize",
     "from_dense",
+    "from_diagonal",
     "from_entries",
     "from_kernel",
+    "from_low_rank",
+    "from_matvec",
+    "from_sparse",
+    "from_toeplitz",
+    "identity",
     "load",
     "norm",
     "plot",

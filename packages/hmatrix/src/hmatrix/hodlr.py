@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from hmatrix._backend import (
@@ -11,6 +11,7 @@ from hmatrix._backend import (
     Space,
     adjoint,
     conjugate,
+    namespace,
     nbytes,
     transpose,
 )
@@ -19,7 +20,7 @@ from hmatrix._operator import StoredOperator, unpad_rows
 from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
 
-__all__ = ["HODLR"]
+__all__ = ["HODLR", "apply_blocks"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -178,15 +179,10 @@ class HODLR(StoredOperator):
         )
 
     def _apply(self, x: Array) -> Array:
-        xp, q = self.space.xp, x.shape[1]
-        y = self.leaves @ xp.reshape(x, (*self.leaves.shape[:2], q))
-        y = xp.reshape(y, x.shape)
-        for level in range(self.tree.levels):
-            halves = xp.reshape(x, (-1, 2, self.tree.size(level + 1), q))
-            B12, B21 = self.blocks(level)
-            parts = [B12 @ halves[:, 1, :, :], B21 @ halves[:, 0, :, :]]
-            y = y + xp.reshape(xp.stack(parts, axis=1), x.shape)
-        return y
+        xp = self.space.xp
+        y = self.leaves @ xp.reshape(x, (*self.leaves.shape[:2], x.shape[1]))
+        pairs = (self.blocks(level) for level in range(self.tree.levels))
+        return apply_blocks(pairs, x, xp.reshape(y, x.shape))
 
     def _apply_adjoint(self, x: Array) -> Array:
         return self.H._apply(x)
@@ -194,3 +190,16 @@ class HODLR(StoredOperator):
     def __repr__(self) -> str:
         kind = "symmetric" if self.symmetric else "general"
         return self._describe(f"ranks={self.ranks}", kind, nbytes=self.nbytes)
+
+
+def apply_blocks(pairs: Iterable[tuple[LowRank, LowRank]], x: Array, y: Array) -> Array:
+    """Return ``y`` plus the product of ``x`` (padded, q) with off-diagonal blocks.
+
+    ``pairs`` are ``B12`` and ``B21`` of a level each, any number of levels.
+    """
+    xp, q = namespace(x), x.shape[1]
+    for B12, B21 in pairs:
+        halves = xp.reshape(x, (-1, 2, B12.shape[-1], q))
+        parts = [B12 @ halves[:, 1, :, :], B21 @ halves[:, 0, :, :]]
+        y = y + xp.reshape(xp.stack(parts, axis=1), x.shape)
+    return y

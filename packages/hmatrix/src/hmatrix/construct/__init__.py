@@ -5,5 +5,21 @@ from __future__ import annotations
 from hmatrix.construct.budget import Guard, block_tolerance
 from hmatrix.construct.dense import from_dense
 from hmatrix.construct.entries import from_entries, from_kernel
+from hmatrix.construct.matvec import from_matvec
+from hmatrix.construct.sparse import from_sparse
+from hmatrix.construct.structured import from_diagonal, from_low_rank, identity
+from hmatrix.construct.toeplitz import from_toeplitz
 
-__all__ = ["Guard", "block_tolerance", "from_dense", "from_entries", "from_kernel"]
+__all__ = [
+    "Guard",
+    "block_tolerance",
+    "from_dense",
+    "from_diagonal",
+    "from_entries",
+    "from_kernel",
+    "from_low_rank",
+    "from_matvec",
+    "from_sparse",
+    "from_toeplitz",
+    "identity",
+]

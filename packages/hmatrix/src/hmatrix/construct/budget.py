@@ -10,7 +10,14 @@ from hmatrix._operator import real_rows
 from hmatrix.lowrank import LowRank, cut_triplets
 from hmatrix.tree import ClusterTree
 
-__all__ = ["LEAF_SIZE", "Guard", "block_tolerance", "check_tolerances", "make_tree"]
+__all__ = [
+    "LEAF_SIZE",
+    "Guard",
+    "block_tolerance",
+    "check_symmetric",
+    "check_tolerances",
+    "make_tree",
+]
 
 #: Rows of a leaf where neither ``levels`` nor ``leaf_size`` is given.
 LEAF_SIZE = 64
@@ -84,6 +91,16 @@ def check_tolerances(
     )
     atol = check_float("atol", atol, minimum=0)
     return rtol, atol, None if max_rank is None else check_int("max_rank", max_rank, 0)
+
+
+def check_symmetric(difference: float, norm: float, eps: float) -> None:
+    """Raise if a matrix said to be symmetric differs from its adjoint beyond rounding."""
+    if difference > 100 * eps * norm:
+        msg = (
+            "`symmetric` or `definite` is true, but `A` differs from its adjoint by "
+            f"{difference / norm:.3g} of its norm; pass (A + A.T.conj()) / 2."
+        )
+        raise ValueError(msg)
 
 
 def make_tree(

@@ -23,7 +23,13 @@ from hmatrix._checks import (
     check_space,
 )
 from hmatrix._operator import pad_rows
-from hmatrix.construct.budget import Guard, block_tolerance, check_tolerances, make_tree
+from hmatrix.construct.budget import (
+    Guard,
+    block_tolerance,
+    check_symmetric,
+    check_tolerances,
+    make_tree,
+)
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, compress
 from hmatrix.tree import ClusterTree
@@ -136,13 +142,7 @@ def _symmetrize(A: Array, symmetric: bool | None, norm: float) -> tuple[Array, b
     if symmetric is None:
         return A, bool(xp.all(adjoint(A) == A))
     if symmetric:
-        difference = float(frobenius(A - adjoint(A)))
-        if difference > 100 * Space.of(A).eps * norm:
-            msg = (
-                "`symmetric` or `definite` is true, but `A` differs from its adjoint by "
-                f"{difference / norm:.3g} of its norm; pass (A + A.T.conj()) / 2."
-            )
-            raise ValueError(msg)
+        check_symmetric(float(frobenius(A - adjoint(A))), norm, Space.of(A).eps)
         A = (A + adjoint(A)) / 2
     return A, symmetric
 

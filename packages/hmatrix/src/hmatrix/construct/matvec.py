@@ -1,0 +1,423 @@
+"""Hierarchical matrices from products with vectors: randomized peeling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from hmatrix._backend import (
+    FLOATS,
+    NUMBERS,
+    Array,
+    Space,
+    adjoint,
+    detach,
+    dtype_name,
+    frobenius,
+    namespace,
+    qr,
+)
+from hmatrix._checks import (
+    ShapeError,
+    ToleranceError,
+    check_finite,
+    check_int,
+    check_operand,
+    check_space,
+)
+from hmatrix._operator import Operator, pad_rows, real_rows, unpad_rows
+from hmatrix.construct.assembly import assemble
+from hmatrix.construct.budget import block_tolerance, check_tolerances, make_tree
+from hmatrix.hodlr import HODLR, apply_blocks
+from hmatrix.lowrank import LowRank, recompress
+from hmatrix.tree import ClusterTree
+
+__all__ = ["ROUNDING", "Probes", "find_range", "from_matvec"]
+
+Product = Callable[[Array], Array]
+
+#: Random vectors that measure norm and error.
+PROBES = 16
+#: The levels are found to this part of the tolerance, that the final cut has something
+#: left to lose, and to a smaller one in a deep tree: each level adds up to half of the
+#: squared errors of those above to its own.
+PEELING_SHARE = 0.5
+LEVEL_GROWTH = 1.2
+#: The cut keeps to this part, so that an estimate that is a little high breaks no
+#: promise that is kept.
+CUT_SHARE = 0.7
+#: Of the relative errors that are asked for, the smallest that products can show, in
+#: units of epsilon.
+ROUNDING = 100
+# First words of the keys of random numbers.
+_PROBE, _SKETCH, _SIGN = 1, 2, 3
+
+
+def from_matvec(
+    matvec: Any,
+    rmatvec: Product | None = None,
+    *,
+    n: int | None = None,
+    like: Array | None = None,
+    dtype: object = None,
+    levels: int | None = None,
+    leaf_size: int | None = None,
+    tree: ClusterTree | None = None,
+    rtol: float | None = None,
+    atol: float = 0.0,
+    max_rank: int | None = None,
+    symmetric: bool = False,
+    oversampling: int = 8,
+    seed: int = 0,
+) -> HODLR:
+    """Compress a matrix that is known by its products with blocks of vectors alone.
+
+    Parameters
+    ----------
+    matvec : callable or operator
+        Takes a block (n, q), any q, and returns the product ``A @ x`` (n, q), rows in
+        the matrix's own order, in the library, dtype and device of ``like``. Or an
+        operator, with ``shape``, ``matmat`` and ``rmatmat``: a
+        ``scipy.sparse.linalg.LinearOperator``, whose products are copied from and to
+        the host, or a matrix or inverse of this package.
+    rmatvec : callable, optional
+        The products of the adjoint alike. Not needed with ``symmetric=True``.
+    n : int, optional
+        Rows of the matrix; an operator knows it.
+    like, dtype
+        Library and device, and dtype, of the vectors and of the result. Default: those
+        of an operator, else NumPy in float64.
+    levels, leaf_size, tree
+        The halving, as of `from_dense`.
+    rtol : float, optional
+        Promise ``‖A − H‖_F ≤ rtol · ‖A‖_F``, which random vectors that the
+        compression did not see check at the end. Default: square root of the dtype's
+        epsilon; less than 100 epsilon counts as 100 epsilon. Where products are less
+        exact than this, sketches grow to full size for nothing: cap them by
+        ``max_rank``.
+    atol : float
+        Promise ``‖A − H‖_F ≤ atol`` instead, where that allows more.
+    max_rank : int, optional
+        Cap on the rank of every block, and on the products spent on it. It wins over
+        ``rtol``; ``H.error`` tells the relative Frobenius error reached.
+    symmetric : bool
+        The matrix equals its adjoint (transpose, if real): half the products, and none
+        of the adjoint.
+    oversampling : int
+        Columns of a sketch beyond the rank, and by how many it grows.
+    seed : int
+        Of the random numbers: the same seed gives the same matrix.
+
+    Returns
+    -------
+    HODLR
+        Its ``error`` is the estimate from 16 random vectors, whose standard deviation
+        is 18% of it at most.
+
+    Raises
+    ------
+    ToleranceError
+        If the promise is not kept, and no ``max_rank`` explains it.
+    ShapeError, DTypeError, BackendError, NonFiniteError
+        If a product has the wrong shape, dtype, library or device, or NaN; if ``n`` is
+        missing.
+    ValueError
+        If ``rmatvec`` is missing and ``symmetric`` is false.
+
+    Notes
+    -----
+    From the root down, each level's off-diagonal blocks are sketched by Gaussian
+    vectors that live on one half of every node, less what the levels above contribute;
+    a QR gives bases ``Q``, the adjoint's products the other factors ``Bᴴ Q``; leaves
+    come from stacked identities (Lin, Lu & Ying, "Fast construction of hierarchical
+    matrix representation from matrix-vector multiplication", 2011; Martinsson,
+    "Compressing rank-structured matrices via randomized sampling", 2016). A sketch
+    grows until its newest columns lie in the span of those before them to the level's
+    share of the tolerance (Halko, Martinsson & Tropp, "Finding structure with
+    randomness", 2011, section 4.4). Bases and identities carry random signs, so that
+    errors of the levels above add in squares.
+
+    With ``q_k`` the columns of level k, the rank that its blocks need plus 8 to 16 with
+    the default oversampling, this takes ``16 + Σ 2 q_k + tree.leaf_size`` products of
+    the matrix and ``Σ 2 q_k`` of the adjoint. For a symmetric matrix it is
+    ``16 + Σ 2 q_k + tree.leaf_size`` and none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import hmatrix as hm
+    >>> t = np.linspace(0, 1, 500)
+    >>> A = np.exp(-abs(t[:, None] - t))
+    >>> H = hm.from_matvec(lambda x: A @ x, n=500, symmetric=True, rtol=1e-8)
+    >>> bool(np.allclose(H.to_dense(), A, atol=1e-7)), H.error <= 1e-8, H.ranks
+    (True, True, (1, 1, 1))
+    """
+    if hasattr(matvec, "matmat") and hasattr(matvec, "shape"):
+        matvec, rmatvec, n, space = _of_operator(matvec, like, dtype, n)
+    else:
+        space = check_space(Space.like(like, dtype), NUMBERS)
+    if n is None:
+        msg = "`n`, the number of rows, is needed with a function as `matvec`."
+        raise ShapeError(msg)
+    if symmetric:
+        rmatvec = matvec
+    elif rmatvec is None:
+        msg = (
+            "`rmatvec`, products of the adjoint, is needed; pass `symmetric=True` for a "
+            "matrix that equals its adjoint."
+        )
+        raise ValueError(msg)
+    tree = make_tree(n, levels, leaf_size, tree)
+    rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
+    step = check_int("oversampling", oversampling, 1)
+    seed = check_int("seed", seed, 0)
+    peeling = _Peeling(
+        tree,
+        space,
+        _checked("matvec", matvec, space),
+        _checked("rmatvec", rmatvec, space),
+        symmetric,
+        seed,
+    )
+    probes = Probes.of(peeling.forward, tree, space, seed)
+    asked = max(rtol, ROUNDING * space.eps)
+    share = PEELING_SHARE / LEVEL_GROWTH**tree.levels * max(asked * probes.norm, atol)
+    share = max(share, ROUNDING / 4 * space.eps * probes.norm)
+    for level in range(tree.levels):
+        peeling.peel(level, share, step, max_rank)
+    leaves = peeling.leaves()
+    upper, lower = (tuple(pair[side] for pair in peeling.found) for side in (0, 1))
+    whole = HODLR(tree, leaves, upper, None if symmetric else lower)
+    xp = space.xp
+    squares = sum(float(xp.sum(block.S**2)) for block in (*upper, *lower))
+    norm = math.sqrt(squares + float(xp.sum(xp.abs(leaves) ** 2)))
+    allowed = max(asked * norm, atol)
+    spent = 2 * probes.error(whole)  # twice: the estimate may be low
+    H = assemble(
+        tree,
+        leaves,
+        whole.upper,
+        whole.lower,
+        norm=norm,
+        total=math.sqrt(max((CUT_SHARE * allowed) ** 2 - spent**2, 0.0)),
+        max_rank=max_rank,
+    )
+    advice = (
+        "Check that `rmatvec` is the adjoint (that the matrix is symmetric, if you said "
+        "so) and that products are that exact; then raise `rtol` or `oversampling`"
+    )
+    return probes.judge(H, norm, math.inf if max_rank is not None else allowed, advice)
+
+
+def find_range(
+    sample: Callable[[int, int], Array], width: int, step: int, tolerance: float
+) -> Array:
+    """Find bases of the ranges of a batch of blocks by growing a random sample.
+
+    Parameters
+    ----------
+    sample
+        ``sample(q, c)`` returns ``c`` more columns ``B Ω`` (..., m, c) of the blocks,
+        ``q`` being the number it returned before.
+    width : int
+        Columns at most; m of them always suffice.
+    step : int
+        Columns that the sample grows by, at least.
+    tolerance : float
+        Frobenius norm of all the blocks together that may lie outside.
+
+    Returns
+    -------
+    array (..., m, q)
+        Orthonormal columns.
+    """
+    Y = sample(0, min(step, width))
+    while True:
+        Q, _ = qr(Y)
+        q = int(Y.shape[-1])
+        if q >= width:
+            return Q
+        new = sample(q, min(max(step, q // 4), width - q))
+        # E‖(I − QQᴴ) B ω‖² = ‖(I − QQᴴ) B‖_F² for columns that Q was not made of
+        outside = float(frobenius(new - Q @ (adjoint(Q) @ new)))
+        Y = namespace(Y).concat([Y, new], axis=-1)
+        if outside <= tolerance * math.sqrt(new.shape[-1]):
+            return qr(Y)[0]
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Random vectors and a matrix's products with them, padded: they measure errors.
+
+    ``E‖(A − H) ω‖² = ‖A − H‖_F²`` for vectors that ``H`` was not made of.
+    """
+
+    vectors: Array
+    products: Array
+
+    @classmethod
+    def of(cls, product: Product, tree: ClusterTree, space: Space, seed: int) -> Probes:
+        """Draw vectors and multiply, padded (padded, q) to (padded, q)."""
+        vectors = pad_rows(space.normal((tree.n, PROBES), _PROBE, seed), tree)
+        return cls(vectors, product(vectors))
+
+    @property
+    def norm(self) -> float:
+        """Estimate of ``‖A‖_F``."""
+        return float(frobenius(self.products)) / math.sqrt(PROBES)
+
+    def error(self, H: HODLR) -> float:
+        """Estimate of ``‖A − H‖_F``."""
+        difference = self.products - H._apply(self.vectors)
+        return float(frobenius(difference)) / math.sqrt(PROBES)
+
+    def judge(self, H: HODLR, norm: float, allowed: float, advice: str) -> HODLR:
+        """Return ``H`` with its error; raise if that is more than is allowed."""
+        reached = self.error(H)
+        if reached > allowed:
+            scale = norm or 1.0
+            msg = (
+                f"A relative error of {allowed / scale:.3g} was asked for, and "
+                f"{reached / scale:.3g} reached. {advice}, or give `max_rank` to take "
+                "what can be had."
+            )
+            raise ToleranceError(msg, allowed / scale, reached / scale)
+        error = reached / norm if norm else 0.0
+        return HODLR(H.tree, H.leaves, H.upper, H.lower, error)
+
+
+@dataclass
+class _Peeling:
+    """A matrix known by products, and the levels of it that are found."""
+
+    tree: ClusterTree
+    space: Space
+    matvec: Product
+    rmatvec: Product
+    symmetric: bool
+    seed: int
+    found: list[tuple[LowRank, LowRank]] = field(default_factory=list)
+
+    def forward(self, x: Array) -> Array:
+        """Product of the matrix, less the levels found, with ``x`` (padded, q)."""
+        y = pad_rows(self.matvec(unpad_rows(x, self.tree)), self.tree)
+        return y - apply_blocks(self.found, x, 0 * x)
+
+    def backward(self, x: Array) -> Array:
+        """Product of the adjoint alike."""
+        y = pad_rows(self.rmatvec(unpad_rows(x, self.tree)), self.tree)
+        found = ((B21.H, B12.H) for B12, B21 in self.found)
+        return y - apply_blocks(found, x, 0 * x)
+
+    def peel(self, level: int, total: float, step: int, max_rank: int | None) -> None:
+        """Find the off-diagonal blocks of a level."""
+        xp, tree = self.space.xp, self.tree
+        half, sides = tree.size(level + 1), 1 if self.symmetric else 2
+        shape = (tree.nodes(level), 2, half)
+
+        def sample(q: int, count: int) -> Array:
+            drawn = self.space.normal((tree.n, count), _SKETCH, level, q, self.seed)
+            halves = xp.reshape(pad_rows(drawn, tree), (*shape, count))
+            return self._across(
+                self.forward, xp.flip(halves, axis=1)[:, :sides, ...], 1
+            )
+
+        width = half if max_rank is None else min(half, max_rank + step)
+        # the blocks of one side stand for both in a symmetric matrix
+        tolerance = total / math.sqrt(tree.levels * 2 / sides)
+        Q = find_range(sample, width, step, tolerance)
+        real = xp.reshape(real_rows(tree, self.space), (*shape, 1))[:, :sides, ...]
+        Q = xp.where(real, Q, xp.zeros_like(Q)) * self._signs(
+            level, shape[0], sides, 1, Q.shape[-1]
+        )
+        W = self._across(self.backward, Q, 0)
+        S = xp.ones_like(self.space.real.zeros(*shape[:1], sides, Q.shape[-1]))
+        blocks, _ = recompress(
+            LowRank(Q, S, W), tolerance=block_tolerance(tree, level, total)
+        )
+        B12, *rest = (
+            LowRank(blocks.U[:, i, ...], blocks.S[:, i, :], blocks.V[:, i, ...])
+            for i in range(sides)
+        )
+        self.found.append((B12, rest[0] if rest else B12.H))
+
+    def leaves(self) -> Array:
+        """Find the diagonal blocks below all levels."""
+        xp, tree = self.space.xp, self.tree
+        nodes, m = tree.nodes(tree.levels), tree.leaf_size
+        signs = self._signs(tree.levels, nodes, 1, m)
+        eyes = self.space.eye(m) * signs
+        Y = self.forward(xp.reshape(eyes, (tree.padded, m)))
+        leaves = xp.reshape(Y, (nodes, m, m)) * signs
+        return (leaves + adjoint(leaves)) / 2 if self.symmetric else leaves
+
+    def _across(self, product: Product, X: Array, source: int) -> Array:
+        """Multiply from one half of every node of a level to the other.
+
+        ``X`` (nodes, sides, half, q): those of side 0 lie in half ``source``, those of
+        side 1 in the other, and so the products the other way round.
+        """
+        xp = self.space.xp
+        nodes, sides, half, q = X.shape
+        columns = []
+        for side in range(sides):
+            parts = [xp.zeros_like(X[:, side, ...])] * 2
+            parts[(source + side) % 2] = X[:, side, ...]
+            columns.append(xp.reshape(xp.stack(parts, axis=1), (-1, q)))
+        Y = xp.reshape(product(xp.concat(columns, axis=1)), (nodes, 2, half, sides, q))
+        return xp.stack(
+            [Y[:, (source + side + 1) % 2, :, side, :] for side in range(sides)], axis=1
+        )
+
+    def _signs(self, level: int, *shape: int) -> Array:
+        """Random signs, so that errors of the levels found add in squares."""
+        drawn = self.space.real.normal(shape, _SIGN, level, self.seed)
+        return 2 * self.space.xp.astype(drawn > 0, self.space.dtype) - 1
+
+
+def _of_operator(
+    A: Any, like: Array | None, dtype: object, n: int | None
+) -> tuple[Product, Product, int, Space]:
+    """Return products of both sides, the rows and the space of the result."""
+    from scipy.sparse.linalg import LinearOperator
+
+    shape = tuple(A.shape)
+    if len(shape) != 2 or shape[0] != shape[1] or n not in {None, shape[0]}:
+        msg = f"The operator must have shape (n, n) with n = {n}, got {shape}."
+        raise ShapeError(msg)
+    if isinstance(A, Operator):
+        own = A.space
+    else:
+        named = dtype_name(A.dtype) if getattr(A, "dtype", None) is not None else ""
+        own = Space.like(None, named if named in NUMBERS else FLOATS[-1])
+    space = own
+    if like is not None or dtype is not None:
+        space = Space.like(own.zeros(0) if like is None else like, dtype)
+    check_space(space, NUMBERS)
+    if not isinstance(A, Operator | LinearOperator):
+        own = space
+
+    def moved(product: Product) -> Product:
+        return lambda x: space.asarray(product(own.asarray(x)))
+
+    return moved(A.matmat), moved(A.rmatmat), shape[0], space
+
+
+def _checked(name: str, product: Product, space: Space) -> Product:
+    """Return a product that refuses what is not a finite block like its argument."""
+
+    def apply(x: Array) -> Array:
+        result = f"{name}(x)"
+        y = detach(check_operand(result, product(x), space))
+        if tuple(y.shape) != tuple(x.shape):
+            msg = (
+                f"`{result}` must have the shape {tuple(x.shape)} of `x`, got "
+                f"{tuple(y.shape)}; `{name}` takes blocks of columns."
+            )
+            raise ShapeError(msg)
+        check_finite(result, y)
+        return y
+
+    return apply
