@@ -250,7 +250,7 @@ def test_symmetry_of_sparse_matrices_can_be_told(rng):
     H = hm.from_sparse(S, levels=2, symmetric=True, rtol=0)
     assert H.symmetric
     assert relative(H, S.toarray()) <= 1e-14
-    with pytest.raises(ValueError, match="`symmetric`.* is true"):
+    with pytest.raises(ValueError, match=r"`symmetric`.* is true"):
         hm.from_sparse(A, levels=2, symmetric=True)
 
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hmatrix._backend import Array, adjoint, inverse_lower, qr, wants_gradient
+from hmatrix._backend import (
+    Array,
+    Space,
+    adjoint,
+    cholesky,
+    inverse_lower,
+    qr,
+    wants_gradient,
+)
 from hmatrix._operator import unpad_rows
 from hmatrix.factor._base import Factorization, shifted_leaves, take_array
 from hmatrix.factor.hodlr import HODLRInverse
@@ -32,24 +40,29 @@ class HODLRCholesky(Factorization):
         self._logdet = logdet_of_cholesky(L)
         eye = self.space.eye
 
-        def core(level: int, columns: Array) -> tuple[Array, Array, Array]:
+        def core(level: int, first: int, columns: Array) -> tuple[Array, Array, Array]:
             """Factor ``[[I, B], [Bᴴ, I]]``, ``B = Q₁ K Q₂ᴴ``."""
-            nodes, r = tree.nodes(level), columns.shape[-1]
-            halves = xp.reshape(columns, (2 * nodes, tree.size(level + 1), r))
+            half, r = tree.size(level + 1), columns.shape[-1]
+            nodes = columns.shape[0] // (2 * half)
+            halves = xp.reshape(columns, (2 * nodes, half, r))
             if not r:
                 none = self.space.zeros(nodes, 0, 0)
                 return halves, none, none
             # Orthonormal bases keep the core as well conditioned as the node, whatever
             # the scales of U and V
-            Q, R = qr(halves)
+            Q, R = orthonormal(halves)
             R = xp.reshape(R, (nodes, 2, *R.shape[1:]))
-            S = xp.astype(H.upper[level].S, R.dtype, copy=False)[:, None, :]
-            K = (R[:, 0, :, :] * S) @ adjoint(R[:, 1, :, :])
+            S = H.upper[level].S[first : first + nodes, None, :]
+            K = (R[:, 0, :, :] * xp.astype(S, R.dtype, copy=False)) @ adjoint(
+                R[:, 1, :, :]
+            )
             one = xp.zeros_like(K) + eye(K.shape[-1])
             top = xp.concat([one, K], axis=-1)
             bottom = xp.concat([adjoint(K), one], axis=-1)
             small = xp.concat([top, bottom], axis=-2)
-            M = checked_cholesky(small, level, "node", self.shift, pivot=pivot)
+            M = checked_cholesky(
+                small, level, "node", self.shift, pivot=pivot, first=first
+            )
             self._logdet = self._logdet + logdet_of_cholesky(M)
             return Q, M - eye(M.shape[-1]), inverse_lower(M) - eye(M.shape[-1])
 
@@ -133,3 +146,28 @@ def _check(H: HODLR) -> None:
 def _wants_gradients(H: HODLR) -> bool:
     parts = (x for block in H.upper for x in (block.U, block.S, block.V))
     return any(map(wants_gradient, (H.leaves, *parts)))
+
+
+def orthonormal(X: Array) -> tuple[Array, Array]:
+    """QR decomposition of tall X (b, m, r), by Cholesky's twice where that will do.
+
+    A product and small factorizations, many times faster than Householder's; the second
+    pass makes Q orthonormal to rounding as long as the first left it well conditioned.
+    """
+    xp, eye = Space.of(X).xp, Space.of(X).eye(int(X.shape[-1]))
+    if X.shape[-2] < X.shape[-1]:
+        return qr(X)
+    gram = adjoint(X) @ X
+    # a column of zeros is orthonormalised by itself, and stays zero in Q and R
+    null = xp.astype(xp.linalg.diagonal(gram) == 0, X.dtype)[:, None, :] * eye
+    first = cholesky(gram + null)
+    if first is None:
+        return qr(X)
+    Q = X @ adjoint(inverse_lower(first))
+    gram = adjoint(Q) @ Q + null
+    lost = float(xp.max(xp.abs(gram - eye)))  # of orthogonality by the first pass
+    second = cholesky(gram) if lost < 0.5 else None
+    if second is None:
+        return qr(X)
+    Q = Q @ adjoint(inverse_lower(second))
+    return Q, adjoint(second) @ adjoint(first) - null

@@ -78,15 +78,16 @@ class MLRFactorization(Factorization):
         leaves = shifted_leaves(tree, self.matrix.leaves, self.shift)
         L = checked_cholesky(leaves, tree.levels, "leaf", self.shift)
 
-        def core(level: int, columns: Array) -> tuple[Array, Array, Array]:
+        def core(level: int, first: int, columns: Array) -> tuple[Array, Array, Array]:
             """Factor ``I ± F Fᵀ`` by ``R Rᵀ = I ± Fᵀ F`` without a QR decomposition.
 
             ``X = ±(I + R)⁻¹`` solves ``X + Xᵀ + X Fᵀ F Xᵀ = ±I``.
             """
-            F = xp.reshape(columns, self.matrix.factors[level].shape)
+            rows, r = tree.size(level), columns.shape[-1]
+            F = xp.reshape(columns, (columns.shape[0] // rows, rows, r))
             eye = self.space.eye(F.shape[-1])
             small = eye + sign * (transpose(F) @ F)
-            R = checked_cholesky(small, level, "node", self.shift)
+            R = checked_cholesky(small, level, "node", self.shift, first=first)
             X = inverse_lower(eye + R)
             return F, sign * X, -sign * (transpose(X) @ inverse_lower(R))
 

@@ -22,8 +22,11 @@ from hmatrix.tree import ClusterTree
 
 __all__ = ["SymmetricFactor", "checked_cholesky", "logdet_of_cholesky"]
 
-#: From level and columns (padded, r) to Q, X and Y of this level's term.
-Core = Callable[[int, Array], tuple[Array, Array, Array]]
+#: From level, number of the first node and columns of some nodes (rows, r) to Q, X and Y
+#: of these nodes' terms.
+Core = Callable[[int, int, Array], tuple[Array, Array, Array]]
+#: Bytes of the columns that a subtree works on, on the host.
+CACHE = 2**21
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,17 +66,47 @@ class SymmetricFactor:
         core
             Makes the term of a level from its columns, everything below divided out.
         """
-        xp, half = namespace(leaves), inverse_lower(leaves)
-        terms: list[tuple[Array, Array, Array]] = [None] * tree.levels  # type: ignore[list-item]
-        if tree.levels:
-            # the columns of all levels above go along: one product a level
-            x = _blocks_times(half, xp.concat(list(columns), axis=-1))
-            for level in reversed(range(tree.levels)):
-                rest = x.shape[1] - columns[level].shape[1]
-                terms[level] = core(level, x[:, rest:])
-                Q, _, Y = terms[level]
-                x = _update(Q, Y, x[:, :rest])
-        bases, cores, inverses = zip(*terms, strict=True) if terms else ((), (), ())
+        xp, space = namespace(leaves), Space.of(leaves)
+        half = inverse_lower(leaves)
+        terms: list[list[tuple[Array, Array, Array]]] = [[] for _ in range(tree.levels)]
+        # the columns of all levels above go along: one product a level
+        x = (
+            xp.concat(list(columns), axis=-1)
+            if columns
+            else space.zeros(tree.padded, 0)
+        )
+        widths = [int(column.shape[1]) for column in columns]
+
+        def climb(rows: slice, first: int, last: int) -> Array:
+            """Take the terms of levels ``last − 1 … first`` in some rows out of x."""
+            part = x[rows, : sum(widths[:last])]
+            if last == tree.levels:
+                m = tree.leaf_size
+                part = _blocks_times(half[rows.start // m : rows.stop // m, ...], part)
+            for level in reversed(range(first, last)):
+                rest = part.shape[1] - widths[level]
+                node = rows.start // tree.size(level)
+                term = core(level, node, part[:, rest:])
+                terms[level].append(term)
+                part = _update(term[0], term[2], part[:, :rest])
+            return part
+
+        # subtree by subtree, each of a size that stays in the cache, then the rest
+        top = subtrees(tree, sum(widths), space)
+        size = tree.size(top)
+        parts = [
+            climb(slice(size * node, size * (node + 1)), top, tree.levels)
+            for node in range(tree.nodes(top))
+        ]
+        x = xp.concat(parts, axis=0) if len(parts) > 1 else parts[0]
+        climb(slice(0, tree.padded), 0, top)
+        joined = [
+            tuple(xp.concat(list(part), axis=0) for part in zip(*level, strict=True))
+            if len(level) > 1
+            else level[0]
+            for level in terms
+        ]
+        bases, cores, inverses = zip(*joined, strict=True) if joined else ((), (), ())
         return cls(leaves, half, bases, cores, inverses)
 
     def apply(self, x: Array) -> Array:
@@ -122,6 +155,14 @@ class SymmetricFactor:
         return diagonal
 
 
+def subtrees(tree: ClusterTree, width: int, space: Space) -> int:
+    """Return the level whose nodes' rows (of ``width`` numbers) fit into the cache."""
+    if not space.on_host:
+        return 0
+    bytes_ = tree.padded * max(width, 1) * space.itemsize
+    return min(tree.levels, max(0, (-(-bytes_ // CACHE) - 1).bit_length()))
+
+
 def _update(Q: Array, X: Array, x: Array) -> Array:
     """Return ``x + Q X Qᴴ x`` of each node."""
     if not Q.shape[-1] or not x.shape[1]:
@@ -158,11 +199,18 @@ def _smallest_pivot(L: Array, blocks: Array) -> float:
 
 
 def checked_cholesky(
-    blocks: Array, level: int, what: str, shift: float, *, pivot: float = 0.0
+    blocks: Array,
+    level: int,
+    what: str,
+    shift: float,
+    *,
+    pivot: float = 0.0,
+    first: int = 0,
 ) -> Array:
     """Cholesky factors of the blocks of a level, or say which has none.
 
-    A block has none either if it leaves no more than ``pivot`` of a diagonal entry.
+    A block has none either if it leaves no more than ``pivot`` of a diagonal entry. The
+    first of them is number ``first`` of its level.
     """
     L = cholesky(blocks)
     if L is None or (pivot and _smallest_pivot(L, blocks) <= pivot):
@@ -171,8 +219,8 @@ def checked_cholesky(
         smallest = np.linalg.eigvalsh(double)[:, 0]
         node = int(np.argmin(smallest))
         msg = (
-            f"Not positive definite at level {level}, {what} {node}: smallest eigenvalue "
+            f"Not positive definite at level {level}, {what} {first + node}: smallest eigenvalue "
             f"{smallest[node]:.3g} with `shift` = {shift:.3g}; use a larger shift."
         )
-        raise NotPositiveDefiniteError(msg, level, node)
+        raise NotPositiveDefiniteError(msg, level, first + node)
     return L
