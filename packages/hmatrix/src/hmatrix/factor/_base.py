@@ -13,7 +13,7 @@ from hmatrix._checks import (
     check_float,
     check_int,
 )
-from hmatrix._operator import Operator, apply_padded, real_rows
+from hmatrix._operator import Operator, apply_padded
 from hmatrix.factor.symmetric import SymmetricFactor
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
@@ -283,15 +283,17 @@ def take_array(
     return arrays[name]
 
 
-def shifted_leaves(tree: ClusterTree, leaves: Array, shift: float) -> Array:
+def shifted_leaves(
+    tree: ClusterTree, leaves: Array, shift: float, which: slice = slice(None)
+) -> Array:
     """Add ``shift`` to the diagonal, and ones to the padded part of it.
 
     Identity in the padded rows keeps them apart from the others and out of the
     determinant.
     """
-    space = Space.of(leaves)
-    xp = space.xp
-    added = xp.full((tree.padded,), shift, dtype=space.dtype, device=space.device)
-    added = xp.where(real_rows(tree, space), added, xp.ones_like(added))
-    added = xp.reshape(added, leaves.shape[:2])
-    return leaves + added[:, :, None] * space.eye(tree.leaf_size)
+    space, leaves = Space.of(leaves), leaves[which, ...]
+    xp, m = space.xp, tree.leaf_size
+    real = space.integers(tree.rows.reshape(-1, m)[which]) < tree.n
+    added = xp.full(real.shape, shift, dtype=space.dtype, device=space.device)
+    added = xp.where(real, added, xp.ones_like(added))
+    return leaves + added[:, :, None] * space.eye(m)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from hmatrix._backend import (
     Array,
     Space,
     adjoint,
     cholesky,
+    contiguous,
     inverse_lower,
     qr,
     wants_gradient,
@@ -35,16 +37,28 @@ class HODLRCholesky(Factorization):
         # what is singular to working precision is left to other methods
         pivot = 10 * self.space.eps
         xp, tree = self.space.xp, self.tree
-        leaves = shifted_leaves(tree, H.leaves, self.shift)
-        L = checked_cholesky(leaves, tree.levels, "leaf", self.shift, pivot=pivot)
-        self._logdet = logdet_of_cholesky(L)
         eye = self.space.eye
+        self._logdet: Any = 0.0
+
+        def leaf(which: slice) -> Array:
+            leaves = shifted_leaves(tree, H.leaves, self.shift, which)
+            what, first = (tree.levels, "leaf"), which.start
+            L = checked_cholesky(leaves, *what, self.shift, pivot=pivot, first=first)
+            self._logdet = self._logdet + logdet_of_cholesky(L)
+            return L
+
+        def columns(rows: slice) -> Array:
+            """Rows of U in the first half of each node, of V in the second."""
+            parts = [rows_of_pair(block.U, block.V, rows) for block in H.upper]
+            return (
+                xp.concat(parts, axis=-1) if parts else self.space.zeros(tree.padded, 0)
+            )
 
         def core(level: int, first: int, columns: Array) -> tuple[Array, Array, Array]:
             """Factor ``[[I, B], [Bᴴ, I]]``, ``B = Q₁ K Q₂ᴴ``."""
             half, r = tree.size(level + 1), columns.shape[-1]
             nodes = columns.shape[0] // (2 * half)
-            halves = xp.reshape(columns, (2 * nodes, half, r))
+            halves = xp.reshape(contiguous(columns), (2 * nodes, half, r))
             if not r:
                 none = self.space.zeros(nodes, 0, 0)
                 return halves, none, none
@@ -66,11 +80,10 @@ class HODLRCholesky(Factorization):
             self._logdet = self._logdet + logdet_of_cholesky(M)
             return Q, M - eye(M.shape[-1]), inverse_lower(M) - eye(M.shape[-1])
 
-        columns = [
-            xp.reshape(xp.stack([block.U, block.V], axis=1), (tree.padded, block.rank))
-            for block in H.upper
-        ]
-        self._factor = SymmetricFactor.build(tree, L, columns, core)
+        widths = [block.rank for block in H.upper]
+        self._factor = SymmetricFactor.build(
+            tree, self.space, widths, leaf, columns, core
+        )
 
     def inverse(self) -> HODLRInverse:
         """Return the inverse as an operator; nothing is formed."""
@@ -146,6 +159,21 @@ def _check(H: HODLR) -> None:
 def _wants_gradients(H: HODLR) -> bool:
     parts = (x for block in H.upper for x in (block.U, block.S, block.V))
     return any(map(wants_gradient, (H.leaves, *parts)))
+
+
+def rows_of_pair(U: Array, V: Array, rows: slice) -> Array:
+    """Return padded rows (rows, r) of a level's blocks, U and V (2**k, half, r).
+
+    The rows are some whole nodes, or lie in one half of a node.
+    """
+    half, size = int(U.shape[1]), rows.stop - rows.start
+    node, begin = divmod(rows.start, 2 * half)
+    if size < 2 * half:
+        side, begin = divmod(begin, half)
+        return (V if side else U)[node, begin : begin + size, :]
+    nodes = slice(node, node + size // (2 * half))
+    pair = Space.of(U).xp.stack([U[nodes, ...], V[nodes, ...]], axis=1)
+    return Space.of(U).xp.reshape(pair, (size, U.shape[-1]))
 
 
 def orthonormal(X: Array) -> tuple[Array, Array]:

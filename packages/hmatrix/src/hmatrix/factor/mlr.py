@@ -75,8 +75,17 @@ class MLRFactorization(Factorization):
     def _factor(self) -> SymmetricFactor:
         # made when first asked for: the inverse does not need it
         xp, tree, sign = self.space.xp, self.tree, self.matrix.sign
-        leaves = shifted_leaves(tree, self.matrix.leaves, self.shift)
-        L = checked_cholesky(leaves, tree.levels, "leaf", self.shift)
+        parts = self._columns()
+
+        def leaf(which: slice) -> Array:
+            leaves = shifted_leaves(tree, self.matrix.leaves, self.shift, which)
+            what, first = (tree.levels, "leaf"), which.start
+            return checked_cholesky(leaves, *what, self.shift, first=first)
+
+        def columns(rows: slice) -> Array:
+            if not parts:
+                return self.space.zeros(tree.padded, 0)
+            return xp.concat([part[rows, :] for part in parts], axis=-1)
 
         def core(level: int, first: int, columns: Array) -> tuple[Array, Array, Array]:
             """Factor ``I ± F Fᵀ`` by ``R Rᵀ = I ± Fᵀ F`` without a QR decomposition.
@@ -91,7 +100,8 @@ class MLRFactorization(Factorization):
             X = inverse_lower(eye + R)
             return F, sign * X, -sign * (transpose(X) @ inverse_lower(R))
 
-        return SymmetricFactor.build(tree, L, self._columns(), core)
+        widths = [int(part.shape[1]) for part in parts]
+        return SymmetricFactor.build(tree, self.space, widths, leaf, columns, core)
 
     def _symmetric_factor(self) -> SymmetricFactor:
         return self._factor

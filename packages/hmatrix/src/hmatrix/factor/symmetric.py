@@ -16,6 +16,7 @@ from hmatrix._backend import (
     inverse_lower,
     namespace,
     to_numpy,
+    wants_gradient,
 )
 from hmatrix._checks import NotPositiveDefiniteError
 from hmatrix.tree import ClusterTree
@@ -25,6 +26,10 @@ __all__ = ["SymmetricFactor", "checked_cholesky", "logdet_of_cholesky"]
 #: From level, number of the first node and columns of some nodes (rows, r) to Q, X and Y
 #: of these nodes' terms.
 Core = Callable[[int, int, Array], tuple[Array, Array, Array]]
+#: From numbers of rows or leaves to what belongs to them.
+Part = Callable[[slice], Array]
+#: From Q, X and x to ``x + Q X Qᴴ x``.
+Update = Callable[[Array, Array, Array], Array]
 #: Bytes of the columns that a subtree works on, on the host.
 CACHE = 2**21
 
@@ -51,63 +56,67 @@ class SymmetricFactor:
 
     @classmethod
     def build(
-        cls, tree: ClusterTree, leaves: Array, columns: Sequence[Array], core: Core
+        cls,
+        tree: ClusterTree,
+        space: Space,
+        widths: Sequence[int],
+        leaf: Part,
+        columns: Part,
+        core: Core,
     ) -> SymmetricFactor:
         """Factor from the leaves to the root.
 
         Parameters
         ----------
-        tree
-            The halving.
-        leaves
-            Cholesky factors ``L``.
+        tree, space
+            The halving; library, dtype and device.
+        widths
+            Columns r of each level.
+        leaf
+            Makes the Cholesky factors ``L`` of some leaves.
         columns
-            For each level what its off-diagonal part is made of, (padded, r).
+            Gives some padded rows (rows, Σ r) of what the off-diagonal parts of all
+            levels are made of.
         core
             Makes the term of a level from its columns, everything below divided out.
         """
-        xp, space = namespace(leaves), Space.of(leaves)
-        half = inverse_lower(leaves)
-        terms: list[list[tuple[Array, Array, Array]]] = [[] for _ in range(tree.levels)]
-        # the columns of all levels above go along: one product a level
-        x = (
-            xp.concat(list(columns), axis=-1)
-            if columns
-            else space.zeros(tree.padded, 0)
-        )
-        widths = [int(column.shape[1]) for column in columns]
+        xp, m = space.xp, tree.leaf_size
+        leaves: list[tuple[Array, Array]] = []
+        terms: list[list[tuple[Array, ...]]] = [[] for _ in widths]
 
-        def climb(rows: slice, first: int, last: int) -> Array:
-            """Take the terms of levels ``last − 1 … first`` in some rows out of x."""
-            part = x[rows, : sum(widths[:last])]
-            if last == tree.levels:
-                m = tree.leaf_size
-                part = _blocks_times(half[rows.start // m : rows.stop // m, ...], part)
-            for level in reversed(range(first, last)):
-                rest = part.shape[1] - widths[level]
-                node = rows.start // tree.size(level)
-                term = core(level, node, part[:, rest:])
-                terms[level].append(term)
-                part = _update(term[0], term[2], part[:, :rest])
-            return part
+        def climb(x: Array, start: int, levels: range, update: Update) -> Array:
+            """Take the terms of some levels out of rows x that begin at ``start``."""
+            for level in reversed(levels):
+                rest = x.shape[1] - widths[level]
+                Q, X, Y = core(level, start // tree.size(level), x[:, rest:])
+                terms[level].append((Q, X, Y))
+                x = update(Q, Y, x[:, :rest])
+            return x
 
         # subtree by subtree, each of a size that stays in the cache, then the rest
         top = subtrees(tree, sum(widths), space)
         size = tree.size(top)
-        parts = [
-            climb(slice(size * node, size * (node + 1)), top, tree.levels)
-            for node in range(tree.nodes(top))
-        ]
-        x = xp.concat(parts, axis=0) if len(parts) > 1 else parts[0]
-        climb(slice(0, tree.padded), 0, top)
-        joined = [
-            tuple(xp.concat(list(part), axis=0) for part in zip(*level, strict=True))
-            if len(level) > 1
-            else level[0]
-            for level in terms
-        ]
-        bases, cores, inverses = zip(*joined, strict=True) if joined else ((), (), ())
-        return cls(leaves, half, bases, cores, inverses)
+        x = space.zeros(tree.padded, sum(widths[:top]))
+        for start in range(0, tree.padded, size):
+            L = leaf(slice(start // m, (start + size) // m))
+            leaves.append((L, inverse_lower(L)))
+            # the columns of all levels above go along: one product a level
+            rows = slice(start, start + size)
+            part = _blocks_times(leaves[-1][1], columns(rows))
+            part = climb(part, start, range(top, tree.levels), _update)
+            if top:
+                x[rows, :] = part
+        climb(x, 0, range(top), _update_in_pieces)
+
+        def joined(parts: list[tuple[Array, ...]]) -> tuple[Array, ...]:
+            if len(parts) == 1:
+                return parts[0]
+            return tuple(xp.concat(list(p), axis=0) for p in zip(*parts, strict=True))
+
+        levels = [joined(parts) for parts in terms]
+        bases, cores, inverses = zip(*levels, strict=True) if levels else ((), (), ())
+        diagonal, halves = joined(leaves)
+        return cls(diagonal, halves, bases, cores, inverses)
 
     def apply(self, x: Array) -> Array:
         """Return ``W x`` of a padded block."""
@@ -172,6 +181,26 @@ def _update(Q: Array, X: Array, x: Array) -> Array:
     small = X @ xp.reshape(small, (*X.shape[:2], q))
     small = xp.reshape(small, (Q.shape[0], Q.shape[2], q))
     return x + xp.reshape(Q @ small, x.shape)
+
+
+def _update_in_pieces(Q: Array, X: Array, x: Array) -> Array:
+    """Do `_update` in the memory of ``x``, the rows of large nodes piece by piece.
+
+    A product as large as ``x`` would not stay in the cache, and new memory for it costs
+    as much again.
+    """
+    if wants_gradient(x) or not Q.shape[-1] or not x.shape[1]:
+        return _update(Q, X, x)
+    xp, q, (blocks, rows, r) = namespace(x), x.shape[1], Q.shape
+    small = adjoint(Q) @ xp.reshape(x, (blocks, rows, q))
+    small = xp.reshape(X @ xp.reshape(small, (*X.shape[:2], q)), (blocks, r, q))
+    step = max(1, CACHE // (q * Space.of(x).itemsize))
+    for block in range(blocks):
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            piece = slice(block * rows + start, block * rows + stop)
+            x[piece, :] += Q[block, start:stop, :] @ small[block, ...]
+    return x
 
 
 def _blocks_times(blocks: Array, x: Array) -> Array:
