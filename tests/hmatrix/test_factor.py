@@ -229,3 +229,73 @@ def test_repr_says_what_it_is():
     F = hm.factorize(hm.from_dense(np.eye(6), levels=1))
     assert repr(F) == "HODLRCholesky(n=6, levels=1, float64, numpy)"
     assert repr(F.inverse()) == "HODLRInverse(n=6, levels=1, float64, numpy)"
+
+
+@given(factored(), SEEDS)
+def test_adjoint_solves(case, seed):
+    H, F, D = case
+    X = np.random.default_rng(seed).standard_normal((H.tree.n, 2))
+    factor = 100 * condition(D)
+    for refine in (0, 1):
+        solved = F.solve(D.T @ X, adjoint=True, refine=refine)
+        assert_close(solved, X, ("float64", "solve"), factor)
+
+
+def test_adjoint_solves_of_complex_matrices(rng):
+    A = rng.standard_normal((30, 30)) + 1j * rng.standard_normal((30, 30))
+    A = A + 20 * np.eye(30)
+    F = hm.factorize(hm.from_dense(A, levels=2, rtol=1e-14), 0.5)
+    b = rng.standard_normal(30) + 1j * rng.standard_normal(30)
+    exact = np.linalg.solve(A.conj().T + 0.5 * np.eye(30), b)
+    for rtol in (None, 1e-13):
+        x = F.solve(b, adjoint=True, rtol=rtol)
+        np.testing.assert_allclose(x, exact, rtol=1e-11)
+
+
+def test_the_determinant_of_a_complex_hermitian_matrix_is_real(rng):
+    X = rng.standard_normal((40, 40)) + 1j * rng.standard_normal((40, 40))
+    A = X + X.conj().T + np.diag(np.where(np.arange(40) % 3, 30.0, -30.0))
+    sign, value = hm.factorize(hm.from_dense(A, levels=3, rtol=1e-14)).slogdet()
+    exact_sign, exact = np.linalg.slogdet(A)
+    assert type(sign) is float
+    assert (sign, value) == (np.sign(exact_sign.real), pytest.approx(exact))
+
+
+def badly_conditioned():
+    """A kernel matrix of which block inversion loses digits."""
+    t = np.linspace(0, 1, 256)
+    A = np.exp(-((t[:, None] - t) ** 2)) + 1e-2 * np.eye(256)
+    return hm.from_dense(A, levels=3, rtol=1e-13), np.stack([t, np.cos(40 * t)], axis=1)
+
+
+def test_refinement_goes_on_until_the_residual_is_small(xp):
+    H, b = badly_conditioned()
+    H, b = H.to(like=xp.asarray(b)), xp.asarray(b)
+    F = hm.factorize(H, method="inversion")
+
+    def residual(x):
+        columns = np.linalg.norm(to_numpy(b - (H @ x)), axis=0)
+        return np.max(columns / np.linalg.norm(to_numpy(b), axis=0))
+
+    assert residual(F.solve(b, refine=0)) > 1e-11
+    x = F.solve(b, refine=0, rtol=1e-11)
+    assert_in(x, b)
+    assert residual(x) <= 1e-11
+
+
+def test_a_tolerance_out_of_reach_is_an_error_with_numbers():
+    H, b = badly_conditioned()
+    F = hm.factorize(H.to(dtype="float32"))
+    match = r"`rtol` = 1e-12 was not reached.*float32 ends at .* float64\."
+    with pytest.raises(hm.ToleranceError, match=match) as caught:
+        F.solve(b.astype(np.float32), rtol=1e-12)
+    assert caught.value.asked == 1e-12
+    assert caught.value.reached > 1e-12
+    with pytest.raises(ValueError, match="`rtol` must be at least 0"):
+        F.solve(b, rtol=-1.0)
+
+
+def test_right_hand_sides_of_zeros_or_without_columns_are_solved():
+    F = hm.factorize(hm.from_dense(np.eye(6), levels=1))
+    assert not F.solve(np.zeros(6), rtol=0.0).any()
+    assert F.solve(np.zeros((6, 0)), rtol=0.0).shape == (6, 0)

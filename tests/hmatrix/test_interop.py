@@ -48,6 +48,106 @@ def test_general_inverses_too(rng):
     np.testing.assert_allclose(x, 1, rtol=1e-8)
 
 
+def count_steps(solver, A, b, **options):
+    """Return the number of iterations, and the solution."""
+    steps = []
+    x, info = solver(A, b, rtol=1e-10, callback=steps.append, **options)
+    assert info == 0
+    return len(steps), x
+
+
+@pytest.mark.parametrize("rtol", [1e-1, 1e-2, 1e-3])
+def test_a_loose_factorization_preconditions_the_exact_matrix(rtol, rng):
+    t = np.sort(rng.random(300))
+    A = np.exp(-abs(t[:, None] - t)) + 1e-2 * np.eye(300)
+    b = rng.standard_normal(300)
+    plain, _ = count_steps(cg, A, b)
+    H = hm.from_dense(A, levels=3, rtol=rtol, definite=True)
+    M = hm.aslinearoperator(hm.factorize(H, method="cholesky").inverse())
+    steps, x = count_steps(cg, A, b, M=M)
+    assert steps < plain / 2
+    assert_close(A @ x, b, ("float64", "solve"), 1e5)
+
+
+def test_a_loose_general_one_too(rng):
+    t = np.linspace(0, 1, 300)
+    A = np.exp(-((t[:, None] - t) ** 2)) * (1 + t) + np.triu(np.ones((300, 300))) / 9
+    A, b = A + np.eye(300), rng.standard_normal(300)
+    options = {"callback_type": "pr_norm", "restart": 300}
+    plain, _ = count_steps(gmres, A, b, **options)
+    H = hm.from_dense(A, levels=3, rtol=1e-2)
+    assert H.error > 0
+    M = hm.aslinearoperator(hm.factorize(H).inverse())
+    steps, x = count_steps(gmres, A, b, M=M, **options)
+    assert steps < plain / 2
+    assert_close(A @ x, b, ("float64", "solve"), 1e5)
+
+
+def arrays_of(H):
+    blocks = (*H.upper, *(H.lower or ()))
+    return [H.leaves, *(part for b in blocks for part in (b.U, b.S, b.V))]
+
+
+def address(x):
+    return x.data_ptr() if hasattr(x, "data_ptr") else x.__array_interface__["data"][0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+def test_libraries_share_the_memory_of_the_host(dtype, rng):
+    import torch
+
+    A = rng.standard_normal((20, 20)).astype(dtype)
+    H = hm.from_dense(A, levels=2, max_rank=3)
+    T = H.to(like=torch.empty(0), dtype=dtype)
+    N = T.to(like=np.empty(0), dtype=dtype)
+    for x, y, z in zip(arrays_of(H), arrays_of(T), arrays_of(N), strict=True):
+        assert isinstance(y, torch.Tensor)
+        assert isinstance(z, np.ndarray)
+        assert address(x) == address(y) == address(z)
+    T.leaves[0, 0, 0] = 7
+    assert H.leaves[0, 0, 0] == N.leaves[0, 0, 0] == 7
+    other = "float64" if dtype == "float32" else "float32"
+    if "complex" not in dtype:
+        copy = H.to(like=torch.empty(0), dtype=other)
+        assert address(copy.leaves) != address(H.leaves)
+
+
+@pytest.mark.gpu
+def test_libraries_share_the_memory_of_a_device(rng):
+    import torch
+
+    cupy = pytest.importorskip("cupy")
+    H = hm.from_dense(cupy.asarray(rng.standard_normal((20, 20))), levels=2)
+    T = H.to(like=torch.empty(0, device="cuda"), dtype="float64")
+    assert T.leaves.data_ptr() == H.leaves.data.ptr
+    back = T.to(like=cupy.empty(0), dtype="float64")
+    assert back.leaves.data.ptr == H.leaves.data.ptr
+
+
+def test_what_cannot_be_shared_is_copied(rng):
+    """torch has neither read-only arrays nor negative strides."""
+    import torch
+
+    leaves = rng.standard_normal((1, 4, 4))
+    leaves.flags.writeable = False
+    for array in (leaves, leaves[:, ::-1]):
+        H = hm.HODLR(hm.ClusterTree(4, 0), array, ())
+        T = H.to(like=torch.empty(0), dtype="float64")
+        T.leaves[:] = 0
+        assert abs(H.leaves).min() > 0
+
+
+def test_adjoint_views_are_handed_over(rng):
+    import torch
+
+    A = torch.asarray(
+        rng.standard_normal((20, 20)) + 1j * rng.standard_normal((20, 20))
+    )
+    H = hm.from_dense(A, levels=2, rtol=0).H
+    N = H.to(like=np.empty(0), dtype="complex128")
+    np.testing.assert_allclose(N.to_dense(), A.numpy().conj().T, atol=1e-13)
+
+
 def test_singular_values_come_out(rng):
     H = hm.from_dense(rng.standard_normal((40, 40)), levels=2, max_rank=2)
     top = svds(hm.aslinearoperator(H), k=3, return_singular_vectors=False, rng=rng)
@@ -58,3 +158,6 @@ def test_singular_values_come_out(rng):
 def test_only_operators_are_wrapped():
     with pytest.raises(TypeError, match="`H` must be a Operator, got ndarray"):
         hm.aslinearoperator(np.eye(3))
+    F = hm.factorize(hm.from_dense(np.eye(3), levels=1))
+    with pytest.raises(TypeError, match=r"pass `H\.inverse\(\)`"):
+        hm.aslinearoperator(F)

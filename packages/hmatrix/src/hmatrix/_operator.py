@@ -64,6 +64,8 @@ def apply_padded(
         msg = f"`{name}` must have shape {expected}, got {shape}."
         raise ShapeError(msg)
     block = x[:, None] if len(shape) == 1 else x
+    if not block.shape[1]:
+        return block  # shapes of no numbers cannot be inferred on the way
     y = unpad_rows(apply(pad_rows(block, tree)), tree)
     return y[:, 0] if len(shape) == 1 else y
 

@@ -37,7 +37,8 @@ class HODLR(StoredOperator):
     tree : ClusterTree
         The halving.
     leaves : array (2**K, m, m)
-        Diagonal blocks of the deepest level.
+        Diagonal blocks of the deepest level. Padded rows and columns, here and in the
+        factors, are zero.
     upper : tuple of LowRank
         Blocks ``B12`` of level k as one batch (2**k, padded / 2**(k+1), same).
     lower : tuple of LowRank, optional

@@ -75,7 +75,8 @@ def factorize(
 
     torch carries gradients through solutions, the inverse's diagonal and the
     log-determinant to leaves, factors and right-hand sides. A shift that wants a
-    gradient is added by `hmatrix.shift` instead.
+    gradient is added by `hmatrix.shift` instead. Matrices that want gradients are
+    inverted, since "cholesky" has none.
 
     Examples
     --------

@@ -131,7 +131,7 @@ class Factorization(ABC):
         for _ in range(MOST_STEPS):
             r = residual(x)
             norms = xp.linalg.vector_norm(detach(r), axis=0)
-            reached = float(xp.max(norms / sizes)) if b.shape[1] else 0.0
+            reached = float(xp.max(norms / sizes))
             if reached <= rtol:
                 return x
             if not reached < before / 2:

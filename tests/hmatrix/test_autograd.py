@@ -1,0 +1,233 @@
+"""torch differentiates products, solutions and log-determinants."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import hmatrix as hm
+from tests.helpers import condition
+
+DOUBLES = ("float64", "complex128")
+
+
+def random_parts(rng, dtype, symmetric, *, n=12, levels=2, rank=2):
+    """A tree and leaf tensors of a well-conditioned HODLR matrix, all with gradients."""
+    tree = hm.ClusterTree(n, levels, permutation=rng.permutation(n))
+
+    def draw(*shape):
+        x = torch.asarray(rng.standard_normal(shape))
+        if dtype == "complex128":
+            x = x + 1j * torch.asarray(rng.standard_normal(shape))
+        return x
+
+    m = tree.leaf_size
+    leaves = draw(tree.nodes(levels), m, m)
+    if symmetric:
+        leaves = leaves + leaves.mH
+    parts = [leaves + 60 * torch.eye(m)]
+    for _ in range(1 if symmetric else 2):
+        for k in range(levels):
+            shape = (tree.nodes(k), tree.size(k + 1), rank)
+            scales = 0.5 + torch.asarray(rng.random((tree.nodes(k), rank)))
+            parts += [draw(*shape), scales, draw(*shape)]
+    return tree, [part.detach().requires_grad_() for part in parts]
+
+
+def build(tree, parts, symmetric):
+    """Put the matrix together; a Hermitian one has Hermitian leaves."""
+    leaves, *rest = parts
+    blocks = [hm.LowRank(*rest[i : i + 3]) for i in range(0, len(rest), 3)]
+    upper, lower = tuple(blocks[: tree.levels]), tuple(blocks[tree.levels :])
+    if symmetric:
+        return hm.HODLR(tree, (leaves + leaves.mH) / 2, upper)
+    return hm.HODLR(tree, leaves, upper, lower)
+
+
+@pytest.fixture(params=[(d, s) for d in DOUBLES for s in (False, True)], ids=str)
+def case(request, rng):
+    dtype, symmetric = request.param
+    tree, parts = random_parts(rng, dtype, symmetric)
+    b = torch.asarray(rng.standard_normal((tree.n, 2))).to(parts[0].dtype)
+    return tree, parts, symmetric, b.requires_grad_()
+
+
+def test_products_and_solutions_have_gradients(case):
+    tree, parts, symmetric, b = case
+
+    def product(b, *parts):
+        return build(tree, parts, symmetric) @ b
+
+    def adjoint_product(b, *parts):
+        return build(tree, parts, symmetric).rmatmat(b)
+
+    def solution(b, *parts):
+        return hm.factorize(build(tree, parts, symmetric), 0.3).solve(b)
+
+    def adjoint_solution(b, *parts):
+        F = hm.factorize(build(tree, parts, symmetric))
+        return F.solve(b, adjoint=True, rtol=1e-12)
+
+    for function in (product, adjoint_product, solution, adjoint_solution):
+        assert torch.autograd.gradcheck(function, (b, *parts), fast_mode=True)
+
+
+def test_determinants_and_diagonals_have_gradients(case):
+    tree, parts, symmetric, _ = case
+
+    def log_determinant(*parts):
+        return hm.factorize(build(tree, parts, symmetric)).slogdet()[1]
+
+    def inverse_diagonal(*parts):
+        return hm.factorize(build(tree, parts, symmetric)).inverse_diagonal()
+
+    def diagonal(*parts):
+        return build(tree, parts, symmetric).diagonal()
+
+    for function in (log_determinant, inverse_diagonal, diagonal):
+        assert torch.autograd.gradcheck(function, parts, fast_mode=True)
+
+
+def test_the_gradient_of_the_log_determinant_is_the_inverse(case):
+    """d log|det A| = tr(A⁻¹ dA), so the gradient is A⁻ᴴ, as of a dense matrix."""
+    tree, parts, symmetric, _ = case
+    H = build(tree, parts, symmetric)
+    value = hm.factorize(H).slogdet()[1]
+    assert (value.shape, value.dtype) == ((), torch.float64)
+    gradients = torch.autograd.grad(value, parts)
+    D = build(tree, parts, symmetric).to_dense()
+    inverse = torch.linalg.inv(D).mH.detach()
+    assert value.item() == pytest.approx(torch.linalg.slogdet(D)[1].item(), rel=1e-13)
+    # the chain rule from A⁻ᴴ on to the parts, through the dense form alone
+    expected = torch.autograd.grad(D, parts, grad_outputs=inverse)
+    tolerance = 1e-13 * condition(D.detach().numpy())
+    for found, exact in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_mlr_matrices_have_gradients(sign, rng):
+    tree = hm.ClusterTree(11, 2)
+    m = tree.leaf_size
+    leaves = torch.asarray(rng.standard_normal((4, m, m)))
+    # a padded row of a factor is zero, and so is its gradient
+    factors = [torch.zeros(2**k, tree.size(k), 2).double() for k in range(2)]
+    for F in factors:
+        F.view(12, 2)[:11] = 0.3 * torch.asarray(rng.standard_normal((11, 2)))
+    parts = [x.requires_grad_() for x in (leaves, *factors)]
+    b = torch.asarray(rng.standard_normal(11)).requires_grad_()
+
+    def factorized(leaves, *factors):
+        definite = leaves @ leaves.mT / m + 3 * torch.eye(m).double()
+        return hm.factorize(hm.MLR(tree, definite, factors, sign), 0.1)
+
+    functions = [
+        lambda b, *parts: factorized(*parts).solve(b),
+        lambda b, *parts: factorized(*parts).sample(b),
+        lambda b, *parts: factorized(*parts).whiten(b),
+        lambda b, *parts: factorized(*parts).logdet() * b[0],
+        lambda b, *parts: factorized(*parts).inverse_diagonal() + b,
+    ]
+    for function in functions:
+        assert torch.autograd.gradcheck(function, (b, *parts), fast_mode=True)
+
+
+def test_blocks_of_unequal_or_no_rank_have_finite_gradients():
+    """Zero columns fill up the ranks of a level; nothing may divide by their norms."""
+    tree, U = hm.ClusterTree(7, 2), torch.zeros(2, 2, 2).double()
+    U[0, :, 0] = 1.0
+    top = torch.zeros(1, 4, 0).double()
+    blocks = (
+        hm.LowRank(top, torch.zeros(1, 0).double(), top),
+        hm.LowRank(U.requires_grad_(), 0.1 * torch.ones(2, 2).double(), U),
+    )
+    leaves = (2 * torch.eye(2).double()).repeat(4, 1, 1)
+    leaves[3, 1, 1] = 0  # padding
+    leaves.requires_grad_()
+    F = hm.factorize(hm.HODLR(tree, leaves, blocks))
+    total = F.logdet() + F.solve(torch.ones(7).double()).sum()
+    for gradient in torch.autograd.grad(total, (U, leaves)):
+        assert torch.isfinite(gradient).all()
+        assert gradient.any()
+
+
+def test_log_determinants_are_numbers_where_no_gradient_is_wanted(rng):
+    tree, parts = random_parts(rng, "float64", symmetric=True)
+    H = build(tree, parts, symmetric=True)
+    assert isinstance(hm.factorize(H).logdet(), torch.Tensor)
+    with torch.no_grad():
+        F = hm.factorize(H)
+        assert type(F.logdet()) is float
+    fixed = build(tree, [part.detach() for part in parts], symmetric=True)
+    assert [type(x) for x in hm.factorize(fixed).slogdet()] == [float, float]
+    # and the symmetric factor is there again
+    assert isinstance(F, type(hm.factorize(fixed, method="cholesky")))
+
+
+def test_the_symmetric_factor_says_that_it_has_no_gradients(rng):
+    tree, parts = random_parts(rng, "float64", symmetric=True)
+    H = build(tree, parts, symmetric=True)
+    with pytest.raises(ValueError, match=r"has no gradients.*QR"):
+        hm.factorize(H, method="cholesky")
+    F = hm.factorize(H)
+    with pytest.raises(TypeError, match="no symmetric factor"):
+        F.sample(torch.ones(12).double())
+
+
+def exponential_kernel(t, length, tree):
+    """``exp(−|x − y| / length)`` of sorted points: every block has rank one, exactly."""
+    grid = t.reshape(tree.nodes(tree.levels), -1)
+    leaves = torch.exp(-abs(grid[:, :, None] - grid[:, None, :]) / length)
+    upper = []
+    for level in range(tree.levels):
+        left, right = t.reshape(tree.nodes(level), 2, -1).unbind(1)
+        middle = (left[:, -1:] + right[:, :1]) / 2
+        U = torch.exp((left - middle) / length)[..., None]
+        V = torch.exp((middle - right) / length)[..., None]
+        upper.append(hm.LowRank(U, torch.ones(len(U), 1).double(), V))
+    return hm.HODLR(tree, leaves, tuple(upper))
+
+
+def negative_log_likelihood(t, y, length, noise, tree):
+    H = exponential_kernel(t, length, tree)
+    F = hm.factorize(hm.shift(H, noise * torch.ones_like(t)))
+    return (y @ F.solve(y) + F.logdet() + len(t) * math.log(2 * math.pi)) / 2
+
+
+def test_a_gaussian_process_learns_its_length_scale_and_noise():
+    n, tree = 512, hm.ClusterTree(512, 4)
+    rng = np.random.default_rng(0)
+    t = torch.asarray(np.sort(rng.random(n)) * 20)
+    truth = torch.exp(-abs(t[:, None] - t) / 0.7) + 0.05 * torch.eye(n)
+    y = torch.linalg.cholesky(truth) @ torch.asarray(rng.standard_normal(n))
+
+    def dense(length, noise):
+        K = torch.exp(-abs(t[:, None] - t) / length) + noise * torch.eye(n)
+        square = y @ torch.linalg.solve(K, y)
+        return (square + torch.logdet(K) + n * math.log(2 * math.pi)) / 2
+
+    logs = torch.log(torch.tensor([3.0, 1.0]).double()).requires_grad_()
+    for function in (dense, lambda *a: negative_log_likelihood(t, y, *a, tree)):
+        value = function(*torch.exp(logs))
+        gradient = torch.autograd.grad(value, logs)[0]
+        if function is dense:
+            exact, exact_gradient = value, gradient
+    torch.testing.assert_close(value, exact, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, exact_gradient, rtol=1e-8, atol=0)
+
+    optimizer = torch.optim.LBFGS([logs], max_iter=40, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = negative_log_likelihood(t, y, *torch.exp(logs), tree)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    length, noise = torch.exp(logs).tolist()
+    assert 0.4 < length < 1.2
+    assert 0.03 < noise < 0.08
+    # a minimum of the dense likelihood
+    final = torch.autograd.grad(dense(*torch.exp(logs)), logs)[0]
+    assert torch.linalg.norm(final) < 1e-3 * torch.linalg.norm(exact_gradient)
