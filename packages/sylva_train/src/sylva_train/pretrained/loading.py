@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -27,7 +26,7 @@ from sylva_train._checks import (
 )
 from sylva_train.data import TASKS
 
-from .pooled import PooledClassifier, backbone_class
+from .pooled import PooledClassifier, backbone_class, read_config
 
 __all__ = ["DTYPES", "POOLINGS", "load_model", "load_tokenizer"]
 
@@ -202,7 +201,7 @@ def load_model(
     source = resolve(name_or_path)
     tokenizer = load_tokenizer(name_or_path)
     with readable("model", source):
-        config = AutoConfig.from_pretrained(source)
+        config = read_config(source)
         # Classifiers on GPT-2 and LLaMA look for the last token that is not padding.
         if config.pad_token_id is None:
             config.pad_token_id = tokenizer.pad_token_id

@@ -177,7 +177,9 @@ def merge_folder(
     base: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the fine-tuned model whole, as an ordinary `transformers` folder.
+    """Write the fine-tuned model whole, as a folder that `load_model` takes.
+
+    The Auto classes of `transformers` load it too, unless it is a `PooledClassifier`.
 
     Parameters
     ----------
