@@ -78,6 +78,13 @@ class TextDataset:
             targets=pick(self.targets),
         )
 
+    def sample(self, limit: int | None, seed: int = 0) -> TextDataset:
+        """Return at most ``limit`` examples: a random choice, in their order."""
+        if limit is None or limit >= len(self):
+            return self
+        order = np.random.default_rng(seed).permutation(len(self))[:limit]
+        return self.subset(sorted(order.tolist()))
+
 
 def load_data(
     spec: str | Path,
@@ -161,11 +168,7 @@ def load_data(
     chosen = choose_columns(table, texts, label_column, target_column, task, info)
     if labels is None:
         labels = info.get("labels") or table.label_names or None
-    dataset = build(table, task, *chosen, labels=labels)
-    if limit is not None and limit < len(dataset):
-        order = np.random.default_rng(seed).permutation(len(dataset))[:limit]
-        dataset = dataset.subset(sorted(order.tolist()))
-    return dataset
+    return build(table, task, *chosen, labels=labels).sample(limit, seed)
 
 
 def columns_of(text_column: str | int | Sequence[str | int] | None) -> list[str | int]:
