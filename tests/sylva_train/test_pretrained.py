@@ -254,6 +254,7 @@ def test_language_models_load_by_task(tmp_path):
     decoder = decoder_folder(tmp_path / "a", GPT2LMHeadModel, GPT2Config(**GPT2))
     model, tokenizer = load_model(decoder, task="causal-lm")
     assert isinstance(model, GPT2LMHeadModel)
+    assert model.loss_type == "ForCausalLM"  # without which transformers warns
     data = TextDataset("toy", "causal-lm", list(TEXTS))
     batch = next(iter(Loader(data, tokenizer, 5)))
     assert model(**batch).loss.isfinite()

@@ -426,7 +426,8 @@ def test_masks_are_described_by_their_own_numbers(home):
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
-        (0.04, "0.0 s"),
+        (0.04, "under 0.1 s"),
+        (0.2, "0.2 s"),
         (0.96, "1.0 s"),
         (59.4, "59 s"),
         (59.6, "1 min"),

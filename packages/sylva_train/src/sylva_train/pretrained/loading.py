@@ -78,7 +78,7 @@ def resolve(name_or_path: str | Path) -> str:
     path = Path(name_or_path).expanduser()
     looks_like_path = str(name_or_path)[:1] in {"/", ".", "~"}
     if (isinstance(name_or_path, Path) or looks_like_path) and not path.is_dir():
-        msg = f"`name_or_path`: there is no folder `{path}`."
+        msg = f"there is no folder `{name_or_path}` to load a model from."
         raise ModelError(msg)
     return str(path) if path.is_dir() else str(name_or_path)
 
@@ -215,6 +215,9 @@ def load_model(
                 AutoModelForCausalLM if task == "causal-lm" else AutoModelForSeq2SeqLM
             )
             model = load_whole(auto, source, options)
+            if task == "causal-lm" and getattr(model, "loss_type", "") is None:
+                # What transformers would take all the same, with a warning (GPT-2).
+                model.loss_type = "ForCausalLM"
     return model.eval(), tokenizer
 
 
