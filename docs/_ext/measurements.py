@@ -81,17 +81,25 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 def tables(name: str, value: Any) -> Iterator[str]:
     """Yield tables of what a result holds, whatever its benchmark made of it."""
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        yield f"**{words(name)}**"
-        yield ""
+        if name:
+            yield f"**{words(name)}**"
+            yield ""
         yield from table([each for row in value for each in spread(row)])
         return
     if not isinstance(value, Mapping):
         return
     groups = {k: v for k, v in value.items() if not plain(v)}
     singles = {words(k): v for k, v in value.items() if plain(v)}
-    same = [set(v) for v in groups.values() if isinstance(v, Mapping)]
+    same = [v.keys() for v in groups.values() if isinstance(v, Mapping)]
     if len(groups) > 1 and len(same) == len(groups) and all(s == same[0] for s in same):
-        yield from tables(name, [{"": k} | v for k, v in groups.items()])
+        rows = [{"": k} | v for k, v in groups.items()]
+        if not name:  # several quantities of the same things: a column each
+            # Those of several columns last: rows need not have the same ones.
+            names = sorted(
+                groups, key=lambda n: not all(map(plain, groups[n].values()))
+            )
+            rows = [{"": k} | {n: groups[n][k] for n in names} for k in same[0]]
+        yield from tables(name, rows)
         groups = {}
     if singles:
         what = ", ".join(f"{k}: {cell(v)}" for k, v in singles.items())

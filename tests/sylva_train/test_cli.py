@@ -260,6 +260,30 @@ def test_pairs_of_texts(home, tmp_path):
     sylva("evaluate", tmp_path / "run")
 
 
+def test_layers_without_a_block_are_told(home, tmp_path):
+    density = ["--density", "0.05"]  # of 16 blocks in the smaller layers
+    options = [*source(home), *SMALL, *STEPS, *density]
+    result = sylva("finetune", tmp_path / "run", *options)
+    masks = Masks.load(tmp_path / "run" / "masks.safetensors")
+    none = sum(not len(mask) for mask in masks.values())
+    assert 0 < none < len(masks)
+    share = f"{masks.density:.1%} of the weights of {len(masks)} layers"
+    assert f"{share} ({none} without a block)" in result.stderr
+    assert f"{masks.density:.1%} of the layers" in result.stdout
+
+
+def test_a_switch_takes_no_value():
+    shown = sylva("finetune", "--help").stdout
+    line = next(x for x in shown.splitlines() if "--overwrite" in x)
+    assert "bool" not in line.lower()
+
+
+def test_values_are_told_as_options(home, tmp_path):
+    options = [*source(home), *SMALL, *STEPS, "--density", "0.0001"]
+    message = told(sylva("finetune", tmp_path / "run", *options, code=2))
+    assert "share a budget with `--scope model`" in message
+
+
 def test_version():
     assert sylva("--version").stdout.split() == ["sylva-train", sylva_train.__version__]
 
@@ -303,7 +327,9 @@ def test_a_nan_while_scoring_writes_nothing(home, tmp_path):
     base = [*source(home), "--block-size", 8, *options]
     for command in ("score", "finetune"):
         result = sylva(command, tmp_path / "out.safetensors", *base, code=1)
-        assert "the loss is nan in batch" in told(result)
+        message = told(result)
+        assert "the loss is nan in batch" in message
+        assert "layer.0.output.dense.weight` itself has NaN" in message
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -318,12 +344,29 @@ def test_a_loss_that_diverges_keeps_the_run_to_look_at(home, tmp_path):
         assert "was interrupted" in told(sylva(*arguments, code=1))
 
 
+def test_training_from_weights_that_are_nan_says_so(home, tmp_path):
+    shutil.copytree(home / "model", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["embeddings.word_embeddings.weight"][:] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    options = [*source(home), *SHORT, "--model", tmp_path / "model"]
+    message = told(sylva("finetune", tmp_path / "run", *options, code=1))
+    assert "word_embeddings.weight` itself has NaN" in message
+
+
 # Adapters
 
 
 def broken(home: Path, tmp_path: Path) -> Path:
     shutil.copytree(home / "run", tmp_path / "run")
     return tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+
+
+def test_inspecting_a_run_verifies_its_adapter(home, tmp_path):
+    file = broken(home, tmp_path)
+    file.write_bytes(file.read_bytes()[:-9])
+    assert "damaged" in told(sylva("inspect", tmp_path / "run", code=1))
 
 
 def test_a_truncated_adapter_is_refused(home, tmp_path):
@@ -373,7 +416,8 @@ def test_masks_of_another_model_are_refused(home, tmp_path):
     save_folder(tmp_path / "other", config)
     masks = ["--masks", home / "run" / "masks.safetensors"]
     options = [*source(home), "--model", tmp_path / "other", *masks]
-    told(sylva("finetune", tmp_path / "run", *options, code=2))
+    message = told(sylva("finetune", tmp_path / "run", *options, code=2))
+    assert "intermediate.dense`, whose weight is (40, 32)" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -465,7 +509,7 @@ def test_a_killed_run_resumes_to_the_identical_adapter(home, tmp_path):
     kill_when(start_process(*base), later.exists)
     assert not (tmp_path / "killed" / "adapter").exists()
     assert "go on with it" in told(sylva(*base, code=2))
-    sylva(*base, "--resume")
+    assert "Going on after step 1" in sylva(*base, "--resume").stderr
     name = "adapter/adapter_model.safetensors"
     whole, killed = (contents(tmp_path / run) for run in ("whole", "killed"))
     assert killed[name] == whole[name]

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from sylva_train import report
 from sylva_train._checks import ConfigError, DataError, OutputExistsError, SylvaError
@@ -265,9 +266,8 @@ def test_frozen_features_are_scored_by_the_metric(here, home, tmp_path):
     by_f1 = plan(home, task=jobs.task(home, metric="f1"), **methods)
     row = compare(by_f1, tmp_path / "f1")["runs"][0]
     assert row["score"] == row["metrics"]["f1"]
-    by_loss = plan(home, task=jobs.task(home, metric="loss"), **methods)
     with pytest.raises(ConfigError, match="leave the method out"):
-        compare(by_loss, tmp_path / "loss")
+        plan(home, task=jobs.task(home, metric="loss"), **methods)
 
 
 def test_a_methods_rate_goes_before_its_kinds(home):
@@ -275,6 +275,26 @@ def test_a_methods_rate_goes_before_its_kinds(home):
     found = plan(home, learning_rates=rates)
     names = ("sylva:kfac:mlr", "sylva:random", "lora")
     assert [found.rate(name) for name in names] == [1.0, 2.0, 3.0]
+
+
+def test_rates_are_of_methods_that_there_are(home):
+    assert plan(home, learning_rates={"sylva:kfac": 2.0}).rate("sylva:kfac:mlr") == 2.0
+    with pytest.raises(ConfigError, match="got 'lorra'"):
+        plan(home, learning_rates={"lorra": 1.0})
+    with pytest.raises(ConfigError, match="`learning_rates` must be a finite number"):
+        plan(home, learning_rates={"lora": 0.0})
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "sylva:magnitude", "kfac-pruner"])
+def test_a_run_depends_on_its_seed_alone(home, method):
+    spec = plan(home, methods=(method,)).spec(method, 0)
+    losses = []
+    for number in (1, 2):
+        torch.manual_seed(number)
+        state = torch.get_rng_state()
+        losses.append([record["loss"] for record in run(spec)["history"]])
+        assert torch.equal(torch.get_rng_state(), state)
+    assert losses[0] == losses[1]
 
 
 def test_names_are_made_whole_and_unknown_ones_refused(home):

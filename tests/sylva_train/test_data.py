@@ -85,6 +85,22 @@ def test_columns_go_by_name_or_number(tmp_path):
     assert named.labels == [1, 0]
 
 
+def test_a_first_row_with_a_label_of_others_is_no_header(tmp_path):
+    path = write(tmp_path / "x.csv", "good,b\nbad,a\nfair,b\n")
+    data = load_data(path, text_column=0, label_column=1)
+    assert (data.texts, data.labels) == (["good", "bad", "fair"], [1, 0, 1])
+    assert data == load_data(path, text_column=0, label_column=1, header=False)
+
+
+def test_usual_names_are_found_in_any_case(tmp_path):
+    for name, comma in (("x.csv", ","), ("x.tsv", "\t")):
+        path = write(
+            tmp_path / name, "Label, Text\n1,good\n0,bad\n".replace(",", comma)
+        )
+        data = load_data(path)
+        assert (data.texts, data.labels) == (["good", "bad"], [1, 0])
+
+
 def test_two_columns_make_pairs(tmp_path):
     path = write(tmp_path / "x.tsv", "label\ts1\ts2\n1\ta\tb\n0\tc\td\n")
     data = load_data(path, text_column=["s1", "s2"])
@@ -114,7 +130,16 @@ def test_evaluation_knows_the_labels_of_training_only(tmp_path):
 BAD = {
     "csv-fields": ("x.csv", "sentence,label\na,1\nb\n", ":3: expected 2 fields"),
     "csv-multiline": ("x.csv", 'sentence,label\n"a\nb",1\nc,2,3\n', ":4: expected 2"),
-    "csv-open-quote": ("x.csv", 'sentence,label\na,1\n"b,0\nc,1\n', ":3: "),
+    "csv-open-quote": (
+        "x.csv",
+        'sentence,label\na,1\n"b,0\nc,1\n',
+        ":3: a quote that opens here is never closed",
+    ),
+    "csv-semicolons": (
+        "x.csv",
+        "sentence;label\na, b;1\n",
+        ":2: expected 1 fields, as in the first row; got 2. The first row has semicolons",
+    ),
     "tsv-fields": ("x.tsv", "1\ta\n0\tb\tc\n", ":2: expected 2 fields"),
     "blank-text": ("x.csv", "sentence,label\na,1\n ,0\n", ":3: expected a text"),
     "blank-label": ("x.csv", "sentence,label\na,1\nb,\n", ":3: expected a label"),
@@ -151,6 +176,14 @@ def test_bad_rows_are_refused_with_file_and_line(tmp_path, case):
     name, content, message = BAD[case]
     path = write(tmp_path / name, content)
     with pytest.raises(DataError, match=re.escape(f"{path}{message}")):
+        load_data(path)
+
+
+def test_another_separator_is_told_where_no_column_is_known(tmp_path):
+    path = write(tmp_path / "x.csv", "sentence;label\na;1\nb;0\n")
+    with pytest.raises(
+        DataError, match=r"'sentence;label'.*The first row has semicolons"
+    ):
         load_data(path)
 
 

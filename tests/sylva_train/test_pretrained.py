@@ -10,6 +10,8 @@ import peft
 import pytest
 import torch
 from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -128,6 +130,24 @@ def test_every_target_gets_a_gradient(tiny):
     assert all(layer.weight.grad.abs().sum() > 0 for layer in targets.values())
 
 
+def test_transformers_refuse_a_pooling_they_do_not_have(tiny, tmp_path):
+    for part in tiny:
+        part.save_pretrained(tmp_path)
+    for kind in (AutoModelForSequenceClassification, AutoModel):
+        with pytest.raises(ValueError, match="sylva-pooled-bert"):
+            kind.from_pretrained(tmp_path)
+    assert tiny[0].config.model_type == "bert"
+
+
+def test_transformers_load_their_own_pooling(tmp_path):
+    save_folder(tmp_path / "base")
+    model, tokenizer = load_model(tmp_path / "base", labels=LABELS, pooling="native")
+    model.save_pretrained(tmp_path / "native")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "native")
+    batch = next(iter(batches(tokenizer)))
+    assert torch.equal(again.eval()(**batch).logits, model(**batch).logits)
+
+
 def test_saved_classifiers_come_back_whole(tiny, tmp_path):
     model, _ = tiny
     torch.nn.init.normal_(model.classifier.bias)
@@ -234,6 +254,7 @@ def test_language_models_load_by_task(tmp_path):
     decoder = decoder_folder(tmp_path / "a", GPT2LMHeadModel, GPT2Config(**GPT2))
     model, tokenizer = load_model(decoder, task="causal-lm")
     assert isinstance(model, GPT2LMHeadModel)
+    assert model.loss_type == "ForCausalLM"  # without which transformers warns
     data = TextDataset("toy", "causal-lm", list(TEXTS))
     batch = next(iter(Loader(data, tokenizer, 5)))
     assert model(**batch).loss.isfinite()

@@ -82,6 +82,21 @@ def test_a_tenth_of_a_single_file_is_held_out(home):
     assert alone.texts == parts[1].texts
 
 
+def test_a_limit_holds_for_a_held_out_tenth(home):
+    _, tenth = read_data(task(home), seed=0)
+    rest, few = read_data(task(home, eval_limit=2), seed=0)
+    assert (len(rest), len(few)) == (36, 2)
+    assert set(few.texts) < set(tenth.texts)
+    found = evaluate_folder(home / "run", {"eval_limit": 2})
+    assert found["examples"] == 2
+    assert found["data"] == f"{home / 'train.jsonl'} (a tenth held out)"
+
+
+def test_a_file_has_no_split_to_evaluate(home):
+    with pytest.raises(ConfigError, match=r"`split` must not be given .* got 'test'"):
+        evaluate_folder(home / "run", {"eval_split": "test"})
+
+
 def test_one_example_is_not_divided(home, tmp_path):
     data = tmp_path / "one.jsonl"
     data.write_text('{"text": "a", "label": "good"}\n')
@@ -311,6 +326,21 @@ def test_predictions_are_the_models(home):
         assert probability == pytest.approx(float(logits.softmax(0).max()), rel=1e-5)
 
 
+def test_predictions_come_in_batches_of_any_number(home, monkeypatch):
+    runs = importlib.import_module("sylva_train.workflow.runs")
+    texts = ["a b c good", "b b", "bad c d a", "a", "good a"]
+    whole = predict(home / "run", texts)
+    monkeypatch.setattr(runs, "BATCH", 2)
+    parts = predict(home / "run", texts)
+    assert [label for label, _ in parts] == [label for label, _ in whole]
+    assert [p for _, p in parts] == pytest.approx([p for _, p in whole], rel=1e-5)
+    assert predict(home / "run", []) == []
+    with pytest.raises(
+        ConfigError, match=r"a list of texts; got one: pass \['a good'\]"
+    ):
+        predict(home / "run", "a good")
+
+
 def test_a_model_learns_what_the_data_has(home, tmp_path):
     longer = training(steps=60, lr=0.03)
     record = run(home, tmp_path / "run", training=longer)
@@ -396,7 +426,8 @@ def test_masks_are_described_by_their_own_numbers(home):
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
-        (0.04, "0.0 s"),
+        (0.04, "under 0.1 s"),
+        (0.2, "0.2 s"),
         (0.96, "1.0 s"),
         (59.4, "59 s"),
         (59.6, "1 min"),

@@ -201,9 +201,12 @@ def adapt(
     if method.name == "full":
         model.requires_grad_(True)
     elif method.name == "lora":
-        model = peft.get_peft_model(
-            model, lora_config(targets, config.density, config.modules_to_save)
-        )
+        # PEFT draws the first factors from the global generator.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)
+            model = peft.get_peft_model(
+                model, lora_config(targets, config.density, config.modules_to_save)
+            )
     elif method.rule is not None:
         options = replace(
             config,

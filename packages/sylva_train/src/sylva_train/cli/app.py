@@ -230,7 +230,9 @@ def merge(
     model: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a fine-tuned model whole, as an ordinary transformers folder.
+    """Write a fine-tuned model whole, as a folder for --model and sylva_train.load_model.
+
+    transformers loads it too, unless it is a classifier that pools by the mean.
 
     Examples
     --------

@@ -68,5 +68,8 @@ def show(bars: Progress, event: Event, metric: str) -> None:
     elif event.row is not None:
         score = score_text(metric, event.row["score"])
         kept = "  (finished before)" if event.kind == "kept" else ""
-        left = f"; about {duration(event.left)} left" if event.left else ""
+        left = ""
+        if event.left:
+            tens = round(event.left, -1) if event.left >= 60 else event.left
+            left = f"; about {duration(tens)} left"
         bars.say(f"{place:>6}  {name}: {score}{kept}{left}")

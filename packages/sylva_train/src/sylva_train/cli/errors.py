@@ -101,10 +101,13 @@ def spoken(error: Exception, flags: set[str]) -> str:
         )
 
     def named(match: re.Match[str]) -> str:
-        name = match[1]
-        return f"`--{name.replace('_', '-')}`" if name in flags else match[0]
+        name, value = match.groups()
+        if name not in flags:
+            return match[0]
+        return f"`--{name.replace('_', '-')}{f' {value}' if value else ''}`"
 
-    return re.sub(r"`([a-z_]+)`", named, message)
+    # `name`, and `name="value"` as Python has it.
+    return re.sub(r'`([a-z_]+)(?:="([^"`]+)")?`', named, message)
 
 
 def interruption(arguments: list[str], flags: set[str]) -> str:

@@ -60,7 +60,8 @@ class Flag:
 
 def flag(kind: Any, panel: str, help: str, *names: str, metavar: str = "") -> Flag:
     """Write down an option."""
-    return Flag(kind, panel, help, names, metavar or None)
+    # A switch takes no value; Typer would show one, <bool>.
+    return Flag(kind, panel, help, names, metavar or (" " if kind is bool else None))
 
 
 def either(choices: Collection[str]) -> str:

@@ -176,7 +176,7 @@ def masks(found: Masks) -> None:
     layer_table(about)
 
 
-def layer_table(about: Mapping[str, Any]) -> None:
+def layer_table(about: Mapping[str, Any], total_name: str = "all") -> None:
     """Print blocks, weights and density of each layer and of all."""
     title, names = shortened(list(about["layers"]))
     rows = [
@@ -190,7 +190,7 @@ def layer_table(about: Mapping[str, Any]) -> None:
         for name, layer in zip(names, about["layers"].values(), strict=True)
     ]
     total = (
-        "all",
+        total_name,
         "",
         f"{about['blocks']:,}",
         f"{about['trainable']:,}",
@@ -217,7 +217,8 @@ def adapter(path: Path) -> None:
             "on disk": size(about["bytes"]),
         }
     )
-    layer_table(about)
+    # Layers without a block are not in an adapter.
+    layer_table(about, "all of these")
 
 
 def run(record: Mapping[str, Any], path: Path) -> None:
@@ -286,6 +287,8 @@ def inspect(path: Path, kind: str, *, as_json: bool = False) -> None:
         as_text(inspect_adapter(path)) if as_json else adapter(path)
     elif kind == "run":
         record = read_run(path, finished=False)
+        if record["finished"]:
+            inspect_adapter(path / "adapter")  # verifies it
         as_text(record) if as_json else run(record, path)
     elif kind == "masks":
         found = Masks.load(path)

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from sylva_train._checks import ConfigError, check_integer
+from sylva_train._checks import ConfigError, check_integer, check_positive
 from sylva_train.baselines import parse_method
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 
@@ -23,6 +23,9 @@ __all__ = [
 #: Peak learning rates, chosen on the validation split (benchmarks/bench_rates.py); the
 #: pruner trains the same kind of weights as Sylva, and takes its rate.
 LEARNING_RATES = {"full": 4e-4, "lora": 4e-3, "kfac-pruner": 4e-3, "sylva": 4e-3}
+
+#: Metrics of classes alone, without logits: those of a linear head on frozen features.
+CLASSES_ALONE = ("accuracy", "f1", "mcc")
 
 #: Methods of the short comparison.
 DEMO = ("frozen", "full", "lora", "sylva:kfac:mlr", "sylva:random")
@@ -62,7 +65,8 @@ class Comparison:
     Raises
     ------
     ConfigError
-        If a method is unknown, or there is no seed, or the task is not classification.
+        If a method or the method of a rate is unknown, or there is no seed, or the task
+        is not classification, or its metric not one that ``"frozen"`` is scored by.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -80,6 +84,18 @@ class Comparison:
             raise ConfigError(msg)
         for seed in self.seeds:
             check_integer("seeds", seed, 0)
+        rates = {}
+        for name, rate in self.learning_rates.items():
+            check_positive("learning_rates", rate)
+            rates[name if name in LEARNING_RATES else parse_method(name).name] = rate
+        object.__setattr__(self, "learning_rates", rates)
+        if "frozen" in names and self.task.metric not in {None, *CLASSES_ALONE}:
+            msg = (
+                f"`metric` {self.task.metric!r} is not one that frozen features are"
+                f" scored by; take one of {', '.join(CLASSES_ALONE)}, or leave the method"
+                " out of `methods`."
+            )
+            raise ConfigError(msg)
         if self.task.task != "classification":
             msg = (
                 f"`task` must be classification to be compared; got {self.task.task!r}."

@@ -313,6 +313,13 @@ def truncated(
     return result
 
 
+def damage(model: nn.Module) -> str:
+    """Say which parameter of a model is not finite, if one is, amid a message."""
+    every = model.named_parameters()
+    bad = next((n for n, p in every if not bool(torch.isfinite(p).all())), None)
+    return "" if bad is None else f" `{bad}` itself has NaN or infinite values;"
+
+
 def collect_curvature(
     model: nn.Module,
     targets: dict[str, nn.Module],
@@ -366,8 +373,9 @@ def collect_curvature(
             number = float(value.detach())
             if not math.isfinite(number):
                 msg = (
-                    f"the loss is {number} in batch {collector.step} while scoring; check"
-                    " the data, and score in float32 or bfloat16 rather than float16."
+                    f"the loss is {number} in batch {collector.step} while scoring;"
+                    f"{damage(model)} check the data, and score in float32 or bfloat16"
+                    " rather than float16."
                 )
                 raise NonFiniteError(msg)
             value.backward()

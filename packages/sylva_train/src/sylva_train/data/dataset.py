@@ -12,7 +12,7 @@ import numpy as np
 
 from sylva_train._checks import ConfigError, DataError, check_choice, check_integer
 
-from .files import HeaderTest, Row, Table
+from .files import HeaderTest, Row, Table, other_separator
 from .sources import find_table
 
 __all__ = ["TASKS", "TextDataset", "load_data"]
@@ -20,7 +20,7 @@ __all__ = ["TASKS", "TextDataset", "load_data"]
 #: What a data set is for; the first is the default.
 TASKS = ("classification", "causal-lm", "seq2seq")
 
-# Column names that are taken where none is given.
+# Column names that are taken where none is given, whatever their case.
 TEXT_NAMES = ("text", "sentence", "input", "prompt", "content")
 LABEL_NAMES = ("label", "labels", "class")
 TARGET_NAMES = ("target", "output", "completion", "response", "answer")
@@ -78,6 +78,13 @@ class TextDataset:
             targets=pick(self.targets),
         )
 
+    def sample(self, limit: int | None, seed: int = 0) -> TextDataset:
+        """Return at most ``limit`` examples: a random choice, in their order."""
+        if limit is None or limit >= len(self):
+            return self
+        order = np.random.default_rng(seed).permutation(len(self))[:limit]
+        return self.subset(sorted(order.tolist()))
+
 
 def load_data(
     spec: str | Path,
@@ -125,9 +132,10 @@ def load_data(
     seed : int
         Seed of that choice.
     header : bool, optional
-        Whether the first row of a ``.csv`` or ``.tsv`` names the columns; by default it
-        does in a ``.csv``, and in a ``.tsv`` where a column is asked for by name or the
-        default names are found.
+        Whether the first row of a ``.csv`` or ``.tsv`` names the columns. By default it
+        does in a ``.csv``, unless the columns are given by number and its label is one
+        of those below; in a ``.tsv`` where a column is asked for by name or the default
+        names are found.
 
     Returns
     -------
@@ -158,14 +166,23 @@ def load_data(
     named = [c for c in asked if isinstance(c, str) and not c.isdecimal()]
     is_header = header_test(header, named, task)
     table, info = find_table(spec, split, is_header)
+    if header is None and not named and label_column is not None:
+        table = without_header(table, int(label_column))
     chosen = choose_columns(table, texts, label_column, target_column, task, info)
     if labels is None:
         labels = info.get("labels") or table.label_names or None
-    dataset = build(table, task, *chosen, labels=labels)
-    if limit is not None and limit < len(dataset):
-        order = np.random.default_rng(seed).permutation(len(dataset))[:limit]
-        dataset = dataset.subset(sorted(order.tolist()))
-    return dataset
+    return build(table, task, *chosen, labels=labels).sample(limit, seed)
+
+
+def without_header(table: Table, label: int) -> Table:
+    """Return the table with its header as a row, if that has a label as rows have."""
+    if label >= len(table.columns):
+        return table
+    name = table.columns[label]
+    if all(row.get(label) != name for _, row in table.rows):
+        return table
+    first: tuple[int, Row] = (1, dict(enumerate(table.columns)))
+    return replace(table, columns=(), rows=[first, *table.rows])
 
 
 def columns_of(text_column: str | int | Sequence[str | int] | None) -> list[str | int]:
@@ -191,8 +208,14 @@ def header_test(header: bool | None, named: Sequence[str], task: str) -> HeaderT
     if task == "causal-lm":
         needed.pop()
     return lambda fields, suffix: (
-        suffix == ".csv" or all(not set(n).isdisjoint(fields) for n in needed)
+        suffix == ".csv"
+        or all(not set(n).isdisjoint(map(folded, fields)) for n in needed)
     )
+
+
+def folded(column: str) -> str:
+    """Return a column's name without case and blanks around it."""
+    return column.strip().lower()
 
 
 def pick_column(
@@ -211,7 +234,8 @@ def pick_column(
     """
     if wanted is None:
         if table.columns:
-            return next((name for name in names if name in table.columns), None)
+            plain = {folded(column): column for column in table.columns}
+            return next((plain[name] for name in names if name in plain), None)
         return number
     if wanted in table.columns:
         return wanted
@@ -276,7 +300,7 @@ def choose_columns(
                 f" columns are {have}. Name it: `{option}` (by number from 0 where there"
                 " is no header)."
             )
-            raise DataError(msg)
+            raise DataError(msg + other_separator(table.columns or ["", ""]))
     if label is not None and guessed:
         check_guess(table, label)
     return text_columns, label, target

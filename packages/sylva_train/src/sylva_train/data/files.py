@@ -13,7 +13,14 @@ from typing import Any
 
 from sylva_train._checks import DataError
 
-__all__ = ["SUFFIXES", "HeaderTest", "Row", "Table", "read_table"]
+__all__ = [
+    "SUFFIXES",
+    "HeaderTest",
+    "Row",
+    "Table",
+    "other_separator",
+    "read_table",
+]
 
 Row = Mapping[str | int, Any]
 #: Tells from the fields of a first row and the suffix whether they name the columns.
@@ -82,25 +89,38 @@ def delimited_rows(
         quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
         strict=True,
     )
-    width, start = 0, 1
+    first: list[str] = []
+    start = 1
     while True:
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            msg = f"{name}:{start}: {error}; the row cannot be read."
+            reason = str(error)
+            if "unexpected end" in reason:
+                reason = "a quote that opens here is never closed"
+            msg = f"{name}:{start}: {reason}; the row cannot be read."
             raise DataError(msg) from None
         if fields is None:
             return
         if fields:
-            width = width or len(fields)
-            if len(fields) != width:
+            first = first or fields
+            if len(fields) != len(first):
                 msg = (
-                    f"{name}:{start}: expected {width} fields, as in the first row; got"
-                    f" {len(fields)}."
+                    f"{name}:{start}: expected {len(first)} fields, as in the first row; got"
+                    f" {len(fields)}.{other_separator(first)}"
                 )
                 raise DataError(msg)
             yield start, fields
         start = reader.line_num + 1
+
+
+def other_separator(first: Sequence[str]) -> str:
+    """Tell of another separator in a first row that is read as one field."""
+    marks = {";": "semicolons", "\t": "tabs", ",": "commas"}
+    kind = next((marks[mark] for mark in marks if mark in first[0]), None)
+    if len(first) > 1 or kind is None:
+        return ""
+    return f" The first row has {kind}; a .csv is separated by commas, a .tsv by tabs."
 
 
 def read_delimited(name: str, data: bytes, is_header: HeaderTest, suffix: str) -> Table:

@@ -145,8 +145,8 @@ def read_datasets(spec: str, split: str) -> Table:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         msg = (
-            f"{unknown}, and `datasets` could not load its split {split!r}: {reason}"
-            " Without a network, pass the path of a local file."
+            f"{unknown}, and `datasets` could not load its split {split!r}:"
+            f" {reason.rstrip('.')}. Without a network, pass the path of a local file."
         )
         raise DataError(msg) from error
     finally:

@@ -10,7 +10,7 @@ from sylva_train._checks import ConfigError, TargetError
 from sylva_train.masks import LayerMask
 from sylva_train.targets import check_tied, is_inside, weight_view
 
-from .linear import SparseEmbeddedLinear, check_embeddable, check_shape
+from .linear import SparseEmbeddedLinear, check_embeddable
 
 __all__ = [
     "check_masks",
@@ -119,7 +119,13 @@ def check_masks(
             raise ConfigError(msg)
         check_embeddable(modules[name])
         check_tied(model, name, modules[name])
-        check_shape(mask, tuple(weight_view(modules[name]).shape))
+        shape = tuple(weight_view(modules[name]).shape)
+        if mask.shape != shape:
+            msg = (
+                f"`masks` has one of shape {mask.shape} for `{name}`, whose weight is"
+                f" {shape}: they, or the scores they come from, are another model's."
+            )
+            raise ConfigError(msg)
         layers[name] = modules[name]
     if not layers:
         msg = "`masks` has no active block in any layer; there is nothing to train."

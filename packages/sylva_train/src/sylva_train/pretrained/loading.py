@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -28,7 +27,7 @@ from sylva_train._checks import (
 from sylva_train.config import MINILM, minilm_folder
 from sylva_train.data import TASKS
 
-from .pooled import PooledClassifier, backbone_class
+from .pooled import PooledClassifier, backbone_class, read_config
 
 __all__ = ["DTYPES", "POOLINGS", "load_model", "load_tokenizer", "quiet"]
 
@@ -78,7 +77,7 @@ def resolve(name_or_path: str | Path) -> str:
     path = Path(name_or_path).expanduser()
     looks_like_path = str(name_or_path)[:1] in {"/", ".", "~"}
     if (isinstance(name_or_path, Path) or looks_like_path) and not path.is_dir():
-        msg = f"`name_or_path`: there is no folder `{path}`."
+        msg = f"there is no folder `{name_or_path}` to load a model from."
         raise ModelError(msg)
     return str(path) if path.is_dir() else str(name_or_path)
 
@@ -201,7 +200,7 @@ def load_model(
     source = resolve(name_or_path)
     tokenizer = load_tokenizer(name_or_path)
     with readable("model", source):
-        config = AutoConfig.from_pretrained(source)
+        config = read_config(source)
         # Classifiers on GPT-2 and LLaMA look for the last token that is not padding.
         if config.pad_token_id is None:
             config.pad_token_id = tokenizer.pad_token_id
@@ -215,6 +214,9 @@ def load_model(
                 AutoModelForCausalLM if task == "causal-lm" else AutoModelForSeq2SeqLM
             )
             model = load_whole(auto, source, options)
+            if task == "causal-lm" and getattr(model, "loss_type", "") is None:
+                # What transformers would take all the same, with a warning (GPT-2).
+                model.loss_type = "ForCausalLM"
     return model.eval(), tokenizer
 
 

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sized
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from sylva_train._checks import atomic_write
 from sylva_train.data import Loader
 
-__all__ = ["PooledClassifier", "backbone_class", "mean_pool", "pooled_features"]
+__all__ = [
+    "PooledClassifier",
+    "backbone_class",
+    "mean_pool",
+    "pooled_features",
+    "read_config",
+]
+
+#: Stands before the backbone's ``model_type`` in a saved classifier's ``config.json``.
+SAVED = "sylva-pooled-"
 
 
 def mean_pool(
@@ -52,6 +65,16 @@ def backbone_class(config: Any) -> tuple[type[PreTrainedModel], dict[str, Any]]:
     return kind, {"add_pooling_layer": False} if has_pooler else {}
 
 
+def read_config(source: str) -> Any:
+    """Return a model's configuration; that of a saved `PooledClassifier` too."""
+    fields, _ = PreTrainedConfig.get_config_dict(source)
+    kind = str(fields.get("model_type", ""))
+    if not kind.startswith(SAVED):
+        return AutoConfig.from_pretrained(source)
+    fields["model_type"] = kind.removeprefix(SAVED)
+    return AutoConfig.for_model(**fields)
+
+
 class PooledClassifier(PreTrainedModel):
     """A bare pretrained model, the mean of its hidden states, and a linear head.
 
@@ -67,6 +90,9 @@ class PooledClassifier(PreTrainedModel):
     The pooling of sentence-transformers (Reimers and Gurevych 2019), which the MiniLM
     encoders were trained with. The head, ``classifier``, has no dropout before it. Every
     parameter of the backbone's layers gets a gradient: there is no unused pooler.
+
+    `sylva_train.load_model` loads a saved one. Classes of `transformers` refuse it: they
+    know no pooling by the mean, and would take random weights for its own.
     """
 
     base_model_prefix = "backbone"
@@ -90,6 +116,26 @@ class PooledClassifier(PreTrainedModel):
             dtype=width.dtype,
         )
         self.post_init()  # type: ignore[no-untyped-call]
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **options: Any
+    ) -> None:
+        """Write weights and configuration as `transformers` does, under another type.
+
+        Parameters
+        ----------
+        save_directory : path
+            The folder.
+        *args, **options
+            Those of `transformers.PreTrainedModel.save_pretrained`.
+        """
+        super().save_pretrained(save_directory, *args, **options)
+        path = Path(save_directory) / "config.json"
+        if path.exists():  # only the main process writes it
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields["model_type"] = SAVED + self.config.model_type
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps(fields, indent=2), encoding="utf-8")
 
     def forward(
         self,

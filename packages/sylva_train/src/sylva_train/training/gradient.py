@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sylva_train._checks import NonFiniteError
-from sylva_train.curvature import loss_units
+from sylva_train.curvature import damage, loss_units
 
 __all__ = ["Batch", "Loss", "accumulate_gradient", "clip_gradient", "move"]
 
@@ -55,9 +55,9 @@ def accumulate_gradient(
         number = value.item()
         if not math.isfinite(number):
             msg = (
-                f"the loss is {number} in {where}; this step changed no weight. Lower"
-                " `lr`, raise `warmup`, and check the data: NaN comes of a batch without"
-                " a label that counts, too."
+                f"the loss is {number} in {where};{damage(model)} this step changed no"
+                " weight. Lower `lr`, raise `warmup`, and check the data: NaN comes of a"
+                " batch without a label that counts, too."
             )
             raise NonFiniteError(msg)
         value.backward()

@@ -19,6 +19,7 @@ from sylva_train._checks import (
     atomic_folder,
     atomic_write,
 )
+from sylva_train.checkpoint import checkpoints
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
@@ -243,11 +244,15 @@ def train_blocks(
     loader = task.loader(training, progress=bars.stage("tokenizing"))
     eval_loader = task.eval_loader(progress=bars.stage("tokenizing"))
     steps = number_of_steps(loader, training)
-    blocks, layers = (sum(map(len, masks.values())), sum(map(bool, masks.values())))
+    blocks, none = sum(map(len, masks.values())), sum(not m for m in masks.values())
     bars.say(
-        f"Training {masks.trainable:,} weights for {steps:,} steps: {blocks:,} blocks in"
-        f" {layers} layers, {masks.density:.1%} of them."
+        f"Training {masks.trainable:,} weights for {steps:,} steps: {blocks:,} blocks,"
+        f" {masks.density:.1%} of the weights of {len(masks)} layers"
+        + (f" ({none} without a block)." if none else ".")
     )
+    before = max(checkpoints(output / "checkpoints"), default=0)
+    if before:
+        bars.say(f"Going on after step {before:,}.")
 
     def score_model(model: nn.Module) -> dict[str, Any]:
         metric, report = task.config.metric, bars.stage("evaluating")

@@ -32,6 +32,8 @@ def duration(seconds: float) -> str:
     >>> [duration(s) for s in (0.42, 8.2, 75, 400, 9000)]
     ['0.4 s', '8 s', '1 min 15 s', '7 min', '2 h 30 min']
     """
+    if seconds < 0.1:
+        return "under 0.1 s"
     if seconds < 1:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -21,7 +21,7 @@ from sylva_train.tuner import load_adapter
 
 from .outputs import check_folder
 from .progress import Progress
-from .task import evaluation_loader, read_data
+from .task import evaluation_loader, is_file, read_data
 
 __all__ = [
     "FORMAT",
@@ -36,6 +36,8 @@ __all__ = [
 FORMAT = "sylva-run/1"
 #: What a run was asked for and, once it is finished, what came of it.
 RECORD = "sylva.json"
+#: Texts that `predict` has in memory together.
+BATCH = 64
 
 
 def read_run(
@@ -151,11 +153,21 @@ def evaluate_folder(
 
     Raises
     ------
+    ConfigError
+        If a split of a single file is asked for.
     SylvaError
         If the folder, its base model or the data cannot be used.
     """
     with Progress(enabled=progress) as bars:
-        task = TaskConfig(**(read_run(folder)["task"] | dict(changes or {})))
+        changes = dict(changes or {})
+        task = TaskConfig(**(read_run(folder)["task"] | changes))
+        source = task.eval_data or task.data
+        if "eval_split" in changes and is_file(source):
+            msg = (
+                f"`split` must not be given with a single file; got {task.eval_split!r}"
+                f" and `{source}`."
+            )
+            raise ConfigError(msg)
         model, tokenizer, run = load_folder(folder, base=base)
         seed = run["training"]["seed"]
         labels = run["labels"] or None
@@ -181,7 +193,9 @@ def merge_folder(
     base: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the fine-tuned model whole, as an ordinary `transformers` folder.
+    """Write the fine-tuned model whole, as a folder that `load_model` takes.
+
+    The Auto classes of `transformers` load it too, unless it is a `PooledClassifier`.
 
     Parameters
     ----------
@@ -232,25 +246,29 @@ def predict(
     Raises
     ------
     ConfigError
-        If the model is no classifier.
+        If the model is no classifier, or ``texts`` is a single string.
     """
+    if isinstance(texts, str):
+        msg = f"`texts` must be a list of texts; got one: pass [{texts[:40]!r}]."
+        raise ConfigError(msg)
     model, tokenizer, run = load_folder(folder, base=base)
     if run["task"]["task"] != "classification":
         msg = (
             f"`{folder}` was fine-tuned for {run['task']['task']}, not classification."
         )
         raise ConfigError(msg)
-    batch = tokenizer(
-        list(texts),
-        padding=True,
-        truncation=True,
-        max_length=run["task"]["max_length"],
-        return_tensors="pt",
-    )
-    probabilities = model(**batch).logits.float().softmax(-1)
-    best = probabilities.max(-1)
-    labels = run["labels"]
-    return [
-        (labels[int(i)], float(p))
-        for p, i in zip(best.values, best.indices, strict=True)
-    ]
+    answers = []
+    for start in range(0, len(texts), BATCH):
+        batch = tokenizer(
+            list(texts[start : start + BATCH]),
+            padding=True,
+            truncation=True,
+            max_length=run["task"]["max_length"],
+            return_tensors="pt",
+        )
+        best = model(**batch).logits.float().softmax(-1).max(-1)
+        answers += [
+            (run["labels"][int(i)], float(p))
+            for p, i in zip(best.values, best.indices, strict=True)
+        ]
+    return answers

@@ -31,6 +31,7 @@ __all__ = [
 
 #: Part of a single file that is kept for evaluation.
 HOLDOUT = 0.1
+TENTH = "a tenth held out"
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def evaluated_on(config: TaskConfig) -> str:
     """Say on what a task is evaluated."""
     if config.eval_data is not None:
         return config.eval_data
-    return "a tenth held out" if is_file(config.data) else config.eval_split
+    return TENTH if is_file(config.data) else config.eval_split
 
 
 def read_data(
@@ -205,7 +206,8 @@ def read_data(
         )
         labels = labels or examples.label_names or None
     if divided and examples is not None:
-        return divide(examples, seed)
+        rest, tenth = divide(examples, seed)
+        return rest, tenth.sample(config.eval_limit, seed)
     held_out = None
     if evaluation:
         source = config.eval_data or config.data
@@ -234,7 +236,7 @@ def divide(examples: TextDataset, seed: int) -> tuple[TextDataset, TextDataset]:
         raise ConfigError(msg)
     parts = (order[held:], order[:held])
     rest, held_out = (examples.subset(sorted(part.tolist())) for part in parts)
-    return rest, held_out
+    return rest, dataclasses.replace(held_out, name=f"{examples.name} ({TENTH})")
 
 
 def check_metric(config: TaskConfig) -> None:
