@@ -89,5 +89,6 @@ def truncate(
         leaves,
         tuple(upper),
         None if H.symmetric else tuple(lower),
-        None if H.error is None else H.error + error,
+        # `error` is relative to H, whose norm is at most 1 + H.error times the original
+        None if H.error is None else H.error + (1 + H.error) * error,
     )
