@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["OVERLAY", "bars", "differences", "score_dots", "trade_off"]
+__all__ = [
+    "OVERLAY",
+    "bars",
+    "differences",
+    "score_dots",
+    "stragglers",
+    "trade_off",
+]
 
 #: Methods that one frame can hold and still be told apart.
 OVERLAY = 6
@@ -92,11 +99,29 @@ def _seeds(
     )
 
 
+def stragglers(rows: Sequence[Row], metric: Metric) -> list[Row]:
+    """Return methods so far below the frozen model that they would squeeze the others.
+
+    Further than half of what full fine-tuning is above it; none where it is not above.
+    """
+    sign = 1 if metric.higher else -1
+    means = {row.method: sign * row.mean for row in rows if row.mean is not None}
+    frozen, full = (means.get(method, math.nan) for method in ("frozen", "full"))
+    if not full > frozen:
+        return []
+    low = frozen - (full - frozen) / 2
+    return [row for row in rows if means.get(row.method, math.inf) < low]
+
+
 def score_dots(
     rows: Sequence[Row], metric: Metric, looks: Mapping[str, Look]
 ) -> Figure:
-    """Draw every method's score: mean, a tick a seed, a bar of one deviation."""
+    """Draw every method's score: mean, a tick a seed, a bar of one deviation.
+
+    Stragglers are arrows at the edge.
+    """
     rows = [row for row in rows if row.mean is not None]
+    beyond = stragglers(rows, metric)
     figure, axes = _rows_frame([row.label for row in rows], right=0.82)
     for place, row in enumerate(rows):
         values = [metric.factor * score for score in row.scores]
@@ -105,7 +130,18 @@ def score_dots(
         if row.method in {"frozen", "full"}:
             mean = float(np.mean(values))
             axes.axvline(mean, color=look.colour, lw=0.8, ls=(0, (4, 3)), zorder=1)
-        _seeds(axes, place, values, deviation, look)
+        if row in beyond:
+            axes.plot(
+                [0.01 if metric.higher else 0.99],
+                [place],
+                color=look.colour,
+                marker="<" if metric.higher else ">",
+                ms=6,
+                mew=0,
+                transform=axes.get_yaxis_transform(),
+            )
+        else:
+            _seeds(axes, place, values, deviation, look)
         text = metric.number(row.mean or 0.0)
         text += "" if row.std is None else f" ± {metric.number(row.std)}"
         _note(axes, place, text, row.best)
@@ -205,11 +241,12 @@ def _magnitude(value: float) -> str:
 
 
 def _beside(axes: Axes, rows: Sequence[Row], metric: Metric) -> None:
-    """Label points on their roomier side, groups at one place dodged as one column."""
+    """Label points on their roomier side, all labels of a side clear of each other."""
     if not rows:
         return
     figure = axes.get_figure(root=True)
     height = figure.get_size_inches()[1] * axes.get_position().height if figure else 1
+    axes.autoscale_view()  # limits are otherwise those of before, until it is drawn
     to_axes = axes.transScale + axes.transLimits
     places = np.array(
         [
@@ -220,11 +257,15 @@ def _beside(axes: Axes, rows: Sequence[Row], metric: Metric) -> None:
     # Points less than a marker apart stand in one column and share its labels' column.
     order = np.argsort(places[:, 0], kind="stable")
     breaks = np.flatnonzero(np.diff(places[order, 0]) > 0.03) + 1
-    for group in np.split(order, breaks):
-        x = places[group, 0].mean()
-        side = -1 if x > 0.6 else 1
-        heights = dodge(places[group, 1].tolist(), 0.165 / height, 0.0, 1.0)
-        for index, y in zip(group, heights, strict=True):
+    groups = [(group, places[group, 0].mean()) for group in np.split(order, breaks)]
+    left = places[:, 0] <= 0.6
+    heights = np.empty(len(rows))
+    for part in (left, ~left):
+        heights[part] = dodge(places[part, 1].tolist(), 0.165 / height, 0.0, 1.0)
+    for group, x in groups:
+        side = 1 if left[group[0]] else -1
+        for index in group:
+            y = heights[index]
             crowded = abs(y - places[index, 1]) > 0.02
             axes.annotate(
                 shorten(rows[index].label),
@@ -238,6 +279,7 @@ def _beside(axes: Axes, rows: Sequence[Row], metric: Metric) -> None:
                 fontweight="bold" if rows[index].best else "normal",
                 arrowprops={
                     "arrowstyle": "-",
+                    "relpos": (0 if side > 0 else 1, 0.5),
                     "color": MUTED,
                     "lw": 0.5,
                     "shrinkA": 1,

@@ -76,6 +76,13 @@ def headline(results: Results) -> Headline:
             (percentage(winner.trainable_fraction), "of the weights trained")
         )
         sentences += _costs(winner, full, lora, figures)
+        if lora is not None and lora.trainable and winner.trainable:
+            ratio = lora.trainable / winner.trainable
+            if not 0.8 < ratio < 1.25:
+                sentences.append(
+                    f"The budgets differ: LoRA trains {times(ratio)} the weights that"
+                    " Sylva does."
+                )
     sentences += _cautions(rows)
     return Headline(title, tuple(sentences), tuple(figures))
 
@@ -114,6 +121,11 @@ def _gap(
     if control is not None:
         share = sign * ((control.mean or 0.0) - base) / gap
         beside = f"; random blocks close {max(share, 0.0):.0%}"
+        if share >= 1:
+            both = gain >= gap
+            beside = (
+                "; so do random blocks" if both else "; random blocks close all of it"
+            )
     return (
         f"Sylva closes {part} between the frozen and the fully fine-tuned model while "
         f"training {weights} of the weights{beside}."

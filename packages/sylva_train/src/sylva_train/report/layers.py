@@ -34,7 +34,8 @@ def chosen_blocks(page: Page) -> str:
     first = page.best if page.best in every else next(iter(every))
     intro = (
         "Every rectangle is a weight matrix, rows (out) down and columns (in) across, "
-        "all to one scale. Filled: the trained blocks, where they lie."
+        "all to one scale. Filled: the trained blocks, where they lie"
+        f"{', of the first seed' if page.several else ''}."
     )
     parts = [f'<p class="lede">{intro}</p>', masks.mask_key(every[first])]
     drawn = 0
@@ -70,11 +71,8 @@ def _overlap(page: Page, every: Mapping[str, masks.Layers]) -> str:
     if len(methods) < 2:
         return ""
     shares = 100 * masks.overlaps(every)
-    density, chance = page.setup.get("density"), ""
-    if isinstance(density, int | float):
-        chance = (
-            f" Two independent random draws would share about {100 * density:.2g}%."
-        )
+    expected = 100 * masks.chance(every[methods[0]])
+    chance = f" Two independent random draws would share about {expected:.2g}%."
     if len(methods) == 2:
         one, other = (escape(page.labels[method]) for method in methods)
         text = f"{one} and {other} share {shares[0, 1]:.0f}% of their blocks.{chance}"
@@ -139,7 +137,7 @@ def block_scores(page: Page) -> str:
         return ""
     text = (
         "For each matrix: thick bar, the middle half of its block scores; thin line, "
-        "5th to 95th percentile; dot, the largest; orange tick, the threshold above which "
+        "5th to 95th percentile; dot, the largest; wide tick, the threshold above which "
         "a block is trained. One logarithmic scale for all, in the rule's own unit."
     )
     lede = f'<p class="lede">{page.named(method)}. {text}</p>' if pictures else ""
@@ -169,8 +167,9 @@ def _example(page: Page, method: str, grid: Mapping[str, Any]) -> str:
     there = [name for name in grid if grid[name].get("grid")]
     if not there:
         return ""
-    name = wanted if wanted in there else there[0]
     chosen = page.by_method("masks").get(method) or {}
+    full = [name for name in there if chosen.get(name, {}).get("indices")] or there
+    name = wanted if wanted in full else full[len(full) // 2]
     blocks = np.asarray(chosen.get(name, {"indices": []})["indices"], dtype=np.int64)
     blocks = blocks.reshape(-1, 2)
     values = np.asarray(grid[name]["grid"], dtype=np.float64)
@@ -185,7 +184,7 @@ def _example(page: Page, method: str, grid: Mapping[str, Any]) -> str:
             page.picture(
                 partial(structure.score_grid, values, blocks.tolist()),
                 f"One matrix: {short}",
-                "Block scores in place. Framed in orange: the trained blocks.",
+                "Block scores in place. Framed: the trained blocks.",
             ),
             page.picture(
                 partial(structure.score_grid, values[rows][:, columns], moved.tolist()),
@@ -225,7 +224,7 @@ def factor(page: Page) -> str:
         page.picture(
             partial(structure.spectra, found),
             "Spectrum of each level",
-            "All blocks of a level together, largest first; black: the dense factor. "
+            "All blocks of a level together, largest first, and the dense factor. "
             "Values below 10⁻⁷ of the largest are not drawn.",
         )
     )

@@ -17,6 +17,7 @@ __all__ = [
     "OUTSIDE",
     "Place",
     "active_lines",
+    "chance",
     "layer_places",
     "mask_grid",
     "mask_key",
@@ -156,6 +157,16 @@ def overlaps(masks: Mapping[str, Mapping[str, Any]]) -> Floats:
         common = len(np.intersect1d(codes[i], codes[j]))
         shares[i, j] = shares[j, i] = common / max(1, min(len(codes[i]), len(codes[j])))
     return shares
+
+
+def chance(layers: Layers) -> float:
+    """Return the share of blocks that two random draws, as many a layer, have in common."""
+    counts = np.array([len(mask["indices"]) for mask in layers.values()], dtype=float)
+    totals = [
+        math.prod(-(-side // mask["block_size"]) for side in mask["shape"])
+        for mask in layers.values()
+    ]
+    return float((counts**2 / totals).sum() / max(1.0, counts.sum()))
 
 
 def _layers(masks: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:

@@ -61,11 +61,14 @@ def scores(page: Page) -> str:
             " The bar is Student's 95% interval of the mean, for each rule alone: where "
             "it crosses zero, chance could explain the difference."
         )
+    beyond = ""
+    if figures.stragglers(page.rows, page.metric):
+        beyond = " An arrow: beyond the picture."
     pictures = [
         page.picture(
             partial(figures.score_dots, page.rows, page.metric, page.looks),
             f"{page.metric.words.capitalize()} of each method",
-            f"{marks} Dashed: frozen and full fine-tuning.",
+            f"{marks} Dashed: frozen and full fine-tuning.{beyond}",
         )
     ]
     if any(row.versus_random for row in page.rows):
@@ -142,20 +145,27 @@ def _small_multiples(
 
 def costs(page: Page) -> str:
     """Return score against trained weights, and bars of time and memory."""
+    beyond = figures.stragglers(page.rows, page.metric)
     points = [
         row
         for row in page.rows
-        if row.trainable > 0 and row.mean is not None and row.method != "frozen"
+        if row.trainable > 0
+        and row.mean is not None
+        and row.method != "frozen"
+        and row not in beyond
     ]
     pictures = []
     if len(points) > 1:
         text = "Logarithmic axis."
         if len(points) <= figures.OVERLAY and page.several:
             text = f"Vertical line: lowest to highest seed. {text}"
-        frozen = next((row for row in page.rows if row.method == "frozen"), None)
-        if frozen and frozen.mean is not None:
-            level = page.metric.value(frozen.mean)
-            text += f" Not drawn: {frozen.label}, {level}."
+        others = ", ".join(
+            f"{row.label} ({page.metric.value(row.mean)})"
+            for row in page.rows
+            if row.mean is not None and (row.method == "frozen" or row in beyond)
+        )
+        if others:
+            text += f" Not drawn: {others}."
         pictures.append(
             page.picture(
                 partial(figures.trade_off, points, page.metric, page.looks),

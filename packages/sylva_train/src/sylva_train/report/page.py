@@ -133,8 +133,8 @@ def _measures(page: Page) -> dict[str, str]:
     examples = f"{count} held-out examples" if count else "the held-out examples"
     text = (
         f"Of the model after its last step, on {examples}, the same for every method. "
-        "The spread is over seeds, which set the head, the order of the data and random "
-        "blocks; it does not hold the luck of the evaluation set."
+        "The spread is over seeds, which set the head, the order of the data, random "
+        "blocks and, where examples are limited or a tenth is held out, which ones."
     )
     if page.metric.name == "accuracy" and count and best.mean is not None:
         error = 100 * (best.mean * (1 - best.mean) / count) ** 0.5

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .style import INK, LEVELS, MUTED, SURFACE, THEME, Look, frame, in_powers, power
+from .style import (
+    INK,
+    LEVELS,
+    MUTED,
+    SURFACE,
+    THEME,
+    Look,
+    frame,
+    in_powers,
+    power,
+)
 from .summary import BYTES, finite, quantity
 
 if TYPE_CHECKING:
@@ -341,14 +351,20 @@ def spectra(factor: Mapping[str, Any]) -> Figure:
     top = max((float(v[0]) for _, v, _, _ in series if v.size), default=1.0)
     floor = top * 1e-7
     longest = max((v.size for _, v, _, _ in series), default=1)
-    ends = []
-    for name, every, colour, size in series:
+    key = 0
+    # In the order of the levels, the factor itself last: most curves meet at their ends.
+    for name, every, colour, size in [*series[1:], series[0]]:
         values = every[every >= floor]
         if not values.size:
             continue
-        places = np.arange(1, values.size + 1)
-        axes.plot(places, values, color=colour, marker="o", ms=size, mew=0, lw=1.2)
-        ends.append((places[-1], values[-1], name))
+        style: dict[str, Any] = {"color": colour, "marker": "o", "ms": size, "lw": 1.2}
+        style["mew"] = 0
+        axes.plot(np.arange(1, values.size + 1), values, **style)
+        y = 0.97 - 0.09 * key
+        place: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
+        axes.plot([1.02, 1.05, 1.08], [y] * 3, **style, **place)
+        axes.text(1.1, y, name, va="center", fontsize=8, **place)
+        key += 1
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.minorticks_off()
@@ -358,17 +374,6 @@ def spectra(factor: Mapping[str, Any]) -> Figure:
     axes.set_xlabel("index")
     axes.set_ylabel("singular value")
     axes.grid(True)
-    for x, y, name in ends:
-        axes.annotate(
-            name,
-            xy=(float(x), float(y)),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            annotation_clip=False,
-            bbox={"fc": SURFACE, "ec": "none", "alpha": 0.85, "pad": 0.6},
-        )
     return figure
 
 
