@@ -11,9 +11,9 @@ from hmatrix._checks import (
     SingularBlockError,
     SingularLeafError,
 )
-from hmatrix.arithmetic import add, norm, scale, shift, truncate
+from hmatrix.arithmetic import add, add_low_rank, matmul, norm, scale, shift, truncate
 from hmatrix.construct import from_dense
-from hmatrix.factor import Factorization, factorize
+from hmatrix.factor import Factorization, factorize, inverse
 from hmatrix.hodlr import HODLR
 from hmatrix.interop import aslinearoperator
 from hmatrix.io import load, save
@@ -41,10 +41,13 @@ __all__ = [
     "StreamingHODLR",
     "StreamingMLR",
     "add",
+    "add_low_rank",
     "aslinearoperator",
     "factorize",
     "from_dense",
+    "inverse",
     "load",
+    "matmul",
     "norm",
     "plot",
     "save",

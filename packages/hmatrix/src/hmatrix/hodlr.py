@@ -172,11 +172,12 @@ class HODLR(StoredOperator):
             self.tree, change(self.leaves), mapped(self.upper), lower, self.error
         )
 
-    def _apply(self, x: Array) -> Array:
+    def _apply(self, x: Array, top: int = 0) -> Array:
+        """Product with a padded block; with ``top``, of the part at and below a level."""
         xp, q = self.space.xp, x.shape[1]
         y = self.leaves @ xp.reshape(x, (*self.leaves.shape[:2], q))
         y = xp.reshape(y, x.shape)
-        for level in range(self.tree.levels):
+        for level in range(top, self.tree.levels):
             halves = xp.reshape(x, (-1, 2, self.tree.size(level + 1), q))
             B12, B21 = self.blocks(level)
             parts = [B12 @ halves[:, 1, :, :], B21 @ halves[:, 0, :, :]]

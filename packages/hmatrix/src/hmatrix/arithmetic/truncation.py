@@ -5,17 +5,28 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
+from hmatrix._backend import Space
 from hmatrix._checks import check_float, check_int
-from hmatrix.arithmetic.norms import norm
+from hmatrix.arithmetic.norms import norm, sum_of_squares
 from hmatrix.construct import block_tolerance
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.mlr import MLR
 from hmatrix.update import StreamingMLR
 
-__all__ = ["truncate"]
+__all__ = ["check_rtol", "truncate"]
 
 Matrix = TypeVar("Matrix", HODLR, MLR)
+
+#: Multiple of epsilon that stands for rounding: less would keep ranks of noise.
+ROUNDING = 10
+
+
+def check_rtol(space: Space, rtol: float | None) -> float:
+    """Return a relative tolerance, by default that of rounding."""
+    if rtol is None:
+        return ROUNDING * space.eps
+    return check_float("rtol", rtol, minimum=0.0)
 
 
 def truncate(
@@ -50,8 +61,7 @@ def truncate(
         held = stream.result(normalize=False)
         leaves = H.leaves + H.sign * held.leaves
         return MLR(H.tree, leaves, held.factors, H.sign)
-    rtol = H.space.eps if rtol is None else check_float("rtol", rtol, minimum=0.0)
-    xp, size = H.space.xp, norm(H)
+    rtol, size = check_rtol(H.space, rtol), norm(H)
     upper: list[LowRank] = []
     lower: list[LowRank] = []
     squares = 0.0
@@ -62,12 +72,13 @@ def truncate(
                 continue
             cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
             side.append(cut)
-            squares += float(xp.sum(lost**2)) * (2 if H.symmetric else 1)
+            squares += sum_of_squares(lost) * (2 if H.symmetric else 1)
     error = math.sqrt(squares) / size if size else 0.0
     return HODLR(
         H.tree,
         H.leaves,
         tuple(upper),
         None if H.symmetric else tuple(lower),
-        None if H.error is None else H.error + error,
+        # `error` is relative to H, whose norm is at most 1 + H.error times the original
+        None if H.error is None else H.error + (1 + H.error) * error,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from hmatrix._checks import check_kind
 from hmatrix.factor._base import Factorization
 from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
+from hmatrix.factor.inversion import inverse
 from hmatrix.factor.mlr import MLRFactorization
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
@@ -20,6 +21,7 @@ __all__ = [
     "HODLRInverse",
     "MLRFactorization",
     "factorize",
+    "inverse",
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from hmatrix._backend import (
@@ -15,9 +17,11 @@ from hmatrix._backend import (
     to_numpy,
 )
 from hmatrix._checks import DTypeError, SingularBlockError, SingularLeafError
-from hmatrix._operator import Operator, unpad_rows
+from hmatrix._operator import Operator, real_rows, unpad_rows
+from hmatrix.arithmetic.assembly import Terms
 from hmatrix.factor._base import Factorization, shifted_leaves
 from hmatrix.hodlr import HODLR
+from hmatrix.lowrank import LowRank, pair, stack
 
 __all__ = ["HODLRFactorization", "HODLRInverse"]
 
@@ -43,9 +47,9 @@ class HODLRFactorization(Factorization):
         for level in range(tree.levels):
             B12, B21 = H.blocks(level)
             shape = (tree.padded, -1)
-            P.append(xp.reshape(_pair(B12.U, B21.U), shape))
-            self._Q.append(xp.reshape(_pair(B21.V, B12.V), shape))
-            scales.append(_pair(B12.S, B21.S))
+            P.append(xp.reshape(pair(B12.U, B21.U), shape))
+            self._Q.append(xp.reshape(pair(B21.V, B12.V), shape))
+            scales.append(pair(B12.S, B21.S))
         self._widths = [int(p.shape[-1]) for p in P]
         self._Y: list[Array] = [None] * tree.levels  # D P
         self._E: list[Array] = [None] * tree.levels  # (I + C QᴴD P)⁻¹ C
@@ -88,6 +92,29 @@ class HODLRFactorization(Factorization):
             part = xp.sum((Y @ off) * conjugate(Z), axis=-1)
             diagonal = diagonal - xp.reshape(part, (-1,))
         return unpad_rows(diagonal, self.tree)
+
+    def _terms(self) -> tuple[Array, Iterator[Terms]]:
+        """Leaves of the inverse, and what each level adds: −D P E Qᴴ D."""
+        real = self.space.xp.astype(real_rows(self.tree, self.space), self.space.dtype)
+        leaves = self._inverse_leaves
+        # padded rows of the inverse are identity here, zero outside
+        real = self.space.xp.reshape(real, (*leaves.shape[:2], 1))
+        return leaves * real, map(self._level_terms, range(self.tree.levels))
+
+    def _level_terms(self, level: int) -> Terms:
+        width = self._widths[level]
+        Z = Y = self._halves(level, self._Y[level])
+        if not self.symmetric:
+            x = self._solve_adjoint(self._Q[level], level + 1)
+            Z = self._halves(level, x)
+        E, ones = self._E[level], self.space.real.ones(Y.shape[0], width)
+
+        def term(row: int, column: int) -> LowRank:
+            # Qᴴ D sees the second half of a block first
+            core = E[:, width * row :, width * (1 - column) :][:, :width, :width]
+            return LowRank(-Y[:, row, :, :] @ core, ones, Z[:, column, :, :])
+
+        return term(0, 1), term(1, 0), stack(term(0, 0), term(1, 1))
 
     def _apply(self, x: Array) -> Array:
         x = self._solve_leaves(x)
@@ -219,17 +246,6 @@ class HODLRInverse(Operator):
 
     def __repr__(self) -> str:
         return repr(self._factorization).replace("Factorization", "Inverse", 1)
-
-
-def _pair(first: Array, second: Array) -> Array:
-    """Stack (b, ..., r) and (b, ..., s) to (b, 2, ..., max(r, s)), zeros at the end."""
-    space = Space.of(first)
-    width = max(first.shape[-1], second.shape[-1])
-    parts = [
-        space.xp.concat([x, space.zeros(*x.shape[:-1], width - x.shape[-1])], axis=-1)
-        for x in (first, second)
-    ]
-    return space.xp.stack(parts, axis=1)
 
 
 def _invert(blocks: Array, signs: Array, level: int, *, leaf: bool) -> Array:
