@@ -3,6 +3,7 @@
 from hmatrix._checks import (
     BackendError,
     DTypeError,
+    EntryError,
     FileFormatError,
     HMatrixError,
     NonFiniteError,
@@ -29,6 +30,7 @@ __all__ = [
     "BackendError",
     "ClusterTree",
     "DTypeError",
+    "EntryError",
     "Factorization",
     "FileFormatError",
     "HMatrixError",

@@ -23,6 +23,7 @@ from hmatrix._backend import (
 __all__ = [
     "BackendError",
     "DTypeError",
+    "EntryError",
     "FileFormatError",
     "HMatrixError",
     "NonFiniteError",
@@ -60,6 +61,10 @@ class BackendError(HMatrixError, TypeError):
 
 class NonFiniteError(HMatrixError, ValueError):
     """Data hold NaN or infinite values."""
+
+
+class EntryError(HMatrixError, IndexError):
+    """A row or column is out of range, or not an integer."""
 
 
 class FileFormatError(HMatrixError, ValueError):

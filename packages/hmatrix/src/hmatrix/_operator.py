@@ -10,6 +10,7 @@ import numpy as np
 
 from hmatrix._backend import NUMBERS, Array, Space, conjugate, to_numpy, transpose
 from hmatrix._checks import ShapeError, check_operand, check_space
+from hmatrix._entries import Entries
 from hmatrix.tree import ClusterTree
 
 __all__ = [
@@ -167,7 +168,7 @@ class Operator(ABC):
         return conjugate(y)
 
 
-class StoredOperator(Operator):
+class StoredOperator(Entries, Operator):
     """An operator that is the arrays it holds."""
 
     leaves: Array

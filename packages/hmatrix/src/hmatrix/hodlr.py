@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from hmatrix._backend import (
     NUMBERS,
     Array,
@@ -186,6 +188,58 @@ class HODLR(StoredOperator):
 
     def _apply_adjoint(self, x: Array) -> Array:
         return self.H._apply(x)
+
+    def _entries(self, rows: np.ndarray, columns: np.ndarray) -> Array:
+        xp, tree, m = self.space.xp, self.tree, self.tree.leaf_size
+        # the level of the node whose halves part row and column: frexp counts the bits
+        parted = tree.levels - np.frexp((rows // m) ^ (columns // m))[1]
+        found = [np.nonzero(parted == tree.levels)[0]]
+        places = rows[found[0]] * m + columns[found[0]] % m
+        values = [self._take(xp.reshape(self.leaves, (-1,)), places)]
+        for level in range(tree.levels):
+            half = tree.size(level + 1)
+            for side, block in enumerate(self.blocks(level)):
+                here = np.nonzero((parted == level) & (rows // half % 2 == side))[0]
+                U, V = self._factor_rows(block, level, rows[here], columns[here])
+                found.append(here)
+                values.append(xp.sum(U * conjugate(V), axis=-1))
+        back = np.argsort(np.concatenate(found))
+        return self._take(xp.concat(values), back)
+
+    def _block(self, rows: np.ndarray, columns: np.ndarray) -> Array:
+        xp, tree, m = self.space.xp, self.tree, self.tree.leaf_size
+        i, j = rows[:, None], columns[None, :]
+        total = self._take(xp.reshape(self.leaves, (-1,)), i * m + j % m)
+        same = self.space.integers(i // m == j // m)
+        total = xp.where(same, total, xp.zeros_like(total))
+        for level in range(tree.levels):
+            half = tree.size(level + 1)
+            for side, block in enumerate(self.blocks(level)):
+                # row and column in the two halves of a node
+                parted = (i // half % 2 == side) & (i // half ^ 1 == j // half)
+                if parted.any():
+                    U, V = self._factor_rows(block, level, rows, columns)
+                    met = self.space.integers(parted)
+                    total = xp.where(met, U @ adjoint(V), total)
+        return total
+
+    def _factor_rows(
+        self, block: LowRank, level: int, rows: np.ndarray, columns: np.ndarray
+    ) -> tuple[Array, Array]:
+        """Rows of ``U diag(S)`` and of ``V`` at padded rows and columns, (e, r)."""
+        xp, half = self.space.xp, self.tree.size(level + 1)
+        nodes = rows // (2 * half)
+        shape = (self.tree.padded // 2, block.rank)
+        U, V = (xp.reshape(x, shape) for x in (block.U, block.V))
+        U = self._take(U, nodes * half + rows % half)
+        S = xp.astype(self._take(block.S, nodes), U.dtype, copy=False)
+        return U * S, self._take(V, columns // (2 * half) * half + columns % half)
+
+    def _take(self, x: Array, places: np.ndarray) -> Array:
+        """Return ``x[places]`` along the first axis."""
+        xp = self.space.xp
+        taken = xp.take(x, self.space.integers(places.ravel()), axis=0)
+        return xp.reshape(taken, (*places.shape, *x.shape[1:]))
 
     def __repr__(self) -> str:
         kind = "symmetric" if self.symmetric else "general"
