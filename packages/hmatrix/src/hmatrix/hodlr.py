@@ -165,9 +165,18 @@ class HODLR(StoredOperator):
 
     def map(self, change: Callable[[Array], Array]) -> HODLR:
         """Return a copy with ``change`` applied to each stored array."""
+        return self._map(change, change)
 
+    def _convert(self, space: Space) -> HODLR:
+        return self._map(space.asarray, space.real.asarray)
+
+    def _map(
+        self, change: Callable[[Array], Array], rescale: Callable[[Array], Array]
+    ) -> HODLR:
         def mapped(blocks: tuple[LowRank, ...]) -> tuple[LowRank, ...]:
-            return tuple(LowRank(change(b.U), change(b.S), change(b.V)) for b in blocks)
+            return tuple(
+                LowRank(change(b.U), rescale(b.S), change(b.V)) for b in blocks
+            )
 
         lower = None if self.lower is None else mapped(self.lower)
         return HODLR(
@@ -180,7 +189,8 @@ class HODLR(StoredOperator):
         y = self.leaves @ xp.reshape(x, (*self.leaves.shape[:2], q))
         y = xp.reshape(y, x.shape)
         for level in range(top, self.tree.levels):
-            halves = xp.reshape(x, (-1, 2, self.tree.size(level + 1), q))
+            nodes, half = self.tree.nodes(level), self.tree.size(level + 1)
+            halves = xp.reshape(x, (nodes, 2, half, q))
             B12, B21 = self.blocks(level)
             parts = [B12 @ halves[:, 1, :, :], B21 @ halves[:, 0, :, :]]
             y = y + xp.reshape(xp.stack(parts, axis=1), x.shape)

@@ -172,7 +172,7 @@ def stack(first: LowRank, second: LowRank) -> LowRank:
     xp = namespace(first.S)
     parts = ((first.U, second.U), (first.S, second.S), (first.V, second.V))
     paired = (pair(*part) for part in parts)
-    return LowRank(*(xp.reshape(x, (-1, *x.shape[2:])) for x in paired))
+    return LowRank(*(xp.reshape(x, (2 * x.shape[0], *x.shape[2:])) for x in paired))
 
 
 def cut(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from hmatrix._backend import Array, Space, adjoint
 from hmatrix._checks import NonFiniteError, check_int
 from hmatrix._operator import pad_rows
-from hmatrix.arithmetic.norms import sum_of_squares
+from hmatrix.arithmetic.norms import safe_norm
 from hmatrix.arithmetic.truncation import check_rtol
 from hmatrix.construct import block_tolerance
 from hmatrix.hodlr import HODLR
@@ -66,9 +66,13 @@ def assemble(
     space = Space.of(leaves)
     rtol = check_rtol(space, rtol)
     max_rank = None if max_rank is None else check_int("max_rank", max_rank, 0)
+    _check_finite(space, size)
     early = EARLY / 2 * rtol * size
     sides: tuple[list[LowRank], ...] = ([],) if symmetric else ([], [])
-    squares = lost = 0.0
+    # B12 stands for B21 too if that is not stored, and so do the errors in it
+    twice = math.sqrt(2) if symmetric else 1.0
+    losses: list[float] = []
+    lost = 0.0
     handed: LowRank | None = None
     for level, (upper, lower, diagonal) in enumerate(terms):
         below = [diagonal]
@@ -81,25 +85,22 @@ def assemble(
         for side, block in zip(sides, blocks, strict=False):
             kept, cost = recompress(block, tolerance=tolerance)
             side.append(kept)
-            squares += sum_of_squares(cost) * (2 if symmetric else 1)
+            losses.append(safe_norm(cost) * twice)
         handed = beside(*below)
         if level + 1 < tree.levels:
             # one share for each level that hands down, none to the leaves
             share = early / ((tree.levels - 1) * math.sqrt(tree.nodes(level + 1)))
             handed, cost = recompress(handed, tolerance=share)
-            # an error in B12 stands for B21 too if that is not stored
-            lost += math.sqrt(sum_of_squares(cost) * (2 if symmetric else 1))
+            lost += safe_norm(cost) * twice
     if handed is not None:
         leaves = leaves + handed.to_dense()
     if symmetric:
         leaves = (leaves + adjoint(leaves)) / 2
-    lost += math.sqrt(squares)
+    lost += math.hypot(*losses)
     # orthonormal factors: the norm is that of the scales
-    off = sum(sum_of_squares(block.S) for side in sides for block in side)
-    norm = math.sqrt(sum_of_squares(leaves) + off * (2 if symmetric else 1))
-    if not math.isfinite(norm):
-        msg = f"The result overflows {space.name}; scale the matrices, or use float64."
-        raise NonFiniteError(msg)
+    off = (safe_norm(block.S) * twice for side in sides for block in side)
+    norm = math.hypot(safe_norm(leaves), *off)
+    _check_finite(space, norm)
     allowed = max(rtol * (norm - lost) - lost, 0.0)
     upper_blocks, *lower_blocks = (
         tuple(
@@ -121,7 +122,13 @@ def estimate_norm(
     """
     count = 8
     x = pad_rows(space.normal((tree.n, count), tree.n), tree)
-    return math.sqrt(sum_of_squares(apply(x)) / count)
+    return safe_norm(apply(x)) / math.sqrt(count)
+
+
+def _check_finite(space: Space, norm: float) -> None:
+    if not math.isfinite(norm):
+        msg = f"The result overflows {space.name}; scale the matrices, or use float64."
+        raise NonFiniteError(msg)
 
 
 def _split(handed: LowRank) -> tuple[tuple[LowRank, LowRank], LowRank]:

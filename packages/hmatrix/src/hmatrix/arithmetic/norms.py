@@ -11,7 +11,7 @@ from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank
 from hmatrix.mlr import MLR
 
-__all__ = ["norm", "sum_of_squares"]
+__all__ = ["norm", "safe_norm"]
 
 #: Products with the matrix and its adjoint that the 2-norm may take at most, and the
 #: residual, relative to the eigenvalue of AᴴA, that ends them before.
@@ -68,31 +68,32 @@ def norm(H: Operator, kind: str | int = "fro") -> float:
     return _frobenius(H)
 
 
-def sum_of_squares(x: Array) -> float:
-    """Return the squared Frobenius norm of a whole array; scaled, against overflow."""
+def safe_norm(x: Array) -> float:
+    """Return the Frobenius norm of a whole array, whose squares may leave the range."""
     xp = namespace(x)
     if not math.prod(x.shape):
         return 0.0
     top = float(xp.max(xp.abs(x)))
-    return float(xp.sum((xp.abs(x) / top) ** 2)) * top * top if top else 0.0
+    return math.sqrt(float(xp.sum((xp.abs(x) / top) ** 2))) * top if top else 0.0
 
 
 def _frobenius(H: HODLR | MLR) -> float:
     xp = H.space.xp
-    squares = sum_of_squares(H.leaves)
     if isinstance(H, HODLR):
+        parts = [safe_norm(H.leaves)]
         for level in range(H.tree.levels):
             for block in H.blocks(level):
                 # the core of both QRs: no cancellation between dependent columns
                 _, Ru = qr(block.U)
                 _, Rv = qr(block.V)
-                squares += sum_of_squares(LowRank(Ru, block.S, Rv).to_dense())
-        return math.sqrt(squares)
+                parts.append(safe_norm(LowRank(Ru, block.S, Rv).to_dense()))
+        return math.hypot(*parts)
+    squares = float(xp.sum(H.leaves**2))
     for k, F in enumerate(H.factors):
         # ⟨G Gᵀ, F Fᵀ⟩ = ‖Gᵀ F‖² node by node, for the levels G above and at F
         for j, G in enumerate(H.factors[: k + 1]):
             inner = transpose(xp.reshape(G, (*F.shape[:2], G.shape[-1]))) @ F
-            squares += sum_of_squares(inner) * (1 if j == k else 2)
+            squares += float(xp.sum(inner**2)) * (1 if j == k else 2)
         part = xp.reshape(F, (*H.leaves.shape[:2], F.shape[-1]))
         squares += 2 * H.sign * float(xp.sum(part * (H.leaves @ part)))
     return math.sqrt(max(squares, 0.0))
@@ -106,7 +107,7 @@ def _largest_singular_value(H: Operator) -> float:
     v = pad_rows(space.normal((n, 1), n), H.tree)
     v = v / frobenius(v)
     # brought to about 1, so that squares stay in range
-    scale = float(frobenius(H._apply(v)))
+    scale = safe_norm(H._apply(v))
     if not scale:
         return 0.0
     before, off = space.xp.zeros_like(v), 0.0

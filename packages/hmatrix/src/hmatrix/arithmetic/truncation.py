@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from hmatrix._backend import Space
 from hmatrix._checks import check_float, check_int
-from hmatrix.arithmetic.norms import norm, sum_of_squares
+from hmatrix.arithmetic.norms import norm, safe_norm
 from hmatrix.construct import block_tolerance
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, recompress
@@ -64,7 +64,7 @@ def truncate(
     rtol, size = check_rtol(H.space, rtol), norm(H)
     upper: list[LowRank] = []
     lower: list[LowRank] = []
-    squares = 0.0
+    losses: list[float] = []
     for level in range(H.tree.levels):
         tolerance = block_tolerance(H.tree, level, rtol * size)
         for side, block in zip((upper, lower), H.blocks(level), strict=True):
@@ -72,8 +72,8 @@ def truncate(
                 continue
             cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
             side.append(cut)
-            squares += sum_of_squares(lost) * (2 if H.symmetric else 1)
-    error = math.sqrt(squares) / size if size else 0.0
+            losses.append(safe_norm(lost) * (math.sqrt(2) if H.symmetric else 1))
+    error = math.hypot(*losses) / size if size else 0.0
     return HODLR(
         H.tree,
         H.leaves,

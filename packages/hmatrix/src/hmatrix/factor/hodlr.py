@@ -183,9 +183,8 @@ class HODLRFactorization(Factorization):
 
     def _halves(self, level: int, x: Array) -> Array:
         """View (padded, q) as (2**level, 2, half, q)."""
-        return self.space.xp.reshape(
-            x, (-1, 2, self.tree.size(level + 1), int(x.shape[-1]))
-        )
+        nodes, half = self.tree.nodes(level), self.tree.size(level + 1)
+        return self.space.xp.reshape(x, (nodes, 2, half, int(x.shape[-1])))
 
     def _solve_leaves(self, x: Array) -> Array:
         return self._leaves_times(self._inverse_leaves, x)
