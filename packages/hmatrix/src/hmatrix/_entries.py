@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hmatrix._backend import Array, Space, is_array, to_numpy
+from hmatrix._backend import Array, Space, conjugate, is_array, to_numpy
 from hmatrix._checks import EntryError, ShapeError
 from hmatrix.tree import ClusterTree
 
@@ -28,6 +28,15 @@ class Entries(ABC):
     @abstractmethod
     def space(self) -> Space:
         """Library, dtype and device of the numbers."""
+
+    @property
+    @abstractmethod
+    def H(self) -> Entries:
+        """The adjoint."""
+
+    @abstractmethod
+    def _row(self, row: int) -> Array:
+        """All entries (padded,) of a padded row."""
 
     @abstractmethod
     def _entries(self, rows: np.ndarray, columns: np.ndarray) -> Array:
@@ -111,12 +120,17 @@ class Entries(ABC):
         return self._block(self.tree.slots[i], self.tree.slots[j])
 
     def row(self, i: int) -> Array:
-        """Return row ``i`` (n,), at the cost ``O(n r)``; see `entries`."""
-        return self.entries(_single("i", i), range(self.tree.n))
+        """Return row ``i`` (n,), at the cost ``O(n r)``; ``i`` as in `entries`."""
+        if np.ndim(i):
+            msg = f"`i` must be one integer, got shape {np.shape(i)}; use `block`."
+            raise EntryError(msg)
+        slots = self.tree.slots
+        row = self._row(int(slots[_positions("i", i, self.tree.n)]))
+        return self.space.xp.take(row, self.space.integers(slots), axis=0)
 
-    def column(self, j: int) -> Array:
-        """Return column ``j`` (n,), at the cost ``O(n r)``; see `entries`."""
-        return self.entries(range(self.tree.n), _single("j", j))
+    def column(self, i: int) -> Array:
+        """Return column ``i`` (n,), the conjugate row of the adjoint; see `row`."""
+        return conjugate(self.H.row(i))
 
     def __getitem__(self, key: Any) -> Array:
         """Return what a dense array would: entries, or a block where there is a slice."""
@@ -127,7 +141,7 @@ class Entries(ABC):
             range(self.tree.n)[x] if isinstance(x, slice) else x
             for x in (rows, columns)
         )
-        if any(np.ndim(x) == 0 for x in (rows, columns)):
+        if np.ndim(rows) == 0 or np.ndim(columns) == 0:
             return self.entries(rows, columns)
         return self.block(rows, columns)
 
@@ -143,10 +157,3 @@ def _positions(name: str, values: Any, n: int) -> np.ndarray:
         msg = f"`{name}` must be from {-n} to {n - 1}, got {array.min()} to {array.max()}."
         raise EntryError(msg)
     return array % n
-
-
-def _single(name: str, value: Any) -> Any:
-    if np.ndim(value):
-        msg = f"`{name}` must be one integer, got shape {np.shape(value)}; use `block`."
-        raise EntryError(msg)
-    return value

@@ -199,6 +199,19 @@ class HODLR(StoredOperator):
     def _apply_adjoint(self, x: Array) -> Array:
         return self.H._apply(x)
 
+    def _row(self, row: int) -> Array:
+        xp, m = self.space.xp, self.tree.leaf_size
+        found = self.leaves[row // m, row % m, :]
+        for level in reversed(range(self.tree.levels)):
+            half = self.tree.size(level + 1)
+            node, side = divmod(row // half, 2)
+            block = self.blocks(level)[side]
+            u = block.U[node, row % half, :]
+            u = u * xp.astype(block.S[node, :], u.dtype, copy=False)
+            other = xp.reshape(conjugate(block.V[node, ...]) @ u[:, None], (half,))
+            found = xp.concat([other, found] if side else [found, other])
+        return found
+
     def _entries(self, rows: np.ndarray, columns: np.ndarray) -> Array:
         xp, tree, m = self.space.xp, self.tree, self.tree.leaf_size
         # the level of the node whose halves part row and column: frexp counts the bits

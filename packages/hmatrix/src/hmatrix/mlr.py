@@ -152,6 +152,9 @@ class MLR(StoredOperator):
     def _apply_adjoint(self, x: Array) -> Array:
         return self._apply(x)
 
+    def _row(self, row: int) -> Array:
+        return self._block(np.asarray([row]), np.arange(self.tree.padded))[0, :]
+
     def _entries(self, rows: np.ndarray, columns: np.ndarray) -> Array:
         return self._gather(
             rows, columns, lambda F, G: self.space.xp.sum(F * G, axis=-1)
