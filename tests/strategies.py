@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
+import hmatrix as hm
+
 #: Sizes that find off-by-ones: 1, primes, powers of two and their neighbours.
 SIZES = st.one_of(
     st.integers(1, 70), st.sampled_from([1, 2, 3, 31, 32, 33, 61, 64, 65, 97, 101])
@@ -83,3 +85,25 @@ def invertible_matrices(draw, n):
     A = draw(square_matrices(n))
     lowest = np.linalg.eigvalsh((A + A.T) / 2)[0]
     return A + (0.1 * np.linalg.norm(A, 2) + max(0.0, -lowest) + 0.01) * np.eye(n)
+
+
+@st.composite
+def cluster_trees(draw):
+    """Draw a cluster tree: plain, or permuted with uneven leaves, some empty."""
+    n, levels = draw(trees(max_levels=4))
+    if draw(st.booleans()):
+        return hm.ClusterTree(n, levels)
+    rng = np.random.default_rng(draw(SEEDS))
+    sizes = rng.multinomial(n, rng.dirichlet(np.ones(2**levels)))
+    return hm.ClusterTree(n, levels, sizes, rng.permutation(n))
+
+
+@st.composite
+def hodlr_matrices(draw, tree=None, max_rank=4):
+    """Draw a real or complex HODLR matrix, Hermitian or not."""
+    tree = draw(cluster_trees()) if tree is None else tree
+    A = draw(square_matrices(tree.n))
+    if draw(st.booleans()):
+        B = draw(square_matrices(tree.n))
+        A = A + 1j * (B - B.T if np.array_equal(A, A.T) else B)
+    return hm.from_dense(A, tree=tree, max_rank=max_rank)

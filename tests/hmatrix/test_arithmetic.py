@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hmatrix as hm
-from tests.helpers import assert_close, dense, error_ratio
-from tests.strategies import SEEDS, make_samples, square_matrices, trees
+from tests.helpers import assert_close, dense, error_ratio, to_numpy
+from tests.strategies import SEEDS, hodlr_matrices, make_samples, square_matrices, trees
 
 
 @st.composite
@@ -21,23 +21,6 @@ def mlr(n, levels, seed, rank=4):
     stream = hm.StreamingMLR(n, levels, rank)
     stream.update(make_samples("walk", 20, n, np.random.default_rng(seed)))
     return stream.result()
-
-
-@given(pairs())
-def test_sums_are_exact(pair):
-    H, G = pair
-    scale = hm.norm(H) + hm.norm(G)
-    error = np.linalg.norm(dense(hm.add(H, G)) - dense(H) - dense(G))
-    assert error <= 1e-14 * scale
-    assert hm.add(H, G).symmetric == (H.symmetric and G.symmetric)
-
-
-@given(pairs())
-def test_a_matrix_less_itself_is_nothing(pair):
-    H, _ = pair
-    zero = hm.add(H, hm.scale(H, -1.0))
-    assert hm.norm(zero) <= 1e-13 * hm.norm(H)
-    assert hm.norm(hm.truncate(zero, max_rank=4)) <= 1e-13 * hm.norm(H)
 
 
 @given(pairs(), st.floats(1e-10, 0.5))
@@ -68,6 +51,36 @@ def test_scaling_and_shifting(pair, factor):
     assert_close(hm.shift(H, d).to_dense(), shifted, ("float64", "exact"))
     shifted = dense(H) + factor * np.eye(n)
     assert_close(hm.shift(H, factor).to_dense(), shifted, ("float64", "exact"))
+
+
+@given(hodlr_matrices(), st.floats(-5, 5), st.floats(-5, 5))
+def test_complex_factors_and_shifts_end_symmetry_only_if_they_must(H, a, b):
+    H = H.to(dtype="complex128")
+    D, n = to_numpy(H.to_dense()), H.tree.n
+    d = np.arange(n) * (a + 0j)
+    for factor in (a, complex(a), complex(a, b)):
+        real = not complex(factor).imag
+        scaled, shifted = hm.scale(H, factor), hm.shift(H, factor)
+        bound = 1e-14 * (1 + abs(factor)) * (hm.norm(H) + n)
+        assert np.linalg.norm(scaled.to_dense() - factor * D) <= bound
+        assert np.linalg.norm(shifted.to_dense() - D - factor * np.eye(n)) <= bound
+        assert scaled.symmetric == shifted.symmetric == (H.symmetric and real)
+    for vector in (d.real, d, d + 1j * b):
+        shifted = hm.shift(H, vector)
+        error = np.linalg.norm(shifted.to_dense() - D - np.diag(vector))
+        assert error <= 1e-14 * (hm.norm(H) + np.linalg.norm(vector))
+        assert shifted.symmetric == (H.symmetric and not np.any(vector.imag))
+    assert (H * 1j * -1j).error == H.error
+
+
+@given(hodlr_matrices())
+def test_to_complex_and_to_single_keep_scales_real(H):
+    there = H.to(dtype="complex64")
+    assert all(block.S.dtype == np.float32 for block in there.upper)
+    error = np.linalg.norm(there.to_dense() - H.to_dense())
+    assert error <= 1e-6 * hm.norm(H)
+    with pytest.raises(hm.DTypeError, match="cannot hold the imaginary parts"):
+        there.to(dtype="float32")
 
 
 @given(trees(), SEEDS)
@@ -111,5 +124,13 @@ def test_what_does_not_match_is_refused():
         hm.truncate(mlr(8, 1, 0), rtol=1e-3)
     with pytest.raises(ValueError, match="`G` must have sign 1, got -1"):
         hm.add(mlr(8, 1, 0), hm.factorize(mlr(8, 1, 0), 1.0).inverse())
+    with pytest.raises(hm.DTypeError, match="`factor` is complex, the matrix float64"):
+        hm.scale(H, 1j)
+    with pytest.raises(hm.DTypeError, match="`diagonal` has dtype complex128"):
+        hm.shift(H, np.ones(8) * 1j)
+    with pytest.raises(hm.DTypeError, match="`factor` must be a number, got str"):
+        hm.scale(H, "two")
+    with pytest.raises(hm.NonFiniteError, match="`diagonal` must be finite"):
+        hm.shift(H, np.nan)
     with pytest.raises(hm.ShapeError, match=r"`diagonal` must have shape \(8,\)"):
         hm.shift(H, np.ones(7))

@@ -43,3 +43,19 @@ def test_a_large_batch_is_taken_in_pieces(rng):
     stream = hm.StreamingMLR(512, 2, RANK, dtype="float32")
     several = peak_bytes(lambda: stream.update(batch))
     assert several < 120e6
+
+
+def test_multiplying_and_inverting_into_blocks_never_build_the_matrix():
+    t = np.linspace(0, 1, N)
+    A = np.exp(-abs(t[:, None] - t)).astype(np.float32) + np.eye(N, dtype=np.float32)
+    H = hm.from_dense(A, levels=LEVELS, rtol=1e-4)
+
+    def run():
+        hm.matmul(H, H.H, rtol=1e-4)
+        hm.inverse(H, rtol=1e-4)
+        hm.add_low_rank(H, A[:, :4])
+        hm.norm(H, 2)
+        H.row(N // 2)
+        H.block(range(50), range(N))
+
+    assert peak_bytes(run) < 4 * N * N / 2.5

@@ -1,11 +1,12 @@
 """The strategies draw what they say: a property of nothing is always true."""
 
 import numpy as np
-from hypothesis import given
+import pytest
+from hypothesis import find, given
 from hypothesis import strategies as st
 
 from tests.helpers import condition, error_ratio
-from tests.strategies import invertible_matrices, samples, trees
+from tests.strategies import hodlr_matrices, invertible_matrices, samples, trees
 
 
 @given(st.integers(1, 40).flatmap(invertible_matrices))
@@ -25,6 +26,20 @@ def test_samples_are_finite_rows(Z):
 def test_trees_have_a_row_for_every_leaf(size):
     n, levels = size
     assert 1 <= 2**levels <= n
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        lambda H: H.symmetric and H.space.is_complex and max(H.ranks, default=0) > 1,
+        lambda H: not H.symmetric and H.tree.permutation is not None,
+        lambda H: H.tree.sizes is not None and H.tree.sizes.min() == 0,
+        lambda H: H.tree.plain and H.tree.levels > 2,
+        lambda H: H.tree.levels == 0,
+    ],
+)
+def test_hodlr_matrices_of_every_sort_are_drawn(wanted):
+    assert wanted(find(hodlr_matrices(), wanted))
 
 
 def test_error_ratios_see_what_is_wrong():

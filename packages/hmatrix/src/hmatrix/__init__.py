@@ -3,6 +3,7 @@
 from hmatrix._checks import (
     BackendError,
     DTypeError,
+    EntryError,
     FileFormatError,
     HMatrixError,
     NonFiniteError,
@@ -12,7 +13,16 @@ from hmatrix._checks import (
     SingularLeafError,
     ToleranceError,
 )
-from hmatrix.arithmetic import add, norm, scale, shift, subtract, truncate
+from hmatrix.arithmetic import (
+    add,
+    add_low_rank,
+    matmul,
+    norm,
+    scale,
+    shift,
+    subtract,
+    truncate,
+)
 from hmatrix.construct import (
     from_dense,
     from_diagonal,
@@ -24,7 +34,7 @@ from hmatrix.construct import (
     from_toeplitz,
     identity,
 )
-from hmatrix.factor import Factorization, factorize
+from hmatrix.factor import Factorization, factorize, inverse
 from hmatrix.hodlr import HODLR
 from hmatrix.interop import aslinearoperator
 from hmatrix.io import load, save
@@ -40,6 +50,7 @@ __all__ = [
     "BackendError",
     "ClusterTree",
     "DTypeError",
+    "EntryError",
     "Factorization",
     "FileFormatError",
     "HMatrixError",
@@ -53,6 +64,7 @@ __all__ = [
     "StreamingMLR",
     "ToleranceError",
     "add",
+    "add_low_rank",
     "aslinearoperator",
     "factorize",
     "from_dense",
@@ -64,7 +76,9 @@ __all__ = [
     "from_sparse",
     "from_toeplitz",
     "identity",
+    "inverse",
     "load",
+    "matmul",
     "norm",
     "plot",
     "save",

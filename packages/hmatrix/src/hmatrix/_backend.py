@@ -249,6 +249,10 @@ class Space:
         """Return an array of zeros."""
         return self.xp.zeros(shape, dtype=self.dtype, device=self.device)
 
+    def ones(self, *shape: int) -> Array:
+        """Return an array of ones."""
+        return self.xp.ones(shape, dtype=self.dtype, device=self.device)
+
     def eye(self, n: int) -> Array:
         """Return the identity matrix."""
         return self.xp.eye(n, dtype=self.dtype, device=self.device)

@@ -13,6 +13,7 @@ from hmatrix._backend import (
     HALVES,
     Array,
     Space,
+    detach,
     dtype_name,
     frobenius,
     is_array,
@@ -23,6 +24,7 @@ from hmatrix._backend import (
 __all__ = [
     "BackendError",
     "DTypeError",
+    "EntryError",
     "FileFormatError",
     "HMatrixError",
     "NonFiniteError",
@@ -61,6 +63,10 @@ class BackendError(HMatrixError, TypeError):
 
 class NonFiniteError(HMatrixError, ValueError):
     """Data hold NaN or infinite values."""
+
+
+class EntryError(HMatrixError, IndexError):
+    """A row or column is out of range, or not an integer."""
 
 
 class FileFormatError(HMatrixError, ValueError):
@@ -214,7 +220,7 @@ def check_finite(name: str, x: Array) -> float:
     What follows sums squares: numbers too large for that are as bad as infinity.
     """
     xp, space = namespace(x), Space.of(x)
-    norm = float(frobenius(x))
+    norm = float(frobenius(detach(x)))
     if not norm * norm <= float(xp.finfo(space.dtype).max):
         raise NonFiniteError(not_finite(name, x, space.name))
     return norm

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Self, TypeVar
 import numpy as np
 
 from hmatrix._backend import NUMBERS, Array, Space, conjugate, to_numpy, transpose
-from hmatrix._checks import ShapeError, check_operand, check_space
+from hmatrix._checks import DTypeError, ShapeError, check_operand, check_space
+from hmatrix._entries import Entries
 from hmatrix.tree import ClusterTree
 
 __all__ = [
@@ -169,7 +170,7 @@ class Operator(ABC):
         return conjugate(y)
 
 
-class StoredOperator(Operator):
+class StoredOperator(Entries, Operator):
     """An operator that is the arrays it holds."""
 
     leaves: Array
@@ -203,6 +204,9 @@ class StoredOperator(Operator):
         """
         like = self.leaves if like is None else like
         space = check_space(Space.like(like, dtype), self._dtypes)
+        if self.space.is_complex and not space.is_complex:
+            msg = f"`dtype` {space.name} cannot hold the imaginary parts of {self.space.name}."
+            raise DTypeError(msg)
         return self.map(space.asarray, space.real.asarray)
 
     # What makes new matrices is written in modules after this one, which enter it with

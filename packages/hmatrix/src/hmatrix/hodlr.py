@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from hmatrix._backend import (
     NUMBERS,
     Array,
@@ -179,14 +181,80 @@ class HODLR(StoredOperator):
             self.tree, change(self.leaves), mapped(self.upper), lower, self.error
         )
 
-    def _apply(self, x: Array) -> Array:
+    def _apply(self, x: Array, top: int = 0) -> Array:
+        """Product with a padded block; with ``top``, of the part at and below a level."""
         xp = self.space.xp
         y = self.leaves @ xp.reshape(x, (*self.leaves.shape[:2], x.shape[1]))
-        pairs = (self.blocks(level) for level in range(self.tree.levels))
+        pairs = (self.blocks(level) for level in range(top, self.tree.levels))
         return apply_blocks(pairs, x, xp.reshape(y, x.shape))
 
     def _apply_adjoint(self, x: Array) -> Array:
         return self.H._apply(x)
+
+    def _row(self, row: int) -> Array:
+        xp, m = self.space.xp, self.tree.leaf_size
+        found = self.leaves[row // m, row % m, :]
+        for level in reversed(range(self.tree.levels)):
+            half = self.tree.size(level + 1)
+            node, side = divmod(row // half, 2)
+            block = self.blocks(level)[side]
+            u = block.U[node, row % half, :]
+            u = u * xp.astype(block.S[node, :], u.dtype, copy=False)
+            other = xp.reshape(conjugate(block.V[node, ...]) @ u[:, None], (half,))
+            found = xp.concat([other, found] if side else [found, other])
+        return found
+
+    def _entries(self, rows: np.ndarray, columns: np.ndarray) -> Array:
+        xp, tree, m = self.space.xp, self.tree, self.tree.leaf_size
+        # the level of the node whose halves part row and column: frexp counts the bits
+        parted = tree.levels - np.frexp((rows // m) ^ (columns // m))[1]
+        found = [np.nonzero(parted == tree.levels)[0]]
+        places = rows[found[0]] * m + columns[found[0]] % m
+        values = [self._take(xp.reshape(self.leaves, (-1,)), places)]
+        for level in range(tree.levels):
+            half = tree.size(level + 1)
+            for side, block in enumerate(self.blocks(level)):
+                here = np.nonzero((parted == level) & (rows // half % 2 == side))[0]
+                U, V = self._factor_rows(block, level, rows[here], columns[here])
+                found.append(here)
+                values.append(xp.sum(U * conjugate(V), axis=-1))
+        back = np.argsort(np.concatenate(found))
+        return self._take(xp.concat(values), back)
+
+    def _block(self, rows: np.ndarray, columns: np.ndarray) -> Array:
+        xp, tree, m = self.space.xp, self.tree, self.tree.leaf_size
+        i, j = rows[:, None], columns[None, :]
+        total = self._take(xp.reshape(self.leaves, (-1,)), i * m + j % m)
+        same = self.space.integers(i // m == j // m)
+        total = xp.where(same, total, xp.zeros_like(total))
+        for level in range(tree.levels):
+            half = tree.size(level + 1)
+            for side, block in enumerate(self.blocks(level)):
+                # row and column in the two halves of a node
+                parted = (i // half % 2 == side) & (i // half ^ 1 == j // half)
+                if parted.any():
+                    U, V = self._factor_rows(block, level, rows, columns)
+                    met = self.space.integers(parted)
+                    total = xp.where(met, U @ adjoint(V), total)
+        return total
+
+    def _factor_rows(
+        self, block: LowRank, level: int, rows: np.ndarray, columns: np.ndarray
+    ) -> tuple[Array, Array]:
+        """Rows of ``U diag(S)`` and of ``V`` at padded rows and columns, (e, r)."""
+        xp, half = self.space.xp, self.tree.size(level + 1)
+        nodes = rows // (2 * half)
+        shape = (self.tree.padded // 2, block.rank)
+        U, V = (xp.reshape(x, shape) for x in (block.U, block.V))
+        U = self._take(U, nodes * half + rows % half)
+        S = xp.astype(self._take(block.S, nodes), U.dtype, copy=False)
+        return U * S, self._take(V, columns // (2 * half) * half + columns % half)
+
+    def _take(self, x: Array, places: np.ndarray) -> Array:
+        """Return ``x[places]`` along the first axis."""
+        xp = self.space.xp
+        taken = xp.take(x, self.space.integers(places.ravel()), axis=0)
+        return xp.reshape(taken, (*places.shape, *x.shape[1:]))
 
     def __repr__(self) -> str:
         kind = "symmetric" if self.symmetric else "general"
@@ -200,7 +268,8 @@ def apply_blocks(pairs: Iterable[tuple[LowRank, LowRank]], x: Array, y: Array) -
     """
     xp, q = namespace(x), x.shape[1]
     for B12, B21 in pairs:
-        halves = xp.reshape(x, (-1, 2, B12.shape[-1], q))
+        nodes, _, half = B12.shape
+        halves = xp.reshape(x, (nodes, 2, half, q))
         parts = [B12 @ halves[:, 1, :, :], B21 @ halves[:, 0, :, :]]
         y = y + xp.reshape(xp.stack(parts, axis=1), x.shape)
     return y

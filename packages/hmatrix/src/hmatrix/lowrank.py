@@ -19,7 +19,16 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import ShapeError, check_array, check_operand
 
-__all__ = ["LowRank", "compress", "cut_triplets", "recompress", "triplets"]
+__all__ = [
+    "LowRank",
+    "beside",
+    "compress",
+    "cut_triplets",
+    "pair",
+    "recompress",
+    "stack",
+    "triplets",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +165,32 @@ def triplets(block: LowRank) -> tuple[Array, Array, Array]:
     core = _scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
     U, S, V = svd(core)
     return Qu @ U, S, Qv @ V
+
+
+def beside(*blocks: LowRank) -> LowRank:
+    """Return the sum of blocks of one shape, their factors side by side."""
+    xp = namespace(blocks[0].S)
+    parts = zip(*((block.U, block.S, block.V) for block in blocks), strict=True)
+    return LowRank(*(xp.concat(part, axis=-1) for part in parts))
+
+
+def pair(first: Array, second: Array) -> Array:
+    """Stack (b, ..., r) and (b, ..., s) to (b, 2, ..., max(r, s)), zeros at the end."""
+    space = Space.of(first)
+    width = max(first.shape[-1], second.shape[-1])
+    parts = [
+        space.xp.concat([x, space.zeros(*x.shape[:-1], width - x.shape[-1])], axis=-1)
+        for x in (first, second)
+    ]
+    return space.xp.stack(parts, axis=1)
+
+
+def stack(first: LowRank, second: LowRank) -> LowRank:
+    """Return two batches (b, m, n) as one (2b, m, n), taking turns."""
+    xp = namespace(first.S)
+    parts = ((first.U, second.U), (first.S, second.S), (first.V, second.V))
+    paired = (pair(*part) for part in parts)
+    return LowRank(*(xp.reshape(x, (2 * x.shape[0], *x.shape[2:])) for x in paired))
 
 
 def cut_triplets(

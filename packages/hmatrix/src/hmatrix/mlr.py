@@ -156,6 +156,47 @@ class MLR(StoredOperator):
     def _apply_adjoint(self, x: Array) -> Array:
         return self._apply(x)
 
+    def _row(self, row: int) -> Array:
+        return self._block(np.asarray([row]), np.arange(self.tree.padded))[0, :]
+
+    def _entries(self, rows: np.ndarray, columns: np.ndarray) -> Array:
+        return self._gather(
+            rows, columns, lambda F, G: self.space.xp.sum(F * G, axis=-1)
+        )
+
+    def _block(self, rows: np.ndarray, columns: np.ndarray) -> Array:
+        return self._gather(
+            rows[:, None],
+            columns[None, :],
+            lambda F, G: F[:, 0, :] @ transpose(G[0, ...]),
+        )
+
+    def _gather(
+        self,
+        rows: np.ndarray,
+        columns: np.ndarray,
+        multiply: Callable[[Array, Array], Array],
+    ) -> Array:
+        """Entries at padded rows and columns, which broadcast."""
+        xp, m = self.space.xp, self.tree.leaf_size
+
+        def take(x: Array, places: np.ndarray) -> Array:
+            taken = xp.take(x, self.space.integers(places.ravel()), axis=0)
+            return xp.reshape(taken, (*places.shape, *x.shape[1:]))
+
+        def where_one_node(level: int, x: Array) -> Array:
+            size = self.tree.size(level)
+            same = self.space.integers(rows // size == columns // size)
+            return xp.where(same, x, xp.zeros_like(x))
+
+        leaves = take(xp.reshape(self.leaves, (-1,)), rows * m + columns % m)
+        total = where_one_node(self.tree.levels, leaves)
+        for level, factor in enumerate(self.factors):
+            F = xp.reshape(factor, (self.tree.padded, factor.shape[-1]))
+            part = multiply(take(F, rows), take(F, columns))
+            total = total + self.sign * where_one_node(level, part)
+        return total
+
     def __repr__(self) -> str:
         words = (f"ranks={self.ranks}", *(("sign=-1",) if self.sign < 0 else ()))
         return self._describe(*words, nbytes=self.nbytes)

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from hmatrix.arithmetic.linear import add, scale, shift, subtract
+from hmatrix.arithmetic.assembly import Terms, assemble, estimate_norm
+from hmatrix.arithmetic.linear import add, add_low_rank, scale, shift, subtract
 from hmatrix.arithmetic.norms import norm
+from hmatrix.arithmetic.product import matmul
 from hmatrix.arithmetic.truncation import truncate
 
-__all__ = ["add", "norm", "scale", "shift", "subtract", "truncate"]
+__all__ = [
+    "Terms",
+    "add",
+    "add_low_rank",
+    "assemble",
+    "estimate_norm",
+    "matmul",
+    "norm",
+    "scale",
+    "shift",
+    "subtract",
+    "truncate",
+]

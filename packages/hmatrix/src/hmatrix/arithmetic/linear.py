@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from hmatrix._backend import Array, namespace
-from hmatrix._checks import ShapeError, check_float, check_operand
+from hmatrix._backend import Array, Space, dtype_name, is_array
+from hmatrix._checks import (
+    DTypeError,
+    ShapeError,
+    check_finite,
+    check_float,
+    check_kind,
+    check_operand,
+)
 from hmatrix._operator import operation, pad_rows
 from hmatrix.arithmetic.truncation import truncate
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank
+from hmatrix.lowrank import LowRank, beside
 from hmatrix.mlr import MLR
 
-__all__ = ["add", "scale", "shift", "subtract"]
+__all__ = ["add", "add_low_rank", "check_match", "scale", "shift", "subtract"]
 
 Matrix = TypeVar("Matrix", HODLR, MLR)
 
@@ -29,79 +36,200 @@ def scale(H: Matrix, factor: complex) -> Matrix:
     factor : float or complex
         Any finite number; not negative for an `MLR`, whose terms are squares, and
         complex only for a complex matrix.
+
+    Raises
+    ------
+    DTypeError, NonFiniteError
+        If ``factor`` is no such number.
+    ValueError
+        If it is negative, for an `MLR`.
     """
-    if isinstance(H, HODLR) and H.space.is_complex and complex(factor).imag:
-        return _scale_complex(H, factor)
-    factor = check_float("factor", factor)
+    number = _check_number("factor", factor, H.space)
     if isinstance(H, MLR):
-        root = math.sqrt(check_float("factor", factor, minimum=0.0))
+        root = math.sqrt(check_float("factor", number, minimum=0.0))
         factors = tuple(F * root for F in H.factors)
-        return MLR(H.tree, H.leaves * factor, factors, H.sign)
+        return MLR(H.tree, H.leaves * number, factors, H.sign)
+    real = not isinstance(number, complex)
 
-    def scaled(blocks: tuple[LowRank, ...]) -> tuple[LowRank, ...]:
-        return tuple(LowRank(b.U, b.S * factor, b.V) for b in blocks)
+    def scaled(block: LowRank) -> LowRank:
+        if real:
+            return LowRank(block.U, block.S * number, block.V)
+        return LowRank(block.U * number, block.S, block.V)  # scales are real
 
-    lower = None if H.lower is None else scaled(H.lower)
-    return HODLR(H.tree, H.leaves * factor, scaled(H.upper), lower, H.error)
+    upper = tuple(map(scaled, H.upper))
+    if H.symmetric and real:
+        return HODLR(H.tree, H.leaves * number, upper, error=H.error)
+    lower = tuple(scaled(H.blocks(k)[1]) for k in range(H.tree.levels))
+    return HODLR(H.tree, H.leaves * number, upper, lower, H.error)
 
 
-def shift(H: Matrix, diagonal: float | Array) -> Matrix:
+def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
     """Return ``H`` with a number, or a vector (n,), added to its diagonal.
 
     Parameters
     ----------
     H : HODLR or MLR
         The matrix.
-    diagonal : float or array (n,)
-        What to add; an array in the library, dtype and device of ``H``.
+    diagonal : number or array (n,)
+        What to add; an array in the library and device of ``H``, and in its dtype or
+        the real one that belongs to it. Imaginary parts, for a complex ``H``, make a
+        result that is not symmetric.
+
+    Raises
+    ------
+    ShapeError, DTypeError, BackendError, NonFiniteError
+        If ``diagonal`` does not fit.
     """
     space, tree = H.space, H.tree
     xp = space.xp
-    if isinstance(diagonal, int | float):
-        added = xp.full((tree.n,), diagonal, dtype=space.dtype, device=space.device)
-    else:
-        added = check_operand("diagonal", diagonal, space)
+    vector: Any = diagonal
+    if is_array(vector) and len(vector.shape):
+        real = dtype_name(vector.dtype) == space.real.name
+        added = check_operand("diagonal", vector, space.real if real else space)
         if tuple(added.shape) != (tree.n,):
             msg = f"`diagonal` must have shape ({tree.n},), got {tuple(added.shape)}."
             raise ShapeError(msg)
+        check_finite("diagonal", added)
+        real = real or not bool(xp.any(xp.imag(added) != 0))
+        added = xp.astype(added, space.dtype)
+    else:
+        number = _check_number("diagonal", diagonal, space)
+        real = not isinstance(number, complex)
+        added = xp.full((tree.n,), number, dtype=space.dtype, device=space.device)
     added = xp.reshape(pad_rows(added, tree), H.leaves.shape[:2])
     leaves = H.leaves + added[:, :, None] * space.eye(tree.leaf_size)
     if isinstance(H, MLR):
         return MLR(tree, leaves, H.factors, H.sign)
-    return HODLR(tree, leaves, H.upper, H.lower)
+    lower = H.lower
+    if H.symmetric and not real:
+        lower = tuple(block.H for block in H.upper)
+    return HODLR(tree, leaves, H.upper, lower)
 
 
-def _scale_complex(H: HODLR, factor: complex) -> HODLR:
-    """Return ``factor · H``, which is not Hermitian; scales are real, so U takes it."""
-    upper, lower = (
-        tuple(
-            LowRank(block.U * factor, block.S, block.V)
-            for block in (H.blocks(k)[side] for k in range(H.tree.levels))
-        )
-        for side in (0, 1)
-    )
-    return HODLR(H.tree, H.leaves * factor, upper, lower, H.error)
+def _check_number(name: str, value: Any, space: Space) -> float | complex:
+    """Return a finite number as a float, or as a complex one with an imaginary part."""
+    try:
+        number = complex(value)
+    except (TypeError, ValueError):
+        msg = f"`{name}` must be a number, got {type(value).__name__}."
+        raise DTypeError(msg) from None
+    real, imaginary = (check_float(name, x) for x in (number.real, number.imag))
+    if not imaginary:
+        return real
+    if not space.is_complex:
+        msg = f"`{name}` is complex, the matrix {space.name}; convert it with `to`."
+        raise DTypeError(msg)
+    return number
 
 
 @operation
 def add(
-    H: Matrix, G: Matrix, *, rtol: float | None = None, max_rank: int | None = None
+    H: Matrix,
+    G: Matrix | LowRank,
+    *,
+    rtol: float | None = None,
+    max_rank: int | None = None,
 ) -> Matrix:
     """Return ``H + G``, truncated if ``rtol`` or ``max_rank`` is given.
 
     Parameters
     ----------
     H, G : HODLR or MLR
-        Two matrices of one kind, tree, library, dtype and device.
+        Two matrices of one kind, tree, library, dtype and device. To a `HODLR`, ``G``
+        may also be one `LowRank` block (n, n), its rows in the order of the matrix; see
+        `add_low_rank`.
     rtol, max_rank
         As of `truncate`, relative to the sum. Without them the sum is exact and its
         ranks are the sums of the ranks.
+
+    Returns
+    -------
+    HODLR or MLR
+        Symmetric if both are. The ``error`` of a `HODLR` is None, since sums can cancel.
 
     Raises
     ------
     TypeError, ShapeError, DTypeError, BackendError
         If the two do not match.
     """
+    if isinstance(H, HODLR) and isinstance(G, LowRank):
+        G = _spread(G, H)
+    check_match(H, G)
+    if isinstance(H, HODLR) and isinstance(G, HODLR):
+        both = H.symmetric and G.symmetric
+        upper, *lower = (
+            tuple(
+                beside(H.blocks(k)[side], G.blocks(k)[side])
+                for k in range(H.tree.levels)
+            )
+            for side in ((0,) if both else (0, 1))
+        )
+        leaves = H.leaves + G.leaves
+        total = HODLR(H.tree, leaves, upper, lower[0] if lower else None)
+    elif isinstance(H, MLR) and isinstance(G, MLR):
+        if H.sign != G.sign:
+            msg = f"`G` must have sign {H.sign}, got {G.sign}."
+            raise ValueError(msg)
+        factors = tuple(
+            H.space.xp.concat(pair, axis=-1)
+            for pair in zip(H.factors, G.factors, strict=True)
+        )
+        total = MLR(H.tree, H.leaves + G.leaves, factors, H.sign)
+    if rtol is None and max_rank is None:
+        return total
+    return truncate(total, rtol=rtol, max_rank=max_rank)
+
+
+def add_low_rank(
+    H: HODLR,
+    U: Array,
+    V: Array | None = None,
+    S: Array | None = None,
+    *,
+    rtol: float | None = None,
+    max_rank: int | None = None,
+) -> HODLR:
+    """Return ``H + U diag(S) Vᴴ``, a low-rank update.
+
+    Parameters
+    ----------
+    H : HODLR
+        The matrix.
+    U, V : array (n, r)
+        Factors, their rows in the order of the matrix, in the library, dtype and device
+        of ``H``. Without ``V`` it is ``U``, and a symmetric ``H`` stays so.
+    S : array (r,), optional
+        Real scales of any sign; default: ones.
+    rtol, max_rank
+        As of `truncate`, relative to the sum. Without them the sum is exact and all
+        ranks grow by r.
+
+    Raises
+    ------
+    ShapeError, DTypeError, BackendError
+        If the factors do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import hmatrix as hm
+    >>> t = np.linspace(0, 1, 100)
+    >>> H = hm.from_dense(np.exp(-abs(t[:, None] - t)), levels=3, rtol=1e-12)
+    >>> G = hm.add_low_rank(H, np.stack([t, t * t], axis=1), rtol=1e-12)
+    >>> G.symmetric, G.ranks
+    (True, (3, 3, 3))
+    >>> bool(np.allclose((G - H) @ t, t * (t @ t) + t**2 * (t**2 @ t)))
+    True
+    """
+    check_kind("H", H, HODLR)
+    U = check_operand("U", U, H.space)
+    if S is None:
+        S = H.space.real.ones(int(U.shape[-1]))
+    return add(H, LowRank(U, S, U if V is None else V), rtol=rtol, max_rank=max_rank)
+
+
+def check_match(H: Matrix, G: object) -> None:
+    """Raise unless two matrices are of one kind, tree, library, dtype and device."""
     if type(H) is not type(G):
         msg = f"`G` must be a {type(H).__name__}, got {type(G).__name__}."
         raise TypeError(msg)
@@ -109,35 +237,44 @@ def add(
         msg = f"`G` must have {H.tree}, got {G.tree}."
         raise ShapeError(msg)
     check_operand("G", G.leaves, H.space)
-    xp, levels = H.space.xp, range(H.tree.levels)
-    if isinstance(H, MLR) and isinstance(G, MLR):
-        if H.sign != G.sign:
-            msg = f"`G` must have sign {H.sign}, got {G.sign}."
-            raise ValueError(msg)
-        factors = tuple(
-            xp.concat(pair, axis=-1) for pair in zip(H.factors, G.factors, strict=True)
-        )
-        total = MLR(H.tree, H.leaves + G.leaves, factors, H.sign)
-    else:
-        pairs = [list(zip(H.blocks(k), G.blocks(k), strict=True)) for k in levels]
-        upper, lower = (tuple(_beside(*p[side]) for p in pairs) for side in (0, 1))
-        both = H.symmetric and G.symmetric
-        total = HODLR(H.tree, H.leaves + G.leaves, upper, None if both else lower)
-    if rtol is None and max_rank is None:
-        return total
-    return truncate(total, rtol=rtol, max_rank=max_rank)
 
 
 @operation
 def subtract(
-    H: Matrix, G: Matrix, *, rtol: float | None = None, max_rank: int | None = None
+    H: Matrix,
+    G: Matrix | LowRank,
+    *,
+    rtol: float | None = None,
+    max_rank: int | None = None,
 ) -> Matrix:
     """Return ``H − G``; arguments are those of `add`."""
-    return add(H, scale(G, -1.0), rtol=rtol, max_rank=max_rank)
+    negative = LowRank(G.U, -G.S, G.V) if isinstance(G, LowRank) else scale(G, -1.0)
+    return add(H, negative, rtol=rtol, max_rank=max_rank)
 
 
-def _beside(a: LowRank, b: LowRank) -> LowRank:
-    """Return a + b with the factors side by side."""
-    xp = namespace(a.S)
-    pairs = ((a.U, b.U), (a.S, b.S), (a.V, b.V))
-    return LowRank(*(xp.concat(pair, axis=-1) for pair in pairs))
+def _spread(block: LowRank, H: HODLR) -> HODLR:
+    """Return a block (n, n) as a matrix like ``H``: slices of its factors, not copied."""
+    tree, xp = H.tree, H.space.xp
+    if block.shape != H.shape:
+        msg = f"`G` must have shape {H.shape}, got {block.shape}."
+        raise ShapeError(msg)
+    check_operand("G", block.U, H.space)
+    U, V = (pad_rows(x, tree) for x in (block.U, block.V))
+
+    def node_rows(x: Array, level: int) -> Array:
+        return xp.reshape(x, (tree.nodes(level), tree.size(level), block.rank))
+
+    def side(first: int) -> tuple[LowRank, ...]:
+        return tuple(
+            LowRank(
+                node_rows(U, level + 1)[first::2, ...],
+                xp.broadcast_to(block.S, (tree.nodes(level), block.rank)),
+                node_rows(V, level + 1)[1 - first :: 2, ...],
+            )
+            for level in range(tree.levels)
+        )
+
+    m = tree.levels
+    diagonal = xp.broadcast_to(block.S, (tree.nodes(m), block.rank))
+    leaves = LowRank(node_rows(U, m), diagonal, node_rows(V, m)).to_dense()
+    return HODLR(tree, leaves, side(0), None if block.U is block.V else side(1))

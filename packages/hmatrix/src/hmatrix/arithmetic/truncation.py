@@ -5,17 +5,28 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
+from hmatrix._backend import Space
 from hmatrix._checks import check_float, check_int
-from hmatrix.arithmetic.norms import norm
+from hmatrix.arithmetic.norms import norm, safe_norm
 from hmatrix.construct import Guard, block_tolerance
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, recompress, triplets
 from hmatrix.mlr import MLR
 from hmatrix.update import StreamingMLR
 
-__all__ = ["truncate"]
+__all__ = ["check_rtol", "truncate"]
 
 Matrix = TypeVar("Matrix", HODLR, MLR)
+
+#: Multiple of epsilon that stands for rounding: less would keep ranks of noise.
+ROUNDING = 10
+
+
+def check_rtol(space: Space, rtol: float | None) -> float:
+    """Return a relative tolerance, by default that of rounding."""
+    if rtol is None:
+        return ROUNDING * space.eps
+    return check_float("rtol", rtol, minimum=0.0)
 
 
 def truncate(
@@ -60,15 +71,15 @@ def truncate(
         held = stream.result(normalize=False)
         leaves = H.leaves + H.sign * held.leaves
         return MLR(H.tree, leaves, held.factors, H.sign)
-    rtol = H.space.eps if rtol is None else check_float("rtol", rtol, minimum=0.0)
+    rtol, size = check_rtol(H.space, rtol), norm(H)
     if definite and not H.symmetric:
         msg = "`definite` is true, but `H` is not stored as Hermitian (H.symmetric)."
         raise ValueError(msg)
-    xp, size, leaves = H.space.xp, norm(H), H.leaves
+    leaves = H.leaves
     guard = Guard(H.tree, leaves, rtol * size) if definite else None
     upper: list[LowRank] = []
     lower: list[LowRank] = []
-    squares = 0.0
+    losses: list[float] = []
     for level in range(H.tree.levels):
         tolerance = block_tolerance(H.tree, level, rtol * size)
         for side, block in zip((upper, lower), H.blocks(level), strict=True):
@@ -79,11 +90,11 @@ def truncate(
             else:
                 cut, lost = guard.cut(level, *triplets(block), max_rank)
             side.append(cut)
-            squares += float(xp.sum(lost**2)) * (2 if H.symmetric else 1)
+            losses.append(safe_norm(lost) * (math.sqrt(2) if H.symmetric else 1))
     if guard is not None:
         leaves, added = guard.finish()
-        squares += added
-    error = math.sqrt(squares) / size if size else 0.0
+        losses.append(math.sqrt(added))
+    error = math.hypot(*losses) / size if size else 0.0
     return HODLR(
         H.tree,
         leaves,

@@ -11,6 +11,7 @@ from hmatrix._checks import NotPositiveDefiniteError, check_choice, check_kind
 from hmatrix.factor._base import Factorization
 from hmatrix.factor.cholesky import HODLRCholesky, has_cholesky
 from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
+from hmatrix.factor.inversion import inverse
 from hmatrix.factor.mlr import MLRFactorization
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
@@ -22,6 +23,7 @@ __all__ = [
     "HODLRInverse",
     "MLRFactorization",
     "factorize",
+    "inverse",
 ]
 
 

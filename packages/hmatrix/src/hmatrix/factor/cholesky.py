@@ -31,6 +31,8 @@ __all__ = ["HODLRCholesky", "has_cholesky"]
 class HODLRCholesky(Factorization):
     """``H + shift·I = W Wᴴ`` of a Hermitian `HODLR` matrix; see `factorize`."""
 
+    matrix: HODLR
+
     def __init__(self, H: HODLR, shift: float = 0.0) -> None:
         super().__init__(H, shift)
         _check(H)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -19,9 +19,11 @@ from hmatrix._backend import (
     to_numpy,
 )
 from hmatrix._checks import DTypeError, SingularBlockError, SingularLeafError
-from hmatrix._operator import Operator, unpad_rows
+from hmatrix._operator import Operator, real_rows, unpad_rows
+from hmatrix.arithmetic import Terms
 from hmatrix.factor._base import Factorization, shifted_leaves, take_array
 from hmatrix.hodlr import HODLR
+from hmatrix.lowrank import LowRank, pair, stack
 
 __all__ = ["HODLRFactorization", "HODLRInverse"]
 
@@ -45,7 +47,7 @@ class HODLRFactorization(Factorization):
         if not tree.levels:
             return
         # P of all levels, each (padded, r): the halves' factors below each other
-        P = [_pair(B12.U, B21.U) for B12, B21 in map(H.blocks, range(tree.levels))]
+        P = [pair(B12.U, B21.U) for B12, B21 in map(H.blocks, range(tree.levels))]
         P = [xp.reshape(pair, (tree.padded, -1)) for pair in P]
         X = self._solve_leaves(xp.concat(P, axis=-1))
         for level in reversed(range(tree.levels)):
@@ -53,14 +55,14 @@ class HODLRFactorization(Factorization):
             self._Y[level] = contiguous(X[:, X.shape[1] - width :])
             X = X[:, : X.shape[1] - width]
             B12, B21 = H.blocks(level)
-            self._E[level] = self._core(level, _pair(B12.S, B21.S))
+            self._E[level] = self._core(level, pair(B12.S, B21.S))
             X = self._step(level, X)
 
     def _take_bases(self) -> None:
         """Keep Q of each level, (padded, r), as P without the scales C."""
         H, tree = self.matrix, self.tree
         self.symmetric = H.symmetric
-        pairs = (_pair(B21.V, B12.V) for B12, B21 in map(H.blocks, range(tree.levels)))
+        pairs = (pair(B21.V, B12.V) for B12, B21 in map(H.blocks, range(tree.levels)))
         self._Q = [self.space.xp.reshape(pair, (tree.padded, -1)) for pair in pairs]
         self._widths = [int(q.shape[-1]) for q in self._Q]
 
@@ -96,6 +98,29 @@ class HODLRFactorization(Factorization):
             part = xp.sum((Y @ off) * conjugate(Z), axis=-1)
             diagonal = diagonal - xp.reshape(part, (-1,))
         return unpad_rows(diagonal, self.tree)
+
+    def _terms(self) -> tuple[Array, Iterator[Terms]]:
+        """Leaves of the inverse, and what each level adds: −D P E Qᴴ D."""
+        real = self.space.xp.astype(real_rows(self.tree, self.space), self.space.dtype)
+        leaves = self._inverse_leaves
+        # padded rows of the inverse are identity here, zero outside
+        real = self.space.xp.reshape(real, (*leaves.shape[:2], 1))
+        return leaves * real, map(self._level_terms, range(self.tree.levels))
+
+    def _level_terms(self, level: int) -> Terms:
+        width = self._widths[level]
+        Z = Y = self._halves(level, self._Y[level])
+        if not self.symmetric:
+            x = self._solve_adjoint(self._Q[level], level + 1)
+            Z = self._halves(level, x)
+        E, ones = self._E[level], self.space.real.ones(Y.shape[0], width)
+
+        def term(row: int, column: int) -> LowRank:
+            # Qᴴ D sees the second half of a block first
+            core = E[:, width * row :, width * (1 - column) :][:, :width, :width]
+            return LowRank(-Y[:, row, :, :] @ core, ones, Z[:, column, :, :])
+
+        return term(0, 1), term(1, 0), stack(term(0, 0), term(1, 1))
 
     def _apply(self, x: Array) -> Array:
         x = self._solve_leaves(x)
@@ -178,9 +203,8 @@ class HODLRFactorization(Factorization):
 
     def _halves(self, level: int, x: Array) -> Array:
         """View (padded, q) as (2**level, 2, half, q)."""
-        return self.space.xp.reshape(
-            x, (-1, 2, self.tree.size(level + 1), int(x.shape[-1]))
-        )
+        nodes, half = self.tree.nodes(level), self.tree.size(level + 1)
+        return self.space.xp.reshape(x, (nodes, 2, half, int(x.shape[-1])))
 
     def _solve_leaves(self, x: Array) -> Array:
         return self._leaves_times(self._inverse_leaves, x)
@@ -239,17 +263,6 @@ class HODLRInverse(Operator):
 
     def __repr__(self) -> str:
         return "HODLRInverse(" + repr(self._factorization).partition("(")[2]
-
-
-def _pair(first: Array, second: Array) -> Array:
-    """Stack (b, ..., r) and (b, ..., s) to (b, 2, ..., max(r, s)), zeros at the end."""
-    space = Space.of(first)
-    width = max(first.shape[-1], second.shape[-1])
-    parts = [
-        space.xp.concat([x, space.zeros(*x.shape[:-1], width - x.shape[-1])], axis=-1)
-        for x in (first, second)
-    ]
-    return space.xp.stack(parts, axis=1)
 
 
 def _invert(blocks: Array, signs: Array, level: int, *, leaf: bool) -> Array:

@@ -1,0 +1,145 @@
+"""Matrices from low-rank terms that reach over several levels.
+
+Products, inverses and low-rank updates add at every level low-rank terms to the diagonal
+blocks too. Those are handed down, level by level: a slice of their rows joins each
+off-diagonal block on the way, the rest ends in the leaves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+from hmatrix._backend import Array, Space, adjoint
+from hmatrix._checks import NonFiniteError, check_int
+from hmatrix._operator import pad_rows
+from hmatrix.arithmetic.norms import safe_norm
+from hmatrix.arithmetic.truncation import check_rtol
+from hmatrix.construct import block_tolerance
+from hmatrix.hodlr import HODLR
+from hmatrix.lowrank import LowRank, beside, cut_triplets, recompress
+from hmatrix.tree import ClusterTree
+
+__all__ = ["Terms", "assemble", "estimate_norm"]
+
+#: Of a level, root first: what is added to the blocks ``B12`` and ``B21`` of its nodes,
+#: and to the diagonal blocks ``B11, B22`` as one batch (2**(level + 1), half, half).
+Terms = tuple[LowRank, LowRank, LowRank]
+
+#: Part of the permitted error that may be spent before the norm is known. Ranks grow
+#: with the log of it, and whatever of it is left goes to the final truncation.
+EARLY = 0.1
+
+
+def assemble(
+    tree: ClusterTree,
+    leaves: Array,
+    terms: Iterable[Terms],
+    *,
+    size: float,
+    rtol: float | None,
+    max_rank: int | None,
+    symmetric: bool,
+) -> HODLR:
+    """Return the sum of leaves and terms as a `HODLR` matrix.
+
+    Parameters
+    ----------
+    tree, leaves
+        Those of the result; ``leaves`` without the terms.
+    terms
+        For each level. Widths are cut as they arrive, so that no more than one level's
+        is held at a time.
+    size
+        Rough Frobenius norm of the sum; see `estimate_norm`.
+    rtol, max_rank
+        As of `truncate`, relative to the exact norm of the sum. The cap is for the
+        result alone: what is handed down is cut by the tolerance.
+    symmetric
+        Whether the sum is Hermitian; the terms of ``B21`` are then not looked at.
+
+    Notes
+    -----
+    Errors of off-diagonal blocks are orthogonal to each other, those of handed-down terms
+    are added up: one half of the early part for either.
+    """
+    space = Space.of(leaves)
+    rtol = check_rtol(space, rtol)
+    max_rank = None if max_rank is None else check_int("max_rank", max_rank, 0)
+    _check_finite(space, size)
+    early = EARLY / 2 * rtol * size
+    sides: tuple[list[LowRank], ...] = ([],) if symmetric else ([], [])
+    # B12 stands for B21 too if that is not stored, and so do the errors in it
+    twice = math.sqrt(2) if symmetric else 1.0
+    losses: list[float] = []
+    lost = 0.0
+    handed: LowRank | None = None
+    for level, (upper, lower, diagonal) in enumerate(terms):
+        below = [diagonal]
+        blocks = [upper, lower]
+        if handed is not None:
+            offsides, halves = _split(handed)
+            blocks = [beside(*two) for two in zip(blocks, offsides, strict=True)]
+            below.append(halves)
+        tolerance = block_tolerance(tree, level, early)
+        for side, block in zip(sides, blocks, strict=False):
+            kept, cost = recompress(block, tolerance=tolerance)
+            side.append(kept)
+            losses.append(safe_norm(cost) * twice)
+        handed = beside(*below)
+        if level + 1 < tree.levels:
+            # one share for each level that hands down, none to the leaves
+            share = early / ((tree.levels - 1) * math.sqrt(tree.nodes(level + 1)))
+            handed, cost = recompress(handed, tolerance=share)
+            lost += safe_norm(cost) * twice
+    if handed is not None:
+        leaves = leaves + handed.to_dense()
+    if symmetric:
+        leaves = (leaves + adjoint(leaves)) / 2
+    lost += math.hypot(*losses)
+    # orthonormal factors: the norm is that of the scales
+    off = (safe_norm(block.S) * twice for side in sides for block in side)
+    norm = math.hypot(safe_norm(leaves), *off)
+    _check_finite(space, norm)
+    allowed = max(rtol * (norm - lost) - lost, 0.0)
+    upper_blocks, *lower_blocks = (
+        tuple(
+            cut_triplets(
+                b.U, b.S, b.V, block_tolerance(tree, level, allowed), max_rank
+            )[0]
+            for level, b in enumerate(side)
+        )
+        for side in sides
+    )
+    return HODLR(tree, leaves, upper_blocks, None if symmetric else lower_blocks[0])
+
+
+def estimate_norm(
+    apply: Callable[[Array], Array], tree: ClusterTree, space: Space
+) -> float:
+    """Return the root mean square of ‖A x‖ for normal x, about ‖A‖_F.
+
+    Eight vectors: a tenth of the norm is as improbable as ten times it, and `assemble`
+    bears both.
+    """
+    count = 8
+    x = pad_rows(space.normal((tree.n, count), tree.n), tree)
+    return safe_norm(apply(x)) / math.sqrt(count)
+
+
+def _check_finite(space: Space, norm: float) -> None:
+    if not math.isfinite(norm):
+        msg = f"The result overflows {space.name}; scale the matrices, or use float64."
+        raise NonFiniteError(msg)
+
+
+def _split(handed: LowRank) -> tuple[tuple[LowRank, LowRank], LowRank]:
+    """Split blocks of nodes into B12 and B21 of the nodes, and all B11 and B22."""
+    xp = Space.of(handed.U).xp
+    count, size, rank = handed.U.shape
+    U, V = (xp.reshape(x, (count, 2, size // 2, rank)) for x in (handed.U, handed.V))
+    S = handed.S
+    B12, B21 = (LowRank(U[:, i, :, :], S, V[:, 1 - i, :, :]) for i in range(2))
+    shape = (2 * count, size // 2, rank)
+    S = xp.reshape(xp.stack([S, S], axis=1), (2 * count, rank))
+    return (B12, B21), LowRank(xp.reshape(U, shape), S, xp.reshape(V, shape))
