@@ -69,7 +69,7 @@ def test_scores_say_how_to_train_with_them(home, tmp_path):
     (line,) = [x for x in shown.splitlines() if x.startswith("next")]
     assert f"sylva finetune RUN --scores {tmp_path / 's.safetensors'} --model" in line
     again = shlex.split(line.partition(" RUN ")[2])
-    sylva("finetune", tmp_path / "run", *again, "--block-size", 8, *STEPS)
+    sylva("finetune", tmp_path / "run", *again, *STEPS)
 
 
 def test_score_by_curvature_shows_progress_apart_from_results(home, tmp_path):

@@ -134,7 +134,7 @@ def score(
         progress=not quiet,
     )
     show.scores(scores, sylva.density, sylva.block_size)
-    again = shlex.join(["--scores", str(output), *given(task)])
+    again = shlex.join(["--scores", str(output), *given(task), *given(sylva)])
     show.written({"scores": output}, f"sylva finetune RUN {again}")
 
 
