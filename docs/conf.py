@@ -23,9 +23,9 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
     "sphinx_design",
     "command_line",
+    "mathml",
     "measurements",
 ]
 exclude_patterns = ["_build", "_ext"]
@@ -34,9 +34,12 @@ templates_path = ["_templates"]
 default_role = "py:obj"
 
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = "Sylva and hmatrix"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
 pygments_style = "friendly"
+# Blocks without a language are commands.
+highlight_language = "none"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import shutil
 import warnings
 from pathlib import Path
@@ -57,6 +58,18 @@ def test_score_writes_scores_and_shows_the_layers(home):
     assert "layer in backbone.encoder.layer" in shown
     assert "1.attention.output.dense" in shown
     assert "48 × 32" in shown
+
+
+def test_scores_say_how_to_train_with_them(home, tmp_path):
+    rows = ["note,kind", *(f"a b,{k}" for k in ("x", "y") * 5)]
+    (tmp_path / "own.csv").write_text("\n".join(rows))
+    columns = ["--text-column", "note", "--label-column", "kind", "--max-length", 16]
+    data = ["--model", home / "model", "--data", tmp_path / "own.csv", *columns]
+    shown = sylva("score", tmp_path / "s.safetensors", *data, *SMALL).stdout
+    (line,) = [x for x in shown.splitlines() if x.startswith("next")]
+    assert f"sylva finetune RUN --scores {tmp_path / 's.safetensors'} --model" in line
+    again = shlex.split(line.partition(" RUN ")[2])
+    sylva("finetune", tmp_path / "run", *again, *STEPS)
 
 
 def test_score_by_curvature_shows_progress_apart_from_results(home, tmp_path):

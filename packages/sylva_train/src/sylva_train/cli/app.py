@@ -37,7 +37,7 @@ from . import show
 from .comparing import publish, run_comparison
 from .demo import run_demo
 from .errors import Commands
-from .options import column, columns, expand, numbers, rates, words
+from .options import column, columns, expand, given, numbers, rates, words
 
 __all__ = ["app", "main"]
 
@@ -134,7 +134,8 @@ def score(
         progress=not quiet,
     )
     show.scores(scores, sylva.density, sylva.block_size)
-    show.written({"scores": output}, f"sylva finetune RUN --scores {output} …")
+    again = shlex.join(["--scores", str(output), *given(task), *given(sylva)])
+    show.written({"scores": output}, f"sylva finetune RUN {again}")
 
 
 @command(output="The folder to write: adapter, masks, scores, results.")
@@ -325,9 +326,9 @@ def demo(
     """See the whole of it in ten minutes on two CPU cores, without a network.
 
     Fine-tunes MiniLM to tell which customer rating a sentence about a restaurant states:
-    5% of the weights chosen by Sylva, beside LoRA, full fine-tuning, random blocks and
-    frozen features, with three seeds each. Then saves the adapter, loads it again and
-    asks it.
+    5% of the weights of its linear layers, chosen by Sylva, beside LoRA, full
+    fine-tuning, random blocks and frozen features, with three seeds each. Then saves the
+    adapter, loads it again and asks it.
 
     Examples
     --------

@@ -21,7 +21,7 @@ from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from .files import read_options
 from .flags import FLAGS, PANELS
 
-__all__ = ["column", "columns", "expand", "numbers", "rates", "words"]
+__all__ = ["column", "columns", "expand", "given", "numbers", "rates", "words"]
 
 _NONE = inspect.Parameter.empty
 
@@ -134,6 +134,17 @@ def build(kind: type, values: dict[str, Any], source: Callable[[str], int]) -> A
     if "text_column" in fields:
         fields["text_column"] = columns(fields["text_column"])
     return kind(**fields)
+
+
+def given(config: Any) -> list[str]:
+    """Return a configuration's options that are not the defaults, as they are typed."""
+    found = []
+    for name in names_of(type(config)):
+        value = getattr(config, name, None)
+        if value is not None and value != default_of(type(config), name):
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            found += [f"--{name.replace('_', '-')}", text]
+    return found
 
 
 def expand(
