@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from hmatrix._backend import Array, Space, detach, wants_gradient
 from hmatrix._checks import (
@@ -41,6 +41,7 @@ class Factorization(ABC):
     """
 
     _logdet: Array  # float64 ()
+    _refinements: ClassVar[int] = 1
 
     def __init__(self, H: HODLR | MLR, shift: float) -> None:
         self.matrix = H
@@ -57,7 +58,7 @@ class Factorization(ABC):
         self,
         b: Array,
         *,
-        refine: int = 1,
+        refine: int | None = None,
         rtol: float | None = None,
         adjoint: bool = False,
     ) -> Array:
@@ -67,9 +68,10 @@ class Factorization(ABC):
         ----------
         b : array (n,) or (n, q)
             Right-hand sides, in the library, dtype and device of the matrix.
-        refine : int
-            Steps of iterative refinement. One makes up for inverted leaves where LU
-            factors would be backward stable; it costs a product and a second solve.
+        refine : int, optional
+            Steps of iterative refinement, each a product and another solve. Default: 1
+            by inversion, to make up for inverted leaves where LU factors would be
+            backward stable; 0 by "cholesky", which is.
         rtol : float, optional
             Go on until ``‖b − (H + shift·I) x‖ ≤ rtol · ‖b‖`` for every right-hand
             side.
@@ -98,7 +100,7 @@ class Factorization(ABC):
         >>> bool(np.linalg.norm(H @ x - t) <= 1e-12 * np.linalg.norm(t))
         True
         """
-        refine = check_int("refine", refine, 0)
+        refine = self._refinements if refine is None else check_int("refine", refine, 0)
         rtol = None if rtol is None else check_float("rtol", rtol, minimum=0)
         apply, product = self._apply, self.matrix._apply
         if adjoint:

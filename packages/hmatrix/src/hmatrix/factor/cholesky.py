@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from hmatrix._backend import (
     Array,
@@ -32,6 +32,7 @@ class HODLRCholesky(Factorization):
     """``H + shift·I = W Wᴴ`` of a Hermitian `HODLR` matrix; see `factorize`."""
 
     matrix: HODLR
+    _refinements: ClassVar[int] = 0
 
     def __init__(self, H: HODLR, shift: float = 0.0) -> None:
         super().__init__(H, shift)
