@@ -59,3 +59,22 @@ def test_multiplying_and_inverting_into_blocks_never_build_the_matrix():
         H.block(range(50), range(N))
 
     assert peak_bytes(run) < 4 * N * N / 2.5
+
+
+@pytest.mark.parametrize("kernel", ["exponential", "gaussian", "logarithm"])
+def test_a_matrix_takes_the_memory_that_its_ranks_need(kernel, rng):
+    """Blocks are padded to the largest rank of their level: little, on a line."""
+    functions = {
+        "exponential": lambda x, y: np.exp(-abs(x - y)),
+        "gaussian": lambda x, y: np.exp(-50 * (x - y) ** 2),
+        "logarithm": lambda x, y: np.log(abs(x - y) + 1e-3),
+    }
+    n = 2**13
+    points = np.sort(rng.random(n))
+    H = hm.from_kernel(functions[kernel], points, rtol=1e-8, leaf_size=64)
+    assert H.symmetric  # one triangle
+    needed = H.leaves.size
+    for block in H.upper:
+        rows, columns = block.shape[-2:]
+        needed += int((block.ranks * (rows + columns + 1)).sum())
+    assert H.nbytes <= 1.1 * 8 * needed

@@ -127,10 +127,10 @@ def test_gradients_reach_the_vector(make, rng):
 
 def test_repr_says_what_it_is(rng):
     assert repr(symmetric(40, 2, rng)) == (
-        "HODLR(n=40, levels=2, ranks=(3, 3), symmetric, float64, numpy, 5.19 kB)"
+        "HODLR(n=40, levels=2, ranks=(3, 3), symmetric, float64, numpy, 5.19 kB, 0.41 of dense)"
     )
     assert repr(mlr(40, 2, rng)) == (
-        "MLR(n=40, levels=2, ranks=(3, 3), float64, numpy, 5.12 kB)"
+        "MLR(n=40, levels=2, ranks=(3, 3), float64, numpy, 5.12 kB, 0.4 of dense)"
     )
 
 

@@ -151,6 +151,7 @@ class Operator(ABC):
             self.space.name,
             self.space.place,
             f"{size:.3g} {unit}",
+            f"{nbytes / (self.space.itemsize * self.tree.n**2):.2g} of dense",
         )
         return f"{type(self).__name__}({', '.join(facts)})"
 

@@ -62,7 +62,7 @@ class HODLR(StoredOperator):
     >>> A = np.exp(-abs(t[:, None] - t))
     >>> H = hm.from_dense(A, levels=3, rtol=1e-10)
     >>> H
-    HODLR(n=100, levels=3, ranks=(1, 1, 1), symmetric, float64, numpy, 13.4 kB)
+    HODLR(n=100, levels=3, ranks=(1, 1, 1), symmetric, float64, numpy, 13.4 kB, 0.17 of dense)
     >>> bool(np.allclose(H @ t, A @ t)), H.error < 1e-10
     (True, True)
     """

@@ -62,7 +62,7 @@ def save(path: str | os.PathLike[str], H: HODLR | MLR | Factorization) -> None:
     ...     print(hm.load(path))
     ...     hm.save(path, hm.factorize(H, shift=3.0))
     ...     print(hm.load(path).solve(np.ones(10)).sum())
-    HODLR(n=10, levels=1, ranks=(0,), symmetric, float64, numpy, 400 B)
+    HODLR(n=10, levels=1, ranks=(0,), symmetric, float64, numpy, 400 B, 0.5 of dense)
     2.5
     """
     check_kind("H", H, HODLR, MLR, Factorization)

@@ -180,7 +180,7 @@ def from_kernel(
     ...     return np.exp(-((x - y) ** 2).sum(axis=-1))
     >>> H = hm.from_kernel(gaussian, x, nugget=0.1, rtol=1e-6)
     >>> H
-    HODLR(n=2000, levels=5, ranks=(15, 10, 9, 6, 6), symmetric, float64, numpy, 1.76 MB)
+    HODLR(n=2000, levels=5, ranks=(15, 10, 9, 6, 6), symmetric, float64, numpy, 1.76 MB, 0.055 of dense)
     """
     points = check_array("points", points)
     if len(points.shape) not in (1, 2) or not math.prod(points.shape):

@@ -55,7 +55,7 @@ def identity(
     --------
     >>> import hmatrix as hm
     >>> hm.identity(1000, levels=3)
-    HODLR(n=1000, levels=3, ranks=(0, 0, 0), symmetric, float64, numpy, 1 MB)
+    HODLR(n=1000, levels=3, ranks=(0, 0, 0), symmetric, float64, numpy, 1 MB, 0.12 of dense)
     """
     space = check_space(Space.like(like, dtype), NUMBERS)
     ones = space.zeros(check_int("n", n, 1)) + 1
