@@ -137,12 +137,16 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
         row["peak_memory_bytes"] = memory.bytes()
         return row
     loader = task.loader(training)
+    # what `finetune` scores with the same seed
+    samples = task.score_loader(config.samples, training.seed)
     task.model.to(device)
     if spec["describe"] and method.curvature is not None:
-        row["factor"] = factor_entry(task, config, method, loader)
+        row["factor"] = factor_entry(task, config, method, samples)
     begin = time.perf_counter()
     memory.reset()
-    adapted = adapt(method, task.model, config, loader, progress=stage(tell, "scoring"))
+    adapted = adapt(
+        method, task.model, config, samples, progress=stage(tell, "scoring")
+    )
     if adapted.scores is not None:
         row["score_seconds"] = time.perf_counter() - begin
         row["score_memory_bytes"] = memory.bytes()

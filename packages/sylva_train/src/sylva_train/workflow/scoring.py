@@ -15,9 +15,6 @@ from .task import Task, load_task, located
 
 __all__ = ["score_file", "score_task"]
 
-#: Sequences in a batch when scoring; memory, not the scores, depends on it.
-BATCH = 32
-
 
 def check_targets(task: Task, config: SylvaConfig) -> None:
     """Find the layers before any time is spent on the data."""
@@ -63,8 +60,7 @@ def score_task(
     rule = config.importance
     words = f"{rule} ({config.curvature})" if rule == "kfac" else rule
     if rule in NEEDS_DATA:
-        batch = min(BATCH, config.samples)
-        loader = task.score_loader(config.samples, batch, seed)
+        loader = task.score_loader(config.samples, seed)
         progress.say(f"Scoring by {words} on {len(loader.examples):,} examples.")
     else:
         progress.say(f"Scoring by {words}; this needs no data.")

@@ -71,7 +71,7 @@ class Task:
             progress=progress,
         )
 
-    def score_loader(self, samples: int, batch_size: int, seed: int) -> Loader:
+    def score_loader(self, samples: int, seed: int, batch_size: int = 32) -> Loader:
         """Return batches of as many training examples as are scored, and no more.
 
         They are the first ones of a permutation by the seed, filled by length.
