@@ -163,14 +163,16 @@ def test_masks_are_those_of_the_first_seed(here, home, tmp_path):
     assert list(results["masks"]) == ["sylva:random"]
 
 
-def test_a_run_does_what_finetune_does(here, home, tmp_path):
+@pytest.mark.parametrize("rule", ["magnitude", "gradient"])
+def test_a_run_does_what_finetune_does(here, home, tmp_path, rule):
     from sylva_train import finetune
 
     training = jobs.training(steps=3)
-    rates = {"sylva:magnitude": training.lr}
-    methods = {"methods": ("sylva:magnitude",), "seeds": (0,), "learning_rates": rates}
+    name = f"sylva:{rule}"
+    rates = {name: training.lr}
+    methods = {"methods": (name,), "seeds": (0,), "learning_rates": rates}
     results = compare(plan(home, **methods), tmp_path / "out")
-    config = jobs.sylva_config(samples=8, levels=1, rank=4)
+    config = jobs.sylva_config(samples=8, levels=1, rank=4, importance=rule)
     record = finetune(
         jobs.task(home), config, training, tmp_path / "run", progress=False
     )
