@@ -18,6 +18,7 @@ copyright = "The Sylva developers, Apache-2.0"
 release = version = metadata.version("sylva-train")
 
 extensions = [
+    "matplotlib.sphinxext.plot_directive",
     "myst_parser",
     "numpydoc",
     "sphinx.ext.autodoc",
@@ -51,6 +52,12 @@ autodoc_typehints = "none"
 autodoc_default_options = {"show-inheritance": False}
 # Members are listed by the class template, from autodoc itself.
 numpydoc_show_class_members = False
+
+# Pictures are drawn when the pages are built, by the code that stands above them.
+plot_formats = ["svg"]
+plot_include_source = True
+plot_html_show_formats = False
+plot_html_show_source_link = False
 
 # Examples run from the pages and from the docstrings, each page in a folder of its own.
 doctest_global_setup = """

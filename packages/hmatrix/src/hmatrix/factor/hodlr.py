@@ -78,7 +78,7 @@ class HODLRFactorization(Factorization):
         return math.copysign(1.0, sign.real)
 
     def inverse_diagonal(self) -> Array:
-        """Return the diagonal of the inverse (n,), in ``O(n r K)`` if symmetric.
+        """Return the diagonal of the inverse (n,), in ``O(n r² K)`` if symmetric.
 
         Otherwise the adjoint halves are carried along at ``O(n r² K²)``.
         """
