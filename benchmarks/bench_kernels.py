@@ -7,7 +7,8 @@ is the relative error of x for the right-hand side A·1. Peers are measured wher
 installed (``pip install george celerite2``). celerite2 is exact for the exponential
 kernel at any size, and gives its log-determinant.
 
-Run with ``--sizes 4096 65536``; sizes from 2**12 to 2**20 show the growth.
+``results/kernels_growth.json`` is of ``--kernels gaussian --libraries numpy --name
+kernels_growth --sizes 4096 16384 65536 262144 1048576``.
 """
 
 from __future__ import annotations
