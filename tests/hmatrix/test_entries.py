@@ -204,3 +204,22 @@ def test_bad_functions_are_told_apart():
         hm.from_kernel(lambda a, b: a * b, np.array([0.0, np.nan]))
     with pytest.raises(hm.ShapeError, match="`nugget` must have shape"):
         hm.from_kernel(lambda a, b: a * b, np.arange(4.0), nugget=np.ones(3))
+
+
+@pytest.mark.parametrize("length", [1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("kind", ["gaussian", "exponential", "rational"])
+def test_kernels_much_narrower_than_the_blocks(kind, length, rng):
+    """Most rows of a block are zeros but for rounding: no pivots to divide by."""
+    x = np.sort(rng.random(1100))
+
+    def kernel(a, b):
+        d = abs(a - b) / length
+        return {
+            "gaussian": lambda: np.exp(-(d**2)),
+            "exponential": lambda: np.exp(-d),
+            "rational": lambda: 1 / (1 + d**2),
+        }[kind]()
+
+    for rtol in (1e-4, 1e-9):
+        H = hm.from_kernel(kernel, x, rtol=rtol, leaf_size=16)
+        assert relative(H, kernel(x[:, None], x)) <= rtol
