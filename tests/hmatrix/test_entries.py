@@ -140,6 +140,19 @@ def test_false_convergence_is_caught(spikes, rng):
     assert hm.factorize(H).slogdet() == (sign, pytest.approx(value, rel=1e-9))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_factors_of_very_different_scales_keep_all_digits(seed):
+    """Clusters make rows of 1 and of 1e6, whose Gram matrix has no digits left."""
+    rng = np.random.default_rng(seed)
+    x = rng.random(4)[rng.integers(0, 4, 500)] + 1e-4 * rng.standard_normal(500)
+
+    def kernel(a, b):
+        return 1 / (abs(a - b) + 1e-6)
+
+    H = hm.from_kernel(kernel, x, rtol=1e-13, leaf_size=16)
+    assert relative(H, kernel(x[:, None], x)) <= 1e-13
+
+
 def test_a_matrix_without_structure_is_stored_whole(rng):
     A = rng.standard_normal((200, 200))
     H = hm.from_entries(lambda i, j: A[i, j], 200, rtol=1e-8, leaf_size=25)
