@@ -3,8 +3,9 @@
 Two steps. Pivots are found by cross approximation with partial pivoting (Bebendorf,
 "Approximation of boundary element matrices", 2000) on a sample of each block's rows and
 columns; then the pivots' rows and columns are evaluated in full, which is all products.
-A check on entries that were not looked at decides whether that was right: blocks that
-fail are done again with a larger sample, in the end with all rows and columns.
+A check on all entries of the sample and on others by chance decides whether that was
+right: blocks that fail are done again with a larger sample, in the end with all rows and
+columns.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ __all__ = ["Blocks", "approximate", "beside", "masked", "pieces"]
 
 #: Rows and columns of the first sample.
 SAMPLE = 128
-#: Entries of each block, beside one whole row and column, that check the result.
-CHECKS = 64
+#: Entries of each row and column that check a block larger than a sample.
+PASSES = 2
 #: Entries evaluated at once on the host: their temporaries stay in the cache.
 CHUNK = 2**17
 #: Columns by which factors grow.
@@ -249,11 +250,7 @@ def attempt(
     """Approximate with pivots out of a sample of each block, and estimate the error."""
     space, xp, m = blocks.space, blocks.xp, blocks.size
     limit = m if max_rank is None else min(m, max_rank + 8)
-    places = np.arange(m)
-    if m > sample:
-        # dense at both ends, where clusters meet and kernels are rough
-        ends = (1 - np.cos(np.pi * np.arange(sample) / (sample - 1))) / 2
-        places = np.unique(np.round(ends * (m - 1)).astype(np.int64))
+    places = dense_at_ends(m, sample)
     index = space.integers(places)
     inner = blocks if m <= sample else blocks.taken(index, 1)
     scale = m / len(places)
@@ -269,6 +266,14 @@ def attempt(
     estimate = residual(blocks, U, D, V, seed)
     found, lost = cut(U, D, V, tolerance * 0.8, max_rank)
     return found, xp.sqrt(lost**2 + estimate**2)
+
+
+def dense_at_ends(m: int, count: int) -> np.ndarray:
+    """Return up to ``count`` of m places, more of them where clusters meet."""
+    if m <= count:
+        return np.arange(m)
+    ends = (1 - np.cos(np.pi * np.arange(count) / (count - 1))) / 2
+    return np.unique(np.round(ends * (m - 1)).astype(np.int64))
 
 
 def cross(
@@ -373,27 +378,39 @@ def extend(
 
 
 def residual(blocks: Blocks, U: Array, D: Array, V: Array, seed: int) -> Array:
-    """Estimate the Frobenius norm of each block's error (b,) from what was not used.
+    """Estimate the Frobenius norm of each block's error (b,).
 
-    One row, one column and single entries by chance: a wrong row shows in any column, a
-    wrong column in any row. The largest of the three estimates counts.
+    The rows and columns of the first sample are compared whole: all of a small block,
+    and the corners of a large one, where a narrow band or a sharp peak would be. Of a
+    large block also ``PASSES`` times an entry of each row and each column, by chance: a
+    wrong row or column shows every time. The larger of the two estimates counts.
     """
-    space, xp, m = blocks.space, blocks.xp, blocks.size
-    b = blocks.count
-    chance = np.random.default_rng((seed, m, b))
-    i, j = (space.integers(chance.integers(0, m, (b, CHECKS))) for _ in range(2))
-    # of what the entries are sums
-    left, right = gather(U, i) * D[:, :, None], conjugate(gather(V, j))
-    entries = blocks.at(i, j) - xp.sum(left * right, axis=-2)
-    column = (
-        blocks.at_columns(j[:, :1]) - transpose(D[:, :, None] * right[:, :, :1]) @ U
+    space, xp, m, b = blocks.space, blocks.xp, blocks.size, blocks.count
+    U = U * D[:, :, None]
+    if m <= SAMPLE:
+        return error_norm(blocks, U, V)
+    index = space.integers(dense_at_ends(m, SAMPLE))
+    largest = error_norm(
+        blocks.taken(index, 1), *(xp.take(x, index, axis=-1) for x in (U, V))
     )
-    row = blocks.adjoint.at_columns(i[:, :1]) - adjoint(left[:, :, :1]) @ V
-    squares = [
-        m * m / CHECKS * xp.sum(xp.abs(entries) ** 2, axis=-1),
-        *(m * xp.sum(xp.abs(x[:, 0, :]) ** 2, axis=-1) for x in (column, row)),
-    ]
-    return xp.sqrt(xp.max(xp.stack(squares, axis=-1), axis=-1))
+    chance = np.random.default_rng((seed, m, b))
+    order, rows = chance.permutation(m), np.arange(m)
+    i = xp.broadcast_to(space.integers(rows), (b, m))
+    squares = xp.zeros_like(largest)
+    for _ in range(PASSES):
+        j = space.integers(order[(rows + chance.integers(0, m, (b, 1))) % m])
+        error = blocks.at(i, j) - xp.sum(U * conjugate(gather(V, j)), axis=-2)
+        squares = squares + m / PASSES * xp.sum(xp.abs(error) ** 2, axis=-1)
+    return xp.maximum(largest, xp.sqrt(squares))
+
+
+def error_norm(blocks: Blocks, U: Array, V: Array) -> Array:
+    """Return the Frobenius norms (b,) of blocks less ``Uᵀ conj(V)``."""
+    xp, m = blocks.xp, blocks.size
+    j = xp.arange(m, device=blocks.space.device)
+    columns = blocks.at_columns(xp.broadcast_to(j, (blocks.count, m)))
+    error = columns - adjoint(V) @ U
+    return xp.linalg.vector_norm(error, axis=(-2, -1))
 
 
 def cut(
