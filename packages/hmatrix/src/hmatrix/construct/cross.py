@@ -20,22 +20,20 @@ from hmatrix._backend import (
     Array,
     Space,
     adjoint,
-    cholesky,
     conjugate,
     inverse_lower,
     svd,
     to_numpy,
     transpose,
 )
-from hmatrix.lowrank import LowRank, compress, cut_triplets, recompress
+from hmatrix.lowrank import LowRank, compress, cut_triplets, orthonormal
 
 __all__ = ["Blocks", "approximate", "beside", "masked", "pieces"]
 
 #: Rows and columns of the first sample.
 SAMPLE = 128
-#: Rows and columns of the grid that checks a block, and entries of each row and column of a
-#: larger one.
-GRID, PASSES = 64, 2
+#: Entries of each row and column that check a block larger than a sample.
+PASSES = 2
 #: Entries evaluated at once on the host: their temporaries stay in the cache.
 CHUNK = 2**17
 #: Columns by which factors grow.
@@ -268,7 +266,7 @@ def attempt(
         U, V = extend(blocks, pivots, gather(U, i), gather(V, j), D, valid)
     D = xp.where(valid, D, xp.zeros_like(D))
     estimate = residual(blocks, U, D, V, seed)
-    found, lost = orthonormal(U, D, V, tolerance * 0.8, max_rank)
+    found, lost = cut(U, D, V, tolerance * 0.8, max_rank)
     return found, xp.sqrt(lost**2 + estimate**2)
 
 
@@ -394,16 +392,16 @@ def extend(
 def residual(blocks: Blocks, U: Array, D: Array, V: Array, seed: int) -> Array:
     """Estimate the Frobenius norm of each block's error (b,).
 
-    A grid of rows and columns is compared: all of a small block, and most of all the
-    corners of a large one, where a narrow band or a sharp peak would be. Of a large
-    block also ``PASSES`` times an entry of each row and each column, by chance: a
+    The rows and columns of the first sample are compared whole: all of a small block,
+    and the corners of a large one, where a narrow band or a sharp peak would be. Of a
+    large block also ``PASSES`` times an entry of each row and each column, by chance: a
     wrong row or column shows every time. The larger of the two estimates counts.
     """
     space, xp, m, b = blocks.space, blocks.xp, blocks.size, blocks.count
     U = U * D[:, :, None]
-    if m <= GRID:
+    if m <= SAMPLE:
         return error_norm(blocks, U, V)
-    index = space.integers(dense_at_ends(m, GRID))
+    index = space.integers(dense_at_ends(m, SAMPLE))
     largest = error_norm(
         blocks.taken(index, 1), *(xp.take(x, index, axis=-1) for x in (U, V))
     )
@@ -427,34 +425,26 @@ def error_norm(blocks: Blocks, U: Array, V: Array) -> Array:
     return xp.linalg.vector_norm(error, axis=(-2, -1))
 
 
-def orthonormal(
+def cut(
     U: Array, D: Array, V: Array, tolerance: float, max_rank: int | None
 ) -> tuple[LowRank, Array]:
-    """Return ``Uᵀ diag(D) conj(V)`` by its singular values, as many as are needed.
+    """Return ``Uᵀ diag(D) conj(V)`` by its singular values, as many as are needed."""
+    (Qu, Ru, a), (Qv, Rv, b) = map(unit_qr, (U, V))
+    P, S, Q = svd((Ru * (a * D * b)[:, None, :]) @ adjoint(Rv))
+    small, lost, _ = cut_triplets(P, S, Q, tolerance, max_rank)
+    return LowRank(Qu @ small.U, small.S, Qv @ small.V), lost
 
-    The factors are well conditioned, so Cholesky QR will do: all products but for one
-    small core.
+
+def unit_qr(U: Array) -> tuple[Array, Array, Array]:
+    """Return Q, R and norms d (b, r) with ``Q R diag(d) = Uᵀ``.
+
+    Partial pivoting leaves rows of very different norms; scaled to 1, they are
+    conditioned well enough for Cholesky QR.
     """
     xp = Space.of(U).xp
-    Lu, Lv = cholesky(gram(U)), cholesky(gram(V))
-    if Lu is None or Lv is None:
-        ones = xp.ones_like(xp.abs(D))
-        block = LowRank(transpose(U * D[:, :, None]), ones, transpose(V))
-        return recompress(block, tolerance=tolerance, max_rank=max_rank)
-    P, S, Q = svd((adjoint(Lu) * D[:, None, :]) @ Lv)
-    small, lost, _ = cut_triplets(P, S, Q, tolerance, max_rank)
-    left, right = (
-        adjoint(inverse_lower(L)) @ x for L, x in ((Lu, small.U), (Lv, small.V))
-    )
-    return LowRank(transpose(U) @ left, small.S, transpose(V) @ right), lost
-
-
-def gram(U: Array) -> Array:
-    """Gram matrices (b, r, r) of the rows of U (b, r, m), 1 for a row of zeros."""
-    space = Space.of(U)
-    null = space.xp.linalg.vector_norm(U, axis=-1) == 0
-    ones = space.eye(int(U.shape[1])) * space.xp.astype(null, U.dtype)[:, None, :]
-    return conjugate(U) @ transpose(U) + ones
+    norms = xp.linalg.vector_norm(U, axis=-1)
+    norms = xp.astype(xp.where(norms > 0, norms, xp.ones_like(norms)), U.dtype)
+    return *orthonormal(transpose(U / norms[:, :, None])), norms
 
 
 def scatter(x: Array, part: Array, which: np.ndarray) -> Array:

@@ -103,9 +103,14 @@ def from_entries(
     Notes
     -----
     About ``n (m + 2 Σ r)`` entries are evaluated, m being the rows of a leaf and r the
-    rank of each level. Cross approximation with pivots from a sample of each block
-    (Bebendorf 2000); where the check fails, from a larger sample, in the end from the
-    whole block.
+    rank of each level, and some 200 n for the check. Cross approximation with pivots
+    from a sample of each block (Bebendorf 2000); where the check fails, from a larger
+    sample, in the end from the whole block.
+
+    Blocks of up to 128 rows are checked whole. Of larger ones it is their corners and
+    two entries of each row and column: single entries that stand out elsewhere (points
+    given twice and a kernel much narrower than a block, a sparse matrix) can be missed,
+    and with them the promise; `from_sparse` and `from_dense` see all.
 
     Examples
     --------

@@ -9,10 +9,8 @@ from hmatrix._backend import (
     Array,
     Space,
     adjoint,
-    cholesky,
     contiguous,
     inverse_lower,
-    qr,
     wants_gradient,
 )
 from hmatrix._operator import unpad_rows
@@ -24,6 +22,7 @@ from hmatrix.factor.symmetric import (
     logdet_of_cholesky,
 )
 from hmatrix.hodlr import HODLR
+from hmatrix.lowrank import orthonormal
 
 __all__ = ["HODLRCholesky", "has_cholesky"]
 
@@ -177,28 +176,3 @@ def rows_of_pair(U: Array, V: Array, rows: slice) -> Array:
     nodes = slice(node, node + size // (2 * half))
     pair = Space.of(U).xp.stack([U[nodes, ...], V[nodes, ...]], axis=1)
     return Space.of(U).xp.reshape(pair, (size, U.shape[-1]))
-
-
-def orthonormal(X: Array) -> tuple[Array, Array]:
-    """QR decomposition of tall X (b, m, r), by Cholesky's twice where that will do.
-
-    A product and small factorizations, many times faster than Householder's; the second
-    pass makes Q orthonormal to rounding as long as the first left it well conditioned.
-    """
-    xp, eye = Space.of(X).xp, Space.of(X).eye(int(X.shape[-1]))
-    if X.shape[-2] < X.shape[-1]:
-        return qr(X)
-    gram = adjoint(X) @ X
-    # a column of zeros is orthonormalised by itself, and stays zero in Q and R
-    null = xp.astype(xp.linalg.diagonal(gram) == 0, X.dtype)[:, None, :] * eye
-    first = cholesky(gram + null)
-    if first is None:
-        return qr(X)
-    Q = X @ adjoint(inverse_lower(first))
-    gram = adjoint(Q) @ Q + null
-    lost = float(xp.max(xp.abs(gram - eye)))  # of orthogonality by the first pass
-    second = cholesky(gram) if lost < 0.5 else None
-    if second is None:
-        return qr(X)
-    Q = Q @ adjoint(inverse_lower(second))
-    return Q, adjoint(second) @ adjoint(first) - null
