@@ -154,6 +154,18 @@ def test_factors_of_very_different_scales_keep_all_digits(seed):
     assert relative(H, kernel(x[:, None], x)) <= 1e-13
 
 
+def test_entries_far_below_the_tolerance_are_no_pivots(rng):
+    """Subnormal ones would overflow the columns that are divided by them."""
+    x = np.sort(rng.random(1000))
+
+    def kernel(a, b):
+        return np.exp(-((a - b) ** 2) / 1e-6)
+
+    with np.errstate(over="raise", invalid="raise"):
+        H = hm.from_kernel(kernel, x, rtol=1e-6, leaf_size=8)
+    assert relative(H, kernel(x[:, None], x)) <= 1e-6
+
+
 def test_a_matrix_without_structure_is_stored_whole(rng):
     A = rng.standard_normal((200, 200))
     H = hm.from_entries(lambda i, j: A[i, j], 200, rtol=1e-8, leaf_size=25)

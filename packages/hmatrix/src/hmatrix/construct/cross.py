@@ -227,7 +227,7 @@ def approximate(
     found, lost = attempt(blocks, SAMPLE, tolerance, max_rank, seed)
     sample = SAMPLE
     while max_rank is None and sample < blocks.size:
-        bad = np.flatnonzero(to_numpy(lost) > tolerance)
+        bad = np.flatnonzero(~(to_numpy(lost) <= tolerance))
         if not len(bad):
             break
         sample, seed = 4 * sample, seed + 1
@@ -235,7 +235,7 @@ def approximate(
         again = attempt(blocks.taken(index, 0), sample, tolerance, None, seed)
         found = replace_blocks(found, again[0], bad)
         lost = scatter(lost, again[1], bad)
-    bad = np.flatnonzero(to_numpy(lost) > tolerance)
+    bad = np.flatnonzero(~(to_numpy(lost) <= tolerance))
     if len(bad) and blocks.size <= DENSE:
         dense = blocks.taken(space.integers(bad), 0).dense()
         exact = compress(dense, tolerance=tolerance, max_rank=max_rank)
@@ -314,8 +314,9 @@ def cross(
         size = xp.where(used_columns, xp.zeros_like(largest)[:, None], xp.abs(v))
         column = xp.argmax(size, axis=-1)
         pivot = pick(v, column[:, None])[:, 0]
-        # what rounding leaves of an entry is no pivot
-        good = alive & (xp.abs(pivot) > 8 * space.eps * largest)
+        # what rounding leaves of an entry is no pivot, nor is what would overflow u
+        least = xp.maximum(8 * largest, tolerance * xp.ones_like(largest))
+        good = alive & (xp.abs(pivot) > space.eps * least)
         used_rows = used_rows | (places == row[:, None])
         used_columns = used_columns | (good[:, None] & (places == column[:, None]))
         u = blocks.at_columns(column[:, None])
