@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import hmatrix as hm
 import hmatrix.construct.cross
+from hmatrix._backend import namespace
 from tests.helpers import assert_in, dense, error_ratio, to_numpy
 from tests.strategies import SEEDS
 
@@ -152,6 +153,26 @@ def test_factors_of_very_different_scales_keep_all_digits(seed):
 
     H = hm.from_kernel(kernel, x, rtol=1e-13, leaf_size=16)
     assert relative(H, kernel(x[:, None], x)) <= 1e-13
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("power", [-0.6, 0.499, 0.8])
+def test_scales_whose_squares_are_no_numbers_are_refused(xp, dtype, power):
+    """Norms that overflow allow any error, norms that underflow hide it."""
+    n, scale = 300, float(np.finfo(dtype).max) ** power
+    column = xp.asarray(scale / (1.0 + np.arange(n)), dtype)
+
+    def function(i, j):
+        return namespace(i).astype(0 * (i + j), column.dtype) + scale
+
+    with pytest.raises(hm.NonFiniteError, match="rescale"), np.errstate(all="ignore"):
+        hm.from_entries(function, n, like=column, leaf_size=16)
+    with pytest.raises(hm.NonFiniteError, match="rescale"), np.errstate(all="ignore"):
+        hm.from_toeplitz(column, leaf_size=16)
+    with pytest.raises(hm.NonFiniteError, match="rescale"), np.errstate(all="ignore"):
+        hm.from_matvec(
+            lambda x: scale * x, n=n, like=column, leaf_size=16, symmetric=True
+        )
 
 
 def test_entries_far_below_the_tolerance_are_no_pivots(rng):

@@ -26,6 +26,7 @@ from hmatrix._checks import (
     check_finite,
     check_float,
     check_int,
+    check_norm,
     check_operand,
     check_space,
 )
@@ -98,7 +99,8 @@ def from_entries(
     ToleranceError
         If the tolerance is not reached and no ``max_rank`` excuses it.
     ShapeError, BackendError, NonFiniteError
-        If the function gives no finite array of the shape of its arguments.
+        If the function gives no finite array of the shape of its arguments, or one so
+        large or small that squares overflow or underflow.
 
     Notes
     -----
@@ -279,7 +281,7 @@ def build(
     if tree.padded > tree.n:
         real = real_rows(tree, space)
     leaves = diagonal_blocks(function, labels, real, tree, space)
-    squares = float(frobenius(leaves)) ** 2
+    squares = check_norm(float(frobenius(leaves)), space) ** 2
     if symmetric is None:
         symmetric = looks_hermitian(function, labels, leaves, seed)
     sides: list[list[LowRank]] = [[] for _ in range(1 if symmetric else 2)]
@@ -313,12 +315,13 @@ def build(
             side.insert(0, found)
             lost.insert(0, error)
             squares += float(frobenius(found.S)) ** 2 * (2 if symmetric else 1)
+        check_norm(math.sqrt(squares), space)
     norm = math.sqrt(squares)
     total = max(rtol * norm, atol)
     trimmed, square = trim(sides, losses, tree, total, max_rank)
     square *= 2 if symmetric else 1
     reached = math.sqrt(square)
-    if max_rank is None and reached > total:
+    if max_rank is None and not reached <= total:
         msg = (
             f"The error is {reached / norm:.3g} of the norm by the estimate, "
             f"{total / norm:.3g} was asked for: entries may be too rough or too noisy for "
