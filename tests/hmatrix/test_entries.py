@@ -245,6 +245,10 @@ def test_bad_functions_are_told_apart():
         hm.from_entries(lambda _i, _j: np.ones(3), 100)
     with pytest.raises(hm.BackendError, match="must give a numpy array"):
         hm.from_entries(lambda _i, _j: 1.0, 100)
+    with pytest.raises(
+        hm.DTypeError, match="complex128 entries for a matrix of float64"
+    ):
+        hm.from_entries(lambda i, j: np.exp(1j * (i - j)), 100)
     with pytest.raises(hm.ShapeError, match="`points` must have shape"):
         hm.from_kernel(lambda a, b: a * b, np.ones((2, 2, 2)))
     with pytest.raises(hm.NonFiniteError, match="points"):

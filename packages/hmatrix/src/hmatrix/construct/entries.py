@@ -13,12 +13,14 @@ from hmatrix._backend import (
     Space,
     adjoint,
     conjugate,
+    dtype_name,
     frobenius,
     is_array,
     namespace,
 )
 from hmatrix._checks import (
     BackendError,
+    DTypeError,
     NonFiniteError,
     ShapeError,
     ToleranceError,
@@ -98,9 +100,10 @@ def from_entries(
     ------
     ToleranceError
         If the tolerance is not reached and no ``max_rank`` excuses it.
-    ShapeError, BackendError, NonFiniteError
+    ShapeError, BackendError, DTypeError, NonFiniteError
         If the function gives no finite array of the shape of its arguments, or one so
-        large or small that squares overflow or underflow.
+        large or small that squares overflow or underflow; or complex entries of a real
+        matrix.
 
     Notes
     -----
@@ -175,7 +178,7 @@ def from_kernel(
 
     Raises
     ------
-    ToleranceError, ShapeError, BackendError, NonFiniteError
+    ToleranceError, ShapeError, BackendError, DTypeError, NonFiniteError
         As `from_entries`.
 
     Examples
@@ -247,6 +250,12 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
                 f"{type(x).__name__}; build it from its arguments."
             )
             raise BackendError(msg)
+        if Space.of(x).is_complex and not space.is_complex:
+            msg = (
+                f"The function gave {dtype_name(x.dtype)} entries for a matrix of "
+                f"{space.name}; give `dtype`, or take the real part."
+            )
+            raise DTypeError(msg)
         shapes = (s[: len(s) - dims] for s in (tuple(a.shape), tuple(b.shape)))
         expected = np.broadcast_shapes(*shapes)
         if tuple(x.shape) != expected:
