@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import hmatrix as hm
 import hmatrix.construct.cross
+from hmatrix._backend import namespace
 from tests.helpers import assert_in, dense, error_ratio, to_numpy
 from tests.strategies import SEEDS
 
@@ -154,6 +155,38 @@ def test_factors_of_very_different_scales_keep_all_digits(seed):
     assert relative(H, kernel(x[:, None], x)) <= 1e-13
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("power", [-0.6, 0.499, 0.8])
+def test_scales_whose_squares_are_no_numbers_are_refused(xp, dtype, power):
+    """Norms that overflow allow any error, norms that underflow hide it."""
+    n, scale = 300, float(np.finfo(dtype).max) ** power
+    column = xp.asarray(scale / (1.0 + np.arange(n)), dtype)
+
+    def function(i, j):
+        return namespace(i).astype(0 * (i + j), column.dtype) + scale
+
+    with pytest.raises(hm.NonFiniteError, match="rescale"), np.errstate(all="ignore"):
+        hm.from_entries(function, n, like=column, leaf_size=16)
+    with pytest.raises(hm.NonFiniteError, match="rescale"), np.errstate(all="ignore"):
+        hm.from_toeplitz(column, leaf_size=16)
+    with pytest.raises(hm.NonFiniteError, match="rescale"), np.errstate(all="ignore"):
+        hm.from_matvec(
+            lambda x: scale * x, n=n, like=column, leaf_size=16, symmetric=True
+        )
+
+
+def test_entries_far_below_the_tolerance_are_no_pivots(rng):
+    """Subnormal ones would overflow the columns that are divided by them."""
+    x = np.sort(rng.random(1000))
+
+    def kernel(a, b):
+        return np.exp(-((a - b) ** 2) / 1e-6)
+
+    with np.errstate(over="raise", invalid="raise"):
+        H = hm.from_kernel(kernel, x, rtol=1e-6, leaf_size=8)
+    assert relative(H, kernel(x[:, None], x)) <= 1e-6
+
+
 def test_a_matrix_without_structure_is_stored_whole(rng):
     A = rng.standard_normal((200, 200))
     H = hm.from_entries(lambda i, j: A[i, j], 200, rtol=1e-8, leaf_size=25)
@@ -212,6 +245,10 @@ def test_bad_functions_are_told_apart():
         hm.from_entries(lambda _i, _j: np.ones(3), 100)
     with pytest.raises(hm.BackendError, match="must give a numpy array"):
         hm.from_entries(lambda _i, _j: 1.0, 100)
+    with pytest.raises(
+        hm.DTypeError, match="complex128 entries for a matrix of float64"
+    ):
+        hm.from_entries(lambda i, j: np.exp(1j * (i - j)), 100)
     with pytest.raises(hm.ShapeError, match="`points` must have shape"):
         hm.from_kernel(lambda a, b: a * b, np.ones((2, 2, 2)))
     with pytest.raises(hm.NonFiniteError, match="points"):

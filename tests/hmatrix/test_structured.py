@@ -254,6 +254,14 @@ def test_symmetry_of_sparse_matrices_can_be_told(rng):
         hm.from_sparse(A, levels=2, symmetric=True)
 
 
+def test_tiny_sparse_matrices_are_not_taken_for_symmetric():
+    """The squares of their differences underflow."""
+    A = 1e-200 * sparse.csr_array(np.triu(np.ones((40, 40))))
+    H = hm.from_sparse(A, levels=2)
+    assert not H.symmetric
+    assert np.allclose(to_numpy(H.to_dense()), A.toarray(), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     ("A", "error", "match"),
     [

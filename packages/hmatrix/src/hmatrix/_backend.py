@@ -95,11 +95,19 @@ def nbytes(*arrays: Array) -> int:
 
 def frobenius(x: Array) -> Array:
     """Return the Frobenius norm of a whole array, as an array; it may overflow."""
+    xp = namespace(x)
     if array_api_compat.is_numpy_array(x):
         # vdot needs no array of squares, and an overflow is the caller's to judge
         with np.errstate(over="ignore", invalid="ignore"):
-            return np.sqrt(np.vdot(x, x).real)
-    return namespace(x).linalg.vector_norm(x)
+            norm = np.sqrt(np.vdot(x, x).real)
+    else:
+        norm = xp.linalg.vector_norm(x)
+    if math.prod(x.shape) and float(norm) < Space.of(x).smallest_norm:
+        # squares of these underflow
+        largest = xp.max(xp.abs(x))
+        if float(largest) > 0:
+            norm = largest * xp.linalg.vector_norm(x / largest)
+    return norm
 
 
 def detach(x: Array) -> Array:
@@ -225,6 +233,11 @@ class Space:
     def eps(self) -> float:
         """Distance from 1 to the next number of the dtype."""
         return float(self.xp.finfo(self.dtype).eps)
+
+    @property
+    def smallest_norm(self) -> float:
+        """Norm whose part of epsilon has a square that does not underflow."""
+        return math.sqrt(float(self.xp.finfo(self.dtype).smallest_normal)) / self.eps
 
     @property
     def itemsize(self) -> int:

@@ -39,6 +39,7 @@ __all__ = [
     "check_float",
     "check_int",
     "check_kind",
+    "check_norm",
     "check_operand",
     "check_space",
     "not_finite",
@@ -224,6 +225,19 @@ def check_finite(name: str, x: Array) -> float:
     if not norm * norm <= float(xp.finfo(space.dtype).max):
         raise NonFiniteError(not_finite(name, x, space.name))
     return norm
+
+
+def check_norm(norm: float, space: Space) -> float:
+    """Return the norm of a matrix, or raise if squares of its parts are no numbers."""
+    largest = math.sqrt(float(space.xp.finfo(space.dtype).max))
+    if norm == 0 or space.smallest_norm <= norm <= largest:
+        return norm
+    msg = (
+        f"The norm of the matrix is {norm:.3g}: squares of its entries and of errors "
+        f"overflow or underflow in {space.name}; rescale it"
+        + (", or use float64." if space.eps > 1e-10 else ".")
+    )
+    raise NonFiniteError(msg)
 
 
 def not_finite(name: str, x: Array, dtype: str) -> str:

@@ -229,7 +229,7 @@ def approximate(
     found, lost = attempt(blocks, SAMPLE, tolerance, max_rank, seed)
     sample = SAMPLE
     while max_rank is None and sample < blocks.size:
-        bad = np.flatnonzero(to_numpy(lost) > tolerance)
+        bad = np.flatnonzero(~(to_numpy(lost) <= tolerance))
         if not len(bad):
             break
         sample, seed = 4 * sample, seed + 1
@@ -237,7 +237,7 @@ def approximate(
         again = attempt(blocks.taken(index, 0), sample, tolerance, None, seed)
         found = replace_blocks(found, again[0], bad)
         lost = scatter(lost, again[1], bad)
-    bad = np.flatnonzero(to_numpy(lost) > tolerance)
+    bad = np.flatnonzero(~(to_numpy(lost) <= tolerance))
     if len(bad) and blocks.size <= DENSE:
         dense = blocks.taken(space.integers(bad), 0).dense()
         exact = compress(dense, tolerance=tolerance, max_rank=max_rank)
@@ -317,8 +317,9 @@ def cross(
             size = xp.where(used_columns, xp.zeros_like(largest)[:, None], xp.abs(v))
             column = xp.argmax(size, axis=-1)
             pivot = pick(v, column[:, None])[:, 0]
-            # what rounding leaves of an entry is no pivot
-            good = alive & (xp.abs(pivot) > 8 * space.eps * largest)
+            # what rounding leaves of an entry is no pivot, nor is what would overflow u
+            least = space.eps * xp.maximum(8 * largest, tolerance + 0 * largest)
+            good = alive & (xp.abs(pivot) > least)
             u = blocks.at_columns(column[:, None])
             u = (u - conjugate(at(V, k, column)) @ U[:, :k, :])[:, 0, :]
             # a row that is small everywhere (far from a narrow kernel's diagonal, say)
@@ -326,7 +327,7 @@ def cross(
             size = xp.where(used_rows, xp.zeros_like(largest)[:, None], xp.abs(u))
             top = xp.argmax(size, axis=-1)
             high = pick(size, top[:, None])[:, 0]
-            turned = good & (high > GROWTH * xp.abs(pivot))
+            turned = alive & (high > GROWTH * xp.abs(pivot)) & (high > least)
             if turn + 1 == TURNS or not bool(xp.any(turned)):
                 break
             row = xp.where(turned, top, row)

@@ -13,12 +13,14 @@ from hmatrix._backend import (
     Space,
     adjoint,
     conjugate,
+    dtype_name,
     frobenius,
     is_array,
     namespace,
 )
 from hmatrix._checks import (
     BackendError,
+    DTypeError,
     NonFiniteError,
     ShapeError,
     ToleranceError,
@@ -26,6 +28,7 @@ from hmatrix._checks import (
     check_finite,
     check_float,
     check_int,
+    check_norm,
     check_operand,
     check_space,
 )
@@ -97,8 +100,10 @@ def from_entries(
     ------
     ToleranceError
         If the tolerance is not reached and no ``max_rank`` excuses it.
-    ShapeError, BackendError, NonFiniteError
-        If the function gives no finite array of the shape of its arguments.
+    ShapeError, BackendError, DTypeError, NonFiniteError
+        If the function gives no finite array of the shape of its arguments, or one so
+        large or small that squares overflow or underflow; or complex entries of a real
+        matrix.
 
     Notes
     -----
@@ -173,7 +178,7 @@ def from_kernel(
 
     Raises
     ------
-    ToleranceError, ShapeError, BackendError, NonFiniteError
+    ToleranceError, ShapeError, BackendError, DTypeError, NonFiniteError
         As `from_entries`.
 
     Examples
@@ -245,6 +250,12 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
                 f"{type(x).__name__}; build it from its arguments."
             )
             raise BackendError(msg)
+        if Space.of(x).is_complex and not space.is_complex:
+            msg = (
+                f"The function gave {dtype_name(x.dtype)} entries for a matrix of "
+                f"{space.name}; give `dtype`, or take the real part."
+            )
+            raise DTypeError(msg)
         shapes = (s[: len(s) - dims] for s in (tuple(a.shape), tuple(b.shape)))
         expected = np.broadcast_shapes(*shapes)
         if tuple(x.shape) != expected:
@@ -279,7 +290,7 @@ def build(
     if tree.padded > tree.n:
         real = real_rows(tree, space)
     leaves = diagonal_blocks(function, labels, real, tree, space)
-    squares = float(frobenius(leaves)) ** 2
+    squares = check_norm(float(frobenius(leaves)), space) ** 2
     if symmetric is None:
         symmetric = looks_hermitian(function, labels, leaves, seed)
     sides: list[list[LowRank]] = [[] for _ in range(1 if symmetric else 2)]
@@ -313,12 +324,13 @@ def build(
             side.insert(0, found)
             lost.insert(0, error)
             squares += float(frobenius(found.S)) ** 2 * (2 if symmetric else 1)
+        check_norm(math.sqrt(squares), space)
     norm = math.sqrt(squares)
     total = max(rtol * norm, atol)
     trimmed, square = trim(sides, losses, tree, total, max_rank)
     square *= 2 if symmetric else 1
     reached = math.sqrt(square)
-    if max_rank is None and reached > total:
+    if max_rank is None and not reached <= total:
         msg = (
             f"The error is {reached / norm:.3g} of the norm by the estimate, "
             f"{total / norm:.3g} was asked for: entries may be too rough or too noisy for "

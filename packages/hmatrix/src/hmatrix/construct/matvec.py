@@ -24,6 +24,7 @@ from hmatrix._checks import (
     ToleranceError,
     check_finite,
     check_int,
+    check_norm,
     check_operand,
     check_space,
 )
@@ -122,7 +123,7 @@ def from_matvec(
         If the promise is not kept, and no ``max_rank`` explains it.
     ShapeError, DTypeError, BackendError, NonFiniteError
         If a product has the wrong shape, dtype, library or device, or NaN; if ``n`` is
-        missing.
+        missing; if squares of the norm overflow or underflow.
     ValueError
         If ``rmatvec`` is missing and ``symmetric`` is false.
 
@@ -182,6 +183,7 @@ def from_matvec(
         seed,
     )
     probes = Probes.of(peeling.forward, tree, space, seed)
+    check_norm(probes.norm, space)
     asked = max(rtol, ROUNDING * space.eps)
     share = PEELING_SHARE / LEVEL_GROWTH**tree.levels * max(asked * probes.norm, atol)
     share = max(share, ROUNDING / 4 * space.eps * probes.norm)

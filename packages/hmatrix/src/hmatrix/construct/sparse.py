@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hmatrix._backend import NUMBERS, Array, Space
+from hmatrix._backend import NUMBERS, Array, Space, frobenius
 from hmatrix._checks import (
     BackendError,
     DTypeError,
@@ -114,7 +114,7 @@ def from_sparse(
     rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
     if symmetric is not False:
         adjoint = A.conj().T.tocsr()
-        difference = float(np.linalg.norm((A - adjoint).data))
+        difference = float(frobenius((A - adjoint).data))
         if symmetric:
             check_symmetric(difference, norm, space.eps)
             A = (A + adjoint) / 2

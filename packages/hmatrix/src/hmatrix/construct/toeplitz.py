@@ -11,6 +11,7 @@ from hmatrix._backend import (
     conjugate,
     contiguous,
     detach,
+    frobenius,
     namespace,
 )
 from hmatrix._checks import (
@@ -18,6 +19,7 @@ from hmatrix._checks import (
     check_array,
     check_finite,
     check_int,
+    check_norm,
     check_operand,
     check_space,
 )
@@ -116,8 +118,9 @@ def from_toeplitz(
     padding = space.zeros(tree.padded - n)
     offsets = xp.concat([padding, xp.flip(row[1:]), column, padding])
     counts = n - xp.abs(xp.arange(1 - n, n, device=space.device))
-    squares = xp.abs(offsets[tree.padded - n : tree.padded + n - 1]) ** 2
-    norm = math.sqrt(float(xp.sum(squares * xp.astype(counts, squares.dtype))))
+    weights = xp.sqrt(xp.astype(counts, space.real.dtype))
+    diagonals = xp.abs(offsets[tree.padded - n : tree.padded + n - 1])
+    norm = check_norm(float(frobenius(diagonals * weights)), space)
     allowed = max(rtol * norm, atol, ROUNDING * space.eps * norm)
 
     sides: tuple[list[LowRank], list[LowRank]] = ([], [])
