@@ -66,13 +66,16 @@ def plot(H: HODLR | MLR, ax: Any = None) -> Any:
         cmap="viridis",
     )
     blocks.set_array(np.asarray(ranks, dtype=float))
-    blocks.set_clim(0, max(ranks, default=1) or 1)
+    most = max(ranks, default=1) or 1
+    blocks.set_clim(0, most)
     ax.add_collection(blocks)
     for (x, y, size), rank in zip(corners, ranks, strict=True):
         if size * 40 >= tree.padded:  # smaller ones have no room for a number
             centre = (x + size / 2, y + size / 2)
-            ax.annotate(str(rank), centre, ha="center", va="center", color="white")
-    ax.set(xlim=(0, tree.n), ylim=(tree.n, 0), aspect="equal", title=repr(H))
+            color = "black" if rank > 0.6 * most else "white"  # on yellow, on blue
+            ax.annotate(str(rank), centre, ha="center", va="center", color=color)
+    end = tree.n if tree.plain else tree.padded
+    ax.set(xlim=(0, end), ylim=(end, 0), aspect="equal", title=repr(H))
     ax.title.set_fontsize("small")
     ax.title.set_wrap(True)
     ax.figure.colorbar(blocks, ax=ax, label="rank", shrink=0.8)
