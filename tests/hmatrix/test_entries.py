@@ -187,6 +187,18 @@ def test_entries_far_below_the_tolerance_are_no_pivots(rng):
     assert relative(H, kernel(x[:, None], x)) <= 1e-6
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_one_row_that_is_not_symmetric_is_seen(seed, rng):
+    """256 entries by chance have none of this row, or none that is not in a leaf."""
+    n = 500
+    x = np.sort(rng.random(n))
+    A = np.exp(-abs(x[:, None] - x))
+    A[37, 64:] += 1.0
+    H = hm.from_entries(lambda i, j: A[i, j], n, rtol=1e-8, seed=seed)
+    assert not H.symmetric
+    assert relative(H, A) <= 1e-8
+
+
 def test_a_matrix_without_structure_is_stored_whole(rng):
     A = rng.standard_normal((200, 200))
     H = hm.from_entries(lambda i, j: A[i, j], 200, rtol=1e-8, leaf_size=25)

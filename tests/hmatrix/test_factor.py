@@ -299,3 +299,24 @@ def test_right_hand_sides_of_zeros_or_without_columns_are_solved():
     F = hm.factorize(hm.from_dense(np.eye(6), levels=1))
     assert not F.solve(np.zeros(6), rtol=0.0).any()
     assert F.solve(np.zeros((6, 0)), rtol=0.0).shape == (6, 0)
+
+
+@pytest.mark.parametrize("method", ["inversion", "cholesky"])
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [("float64", 1e30), ("float64", 1e140), ("float64", 1e-140), ("float32", 1e8)],
+)
+@pytest.mark.parametrize("sizes", [None, [20, 0, 30, 47]])
+def test_padding_does_not_mind_the_scale_of_the_matrix(xp, sizes, dtype, scale, method):
+    """Blocks of full stored rank: vectors of their rounding errors point to padding."""
+    n, rounding = 97, {"float32": 1e-4, "float64": 1e-11}[dtype]
+    t = np.linspace(0, 1, n)
+    A = (np.exp(-100 * (t[:, None] - t) ** 2) + 0.5 * np.eye(n)).astype(dtype)
+    H = hm.from_dense(
+        xp.asarray(A * A.dtype.type(scale)), tree=hm.ClusterTree(n, 2, sizes), rtol=0
+    )
+    F = hm.factorize(H, method=method)
+    logdet = np.linalg.slogdet(A)[1] + n * np.log(scale)
+    assert F.logdet() == pytest.approx(logdet, rel=rounding)
+    x = to_numpy(F.solve(xp.asarray(t.astype(dtype)))).astype(np.float64) * scale
+    assert error_ratio(A @ x, t) <= rounding

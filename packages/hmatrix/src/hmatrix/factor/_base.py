@@ -19,7 +19,7 @@ from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 from hmatrix.tree import ClusterTree
 
-__all__ = ["Factorization", "shifted_leaves", "take_array"]
+__all__ = ["Factorization", "cleared", "shifted_leaves", "take_array"]
 
 #: Refinement steps after which `Factorization.solve` gives up.
 MOST_STEPS = 30
@@ -102,13 +102,16 @@ class Factorization(ABC):
         """
         refine = self._refinements if refine is None else check_int("refine", refine, 0)
         rtol = None if rtol is None else check_float("rtol", rtol, minimum=0)
-        apply, product = self._apply, self.matrix._apply
+        inverse, product = self._apply, self.matrix._apply
         if adjoint:
-            apply, product = self._apply_adjoint, self.matrix._apply_adjoint
+            inverse, product = self._apply_adjoint, self.matrix._apply_adjoint
+
+        def apply(x: Array) -> Array:
+            return cleared(inverse(x), self.tree)
 
         def solve(b: Array) -> Array:
             def residual(x: Array) -> Array:
-                return b - product(x) - self.shift * x
+                return cleared(b - product(x) - self.shift * x, self.tree)
 
             x = apply(b)
             for _ in range(refine):
@@ -283,6 +286,19 @@ def take_array(
         msg = f"`{name}` must have shape {shape}, got {found}."
         raise ShapeError(msg)
     return arrays[name]
+
+
+def cleared(x: Array, tree: ClusterTree, rows: slice = slice(None)) -> Array:
+    """Return ``rows`` of a padded block (rows, r) with zeros where they are padding.
+
+    Singular vectors of rounding errors point anywhere. Padding has ones on the diagonal,
+    so that in a matrix of another scale they would outweigh all else.
+    """
+    if tree.padded == tree.n:
+        return x
+    space = Space.of(x)
+    real = space.integers(tree.rows[rows]) < tree.n
+    return space.xp.where(real[:, None], x, space.xp.zeros_like(x))
 
 
 def shifted_leaves(

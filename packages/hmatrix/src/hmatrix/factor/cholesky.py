@@ -14,7 +14,7 @@ from hmatrix._backend import (
     wants_gradient,
 )
 from hmatrix._operator import unpad_rows
-from hmatrix.factor._base import Factorization, shifted_leaves, take_array
+from hmatrix.factor._base import Factorization, cleared, shifted_leaves, take_array
 from hmatrix.factor.hodlr import HODLRInverse
 from hmatrix.factor.symmetric import (
     SymmetricFactor,
@@ -52,9 +52,9 @@ class HODLRCholesky(Factorization):
         def columns(rows: slice) -> Array:
             """Rows of U in the first half of each node, of V in the second."""
             parts = [rows_of_pair(block.U, block.V, rows) for block in H.upper]
-            return (
-                xp.concat(parts, axis=-1) if parts else self.space.zeros(tree.padded, 0)
-            )
+            if not parts:
+                return self.space.zeros(tree.padded, 0)
+            return cleared(xp.concat(parts, axis=-1), tree, rows)
 
         def core(level: int, first: int, columns: Array) -> tuple[Array, Array, Array]:
             """Factor ``[[I, B], [Bᴴ, I]]``, ``B = Q₁ K Q₂ᴴ``."""

@@ -21,7 +21,7 @@ from hmatrix._backend import (
 from hmatrix._checks import DTypeError, SingularBlockError, SingularLeafError
 from hmatrix._operator import Operator, real_rows, unpad_rows
 from hmatrix.arithmetic import Terms
-from hmatrix.factor._base import Factorization, shifted_leaves, take_array
+from hmatrix.factor._base import Factorization, cleared, shifted_leaves, take_array
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, pair, stack
 
@@ -39,7 +39,8 @@ class HODLRFactorization(Factorization):
         xp, tree = self.space.xp, self.tree
         leaves = shifted_leaves(tree, H.leaves, self.shift)
         signs, logs = slogdet(leaves)
-        self._inverse_leaves = _invert(leaves, signs, tree.levels, leaf=True)
+        real = xp.reshape(real_rows(tree, self.space), leaves.shape[:2])
+        self._inverse_leaves = _invert(leaves, signs, tree.levels, real)
         self._sign = xp.prod(detach(signs))
         self._logdet = xp.sum(xp.astype(logs, xp.float64))
         self._Y: list[Array] = [None] * tree.levels  # D P
@@ -63,7 +64,8 @@ class HODLRFactorization(Factorization):
         H, tree = self.matrix, self.tree
         self.symmetric = H.symmetric
         pairs = (pair(B21.V, B12.V) for B12, B21 in map(H.blocks, range(tree.levels)))
-        self._Q = [self.space.xp.reshape(pair, (tree.padded, -1)) for pair in pairs]
+        bases = (self.space.xp.reshape(pair, (tree.padded, -1)) for pair in pairs)
+        self._Q = [cleared(basis, tree) for basis in bases]
         self._widths = [int(q.shape[-1]) for q in self._Q]
 
     def inverse(self) -> HODLRInverse:
@@ -177,7 +179,7 @@ class HODLRFactorization(Factorization):
         self._sign = self._sign * xp.prod(detach(signs))
         self._logdet = self._logdet + xp.sum(xp.astype(logs, xp.float64))
         C = xp.reshape(scales, (nodes, 1, 2 * width))
-        return _invert(K, signs, level, leaf=False) * C
+        return _invert(K, signs, level) * C
 
     def _arrays(self) -> dict[str, Array]:
         arrays = {"sign": self._sign, "logdet": self._logdet}
@@ -265,19 +267,25 @@ class HODLRInverse(Operator):
         return "HODLRInverse(" + repr(self._factorization).partition("(")[2]
 
 
-def _invert(blocks: Array, signs: Array, level: int, *, leaf: bool) -> Array:
-    """Invert blocks (b, m, m) with these determinant signs, or say which cannot be."""
+def _invert(
+    blocks: Array, signs: Array, level: int, real: Array | None = None
+) -> Array:
+    """Invert blocks (b, m, m) with these determinant signs, or say which cannot be.
+
+    Blocks are leaves if ``real`` (b, m) tells which of their rows are no padding.
+    """
     space = Space.of(blocks)
     xp = space.xp
     if not bool(xp.any(signs == 0)):
         inverses = inverse(blocks)
-        condition = to_numpy(_one_norm(blocks) * _one_norm(inverses))
+        condition = to_numpy(_one_norm(blocks, real) * _one_norm(inverses, real))
         if bool(np.all(condition < 1 / space.eps)):
             return inverses
     else:
         condition = np.where(to_numpy(signs == 0), np.inf, 0)
     # argmax finds NaN before infinity
     node = int(np.argmax(condition))
+    leaf = real is not None
     where = f"leaf {node}" if leaf else f"node {node} of level {level}"
     msg = (
         f"Singular at {where}: condition number {condition[node]:.3g} in {space.name}. "
@@ -287,6 +295,11 @@ def _invert(blocks: Array, signs: Array, level: int, *, leaf: bool) -> Array:
     raise (SingularLeafError if leaf else SingularBlockError)(msg, level, node)
 
 
-def _one_norm(blocks: Array) -> Array:
+def _one_norm(blocks: Array, real: Array | None) -> Array:
+    """Return the 1-norms of blocks (b, m, m), of the columns that are ``real``."""
     xp = Space.of(blocks).xp
-    return xp.max(xp.sum(xp.abs(blocks), axis=-2), axis=-1)
+    sums = xp.sum(xp.abs(blocks), axis=-2)
+    if real is not None:
+        # NaN stays
+        sums = xp.where(real, sums, 0 * sums)
+    return xp.max(sums, axis=-1)
