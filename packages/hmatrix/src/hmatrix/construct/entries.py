@@ -33,13 +33,14 @@ from hmatrix._checks import (
     check_space,
 )
 from hmatrix._operator import pad_rows, real_rows
+from hmatrix.construct.blocks import Blocks, masked, pieces
 from hmatrix.construct.budget import (
     LEAF_SIZE,
     block_tolerance,
     check_tolerances,
     make_tree,
 )
-from hmatrix.construct.cross import Blocks, approximate, beside, masked, pieces
+from hmatrix.construct.cross import approximate, beside
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, cut_triplets
 from hmatrix.tree import ClusterTree
