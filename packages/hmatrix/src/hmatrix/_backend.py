@@ -7,15 +7,20 @@ Cholesky raises) is settled here.
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import array_api_compat
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 __all__ = [
     "COMPLEX",
@@ -28,16 +33,19 @@ __all__ = [
     "cholesky",
     "conjugate",
     "contiguous",
+    "default_workers",
     "detach",
     "dtype_name",
     "eigh_descending",
     "frobenius",
+    "in_threads",
     "inverse",
     "inverse_lower",
     "is_array",
     "library",
     "namespace",
     "nbytes",
+    "one_blas_thread",
     "one_thread_if_small",
     "qr",
     "slogdet",
@@ -50,6 +58,7 @@ __all__ = [
 
 Array = Any  # an array of any supported library; the standard has no common type
 Namespace = Any
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 FLOATS = ("float32", "float64")
 COMPLEX = ("complex64", "complex128")
@@ -320,6 +329,49 @@ class Space:
             shape, dtype=np.float32 if self.name == "float32" else np.float64
         )
         return self.xp.asarray(drawn, device=self.device)
+
+
+def default_workers(space: Space) -> int:
+    """Return how many threads of ours are of use: as many as BLAS takes, with NumPy.
+
+    ``OMP_NUM_THREADS``, or the processors. NumPy's loops over batches take one thread
+    each, and let others run; other libraries have threads, or a device, of their own.
+    """
+    if not array_api_compat.is_numpy_namespace(space.xp):
+        return 1
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if asked.isdigit() and int(asked):
+        return int(asked)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """Hold BLAS to one thread, where threads are at work already.
+
+    OpenBLAS's own would be too many, and spin on the processors that others need.
+    """
+    limited: AbstractContextManager[Any] = _blas().limit(limits=1)
+    return limited
+
+
+def in_threads(
+    workers: int, run: Callable[[Item], Result], items: Sequence[Item]
+) -> list[Result]:
+    """Return ``[run(item) for item in items]``, several at a time."""
+    workers = min(workers, len(items))
+    if workers <= 1:
+        return [run(item) for item in items]
+    with ThreadPoolExecutor(workers) as pool:
+        # in the caller's context, which holds numpy.errstate
+        runs = [pool.submit(copy_context().run, run, item) for item in items]
+        return [finished.result() for finished in runs]
 
 
 #: Matrices up to this size are factorized by one thread.

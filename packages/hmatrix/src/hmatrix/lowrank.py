@@ -18,6 +18,7 @@ from hmatrix._backend import (
     qr,
     svd,
     to_numpy,
+    transpose,
 )
 from hmatrix._checks import ShapeError, check_array, check_operand
 
@@ -26,7 +27,9 @@ __all__ = [
     "beside",
     "compress",
     "cut_triplets",
+    "kept",
     "orthonormal",
+    "orthonormal_parts",
     "pair",
     "recompress",
     "stack",
@@ -197,28 +200,46 @@ def stack(first: LowRank, second: LowRank) -> LowRank:
 
 
 def orthonormal(X: Array) -> tuple[Array, Array]:
-    """QR decomposition of tall X (b, m, r), by Cholesky's twice where that will do.
+    """QR decomposition of tall X (b, m, r), as that of `orthonormal_parts`."""
+    Q, T, R = orthonormal_parts(X)
+    return Q @ T, R
 
-    A product and small factorizations, many times faster than Householder's; the second
-    pass makes Q orthonormal to rounding as long as the first left it well conditioned.
+
+def orthonormal_parts(X: Array) -> tuple[Array, Array, Array]:
+    """Return Q, T and R of tall X (b, m, r): ``Q T`` orthonormal, ``Q T R = X``.
+
+    T (b, r, r) is for the caller to multiply with what else is small, since Q is as
+    large as X. Cholesky's QR decomposition of the columns brought to norm 1, twice where
+    that will do: products and small factorizations, many times faster than
+    Householder's. The second makes ``Q T`` orthonormal to rounding as long as the first
+    left Q well conditioned. A column of zeros stays one in Q and in R.
     """
     xp, eye = Space.of(X).xp, Space.of(X).eye(int(X.shape[-1]))
     if X.shape[-2] < X.shape[-1]:
-        return qr(X)
+        return _householder(X)
     gram = adjoint(X) @ X
-    # a column of zeros is orthonormalised by itself, and stays zero in Q and R
-    null = xp.astype(xp.linalg.diagonal(gram) == 0, X.dtype)[:, None, :] * eye
-    first = cholesky(gram + null)
+    squares = xp.linalg.diagonal(gram)[:, None, :]
+    none = squares == 0
+    norms = xp.sqrt(xp.where(none, xp.ones_like(squares), squares))
+    null = xp.astype(none, X.dtype) * eye
+    first = cholesky(gram / (norms * transpose(norms)) + null)
     if first is None:
-        return qr(X)
-    Q = X @ adjoint(inverse_lower(first))
+        return _householder(X)
+    Q = X @ (adjoint(inverse_lower(first)) / transpose(norms))
     gram = adjoint(Q) @ Q + null
     lost = float(xp.max(xp.abs(gram - eye)))  # of orthogonality by the first pass
     second = cholesky(gram) if lost < 0.5 else None
     if second is None:
-        return qr(X)
-    Q = Q @ adjoint(inverse_lower(second))
-    return Q, adjoint(second) @ adjoint(first) - null
+        return _householder(X)
+    R = (adjoint(second) @ adjoint(first) - null) * norms
+    return Q, adjoint(inverse_lower(second)), R
+
+
+def _householder(X: Array) -> tuple[Array, Array, Array]:
+    space = Space.of(X)
+    Q, R = qr(X)
+    width = int(Q.shape[-1])
+    return Q, space.xp.broadcast_to(space.eye(width), (*Q.shape[:-2], width, width)), R
 
 
 def cut_triplets(
@@ -231,14 +252,43 @@ def cut_triplets(
 ) -> tuple[LowRank, Array, Array]:
     """Drop the tails of singular triplets, S descending.
 
+    Arguments and what each block did lose in both norms are those of `kept`.
+    """
+    xp = namespace(S)
+    keep, lost, largest = kept(S, tolerance, max_rank, spectral)
+    rank, columns = int(keep.shape[-1]), keep[..., None, :]
+    U, S, V = U[..., :rank], S[..., :rank], V[..., :rank]
+    cut = LowRank(
+        xp.where(columns, U, xp.zeros_like(U)),
+        xp.where(keep, S, xp.zeros_like(S)),
+        xp.where(columns, V, xp.zeros_like(V)),
+    )
+    return cut, lost, largest
+
+
+def kept(
+    S: Array,
+    tolerance: float | Array,
+    max_rank: int | None,
+    spectral: float = math.inf,
+) -> tuple[Array, Array, Array]:
+    """Decide which singular values S (..., r), descending, blocks need.
+
     Each block may lose ``tolerance`` in the Frobenius norm and ``spectral`` in the
-    spectral one (``tolerance`` may be an array (..., 1)). Returns the blocks, and what they did lose in both norms.
+    spectral one (``tolerance`` may be an array (..., 1)).
+
+    Returns
+    -------
+    keep : array (..., s), bool
+        Which of the first s values, s being the most that any block keeps.
+    lost, largest : array (...)
+        What each block loses in the Frobenius and in the spectral norm.
     """
     xp = namespace(S)
     width = int(S.shape[-1])
     if not width:
         none = xp.sum(S, axis=-1)
-        return LowRank(U, S, V), none, none
+        return S != 0, none, none
     # tails[..., i]: norm of the singular values from i on. Summed from the small end
     # and relative to the largest, so that tiny ones neither vanish nor underflow.
     top = xp.max(S, axis=-1, keepdims=True)
@@ -253,15 +303,7 @@ def cut_triplets(
         xp.max(xp.where(keep, xp.zeros_like(x), x), axis=-1) for x in (tails, S)
     )
     rank = int(xp.max(xp.sum(xp.astype(keep, xp.int64), axis=-1)))
-    keep = keep[..., :rank]
-    columns = keep[..., None, :]
-    U, S, V = U[..., :rank], S[..., :rank], V[..., :rank]
-    cut = LowRank(
-        xp.where(columns, U, xp.zeros_like(U)),
-        xp.where(keep, S, xp.zeros_like(S)),
-        xp.where(columns, V, xp.zeros_like(V)),
-    )
-    return cut, lost, largest
+    return keep[..., :rank], lost, largest
 
 
 def _scaled(x: Array, S: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,12 +94,11 @@ class Blocks:
             real_columns=take(self.real_columns),
         )
 
-    def group(self, start: int, count: int) -> Blocks:
+    def group(self, some: slice) -> Blocks:
         """Return some of the blocks that follow each other."""
-        stop = min(start + count, self.count)
 
         def take(x: Array | None) -> Array | None:
-            return None if x is None else x[start:stop, ...]
+            return None if x is None else x[some, ...]
 
         return replace(
             self,
@@ -116,27 +115,38 @@ class Blocks:
             return x
         return masked(x, pick(self.real_rows, i), pick(self.real_columns, j))
 
-    def at_columns(self, j: Array) -> Array:
-        """Return columns at places j (b, q): (b, q, m), each of them contiguous."""
-        x = self._evaluate(
-            self.rows[:, None, ...], pick(self.columns, j)[:, :, None, ...]
-        )
-        if self.real_rows is None:
-            return x
-        real = pick(self.real_columns, j)
-        return masked(x, self.real_rows[:, None, :], real[:, :, None])
+    def at_columns(self, j: Array, T: Array | None = None) -> Array:
+        """Return columns at places j (b, q): (b, q, m), each of them contiguous.
 
-    def _evaluate(self, a: Array, b: Array) -> Array:
-        """Evaluate columns (b, q, m), a piece of the rows a (b, 1, m) at a time."""
-        count, q, m = int(b.shape[0]), int(b.shape[1]), int(a.shape[2])
-        step = pieces(self.space, count * q, m)
-        if step >= m:
-            return self.function(a, b)
-        x = self.space.zeros(count, q, m)
-        for start in range(0, m, step):
-            stop = min(start + step, m)
-            x[:, :, start:stop] = self.function(a[:, :, start:stop, ...], b)
+        With T (b, p, q), combinations of them: ``T`` times the columns.
+        """
+        count, q = j.shape
+        m = self.size
+        right = pick(self.columns, j)[:, :, None, ...]
+        real = None if self.real_columns is None else pick(self.real_columns, j)
+        x = None
+        for part in self.parts(m, int(count * q)):
+            y = self.function(self.rows[:, None, part, ...], right)
+            if self.real_rows is not None and real is not None:
+                y = masked(y, self.real_rows[:, None, part], real[:, :, None])
+            if T is not None:
+                y = T @ y
+            if part.stop - part.start == m:
+                return y
+            if x is None:
+                x = self.space.zeros(count, y.shape[1], m)
+            x[:, :, part] = y
         return x
+
+    def parts(self, count: int, width: int, size: int = CHUNK) -> Iterator[slice]:
+        """Yield slices of ``count`` rows of ``width`` numbers each.
+
+        On the host, of about ``size`` numbers, which stay in the cache with what is made
+        of them.
+        """
+        step = max(1, size // max(width, 1)) if self.space.on_host else count
+        for start in range(0, count, step):
+            yield slice(start, min(start + step, count))
 
     def dense(self) -> Array:
         """Return the blocks as arrays (b, m, m)."""

@@ -18,14 +18,17 @@ from hmatrix._backend import (
     adjoint,
     conjugate,
     inverse_lower,
+    namespace,
     svd,
     to_numpy,
     transpose,
 )
 from hmatrix.construct.blocks import Blocks, pick
-from hmatrix.lowrank import LowRank, compress, cut_triplets, orthonormal
+from hmatrix.lowrank import LowRank, compress, cut_triplets, orthonormal_parts
 
-__all__ = ["approximate", "beside"]
+__all__ = ["Found", "approximate", "widened"]
+
+Found = tuple[LowRank, Array]
 
 #: Rows and columns of the first sample.
 SAMPLE = 128
@@ -37,13 +40,18 @@ STEP = 16
 QUIET, NULLS = 2, 3
 #: Entries of a column that make its pivot too small, and turns to find a larger one.
 GROWTH, TURNS = 8.0, 4
+#: Rows of a group of blocks on the host: their factors stay in the cache.
+GROUP = 2**15
 #: Blocks up to this size are compressed by the SVD if cross approximation fails.
 DENSE = 1024
 
 
 def approximate(
-    blocks: Blocks, tolerance: float, max_rank: int | None, seed: int
-) -> tuple[LowRank, Array]:
+    blocks: Blocks,
+    tolerance: float,
+    max_rank: int | None,
+    seed: int,
+) -> list[Found]:
     """Approximate blocks by low rank.
 
     Parameters
@@ -59,11 +67,22 @@ def approximate(
 
     Returns
     -------
-    LowRank
-        Orthonormal factors with the singular values between them.
-    array (b,)
-        Frobenius norms lost: what was cut, and what the check estimates.
+    list of (LowRank, array (b,))
+        Blocks that follow each other, some at a time: orthonormal factors with the
+        singular values between them, and the Frobenius norms lost: what was cut, and what
+        the check estimates.
     """
+    parts = enumerate(blocks.parts(blocks.count, blocks.size, GROUP))
+    return [
+        approximated(blocks.group(some), tolerance, max_rank, seed + k)
+        for k, some in parts
+    ]
+
+
+def approximated(
+    blocks: Blocks, tolerance: float, max_rank: int | None, seed: int
+) -> Found:
+    """Approximate blocks with pivots from a sample, from a larger one where that fails."""
     space = blocks.space
     found, lost = attempt(blocks, SAMPLE, tolerance, max_rank, seed)
     sample = SAMPLE
@@ -72,8 +91,8 @@ def approximate(
         if not len(bad):
             break
         sample, seed = 4 * sample, seed + 1
-        index = space.integers(bad)
-        again = attempt(blocks.taken(index, 0), sample, tolerance, None, seed)
+        rest = blocks.taken(space.integers(bad), 0)
+        again = attempt(rest, sample, tolerance, None, seed)
         found = replace_blocks(found, again[0], bad)
         lost = scatter(lost, again[1], bad)
     bad = np.flatnonzero(~(to_numpy(lost) <= tolerance))
@@ -87,8 +106,8 @@ def approximate(
 
 def attempt(
     blocks: Blocks, sample: int, tolerance: float, max_rank: int | None, seed: int
-) -> tuple[LowRank, Array]:
-    """Approximate with pivots out of a sample of each block, and estimate the error."""
+) -> Found:
+    """Approximate with pivots from a sample of each block, and estimate the error."""
     space, xp, m = blocks.space, blocks.xp, blocks.size
     limit = m if max_rank is None else min(m, max_rank + 8)
     places = dense_at_ends(m, sample)
@@ -104,8 +123,13 @@ def attempt(
         pivots = (index[i], index[j])
         U, V = extend(blocks, pivots, gather(U, i), gather(V, j), D, valid)
     D = xp.where(valid, D, xp.zeros_like(D))
-    estimate = residual(blocks, U, D, V, seed)
-    found, lost = cut(U, D, V, tolerance * 0.8, max_rank)
+    # rows of very different norms, which is how partial pivoting leaves them, are
+    # brought to norm 1, and conditioned well enough for Cholesky QR
+    (U, Tu, Ru), (V, Tv, Rv) = (orthonormal_parts(transpose(x)) for x in (U, V))
+    core = (Ru * D[:, None, :]) @ adjoint(Rv)
+    estimate = residual(blocks, U, Tu @ core @ adjoint(Tv), V, seed)
+    small, lost, _ = cut_triplets(*svd(core), tolerance * 0.8, max_rank)
+    found = LowRank(U @ (Tu @ small.U), small.S, V @ (Tv @ small.V))
     return found, xp.sqrt(lost**2 + estimate**2)
 
 
@@ -224,13 +248,16 @@ def extend(
 
     rows, columns = pivots
     lower_U, lower_V = unit_lower(U), unit_lower(V)
-    U = conjugate(inverse_lower(lower_V)) @ blocks.at_columns(columns)
-    V = conjugate(inverse_lower(lower_U)) @ blocks.adjoint.at_columns(rows)
-    return U * keep / D[:, :, None], V * keep / conjugate(D)[:, :, None]
+    D = D[:, :, None]
+    U = blocks.at_columns(columns, conjugate(inverse_lower(lower_V)) * keep / D)
+    V = blocks.adjoint.at_columns(
+        rows, conjugate(inverse_lower(lower_U)) * keep / conjugate(D)
+    )
+    return U, V
 
 
-def residual(blocks: Blocks, U: Array, D: Array, V: Array, seed: int) -> Array:
-    """Estimate the Frobenius norm of each block's error (b,).
+def residual(blocks: Blocks, U: Array, core: Array, V: Array, seed: int) -> Array:
+    """Estimate the Frobenius norms (b,) of blocks less ``U core Vᴴ``.
 
     The rows and columns of the first sample are compared whole: all of a small block,
     and the corners of a large one, where a narrow band or a sharp peak would be. Of a
@@ -238,53 +265,41 @@ def residual(blocks: Blocks, U: Array, D: Array, V: Array, seed: int) -> Array:
     wrong row or column shows every time. The larger of the two estimates counts.
     """
     space, xp, m, b = blocks.space, blocks.xp, blocks.size, blocks.count
-    U = U * D[:, :, None]
     if m <= SAMPLE:
-        return error_norm(blocks, U, V)
+        return error_norm(blocks, U, core, V)
     index = space.integers(dense_at_ends(m, SAMPLE))
-    largest = error_norm(
-        blocks.taken(index, 1), *(xp.take(x, index, axis=-1) for x in (U, V))
-    )
+    corners = (xp.take(x, index, axis=1) for x in (U, V))
+    largest = error_norm(blocks.taken(index, 1), next(corners), core, next(corners))
     chance = np.random.default_rng((seed, m, b))
     order, rows = chance.permutation(m), np.arange(m)
-    i = xp.broadcast_to(space.integers(rows), (b, m))
+    shifts = chance.integers(0, m, (PASSES, b, 1))
     squares = xp.zeros_like(largest)
-    for _ in range(PASSES):
-        j = space.integers(order[(rows + chance.integers(0, m, (b, 1))) % m])
-        error = blocks.at(i, j) - xp.sum(U * conjugate(gather(V, j)), axis=-2)
-        squares = squares + m / PASSES * xp.sum(xp.abs(error) ** 2, axis=-1)
+    for part in blocks.parts(m, b * U.shape[-1]):
+        i = xp.broadcast_to(space.integers(rows[part]), (b, part.stop - part.start))
+        left = U[:, part, :] @ core
+        for shift in shifts:
+            j = space.integers(order[(rows[part] + shift) % m])
+            error = xp.vecdot(pick(V, j), left) - blocks.at(i, j)
+            squares = squares + m / PASSES * squared_norm(error)
     return xp.maximum(largest, xp.sqrt(squares))
 
 
-def error_norm(blocks: Blocks, U: Array, V: Array) -> Array:
-    """Return the Frobenius norms (b,) of blocks less ``Uᵀ conj(V)``."""
+def error_norm(blocks: Blocks, U: Array, core: Array, V: Array) -> Array:
+    """Return the Frobenius norms (b,) of blocks less ``U core Vᴴ``."""
     xp, m = blocks.xp, blocks.size
-    j = xp.arange(m, device=blocks.space.device)
-    columns = blocks.at_columns(xp.broadcast_to(j, (blocks.count, m)))
-    error = columns - adjoint(V) @ U
-    return xp.linalg.vector_norm(error, axis=(-2, -1))
+    left, right = U @ core, adjoint(V)
+    squares = []
+    for part in blocks.parts(blocks.count, m * m):
+        error = left[part, ...] @ right[part, ...]
+        error -= blocks.group(part).dense()
+        squares.append(squared_norm(xp.reshape(error, (-1, m * m))))
+    return xp.sqrt(xp.concat(squares))
 
 
-def cut(
-    U: Array, D: Array, V: Array, tolerance: float, max_rank: int | None
-) -> tuple[LowRank, Array]:
-    """Return ``Uᵀ diag(D) conj(V)`` by its singular values, as many as are needed."""
-    (Qu, Ru, a), (Qv, Rv, b) = map(unit_qr, (U, V))
-    P, S, Q = svd((Ru * (a * D * b)[:, None, :]) @ adjoint(Rv))
-    small, lost, _ = cut_triplets(P, S, Q, tolerance, max_rank)
-    return LowRank(Qu @ small.U, small.S, Qv @ small.V), lost
-
-
-def unit_qr(U: Array) -> tuple[Array, Array, Array]:
-    """Return Q, R and norms d (b, r) with ``Q R diag(d) = Uᵀ``.
-
-    Partial pivoting leaves rows of very different norms; scaled to 1, they are
-    conditioned well enough for Cholesky QR.
-    """
-    xp = Space.of(U).xp
-    norms = xp.linalg.vector_norm(U, axis=-1)
-    norms = xp.astype(xp.where(norms > 0, norms, xp.ones_like(norms)), U.dtype)
-    return *orthonormal(transpose(U / norms[:, :, None])), norms
+def squared_norm(x: Array) -> Array:
+    """Return the squares of the norms of rows x (b, q), real."""
+    xp = namespace(x)
+    return xp.abs(xp.vecdot(x, x))
 
 
 def scatter(x: Array, part: Array, which: np.ndarray) -> Array:
@@ -300,28 +315,14 @@ def scatter(x: Array, part: Array, which: np.ndarray) -> Array:
 def replace_blocks(all_: LowRank, part: LowRank, which: np.ndarray) -> LowRank:
     """Return blocks with some of them replaced."""
     width = max(all_.rank, part.rank)
-    both = zip(widened(all_, width), widened(part, width), strict=True)
-    return LowRank(*(scatter(x, y, which) for x, y in both))
+    pairs = zip((all_.U, all_.S, all_.V), (part.U, part.S, part.V), strict=True)
+    return LowRank(
+        *(scatter(widened(x, width), widened(y, width), which) for x, y in pairs)
+    )
 
 
-def widened(block: LowRank, width: int) -> tuple[Array, Array, Array]:
-    """Return U, S and V with zero columns up to a width."""
-
-    def wide(x: Array) -> Array:
-        space = Space.of(x)
-        return space.xp.concat(
-            [x, space.zeros(*x.shape[:-1], width - x.shape[-1])], axis=-1
-        )
-
-    return wide(block.U), wide(block.S), wide(block.V)
-
-
-def beside(parts: list[tuple[LowRank, Array]]) -> tuple[LowRank, Array]:
-    """Join batches of blocks, and their errors."""
-    if len(parts) == 1:
-        return parts[0]
-    xp = Space.of(parts[0][1]).xp
-    width = max(block.rank for block, _ in parts)
-    columns = zip(*(widened(block, width) for block, _ in parts), strict=True)
-    errors = xp.concat([error for _, error in parts], axis=0)
-    return LowRank(*(xp.concat(column, axis=0) for column in columns)), errors
+def widened(x: Array, width: int) -> Array:
+    """Return x (..., r) with zeros up to a width."""
+    space = Space.of(x)
+    more = space.zeros(*x.shape[:-1], width - x.shape[-1])
+    return space.xp.concat([x, more], axis=-1)

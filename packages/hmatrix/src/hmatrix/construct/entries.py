@@ -40,15 +40,12 @@ from hmatrix.construct.budget import (
     check_tolerances,
     make_tree,
 )
-from hmatrix.construct.cross import approximate, beside
+from hmatrix.construct.cross import Found, approximate, widened
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, cut_triplets
+from hmatrix.lowrank import LowRank, kept
 from hmatrix.tree import ClusterTree
 
 __all__ = ["from_entries", "from_kernel"]
-
-#: Rows of a group of blocks on the host: their factors stay in the cache.
-GROUP = 2**14
 
 Function = Callable[[Array, Array], Array]
 
@@ -242,10 +239,11 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
 
     ``dims`` trailing axes of a label are those of a point.
     """
+    xp = space.xp
 
     def entries(a: Array, b: Array) -> Array:
         x = function(a, b)
-        if not is_array(x) or namespace(x) is not space.xp:
+        if not is_array(x) or namespace(x) is not xp:
             msg = (
                 f"The function must give a {space.library} array, got "
                 f"{type(x).__name__}; build it from its arguments."
@@ -265,10 +263,11 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
                 f"shapes {tuple(a.shape)} and {tuple(b.shape)}, got {tuple(x.shape)}."
             )
             raise ShapeError(msg)
-        if not bool(space.xp.all(space.xp.isfinite(x))):
+        # a sum is faster, and finite if all entries are, unless it overflows
+        if not bool(xp.isfinite(xp.sum(x))) and not bool(xp.all(xp.isfinite(x))):
             msg = "The function gave NaN or infinite entries; it must be finite everywhere."
             raise NonFiniteError(msg)
-        return space.xp.astype(x, space.dtype, copy=False)
+        return xp.astype(x, space.dtype, copy=False)
 
     return entries
 
@@ -294,8 +293,8 @@ def build(
     squares = check_norm(float(frobenius(leaves)), space) ** 2
     if symmetric is None:
         symmetric = looks_hermitian(function, labels, leaves, seed)
-    sides: list[list[LowRank]] = [[] for _ in range(1 if symmetric else 2)]
-    losses: list[list[Array]] = [[] for _ in sides]
+    # of each side of the diagonal, for each level, batches of blocks with their errors
+    sides: list[list[list[Found]]] = [[] for _ in range(1 if symmetric else 2)]
     for level in reversed(range(tree.levels)):
         shape = (tree.nodes(level), 2, tree.size(level + 1))
         halves = xp.reshape(labels, (*shape, *trailing))
@@ -310,26 +309,23 @@ def build(
         )
         # by what is known of the norm so far: too strict at first, and mended at the end
         tolerance = block_tolerance(tree, level, max(rtol * math.sqrt(squares), atol))
-        for side, lost, which in zip(
-            sides, losses, (blocks, blocks.lower), strict=False
-        ):
-            step = max(1, GROUP // which.size) if space.on_host else which.count
-            found, error = beside(
-                [
-                    approximate(
-                        which.group(start, step), tolerance, max_rank, seed + start
-                    )
-                    for start in range(0, which.count, step)
-                ]
-            )
-            side.insert(0, found)
-            lost.insert(0, error)
-            squares += float(frobenius(found.S)) ** 2 * (2 if symmetric else 1)
+        for side, which in zip(sides, (blocks, blocks.lower), strict=False):
+            parts = approximate(which, tolerance, max_rank, seed)
+            side.insert(0, parts)
+            for block, _ in parts:
+                squares += float(frobenius(block.S)) ** 2 * (2 if symmetric else 1)
         check_norm(math.sqrt(squares), space)
     norm = math.sqrt(squares)
     total = max(rtol * norm, atol)
-    trimmed, square = trim(sides, losses, tree, total, max_rank)
-    square *= 2 if symmetric else 1
+    square, trimmed = 0.0, []
+    for side in sides:
+        out = []
+        for level, parts in enumerate(side):
+            block, lost = joined(parts, block_tolerance(tree, level, total), max_rank)
+            parts.clear()
+            out.append(block)
+            square += lost * (2 if symmetric else 1)
+        trimmed.append(tuple(out))
     reached = math.sqrt(square)
     if max_rank is None and not reached <= total:
         msg = (
@@ -338,33 +334,45 @@ def build(
             "low rank. Use a larger `rtol`, another order of the rows, or a `max_rank`."
         )
         raise ToleranceError(msg, total / norm, reached / norm)
-    lower = None if symmetric else tuple(trimmed[1])
-    return HODLR(
-        tree, leaves, tuple(trimmed[0]), lower, reached / norm if norm else 0.0
-    )
+    lower = None if symmetric else trimmed[1]
+    return HODLR(tree, leaves, trimmed[0], lower, reached / norm if norm else 0.0)
 
 
-def trim(
-    sides: list[list[LowRank]],
-    losses: list[list[Array]],
-    tree: ClusterTree,
-    total: float,
-    max_rank: int | None,
-) -> tuple[list[list[LowRank]], float]:
-    """Cut blocks again now that the norm is known; return also the square of all losses."""
-    trimmed: list[list[LowRank]] = [[] for _ in sides]
-    square = 0.0
-    for side, lost, out in zip(sides, losses, trimmed, strict=True):
-        for level, (block, error) in enumerate(zip(side, lost, strict=True)):
-            xp = namespace(error)
-            rest = block_tolerance(tree, level, total) ** 2 - error**2
-            rest = 0.9 * xp.sqrt(xp.where(rest > 0, rest, xp.zeros_like(rest)))
-            kept, more, _ = cut_triplets(
-                block.U, block.S, block.V, rest[:, None], max_rank
+def joined(
+    parts: list[Found], tolerance: float, max_rank: int | None
+) -> tuple[LowRank, float]:
+    """Join batches of a level's blocks, cut again now that the norm is known.
+
+    Returns the blocks, and the squares of the errors of all of them.
+    """
+    xp = namespace(parts[0][1])
+    error = xp.concat([lost for _, lost in parts], axis=0)
+    width = max(block.rank for block, _ in parts)
+    S = xp.concat([widened(block.S, width) for block, _ in parts], axis=0)
+    rest = tolerance**2 - error**2
+    rest = 0.9 * xp.sqrt(xp.where(rest > 0, rest, xp.zeros_like(rest)))
+    keep, more, _ = kept(S, rest[:, None], max_rank)
+    square = float(xp.sum(error**2 + more**2))
+    rank = int(keep.shape[-1])
+    if len(parts) == 1 and rank == width and bool(xp.all(keep | (S == 0))):
+        return parts[0][0], square
+
+    def all_of(name: str) -> Array:
+        first = getattr(parts[0][0], name)
+        x = Space.of(first).zeros(error.shape[0], *first.shape[1:-1], rank)
+        start = 0
+        for block, lost in parts:
+            stop = start + lost.shape[0]
+            part = getattr(block, name)[..., :rank]
+            mask = keep[start:stop, ..., : part.shape[-1]]
+            mask = xp.reshape(mask, (stop - start, *[1] * (x.ndim - 2), -1))
+            x[start:stop, ..., : part.shape[-1]] = xp.where(
+                mask, part, xp.zeros_like(part)
             )
-            out.append(kept)
-            square += float(xp.sum(error**2 + more**2))
-    return trimmed, square
+            start = stop
+        return x
+
+    return LowRank(*map(all_of, ("U", "S", "V"))), square
 
 
 def diagonal_blocks(

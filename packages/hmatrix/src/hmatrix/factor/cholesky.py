@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from hmatrix._backend import (
     Array,
@@ -40,13 +40,13 @@ class HODLRCholesky(Factorization):
         pivot = 10 * self.space.eps
         xp, tree = self.space.xp, self.tree
         eye = self.space.eye
-        self._logdet: Any = 0.0
+        logs: dict[tuple[int, int], Array] = {}  # by level and first node
 
         def leaf(which: slice) -> Array:
             leaves = shifted_leaves(tree, H.leaves, self.shift, which)
             what, first = (tree.levels, "leaf"), which.start
             L = checked_cholesky(leaves, *what, self.shift, pivot=pivot, first=first)
-            self._logdet = self._logdet + logdet_of_cholesky(L)
+            logs[tree.levels, first] = logdet_of_cholesky(L)
             return L
 
         def columns(rows: slice) -> Array:
@@ -79,13 +79,15 @@ class HODLRCholesky(Factorization):
             M = checked_cholesky(
                 small, level, "node", self.shift, pivot=pivot, first=first
             )
-            self._logdet = self._logdet + logdet_of_cholesky(M)
+            logs[level, first] = logdet_of_cholesky(M)
             return Q, M - eye(M.shape[-1]), inverse_lower(M) - eye(M.shape[-1])
 
         widths = [block.rank for block in H.upper]
         self._factor = SymmetricFactor.build(
             tree, self.space, widths, leaf, columns, core
         )
+        # in an order of its own, whichever thread was first
+        self._logdet = sum(logs[key] for key in sorted(logs))
 
     def inverse(self) -> HODLRInverse:
         """Return the inverse as an operator; nothing is formed."""

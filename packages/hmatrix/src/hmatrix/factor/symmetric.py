@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 
@@ -13,8 +15,11 @@ from hmatrix._backend import (
     adjoint,
     cholesky,
     conjugate,
+    default_workers,
+    in_threads,
     inverse_lower,
     namespace,
+    one_blas_thread,
     to_numpy,
     wants_gradient,
 )
@@ -23,15 +28,16 @@ from hmatrix.tree import ClusterTree
 
 __all__ = ["SymmetricFactor", "checked_cholesky", "logdet_of_cholesky"]
 
-#: From level, number of the first node and columns of some nodes (rows, r) to Q, X and Y
-#: of these nodes' terms.
-Core = Callable[[int, int, Array], tuple[Array, Array, Array]]
+#: Q, X and Y of some nodes of a level.
+Term = tuple[Array, Array, Array]
+#: From level, number of the first node and columns of some nodes (rows, r) to their terms.
+Core = Callable[[int, int, Array], Term]
 #: From numbers of rows or leaves to what belongs to them.
 Part = Callable[[slice], Array]
-#: From Q, X and x to ``x + Q X Qᴴ x``.
-Update = Callable[[Array, Array, Array], Array]
-#: Bytes of the columns that a subtree works on, on the host.
-CACHE = 2**21
+#: Bytes of columns, on the host, that stay in the cache, and that are worth a thread.
+CACHE, SMALL = 2**24, 2**20
+#: Bytes of columns that are updated at once.
+PIECE = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,43 +86,46 @@ class SymmetricFactor:
         core
             Makes the term of a level from its columns, everything below divided out.
         """
-        xp, m = space.xp, tree.leaf_size
-        leaves: list[tuple[Array, Array]] = []
-        terms: list[list[tuple[Array, ...]]] = [[] for _ in widths]
+        m, levels = tree.leaf_size, tree.levels
+        workers = default_workers(space)
+        top, low = subtrees(tree, sum(widths), space, workers)
+        found = Joined(space)
 
-        def climb(x: Array, start: int, levels: range, update: Update) -> Array:
+        def climb(x: Array, start: int, some: range, piece: int, pieces: int) -> Array:
             """Take the terms of some levels out of rows x that begin at ``start``."""
-            for level in reversed(levels):
+            for level in reversed(some):
                 rest = x.shape[1] - widths[level]
-                Q, X, Y = core(level, start // tree.size(level), x[:, rest:])
-                terms[level].append((Q, X, Y))
-                x = update(Q, Y, x[:, :rest])
+                term = core(level, start // tree.size(level), x[:, rest:])
+                found.put(level, term, piece, pieces)
+                x = _update(term[0], term[2], x[:, :rest], owned=True)
             return x
 
-        # subtree by subtree, each of a size that stays in the cache, then the rest
-        top = subtrees(tree, sum(widths), space)
-        size = tree.size(top)
-        x = space.zeros(tree.padded, sum(widths[:top]))
-        for start in range(0, tree.padded, size):
-            L = leaf(slice(start // m, (start + size) // m))
-            leaves.append((L, inverse_lower(L)))
+        def bottom(piece: int) -> Array:
+            """Factor the levels of one piece that stays in the cache."""
+            size, pieces = tree.size(low), tree.nodes(low)
+            rows = slice(piece * size, (piece + 1) * size)
+            L = leaf(slice(rows.start // m, rows.stop // m))
+            half = inverse_lower(L)
+            found.put(levels, (L, half), piece, pieces)
             # the columns of all levels above go along: one product a level
-            rows = slice(start, start + size)
-            part = _blocks_times(leaves[-1][1], columns(rows))
-            part = climb(part, start, range(top, tree.levels), _update)
-            if top:
-                x[rows, :] = part
-        climb(x, 0, range(top), _update_in_pieces)
+            x = _blocks_times(half, columns(rows))
+            return climb(x, rows.start, range(low, levels), piece, pieces)
 
-        def joined(parts: list[tuple[Array, ...]]) -> tuple[Array, ...]:
-            if len(parts) == 1:
-                return parts[0]
-            return tuple(xp.concat(list(p), axis=0) for p in zip(*parts, strict=True))
+        def subtree(which: int) -> Array:
+            """Factor the levels of one worker's rows."""
+            first, stop = (
+                k * tree.nodes(low) // tree.nodes(top) for k in (which, which + 1)
+            )
+            x = joined_rows([bottom(piece) for piece in range(first, stop)])
+            start = which * tree.size(top)
+            return climb(x, start, range(top, low), which, tree.nodes(top))
 
-        levels = [joined(parts) for parts in terms]
-        bases, cores, inverses = zip(*levels, strict=True) if levels else ((), (), ())
-        diagonal, halves = joined(leaves)
-        return cls(diagonal, halves, bases, cores, inverses)
+        with one_blas_thread() if workers > 1 else nullcontext():
+            x = joined_rows(in_threads(workers, subtree, range(tree.nodes(top))))
+            climb(x, 0, range(top), 0, 1)
+        terms = [found[level] for level in range(levels)]
+        bases, cores, inverses = zip(*terms, strict=True) if terms else ((), (), ())
+        return cls(*found[levels], bases, cores, inverses)
 
     def apply(self, x: Array) -> Array:
         """Return ``W x`` of a padded block."""
@@ -164,42 +173,90 @@ class SymmetricFactor:
         return diagonal
 
 
-def subtrees(tree: ClusterTree, width: int, space: Space) -> int:
-    """Return the level whose nodes' rows (of ``width`` numbers) fit into the cache."""
-    if not space.on_host:
-        return 0
-    bytes_ = tree.padded * max(width, 1) * space.itemsize
-    return min(tree.levels, max(0, (-(-bytes_ // CACHE) - 1).bit_length()))
+def subtrees(
+    tree: ClusterTree, width: int, space: Space, workers: int
+) -> tuple[int, int]:
+    """Return two levels: whose nodes are a worker's each, and whose fit into the cache.
 
-
-def _update(Q: Array, X: Array, x: Array) -> Array:
-    """Return ``x + Q X Qᴴ x`` of each node."""
-    if not Q.shape[-1] or not x.shape[1]:
-        return x
-    xp, q = namespace(x), x.shape[1]
-    small = adjoint(Q) @ xp.reshape(x, (*Q.shape[:2], q))
-    small = X @ xp.reshape(small, (*X.shape[:2], q))
-    small = xp.reshape(small, (Q.shape[0], Q.shape[2], q))
-    return x + xp.reshape(Q @ small, x.shape)
-
-
-def _update_in_pieces(Q: Array, X: Array, x: Array) -> Array:
-    """Do `_update` in the memory of ``x``, the rows of large nodes piece by piece.
-
-    A product as large as ``x`` would not stay in the cache, and new memory for it costs
-    as much again.
+    ``width`` is that of the rows which are worked on.
     """
-    if wants_gradient(x) or not Q.shape[-1] or not x.shape[1]:
-        return _update(Q, X, x)
-    xp, q, (blocks, rows, r) = namespace(x), x.shape[1], Q.shape
-    small = adjoint(Q) @ xp.reshape(x, (blocks, rows, q))
-    small = xp.reshape(X @ xp.reshape(small, (*X.shape[:2], q)), (blocks, r, q))
-    step = max(1, CACHE // (q * Space.of(x).itemsize))
+    bytes_ = tree.padded * max(width, 1) * space.itemsize
+
+    def level(pieces: int) -> int:
+        return min(tree.levels, max(pieces - 1, 0).bit_length())
+
+    if not space.on_host:
+        return 0, 0
+    top = level(min(workers, bytes_ // SMALL))
+    return top, max(top, level(-(-bytes_ // CACHE)))
+
+
+def joined_rows(parts: Sequence[Array]) -> Array:
+    """Join rows (rows, q) that follow each other."""
+    return parts[0] if len(parts) == 1 else namespace(parts[0]).concat(parts, axis=0)
+
+
+class Joined(dict[int, tuple[Array, ...]]):
+    """Arrays of all nodes of each level, from those of pieces that have equally many."""
+
+    def __init__(self, space: Space) -> None:
+        super().__init__()
+        self._space, self._lock = space, Lock()
+
+    def put(
+        self, level: int, parts: tuple[Array, ...], piece: int, pieces: int
+    ) -> None:
+        """Keep arrays of the nodes of one piece."""
+        if pieces == 1:
+            self[level] = parts
+            return
+        with self._lock:
+            if level not in self:
+                self[level] = tuple(
+                    self._space.zeros(pieces * x.shape[0], *x.shape[1:]) for x in parts
+                )
+        for whole, x in zip(self[level], parts, strict=True):
+            whole[piece * x.shape[0] : (piece + 1) * x.shape[0], ...] = x
+
+
+def _update(Q: Array, X: Array, x: Array, *, owned: bool = False) -> Array:
+    """Return ``x + Q X Qᴴ x`` of each node.
+
+    In the memory of ``x`` if that is ``owned``, on the host piece by piece: a product as
+    large as ``x`` would not stay in the cache, and new memory for it costs as much again.
+    """
+    (blocks, rows, r), q = Q.shape, x.shape[1]
+    if not r or not q:
+        return x
+    space = Space.of(x)
+    xp, nodes = space.xp, X.shape[0]
+    halves = blocks // nodes
+
+    def inner(some: slice) -> Array:
+        """Return ``X Qᴴ x`` of some nodes."""
+        which = slice(some.start * halves, some.stop * halves)
+        y = xp.reshape(x, (blocks, rows, q))[which, ...]
+        small = adjoint(Q[which, ...]) @ y
+        small = X[some, ...] @ xp.reshape(small, (-1, X.shape[1], q))
+        return xp.reshape(small, (-1, r, q))
+
+    if not owned or not space.on_host or wants_gradient(x):
+        return x + xp.reshape(Q @ inner(slice(0, nodes)), x.shape)
+    piece = max(1, PIECE // (q * space.itemsize))
+    if rows < piece:
+        step = max(1, piece // (rows * halves))
+        for start in range(0, nodes, step):
+            some = slice(start, min(start + step, nodes))
+            which = slice(some.start * halves, some.stop * halves)
+            y = Q[which, ...] @ inner(some)
+            x[which.start * rows : which.stop * rows, :] += xp.reshape(y, (-1, q))
+        return x
+    small = inner(slice(0, nodes))
     for block in range(blocks):
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            piece = slice(block * rows + start, block * rows + stop)
-            x[piece, :] += Q[block, start:stop, :] @ small[block, ...]
+        for start in range(0, rows, piece):
+            stop = min(start + piece, rows)
+            part = slice(block * rows + start, block * rows + stop)
+            x[part, :] += Q[block, start:stop, :] @ small[block, ...]
     return x
 
 
