@@ -58,7 +58,8 @@ __all__ = [
 
 Array = Any  # an array of any supported library; the standard has no common type
 Namespace = Any
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 FLOATS = ("float32", "float64")
 COMPLEX = ("complex64", "complex128")

@@ -125,7 +125,8 @@ class SymmetricFactor:
             climb(x, 0, range(top), 0, 1)
         terms = [found[level] for level in range(levels)]
         bases, cores, inverses = zip(*terms, strict=True) if terms else ((), (), ())
-        return cls(*found[levels], bases, cores, inverses)
+        diagonal, halves = found[levels]
+        return cls(diagonal, halves, bases, cores, inverses)
 
     def apply(self, x: Array) -> Array:
         """Return ``W x`` of a padded block."""
