@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hmatrix as hm
+from hmatrix.factor import symmetric
 from tests.helpers import assert_in, error_ratio, to_numpy
 from tests.strategies import SEEDS, SIZES, make_samples
 
@@ -188,6 +189,31 @@ def indefinite_node(value):
     A = np.eye(8)
     A[0, 4] = A[4, 0] = 1 + value
     return hm.from_dense(A, levels=1, symmetric=True)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 6])
+def test_threads_and_pieces_do_not_change_the_factor(levels, rng, monkeypatch):
+    A = definite_matrix(500, rng)
+    H = hm.from_dense(A, levels=levels, rtol=1e-6, definite=True)
+    whole = hm.factorize(H, method="cholesky")
+    found = []
+    for workers in (1, 3):
+        monkeypatch.setattr(symmetric, "default_workers", lambda _, w=workers: w)
+        monkeypatch.setattr(symmetric, "SMALL", 1)
+        monkeypatch.setattr(symmetric, "CACHE", 2**12)
+        monkeypatch.setattr(symmetric, "PIECE", 2**10)
+        found.append(hm.factorize(H, method="cholesky"))
+    b = rng.standard_normal((500, 3))
+    for F in found:
+        np.testing.assert_allclose(F.solve(b), whole.solve(b), rtol=1e-11)
+        np.testing.assert_allclose(F.sample(b), whole.sample(b), rtol=1e-11)
+        np.testing.assert_allclose(F.logdet(), whole.logdet(), rtol=1e-12)
+    bad = H - 2 * np.linalg.eigvalsh(A)[-1] * hm.from_diagonal(
+        (np.arange(500) == 400) * 1.0, levels=levels
+    )
+    with pytest.raises(hm.NotPositiveDefiniteError, match=f"level {levels}, leaf") as e:
+        hm.factorize(bad, method="cholesky")
+    assert e.value.node == 400 // H.tree.leaf_size
 
 
 def test_what_is_not_definite_is_named():
