@@ -80,18 +80,22 @@ class Blocks:
             self.space,
         )
 
-    def taken(self, index: Array, axis: int) -> Blocks:
-        """Return some blocks (axis 0), or the same rows and columns of all (axis 1)."""
+    def taken(self, index: Array, axis: int, columns: Array | None = None) -> Blocks:
+        """Return some blocks (axis 0), or the same rows and columns of all (axis 1).
 
-        def take(x: Array | None) -> Array | None:
+        The ``columns`` are those of the rows if they are not given.
+        """
+        columns = index if columns is None else columns
+
+        def take(x: Array | None, index: Array) -> Array | None:
             return None if x is None else self.xp.take(x, index, axis=axis)
 
         return replace(
             self,
-            rows=take(self.rows),
-            columns=take(self.columns),
-            real_rows=take(self.real_rows),
-            real_columns=take(self.real_columns),
+            rows=take(self.rows, index),
+            columns=take(self.columns, columns),
+            real_rows=take(self.real_rows, index),
+            real_columns=take(self.real_columns, columns),
         )
 
     def group(self, some: slice) -> Blocks:

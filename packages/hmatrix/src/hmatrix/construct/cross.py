@@ -43,7 +43,7 @@ GROWTH, TURNS = 8.0, 4
 #: Rows of a group of blocks on the host: their factors stay in the cache.
 GROUP = 2**15
 #: Blocks up to this size are compressed by the SVD if cross approximation fails.
-DENSE = 1024
+DENSE = 2048
 
 
 def approximate(
@@ -127,17 +127,27 @@ def attempt(
     # brought to norm 1, and conditioned well enough for Cholesky QR
     (U, Tu, Ru), (V, Tv, Rv) = (orthonormal_parts(transpose(x)) for x in (U, V))
     core = (Ru * D[:, None, :]) @ adjoint(Rv)
-    estimate = residual(blocks, U, Tu @ core @ adjoint(Tv), V, seed)
+    estimate = residual(blocks, U, Tu @ core @ adjoint(Tv), V, sample, seed)
     small, lost, _ = cut_triplets(*svd(core), tolerance * 0.8, max_rank)
     found = LowRank(U @ (Tu @ small.U), small.S, V @ (Tv @ small.V))
     return found, xp.sqrt(lost**2 + estimate**2)
 
 
-def dense_at_ends(m: int, count: int) -> np.ndarray:
-    """Return up to ``count`` of m places, more of them where clusters meet."""
+def dense_at_ends(
+    m: int, count: int, chance: np.random.Generator | None = None
+) -> np.ndarray:
+    """Return up to ``count`` of m places, more of them where clusters meet.
+
+    With ``chance``, others each time: both ends, and one by chance from each stretch
+    between neighbours.
+    """
     if m <= count:
         return np.arange(m)
-    ends = (1 - np.cos(np.pi * np.arange(count) / (count - 1))) / 2
+    steps = np.arange(count)
+    if chance is not None:
+        steps = np.clip(steps + chance.uniform(-0.5, 0.5, count), 0, count - 1)
+        steps[[0, -1]] = 0, count - 1
+    ends = (1 - np.cos(np.pi * steps / (count - 1))) / 2
     return np.unique(np.round(ends * (m - 1)).astype(np.int64))
 
 
@@ -256,21 +266,24 @@ def extend(
     return U, V
 
 
-def residual(blocks: Blocks, U: Array, core: Array, V: Array, seed: int) -> Array:
+def residual(
+    blocks: Blocks, U: Array, core: Array, V: Array, sample: int, seed: int
+) -> Array:
     """Estimate the Frobenius norms (b,) of blocks less ``U core Vᴴ``.
 
-    The rows and columns of the first sample are compared whole: all of a small block,
-    and the corners of a large one, where a narrow band or a sharp peak would be. Of a
-    large block also ``PASSES`` times an entry of each row and each column, by chance: a
-    wrong row or column shows every time. The larger of the two estimates counts.
+    A block no larger than the sample is compared whole. Of others, as many rows and
+    columns as the sample has, others than it has but also dense at the corners, where a
+    narrow band or a sharp peak would be; and ``PASSES`` times an entry of each row and
+    each column, by chance: a wrong row or column shows every time. The larger of the two
+    estimates counts.
     """
     space, xp, m, b = blocks.space, blocks.xp, blocks.size, blocks.count
-    if m <= SAMPLE:
+    if m <= sample:
         return error_norm(blocks, U, core, V)
-    index = space.integers(dense_at_ends(m, SAMPLE))
-    corners = (xp.take(x, index, axis=1) for x in (U, V))
-    largest = error_norm(blocks.taken(index, 1), next(corners), core, next(corners))
     chance = np.random.default_rng((seed, m, b))
+    i, j = (space.integers(dense_at_ends(m, sample, chance)) for _ in range(2))
+    corners = (xp.take(x, k, axis=1) for x, k in ((U, i), (V, j)))
+    largest = error_norm(blocks.taken(i, 1, j), next(corners), core, next(corners))
     order, rows = chance.permutation(m), np.arange(m)
     shifts = chance.integers(0, m, (PASSES, b, 1))
     squares = xp.zeros_like(largest)
@@ -286,13 +299,13 @@ def residual(blocks: Blocks, U: Array, core: Array, V: Array, seed: int) -> Arra
 
 def error_norm(blocks: Blocks, U: Array, core: Array, V: Array) -> Array:
     """Return the Frobenius norms (b,) of blocks less ``U core Vᴴ``."""
-    xp, m = blocks.xp, blocks.size
+    xp, entries = blocks.xp, U.shape[1] * V.shape[1]
     left, right = U @ core, adjoint(V)
     squares = []
-    for part in blocks.parts(blocks.count, m * m):
+    for part in blocks.parts(blocks.count, entries):
         error = left[part, ...] @ right[part, ...]
         error -= blocks.group(part).dense()
-        squares.append(squared_norm(xp.reshape(error, (-1, m * m))))
+        squares.append(squared_norm(xp.reshape(error, (-1, entries))))
     return xp.sqrt(xp.concat(squares))
 
 

@@ -108,12 +108,13 @@ def from_entries(
     About ``n (m + 2 Σ r)`` entries are evaluated, m being the rows of a leaf and r the
     rank of each level, and some 200 n for the check. Cross approximation with pivots
     from a sample of each block (Bebendorf 2000); where the check fails, from a larger
-    sample, in the end from the whole block.
+    sample, in the end from the whole block, and then by the SVD.
 
-    Blocks of up to 128 rows are checked whole. Of larger ones it is their corners and
-    two entries of each row and column: single entries that stand out elsewhere (points
-    given twice and a kernel much narrower than a block, a sparse matrix) can be missed,
-    and with them the promise; `from_sparse` and `from_dense` see all.
+    Blocks of up to 128 rows are checked whole. Of larger ones it is 128 other rows and
+    columns and two entries of each row and column: a few single entries that stand out
+    elsewhere (of a sparse matrix, or where points by chance lie closer than the range of
+    a very narrow kernel) can be missed, and with them the promise; `from_sparse` and
+    `from_dense` see all.
 
     Examples
     --------
