@@ -1,8 +1,18 @@
 """Block-sparse operations on dense weights; the only place that chooses a kernel.
 
-`reference` is plain PyTorch and right everywhere.
+`reference` is plain PyTorch and right everywhere. On a GPU, Triton kernels of the same
+signatures take its place: `dispatch` says when, `plan` how the blocks of a mask share
+tiles and when a dense product is cheaper than any kernel.
 """
 
-from .reference import block_sddmm, gather_blocks, scatter_blocks_
+from .dispatch import KernelCheck, check_kernels
+from .operators import block_sddmm
+from .reference import gather_blocks, scatter_blocks_
 
-__all__ = ["block_sddmm", "gather_blocks", "scatter_blocks_"]
+__all__ = [
+    "KernelCheck",
+    "block_sddmm",
+    "check_kernels",
+    "gather_blocks",
+    "scatter_blocks_",
+]

@@ -7,6 +7,8 @@ edge are stored full-size with zeros outside the weight.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -85,7 +87,12 @@ _STACK_ELEMENTS = 1 << 24
 
 
 def block_sddmm(
-    dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    block_size: int,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Blocks of ``dyᵀ x``: a sampled dense-dense matrix product.
 
@@ -95,10 +102,13 @@ def block_sddmm(
         Output gradients.
     x : torch.Tensor, shape (tokens, in)
         Inputs, in the dtype of ``dy``.
-    indices : torch.Tensor, shape (k, 2), int64
-        Block rows and block columns.
+    indices : torch.Tensor, shape (k, 2), int32 or int64
+        Block rows and block columns. On a GPU, pass the same tensor each time: the plan
+        of a mask is kept with it.
     block_size : int
         Side ``b`` of a block.
+    out : torch.Tensor, shape (k, b, b), optional
+        Add to this gradient, and return it, instead of making a new one.
 
     Returns
     -------
@@ -111,35 +121,84 @@ def block_sddmm(
     products; one product of the active rows with the active columns, from which the
     blocks are taken (masks of a rank-one score are nearly cartesian); the dense product.
     """
-    out, inputs = dy.shape[1], x.shape[1]
-    accumulate = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    if len(indices) == 0 or len(dy) == 0:
-        return dy.new_zeros((len(indices), block_size, block_size), dtype=accumulate)
-    if is_ragged((out, inputs), block_size):
-        dy = F.pad(dy, (0, -out % block_size))
-        x = F.pad(x, (0, -inputs % block_size))
-    if dy.device.type == "cpu":
-        # A CPU has no half-precision matrix product that accumulates in float32.
-        dy, x = dy.to(accumulate), x.to(accumulate)
-    dy = dy.unflatten(1, (-1, block_size))
-    x = x.unflatten(1, (-1, block_size))
+    count, wide = len(indices), accumulator(dy.dtype)
+    if count == 0 or len(dy) == 0:
+        shape = (count, block_size, block_size)
+        return dy.new_zeros(shape, dtype=wide) if out is None else out
+    indices = indices.long()
+    dy, x = widen(dy), widen(x)
     rows, row_of = indices[:, 0].unique(return_inverse=True)
     columns, column_of = indices[:, 1].unique(return_inverse=True)
-    stack = STACK_COST * len(indices)
+    stack = STACK_COST * count
     cartesian = CARTESIAN_COST * len(rows) * len(columns)
-    dense = dy.shape[1] * x.shape[1]
+    dense = math.ceil(dy.shape[1] / block_size) * math.ceil(x.shape[1] / block_size)
     if dense <= min(stack, cartesian):
-        product = dy.flatten(1).T @ x.flatten(1)
-        row_of, column_of = indices.unbind(1)
+        blocks = from_dense(dy, x, indices, block_size)
     elif cartesian <= stack:
-        product = dy[:, rows].flatten(1).T @ x[:, columns].flatten(1)
-    if min(dense, cartesian) <= stack:
-        return interior(product, block_size)[row_of, :, column_of, :].to(accumulate)
+        blocks = from_rectangle(dy, x, (rows, columns, row_of, column_of), block_size)
+    else:
+        blocks = from_stack(dy, x, indices, block_size)
+    return blocks if out is None else out.add_(blocks)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which products of a dtype are added up."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """Convert half precision to float32 on a CPU, whose products do not do that."""
+    return x.to(accumulator(x.dtype)) if x.device.type == "cpu" else x
+
+
+def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return ``a @ b`` of matrices or stacks of them, not rounded to half precision."""
+    multiply = torch.mm if a.dim() == 2 else torch.bmm
+    options = {"out_dtype": torch.float32} if a.dtype.itemsize < 4 else {}
+    product: torch.Tensor = multiply(a, b, **options)
+    return product
+
+
+def in_blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """View columns (tokens, n) as blocks (tokens, blocks, b), padded where it has to."""
+    if x.shape[1] % block_size:
+        x = F.pad(x, (0, -x.shape[1] % block_size))
+    return x.unflatten(1, (-1, block_size))
+
+
+def from_dense(
+    dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Take blocks from the whole ``dyᵀ x``."""
+    return gather_blocks(wide_product(dy.T, x), indices, block_size)
+
+
+def from_rectangle(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    rectangle: tuple[torch.Tensor, ...],
+    block_size: int,
+) -> torch.Tensor:
+    """Take blocks from the product of active block rows and columns.
+
+    ``rectangle`` has those rows and columns, and the place of each block among them.
+    """
+    rows, columns, row_of, column_of = rectangle
+    dy, x = in_blocks(dy, block_size), in_blocks(x, block_size)
+    product = wide_product(dy[:, rows].flatten(1).T, x[:, columns].flatten(1))
+    return interior(product, block_size)[row_of, :, column_of, :]
+
+
+def from_stack(
+    dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Compute each block by a narrow product of its own."""
     size = max(1, _STACK_ELEMENTS // (len(dy) * block_size))
+    dy, x = in_blocks(dy, block_size), in_blocks(x, block_size)
     pieces = [
-        torch.bmm(
+        wide_product(
             dy[:, some[:, 0]].permute(1, 2, 0), x[:, some[:, 1]].transpose(0, 1)
-        ).to(accumulate)
+        )
         for some in indices.split(size)
     ]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
