@@ -5,14 +5,18 @@ signatures take its place: `dispatch` says when, `plan` how the blocks of a mask
 tiles and when a dense product is cheaper than any kernel.
 """
 
-from .dispatch import KernelCheck, check_kernels
+from .adamw import OPTIONS, BlockState
+from .dispatch import KernelCheck, check_kernels, find_kernel
 from .operators import block_sddmm
 from .reference import gather_blocks, scatter_blocks_
 
 __all__ = [
+    "OPTIONS",
+    "BlockState",
     "KernelCheck",
     "block_sddmm",
     "check_kernels",
+    "find_kernel",
     "gather_blocks",
     "scatter_blocks_",
 ]

@@ -8,6 +8,7 @@ edge are stored full-size with zeros outside the weight.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,14 +55,15 @@ def gather_blocks(
     Returns
     -------
     torch.Tensor, shape (k, b, b)
-        In the weight's dtype; zero outside the weight.
+        In the weight's dtype, contiguous; zero outside the weight.
     """
     if not is_ragged(weight.shape, block_size):
-        return interior(weight, block_size)[indices[:, 0], :, indices[:, 1], :]
+        blocks = interior(weight, block_size)[indices[:, 0], :, indices[:, 1], :]
+        return blocks.contiguous()  # a transposed weight's are not
     rows, columns, inside = elements(weight.shape, indices, block_size)
     last_row, last_column = weight.shape[0] - 1, weight.shape[1] - 1
     blocks = weight[rows.clamp(max=last_row), columns.clamp(max=last_column)]
-    return blocks.masked_fill(~inside, 0)
+    return blocks.masked_fill(~inside, 0).contiguous()
 
 
 def scatter_blocks_(
@@ -153,7 +155,7 @@ def widen(x: torch.Tensor) -> torch.Tensor:
 
 def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return ``a @ b`` of matrices or stacks of them, not rounded to half precision."""
-    multiply = torch.mm if a.dim() == 2 else torch.bmm
+    multiply: Any = torch.mm if a.dim() == 2 else torch.bmm
     options = {"out_dtype": torch.float32} if a.dtype.itemsize < 4 else {}
     product: torch.Tensor = multiply(a, b, **options)
     return product
@@ -163,7 +165,8 @@ def in_blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
     """View columns (tokens, n) as blocks (tokens, blocks, b), padded where it has to."""
     if x.shape[1] % block_size:
         x = F.pad(x, (0, -x.shape[1] % block_size))
-    return x.unflatten(1, (-1, block_size))
+    blocks: torch.Tensor = x.unflatten(1, (-1, block_size))
+    return blocks
 
 
 def from_dense(

@@ -224,29 +224,30 @@ def run_plan(
     if INTERPRETED or not tune or torch.are_deterministic_algorithms_enabled():
         kernel = sddmm_kernel
         options |= {"TOKENS": 32, "num_warps": 8 if plan.rows * block_size > 64 else 4}
-    kernel[programs, count](
-        dy,
-        x,
-        parts,
-        plan.groups,
-        plan.pairs,
-        plan.slots,
-        tokens,
-        dy.shape[1],
-        x.shape[1],
-        blocks,
-        each,
-        dy.stride(0),
-        dy.stride(1),
-        x.stride(0),
-        x.stride(1),
-        tokens.bit_length(),
-        device.index or 0,
-        **options,
-    )
-    if count > 1:
-        grid = (triton.cdiv(out.numel(), 1024),)
-        add_splits_kernel[grid](parts, out, out.numel(), count, ADD=add, CHUNK=1024)
+    with torch.cuda.device_of(dy):
+        kernel[programs, count](
+            dy,
+            x,
+            parts,
+            plan.groups,
+            plan.pairs,
+            plan.slots,
+            tokens,
+            dy.shape[1],
+            x.shape[1],
+            blocks,
+            each,
+            dy.stride(0),
+            dy.stride(1),
+            x.stride(0),
+            x.stride(1),
+            tokens.bit_length(),
+            device.index or 0,
+            **options,
+        )
+        if count > 1:
+            grid = (triton.cdiv(out.numel(), 1024),)
+            add_splits_kernel[grid](parts, out, out.numel(), count, ADD=add, CHUNK=1024)
     return out
 
 

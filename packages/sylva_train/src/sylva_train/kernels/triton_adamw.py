@@ -1,0 +1,365 @@
+"""One AdamW step of all layers' blocks in Triton, through tables of pointers.
+
+Two launches however many layers there are: a small one counts steps and works out each
+layer's numbers, one updates every block of every layer and writes it into its dense
+weight. The tables are built once; a step uploads nothing but what changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from .adamw import BlockState, adamw_
+
+__all__ = ["INTERPRETED", "Tables", "self_check", "supports"]
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+#: Dtypes of dense weights, by their number in the table.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Elements of a program, and layers of one that prepares.
+CHUNK, LAYERS = 1024, 256
+#: Columns of the table of layers, 64-bit integers, and of the table of their numbers.
+FIELDS, SCALARS = 14, 9
+
+
+@triton.jit
+def bfloat16_bits(x):
+    """Round float32 to the nearest bfloat16, ties to even, as an integer."""
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    is_number = x == x  # noqa: PLR0124 - as NaN is not; rounded, it might become 0
+    return tl.where(is_number, rounded, 0x7FC0).to(tl.uint16)
+
+
+@triton.jit(do_not_specialize=["layers"])
+def prepare_kernel(
+    steps_ptr,
+    group_ptr,
+    gradients_ptr,
+    options_ptr,
+    factor_ptr,
+    found_inf_ptr,
+    scalars_ptr,
+    layers,
+    LAYERS: tl.constexpr,
+    SCALARS: tl.constexpr,
+):
+    """Count the steps of layers that take one, and work out their numbers."""
+    layer = tl.program_id(0) * LAYERS + tl.arange(0, LAYERS)
+    inside = layer < layers
+    gradient = tl.load(gradients_ptr + layer, mask=inside, other=0)
+    active = tl.where(tl.load(found_inf_ptr) == 0, gradient, 0) != 0
+    step = tl.load(steps_ptr + layer, mask=inside, other=0.0)
+    step += active.to(tl.float32)
+    tl.store(steps_ptr + layer, step, mask=inside)
+
+    # In float64, as PyTorch does: 1 − β₂ has half of float32's digits, or fewer.
+    option = options_ptr + 6 * tl.load(group_ptr + layer, mask=inside, other=0)
+    lr, beta1, beta2 = tl.load(option), tl.load(option + 1), tl.load(option + 2)
+    eps, decay, sign = tl.load(option + 3), tl.load(option + 4), tl.load(option + 5)
+    step = step.to(tl.float64)
+    left1 = 1 - tl.exp(step * tl.log(tl.maximum(beta1, 1e-30)))
+    left2 = 1 - tl.exp(step * tl.log(tl.maximum(beta2, 1e-30)))
+    # A layer that takes no step may be at none, where nothing is left to divide by.
+    left1 = tl.where(active, left1, 1.0)
+    left2 = tl.where(active, left2, 1.0)
+    scalar = scalars_ptr + SCALARS * layer
+    tl.store(scalar, (lr * decay).to(tl.float32), mask=inside)
+    tl.store(scalar + 1, (1 - beta1).to(tl.float32), mask=inside)
+    tl.store(scalar + 2, beta2.to(tl.float32), mask=inside)
+    tl.store(scalar + 3, (1 - beta2).to(tl.float32), mask=inside)
+    tl.store(scalar + 4, (lr / left1).to(tl.float32), mask=inside)
+    tl.store(scalar + 5, tl.sqrt(left2).to(tl.float32), mask=inside)
+    tl.store(scalar + 6, eps.to(tl.float32), mask=inside)
+    tl.store(scalar + 7, sign.to(tl.float32) * tl.load(factor_ptr), mask=inside)
+    tl.store(scalar + 8, active.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def load_weights(pointer, dtype, place, inside):
+    """Read weights whose dtype is known by its number alone, as float32."""
+    # A name may not stand for pointers of different types in different branches.
+    if dtype == 0:
+        singles = pointer.to(tl.pointer_type(tl.float32)) + place
+        weights = tl.load(singles, mask=inside, other=0.0)
+    elif dtype == 1:
+        # bfloat16 is the upper half of float32.
+        uppers = pointer.to(tl.pointer_type(tl.uint16)) + place
+        bits = tl.load(uppers, mask=inside, other=0).to(tl.uint32) << 16
+        weights = bits.to(tl.float32, bitcast=True)
+    else:
+        halves = pointer.to(tl.pointer_type(tl.float16)) + place
+        weights = tl.load(halves, mask=inside, other=0.0).to(tl.float32)
+    return weights
+
+
+@triton.jit
+def store_weights(pointer, dtype, place, weights, inside):
+    """Write float32 into weights whose dtype is known by its number alone."""
+    if dtype == 0:
+        tl.store(pointer.to(tl.pointer_type(tl.float32)) + place, weights, mask=inside)
+    elif dtype == 1:
+        bits = bfloat16_bits(weights)
+        tl.store(pointer.to(tl.pointer_type(tl.uint16)) + place, bits, mask=inside)
+    else:
+        half = weights.to(tl.float16)
+        tl.store(pointer.to(tl.pointer_type(tl.float16)) + place, half, mask=inside)
+
+
+@triton.jit
+def float_pointer(address, ALIGNED: tl.constexpr):
+    """Make a pointer of a 64-bit address; wide loads need to know that it is aligned."""
+    pointer = address.to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def adamw_kernel(
+    table_ptr,
+    owners_ptr,
+    gradients_ptr,
+    scalars_ptr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TO_BASE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FIELDS: tl.constexpr,
+    SCALARS: tl.constexpr,
+):
+    """Update one stretch of one layer's values; see `adamw.adamw_` for the formulas."""
+    program = tl.program_id(0)
+    layer = tl.load(owners_ptr + program)
+    row = table_ptr + FIELDS * layer
+    scalar = scalars_ptr + SCALARS * layer
+    if tl.load(scalar + 8) != 0:
+        decay, rest1 = tl.load(scalar), tl.load(scalar + 1)
+        beta2, rest2 = tl.load(scalar + 2), tl.load(scalar + 3)
+        rate, left2 = tl.load(scalar + 4), tl.load(scalar + 5)
+        eps, factor = tl.load(scalar + 6), tl.load(scalar + 7)
+
+        first, size = tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
+        element = (program - first) * CHUNK + tl.arange(0, CHUNK)
+        live = element < size
+        values = float_pointer(tl.load(row), ALIGNED) + element
+        exp_avg = float_pointer(tl.load(row + 1), ALIGNED) + element
+        exp_avg_sq = float_pointer(tl.load(row + 2), ALIGNED) + element
+        gradient = float_pointer(tl.load(gradients_ptr + layer), ALIGNED) + element
+        weight_address, dtype = tl.load(row + 3), tl.load(row + 13)
+
+        g = tl.load(gradient, mask=live, other=0.0) * factor
+        m = tl.load(exp_avg, mask=live, other=0.0)
+        v = tl.load(exp_avg_sq, mask=live, other=0.0)
+        w = tl.load(values, mask=live, other=0.0)
+        m += (g - m) * rest1
+        v = v * beta2 + g * g * rest2
+        if TO_BASE:
+            w -= (w - load_weights(tl.load(row + 4), dtype, element, live)) * decay
+        else:
+            w -= w * decay
+        w -= rate * m / (tl.sqrt(v) / left2 + eps)
+        tl.store(exp_avg, m, mask=live)
+        tl.store(exp_avg_sq, v, mask=live)
+        tl.store(values, w, mask=live)
+
+        if BLOCK > 0:  # noqa: SIM108 - one branch is compiled
+            side = BLOCK
+        else:
+            side = tl.load(row + 8).to(tl.int32)
+        block, inner = element // (side * side), element % (side * side)
+        index = tl.load(row + 5).to(tl.pointer_type(tl.int32)) + 2 * block
+        r = tl.load(index, mask=live, other=0).to(tl.int64) * side + inner // side
+        c = tl.load(index + 1, mask=live, other=0).to(tl.int64) * side + inner % side
+        inside = live & (r < tl.load(row + 9)) & (c < tl.load(row + 10))
+        place = r * tl.load(row + 11) + c * tl.load(row + 12)
+        store_weights(weight_address, dtype, place, w, inside)
+
+
+@triton.jit
+def square_kernel(
+    table_ptr,
+    owners_ptr,
+    gradients_ptr,
+    sums_ptr,
+    CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """Sum of the squares of one stretch of one layer's gradient: (programs,)."""
+    program = tl.program_id(0)
+    layer = tl.load(owners_ptr + program)
+    row = table_ptr + FIELDS * layer
+    address = tl.load(gradients_ptr + layer)
+    first = tl.load(row + 6).to(tl.int32)
+    size = tl.where(address != 0, tl.load(row + 7), 0).to(tl.int32)
+    element = (program - first) * CHUNK + tl.arange(0, CHUNK)
+    live = element < size
+    g = tl.load(float_pointer(address, ALIGNED) + element, mask=live, other=0.0)
+    tl.store(sums_ptr + program, tl.sum(g * g))
+
+
+class Tables:
+    """What the kernels read about layers, and the launches.
+
+    Parameters
+    ----------
+    layers : sequence of BlockState
+        At least one, all on one device; kept alive as long as the tables.
+    steps : torch.Tensor, shape (layers,), float32
+        Steps taken by each layer; counted up.
+    """
+
+    def __init__(self, layers: Sequence[BlockState], steps: torch.Tensor) -> None:
+        self.layers, self.steps = list(layers), steps
+        device = steps.device
+        rows: list[list[int]] = []
+        owners: list[int] = []
+        for number, layer in enumerate(self.layers):
+            programs = triton.cdiv(layer.values.numel(), CHUNK)
+            base = 0 if layer.base is None else layer.base.data_ptr()
+            rows.append(
+                [
+                    layer.values.data_ptr(),
+                    layer.exp_avg.data_ptr(),
+                    layer.exp_avg_sq.data_ptr(),
+                    layer.weight.data_ptr(),
+                    base,
+                    layer.indices.data_ptr(),
+                    len(owners),
+                    layer.values.numel(),
+                    layer.values.shape[-1],
+                    *layer.weight.shape,
+                    *layer.weight.stride(),
+                    DTYPES.index(layer.weight.dtype),
+                ]
+            )
+            owners += [number] * programs
+        sides = {layer.values.shape[-1] for layer in self.layers}
+        # Known when compiled, a side makes divisions cheap.
+        self.block = sides.pop() if len(sides) == 1 else 0
+        self.to_base = self.layers[0].base is not None
+        self.aligned = not any(address % 16 for row in rows for address in row[:3])
+        self.table = torch.tensor(rows, dtype=torch.int64, device=device)
+        self.owners = torch.tensor(owners, dtype=torch.int32, device=device)
+        groups = [layer.group for layer in self.layers]
+        self.groups = torch.tensor(groups, dtype=torch.int32, device=device)
+        self.scalars = torch.empty(
+            (len(rows), SCALARS), dtype=torch.float32, device=device
+        )
+        self.gradients = torch.zeros(len(rows), dtype=torch.int64, device=device)
+        self.addresses: list[int] = []
+        self.captured: list[torch.Tensor] = []
+
+    def set_gradients(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Take the gradients of the next step: contiguous, float32, or None."""
+        addresses = [0 if g is None else g.data_ptr() for g in gradients]
+        if addresses != self.addresses:
+            cuda = self.gradients.is_cuda
+            host = torch.tensor(addresses, dtype=torch.int64, pin_memory=cuda)
+            self.gradients.copy_(host, non_blocking=True)
+            if cuda and torch.cuda.is_current_stream_capturing():
+                # A captured graph reads the host's copy again at each replay.
+                self.captured.append(host)
+            self.addresses = addresses
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Return what both kernels over all blocks are compiled for."""
+        aligned = self.aligned and not any(a % 16 for a in self.addresses)
+        return {"CHUNK": CHUNK, "ALIGNED": aligned, "FIELDS": FIELDS}
+
+    def square_norm(self) -> torch.Tensor:
+        """Return the sum of the squares of all gradients, added up in a fixed order."""
+        sums = self.steps.new_empty(len(self.owners))
+        with torch.cuda.device_of(sums):
+            square_kernel[(len(self.owners),)](
+                self.table, self.owners, self.gradients, sums, **self.options
+            )
+        return sums.sum()
+
+    def update(
+        self, options: torch.Tensor, factor: torch.Tensor, found_inf: torch.Tensor
+    ) -> None:
+        """Take one step; see `adamw.adamw_` for the arguments."""
+        count = len(self.layers)
+        with torch.cuda.device_of(self.steps):
+            prepare_kernel[(triton.cdiv(count, LAYERS),)](
+                self.steps,
+                self.groups,
+                self.gradients,
+                options,
+                factor,
+                found_inf,
+                self.scalars,
+                count,
+                LAYERS=LAYERS,
+                SCALARS=SCALARS,
+            )
+            adamw_kernel[(len(self.owners),)](
+                self.table,
+                self.owners,
+                self.gradients,
+                self.scalars,
+                BLOCK=self.block,
+                TO_BASE=self.to_base,
+                SCALARS=SCALARS,
+                **self.options,
+            )
+
+
+def supports(dtype: torch.dtype, block_size: int) -> bool:
+    """Whether the kernel writes weights of a dtype; blocks may have any size."""
+    return dtype in DTYPES and block_size > 0
+
+
+def self_check(device: torch.device, dtype: torch.dtype, block_size: int) -> float:
+    """Return the largest error of a small random problem, in units of what is allowed.
+
+    Two steps of two layers with ragged edges, one of them transposed and without a
+    gradient at first, decaying towards a base.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (2 * block_size, block_size + 3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    def make_layer(transposed: bool) -> BlockState:
+        weight = random(*shape).to(dtype)
+        weight = weight.t().contiguous().t() if transposed else weight
+        values, m, v, base = (random(2, block_size, block_size) for _ in range(4))
+        indices = torch.tensor([[0, 0], [1, 1]], dtype=torch.int32, device=device)
+        return BlockState(values, m, v.square(), indices, weight, base.to(dtype))
+
+    layers = [make_layer(False), make_layer(True)]
+    copies = copy.deepcopy(layers)
+    options = torch.tensor(
+        [[0.01, 0.9, 0.999, 1e-8, 0.1, -1.0]], dtype=torch.float64, device=device
+    )
+    factor, fine = random().fill_(0.5), random().zero_()
+    steps, counted = torch.zeros(2, device=device), torch.zeros(2, device=device)
+    tables = Tables(layers, steps)
+    for missing in (1, None):
+        gradients: list[torch.Tensor | None] = [
+            None if i == missing else random(2, block_size, block_size)
+            for i in range(2)
+        ]
+        tables.set_gradients(gradients)
+        tables.update(options, factor, fine)
+        adamw_(copies, counted, gradients, options, factor, fine)
+    errors = [(steps - counted).abs().max()]
+    for found, exact in zip(layers, copies, strict=True):
+        for name in ("values", "exp_avg", "exp_avg_sq"):
+            error = getattr(found, name) - getattr(exact, name)
+            errors.append(error.abs().max() / 1e-5)
+        # A value that two roundings tell apart may differ in its last bit.
+        limit = 1e-5 + exact.weight.float().abs() * torch.finfo(dtype).eps
+        errors.append(((found.weight - exact.weight).float().abs() / limit).max())
+    return float(torch.stack(errors).max())
