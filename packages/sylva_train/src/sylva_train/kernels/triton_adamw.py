@@ -146,6 +146,8 @@ def adamw_kernel(
         eps, factor = tl.load(scalar + 6), tl.load(scalar + 7)
 
         first, size = tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
+        if ALIGNED:
+            size = tl.multiple_of(size, 16)
         element = (program - first) * CHUNK + tl.arange(0, CHUNK)
         live = element < size
         values = float_pointer(tl.load(row), ALIGNED) + element
@@ -199,6 +201,8 @@ def square_kernel(
     address = tl.load(gradients_ptr + layer)
     first = tl.load(row + 6).to(tl.int32)
     size = tl.where(address != 0, tl.load(row + 7), 0).to(tl.int32)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
     element = (program - first) * CHUNK + tl.arange(0, CHUNK)
     live = element < size
     g = tl.load(float_pointer(address, ALIGNED) + element, mask=live, other=0.0)
@@ -245,7 +249,8 @@ class Tables:
         # Known when compiled, a side makes divisions cheap.
         self.block = sides.pop() if len(sides) == 1 else 0
         self.to_base = self.layers[0].base is not None
-        self.aligned = not any(address % 16 for row in rows for address in row[:3])
+        # Addresses of masters and moments, and their sizes: wide loads need both.
+        self.aligned = not any(n % 16 for row in rows for n in (*row[:3], row[7]))
         self.table = torch.tensor(rows, dtype=torch.int64, device=device)
         self.owners = torch.tensor(owners, dtype=torch.int32, device=device)
         groups = [layer.group for layer in self.layers]
