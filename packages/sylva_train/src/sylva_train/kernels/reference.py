@@ -128,7 +128,9 @@ def block_sddmm(
         shape = (count, block_size, block_size)
         return dy.new_zeros(shape, dtype=wide) if out is None else out
     indices = indices.long()
-    dy, x = widen(dy), widen(x)
+    if dy.device.type == "cpu":
+        # Once, rather than each piece: its products do not accumulate in float32.
+        dy, x = dy.to(wide), x.to(wide)
     rows, row_of = indices[:, 0].unique(return_inverse=True)
     columns, column_of = indices[:, 1].unique(return_inverse=True)
     stack = STACK_COST * count
@@ -148,16 +150,16 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def widen(x: torch.Tensor) -> torch.Tensor:
-    """Convert half precision to float32 on a CPU, whose products do not do that."""
-    return x.to(accumulator(x.dtype)) if x.device.type == "cpu" else x
-
-
 def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return ``a @ b`` of matrices or stacks of them, not rounded to half precision."""
     multiply: Any = torch.mm if a.dim() == 2 else torch.bmm
-    options = {"out_dtype": torch.float32} if a.dtype.itemsize < 4 else {}
-    product: torch.Tensor = multiply(a, b, **options)
+    product: torch.Tensor
+    if a.dtype.itemsize >= 4:
+        product = multiply(a, b)
+    elif a.is_cuda:
+        product = multiply(a, b, out_dtype=torch.float32)
+    else:
+        product = multiply(a.float(), b.float())
     return product
 
 

@@ -270,7 +270,6 @@ def block_sddmm(
     way = plan.way(len(dy))
     if way == "blocks":
         return run_plan(plan, dy, x, len(indices), block_size, out)
-    dy, x = reference.widen(dy), reference.widen(x)
     if way == "rectangle":
         blocks = reference.from_rectangle(dy, x, plan.rectangle, block_size)
     else:
