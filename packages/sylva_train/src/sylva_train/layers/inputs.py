@@ -89,9 +89,7 @@ class Reader:
         self.indices = self.table
 
     def settle(self, version: int) -> None:
-        """Go over to what the group uses by now, if the values are of a new version."""
-        if version == self.version:
-            return
+        """Go over to what the group uses by now; the values are of this version."""
         self.version = version
         group = self.group
         if group is None or group.used == self.kept:
@@ -148,7 +146,8 @@ class Reader:
             return self.narrow(x, dtype), self.indices
         if self.table.device != x.device:  # a replica on another device
             return x.detach(), self.table.to(x.device)
-        self.settle(values._version)
+        if self.version != values._version:
+            self.settle(values._version)
         seen = self.meet(x)
         if is_held(x):
             return x.detach(), self.table

@@ -198,6 +198,12 @@ class SparseEmbeddedLinear(nn.Module):
             Write even if no change was seen (values changed through ``.data``).
         """
         wanted = self.wanted()
+        if torch.compiler.is_compiling():
+            # What is checked below is of the host, and steps have written the weight.
+            if wanted != self._written:
+                msg = "call `sylva_train.sync(model)` before the model is compiled."
+                raise RuntimeError(msg)
+            return
         if wanted != self._written:
             self.restore_()
         if wanted is None:
@@ -238,11 +244,7 @@ class SparseEmbeddedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
-        if not torch.compiler.is_compiling():
-            self.sync()
-        elif self._written != self.wanted():
-            msg = "call `sylva_train.sync(model)` before the model is compiled."
-            raise RuntimeError(msg)
+        self.sync()
         y: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self._written is not None and torch.is_grad_enabled():
             values = self.sylva_values[self._written]
