@@ -7,8 +7,11 @@ edge are stored full-size with zeros outside the weight.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["block_sddmm", "gather_blocks", "scatter_blocks_"]
 
@@ -77,11 +80,79 @@ def scatter_blocks_(
     ]
 
 
-# Seconds per block of each way to take blocks of a product, relative to the dense
-# product, on a CPU (benchmarks/bench_layer.py): gathering and narrow products cost more.
-STACK_COST, CARTESIAN_COST = 11.0, 1.5
-# Largest copy of gathered activations, in elements: longer stacks go in pieces.
-_STACK_ELEMENTS = 1 << 24
+# Cost model of the ways on a CPU, in multiply-adds of the dense product
+# (benchmarks/bench_layer.py): copying an active row or column of blocks costs so much for
+# each element; a narrow product is slower by this factor; and another way must be
+# cheaper than the dense product by this margin to be taken.
+COPY_COST, NARROW_COST, MARGIN = 40.0, 2.0, 0.9
+# Elements of gathered activations at a time: pieces that stay in the cache, in memory
+# that is used again. Larger ones cost several times as much, in page faults alone.
+_PIECE_ELEMENTS = 1 << 18
+
+
+@dataclass
+class Plan:
+    """A mask's active rows and columns, and its blocks' places among them."""
+
+    version: int | None
+    rows: torch.Tensor
+    columns: torch.Tensor
+    row_of: torch.Tensor
+    column_of: torch.Tensor
+
+
+# By the identity of the indices, which a layer keeps: worked out once.
+_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def make_plan(indices: torch.Tensor) -> Plan:
+    """Work out a mask's plan, or look it up."""
+    version = None if indices.is_inference() else indices._version
+    plan: Plan | None = _plans.get(indices)
+    if plan is None or version is None or plan.version != version:
+        rows, row_of = indices[:, 0].unique(return_inverse=True)
+        columns, column_of = indices[:, 1].unique(return_inverse=True)
+        plan = _plans[indices] = Plan(version, rows, columns, row_of, column_of)
+    return plan
+
+
+def choose_way(
+    blocks: int, active: tuple[int, int], grid: tuple[int, int], block_size: int
+) -> str:
+    """Choose the cheapest way to blocks of a product, the dense one when in doubt.
+
+    Parameters
+    ----------
+    blocks : int
+        Number of active blocks.
+    active, grid : (int, int)
+        Active and existing rows and columns of blocks.
+    block_size : int
+        Side of a block.
+
+    Returns
+    -------
+    str
+        ``"stack"``, ``"cartesian"`` or ``"dense"``.
+    """
+    area, b = block_size**2, block_size
+    costs = {
+        "stack": blocks * (NARROW_COST * area + 2 * COPY_COST * b),
+        "cartesian": active[0] * active[1] * area + sum(active) * COPY_COST * b,
+        "dense": MARGIN * grid[0] * grid[1] * area,
+    }
+    return min(costs, key=lambda way: costs[way])
+
+
+def take_blocks(
+    product: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Copy blocks (k, b, b) out of a contiguous matrix of whole blocks."""
+    wide = product.shape[1] // block_size
+    first = rows[:, None] * block_size + torch.arange(block_size, device=rows.device)
+    runs = (first * wide + columns[:, None]).flatten()
+    found = product.view(-1, block_size).index_select(0, runs)
+    return found.view(-1, block_size, block_size)
 
 
 def block_sddmm(
@@ -107,39 +178,50 @@ def block_sddmm(
 
     Notes
     -----
-    Three ways, chosen by measured cost: a stack of ``(b, tokens) @ (tokens, b)``
-    products; one product of the active rows with the active columns, from which the
-    blocks are taken (masks of a rank-one score are nearly cartesian); the dense product.
+    Three ways, chosen by a measured cost model (`choose_way`): a stack of ``(b, tokens) @
+    (tokens, b)`` products, some at a time; one product of the active rows with the active
+    columns, from which the blocks are taken (masks of a rank-one score are nearly
+    cartesian); the dense product.
     """
     out, inputs = dy.shape[1], x.shape[1]
-    accumulate = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     if len(indices) == 0 or len(dy) == 0:
-        return dy.new_zeros((len(indices), block_size, block_size), dtype=accumulate)
-    if is_ragged((out, inputs), block_size):
+        return dy.new_zeros((len(indices), block_size, block_size), dtype=wide)
+    # A CPU has no half-precision matrix product that accumulates in float32.
+    compute = wide if dy.device.type == "cpu" else dy.dtype
+    plan = make_plan(indices)
+    way = choose_way(
+        len(indices),
+        (len(plan.rows), len(plan.columns)),
+        (-(-out // block_size), -(-inputs // block_size)),
+        block_size,
+    )
+    ragged = is_ragged((out, inputs), block_size)
+    if way == "dense":
+        product = dy.to(compute).T @ x.to(compute)
+        if ragged:
+            return gather_blocks(product, indices, block_size).to(wide)
+        rows, columns = indices.unbind(1)
+        return take_blocks(product, rows, columns, block_size).to(wide)
+    if ragged:
         dy = F.pad(dy, (0, -out % block_size))
         x = F.pad(x, (0, -inputs % block_size))
-    if dy.device.type == "cpu":
-        # A CPU has no half-precision matrix product that accumulates in float32.
-        dy, x = dy.to(accumulate), x.to(accumulate)
     dy = dy.unflatten(1, (-1, block_size))
     x = x.unflatten(1, (-1, block_size))
-    rows, row_of = indices[:, 0].unique(return_inverse=True)
-    columns, column_of = indices[:, 1].unique(return_inverse=True)
-    stack = STACK_COST * len(indices)
-    cartesian = CARTESIAN_COST * len(rows) * len(columns)
-    dense = dy.shape[1] * x.shape[1]
-    if dense <= min(stack, cartesian):
-        product = dy.flatten(1).T @ x.flatten(1)
-        row_of, column_of = indices.unbind(1)
-    elif cartesian <= stack:
-        product = dy[:, rows].flatten(1).T @ x[:, columns].flatten(1)
-    if min(dense, cartesian) <= stack:
-        return interior(product, block_size)[row_of, :, column_of, :].to(accumulate)
-    size = max(1, _STACK_ELEMENTS // (len(dy) * block_size))
+    if way == "cartesian":
+        left, right = (
+            t.index_select(1, some).flatten(1).to(compute)
+            for t, some in ((dy, plan.rows), (x, plan.columns))
+        )
+        return take_blocks(left.T @ right, plan.row_of, plan.column_of, block_size).to(
+            wide
+        )
+    size = max(1, _PIECE_ELEMENTS // (len(dy) * block_size))
     pieces = [
         torch.bmm(
-            dy[:, some[:, 0]].permute(1, 2, 0), x[:, some[:, 1]].transpose(0, 1)
-        ).to(accumulate)
+            dy.index_select(1, some[:, 0]).to(compute).permute(1, 2, 0),
+            x.index_select(1, some[:, 1]).to(compute).transpose(0, 1),
+        ).to(wide)
         for some in indices.split(size)
     ]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
