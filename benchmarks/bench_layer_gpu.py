@@ -90,7 +90,7 @@ def gradient(options: Any) -> list[dict[str, Any]]:
             options.repeats,
             lambda: dy.T @ x,  # noqa: B023 - called before the next round
             lambda: triton_sddmm.run_plan(plan, dy, x, len(mask), block),  # noqa: B023
-            lambda: reference.from_rectangle(dy, x, plan.rectangle, block),  # noqa: B023
+            lambda: reference.from_rectangle(dy, x, indices, block),  # noqa: B023
             lambda: block_sddmm(dy, x, indices, block),  # noqa: B023
         )
         useful = 2 * len(mask) * block**2 * tokens

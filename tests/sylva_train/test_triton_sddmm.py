@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sylva_train.kernels import reference
 from sylva_train.kernels.plan import make_plan, tiles
 from sylva_train.masks import LayerMask
 from tests.sylva_train.models import dense_blocks, error
@@ -178,4 +177,3 @@ def test_what_the_kernel_does_not_take_is_told():
     assert triton_sddmm.supports(torch.bfloat16, 64)
     assert not triton_sddmm.supports(torch.float64, 64)
     assert not triton_sddmm.supports(torch.float32, 8)
-    assert reference.accumulator(torch.float64) == torch.float64

@@ -30,6 +30,7 @@ class Chosen(NamedTuple):
 class FusedBlocks:
     """Layers of one device that a kernel updates together."""
 
+    layers: list[SparseEmbeddedLinear]
     parameters: list[nn.Parameter]
     tables: Any
     one: torch.Tensor
@@ -230,6 +231,7 @@ class SparseAdamW(torch.optim.AdamW):
                 )
             )
         return FusedBlocks(
+            [c.layer for c in chosen],
             [c.values for c in chosen],
             kernel.Tables(layers, steps),
             torch.ones((), device=device),
@@ -269,6 +271,9 @@ class SparseAdamW(torch.optim.AdamW):
             factor = factor / scale.to(factor)
         found_inf = blocks.zero if found_inf is None else found_inf.to(blocks.zero)
         blocks.tables.update(self.options_on(factor.device), factor, found_inf)
+        for layer, values in zip(blocks.layers, blocks.parameters, strict=True):
+            if values.grad is not None:
+                layer.note_written()
 
     def options_on(self, device: torch.device) -> torch.Tensor:
         """Return the groups' options on a device, uploaded if they changed."""

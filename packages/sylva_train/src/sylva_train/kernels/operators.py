@@ -63,7 +63,7 @@ def _(
     block_size: int,
 ) -> torch.Tensor:
     shape = (indices.shape[0], block_size, block_size)
-    return dy.new_empty(shape, dtype=reference.accumulator(dy.dtype))
+    return dy.new_empty(shape, dtype=reference.wide(dy.dtype))
 
 
 @torch.library.custom_op("sylva::add_block_sddmm", mutates_args=("out",))

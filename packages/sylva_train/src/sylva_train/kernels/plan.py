@@ -47,8 +47,6 @@ class Plan:
         Block column of each pair of a super-row and a column that is active in it.
     slots : torch.Tensor, shape (pairs, rows), int32
         Which block each row of a pair is; −1 where the mask has none.
-    rectangle : tuple of torch.Tensor
-        Active block rows and block columns, and where each block is among them.
     seconds : dict of str to (float, float)
         What each way costs by the model: a constant, and a part for each token.
     """
@@ -58,7 +56,6 @@ class Plan:
     groups: torch.Tensor
     pairs: torch.Tensor
     slots: torch.Tensor
-    rectangle: tuple[torch.Tensor, ...]
     seconds: dict[str, tuple[float, float]] = field(compare=False)
 
     def way(self, tokens: int) -> str:
@@ -196,14 +193,11 @@ def make_plan(
     _, column, slots = paired[rows]
     groups = order(programs[rows, columns], column)
 
-    active_rows, row_of = indices[:, 0].unique(return_inverse=True)
-    active_columns, column_of = indices[:, 1].unique(return_inverse=True)
-    sides = len(active_rows) * block, len(active_columns) * block
-    rectangle = (active_rows, active_columns, row_of, column_of)
+    height, width = (len(of_one.unique()) * block for of_one in indices.unbind(1))
     seconds = {
         # The result is written once; what splitting adds is little beside the rest.
         "blocks": (4 * len(indices) * block**2 / MEMORY, each[rows, columns]),
-        "rectangle": library_seconds(sides, gathered=True, itemsize=itemsize),
+        "rectangle": library_seconds((height, width), gathered=True, itemsize=itemsize),
         "dense": library_seconds(shape, gathered=False, itemsize=itemsize),
     }
     return Plan(
@@ -212,7 +206,6 @@ def make_plan(
         groups=groups.to(device, torch.int32),
         pairs=column.to(device, torch.int32),
         slots=slots.to(device, torch.int32),
-        rectangle=tuple(t.to(device) for t in rectangle),
         seconds=seconds,
     )
 

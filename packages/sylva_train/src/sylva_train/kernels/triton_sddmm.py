@@ -270,10 +270,8 @@ def block_sddmm(
     way = plan.way(len(dy))
     if way == "blocks":
         return run_plan(plan, dy, x, len(indices), block_size, out)
-    if way == "rectangle":
-        blocks = reference.from_rectangle(dy, x, plan.rectangle, block_size)
-    else:
-        blocks = reference.from_dense(dy, x, indices.long(), block_size)
+    take = reference.from_rectangle if way == "rectangle" else reference.from_dense
+    blocks = take(dy, x, indices, block_size)
     return blocks if out is None else out.add_(blocks)
 
 
