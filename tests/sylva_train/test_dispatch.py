@@ -47,11 +47,10 @@ def use(monkeypatch):
     def replace(module):
         monkeypatch.delenv(dispatch.VARIABLE, raising=False)
         monkeypatch.setattr(dispatch, "load", lambda _: module)
-        dispatch.find_problem.cache_clear()
+        monkeypatch.setattr(dispatch, "_problems", {})
         return module
 
-    yield replace
-    dispatch.find_problem.cache_clear()
+    return replace
 
 
 def find(device=GPU, dtype=torch.float32, block=16):
@@ -90,6 +89,28 @@ def test_a_kernel_that_does_not_work_is_left_out_with_one_warning(use, outcome, 
         warnings.simplefilter("error")
         assert find() is None
     assert kernel.calls == 1
+
+
+def test_a_tile_that_does_not_compile_is_replaced(use, monkeypatch, problem):
+    dy, x, indices, block = problem
+    expected = block_sddmm(*problem)
+
+    class Failing(Kernel):
+        INTERPRETED = True
+        FAILURES = (LookupError,)
+
+        def block_sddmm(self, *_, **__):
+            self.calls += 1
+            raise LookupError
+
+    kernel = use(Failing())
+    monkeypatch.setattr("sylva_train.kernels.operators.find_kernel", lambda *_: kernel)
+    with pytest.warns(RuntimeWarning, match="LookupError"):
+        assert torch.equal(block_sddmm(dy, x, indices, block), expected)
+    assert "LookupError" in dispatch.find_problem("sddmm", CPU, dy.dtype, block)
+    monkeypatch.setenv("SYLVA_KERNELS", "triton")
+    with pytest.raises(LookupError):
+        block_sddmm(dy, x, indices, block)
 
 
 def test_the_environment_overrides(use, monkeypatch):

@@ -107,3 +107,18 @@ def test_a_plan_is_kept_while_its_table_stays_as_it_is():
     second = find_plan(indices, (64, 96), 32, 2)
     assert second is not first
     assert sorted(second.pairs.tolist()) == [0, 1]
+
+
+def test_while_a_graph_is_captured_only_a_plan_that_is_there_is_used(monkeypatch):
+    class Table(torch.Tensor):
+        is_cuda = True
+
+    indices = torch.tensor([[0, 0], [1, 2]]).as_subclass(Table)
+    capturing = True
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: capturing)
+    assert find_plan(indices, (64, 96), 32, 2) is None
+    capturing = False
+    plan = find_plan(indices, (64, 96), 32, 2)
+    capturing = True
+    assert plan is not None
+    assert find_plan(indices, (64, 96), 32, 2) is plan

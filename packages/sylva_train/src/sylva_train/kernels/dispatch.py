@@ -18,7 +18,7 @@ import torch
 
 from sylva_train._checks import ConfigError, check_choice
 
-__all__ = ["KernelCheck", "check_kernels", "find_kernel"]
+__all__ = ["KernelCheck", "check_kernels", "find_kernel", "give_up", "is_demanded"]
 
 VARIABLE = "SYLVA_KERNELS"
 MODES = ("auto", "triton", "torch")
@@ -31,6 +31,11 @@ def load(kernel: str) -> ModuleType | None:
         return importlib.import_module(f".triton_{kernel}", __package__)
     except ImportError:
         return None
+
+
+def is_demanded() -> bool:
+    """Whether Triton is to run or to fail."""
+    return os.environ.get(VARIABLE) == "triton"
 
 
 def find_kernel(
@@ -76,30 +81,46 @@ def find_kernel(
     return None if problem else module
 
 
-@functools.cache
+#: What is wrong with each kernel that was tried: device, dtype and block size.
+_problems: dict[tuple[str, torch.device, torch.dtype, int], str | None] = {}
+
+
 def find_problem(
     kernel: str, device: torch.device, dtype: torch.dtype, block_size: int
 ) -> str | None:
     """Try a kernel once on a device, and warn if it fails or computes something else."""
-    module = load(kernel)
-    assert module is not None
-    try:
-        error = module.self_check(device, dtype, block_size)
-        trouble = None if error <= 1 else f"its error is {error:.3g} times the allowed"
-    except Exception as failure:  # noqa: BLE001 - whatever a compiler raises
-        trouble = f"{type(failure).__name__}: {failure}"
-    if trouble is None:
-        return None
+    key = (kernel, device, dtype, block_size)
+    if key not in _problems:
+        _problems[key] = None
+        module = load(kernel)
+        assert module is not None
+        try:
+            error = module.self_check(device, dtype, block_size)
+            if not error <= 1:
+                give_up(*key, f"its error is {error:.3g} times the allowed")
+        except Exception as failure:  # noqa: BLE001 - whatever a compiler raises
+            give_up(*key, f"{type(failure).__name__}: {failure}")
+    return _problems[key]
+
+
+def give_up(
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int,
+    trouble: str,
+) -> None:
+    """Leave a kernel alone from now on, with one warning."""
     problem = (
         f"the Triton kernel `{kernel}` does not work for {dtype} and blocks of"
         f" {block_size} on {device}: {trouble}."
     )
+    _problems[kernel, device, dtype, block_size] = problem
     warnings.warn(
         f"{problem} Plain PyTorch computes the same instead, from now on.",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
-    return problem
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import reference
-from .dispatch import find_kernel
+from .dispatch import find_kernel, give_up, is_demanded
 
 __all__ = ["block_sddmm"]
 
@@ -41,10 +41,20 @@ def run_sddmm(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the kernel for these operands, or the reference."""
-    found = find_kernel("sddmm", dy.device, dy.dtype, block_size)
-    chosen = reference if found is None else found
-    result: torch.Tensor = chosen.block_sddmm(dy, x, indices, block_size, out=out)
-    return result
+    key = ("sddmm", dy.device, dy.dtype, block_size)
+    found = find_kernel(*key)
+    if found is not None:
+        try:
+            result: torch.Tensor = found.block_sddmm(
+                dy, x, indices, block_size, out=out
+            )
+            return result
+        except found.FAILURES as failure:
+            # This shape's tile does not compile, so nothing was computed or added.
+            if is_demanded():
+                raise
+            give_up(*key, f"{type(failure).__name__}: {failure}")
+    return reference.block_sddmm(dy, x, indices, block_size, out=out)
 
 
 @torch.library.custom_op("sylva::block_sddmm", mutates_args=())

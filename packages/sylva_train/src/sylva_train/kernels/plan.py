@@ -215,12 +215,12 @@ _PLANS = WeakTensorKeyDictionary()
 
 def find_plan(
     indices: torch.Tensor, shape: tuple[int, int], block: int, itemsize: int
-) -> Plan:
+) -> Plan | None:
     """Return a mask's plan, made at its first use.
 
     It is kept for as long as the table of indices lives, and made again if that is
-    changed. Making it waits for the device, so a CUDA graph needs a run before its
-    capture.
+    changed. Making it waits for the device, which cannot be done while a CUDA graph is
+    captured: then there is None, unless it was made before.
     """
     version = 0 if indices.is_inference() else indices._version
     seen, plans = _PLANS.get(indices, (None, {}))
@@ -229,6 +229,8 @@ def find_plan(
         _PLANS[indices] = version, plans
     key = (shape, block, itemsize)
     if key not in plans:
+        if indices.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
         plans[key] = make_plan(indices, shape, block, itemsize)
     found: Plan = plans[key]
     return found

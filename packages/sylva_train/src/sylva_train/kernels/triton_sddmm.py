@@ -25,6 +25,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Whether Triton runs on a CPU, step by step, without a compiler.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
+#: What Triton raises before anything runs.
+FAILURES = (triton.TritonError,)
+
 #: Programs to each of a GPU's processors that a launch should have at least, by
 #: splitting the tokens; tokens that are worth a program; most stretches.
 WAVES, LEAST_TOKENS, MOST_SPLITS = 2, 256, 32
@@ -267,8 +270,9 @@ def block_sddmm(
         return reference.block_sddmm(dy, x, indices, block_size, out=out)
     shape = (dy.shape[1], x.shape[1])
     plan = find_plan(indices, shape, block_size, dy.dtype.itemsize)
-    way = plan.way(len(dy))
-    if way == "blocks":
+    # The dense product needs no plan.
+    way = "dense" if plan is None else plan.way(len(dy))
+    if plan is not None and way == "blocks":
         return run_plan(plan, dy, x, len(indices), block_size, out)
     take = reference.from_rectangle if way == "rectangle" else reference.from_dense
     blocks = take(dy, x, indices, block_size)
