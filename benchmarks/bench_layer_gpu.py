@@ -149,8 +149,8 @@ def optimizer(options: Any) -> dict[str, Any]:
             scatter_blocks_(weight, indices, master.detach())
 
     ours.step()
-    blocks = ours._blocks[0]
-    options_table = ours.options_on(DEVICE)
+    blocks = ours._kernel.blocks[0]
+    options_table = ours._kernel.options_on(DEVICE)
     big = torch.empty(1 << options.copy_bits, device=DEVICE)
     other = torch.empty_like(big)
     step, kernel, theirs, copy = measure(

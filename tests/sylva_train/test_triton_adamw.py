@@ -117,7 +117,7 @@ def test_is_adamw_on_every_layer(triton_device, options, blocks):
             optimizer.step()
         for schedule in schedules:
             schedule.step()
-    assert len(optimizers[0]._blocks[0].parameters) == 3
+    assert len(optimizers[0]._kernel.blocks[0].chosen) == 3
     assert largest_difference(ours, theirs) <= TOLERANCE
     for a, b in zip(ours, theirs, strict=True):
         mine, other = optimizers[0].state[a], optimizers[1].state[b]
@@ -263,12 +263,12 @@ def test_tables_are_made_once_and_anew_when_memory_moves(triton_device):
     for step in range(5):
         set_gradients(trained(model), step)
         optimizer.step()
-        made.append(optimizer._blocks[0])
+        made.append(optimizer._kernel.blocks[0])
     assert all(blocks is made[0] for blocks in made)
     model[0].base_layer.weight.data = model[0].base_layer.weight.data.clone()
     set_gradients(trained(model), 9)
     optimizer.step()
-    assert optimizer._blocks[0] is not made[0]
+    assert optimizer._kernel.blocks[0] is not made[0]
     assert_weights_show_values(model, masks, before)
 
 
@@ -312,7 +312,7 @@ def test_what_the_kernel_does_not_do_is_left_to_pytorch(triton_device, option):
         set_gradients(theirs, step)
         sparse.step()
         plain.step()
-    assert not sparse._blocks
+    assert not sparse._kernel.blocks
     assert largest_difference(ours, theirs) == 0
     assert_weights_show_values(model, masks, before)
 

@@ -6,7 +6,7 @@ tiles and when a dense product is cheaper than any kernel.
 """
 
 from .adamw import OPTIONS, BlockState
-from .dispatch import KernelCheck, check_kernels, find_kernel
+from .dispatch import KernelCheck, check_kernels, find_kernel, is_demanded
 from .operators import block_sddmm
 from .reference import gather_blocks, scatter_blocks_
 
@@ -18,5 +18,6 @@ __all__ = [
     "check_kernels",
     "find_kernel",
     "gather_blocks",
+    "is_demanded",
     "scatter_blocks_",
 ]

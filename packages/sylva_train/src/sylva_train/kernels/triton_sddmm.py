@@ -226,7 +226,8 @@ def run_plan(
     kernel = tuned_sddmm_kernel
     if INTERPRETED or not tune or torch.are_deterministic_algorithms_enabled():
         kernel = sddmm_kernel
-        options |= {"TOKENS": 32, "num_warps": 8 if plan.rows * block_size > 64 else 4}
+        area = plan.rows * plan.columns * block_size**2
+        options |= {"TOKENS": 32, "num_warps": 8 if area > 64 * 128 else 4}
     with torch.cuda.device_of(dy):
         kernel[programs, count](
             dy,
