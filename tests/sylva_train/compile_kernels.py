@@ -68,10 +68,15 @@ TABLES = {"table_ptr": "*i64", "owners_ptr": "*i32", "gradients_ptr": "*i64"}
 SIZES = {"CHUNK": triton_adamw.CHUNK, "FIELDS": triton_adamw.FIELDS, "ALIGNED": True}
 
 
-def adamw():
+def adamw(eight_bit=False):
     constants = SIZES | {"BLOCK": 0, "TO_BASE": True, "SCALARS": triton_adamw.SCALARS}
+    constants |= {"EIGHT_BIT": eight_bit, "GROUP": triton_adamw.GROUP}
     types = TABLES | {"scalars_ptr": "*fp32"}
     return compile_for_gpu(triton_adamw.adamw_kernel, types, constants)
+
+
+def adamw_of_8_bits():
+    return adamw(eight_bit=True)
 
 
 def square():
@@ -80,5 +85,5 @@ def square():
 
 
 if __name__ == "__main__":
-    kernels = [sddmm, add_splits, prepare, adamw, square]
+    kernels = [sddmm, add_splits, prepare, adamw, adamw_of_8_bits, square]
     json.dump({kernel.__name__: kernel() for kernel in kernels}, sys.stdout)

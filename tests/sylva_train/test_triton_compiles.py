@@ -52,6 +52,7 @@ def test_masters_and_moments_are_read_and_written_in_wide_pieces(compiled):
     assert sum("ld.global.v4" in line for line in lines) >= 8
     assert sum("st.global.v4" in line for line in lines) >= 6
     assert "ld.global.v4" in compiled["square"]["ptx"]
+    assert "ld.global.v4" in compiled["adamw_of_8_bits"]["ptx"]
 
 
 def test_steps_are_counted_in_float64(compiled):

@@ -5,15 +5,19 @@ signatures take its place: `dispatch` says when, `plan` how the blocks of a mask
 tiles and when a dense product is cheaper than any kernel.
 """
 
+from . import adamw
 from .adamw import OPTIONS, BlockState
 from .dispatch import KernelCheck, check_kernels, find_kernel, is_demanded
 from .operators import block_sddmm
+from .quantize import GROUP
 from .reference import gather_blocks, scatter_blocks_
 
 __all__ = [
+    "GROUP",
     "OPTIONS",
     "BlockState",
     "KernelCheck",
+    "adamw",
     "block_sddmm",
     "check_kernels",
     "find_kernel",

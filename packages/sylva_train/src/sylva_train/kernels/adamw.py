@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .quantize import decode, encode
 from .reference import scatter_blocks_
 
-__all__ = ["OPTIONS", "BlockState", "adamw_"]
+__all__ = ["OPTIONS", "BlockState", "Tables", "adamw_"]
 
 #: Columns of the table of a parameter group's options; ``sign`` is −1 to maximize.
 OPTIONS = ("lr", "beta1", "beta2", "eps", "weight_decay", "sign")
@@ -24,8 +25,8 @@ class BlockState:
 
     Attributes
     ----------
-    values, exp_avg, exp_avg_sq : torch.Tensor, shape (k, b, b), float32
-        Masters and moments, contiguous.
+    values, exp_avg, exp_avg_sq : torch.Tensor, shape (k, b, b)
+        Masters and moments, contiguous; float32, or moments in 8 bits (`quantize`).
     indices : torch.Tensor, shape (k, 2), int32
         Block rows and block columns, contiguous.
     weight : torch.Tensor, shape (out, in)
@@ -34,6 +35,8 @@ class BlockState:
         Decay towards these weights instead of zero; in the dtype of ``weight``.
     group : int
         Row of the table of options.
+    exp_avg_scale, exp_avg_sq_scale : torch.Tensor or None, shape (groups,), float32
+        Scales of moments in 8 bits.
     """
 
     values: torch.Tensor
@@ -43,6 +46,8 @@ class BlockState:
     weight: torch.Tensor
     base: torch.Tensor | None = None
     group: int = 0
+    exp_avg_scale: torch.Tensor | None = None
+    exp_avg_sq_scale: torch.Tensor | None = None
 
 
 def adamw_(
@@ -87,6 +92,8 @@ def adamw_(
         step = float(steps[i])
         g = gradient * (factor * sign)
         values, m, v = layer.values, layer.exp_avg, layer.exp_avg_sq
+        if layer.exp_avg_scale is not None and layer.exp_avg_sq_scale is not None:
+            m, v = decode(m, layer.exp_avg_scale), decode(v, layer.exp_avg_sq_scale)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         distance = values if layer.base is None else values - layer.base
@@ -94,3 +101,30 @@ def adamw_(
         size = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
         values.addcdiv_(m, size, value=-lr / (1 - beta1**step))
         scatter_blocks_(layer.weight, layer.indices.long(), values)
+        if layer.exp_avg_scale is not None and layer.exp_avg_sq_scale is not None:
+            seed = 2 * int(step)
+            encode(m, layer.exp_avg, layer.exp_avg_scale, seed)
+            encode(v, layer.exp_avg_sq, layer.exp_avg_sq_scale, seed + 1)
+
+
+class Tables:
+    """The same interface as `triton_adamw.Tables`, in plain PyTorch."""
+
+    def __init__(self, layers: Sequence[BlockState], steps: torch.Tensor) -> None:
+        self.layers, self.steps = list(layers), steps
+        self.gradients: list[torch.Tensor | None] = [None] * len(self.layers)
+
+    def set_gradients(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Take the gradients of the next step."""
+        self.gradients = list(gradients)
+
+    def square_norm(self) -> torch.Tensor:
+        """Return the sum of the squares of all gradients."""
+        found = [g.square().sum() for g in self.gradients if g is not None]
+        return torch.stack(found).sum() if found else self.steps.new_zeros(())
+
+    def update(
+        self, options: torch.Tensor, factor: torch.Tensor, found_inf: torch.Tensor
+    ) -> None:
+        """Take one step; see `adamw_` for the arguments."""
+        adamw_(self.layers, self.steps, self.gradients, options, factor, found_inf)

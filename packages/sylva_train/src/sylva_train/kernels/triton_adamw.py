@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
 from .adamw import BlockState, adamw_
+from .quantize import GROUP, encode
 
 __all__ = ["INTERPRETED", "Tables", "self_check", "supports"]
 
@@ -25,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Elements of a program, and layers of one that prepares.
 CHUNK, LAYERS = 1024, 256
 #: Columns of the table of layers, 64-bit integers, and of the table of their numbers.
-FIELDS, SCALARS = 14, 9
+FIELDS, SCALARS = 16, 10
 
 
 @triton.jit
@@ -79,6 +81,7 @@ def prepare_kernel(
     tl.store(scalar + 6, eps.to(tl.float32), mask=inside)
     tl.store(scalar + 7, sign.to(tl.float32) * tl.load(factor_ptr), mask=inside)
     tl.store(scalar + 8, active.to(tl.float32), mask=inside)
+    tl.store(scalar + 9, step.to(tl.float32), mask=inside)
 
 
 @triton.jit
@@ -122,6 +125,40 @@ def float_pointer(address, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def noise(element, seed):
+    """Return numbers in [0, 1), as `quantize.noise` does."""
+    h = element.to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32) * 0x85EBCA6B
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    return ((h ^ (h >> 16)) >> 8).to(tl.float32) * (1.0 / (1 << 24))
+
+
+@triton.jit
+def level(q, SIGNED: tl.constexpr):
+    """Return the share of the scale that a code's magnitude stands for."""
+    if SIGNED:
+        share = q * (1.0 / 127)
+        share = share * share
+    else:
+        share = q * (1.0 / 255)
+        share = share * share
+        share = share * share
+    return share
+
+
+@triton.jit
+def round_to_level(share, random, SIGNED: tl.constexpr):
+    """Round shares of the scale up or down to a code's magnitude, in proportion."""
+    if SIGNED:
+        low = tl.minimum(tl.floor(tl.sqrt(share) * 127), 126.0)
+    else:
+        low = tl.minimum(tl.floor(tl.sqrt(tl.sqrt(share)) * 255), 254.0)
+    below = level(low, SIGNED)
+    up = share - below > random * (level(low + 1, SIGNED) - below)
+    return low + up.to(tl.float32)
+
+
+@triton.jit
 def adamw_kernel(
     table_ptr,
     owners_ptr,
@@ -133,6 +170,8 @@ def adamw_kernel(
     ALIGNED: tl.constexpr,
     FIELDS: tl.constexpr,
     SCALARS: tl.constexpr,
+    EIGHT_BIT: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Update one stretch of one layer's values; see `adamw.adamw_` for the formulas."""
     program = tl.program_id(0)
@@ -148,17 +187,34 @@ def adamw_kernel(
         first, size = tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
         if ALIGNED:
             size = tl.multiple_of(size, 16)
-        element = (program - first) * CHUNK + tl.arange(0, CHUNK)
+        # In rows of the values that share a scale, if moments have 8 bits.
+        group = (program - first) * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
+        element = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         live = element < size
         values = float_pointer(tl.load(row), ALIGNED) + element
-        exp_avg = float_pointer(tl.load(row + 1), ALIGNED) + element
-        exp_avg_sq = float_pointer(tl.load(row + 2), ALIGNED) + element
         gradient = float_pointer(tl.load(gradients_ptr + layer), ALIGNED) + element
         weight_address, dtype = tl.load(row + 3), tl.load(row + 13)
 
         g = tl.load(gradient, mask=live, other=0.0) * factor
-        m = tl.load(exp_avg, mask=live, other=0.0)
-        v = tl.load(exp_avg_sq, mask=live, other=0.0)
+        if EIGHT_BIT:
+            full = group * GROUP < size
+            m_codes = tl.load(row + 1).to(tl.pointer_type(tl.int8)) + element
+            v_codes = tl.load(row + 2).to(tl.pointer_type(tl.uint8)) + element
+            m_scales = float_pointer(tl.load(row + 14), False) + group
+            v_scales = float_pointer(tl.load(row + 15), False) + group
+            m_scale = tl.load(m_scales, mask=full, other=0.0)[:, None]
+            v_scale = tl.load(v_scales, mask=full, other=0.0)[:, None]
+            q = tl.load(m_codes, mask=live, other=0).to(tl.float32)
+            m = level(q, True) * tl.where(q < 0, -m_scale, m_scale)
+            v = (
+                level(tl.load(v_codes, mask=live, other=0).to(tl.float32), False)
+                * v_scale
+            )
+        else:
+            exp_avg = float_pointer(tl.load(row + 1), ALIGNED) + element
+            exp_avg_sq = float_pointer(tl.load(row + 2), ALIGNED) + element
+            m = tl.load(exp_avg, mask=live, other=0.0)
+            v = tl.load(exp_avg_sq, mask=live, other=0.0)
         w = tl.load(values, mask=live, other=0.0)
         m += (g - m) * rest1
         v = v * beta2 + g * g * rest2
@@ -167,8 +223,22 @@ def adamw_kernel(
         else:
             w -= w * decay
         w -= rate * m / (tl.sqrt(v) / left2 + eps)
-        tl.store(exp_avg, m, mask=live)
-        tl.store(exp_avg_sq, v, mask=live)
+        if EIGHT_BIT:
+            seed = 2 * tl.load(scalar + 9).to(tl.int32)
+            m_most, v_most = tl.max(tl.abs(m), axis=1), tl.max(v, axis=1)
+            tl.store(m_scales, m_most, mask=full)
+            tl.store(v_scales, v_most, mask=full)
+            m_share = tl.abs(m) / tl.maximum(m_most, 1.2e-38)[:, None]
+            v_share = v / tl.maximum(v_most, 1.2e-38)[:, None]
+            m_code = round_to_level(m_share, noise(element, seed), True)
+            v_code = round_to_level(v_share, noise(element, seed + 1), False)
+            v_code = tl.where(v > 0, tl.maximum(v_code, 1.0), v_code)
+            m_code = tl.where(m < 0, -m_code, m_code)
+            tl.store(m_codes, m_code.to(tl.int32).to(tl.int8), mask=live)
+            tl.store(v_codes, v_code.to(tl.int32).to(tl.uint8), mask=live)
+        else:
+            tl.store(exp_avg, m, mask=live)
+            tl.store(exp_avg_sq, v, mask=live)
         tl.store(values, w, mask=live)
 
         if BLOCK > 0:  # noqa: SIM108 - one branch is compiled
@@ -209,6 +279,11 @@ def square_kernel(
     tl.store(sums_ptr + program, tl.sum(g * g))
 
 
+def address(tensor: torch.Tensor | None) -> int:
+    """Return where a tensor is, or 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 class Tables:
     """What the kernels read about layers, and the launches.
 
@@ -227,14 +302,13 @@ class Tables:
         owners: list[int] = []
         for number, layer in enumerate(self.layers):
             programs = triton.cdiv(layer.values.numel(), CHUNK)
-            base = 0 if layer.base is None else layer.base.data_ptr()
             rows.append(
                 [
                     layer.values.data_ptr(),
                     layer.exp_avg.data_ptr(),
                     layer.exp_avg_sq.data_ptr(),
                     layer.weight.data_ptr(),
-                    base,
+                    address(layer.base),
                     layer.indices.data_ptr(),
                     len(owners),
                     layer.values.numel(),
@@ -242,6 +316,8 @@ class Tables:
                     *layer.weight.shape,
                     *layer.weight.stride(),
                     DTYPES.index(layer.weight.dtype),
+                    address(layer.exp_avg_scale),
+                    address(layer.exp_avg_sq_scale),
                 ]
             )
             owners += [number] * programs
@@ -249,6 +325,7 @@ class Tables:
         # Known when compiled, a side makes divisions cheap.
         self.block = sides.pop() if len(sides) == 1 else 0
         self.to_base = self.layers[0].base is not None
+        self.eight_bit = self.layers[0].exp_avg_scale is not None
         # Addresses of masters and moments, and their sizes: wide loads need both.
         self.aligned = not any(n % 16 for row in rows for n in (*row[:3], row[7]))
         self.table = torch.tensor(rows, dtype=torch.int64, device=device)
@@ -264,7 +341,7 @@ class Tables:
 
     def set_gradients(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Take the gradients of the next step: contiguous, float32, or None."""
-        addresses = [0 if g is None else g.data_ptr() for g in gradients]
+        addresses = [address(g) for g in gradients]
         if addresses != self.addresses:
             cuda = self.gradients.is_cuda
             host = torch.tensor(addresses, dtype=torch.int64, pin_memory=cuda)
@@ -315,6 +392,8 @@ class Tables:
                 BLOCK=self.block,
                 TO_BASE=self.to_base,
                 SCALARS=SCALARS,
+                EIGHT_BIT=self.eight_bit,
+                GROUP=GROUP,
                 **self.options,
             )
 
@@ -325,10 +404,18 @@ def supports(dtype: torch.dtype, block_size: int) -> bool:
 
 
 def self_check(device: torch.device, dtype: torch.dtype, block_size: int) -> float:
-    """Return the largest error of a small random problem, in units of what is allowed.
+    """Return the largest error on small random problems, in units of what is allowed."""
+    kinds = (False, True)
+    return max(check_kind(device, dtype, block_size, eight_bit) for eight_bit in kinds)
 
-    Two steps of two layers with ragged edges, one of them transposed and without a
-    gradient at first, decaying towards a base.
+
+def check_kind(
+    device: torch.device, dtype: torch.dtype, block_size: int, eight_bit: bool
+) -> float:
+    """Take two steps beside the reference, or one with moments in 8 bits.
+
+    Of two layers with ragged edges, one of them transposed and without a gradient at
+    first, decaying towards a base.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (2 * block_size, block_size + 3)
@@ -341,17 +428,18 @@ def self_check(device: torch.device, dtype: torch.dtype, block_size: int) -> flo
         weight = weight.t().contiguous().t() if transposed else weight
         values, m, v, base = (random(2, block_size, block_size) for _ in range(4))
         indices = torch.tensor([[0, 0], [1, 1]], dtype=torch.int32, device=device)
-        return BlockState(values, m, v.square(), indices, weight, base.to(dtype))
+        layer = BlockState(values, m, v.square(), indices, weight, base.to(dtype))
+        return in_8_bits(layer) if eight_bit else layer
 
     layers = [make_layer(False), make_layer(True)]
     copies = copy.deepcopy(layers)
     options = torch.tensor(
-        [[0.01, 0.9, 0.999, 1e-8, 0.1, -1.0]], dtype=torch.float64, device=device
+        [[0.01, 0.9, 0.999, 1e-4, 0.1, -1.0]], dtype=torch.float64, device=device
     )
     factor, fine = random().fill_(0.5), random().zero_()
     steps, counted = torch.zeros(2, device=device), torch.zeros(2, device=device)
     tables = Tables(layers, steps)
-    for missing in (1, None):
+    for missing in (1,) if eight_bit else (1, None):
         gradients: list[torch.Tensor | None] = [
             None if i == missing else random(2, block_size, block_size)
             for i in range(2)
@@ -361,10 +449,33 @@ def self_check(device: torch.device, dtype: torch.dtype, block_size: int) -> flo
         adamw_(copies, counted, gradients, options, factor, fine)
     errors = [(steps - counted).abs().max()]
     for found, exact in zip(layers, copies, strict=True):
-        for name in ("values", "exp_avg", "exp_avg_sq"):
-            error = getattr(found, name) - getattr(exact, name)
-            errors.append(error.abs().max() / 1e-5)
+        names = ("values", "exp_avg", "exp_avg_sq")
+        pairs = [(getattr(found, name), getattr(exact, name)) for name in names]
+        for mine, other in pairs:
+            apart = (mine.float() - other.float()).abs()
+            if mine.dtype == torch.float32:
+                errors.append((apart / (1e-5 + 1e-5 * other.abs())).max())
+            else:
+                # Roundings tell a number on a level apart, which is seldom.
+                errors += [apart.max(), apart.mean() / 1e-3]
         # A value that two roundings tell apart may differ in its last bit.
         limit = 1e-5 + exact.weight.float().abs() * torch.finfo(dtype).eps
         errors.append(((found.weight - exact.weight).float().abs() / limit).max())
     return float(torch.stack(errors).max())
+
+
+def in_8_bits(layer: BlockState) -> BlockState:
+    """Return a layer's state with its moments in 8 bits."""
+    count = triton.cdiv(layer.values.numel(), GROUP)
+    scales = [layer.values.new_zeros(count) for _ in range(2)]
+    m = torch.zeros_like(layer.exp_avg, dtype=torch.int8)
+    v = torch.zeros_like(layer.exp_avg_sq, dtype=torch.uint8)
+    encode(layer.exp_avg, m, scales[0], 0)
+    encode(layer.exp_avg_sq, v, scales[1], 1)
+    return replace(
+        layer,
+        exp_avg=m,
+        exp_avg_sq=v,
+        exp_avg_scale=scales[0],
+        exp_avg_sq_scale=scales[1],
+    )

@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sylva_train.kernels import OPTIONS, BlockState, find_kernel, is_demanded
+from sylva_train.kernels import (
+    GROUP,
+    OPTIONS,
+    BlockState,
+    adamw,
+    find_kernel,
+    is_demanded,
+)
 from sylva_train.layers import SparseEmbeddedLinear
 from sylva_train.targets import weight_view
 
@@ -22,14 +29,31 @@ def may_fuse(group: dict[str, Any]) -> bool:
     return not others and group["fused"] is not False
 
 
-def kernel_of(layer: SparseEmbeddedLinear) -> Any:
-    """Return the module of the kernel that updates a layer, or None."""
+def kernel_of(layer: SparseEmbeddedLinear, eight_bit: bool = False) -> Any:
+    """Return the module of the kernel that updates a layer, or None for PyTorch's AdamW.
+
+    That has no moments in 8 bits, so the kernel's reference takes its place for them.
+    """
     name = layer.wanted()
     values = None if name is None else layer.sylva_values[name]
     if values is None or values.dtype != torch.float32 or not values.is_contiguous():
         return None
     weight = weight_view(layer.base_layer)
-    return find_kernel("adamw", weight.device, weight.dtype, values.shape[-1])
+    found = find_kernel("adamw", weight.device, weight.dtype, values.shape[-1])
+    return adamw if found is None and eight_bit else found
+
+
+def make_moments(values: torch.Tensor, eight_bit: bool) -> dict[str, torch.Tensor]:
+    """Return moments of zero, in float32 or in 8 bits with their scales."""
+    if not eight_bit:
+        return {name: torch.zeros_like(values) for name in ("exp_avg", "exp_avg_sq")}
+    scales = values.new_zeros(-(-values.numel() // GROUP))
+    return {
+        "exp_avg": torch.zeros_like(values, dtype=torch.int8),
+        "exp_avg_sq": torch.zeros_like(values, dtype=torch.uint8),
+        "exp_avg_scale": scales,
+        "exp_avg_sq_scale": scales.clone(),
+    }
 
 
 class Chosen(NamedTuple):
@@ -62,6 +86,8 @@ class KernelStep:
         The model's.
     to_base : bool
         Decay towards the base weights instead of zero.
+    eight_bit : bool
+        Keep moments in 8 bits; their scales are a part of the state then.
     """
 
     def __init__(
@@ -69,8 +95,10 @@ class KernelStep:
         optimizer: torch.optim.Optimizer,
         layers: Sequence[SparseEmbeddedLinear],
         to_base: bool,
+        eight_bit: bool,
     ) -> None:
-        self.optimizer, self.layers, self.to_base = optimizer, layers, to_base
+        self.optimizer, self.layers = optimizer, layers
+        self.to_base, self.eight_bit = to_base, eight_bit
         self.blocks: list[DeviceBlocks] = []
         self.taken: set[int] = set()
         self.forget()
@@ -92,7 +120,7 @@ class KernelStep:
         """
         parameters = (p for g in self.optimizer.param_groups for p in g["params"])
         # On a CPU it is not worth looking, unless kernels are demanded there.
-        possible = is_demanded() or any(p.is_cuda for p in parameters)
+        possible = self.eight_bit or is_demanded() or any(p.is_cuda for p in parameters)
         chosen = self.choose() if possible else []
         if self.key_of(chosen) != self.key:
             devices = dict.fromkeys(c.values.device for c in chosen)
@@ -120,7 +148,7 @@ class KernelStep:
         chosen = []
         for layer in self.layers:
             name = layer.wanted()
-            if name is None or kernel_of(layer) is None:
+            if name is None or kernel_of(layer, self.eight_bit) is None:
                 continue
             values = layer.sylva_values[name]
             if id(values) in groups:
@@ -147,7 +175,8 @@ class KernelStep:
 
         Steps are views of one tensor, which the kernel counts up.
         """
-        kernel, device = kernel_of(chosen[0].layer), chosen[0].values.device
+        kernel = kernel_of(chosen[0].layer, self.eight_bit)
+        device = chosen[0].values.device
         states = [self.optimizer.state[c.values] for c in chosen]
         taken = [
             torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=device)
@@ -157,9 +186,9 @@ class KernelStep:
         layers = []
         for step, state, c in zip(steps, states, chosen, strict=True):
             state["step"] = step
+            if "exp_avg" not in state:
+                state.update(make_moments(c.values, self.eight_bit))
             for name in ("exp_avg", "exp_avg_sq"):
-                if name not in state:
-                    state[name] = torch.zeros_like(c.values)
                 state[name] = state[name].contiguous()
             layers.append(
                 BlockState(
@@ -170,6 +199,8 @@ class KernelStep:
                     weight=weight_view(c.layer.base_layer),
                     base=c.layer.original() if self.to_base else None,
                     group=c.group,
+                    exp_avg_scale=state.get("exp_avg_scale"),
+                    exp_avg_sq_scale=state.get("exp_avg_sq_scale"),
                 )
             )
         one = torch.ones((), device=device)

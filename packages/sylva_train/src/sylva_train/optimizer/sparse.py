@@ -42,6 +42,9 @@ class SparseAdamW(torch.optim.AdamW):
         weights instead.
     max_grad_norm : float, optional
         Clip the gradient of all parameters together to this norm in each step.
+    moments : str
+        ``"32bit"``, or ``"8bit"``: the blocks' two moments take 2 bytes of each value
+        instead of 8, with levels a few percent apart (`kernels.quantize`).
     **kwargs
         Other options of `torch.optim.AdamW`. With ``amsgrad``, ``differentiable``,
         ``foreach=True`` or ``fused=False`` PyTorch's own AdamW takes every step.
@@ -63,9 +66,11 @@ class SparseAdamW(torch.optim.AdamW):
         weight_decay: float = 0.01,
         decay_towards: str = "zero",
         max_grad_norm: float | None = None,
+        moments: str = "32bit",
         **kwargs: Any,
     ) -> None:
         check_choice("decay_towards", decay_towards, ("zero", "base"))
+        check_choice("moments", moments, ("32bit", "8bit"))
         if max_grad_norm is not None:
             check_positive("max_grad_norm", max_grad_norm)
         if params is None:
@@ -84,11 +89,18 @@ class SparseAdamW(torch.optim.AdamW):
         # Set before AdamW's own constructor, which adds the groups.
         self.decay_towards, self.max_grad_norm = decay_towards, max_grad_norm
         self.layers: list[SparseEmbeddedLinear] = list(embedded_layers(model).values())
-        self._kernel = KernelStep(self, self.layers, decay_towards == "base")
-        named = {"foreach": None, "fused": None, "amsgrad": False} | kwargs
-        if may_fuse(named | {"differentiable": kwargs.get("differentiable")}) and any(
-            kernel_of(layer) for layer in self.layers
-        ):
+        self.moments, eight_bit = moments, moments == "8bit"
+        to_base = decay_towards == "base"
+        self._kernel = KernelStep(self, self.layers, to_base, eight_bit)
+        defaults = {"amsgrad": False, "differentiable": False}
+        plain = may_fuse({"foreach": None, "fused": None} | defaults | kwargs)
+        if eight_bit and not plain:
+            msg = (
+                "`moments='8bit'` cannot be combined with `amsgrad`, `differentiable`,"
+                " `foreach=True` or `fused=False`; leave one of them out."
+            )
+            raise ConfigError(msg)
+        if plain and any(map(kernel_of, self.layers)):
             # What is no block takes its step without waiting for the device as well.
             kwargs["fused"] = True
         super().__init__(
@@ -156,6 +168,11 @@ class SparseAdamW(torch.optim.AdamW):
         """Load a state that this optimizer or `torch.optim.AdamW` saved.
 
         Who computes stays what it is here: where steps are counted depends on it.
+
+        Raises
+        ------
+        ConfigError
+            If moments were saved in another number of bits.
         """
         groups = [
             {**saved, "fused": own["fused"]}
@@ -163,9 +180,22 @@ class SparseAdamW(torch.optim.AdamW):
                 state_dict["param_groups"], self.param_groups, strict=False
             )
         ]
+        saved_state = state_dict["state"]
+        kept = "8bit" if any("exp_avg_scale" in s for s in saved_state.values()) else ""
+        if saved_state and (kept or self.moments == "8bit") and kept != self.moments:
+            msg = (
+                "`state_dict` has moments in another number of bits than this"
+                f" optimizer, which was made with `moments={self.moments!r}`."
+            )
+            raise ConfigError(msg)
         if len(groups) == len(state_dict["param_groups"]):
             state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)
+        # PyTorch casts what it loads to the parameters' dtype, which holds all codes.
+        for state in self.state.values():
+            if "exp_avg_scale" in state:
+                state["exp_avg"] = state["exp_avg"].to(torch.int8)
+                state["exp_avg_sq"] = state["exp_avg_sq"].to(torch.uint8)
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
         """Leave to PyTorch's AdamW what no kernel updates."""
