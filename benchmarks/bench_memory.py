@@ -131,8 +131,8 @@ def memory_model(
     float32 for each head; of the MLP gate, its activation and up (``2 · 3 F``); and of
     the inputs of linear layers the kept fractions of ``2 H`` (query, key and value),
     ``2 H`` (gate and up) and ``2 F`` (down). The loss keeps float32 log-probabilities of
-    the vocabulary. A checkpointed model keeps ``2 H`` for each layer, and all of that for
-    one layer at a time.
+    the vocabulary; a table of sines and one of cosines and the labels are kept once. A
+    checkpointed model keeps ``2 H`` for each layer, and all of that for one at a time.
     """
     h, f, n = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     norm = 4 * h + 4 + (2 * h if trained.everything else 0)
@@ -146,6 +146,7 @@ def memory_model(
     first = 0 if trained.everything or checkpointing else norm
     head = norm + 4 * config.vocab_size + (2 * h if trained.everything else 0)
     kept_bytes = n * 2 * h + max(layer, head) if checkpointing else n * layer + head
+    kept_bytes += 2 * 2 * config.head_dim + 8
     matrices = n * (4 * h * h + 3 * h * f) + 2 * config.vocab_size * h
     return {
         "weights": 2 * (matrices + (2 * n + 1) * h) + trained.weights,
