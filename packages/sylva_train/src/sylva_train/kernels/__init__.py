@@ -37,5 +37,6 @@ def block_sddmm(
 ) -> torch.Tensor:
     """Blocks of ``dyᵀ x``; see `reference.block_sddmm`."""
     if torch.compiler.is_compiling():
-        return _opaque_sddmm(dy, x, indices, block_size)
+        blocks: torch.Tensor = _opaque_sddmm(dy, x, indices, block_size)
+        return blocks
     return reference.block_sddmm(dy, x, indices, block_size)
