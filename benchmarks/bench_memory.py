@@ -219,8 +219,9 @@ def sylva_trained(masks: Masks) -> Trained:
     values = sum(len(mask) * mask.block_size**2 for mask in masks.values())
     return Trained(
         kept_columns(masks),
-        # float32 values, the base's blocks under them, and a row and a column each
-        weights=(4 + 2) * values + 8 * count,
+        # float32 values, and a row and a column for each block; the base's blocks under
+        # the values are in the host's memory
+        weights=4 * values + 8 * count,
         gradients=4 * values,
         moments=8 * values,
     )
