@@ -1,13 +1,15 @@
 """Ways to take blocks of ``dyᵀ x`` on a CPU: what the cost model in kernels rests on.
 
 For each shape: the product of the active rows and columns, the stack of narrow products,
-and what `block_sddmm` chose, all relative to the dense product. The ways take turns; the
-ratios are of their fastest runs, which other work on the machine disturbs least.
+and what `block_sddmm` chose, all relative to the dense product. Processor time of one
+thread: the ways take turns, and the ratios are of their fastest runs, which other work
+on the machine disturbs least.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 
 import torch
 from _common import interleave, parser, setting, write
@@ -37,7 +39,9 @@ def ways(dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, b: int) -> li
 
 
 def main() -> None:
-    options = parser(__doc__).parse_args()
+    options = parser(__doc__)
+    options.set_defaults(threads=1)
+    options = options.parse_args()
     torch.set_num_threads(options.threads)
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -52,7 +56,9 @@ def main() -> None:
         flat = torch.randperm(blocks, generator=generator)[: int(density * blocks)]
         flat = flat.sort().values
         indices = torch.stack([flat // columns, flat % columns], 1)
-        times = interleave(options.repeats, *ways(dy, x, indices, b))
+        times = interleave(
+            options.repeats, *ways(dy, x, indices, b), clock=time.process_time
+        )
         dense, stack, cartesian, chosen = (t["min"] for t in times)
         active = [len(indices[:, i].unique()) for i in (0, 1)]
         way = reference.choose_way(len(indices), active, (out // b, columns), b)

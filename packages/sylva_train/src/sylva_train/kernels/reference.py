@@ -86,7 +86,7 @@ def scatter_blocks_(
 # (benchmarks/bench_layer.py): copying an active row or column of blocks costs so much for
 # each element; a narrow product is slower by this factor; and another way must be
 # cheaper than the dense product by this margin to be taken.
-COPY_COST, NARROW_COST, MARGIN = 40.0, 2.0, 0.9
+COPY_COST, NARROW_COST, MARGIN = 40.0, 2.0, 0.85
 # Elements of gathered activations at a time: pieces that stay in the cache, in memory
 # that is used again. Larger ones cost several times as much, in page faults alone.
 _PIECE_ELEMENTS = 1 << 18

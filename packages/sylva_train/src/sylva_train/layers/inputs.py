@@ -111,6 +111,8 @@ class Reader:
         if self.group is not seen.group and seen.group.block_size == self.block_size:
             self.group, old = seen.group, self.group
             self.group.add(self.used if old is None else old.used)
+        elif self.group is None:
+            self.group = Group(self.used, self.block_size, self.inputs)
         return seen
 
     def narrow(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -153,7 +155,8 @@ class Reader:
             return x.detach(), self.table
         if self.columns is None and x.dtype == dtype:
             return x.detach(), self.indices
-        key = (self.kept if self.columns is not None else None, dtype)
+        which = None if self.columns is None else (self.kept, self.block_size)
+        key = which, dtype
         copy = seen.copies.get(key, lambda: None)()
         if copy is None:
             copy = self.narrow(x, dtype)

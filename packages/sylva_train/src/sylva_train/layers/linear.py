@@ -79,8 +79,6 @@ class SparseEmbeddedLinear(nn.Module):
     was left out raises RuntimeError.
     """
 
-    _original: torch.Tensor | None
-
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         check_embeddable(base_layer)
@@ -88,7 +86,8 @@ class SparseEmbeddedLinear(nn.Module):
         self.base_layer = base_layer.requires_grad_(False)
         self.sylva_values = Masters()
         self.sylva_indices = Tables()
-        self.register_buffer("_original", None, persistent=False)
+        # Rarely needed: in the host's memory, and no buffer, which DDP would broadcast.
+        self._original: torch.Tensor | None = None
         self._written: str | None = None
         self._seen: tuple[Any, ...] = ()
         self._checked: dict[str, tuple[int, int]] = {}
@@ -145,10 +144,15 @@ class SparseEmbeddedLinear(nn.Module):
         self.sylva_indices[name] = indices.to(torch.int32)
 
     def original(self) -> torch.Tensor:
-        """Return the base weight's blocks under the written adapter: (k, b, b)."""
+        """Return the base weight's blocks under the written adapter: (k, b, b).
+
+        They are in the host's memory until they are asked for, then on the device.
+        """
         if self._original is None:
             msg = "no adapter is written into this layer's weight: call `sync` first"
             raise RuntimeError(msg)
+        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
+        self._original = self._original.to(weight)
         return self._original
 
     def wanted(self) -> str | None:
@@ -216,7 +220,7 @@ class SparseEmbeddedLinear(nn.Module):
         weight = weight_view(self.base_layer)
         indices, values = self.sylva_indices[wanted].long(), self.sylva_values[wanted]
         if self._written is None:
-            self._original = gather_blocks(weight, indices, values.shape[-1])
+            self._original = gather_blocks(weight, indices, values.shape[-1]).cpu()
         scatter_blocks_(weight, indices, values)
         self._written = wanted
         self._seen = self.snapshot()
