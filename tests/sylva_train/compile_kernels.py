@@ -13,7 +13,7 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sylva_train.kernels import triton_adamw, triton_sddmm
+from sylva_train.kernels import triton_adamw, triton_programs, triton_sddmm
 
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -61,7 +61,7 @@ def prepare():
     types |= {"group_ptr": "*i32", "gradients_ptr": "*i64", "options_ptr": "*fp64"}
     types |= {"scalars_ptr": "*fp32", "layers": "i32"}
     sizes = {"LAYERS": triton_adamw.LAYERS, "SCALARS": triton_adamw.SCALARS}
-    return compile_for_gpu(triton_adamw.prepare_kernel, types, sizes)
+    return compile_for_gpu(triton_programs.prepare_kernel, types, sizes)
 
 
 TABLES = {"table_ptr": "*i64", "owners_ptr": "*i32", "gradients_ptr": "*i64"}
@@ -72,7 +72,7 @@ def adamw(eight_bit=False):
     constants = SIZES | {"BLOCK": 0, "TO_BASE": True, "SCALARS": triton_adamw.SCALARS}
     constants |= {"EIGHT_BIT": eight_bit, "GROUP": triton_adamw.GROUP}
     types = TABLES | {"scalars_ptr": "*fp32"}
-    return compile_for_gpu(triton_adamw.adamw_kernel, types, constants)
+    return compile_for_gpu(triton_programs.adamw_kernel, types, constants)
 
 
 def adamw_of_8_bits():
@@ -81,7 +81,7 @@ def adamw_of_8_bits():
 
 def square():
     types = TABLES | {"sums_ptr": "*fp32"}
-    return compile_for_gpu(triton_adamw.square_kernel, types, SIZES)
+    return compile_for_gpu(triton_programs.square_kernel, types, SIZES)
 
 
 if __name__ == "__main__":
