@@ -36,7 +36,10 @@ def kernel_of(layer: SparseEmbeddedLinear, eight_bit: bool = False) -> Any:
     """
     name = layer.wanted()
     values = None if name is None else layer.sylva_values[name]
-    if values is None or values.dtype != torch.float32 or not values.is_contiguous():
+    # Of its own kind, since a sharded tensor's memory holds a part of the values.
+    if type(values) is not nn.Parameter or values.dtype != torch.float32:
+        return None
+    if not values.is_contiguous():
         return None
     weight = weight_view(layer.base_layer)
     found = find_kernel("adamw", weight.device, weight.dtype, values.shape[-1])
