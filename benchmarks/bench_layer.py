@@ -1,69 +1,76 @@
 """Ways to take blocks of ``dyᵀ x`` on a CPU: what the cost model in kernels rests on.
 
-For each shape: the dense product, the product of the active rows and columns, the stack
-of narrow products, and what `block_sddmm` chose, all relative to the dense product.
+For each shape: the product of the active rows and columns, the stack of narrow products,
+and what `block_sddmm` chose, all relative to the dense product. Processor time of one
+thread: the ways take turns, and the ratios are of their fastest runs, which other work
+on the machine disturbs least.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 
 import torch
 from _common import interleave, parser, setting, write
 
-from sylva_train.kernels import block_sddmm, reference
+from sylva_train.kernels import reference
 
 
 def ways(dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, b: int) -> list:
     """Return the ways as functions, by forcing the cost model's hand."""
 
-    def forced(stack: float, cartesian: float):
-        def way() -> torch.Tensor:
-            kept = reference.STACK_COST, reference.CARTESIAN_COST
-            reference.STACK_COST, reference.CARTESIAN_COST = stack, cartesian
+    def forced(way: str):
+        def run() -> torch.Tensor:
+            kept, reference.choose_way = reference.choose_way, lambda *_: way
             try:
-                return block_sddmm(dy, x, indices, b)
+                return reference.block_sddmm(dy, x, indices, b)
             finally:
-                reference.STACK_COST, reference.CARTESIAN_COST = kept
+                reference.choose_way = kept
 
-        return way
+        return run
 
-    huge = 1e9
     return [
         lambda: dy.T @ x,
-        forced(0.0, huge),
-        forced(huge, 0.0),
-        lambda: block_sddmm(dy, x, indices, b),
+        forced("stack"),
+        forced("cartesian"),
+        lambda: reference.block_sddmm(dy, x, indices, b),
     ]
 
 
 def main() -> None:
-    options = parser(__doc__).parse_args()
+    options = parser(__doc__)
+    options.set_defaults(threads=1)
+    options = options.parse_args()
     torch.set_num_threads(options.threads)
     generator = torch.Generator().manual_seed(0)
     rows = []
     shapes = [(384, 384), (1536, 384), (384, 1536), (2048, 2048)]
     for tokens, (out, inputs), b, density in itertools.product(
-        [512, 2048], shapes, [16, 32, 64], [0.05, 0.2]
+        [512, 2048], shapes, [16, 32, 64], [0.05, 0.2, 0.5]
     ):
         dy = torch.randn(tokens, out, generator=generator)
         x = torch.randn(tokens, inputs, generator=generator)
         columns = inputs // b
         blocks = out // b * columns
         flat = torch.randperm(blocks, generator=generator)[: int(density * blocks)]
+        flat = flat.sort().values
         indices = torch.stack([flat // columns, flat % columns], 1)
-        times = interleave(options.repeats, *ways(dy, x, indices, b))
-        dense, stack, cartesian, chosen = (t["median"] for t in times)
+        times = interleave(
+            options.repeats, *ways(dy, x, indices, b), clock=time.process_time
+        )
+        dense, stack, cartesian, chosen = (t["min"] for t in times)
+        active = [len(indices[:, i].unique()) for i in (0, 1)]
+        way = reference.choose_way(len(indices), active, (out // b, columns), b)
         row = {
             "tokens": tokens,
             "shape": [out, inputs],
             "block_size": b,
             "density": density,
-            "active_rows_times_columns": len(indices[:, 0].unique())
-            * len(indices[:, 1].unique())
-            / blocks,
+            "active_rows_times_columns": active[0] * active[1] / blocks,
             "stack": stack / dense,
             "cartesian": cartesian / dense,
+            "way": way,
             "chosen": chosen / dense,
         }
         rows.append(

@@ -6,8 +6,14 @@ import os
 
 import hypothesis
 import pytest
+import torch
 
 from tests.helpers import Library
+
+# Where there is no GPU, Triton's kernels are run step by step; Triton reads this once,
+# when something imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
 hypothesis.settings.register_profile(
@@ -35,8 +41,6 @@ def pytest_collection_modifyitems(items):
     """Skip GPU tests where there is no CUDA device."""
     if all(item.get_closest_marker("gpu") is None for item in items):
         return
-    import torch
-
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="no CUDA device")
         for item in items:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import peft
 import pytest
+import torch
 
 from sylva_train.config import SylvaConfig
 from sylva_train.training import train
@@ -18,6 +19,18 @@ from tests.sylva_train.models import (
 )
 from tests.sylva_train.results import METHODS, fake_results
 from tests.sylva_train.toy import CONFIG, ToyLoader, toy_model, weights
+
+
+# Session scope, since hypothesis runs many examples with one fixture.
+@pytest.fixture(
+    scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def triton_device(request):
+    """Where Triton's kernels run: compiled on a GPU, or interpreted on the CPU."""
+    triton = pytest.importorskip("triton")
+    if request.param == "cpu" and not triton.knobs.runtime.interpret:
+        pytest.skip("Triton's interpreter is for machines without a GPU")
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="module")

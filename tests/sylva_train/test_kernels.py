@@ -104,22 +104,53 @@ def test_sddmm_is_the_dense_product_at_the_blocks(mask, dtype, tokens, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("stack", "cartesian", "elements"),
-    [(0, 1e9, 1 << 24), (0, 1e9, 64), (1e9, 0, 1 << 24), (1e9, 1e9, 1 << 24)],
+    ("way", "elements"),
+    [("stack", 1 << 18), ("stack", 64), ("cartesian", 0), ("dense", 0)],
     ids=["stack", "stack in pieces", "cartesian", "dense"],
 )
-def test_every_way_to_a_product_is_right(
-    monkeypatch, dtype, stack, cartesian, elements
-):
-    monkeypatch.setattr(reference, "STACK_COST", stack)
-    monkeypatch.setattr(reference, "CARTESIAN_COST", cartesian)
-    monkeypatch.setattr(reference, "_STACK_ELEMENTS", elements)
+def test_every_way_to_a_product_is_right(monkeypatch, dtype, way, elements):
+    monkeypatch.setattr(reference, "choose_way", lambda *_: way)
+    monkeypatch.setattr(reference, "_PIECE_ELEMENTS", elements)
     for block, shape in [(4, (12, 20)), (4, (13, 22)), (5, (5, 5)), (1, (3, 4))]:
         grid = torch.rand(
             [-(-n // block) for n in shape], generator=torch.Generator().manual_seed(0)
         )
         indices = (grid < 0.6).nonzero()
         check_sddmm(LayerMask(shape, block, indices), dtype, 33, 5)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "active", "way"),
+    [
+        (10, (10, 10), "stack"),  # few and apart
+        (100, (10, 10), "cartesian"),  # a rectangle
+        (2000, (64, 64), "dense"),  # about half
+        (4096, (64, 64), "dense"),  # all
+    ],
+)
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_the_way_is_chosen_by_the_mask(blocks, active, way, block_size):
+    assert reference.choose_way(blocks, active, (64, 64), block_size) == way
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.data())
+def test_another_way_is_taken_only_with_a_margin(rows, columns, data):
+    grid = data.draw(st.integers(rows, 64)), data.draw(st.integers(columns, 64))
+    blocks = data.draw(st.integers(max(rows, columns), rows * columns))
+    b = data.draw(st.sampled_from([1, 16, 64]))
+    way = reference.choose_way(blocks, (rows, columns), grid, b)
+    work = {"stack": blocks, "cartesian": rows * columns}
+    assert way == "dense" or work[way] <= reference.MARGIN * grid[0] * grid[1]
+
+
+def test_indices_that_change_in_place_are_planned_again():
+    dy, x = random((5, 8), torch.float64, 0), random((5, 8), torch.float64, 1)
+    indices = torch.tensor([[0, 0], [1, 1]])
+    for _ in range(2):
+        got = block_sddmm(dy, x, indices, 4)
+        expected = dense_blocks(dy.T @ x, LayerMask((8, 8), 4, indices))
+        assert torch.allclose(got, expected, rtol=1e-12)
+        indices[:, 1] = torch.tensor([1, 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sylva_train._checks import AdapterError, ConfigError
+from sylva_train.config import SCOPES
 from sylva_train.importance import LayerScores, Scores
 from sylva_train.masks import LayerMask, Masks, select
 from tests.sylva_train.models import layer_masks
@@ -152,6 +154,7 @@ def test_selection_is_recorded():
         "density": 0.5,
         "block_size": 2,
         "scope": "layer",
+        "max_columns": 1.0,
     }
     assert "2 blocks" in repr(masks)
 
@@ -172,6 +175,105 @@ def test_a_density_below_one_block_says_so():
         select(scores, 0.5, 1, scope="everything")
     with pytest.raises(ConfigError, match="`block_size` 5"):
         select(scores, 0.5, 5)
+
+
+def columns_of(mask):
+    return set(mask.indices[:, 1].tolist())
+
+
+@given(grids, grids, st.floats(0.01, 1), st.floats(0, 1), st.sampled_from(SCOPES))
+def test_few_columns_hold_the_whole_budget(first, second, density, share, scope):
+    scores = make_scores(first, second)
+    max_columns = density + share * (1 - density)
+    counts = [math.floor(density * grid.numel() + 1e-9) for grid in (first, second)]
+    assume(any(counts) and (scope == "layer" or (first.any() and second.any())))
+    masks = select(scores, density, 1, scope, max_columns=max_columns)
+    for mask, grid in zip(masks.values(), (first, second), strict=True):
+        columns = grid.shape[1]
+        limit = max(
+            math.floor(max_columns * columns + 1e-9), math.ceil(density * columns)
+        )
+        assert len(columns_of(mask)) <= limit
+    total = sum(grid.numel() for grid in (first, second))
+    whole = math.floor(density * total + 1e-9) if scope == "model" else sum(counts)
+    assert sum(map(len, masks.values())) == whole
+
+
+@given(grids, st.floats(0.05, 1), st.floats(0, 1))
+def test_columns_are_chosen_by_what_they_can_give(grid, density, share):
+    rows, columns = grid.shape
+    count = math.floor(density * rows * columns + 1e-9)
+    assume(count)
+    max_columns = density + share * (1 - density)
+    mask = select(make_scores(grid), density, 1, max_columns=max_columns)["layer.0"]
+    limit = max(math.floor(max_columns * columns + 1e-9), math.ceil(density * columns))
+    each = min(rows, math.ceil(density * rows * columns / limit))
+    worth = [sum(sorted(grid[:, j].tolist())[-each:]) for j in range(columns)]
+    allowed = best(worth, limit)
+    flat = [
+        float(grid[i, j]) if j in allowed else -1.0
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    assert chosen(mask) == best(flat, count)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 5), st.floats(0.1, 0.9))
+def test_no_other_columns_are_better_for_a_score_of_rank_one(
+    seed, rows, columns, density
+):
+    generator = torch.Generator().manual_seed(seed)
+    s_out = torch.rand(rows, generator=generator, dtype=torch.float64)
+    s_in = torch.rand(columns, generator=generator, dtype=torch.float64)
+    grid = torch.outer(s_out, s_in)
+    count = math.floor(density * grid.numel() + 1e-9)
+    assume(count)
+    scores = Scores({"a": LayerScores(grid.shape, s_out=s_out, s_in=s_in)}, {})
+    mask = select(scores, density, 1, max_columns=density)["a"]
+    got = float(grid[mask.indices[:, 0], mask.indices[:, 1]].sum())
+    best_sum = max(
+        float(grid[:, list(some)].flatten().topk(count).values.sum())
+        for some in itertools.combinations(
+            range(columns), math.ceil(density * columns - 1e-9)
+        )
+    )
+    assert got == pytest.approx(best_sum, rel=1e-12)
+
+
+def test_all_columns_allowed_changes_nothing():
+    scores = make_scores(torch.rand(6, 9), torch.rand(4, 5))
+    for scope in SCOPES:
+        plain = select(scores, 0.3, 1, scope)
+        assert select(scores, 0.3, 1, scope, max_columns=1.0).digest() == plain.digest()
+
+
+def test_layers_together_have_blocks_in_the_same_columns():
+    generator = torch.Generator().manual_seed(0)
+    scores = make_scores(*(torch.rand(8, 10, generator=generator) for _ in range(3)))
+    apart = select(scores, 0.1, 1, max_columns=0.2)
+    groups = [["layer.0", "layer.2", "elsewhere"]]
+    masks = select(scores, 0.1, 1, max_columns=0.2, together=groups)
+    assert len(columns_of(apart["layer.0"]) | columns_of(apart["layer.2"])) > 2
+    both = columns_of(masks["layer.0"]) | columns_of(masks["layer.2"])
+    assert len(both) == 2
+    assert torch.equal(masks["layer.1"].indices, apart["layer.1"].indices)
+    # A layer with huge scores does not decide for both.
+    huge = Scores(
+        dict(scores)
+        | {"layer.0": LayerScores((8, 10), grid=1e9 * scores["layer.0"].grid)},
+        scores.metadata,
+    )
+    again = select(huge, 0.1, 1, max_columns=0.2, together=groups)
+    assert again.digest() == masks.digest()
+
+
+def test_limits_on_columns_that_cannot_be_kept():
+    scores = make_scores(torch.rand(4, 4), torch.rand(4, 5))
+    for wrong in (0.4, 1.1, 0, "few", float("nan")):
+        with pytest.raises(ConfigError, match="`max_columns`"):
+            select(scores, 0.5, 1, max_columns=wrong)
+    with pytest.raises(ConfigError, match="`together`"):
+        select(scores, 0.5, 1, max_columns=0.5, together=[["layer.0", "layer.1"]])
 
 
 masks_of = st.dictionaries(

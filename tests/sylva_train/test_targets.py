@@ -25,9 +25,10 @@ from sylva_train.targets import (
     fingerprint,
     is_inside,
     is_supported,
+    shared_inputs,
     weight_view,
 )
-from tests.sylva_train.models import ARCHITECTURES, make_model
+from tests.sylva_train.models import ARCHITECTURES, make_batch, make_model
 
 #: linear layers of each backbone: per layer, and outside the layers
 LINEAR = {
@@ -40,6 +41,22 @@ LINEAR = {
     "mistral": 2 * 7,
     "t5": 2 * 6 + 2 * 10,
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("bert", [["query", "key", "value"]]),
+        ("llama", [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]),
+        ("gpt2", []),
+    ],
+)
+def test_layers_that_read_one_tensor_are_found(name, groups):
+    model = make_model(name)
+    found = shared_inputs(model, make_batch(name))
+    ends = [[layer.rpartition(".")[2] for layer in names] for names in found]
+    assert ends == groups * 2  # in each of the two layers
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -220,6 +220,19 @@ def test_masks_bring_the_options_they_were_made_with(home, tmp_path):
     assert record["sylva"]["scope"] == "model"
 
 
+def test_blocks_in_few_columns(home, tmp_path):
+    config = sylva_config(density=0.1, block_size=8, max_columns=0.3)
+    record = run(home, tmp_path / "run", sylva=config, training=training(steps=1))
+    assert record["sylva"]["max_columns"] == 0.3
+    masks = Masks.load(tmp_path / "run" / "masks.safetensors")
+    columns = {n: set(m.indices[:, 1].tolist()) for n, m in masks.items()}
+    for name, mask in masks.items():
+        assert len(columns[name]) <= max(1, 0.3 * mask.grid_shape[1])
+    first = [c for n, c in columns.items() if n.endswith(("query", "key", "value"))][:3]
+    limit = max(1, 0.3 * next(iter(masks.values())).grid_shape[1])
+    assert len(set.union(*first)) <= limit
+
+
 def test_kfac_runs_keep_their_scores(home, tmp_path):
     config = sylva_config(importance="kfac", samples=8, levels=1, rank=4)
     run(home, tmp_path / "run", sylva=config, training=training(steps=1))

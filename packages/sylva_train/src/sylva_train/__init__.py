@@ -29,6 +29,7 @@ from .masks import LayerMask, Masks, select
 from .optimizer import SparseAdamW
 from .pretrained import PooledClassifier, load_model, load_tokenizer
 from .report import markdown_table, summary_table, write_report
+from .targets import shared_inputs
 from .training import TrainResult, train
 from .tuner import SylvaModel, inspect_adapter, load_adapter, save_adapter
 from .workflow import (
@@ -91,6 +92,7 @@ __all__ = [
     "score",
     "score_file",
     "select",
+    "shared_inputs",
     "summary_table",
     "sync",
     "train",

@@ -78,6 +78,16 @@ def check_density(density: float) -> None:
         raise ConfigError(msg)
 
 
+def check_columns(max_columns: float, density: float) -> None:
+    """Raise `ConfigError` unless ``density <= max_columns <= 1``."""
+    if not (isinstance(max_columns, int | float) and density <= max_columns <= 1):
+        msg = (
+            "`max_columns`, the fraction of a layer's block columns that may have blocks,"
+            f" must be at least `density` ({density}), and at most 1; got {max_columns!r}."
+        )
+        raise ConfigError(msg)
+
+
 def check_integer(name: str, value: int, minimum: int) -> None:
     """Raise `ConfigError` unless ``value`` is an integer of at least ``minimum``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:

@@ -13,6 +13,7 @@ from peft import PeftConfig
 from ._checks import (
     ConfigError,
     check_choice,
+    check_columns,
     check_density,
     check_integer,
     check_positive,
@@ -119,6 +120,10 @@ class SylvaConfig(PeftConfig):
     scope : str
         ``"layer"``: each layer trains the same fraction of its blocks; ``"model"``: the
         blocks of all layers compete by score relative to their layer's mean.
+    max_columns : float
+        Largest fraction of a layer's block columns that may have blocks, at least
+        ``density``. Only these columns of a layer's input are kept for the backward pass:
+        less memory for activations, and a lower total score.
     seed : int
         Seed of the random rule and of the randomized sketches.
     masks : Masks or path, optional
@@ -152,6 +157,7 @@ class SylvaConfig(PeftConfig):
     tokens: str = "expand"
     damping: float = 1e-2
     scope: str = "layer"
+    max_columns: float = 1.0
     seed: int = 0
     masks: Masks | str | os.PathLike[str] | None = field(default=None, repr=False)
     block_counts: dict[str, int] | None = field(default=None, repr=False)
@@ -167,6 +173,7 @@ class SylvaConfig(PeftConfig):
         if self.base_model_name_or_path == MINILM:
             self.base_model_name_or_path = minilm_folder() or MINILM
         check_density(self.density)
+        check_columns(self.max_columns, self.density)
         check_integer("block_size", self.block_size, 1)
         check_choice("importance", self.importance, IMPORTANCES)
         check_choice("curvature", self.curvature, CURVATURES)

@@ -6,13 +6,19 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._checks import ConfigError, check_choice, check_density, check_integer
+from ._checks import (
+    ConfigError,
+    check_choice,
+    check_columns,
+    check_density,
+    check_integer,
+)
 from ._files import read_tensors, write_tensors
 from .config import SCOPES
 
@@ -208,8 +214,71 @@ def top_blocks(blocks: torch.Tensor, count: int) -> torch.Tensor:
     return order[:count]
 
 
+def best_columns(
+    blocks: list[torch.Tensor], density: float, max_columns: float
+) -> torch.Tensor:
+    """Choose the block columns that layers with one input may have blocks in.
+
+    A column is worth the most that it can give: the sum of its ``m`` best blocks, where
+    ``m`` is the number of blocks to a column if the budget is spread evenly; over several
+    layers the sum of that relative to the layer's mean block. For scores of rank one no
+    other columns would allow a higher total.
+
+    Parameters
+    ----------
+    blocks : list of torch.Tensor, shapes (rows, columns)
+        The layers' block scores, with as many columns each.
+    density, max_columns : float
+        As in `select`.
+
+    Returns
+    -------
+    torch.Tensor, shape (columns,), bool
+    """
+    columns = blocks[0].shape[1]
+    count = max(
+        math.floor(max_columns * columns + 1e-9), math.ceil(density * columns - 1e-9)
+    )
+    worth = torch.zeros(columns, dtype=torch.float64)
+    for block in blocks:
+        best = min(len(block), math.ceil(density * block.numel() / count))
+        mean = block.mean()
+        worth += block.topk(best, 0).values.sum(0) / (mean if mean > 0 else 1)
+    chosen = torch.zeros(columns, dtype=torch.bool)
+    chosen[top_blocks(worth, count)] = True
+    return chosen
+
+
+def concentrate(
+    blocks: dict[str, torch.Tensor],
+    density: float,
+    max_columns: float,
+    together: Iterable[Iterable[str]],
+) -> dict[str, torch.Tensor]:
+    """Rule blocks outside the best columns out: their scores become minus infinity."""
+    groups = [[n for n in names if n in blocks] for names in together]
+    single = blocks.keys() - {name for names in groups for name in names}
+    for names in [*filter(None, groups), *([name] for name in sorted(single))]:
+        if len({blocks[name].shape[1] for name in names}) > 1:
+            msg = (
+                "`together` must name layers with inputs of one size; got"
+                f" {', '.join(f'`{n}`: {blocks[n].shape[1]} blocks' for n in names)}."
+            )
+            raise ConfigError(msg)
+        chosen = best_columns([blocks[n] for n in names], density, max_columns)
+        for name in names:
+            blocks[name] = blocks[name].masked_fill(~chosen, -math.inf)
+    return blocks
+
+
 def select(
-    scores: Scores, density: float = 0.05, block_size: int = 32, scope: str = "layer"
+    scores: Scores,
+    density: float = 0.05,
+    block_size: int = 32,
+    scope: str = "layer",
+    *,
+    max_columns: float = 1.0,
+    together: Iterable[Iterable[str]] = (),
 ) -> Masks:
     """Choose the blocks with the highest scores: exactly as many as fit the budget.
 
@@ -224,6 +293,15 @@ def select(
     scope : str
         ``"layer"``: each layer keeps that fraction of its blocks, as in the paper;
         ``"model"``: all blocks compete, each by its score over its layer's mean score.
+    max_columns : float
+        Largest fraction of a layer's block columns that may have blocks, at least
+        ``density``; rounded down to whole columns, but to no fewer than ``density``
+        needs. The backward pass keeps only these columns of the layer's input. Below 1
+        the sum of the scores is lower: the best columns are chosen first, then the best
+        blocks in them.
+    together : iterable of iterables of str
+        Layers that read the same input (`sylva_train.shared_inputs`), which are to have
+        their blocks in the same columns if ``max_columns`` is below 1.
 
     Returns
     -------
@@ -238,7 +316,11 @@ def select(
     check_density(density)
     check_integer("block_size", block_size, 1)
     check_choice("scope", scope, SCOPES)
+    check_columns(max_columns, density)
     blocks = {name: layer.blocks(block_size) for name, layer in scores.items()}
+    whole = dict(blocks)
+    if max_columns < 1:
+        blocks = concentrate(blocks, density, max_columns, together)
     if scope == "layer":
         chosen = {
             name: top_blocks(block, math.floor(density * block.numel() + 1e-9))
@@ -246,8 +328,8 @@ def select(
         }
     else:
         relative = []
-        for block in blocks.values():
-            mean = block.mean()
+        for name, block in blocks.items():
+            mean = whole[name].mean()
             relative.append((block / mean if mean != 0 else block).flatten())
         together = torch.cat(relative) if relative else torch.zeros(0)
         top = top_blocks(together, math.floor(density * len(together) + 1e-9))
@@ -280,5 +362,6 @@ def select(
         "density": density,
         "block_size": block_size,
         "scope": scope,
+        "max_columns": max_columns,
     }
     return Masks(masks, metadata)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ __all__ = [
     "fingerprint",
     "is_inside",
     "is_supported",
+    "shared_inputs",
     "weight_view",
 ]
 
@@ -168,6 +170,53 @@ def find_targets(
     for name, module in found.items():
         check_tied(model, name, module)
     return found
+
+
+@torch.no_grad()
+def shared_inputs(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    target_modules: list[str] | str | None = "all-linear",
+    exclude_modules: list[str] | str | None = None,
+) -> list[list[str]]:
+    """Find the layers that read the same tensor: query, key and value; gate and up.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, without adapters.
+    batch : mapping
+        Arguments of one forward pass, as small as can be.
+    target_modules, exclude_modules
+        As in `SylvaConfig`.
+
+    Returns
+    -------
+    list of list of str
+        Names of two layers or more, in the order of the forward pass.
+
+    Raises
+    ------
+    TargetError
+        As `find_targets`.
+    """
+    readers: dict[int, list[str]] = {}
+    read: list[torch.Tensor] = []  # kept, or another tensor might get the same identity
+    hooks = []
+    for name, module in find_targets(model, target_modules, exclude_modules).items():
+
+        def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            read.append(args[0])
+            readers.setdefault(id(args[0]), []).append(name)
+
+        hooks.append(module.register_forward_pre_hook(note))
+    device = next(model.parameters()).device
+    try:
+        model(**{k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [names for names in readers.values() if len(names) > 1]
 
 
 def check_block_size(targets: dict[str, nn.Module], block_size: int) -> None:

@@ -103,7 +103,7 @@ EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric"}
 
 
 @command(
-    omit=EVALUATION | {"modules_to_save", "scope"},
+    omit=EVALUATION | {"modules_to_save", "scope", "max_columns"},
     output="The file to write, .safetensors.",
 )
 def score(
@@ -261,7 +261,7 @@ def inspect_command(path: Path, json: bool = False) -> None:
 @command(
     omit={
         "task", "target_column", "importance", "curvature", "seed", "lr", "save_every",
-        "modules_to_save",
+        "modules_to_save", "max_columns",
     },
     output="Folder for results.json, report.html, table.md.",
 )  # fmt: skip

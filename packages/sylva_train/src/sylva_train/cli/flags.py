@@ -156,6 +156,13 @@ FLAGS: dict[str, Flag] = {
         "Blocks compete within each layer or across the model: layer, model.",
         metavar="SCOPE",
     ),
+    "max_columns": flag(
+        float,
+        PARTS,
+        "Fraction of a layer's block columns that may have blocks, at least the density;"
+        " less keeps less of the activations.",
+        metavar="X",
+    ),
     "importance": flag(str, SCORING, f"Rule: {either(IMPORTANCES)}.", metavar="RULE"),
     "curvature": flag(
         str,

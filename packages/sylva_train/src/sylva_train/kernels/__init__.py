@@ -1,8 +1,27 @@
 """Block-sparse operations on dense weights; the only place that chooses a kernel.
 
-`reference` is plain PyTorch and right everywhere.
+`reference` is plain PyTorch and right everywhere. On a GPU, Triton kernels of the same
+signatures take its place: `dispatch` says when, `plan` how the blocks of a mask share
+tiles and when a dense product is cheaper than any kernel.
 """
 
-from .reference import block_sddmm, gather_blocks, scatter_blocks_
+from . import adamw
+from .adamw import OPTIONS, BlockState
+from .dispatch import KernelCheck, check_kernels, find_kernel, is_demanded
+from .operators import block_sddmm
+from .quantize import GROUP
+from .reference import gather_blocks, scatter_blocks_
 
-__all__ = ["block_sddmm", "gather_blocks", "scatter_blocks_"]
+__all__ = [
+    "GROUP",
+    "OPTIONS",
+    "BlockState",
+    "KernelCheck",
+    "adamw",
+    "block_sddmm",
+    "check_kernels",
+    "find_kernel",
+    "gather_blocks",
+    "is_demanded",
+    "scatter_blocks_",
+]

@@ -7,8 +7,12 @@ edge are stored full-size with zeros outside the weight.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["block_sddmm", "gather_blocks", "scatter_blocks_"]
 
@@ -52,14 +56,15 @@ def gather_blocks(
     Returns
     -------
     torch.Tensor, shape (k, b, b)
-        In the weight's dtype; zero outside the weight.
+        In the weight's dtype, contiguous; zero outside the weight.
     """
     if not is_ragged(weight.shape, block_size):
-        return interior(weight, block_size)[indices[:, 0], :, indices[:, 1], :]
+        blocks = interior(weight, block_size)[indices[:, 0], :, indices[:, 1], :]
+        return blocks.contiguous()  # a transposed weight's are not
     rows, columns, inside = elements(weight.shape, indices, block_size)
     last_row, last_column = weight.shape[0] - 1, weight.shape[1] - 1
     blocks = weight[rows.clamp(max=last_row), columns.clamp(max=last_column)]
-    return blocks.masked_fill(~inside, 0)
+    return blocks.masked_fill(~inside, 0).contiguous()
 
 
 def scatter_blocks_(
@@ -77,15 +82,89 @@ def scatter_blocks_(
     ]
 
 
-# Seconds per block of each way to take blocks of a product, relative to the dense
-# product, on a CPU (benchmarks/bench_layer.py): gathering and narrow products cost more.
-STACK_COST, CARTESIAN_COST = 11.0, 1.5
-# Largest copy of gathered activations, in elements: longer stacks go in pieces.
-_STACK_ELEMENTS = 1 << 24
+# Cost model of the ways on a CPU, in multiply-adds of the dense product
+# (benchmarks/bench_layer.py): copying an active row or column of blocks costs so much for
+# each element; a narrow product is slower by this factor; and another way must be
+# cheaper than the dense product by this margin to be taken.
+COPY_COST, NARROW_COST, MARGIN = 40.0, 2.0, 0.85
+# Elements of gathered activations at a time: pieces that stay in the cache, in memory
+# that is used again. Larger ones cost several times as much, in page faults alone.
+_PIECE_ELEMENTS = 1 << 18
+
+
+@dataclass
+class Rectangle:
+    """A mask's active rows and columns, and its blocks' places among them."""
+
+    version: int | None
+    rows: torch.Tensor
+    columns: torch.Tensor
+    row_of: torch.Tensor
+    column_of: torch.Tensor
+
+
+# By the identity of the indices, which a layer keeps: worked out once.
+_rectangles: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def find_rectangle(indices: torch.Tensor) -> Rectangle:
+    """Work out a mask's active rows and columns, or look them up."""
+    version = None if indices.is_inference() else indices._version
+    found: Rectangle | None = _rectangles.get(indices)
+    if found is None or version is None or found.version != version:
+        rows, row_of = indices[:, 0].unique(return_inverse=True)
+        columns, column_of = indices[:, 1].unique(return_inverse=True)
+        found = Rectangle(version, rows, columns, row_of, column_of)
+        _rectangles[indices] = found
+    return found
+
+
+def choose_way(
+    blocks: int, active: tuple[int, int], grid: tuple[int, int], block_size: int
+) -> str:
+    """Choose the cheapest way to blocks of a product, the dense one when in doubt.
+
+    Parameters
+    ----------
+    blocks : int
+        Number of active blocks.
+    active, grid : (int, int)
+        Active and existing rows and columns of blocks.
+    block_size : int
+        Side of a block.
+
+    Returns
+    -------
+    str
+        ``"stack"``, ``"cartesian"`` or ``"dense"``.
+    """
+    area, b = block_size**2, block_size
+    costs = {
+        "stack": blocks * (NARROW_COST * area + 2 * COPY_COST * b),
+        "cartesian": active[0] * active[1] * area + sum(active) * COPY_COST * b,
+        "dense": MARGIN * grid[0] * grid[1] * area,
+    }
+    return min(costs, key=lambda way: costs[way])
+
+
+def take_blocks(
+    product: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Copy blocks (k, b, b) out of a contiguous matrix of whole blocks."""
+    wide = product.shape[1] // block_size
+    first = rows[:, None] * block_size + torch.arange(block_size, device=rows.device)
+    runs = (first * wide + columns[:, None]).flatten()
+    found = product.view(-1, block_size).index_select(0, runs)
+    return found.view(-1, block_size, block_size)
 
 
 def block_sddmm(
-    dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    block_size: int,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Blocks of ``dyᵀ x``: a sampled dense-dense matrix product.
 
@@ -95,10 +174,13 @@ def block_sddmm(
         Output gradients.
     x : torch.Tensor, shape (tokens, in)
         Inputs, in the dtype of ``dy``.
-    indices : torch.Tensor, shape (k, 2), int64
-        Block rows and block columns.
+    indices : torch.Tensor, shape (k, 2), int32 or int64
+        Block rows and block columns. Pass the same tensor each time: what is worked out
+        about a mask is kept with it.
     block_size : int
         Side ``b`` of a block.
+    out : torch.Tensor, shape (k, b, b), optional
+        Add to this gradient, and return it, instead of making a new one.
 
     Returns
     -------
@@ -107,39 +189,87 @@ def block_sddmm(
 
     Notes
     -----
-    Three ways, chosen by measured cost: a stack of ``(b, tokens) @ (tokens, b)``
-    products; one product of the active rows with the active columns, from which the
-    blocks are taken (masks of a rank-one score are nearly cartesian); the dense product.
+    Three ways, chosen by a measured cost model (`choose_way`): a stack of ``(b, tokens) @
+    (tokens, b)`` products, some at a time; one product of the active rows with the active
+    columns, from which the blocks are taken (masks of a rank-one score are nearly
+    cartesian); the dense product.
     """
-    out, inputs = dy.shape[1], x.shape[1]
-    accumulate = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    if len(indices) == 0 or len(dy) == 0:
-        return dy.new_zeros((len(indices), block_size, block_size), dtype=accumulate)
-    if is_ragged((out, inputs), block_size):
-        dy = F.pad(dy, (0, -out % block_size))
-        x = F.pad(x, (0, -inputs % block_size))
-    if dy.device.type == "cpu":
+    count = len(indices)
+    if count == 0 or len(dy) == 0:
+        shape = (count, block_size, block_size)
+        return dy.new_zeros(shape, dtype=wide(dy.dtype)) if out is None else out
+    rectangle = find_rectangle(indices)
+    way = choose_way(
+        count,
+        (len(rectangle.rows), len(rectangle.columns)),
+        (-(-dy.shape[1] // block_size), -(-x.shape[1] // block_size)),
+        block_size,
+    )
+    ways = {"dense": from_dense, "cartesian": from_rectangle, "stack": from_stack}
+    blocks = ways[way](dy, x, indices, block_size)
+    return blocks if out is None else out.add_(blocks)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which products of a dtype are added up."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return ``a @ b`` of matrices or stacks of them, not rounded to half precision."""
+    multiply: Any = torch.mm if a.dim() == 2 else torch.bmm
+    product: torch.Tensor
+    if a.dtype.itemsize >= 4:
+        product = multiply(a, b)
+    elif a.is_cuda:
+        product = multiply(a, b, out_dtype=torch.float32)
+    else:
         # A CPU has no half-precision matrix product that accumulates in float32.
-        dy, x = dy.to(accumulate), x.to(accumulate)
-    dy = dy.unflatten(1, (-1, block_size))
-    x = x.unflatten(1, (-1, block_size))
-    rows, row_of = indices[:, 0].unique(return_inverse=True)
-    columns, column_of = indices[:, 1].unique(return_inverse=True)
-    stack = STACK_COST * len(indices)
-    cartesian = CARTESIAN_COST * len(rows) * len(columns)
-    dense = dy.shape[1] * x.shape[1]
-    if dense <= min(stack, cartesian):
-        product = dy.flatten(1).T @ x.flatten(1)
-        row_of, column_of = indices.unbind(1)
-    elif cartesian <= stack:
-        product = dy[:, rows].flatten(1).T @ x[:, columns].flatten(1)
-    if min(dense, cartesian) <= stack:
-        return interior(product, block_size)[row_of, :, column_of, :].to(accumulate)
-    size = max(1, _STACK_ELEMENTS // (len(dy) * block_size))
+        product = multiply(a.float(), b.float())
+    return product
+
+
+def in_blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """View columns (tokens, n) as blocks (tokens, blocks, b), padded where it has to."""
+    if x.shape[1] % block_size:
+        x = F.pad(x, (0, -x.shape[1] % block_size))
+    blocks: torch.Tensor = x.unflatten(1, (-1, block_size))
+    return blocks
+
+
+def from_dense(
+    dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Take blocks from the whole product."""
+    product = wide_product(dy.T, x)
+    if is_ragged(product.shape, block_size):
+        return gather_blocks(product, indices, block_size)
+    rows, columns = indices.unbind(1)
+    return take_blocks(product, rows, columns, block_size)
+
+
+def from_rectangle(
+    dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Take blocks from the product of active block rows and columns."""
+    found = find_rectangle(indices)
+    left = in_blocks(dy, block_size).index_select(1, found.rows).flatten(1)
+    right = in_blocks(x, block_size).index_select(1, found.columns).flatten(1)
+    product = wide_product(left.T, right)
+    return take_blocks(product, found.row_of, found.column_of, block_size)
+
+
+def from_stack(
+    dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Compute each block by a narrow product of its own, some at a time."""
+    size = max(1, _PIECE_ELEMENTS // (len(dy) * block_size))
+    dy, x = in_blocks(dy, block_size), in_blocks(x, block_size)
     pieces = [
-        torch.bmm(
-            dy[:, some[:, 0]].permute(1, 2, 0), x[:, some[:, 1]].transpose(0, 1)
-        ).to(accumulate)
+        wide_product(
+            dy.index_select(1, some[:, 0]).permute(1, 2, 0),
+            x.index_select(1, some[:, 1]).transpose(0, 1),
+        )
         for some in indices.split(size)
     ]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -176,6 +176,8 @@ def embed(
         layer.embedded = "default"
         layer.train(module.training)
         replace_module(model, name, layer)
+        if not layer.base_layer.weight.is_meta:
+            layer.sync()
     for module in saved.values():
         module.requires_grad_(True)
     model.sylva_modules_to_save = list(modules_to_save or ())  # type: ignore[assignment]

@@ -26,8 +26,13 @@ class BlockGradient(torch.autograd.Function):
         values: torch.Tensor,
         indices: torch.Tensor,
     ) -> torch.Tensor:
-        """Return ``y``, and keep what the gradient of the (k, b, b) values needs."""
-        ctx.save_for_backward(x, indices)
+        """Return ``y``, and keep what the gradient of the (k, b, b) values needs.
+
+        ``x`` may be some columns of the input, with ``indices`` that count among them.
+        """
+        ctx.save_for_backward(x)
+        # Not saved: they are there anyway, and hooks on saved tensors need not see them.
+        ctx.indices = indices
         ctx.block_size, ctx.dtype = values.shape[-1], values.dtype
         # An alias, not `y` itself: autograd would make that a view, and refuse an
         # activation in place after it.
@@ -37,11 +42,11 @@ class BlockGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return ``dy`` for ``y``, and the blocks of ``dyᵀ x`` for the values."""
-        x, indices = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         gradient = block_sddmm(
             dy.flatten(0, -2) if dy.dim() > 1 else dy[None],
             (x.flatten(0, -2) if x.dim() > 1 else x[None]).to(dy.dtype),
-            indices.long(),
+            ctx.indices,
             ctx.block_size,
         )
         return dy, None, gradient.to(ctx.dtype), None

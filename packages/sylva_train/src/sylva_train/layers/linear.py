@@ -14,7 +14,8 @@ from sylva_train.masks import LayerMask
 from sylva_train.targets import as_matrix, is_supported, weight_view
 
 from .gradient import BlockGradient
-from .storage import Masters, Tables, watch_optimizers
+from .inputs import Reader
+from .storage import Masters, Tables, watch, watch_optimizers
 
 __all__ = ["SparseEmbeddedLinear", "check_embeddable", "check_shape", "values_dtype"]
 
@@ -70,13 +71,13 @@ class SparseEmbeddedLinear(nn.Module):
 
     Notes
     -----
-    The values reach the dense weight before the next forward pass, when
-    `sync` is called, and after every step of `sylva_train.SparseAdamW`. A change is seen
-    by the tensors' version counters, which every optimizer of PyTorch's kind counts up;
-    values changed through ``.data`` need `sync`, unless the mode changes after it.
+    The values reach the dense weight after every step of a ``torch.optim`` optimizer,
+    before the next forward pass, and when `sync` is called. A change is seen by the
+    tensors' version counters; values changed through ``.data`` need `sync`, unless the
+    mode changes after it. A forward pass that was compiled does not look for changes:
+    values that are changed by hand need `sync` then, and a backward pass that finds it
+    was left out raises RuntimeError.
     """
-
-    _original: torch.Tensor | None
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -85,10 +86,12 @@ class SparseEmbeddedLinear(nn.Module):
         self.base_layer = base_layer.requires_grad_(False)
         self.sylva_values = Masters()
         self.sylva_indices = Tables()
-        self.register_buffer("_original", None, persistent=False)
+        # Rarely needed: in the host's memory, and no buffer, which DDP would broadcast.
+        self._original: torch.Tensor | None = None
         self._written: str | None = None
         self._seen: tuple[Any, ...] = ()
         self._checked: dict[str, tuple[int, int]] = {}
+        self._readers: dict[str, Reader] = {}
         self.embedded: str | None = None
 
     @property
@@ -141,10 +144,15 @@ class SparseEmbeddedLinear(nn.Module):
         self.sylva_indices[name] = indices.to(torch.int32)
 
     def original(self) -> torch.Tensor:
-        """Return the base weight's blocks under the written adapter: (k, b, b)."""
+        """Return the base weight's blocks under the written adapter: (k, b, b).
+
+        They are in the host's memory until they are asked for, then on the device.
+        """
         if self._original is None:
             msg = "no adapter is written into this layer's weight: call `sync` first"
             raise RuntimeError(msg)
+        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
+        self._original = self._original.to(weight)
         return self._original
 
     def wanted(self) -> str | None:
@@ -182,6 +190,7 @@ class SparseEmbeddedLinear(nn.Module):
                 )
                 raise AdapterError(msg)
             self._checked[name] = seen
+            self._readers[name] = Reader(table, mask.block_size, self.shape[1])
 
     @torch.no_grad()
     def sync(self, *, force: bool = False) -> None:
@@ -193,6 +202,12 @@ class SparseEmbeddedLinear(nn.Module):
             Write even if no change was seen (values changed through ``.data``).
         """
         wanted = self.wanted()
+        if torch.compiler.is_compiling():
+            # What is checked below is of the host, and steps have written the weight.
+            if wanted != self._written:
+                msg = "call `sylva_train.sync(model)` before the model is compiled."
+                raise RuntimeError(msg)
+            return
         if wanted != self._written:
             self.restore_()
         if wanted is None:
@@ -205,11 +220,24 @@ class SparseEmbeddedLinear(nn.Module):
         weight = weight_view(self.base_layer)
         indices, values = self.sylva_indices[wanted].long(), self.sylva_values[wanted]
         if self._written is None:
-            self._original = gather_blocks(weight, indices, values.shape[-1])
+            self._original = gather_blocks(weight, indices, values.shape[-1]).cpu()
         scatter_blocks_(weight, indices, values)
-        values.sylva_shown = True
         self._written = wanted
         self._seen = self.snapshot()
+        self._readers[wanted].settle(values._version)
+        watch(values, self)
+
+    def note_written(self) -> None:
+        """Take note that a kernel changed the values and wrote them into the weight.
+
+        Kernels leave the tensors' versions as they are, by which changes are seen.
+        """
+        assert self._written is not None
+        values = self.sylva_values[self._written]
+        torch.autograd.graph.increment_version(values)
+        torch.autograd.graph.increment_version(self.base_layer.weight)  # type: ignore[arg-type]
+        self._seen = self.snapshot()
+        self._readers[self._written].settle(values._version)
 
     @torch.no_grad()
     def restore_(self) -> None:
@@ -219,20 +247,33 @@ class SparseEmbeddedLinear(nn.Module):
             scatter_blocks_(weight_view(self.base_layer), indices, self.original())
             self._written, self._original = None, None
 
+    def check_shown(self, values: torch.Tensor) -> None:
+        """Raise RuntimeError if values were not in the weight that forward used."""
+        if self._seen and self._seen[0] is values and self._seen[2] != values._version:
+            msg = (
+                "values were changed without being written into the dense weight that"
+                " the forward pass used. After changing values by hand, call"
+                " `sylva_train.sync(model)` before a compiled forward pass, and never"
+                " between a forward pass and its backward pass."
+            )
+            raise RuntimeError(msg)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
         self.sync()
         y: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self._written is not None and torch.is_grad_enabled():
             values = self.sylva_values[self._written]
-            if values.requires_grad:
-                indices = self.sylva_indices[self._written]
-                y = BlockGradient.apply(y, x, values, indices)  # type: ignore[no-untyped-call]
+            if values.requires_grad and len(values):
+                reader = self._readers[self._written]
+                kept, indices = reader.keep(x, y.dtype, values)
+                y = BlockGradient.apply(y, kept, values, indices)  # type: ignore[no-untyped-call]
         return y
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, and write again if it changes, so that evaluation is exact."""
-        if mode != self.training:
+        if mode != self.training and self._written is not None:
+            self.sync()
             self._seen = ()
         return super().train(mode)
 

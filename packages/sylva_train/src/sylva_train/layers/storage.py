@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Masters", "Tables", "watch_optimizers"]
+__all__ = ["Masters", "Tables", "watch", "watch_optimizers"]
 
 
 class Masters(nn.ParameterDict):
@@ -58,9 +60,40 @@ class Tables(nn.Module):
         return iter(self._buffers)
 
 
+class Shower(Protocol):
+    """A layer whose dense weight shows values."""
+
+    def sync(self) -> None:
+        """Make the weight show the values."""
+
+    def check_shown(self, values: torch.Tensor) -> None:
+        """Raise RuntimeError if the weight that was used did not."""
+
+
+# Layer of each parameter of values that a dense weight shows, held weakly: parameters
+# are copied and pickled.
+_shown: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Hooks of those that were trainable when they were written.
+_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def watch(values: torch.Tensor, layer: Shower) -> None:
+    """Remember which layer shows values, and check in backward that it did."""
+    _shown[values] = weakref.ref(layer)
+    if values.requires_grad and values not in _checked:
+        _checked[values] = values.register_post_accumulate_grad_hook(check_shown)
+
+
+def check_shown(values: torch.Tensor) -> None:
+    """Let the layer check that its forward pass used these values."""
+    layer = _shown[values]()
+    if layer is not None:
+        layer.check_shown(values)
+
+
 @functools.cache
 def watch_optimizers() -> None:
-    """See that steps of every optimizer count as changes of the values.
+    """See that steps of every optimizer reach the dense weights.
 
     Fused optimizers, Trainer's default among them, write parameters without counting up
     their version, and the dense weights would stay as they were for good.
@@ -69,9 +102,15 @@ def watch_optimizers() -> None:
     def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if getattr(optimizer, "writes_through", False):
             return
+        # A step inside a backward pass must leave the weights alone, which are still
+        # needed there; the next forward pass sees the change.
+        inside = torch._C._current_graph_task_id() != -1
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if getattr(parameter, "sylva_shown", False):
+                layer = _shown[parameter]() if parameter in _shown else None
+                if layer is not None:
                     torch.autograd.graph.increment_version(parameter)
+                    if not inside:
+                        layer.sync()
 
     register_optimizer_step_post_hook(count)

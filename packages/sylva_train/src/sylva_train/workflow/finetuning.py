@@ -25,6 +25,7 @@ from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.layers import embed
 from sylva_train.masks import Masks, select
+from sylva_train.targets import shared_inputs
 from sylva_train.training import number_of_steps, train
 from sylva_train.tuner import save_adapter
 
@@ -38,10 +39,12 @@ __all__ = ["finetune"]
 
 #: Facts that a configuration gets when an adapter is written.
 FACTS = {"masks", "block_counts", "layer_shapes", "base_fingerprint", "checksum"}
+#: Options that say which blocks to choose by given scores.
+SELECTION = {"density", "block_size", "scope", "max_columns"}
 #: Options that say how to choose blocks, which masks bring with them.
 CHOICE = (
     "importance", "curvature", "levels", "rank", "samples", "tokens", "damping", "seed",
-    "density", "block_size", "scope",
+    "density", "block_size", "scope", "max_columns",
 )  # fmt: skip
 
 
@@ -178,7 +181,7 @@ def finetune(
                     device=training.device,
                     progress=bars,
                 )
-            masks = select(scores, config.density, config.block_size, config.scope)
+            masks = choose(task, config, scores)
         total = sum(p.numel() for p in task.model.parameters())
         # Masks of another model stop here, before anything is written or replaced.
         embed(task.model, masks, modules_to_save=config.modules_to_save)
@@ -197,11 +200,28 @@ def finetune(
     return record
 
 
+def choose(task: Task, config: SylvaConfig, scores: Scores) -> Masks:
+    """Select blocks; in the same columns of layers that read one input, if in few."""
+    together: list[list[str]] = []
+    if config.max_columns < 1:
+        batch = next(iter(task.score_loader(4, 0)))
+        patterns = config.target_modules, config.exclude_modules
+        together = shared_inputs(task.model, batch, *patterns)
+    return select(
+        scores,
+        config.density,
+        config.block_size,
+        config.scope,
+        max_columns=config.max_columns,
+        together=together,
+    )
+
+
 def chosen(config: SylvaConfig, given: Masks | Scores) -> SylvaConfig:
     """Return the options with those that masks or scores were made with."""
     names = [name for name in CHOICE if given.metadata.get(name) is not None]
     if isinstance(given, Scores):
-        names = [n for n in names if n not in {"density", "block_size", "scope"}]
+        names = [n for n in names if n not in SELECTION]
     known = {name: given.metadata[name] for name in names}
     # Rules that need no data have seen no sample.
     known["samples"] = known.get("samples") or config.samples

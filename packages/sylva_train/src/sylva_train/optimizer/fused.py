@@ -1,0 +1,273 @@
+"""The part of a step that a kernel takes: all layers' blocks at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from sylva_train.kernels import (
+    GROUP,
+    OPTIONS,
+    BlockState,
+    adamw,
+    find_kernel,
+    is_demanded,
+)
+from sylva_train.layers import SparseEmbeddedLinear
+from sylva_train.targets import weight_view
+
+__all__ = ["KernelStep", "kernel_of", "may_fuse"]
+
+
+def may_fuse(group: dict[str, Any]) -> bool:
+    """Whether a group asks for nothing that the kernel does not do."""
+    others = group["amsgrad"] or group["differentiable"] or group["foreach"]
+    return not others and group["fused"] is not False
+
+
+def kernel_of(layer: SparseEmbeddedLinear, eight_bit: bool = False) -> Any:
+    """Return the module of the kernel that updates a layer, or None for PyTorch's AdamW.
+
+    That has no moments in 8 bits, so the kernel's reference takes its place for them.
+    """
+    name = layer.wanted()
+    values = None if name is None else layer.sylva_values[name]
+    # Of its own kind, since a sharded tensor's memory holds a part of the values.
+    if type(values) is not nn.Parameter or values.dtype != torch.float32:
+        return None
+    if not values.is_contiguous():
+        return None
+    weight = weight_view(layer.base_layer)
+    found = find_kernel("adamw", weight.device, weight.dtype, values.shape[-1])
+    return adamw if found is None and eight_bit else found
+
+
+def make_moments(values: torch.Tensor, eight_bit: bool) -> dict[str, torch.Tensor]:
+    """Return moments of zero, in float32 or in 8 bits with their scales."""
+    if not eight_bit:
+        return {name: torch.zeros_like(values) for name in ("exp_avg", "exp_avg_sq")}
+    scales = values.new_zeros(-(-values.numel() // GROUP))
+    return {
+        "exp_avg": torch.zeros_like(values, dtype=torch.int8),
+        "exp_avg_sq": torch.zeros_like(values, dtype=torch.uint8),
+        "exp_avg_scale": scales,
+        "exp_avg_sq_scale": scales.clone(),
+    }
+
+
+class Chosen(NamedTuple):
+    """A layer that the kernel updates: its adapter, values and parameter group."""
+
+    layer: SparseEmbeddedLinear
+    adapter: str
+    values: nn.Parameter
+    group: int
+
+
+@dataclass(frozen=True)
+class DeviceBlocks:
+    """The layers of one device, and the tables that the kernel reads about them."""
+
+    chosen: list[Chosen]
+    tables: Any
+    one: torch.Tensor
+    zero: torch.Tensor
+
+
+class KernelStep:
+    """Updates the blocks of those layers for which there is a kernel.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Whose groups and state are used; the state is `torch.optim.AdamW`'s.
+    layers : sequence of SparseEmbeddedLinear
+        The model's.
+    to_base : bool
+        Decay towards the base weights instead of zero.
+    eight_bit : bool
+        Keep moments in 8 bits; their scales are a part of the state then.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        layers: Sequence[SparseEmbeddedLinear],
+        to_base: bool,
+        eight_bit: bool,
+    ) -> None:
+        self.optimizer, self.layers = optimizer, layers
+        self.to_base, self.eight_bit = to_base, eight_bit
+        self.blocks: list[DeviceBlocks] = []
+        self.taken: set[int] = set()
+        self.forget()
+
+    def forget(self) -> None:
+        """Make tables anew in the next step: the groups changed."""
+        self.key: list[Any] = []
+        self.options: dict[torch.device, tuple[list[list[float]], torch.Tensor]] = {}
+
+    def takes(self, values: torch.Tensor | None) -> bool:
+        """Whether the kernel updates a parameter in this step."""
+        return id(values) in self.taken
+
+    def prepare(self) -> None:
+        """Find the layers to update and their gradients; tables only if they changed.
+
+        A layer's weight has to show the values of the adapter that is active before, so
+        that it does after the step.
+        """
+        parameters = (p for g in self.optimizer.param_groups for p in g["params"])
+        # On a CPU it is not worth looking, unless kernels are demanded there.
+        possible = self.eight_bit or is_demanded() or any(p.is_cuda for p in parameters)
+        chosen = self.choose() if possible else []
+        if self.key_of(chosen) != self.key:
+            devices = dict.fromkeys(c.values.device for c in chosen)
+            self.blocks = [
+                self.make([c for c in chosen if c.values.device == device])
+                for device in devices
+            ]
+            self.taken = {id(c.values) for c in chosen}
+            # After it, since there is new state.
+            self.key = self.key_of(chosen)
+        for blocks in self.blocks:
+            for c in blocks.chosen:
+                if c.values.grad is not None:
+                    c.values.grad = c.values.grad.contiguous()
+            blocks.tables.set_gradients([c.values.grad for c in blocks.chosen])
+
+    def choose(self) -> list[Chosen]:
+        """Return the layers that the kernel can update, their weights up to date."""
+        groups = {
+            id(parameter): number
+            for number, group in enumerate(self.optimizer.param_groups)
+            if may_fuse(group)
+            for parameter in group["params"]
+        }
+        chosen = []
+        for layer in self.layers:
+            name = layer.wanted()
+            if name is None or kernel_of(layer, self.eight_bit) is None:
+                continue
+            values = layer.sylva_values[name]
+            if id(values) in groups:
+                layer.sync()
+                chosen.append(Chosen(layer, name, values, groups[id(values)]))
+        return chosen
+
+    def key_of(self, chosen: list[Chosen]) -> list[Any]:
+        """Return what tells whether the tables are still right."""
+        key: list[Any] = []
+        for layer, adapter, values, group in chosen:
+            indices = layer.sylva_indices[adapter]
+            weight = weight_view(layer.base_layer)
+            state = self.optimizer.state[values].values()
+            tensors = [values, weight, indices, *state]
+            if self.to_base:
+                tensors.append(layer.original())
+            places = [t.data_ptr() for t in tensors if isinstance(t, torch.Tensor)]
+            key.append((id(values), group, weight.dtype, indices._version, *places))
+        return key
+
+    def make(self, chosen: list[Chosen]) -> DeviceBlocks:
+        """Make the tables of some layers of one device, and their state if there is none.
+
+        Steps are views of one tensor, which the kernel counts up.
+        """
+        kernel = kernel_of(chosen[0].layer, self.eight_bit)
+        device = chosen[0].values.device
+        states = [self.optimizer.state[c.values] for c in chosen]
+        taken = [
+            torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=device)
+            for state in states
+        ]
+        steps = torch.stack(taken)
+        layers = []
+        for step, state, c in zip(steps, states, chosen, strict=True):
+            state["step"] = step
+            if "exp_avg" not in state:
+                state.update(make_moments(c.values, self.eight_bit))
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].contiguous()
+            layers.append(
+                BlockState(
+                    values=c.values.detach(),
+                    exp_avg=state["exp_avg"],
+                    exp_avg_sq=state["exp_avg_sq"],
+                    indices=c.layer.sylva_indices[c.adapter].contiguous(),
+                    weight=weight_view(c.layer.base_layer),
+                    base=c.layer.original() if self.to_base else None,
+                    group=c.group,
+                    exp_avg_scale=state.get("exp_avg_scale"),
+                    exp_avg_sq_scale=state.get("exp_avg_sq_scale"),
+                )
+            )
+        one = torch.ones((), device=device)
+        return DeviceBlocks(chosen, kernel.Tables(layers, steps), one, 0 * one)
+
+    def square_norms(self) -> list[torch.Tensor]:
+        """Return the sum of the squares of all gradients, for each device."""
+        return [blocks.tables.square_norm() for blocks in self.blocks]
+
+    def update(
+        self,
+        clip: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+    ) -> None:
+        """Take the step; nothing here waits for the device.
+
+        Parameters
+        ----------
+        clip : torch.Tensor, shape (), optional
+            What clipping multiplies the gradient by.
+        scale : torch.Tensor, shape (), optional
+            What a gradient scaler multiplied the loss by.
+        found_inf : torch.Tensor, shape (), optional
+            Unless zero, nothing is changed.
+        """
+        for blocks in self.blocks:
+            factor = blocks.one if clip is None else clip.to(blocks.one)
+            if scale is not None:
+                factor = factor / scale.to(factor)
+            skip = blocks.zero if found_inf is None else found_inf.to(blocks.zero)
+            blocks.tables.update(self.options_on(factor.device), factor, skip)
+            for c in blocks.chosen:
+                if c.values.grad is not None:
+                    c.layer.note_written()
+
+    def options_on(self, device: torch.device) -> torch.Tensor:
+        """Return the groups' options on a device, uploaded if they changed."""
+        columns = [
+            (
+                group["lr"],
+                *group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                -1.0 if group["maximize"] else 1.0,
+            )
+            for group in self.optimizer.param_groups
+        ]
+        rows = [
+            [0.0 if isinstance(x, torch.Tensor) else float(x) for x in row]
+            for row in columns
+        ]
+        known, table = self.options.get(device, ([], None))
+        if table is None:
+            size = len(rows), len(OPTIONS)
+            table = torch.empty(size, dtype=torch.float64, device=device)
+        if rows != known:
+            cuda = device.type == "cuda"
+            host = torch.tensor(rows, dtype=torch.float64, pin_memory=cuda)
+            table.copy_(host, non_blocking=True)
+            self.options[device] = rows, table
+        # Options that are tensors may change without Python's knowing, in a CUDA graph.
+        for i, row in enumerate(columns):
+            for j, option in enumerate(row):
+                if isinstance(option, torch.Tensor):
+                    table[i, j].copy_(option.reshape(()), non_blocking=True)
+        return table

@@ -1,0 +1,231 @@
+"""AdamW on the trainable blocks, written through to the dense weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from sylva_train._checks import ConfigError, check_choice, check_positive
+from sylva_train.layers import SparseEmbeddedLinear, embedded_layers
+
+from .fused import KernelStep, kernel_of, may_fuse
+
+__all__ = ["SparseAdamW"]
+
+
+class SparseAdamW(torch.optim.AdamW):
+    """AdamW whose state exists for active blocks only.
+
+    The blocks' values are float32 masters: gradients, moments and steps are kept for
+    them alone, and every step ends with the values rounded into the dense weights.
+    Schedulers, clipping and gradient scalers work as with any optimizer. On a GPU one
+    Triton kernel updates the blocks of all layers; elsewhere, and for whatever is no
+    block, PyTorch's own AdamW does. Both keep the same state, so that a checkpoint of
+    either goes on with the other.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model with embedded layers (`sylva_train.embed`, or PEFT). Every parameter that
+        requires a gradient is optimized.
+    params : iterable of parameters or of groups, optional
+        What to optimize instead of all of them.
+    lr, betas, eps, weight_decay
+        As in `torch.optim.AdamW`. Vectors (biases, norms) are not decayed when ``params``
+        is left out.
+    decay_towards : str
+        ``"zero"``: decoupled weight decay of the values, as full fine-tuning with AdamW
+        would do to these weights; ``"base"``: values decay towards the pretrained
+        weights instead.
+    max_grad_norm : float, optional
+        Clip the gradient of all parameters together to this norm in each step.
+    moments : str
+        ``"32bit"``, or ``"8bit"``: the blocks' two moments take 2 bytes of each value
+        instead of 8, with levels a few percent apart (`kernels.quantize`).
+    **kwargs
+        Other options of `torch.optim.AdamW`. With ``amsgrad``, ``differentiable``,
+        ``foreach=True`` or ``fused=False`` PyTorch's own AdamW takes every step.
+
+    Raises
+    ------
+    ConfigError
+        If nothing in the model requires a gradient, or an option cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        decay_towards: str = "zero",
+        max_grad_norm: float | None = None,
+        moments: str = "32bit",
+        **kwargs: Any,
+    ) -> None:
+        check_choice("decay_towards", decay_towards, ("zero", "base"))
+        check_choice("moments", moments, ("32bit", "8bit"))
+        if max_grad_norm is not None:
+            check_positive("max_grad_norm", max_grad_norm)
+        if params is None:
+            trainable = [p for p in model.parameters() if p.requires_grad]
+            matrices = [p for p in trainable if p.dim() > 1]
+            vectors = [p for p in trainable if p.dim() <= 1]
+            params = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+            params = [group for group in params if group["params"]]
+        params = list(params)
+        if not params:
+            msg = (
+                "`model` has no parameter that requires a gradient; embed trainable"
+                " blocks first (`sylva_train.embed` or `peft.get_peft_model`)."
+            )
+            raise ConfigError(msg)
+        # Set before AdamW's own constructor, which adds the groups.
+        self.decay_towards, self.max_grad_norm = decay_towards, max_grad_norm
+        self.layers: list[SparseEmbeddedLinear] = list(embedded_layers(model).values())
+        self.moments, eight_bit = moments, moments == "8bit"
+        to_base = decay_towards == "base"
+        self._kernel = KernelStep(self, self.layers, to_base, eight_bit)
+        defaults = {"amsgrad": False, "differentiable": False}
+        plain = may_fuse({"foreach": None, "fused": None} | defaults | kwargs)
+        if eight_bit and not plain:
+            msg = (
+                "`moments='8bit'` cannot be combined with `amsgrad`, `differentiable`,"
+                " `foreach=True` or `fused=False`; leave one of them out."
+            )
+            raise ConfigError(msg)
+        if plain and any(map(kernel_of, self.layers)):
+            # What is no block takes its step without waiting for the device as well.
+            kwargs["fused"] = True
+        super().__init__(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **kwargs
+        )
+
+    #: Its own steps end in the dense weights; nothing is left to write before a forward.
+    writes_through = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step and write the new values into the dense weights."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale, found_inf = (getattr(self, n, None) for n in ("grad_scale", "found_inf"))
+        self._kernel.prepare()
+        clip = self.clip(scale) if self.max_grad_norm else None
+        super().step()
+        self._kernel.update(clip, scale, found_inf)
+        others = self.layers
+        if self._kernel.taken:
+            others = [layer for layer in self.layers if not self.is_taken(layer)]
+        if self.decay_towards == "base":
+            self.decay_to_base(others)
+        # By force: a fused step does not count as a change of the values.
+        for layer in others:
+            layer.sync(force=True)
+        return loss
+
+    def is_taken(self, layer: SparseEmbeddedLinear) -> bool:
+        """Whether the kernel updates a layer, and writes its weight."""
+        name = layer.wanted()
+        return name is not None and self._kernel.takes(layer.sylva_values[name])
+
+    def clip(self, scale: torch.Tensor | None) -> torch.Tensor | None:
+        """Clip what PyTorch updates; return the factor for what the kernel updates."""
+        assert self.max_grad_norm is not None
+        rest = [
+            p
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and not self._kernel.takes(p)
+        ]
+        squares = self._kernel.square_norms()
+        if rest:
+            total = torch.nn.utils.get_total_norm([p.grad for p in rest])
+            squares.append(total.square())
+        if not squares:
+            return None
+        device = squares[0].device
+        norm = torch.stack([square.to(device) for square in squares]).sum().sqrt()
+        if scale is not None:
+            norm = norm / scale.to(device)
+        torch.nn.utils.clip_grads_with_norm_(rest, self.max_grad_norm, norm)
+        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as with any optimizer."""
+        super().add_param_group(param_group)
+        self._kernel.forget()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state that this optimizer or `torch.optim.AdamW` saved.
+
+        Who computes stays what it is here: where steps are counted depends on it.
+
+        Raises
+        ------
+        ConfigError
+            If moments were saved in another number of bits.
+        """
+        groups = [
+            {**saved, "fused": own["fused"]}
+            for saved, own in zip(
+                state_dict["param_groups"], self.param_groups, strict=False
+            )
+        ]
+        saved_state = state_dict["state"]
+        kept = "8bit" if any("exp_avg_scale" in s for s in saved_state.values()) else ""
+        if saved_state and (kept or self.moments == "8bit") and kept != self.moments:
+            msg = (
+                "`state_dict` has moments in another number of bits than this"
+                f" optimizer, which was made with `moments={self.moments!r}`."
+            )
+            raise ConfigError(msg)
+        if len(groups) == len(state_dict["param_groups"]):
+            state_dict = {**state_dict, "param_groups": groups}
+        super().load_state_dict(state_dict)
+        # PyTorch casts what it loads to the parameters' dtype, which holds all codes.
+        for state in self.state.values():
+            if "exp_avg_scale" in state:
+                state["exp_avg"] = state["exp_avg"].to(torch.int8)
+                state["exp_avg_sq"] = state["exp_avg_sq"].to(torch.uint8)
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        """Leave to PyTorch's AdamW what no kernel updates."""
+        rest = [p for p in group["params"] if not self._kernel.takes(p)]
+        group = {**group, "params": rest}
+        result: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        return result
+
+    def decay_to_base(self, layers: list[SparseEmbeddedLinear]) -> None:
+        """Turn this step's decay to zero into one to the base.
+
+        AdamW did ``v -= lr·wd·v``; ``v += lr·wd·base`` makes it ``v -= lr·wd·(v - base)``.
+        """
+        rates = {
+            id(p): float(group["lr"]) * group["weight_decay"]
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        }
+        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
+        values, bases = [], []
+        for layer in layers:
+            name = layer.wanted()
+            rate = rates.get(id(layer.sylva_values[name]), 0.0) if name else 0.0
+            if name and rate:
+                layer.sync()
+                base = layer.original().float() * rate
+                if found_inf is not None:
+                    base = base * (found_inf.to(base.device) == 0)
+                values.append(layer.sylva_values[name])
+                bases.append(base)
+        if values:
+            torch._foreach_add_(values, bases)

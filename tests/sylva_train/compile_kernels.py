@@ -1,0 +1,89 @@
+"""Compile the kernels for a GPU that need not be there: run by `test_triton_compiles`.
+
+Arguments are as a layer of 4096 × 4096 in bfloat16 passes them: addresses, sizes and
+token strides are multiples of 16, columns stand side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from triton import compile as compile_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sylva_train.kernels import triton_adamw, triton_programs, triton_sddmm
+
+TARGET = GPUTarget("cuda", 90, 32)
+
+
+def compile_for_gpu(kernel, types, constants, **options):
+    """Return what the compiler made: PTX, and the shared memory that it needs."""
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in constants.items()}
+    even = [name for name, kind in types.items() if kind[0] == "*" or "stride" in name]
+    even += [n for n in ("outputs", "inputs", "tokens_per_split") if n in types]
+    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
+    source = ASTSource(kernel, signature, constants, hints)
+    made = compile_kernel(source, target=TARGET, options=options)
+    return {"ptx": made.asm["ptx"], "shared": made.metadata.shared}
+
+
+def sddmm():
+    tensors = ["dy", "x", "result", "groups", "pairs", "slots"]
+    kinds = ["*bf16", "*bf16", "*fp32", "*i32", "*i32", "*i32"]
+    types = {f"{name}_ptr": kind for name, kind in zip(tensors, kinds, strict=True)}
+    numbers = "tokens outputs inputs blocks tokens_per_split dy_token_stride"
+    numbers += " x_token_stride token_bucket device"
+    types |= dict.fromkeys(numbers.split(), "i32")
+    constants = {"dy_column_stride": 1, "x_column_stride": 1, "BLOCK": 64, "ROWS": 1}
+    constants |= {"COLUMNS": 2, "ADD": True, "WIDEN": False, "TOKENS": 64}
+    constants |= {"PRECISION": "ieee"}
+    kernel = triton_sddmm.sddmm_kernel
+    return compile_for_gpu(kernel, types, constants, num_warps=4, num_stages=3)
+
+
+def add_splits():
+    types = {
+        "parts_ptr": "*fp32",
+        "result_ptr": "*fp32",
+        "size": "i32",
+        "splits": "i32",
+    }
+    kernel = triton_sddmm.add_splits_kernel
+    return compile_for_gpu(kernel, types, {"ADD": True, "CHUNK": 1024})
+
+
+def prepare():
+    types = dict.fromkeys(["steps_ptr", "factor_ptr", "found_inf_ptr"], "*fp32")
+    types |= {"group_ptr": "*i32", "gradients_ptr": "*i64", "options_ptr": "*fp64"}
+    types |= {"scalars_ptr": "*fp32", "layers": "i32"}
+    sizes = {"LAYERS": triton_adamw.LAYERS, "SCALARS": triton_adamw.SCALARS}
+    return compile_for_gpu(triton_programs.prepare_kernel, types, sizes)
+
+
+TABLES = {"table_ptr": "*i64", "owners_ptr": "*i32", "gradients_ptr": "*i64"}
+SIZES = {"CHUNK": triton_adamw.CHUNK, "FIELDS": triton_adamw.FIELDS, "ALIGNED": True}
+
+
+def adamw(eight_bit=False):
+    constants = SIZES | {"BLOCK": 0, "TO_BASE": True, "SCALARS": triton_adamw.SCALARS}
+    constants |= {"EIGHT_BIT": eight_bit, "GROUP": triton_adamw.GROUP}
+    types = TABLES | {"scalars_ptr": "*fp32"}
+    return compile_for_gpu(triton_programs.adamw_kernel, types, constants)
+
+
+def adamw_of_8_bits():
+    return adamw(eight_bit=True)
+
+
+def square():
+    types = TABLES | {"sums_ptr": "*fp32"}
+    return compile_for_gpu(triton_programs.square_kernel, types, SIZES)
+
+
+if __name__ == "__main__":
+    kernels = [sddmm, add_splits, prepare, adamw, adamw_of_8_bits, square]
+    json.dump({kernel.__name__: kernel() for kernel in kernels}, sys.stdout)

@@ -1,0 +1,61 @@
+"""The kernels compile for a GPU, also where there is none: the interpreter forgives more."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """PTX and shared memory of each kernel, for compute capability 9.0."""
+    pytest.importorskip("triton")
+    environment = os.environ | {
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))
+    }
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    # A process of its own: the interpreter cannot be left once Triton is imported.
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.sylva_train.compile_kernels"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_products_use_tensor_cores_and_copies_of_16_bytes(compiled):
+    ptx = compiled["sddmm"]["ptx"]
+    assert "wgmma.mma_async" in ptx
+    copies = [line for line in ptx.splitlines() if "shared.global" in line]
+    assert copies
+    assert all("cp.async.cg" in line and "0x10" in line for line in copies)
+
+
+def test_the_search_knows_the_shared_memory_of_a_configuration(compiled):
+    # (rows + columns) · block · tokens · bytes · stages, as `triton_sddmm.prune` has it
+    assert compiled["sddmm"]["shared"] == (1 + 2) * 64 * 64 * 2 * 3
+
+
+def test_masters_and_moments_are_read_and_written_in_wide_pieces(compiled):
+    lines = compiled["adamw"]["ptx"].splitlines()
+    assert sum("ld.global.v4" in line for line in lines) >= 8
+    assert sum("st.global.v4" in line for line in lines) >= 6
+    assert "ld.global.v4" in compiled["square"]["ptx"]
+    assert "ld.global.v4" in compiled["adamw_of_8_bits"]["ptx"]
+
+
+def test_steps_are_counted_in_float64(compiled):
+    ptx = compiled["prepare"]["ptx"]
+    assert "fma.rn.f64" in ptx
+    assert compiled["add_splits"]["shared"] == 0

@@ -1,0 +1,179 @@
+"""The Triton kernel for blocks of a product, on a GPU or interpreted.
+
+Errors are relative to the root mean square of the dense product: sums of a few hundred
+products in float32, in any order.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sylva_train.kernels.plan import make_plan, tiles
+from sylva_train.masks import LayerMask
+from tests.sylva_train.models import dense_blocks, error
+
+pytest.importorskip("triton")
+from sylva_train.kernels import triton_sddmm
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = ["rows", "columns", "strided", "offset", "expanded"]
+TOLERANCE = 1e-4
+
+
+def operand(tokens, n, dtype, layout, seed, device):
+    """A (tokens, n) matrix with NaN wherever a kernel should not read."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = 1 if layout == "expanded" else tokens
+    values = torch.randn((rows, n), generator=generator).to(device, dtype)
+    nan = torch.full_like(values, torch.nan)
+    if layout == "columns":
+        return torch.cat([values, nan], 1).t().contiguous().t()[:, :n]
+    if layout == "strided":
+        return torch.stack([values, nan], 2)[:, :, 0]
+    if layout == "offset":
+        return torch.cat([nan, values, nan], 1)[:, n : 2 * n]
+    return values.expand(tokens, n)
+
+
+def make_mask(shape, block, share, seed):
+    grid = [-(-n // block) for n in shape]
+    generator = torch.Generator().manual_seed(seed)
+    return LayerMask(
+        shape, block, (torch.rand(grid, generator=generator) < share).nonzero()
+    )
+
+
+def check(got, dy, x, mask, before=0.0):
+    dense = (dy.double().T @ x.double()).cpu()
+    inside = dense_blocks(torch.ones(mask.shape, dtype=torch.bool), mask)
+    expected = dense_blocks(dense, mask) + before
+    assert got.dtype == torch.float32
+    assert got.shape == expected.shape
+    assert got.device == dy.device
+    assert error(got.cpu(), expected, dense) <= TOLERANCE
+    assert bool((got.cpu()[~inside] == before).all())
+
+
+@settings(max_examples=20)
+@given(
+    block=st.sampled_from([16, 16, 32]),
+    sizes=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    share=st.sampled_from([0.2, 0.6, 1.0]),
+    tokens=st.sampled_from([1, 2, 31, 67, 128]),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_blocks_are_those_of_the_dense_product(
+    triton_device, block, sizes, share, tokens, dtype, layouts, seed, data
+):
+    mask = make_mask(sizes, block, share, seed)
+    dy, x = (
+        operand(tokens, n, dtype, layout, seed + i, triton_device)
+        for i, (n, layout) in enumerate(zip(sizes, layouts, strict=True))
+    )
+    indices = mask.indices.to(triton_device)
+    if not len(mask):
+        assert triton_sddmm.block_sddmm(dy, x, indices, block).shape == (
+            0,
+            block,
+            block,
+        )
+        return
+    tile = data.draw(st.sampled_from([None, *tiles(block)]))
+    each = data.draw(st.sampled_from([tokens, 17, 64]))
+    plan = make_plan(indices, mask.shape, block, dtype.itemsize, tile)
+    splits = (-(-tokens // each), each)
+
+    def run(out=None):
+        return triton_sddmm.run_plan(plan, dy, x, len(mask), block, out, splits)
+
+    got = run()
+    check(got, dy, x, mask)
+    assert torch.equal(got, run())
+    check(run(torch.ones_like(got)), dy, x, mask, before=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_every_block_size_is_right_as_it_is_called(triton_device, block, dtype):
+    shape = (2 * block + 7, block + 1)
+    mask = LayerMask(shape, block, torch.tensor([[0, 0], [1, 1], [2, 0]]))
+    dy, x = (operand(41, n, dtype, "rows", n, triton_device) for n in shape)
+    indices = mask.indices.to(triton_device, torch.int32)
+    got = triton_sddmm.block_sddmm(dy, x, indices, block)
+    check(got, dy, x, mask)
+    out = torch.ones_like(got)
+    assert triton_sddmm.block_sddmm(dy, x, indices, block, out=out) is out
+    check(out, dy, x, mask, before=1.0)
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0], ids=["few", "full"])
+@pytest.mark.parametrize("way", ["blocks", "rectangle", "dense"])
+def test_every_way_is_right(triton_device, monkeypatch, share, way):
+    monkeypatch.setattr("sylva_train.kernels.plan.Plan.way", lambda *_: way)
+    mask = make_mask((70, 90), 16, share, 3)
+    dy, x = (
+        operand(41, n, torch.float32, "rows", n, triton_device) for n in mask.shape
+    )
+    got = triton_sddmm.block_sddmm(dy, x, mask.indices.to(triton_device), 16)
+    check(got, dy, x, mask)
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(0, 3), (5, 0), (0, 0)])
+def test_without_tokens_or_blocks_nothing_is_added(triton_device, tokens, count):
+    dy, x = (torch.ones((tokens, 32), device=triton_device) for _ in range(2))
+    indices = torch.tensor([[0, 0], [0, 1], [1, 1]], device=triton_device)[:count]
+    got = triton_sddmm.block_sddmm(dy, x, indices, 16)
+    assert torch.equal(got, torch.zeros((count, 16, 16), device=triton_device))
+    out = torch.ones((count, 16, 16), device=triton_device)
+    assert triton_sddmm.block_sddmm(dy, x, indices, 16, out=out) is out
+    assert bool((out == 1).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_added_up_in_float32(triton_device, dtype):
+    # 4096 products of 1: a half-precision sum would stop at 256 (or at 2048).
+    ones = torch.ones((4096, 16), dtype=dtype, device=triton_device)
+    indices = torch.zeros((1, 2), dtype=torch.int32, device=triton_device)
+    plan = make_plan(indices, (16, 16), 16)
+    got = triton_sddmm.run_plan(plan, ones, ones, 1, 16)
+    assert bool((got == 4096).all())
+
+
+@pytest.mark.parametrize("programs", [1, 7, 1000])
+@pytest.mark.parametrize("tokens", [1, 100, 2048, 100_003])
+def test_stretches_cover_all_tokens_and_none_is_empty(triton_device, programs, tokens):
+    count, each = triton_sddmm.split(programs, tokens, triton_device)
+    assert (count - 1) * each < tokens <= count * each
+    assert count <= triton_sddmm.MOST_SPLITS
+
+
+def test_the_search_leaves_what_fits(triton_device):
+    given = {"ROWS": 1, "COLUMNS": 1, "BLOCK": 128, "tokens_per_split": 64}
+    given["dy_ptr"] = torch.zeros(1, dtype=torch.bfloat16, device=triton_device)
+    every = triton_sddmm.configurations()
+    assert 1 < len(every) <= 12
+    left = triton_sddmm.prune(every, given)
+    assert left
+    assert all(c.kwargs["TOKENS"] <= 64 for c in left)
+    # Where nothing fits, the smallest is tried all the same.
+    given["dy_ptr"] = given["dy_ptr"].float()
+    given["COLUMNS"] = 1000
+    assert len(triton_sddmm.prune(every, given)) == 1
+
+
+def test_the_self_check_finds_a_wrong_kernel(triton_device, monkeypatch):
+    assert triton_sddmm.self_check(triton_device, torch.bfloat16, 32) < 1
+    monkeypatch.setattr(triton_sddmm, "run_plan", lambda *_, **__: None)
+    assert triton_sddmm.self_check(triton_device, torch.bfloat16, 32) > 1
+
+
+def test_what_the_kernel_does_not_take_is_told():
+    assert triton_sddmm.supports(torch.bfloat16, 64)
+    assert not triton_sddmm.supports(torch.float64, 64)
+    assert not triton_sddmm.supports(torch.float32, 8)
