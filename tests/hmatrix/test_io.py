@@ -124,13 +124,16 @@ def factorizations(n, rng, is_complex):
     stream.update(A.real)
     return {
         "inversion": (hm.from_dense(A, tree=tree, max_rank=4), "inversion"),
+        "orthogonal": (hm.from_dense(A, tree=tree, max_rank=4), "orthogonal"),
         "hermitian": (hm.from_dense(S, tree=tree, max_rank=4), "inversion"),
         "cholesky": (hm.from_dense(S, tree=tree, max_rank=4), "cholesky"),
         "mlr": (stream.result(), "auto"),
     }
 
 
-@pytest.mark.parametrize("kind", ["inversion", "hermitian", "cholesky", "mlr"])
+@pytest.mark.parametrize(
+    "kind", ["inversion", "orthogonal", "hermitian", "cholesky", "mlr"]
+)
 @pytest.mark.parametrize("is_complex", [False, True])
 def test_a_factorization_comes_back_bit_for_bit(
     xp, dtype, kind, is_complex, rng, tmp_path

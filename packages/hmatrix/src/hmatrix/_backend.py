@@ -26,6 +26,7 @@ __all__ = [
     "Space",
     "adjoint",
     "cholesky",
+    "complete_qr",
     "conjugate",
     "contiguous",
     "detach",
@@ -41,11 +42,13 @@ __all__ = [
     "one_thread_if_small",
     "qr",
     "slogdet",
+    "solve",
     "subtract_product",
     "svd",
     "to_numpy",
     "transpose",
     "wants_gradient",
+    "without_gradients",
 ]
 
 Array = Any  # an array of any supported library; the standard has no common type
@@ -120,6 +123,14 @@ def wants_gradient(x: Array) -> bool:
     if not array_api_compat.is_torch_array(x):
         return False
     return bool(x.requires_grad and namespace(x).is_grad_enabled())
+
+
+def without_gradients(xp: Namespace) -> AbstractContextManager[Any]:
+    """Keep torch from recording operations."""
+    if not array_api_compat.is_torch_namespace(xp):
+        return nullcontext()
+    recording: AbstractContextManager[Any] = xp.no_grad()
+    return recording
 
 
 def to_numpy(x: Array) -> np.ndarray:
@@ -381,6 +392,19 @@ def qr(a: Array) -> tuple[Array, Array]:
     with one_thread_if_small(a):
         Q, R = namespace(a).linalg.qr(a)
     return Q, R
+
+
+def complete_qr(a: Array) -> tuple[Array, Array]:
+    """QR decomposition of ``a`` (..., m, n) with square Q."""
+    with one_thread_if_small(a):
+        Q, R = namespace(a).linalg.qr(a, mode="complete")
+    return Q, R
+
+
+def solve(a: Array, b: Array) -> Array:
+    """Solve ``a x = b`` for matrices ``a`` (..., m, m), ``b`` (..., m, q)."""
+    with one_thread_if_small(a):
+        return namespace(a).linalg.solve(a, b)
 
 
 def inverse(a: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hmatrix.arithmetic.assembly import Terms, assemble, estimate_norm
 from hmatrix.arithmetic.linear import add, add_low_rank, scale, shift, subtract
-from hmatrix.arithmetic.norms import norm
+from hmatrix.arithmetic.norms import norm, safe_norm
 from hmatrix.arithmetic.product import matmul
 from hmatrix.arithmetic.truncation import truncate
 
@@ -16,6 +16,7 @@ __all__ = [
     "estimate_norm",
     "matmul",
     "norm",
+    "safe_norm",
     "scale",
     "shift",
     "subtract",
