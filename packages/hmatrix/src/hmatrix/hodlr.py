@@ -47,7 +47,9 @@ class HODLR(StoredOperator):
         Blocks ``B21`` alike. Without them the matrix is Hermitian (symmetric, if real),
         ``B21 = B12ᴴ``.
     error : float, optional
-        Relative Frobenius error of the compression that made it, where known.
+        Relative Frobenius error ``‖A − H‖ / ‖A‖`` of the compression that made it, where
+        known: exact or an estimate, as the constructor says. Arithmetic makes an upper
+        bound of those of its operands, leaving rounding aside.
 
     Raises
     ------

@@ -53,7 +53,7 @@ def assemble(
     size
         Rough Frobenius norm of the sum; see `estimate_norm`.
     rtol, max_rank
-        As of `truncate`, relative to the exact norm of the sum. The cap is for the
+        As of `truncate`, relative to the exact norm of the sum, and so is ``error``. The cap is for the
         result alone: what is handed down is cut by the tolerance.
     symmetric
         Whether the sum is Hermitian; the terms of ``B21`` are then not looked at.
@@ -102,16 +102,25 @@ def assemble(
     norm = math.hypot(safe_norm(leaves), *off)
     _check_finite(space, norm)
     allowed = max(rtol * (norm - lost) - lost, 0.0)
-    upper_blocks, *lower_blocks = (
-        tuple(
-            cut_triplets(
-                b.U, b.S, b.V, block_tolerance(tree, level, allowed), max_rank
-            )[0]
-            for level, b in enumerate(side)
-        )
-        for side in sides
+    cut: tuple[list[LowRank], ...] = tuple([] for _ in sides)
+    losses = []
+    for side, blocks in zip(cut, sides, strict=True):
+        for level, b in enumerate(blocks):
+            tolerance = block_tolerance(tree, level, allowed)
+            kept, cost, _ = cut_triplets(b.U, b.S, b.V, tolerance, max_rank)
+            side.append(kept)
+            losses.append(safe_norm(cost) * twice)
+    upper_blocks, *lower_blocks = map(tuple, cut)
+    lost += math.hypot(*losses)
+    # relative to the exact sum, whose norm may be smaller by what was lost
+    error = lost / (norm - lost) if lost < norm else None
+    return HODLR(
+        tree,
+        leaves,
+        upper_blocks,
+        None if symmetric else lower_blocks[0],
+        error if lost else 0.0,
     )
-    return HODLR(tree, leaves, upper_blocks, None if symmetric else lower_blocks[0])
 
 
 def estimate_norm(

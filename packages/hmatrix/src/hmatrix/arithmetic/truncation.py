@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from hmatrix._backend import Space
 from hmatrix._checks import check_float, check_int
+from hmatrix.arithmetic.error import after
 from hmatrix.arithmetic.norms import norm, safe_norm
 from hmatrix.construct import Guard, block_tolerance
 from hmatrix.hodlr import HODLR
@@ -100,6 +101,5 @@ def truncate(
         leaves,
         tuple(upper),
         None if H.symmetric else tuple(lower),
-        # `error` is relative to H, whose norm is at most 1 + H.error times the original
-        None if H.error is None else H.error + (1 + H.error) * error,
+        after(H.error, error),
     )
