@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hmatrix._backend import Array, adjoint, conjugate, detach
+from hmatrix._backend import Array, adjoint, conjugate, detach, frobenius
 from hmatrix.hodlr import HODLR
 
 __all__ = ["after", "inverse_error", "product_error", "with_error_of_sum"]
@@ -25,8 +25,13 @@ def with_error_of_sum(total: HODLR, *parts: HODLR) -> HODLR:
     """Return a sum of matrices and of what has no error, with its ``error``."""
     if _unknown(*parts):
         return total
-    losses = sum(part.error and _absolute(part) for part in parts)
-    return replace(total, error=_relative(losses, total, parts))
+    if not any(part.error for part in parts):
+        return replace(total, error=0.0)
+    norms = [_norm(part) for part in parts]
+    lost = sum(map(_absolute, parts, norms))
+    # where parts cancel, the norm of the sum is known to rounding of theirs only
+    unsure = math.sqrt(total.space.eps) * sum(norms)
+    return replace(total, error=_relative(lost, _norm(total) - unsure))
 
 
 def product_error(product: HODLR, H: HODLR, G: HODLR) -> float | None:
@@ -38,9 +43,10 @@ def product_error(product: HODLR, H: HODLR, G: HODLR) -> float | None:
         return None
     if not (H.error or G.error):
         return 0.0
-    h, g = _absolute(H), _absolute(G)
-    truncated = 1 + (product.error or 0.0)
-    return _relative(truncated * (h * (_norm(G) + g) + _norm(H) * g), product, ())
+    norms = [_norm(H), _norm(G)]
+    h, g = map(_absolute, (H, G), norms)
+    lost = h * (norms[1] + g) + norms[0] * g
+    return _relative(lost, _norm(product) / (1 + (product.error or 0.0)))
 
 
 def inverse_error(X: HODLR, H: HODLR) -> float | None:
@@ -50,7 +56,9 @@ def inverse_error(X: HODLR, H: HODLR) -> float | None:
     """
     if _unknown(H, X):
         return None
-    bound = _absolute(H) * _norm(X) / (1 - (X.error or 0.0)) if H.error else 0.0
+    if not H.error:
+        return 0.0
+    bound = _absolute(H, _norm(H)) * _norm(X) / (1 - (X.error or 0.0))
     return bound if math.isfinite(bound) else None
 
 
@@ -58,20 +66,15 @@ def _unknown(*parts: HODLR) -> bool:
     return any(part.error is None or part.error >= 1 for part in parts)
 
 
-def _absolute(H: HODLR) -> float:
-    """Return ``‖A − H‖``, of ``H.error`` relative to ``A``."""
+def _absolute(H: HODLR, norm: float) -> float:
+    """Return ``‖A − H‖``, given ``H.error`` relative to ``A`` and the norm of ``H``."""
     error = H.error or 0.0
-    return error / (1 - error) * _norm(H)
+    return error / (1 - error) * norm
 
 
-def _relative(loss: float, result: HODLR, parts: tuple[HODLR, ...]) -> float | None:
-    """Return a bound of ``loss / ‖exact result‖``; None if there is none."""
-    if not loss:
-        return 0.0
-    # where sums cancel, their squares are known to rounding of the parts' only
-    unsure = math.sqrt(result.space.eps) * sum(map(_norm, parts))
-    least = _norm(result) - loss - unsure
-    return loss / least if 0 < least < math.inf else None
+def _relative(lost: float, norm: float) -> float | None:
+    """Return ``lost`` relative to what ``norm`` is the norm of without that loss."""
+    return lost / (norm - lost) if lost < norm < math.inf else None
 
 
 def _norm(H: HODLR) -> float:
@@ -79,12 +82,16 @@ def _norm(H: HODLR) -> float:
     xp = H.space.xp
 
     def square(U: Array, S: Array, V: Array) -> float:
-        U, V = detach(U), detach(V)
-        U = U * xp.astype(detach(S)[..., None, :], U.dtype, copy=False)
-        return complex(xp.sum((adjoint(U) @ U) * conjugate(adjoint(V) @ V))).real
+        U, V, S = detach(U), detach(V), xp.astype(detach(S), U.dtype, copy=False)
+        weights = S[..., :, None] * S[..., None, :]
+        grams = (adjoint(U) @ U) * conjugate(adjoint(V) @ V)
+        return complex(xp.sum(grams * weights)).real
 
     with np.errstate(over="ignore", invalid="ignore"):
-        total = float(xp.sum(xp.abs(detach(H.leaves)) ** 2))
-        for blocks in (H.upper, H.upper if H.lower is None else H.lower):
-            total += sum(square(b.U, b.S, b.V) for b in blocks)
+        diagonal = float(frobenius(detach(H.leaves)))
+        total = diagonal * diagonal  # a power would raise on overflow
+        for block in H.upper:
+            total += square(block.U, block.S, block.V) * (2 if H.symmetric else 1)
+        for block in H.lower or ():
+            total += square(block.U, block.S, block.V)
     return math.sqrt(max(total, 0.0))
