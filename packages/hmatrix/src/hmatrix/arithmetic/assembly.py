@@ -16,7 +16,7 @@ from hmatrix._operator import pad_rows
 from hmatrix.arithmetic.norms import safe_norm
 from hmatrix.arithmetic.truncation import check_rtol
 from hmatrix.construct import block_tolerance
-from hmatrix.hodlr import HODLR
+from hmatrix.hodlr import HODLR, clear_padding
 from hmatrix.lowrank import LowRank, beside, cut_triplets, recompress
 from hmatrix.tree import ClusterTree
 
@@ -114,12 +114,9 @@ def assemble(
     lost += math.hypot(*losses)
     # relative to the exact sum, whose norm may be smaller by what was lost
     error = lost / (norm - lost) if lost < norm else None
-    return HODLR(
-        tree,
-        leaves,
-        upper_blocks,
-        None if symmetric else lower_blocks[0],
-        error if lost else 0.0,
+    below = None if symmetric else lower_blocks[0]
+    return clear_padding(
+        HODLR(tree, leaves, upper_blocks, below, error if lost else 0.0)
     )
 
 

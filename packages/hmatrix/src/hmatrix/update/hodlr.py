@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Self
 
 from hmatrix._backend import Array, contiguous, one_thread_if_small, qr, svd, transpose
-from hmatrix.hodlr import HODLR
+from hmatrix.hodlr import HODLR, clear_padding
 from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
 from hmatrix.update._base import Streaming
@@ -76,7 +76,7 @@ class StreamingHODLR(Streaming):
             LowRank(basis[:, 0, :, :], S * scale, basis[:, 1, :, :])
             for basis, S in zip(self._bases, self._scales, strict=True)
         )
-        return HODLR(self.tree, self._leaves * scale, upper)
+        return clear_padding(HODLR(self.tree, self._leaves * scale, upper))
 
     def _chunk(self, c: int) -> int:
         return min(c, max(32, 2 * self.rank))
