@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import array_api_compat
@@ -36,6 +37,7 @@ __all__ = [
     "inverse",
     "inverse_lower",
     "is_array",
+    "known_gradients",
     "library",
     "namespace",
     "nbytes",
@@ -131,6 +133,47 @@ def without_gradients(xp: Namespace) -> AbstractContextManager[Any]:
         return nullcontext()
     recording: AbstractContextManager[Any] = xp.no_grad()
     return recording
+
+
+def known_gradients(
+    value: Array,
+    gradients: Callable[[Array], Sequence[Array]],
+    inputs: Sequence[Array],
+) -> Array:
+    """Let torch differentiate ``value`` by ``inputs``, once.
+
+    ``gradients`` turns that of the result into those of the inputs.
+
+    Raises
+    ------
+    RuntimeError
+        When the gradient itself is to be differentiable.
+    """
+    return _known_function().apply(value, gradients, *inputs)
+
+
+@cache
+def _known_function() -> Any:
+    import torch
+
+    class Known(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Array, gradients: Any, *inputs: Array) -> Array:  # noqa: ARG004
+            ctx.gradients = gradients
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Array) -> tuple[Array | None, ...]:
+            # recorded only for second derivatives, which would lack a part
+            if torch.is_grad_enabled():
+                msg = (
+                    'Factorizations by "cholesky" are differentiated once; use '
+                    'factorize(H, method="inversion") with create_graph=True.'
+                )
+                raise RuntimeError(msg)
+            return (None, None, *ctx.gradients(upstream))
+
+    return Known
 
 
 def to_numpy(x: Array) -> np.ndarray:

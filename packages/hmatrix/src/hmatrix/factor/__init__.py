@@ -82,7 +82,7 @@ def factorize(
         radius below 1 makes its sign right.
     ValueError
         If ``method`` is not one of these; or is "cholesky" for a matrix that is not
-        stored as Hermitian, or whose tensors want gradients.
+        stored as Hermitian; or "orthogonal" for one whose tensors want gradients.
 
     Notes
     -----
@@ -98,10 +98,14 @@ def factorize(
     orthonormal (Ambikasaran, O'Neil & Singh, "Fast symmetric factorization of
     hierarchical matrices with applications", 2014).
 
-    torch carries gradients through solutions, the inverse's diagonal and the
-    log-determinant to leaves, factors and right-hand sides. A shift that wants a
-    gradient is added by `hmatrix.shift` instead. Matrices that want gradients are
-    inverted, since "cholesky" has none.
+    torch carries gradients through solutions, the inverse, its diagonal and the
+    log-determinant to leaves, factors and right-hand sides; a shift that wants a gradient
+    is added by `hmatrix.shift` instead. Those of "inversion" are of its steps and can be
+    differentiated again. Those of "cholesky" are of the matrix, ``dx = A⁻¹ (db − dA x)``
+    and ``d log det A = tr(A⁻¹ dA)``, at the cost of a refinement step and of a selected
+    inverse, and raise if differentiated again; its diagonal of the inverse is taken from
+    "inversion" for them. ``sample`` and ``whiten`` have gradients to vectors, and to an
+    `MLR`.
 
     Examples
     --------
