@@ -102,22 +102,18 @@ def assemble(
     norm = math.hypot(safe_norm(leaves), *off)
     _check_finite(space, norm)
     allowed = max(rtol * (norm - lost) - lost, 0.0)
-    cut: tuple[list[LowRank], ...] = tuple([] for _ in sides)
     losses = []
-    for side, blocks in zip(cut, sides, strict=True):
-        for level, b in enumerate(blocks):
+    for side in sides:
+        for level, b in enumerate(side):
             tolerance = block_tolerance(tree, level, allowed)
-            kept, cost, _ = cut_triplets(b.U, b.S, b.V, tolerance, max_rank)
-            side.append(kept)
+            side[level], cost, _ = cut_triplets(b.U, b.S, b.V, tolerance, max_rank)
             losses.append(safe_norm(cost) * twice)
-    upper_blocks, *lower_blocks = map(tuple, cut)
     lost += math.hypot(*losses)
     # relative to the exact sum, whose norm may be smaller by what was lost
-    error = lost / (norm - lost) if lost < norm else None
-    below = None if symmetric else lower_blocks[0]
-    return clear_padding(
-        HODLR(tree, leaves, upper_blocks, below, error if lost else 0.0)
-    )
+    error = lost / (norm - lost) if lost < norm else None if lost else 0.0
+    upper_blocks, *lower_blocks = map(tuple, sides)
+    H = HODLR(tree, leaves, upper_blocks, *(lower_blocks or (None,)), error=error)
+    return clear_padding(H)
 
 
 def estimate_norm(

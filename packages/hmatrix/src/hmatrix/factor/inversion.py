@@ -100,7 +100,7 @@ def inverse(
             return X  # type: ignore[no-any-return]
         return truncate(X, rtol=rtol, max_rank=max_rank)  # type: ignore[no-any-return]
     leaves, terms = F._terms()
-    X = assemble(
+    stored = assemble(
         F.tree,
         leaves,
         terms,
@@ -109,4 +109,5 @@ def inverse(
         max_rank=max_rank,
         symmetric=F.symmetric,
     )
-    return replace(X, error=after(inverse_error(X, F.matrix), X.error))
+    error = after(inverse_error(stored, F.matrix), stored.error)
+    return replace(stored, error=error)
