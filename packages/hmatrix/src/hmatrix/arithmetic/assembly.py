@@ -74,9 +74,9 @@ def assemble(
     losses: list[float] = []
     lost = 0.0
     handed: LowRank | None = None
-    for level, (upper, lower, diagonal) in enumerate(terms):
+    for level, (B12, B21, diagonal) in enumerate(terms):
         below = [diagonal]
-        blocks = [upper, lower]
+        blocks = [B12, B21]
         if handed is not None:
             offsides, halves = _split(handed)
             blocks = [beside(*two) for two in zip(blocks, offsides, strict=True)]
@@ -112,8 +112,8 @@ def assemble(
     # relative to the exact sum, whose norm may be smaller by what was lost
     error = lost / (norm - lost) if lost < norm else None if lost else 0.0
     upper_blocks, *lower_blocks = map(tuple, sides)
-    H = HODLR(tree, leaves, upper_blocks, *(lower_blocks or (None,)), error=error)
-    return clear_padding(H)
+    lower = lower_blocks[0] if lower_blocks else None
+    return clear_padding(HODLR(tree, leaves, upper_blocks, lower, error))
 
 
 def estimate_norm(
