@@ -49,8 +49,10 @@ class _Step:
     ----------
     Q, P : array (b, m, m)
         Unitary; (b, 0, 0) where nothing is eliminated.
-    L : array (b, m − k, m − k)
-        The inverse of L.
+    L, LH : array (b, m − k, m − k)
+        The inverses of L and of its adjoint, which differ by what rounding does: of one
+        inverse only the product from the right, or that from the left, is the identity
+        to as many digits as there can be.
     M : array (b, k, m − k)
         What remains of D below L.
     V : array (b, m − k, c)
@@ -62,6 +64,7 @@ class _Step:
     Q: Array
     P: Array
     L: Array
+    LH: Array
     M: Array
     V: Array
     G: Array
@@ -124,7 +127,7 @@ class _Step:
         )
         if not y.shape[1]:
             return f, w
-        y = adjoint(self.L) @ (y + self.V @ w - adjoint(self.M) @ f)
+        y = self.LH @ (y + self.V @ w - adjoint(self.M) @ f)
         return self.Q @ xp.concat([y, f], axis=1), w
 
 
@@ -201,7 +204,15 @@ class HODLROrthogonal(Factorization):
             Q, L = space.zeros(b, 0, 0), space.zeros(b, 0, 0)
             P = Q
         G = U[..., c - width :]
-        parts = (Q, P, inverse_lower(L), D[..., :e], V[:, :e, :], G)
+        parts = (
+            Q,
+            P,
+            inverse_lower(L),
+            _inverse_upper(adjoint(L)),
+            D[..., :e],
+            V[:, :e, :],
+            G,
+        )
         step = _Step(*map(contiguous, parts))
         D, V = D[..., e:], V[:, e:, :]
         B = xp.reshape(
@@ -333,6 +344,12 @@ def _outer_space(U: Array, level: int) -> tuple[int, Array]:
     # one row at least, so that nothing is empty
     k = max(1, int(xp.max(xp.sum(used, axis=-1))))
     return m - k, xp.concat([Q[..., k:], Q[..., :k]], axis=-1)
+
+
+def _inverse_upper(a: Array) -> Array:
+    """Inverse of upper triangular ``a`` (..., m, m)."""
+    axes, flip = (-2, -1), Space.of(a).xp.flip
+    return flip(inverse_lower(flip(a, axis=axes)), axis=axes)
 
 
 def _signs(Q: Array) -> Array:
