@@ -43,8 +43,10 @@ __all__ = [
     "nbytes",
     "one_thread_if_small",
     "qr",
+    "real_part",
     "slogdet",
     "solve",
+    "squares",
     "subtract_product",
     "svd",
     "to_numpy",
@@ -218,6 +220,19 @@ def transpose(x: Array) -> Array:
 def conjugate(x: Array) -> Array:
     """Return the complex conjugate; a real array is returned as it is."""
     return namespace(x).conj(x) if dtype_name(x.dtype) in COMPLEX else x
+
+
+def squares(x: Array) -> Array:
+    """Squares of absolute values, real."""
+    if dtype_name(x.dtype) not in COMPLEX:
+        return x * x
+    xp = namespace(x)
+    return xp.real(x) ** 2 + xp.imag(x) ** 2
+
+
+def real_part(x: Array) -> Array:
+    """Real part; a real array is returned as it is."""
+    return namespace(x).real(x) if dtype_name(x.dtype) in COMPLEX else x
 
 
 def adjoint(x: Array) -> Array:

@@ -100,6 +100,9 @@ def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
     added = xp.reshape(pad_rows(added, tree), H.leaves.shape[:2])
     leaves = H.leaves + added[:, :, None] * space.eye(tree.leaf_size)
     if isinstance(H, MLR):
+        if not real:
+            msg = "An MLR matrix is Hermitian: `diagonal` must be real."
+            raise DTypeError(msg)
         return MLR(tree, leaves, H.factors, H.sign)
     lower = H.lower
     if H.symmetric and not real:

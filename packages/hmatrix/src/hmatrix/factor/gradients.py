@@ -16,6 +16,7 @@ from hmatrix._backend import (
     conjugate,
     detach,
     known_gradients,
+    real_part,
 )
 from hmatrix._operator import real_rows
 from hmatrix.factor.symmetric import SymmetricFactor
@@ -57,7 +58,11 @@ def _logdet_gradients(factor: SymmetricFactor, H: HODLR) -> list[Array]:
         S = xp.astype(block.S, A1.dtype, copy=False)[:, None, :]
         times_V, times_U = A1 @ (adjoint(A2) @ block.V), A2 @ (adjoint(A1) @ block.U)
         scale = conjugate(block.U) * times_V
-        found += [2 * times_V * S, 2 * _real(xp.sum(scale, axis=-2)), 2 * times_U * S]
+        found += [
+            2 * times_V * S,
+            2 * real_part(xp.sum(scale, axis=-2)),
+            2 * times_U * S,
+        ]
         own = xp.stack([M[:, :r, :r], M[:, r:, r:]], axis=1)
         ZM = xp.reshape(halves @ own, (tree.padded, r))
         left = xp.concat([left, ZM], axis=-1)
@@ -66,8 +71,3 @@ def _logdet_gradients(factor: SymmetricFactor, H: HODLR) -> list[Array]:
         leaves = leaves + next(part) @ adjoint(next(part))
     both = rows[:, :, None] & rows[:, None, :]
     return [xp.where(both, leaves, xp.zeros_like(leaves)), *found]
-
-
-def _real(x: Array) -> Array:
-    space = Space.of(x)
-    return space.xp.real(x) if space.is_complex else x
