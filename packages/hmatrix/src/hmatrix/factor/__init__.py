@@ -54,7 +54,7 @@ def factorize(
         * "inversion" is recursive block inversion, of any matrix none of whose diagonal
           blocks is close to singular.
         * "orthogonal" is elimination by unitary transformations, of any matrix: as
-          accurate as dense LU with pivots, at about twice the cost of "inversion".
+          accurate as dense LU with pivots, at a small multiple of the cost.
 
         "auto" takes the first of these that applies and keeps the digits. An `MLR` has
         one method.

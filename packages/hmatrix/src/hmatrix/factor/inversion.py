@@ -59,6 +59,9 @@ def inverse(
     ------
     SingularLeafError, SingularBlockError, NotPositiveDefiniteError
         As `factorize`.
+    PrecisionError
+        If a `HODLR` is so badly conditioned that block inversion loses the digits;
+        ``factorize(H).inverse()`` is an operator that has them.
     ValueError
         If a factorization comes with a ``shift``.
 
