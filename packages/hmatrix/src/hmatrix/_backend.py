@@ -110,10 +110,13 @@ def frobenius(x: Array) -> Array:
     else:
         norm = xp.linalg.vector_norm(x)
     if math.prod(x.shape) and float(norm) < Space.of(x).smallest_norm:
-        # squares of these underflow
+        # Squares of these underflow; and complex division overflows at subnormal numbers,
+        # from which a power of two leads away
+        away = 1 / float(xp.finfo(x.dtype).smallest_normal)
+        x = x * away
         largest = xp.max(xp.abs(x))
         if float(largest) > 0:
-            norm = largest * xp.linalg.vector_norm(x / largest)
+            norm = largest * xp.linalg.vector_norm(x / largest) / away
     return norm
 
 
