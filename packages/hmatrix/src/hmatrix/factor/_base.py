@@ -79,8 +79,8 @@ class Factorization(ABC):
             Right-hand sides, in the library, dtype and device of the matrix.
         refine : int, optional
             Steps of iterative refinement, each a product and another solve. Default: 1
-            by inversion, to make up for inverted leaves where LU factors would be
-            backward stable; 0 by "cholesky", which is.
+            by "inversion" and "orthogonal", to make up for inverted leaves and triangles
+            where triangular solves would be backward stable; 0 by "cholesky", which is.
         rtol : float, optional
             Go on until ``‖b − (H + shift·I) x‖ ≤ rtol · ‖b‖`` for every right-hand
             side.
