@@ -407,3 +407,28 @@ def test_matrices_without_errors_stay_so():
     H = hm.identity(20, levels=2)
     for X in (H + H, hm.shift(H, 1.0), H @ H, hm.inverse(H)):
         assert X.error <= 1e-14
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("ranks", [(0, 2), (2, 0), (0, 0)])
+def test_levels_without_rank_are_inverted(xp, ranks, symmetric, rng):
+    tree = hm.ClusterTree(8, 2)
+
+    def blocks():
+        for level, r in enumerate(ranks):
+            b, m = tree.nodes(level), tree.size(level + 1)
+            U, V = (xp.asarray(rng.standard_normal((b, m, r))) for _ in range(2))
+            yield hm.LowRank(U, xp.asarray(rng.random((b, r))), V)
+
+    leaves = xp.asarray(rng.random((4, 2, 2)) + 9 * np.eye(2))
+    leaves = leaves + leaves.mT
+    upper, lower = tuple(blocks()), tuple(blocks())
+    H = hm.HODLR(tree, leaves, upper, None if symmetric else lower, error=0.01)
+    exact = np.linalg.inv(dense(H))
+    for method in ("auto", "inversion", "orthogonal"):
+        F = hm.factorize(H, method=method)
+        assert distance(F.inverse().H, exact.T) < 1e-13
+        assert np.allclose(to_numpy(F.inverse_diagonal()), np.diag(exact))
+    X = hm.inverse(H)
+    assert distance(X, exact) < 1e-13
+    assert X.error < 1

@@ -137,15 +137,14 @@ class ClusterTree:
         if count < 1 or count & (count - 1):
             msg = f"`sizes` must be a power of two of them, got {count}."
             raise ShapeError(msg)
-        n, levels = int(sum(sizes)), count.bit_length() - 1
+        parts: Any = integers("sizes", sizes, count)
+        n, levels = int(parts.sum()), count.bit_length() - 1
         if leaf_size is not None:
             leaf_size = check_int("leaf_size", leaf_size, 1)
-            parts = integers("sizes", sizes, count)
             while parts.max() > leaf_size and 2 << levels <= n:
                 parts = _halves(parts)
                 levels += 1
-            sizes = parts
-        return cls(n, levels, sizes, permutation)
+        return cls(n, levels, parts, permutation)
 
     @classmethod
     def from_points(cls, points: Any, leaf_size: int = 64) -> ClusterTree:

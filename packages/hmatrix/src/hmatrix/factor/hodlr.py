@@ -143,7 +143,7 @@ class HODLRFactorization(Factorization):
         """Apply the adjoint inverses of the nodes at level ``top``."""
         xp = self.space.xp
         for level in range(top, self.tree.levels):
-            if not self._widths[level]:
+            if not self._widths[level] or not x.shape[1]:
                 continue
             halves = self._halves(level, x)
             Y = self._halves(level, self._Y[level])
