@@ -17,6 +17,7 @@ from tests.strategies import (
     cluster_trees,
     hodlr_matrices,
     invertible_matrices,
+    trees,
 )
 
 TOLERANCES = st.sampled_from([1e-12, 1e-8, 1e-3, 0.3])
@@ -80,7 +81,6 @@ def test_products_act_one_after_the_other(pair, seed):
 def test_products_against_dense_ones(pair):
     H, G = pair
     assert distance(H @ G, dense(H) @ dense(G)) <= 1e-14 * hm.norm(H) * hm.norm(G)
-    assert (H @ G).error is None
 
 
 @given(pairs(), TOLERANCES)
@@ -307,7 +307,10 @@ def test_an_error_is_never_understated(rng):
         (H.H, A.T),
     ]:
         assert distance(X, B) <= X.error * np.linalg.norm(B) * (1 + 1e-9)
-    for X in (H + H, H - H, H @ H, hm.shift(H, 1.0), hm.truncate(H + H, max_rank=1)):
+    # nothing is left of the sum but errors; and nothing is known of the matrix
+    assert (H - H).error is None
+    unknown = hm.HODLR(H.tree, H.leaves, H.upper, H.lower)
+    for X in (H + unknown, unknown @ H, hm.shift(unknown, 1.0), hm.inverse(unknown)):
         assert X.error is None
     # a compression that came out longer than the matrix
     longer = hm.HODLR(H.tree, 2 * H.leaves, H.upper, H.lower, error=1.0)
@@ -359,3 +362,73 @@ def test_inverses_of_mlr_matrices_are_mlr(rng):
     assert hm.inverse(hm.factorize(H, 0.5), max_rank=2).ranks <= (2, 2)
     with pytest.raises(ValueError, match="truncated by `max_rank`"):
         hm.inverse(H, rtol=1e-3)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@given(
+    trees(), SEEDS, st.sampled_from([1e-1, 1e-3, 1e-6]), st.sampled_from([None, 1e-2])
+)
+def test_errors_after_arithmetic_are_upper_bounds(symmetric, size, seed, loose, rtol):
+    n, levels = size
+    rng = np.random.default_rng(seed)
+    t = np.sort(rng.random(n))
+    A = np.exp(-3 * abs(t[:, None] - t)) + 0.5 * np.eye(n)
+    B = np.cos(np.outer(t, 9 * t)) + np.diag(3 + t)
+    if not symmetric:
+        A, B = A * (1 + t), B + np.tril(np.ones((n, n)))
+    H = hm.from_dense(A, levels=levels, rtol=loose)
+    G = hm.from_dense(B, levels=levels, rtol=1e-2 * loose)
+    U = rng.standard_normal((n, 2))
+    cases = [
+        (hm.add(H, G, rtol=rtol), A + B),
+        (hm.subtract(H, G, rtol=rtol), A - B),
+        (hm.add_low_rank(H, U, rtol=rtol), A + U @ U.T),
+        (hm.shift(H, 2.0), A + 2 * np.eye(n)),
+        (hm.shift(H - 2 * G, t), A - 2 * B + np.diag(t)),
+        (hm.matmul(H, G, rtol=rtol), A @ B),
+        (hm.matmul(H, H, rtol=rtol), A @ A),
+        (hm.inverse(H, shift=1.0, rtol=rtol), np.linalg.inv(A + np.eye(n))),
+    ]
+    for X, exact in cases:
+        if X.error is not None:
+            error = distance(X, exact) / np.linalg.norm(exact)
+            assert error <= X.error * (1 + 1e-9) + 1e-12
+    # small errors have bounds, and those are no more than a condition number too large
+    if loose < 1e-2 and rtol is None:
+        sizes = [np.linalg.norm(C) for C in (A, B)]
+        bound = 2 * loose * sum(sizes)
+        assert cases[0][0].error <= bound / np.linalg.norm(A + B) + 1e-12
+        bound = 3 * loose * sizes[0] * sizes[1]
+        assert cases[5][0].error <= bound / np.linalg.norm(A @ B) + 1e-12
+        assert cases[7][0].error <= 10 * loose * sizes[0] * np.sqrt(n)
+
+
+def test_matrices_without_errors_stay_so():
+    H = hm.identity(20, levels=2)
+    for X in (H + H, hm.shift(H, 1.0), H @ H, hm.inverse(H)):
+        assert X.error <= 1e-14
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("ranks", [(0, 2), (2, 0), (0, 0)])
+def test_levels_without_rank_are_inverted(xp, ranks, symmetric, rng):
+    tree = hm.ClusterTree(8, 2)
+
+    def blocks():
+        for level, r in enumerate(ranks):
+            b, m = tree.nodes(level), tree.size(level + 1)
+            U, V = (xp.asarray(rng.standard_normal((b, m, r))) for _ in range(2))
+            yield hm.LowRank(U, xp.asarray(rng.random((b, r))), V)
+
+    leaves = xp.asarray(rng.random((4, 2, 2)) + 9 * np.eye(2))
+    leaves = leaves + leaves.mT
+    upper, lower = tuple(blocks()), tuple(blocks())
+    H = hm.HODLR(tree, leaves, upper, None if symmetric else lower, error=0.01)
+    exact = np.linalg.inv(dense(H))
+    for method in ("auto", "inversion", "orthogonal"):
+        F = hm.factorize(H, method=method)
+        assert distance(F.inverse().H, exact.T) < 1e-13
+        assert np.allclose(to_numpy(F.inverse_diagonal()), np.diag(exact))
+    X = hm.inverse(H)
+    assert distance(X, exact) < 1e-13
+    assert X.error < 1

@@ -73,6 +73,17 @@ def test_complex_factors_and_shifts_end_symmetry_only_if_they_must(H, a, b):
     assert (H * 1j * -1j).error == H.error
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+def test_subnormal_numbers_have_norms(xp, dtype):
+    """Complex division by them overflows."""
+    smallest = np.finfo(dtype).smallest_subnormal
+    H = hm.identity(9, levels=1, like=xp.asarray(np.zeros(1), dtype))
+    for factor in (float(smallest), 7e3 * float(smallest)):
+        x = xp.asarray(np.full(9, factor), dtype)
+        assert hm.shift(H, x).trace() == pytest.approx(9)
+        assert hm.norm(hm.scale(H, factor)) == pytest.approx(3 * factor, rel=1e-3)
+
+
 @given(hodlr_matrices())
 def test_to_complex_and_to_single_keep_scales_real(H):
     there = H.to(dtype="complex64")

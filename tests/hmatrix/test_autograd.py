@@ -1,6 +1,8 @@
 """torch differentiates products, solutions and log-determinants."""
 
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -118,16 +120,16 @@ def test_mlr_matrices_have_gradients(sign, rng):
     parts = [x.requires_grad_() for x in (leaves, *factors)]
     b = torch.asarray(rng.standard_normal(11)).requires_grad_()
 
-    def factorized(leaves, *factors):
+    def inverted(leaves, *factors):
         definite = leaves @ leaves.mT / m + 3 * torch.eye(m).double()
         return hm.factorize(hm.MLR(tree, definite, factors, sign), 0.1)
 
     functions = [
-        lambda b, *parts: factorized(*parts).solve(b),
-        lambda b, *parts: factorized(*parts).sample(b),
-        lambda b, *parts: factorized(*parts).whiten(b),
-        lambda b, *parts: factorized(*parts).logdet() * b[0],
-        lambda b, *parts: factorized(*parts).inverse_diagonal() + b,
+        lambda b, *parts: inverted(*parts).solve(b),
+        lambda b, *parts: inverted(*parts).sample(b),
+        lambda b, *parts: inverted(*parts).whiten(b),
+        lambda b, *parts: inverted(*parts).logdet() * b[0],
+        lambda b, *parts: inverted(*parts).inverse_diagonal() + b,
     ]
     for function in functions:
         assert torch.autograd.gradcheck(function, (b, *parts), fast_mode=True)
@@ -165,14 +167,108 @@ def test_log_determinants_are_numbers_where_no_gradient_is_wanted(rng):
     assert isinstance(F, type(hm.factorize(fixed, method="cholesky")))
 
 
-def test_the_symmetric_factor_says_that_it_has_no_gradients(rng):
-    tree, parts = random_parts(rng, "float64", symmetric=True)
-    H = build(tree, parts, symmetric=True)
-    with pytest.raises(ValueError, match=r"has no gradients.*QR"):
-        hm.factorize(H, method="cholesky")
-    F = hm.factorize(H)
-    with pytest.raises(TypeError, match="no symmetric factor"):
-        F.sample(torch.ones(12).double())
+@pytest.fixture(params=DOUBLES)
+def definite(request, rng):
+    """Parts of a Hermitian positive definite matrix, and right-hand sides."""
+    tree, parts = random_parts(rng, request.param, True, n=11, levels=2)
+    b = torch.asarray(rng.standard_normal((tree.n, 2))).to(parts[0].dtype)
+    return tree, parts, b.requires_grad_()
+
+
+def factorized(tree, parts, method="cholesky"):
+    """Factorize with zeros in the padded rows of all parts."""
+    real = torch.asarray(tree.rows < tree.n).double()
+    leaves, *factors = parts
+    blocks = real.reshape(leaves.shape[:2])
+    parts = [leaves * blocks[:, :, None] * blocks[:, None, :]]
+    for level in range(tree.levels):
+        U, S, V = factors[3 * level : 3 * level + 3]
+        halves = real.reshape(2**level, 2, -1, 1)
+        parts += [U * halves[:, 0], S, V * halves[:, 1]]
+    return hm.factorize(build(tree, parts, True), 0.3, method=method)
+
+
+def test_symmetric_factorizations_have_gradients(definite):
+    tree, parts, b = definite
+    functions = [
+        lambda b, *parts: factorized(tree, parts).solve(b),
+        lambda b, *parts: factorized(tree, parts).solve(b, refine=2, adjoint=True),
+        lambda b, *parts: factorized(tree, parts).inverse() @ b,
+        lambda b, *parts: factorized(tree, parts).logdet() * abs(b[0, 0]),
+        lambda b, *parts: factorized(tree, parts).inverse_diagonal() * b[:, 0],
+    ]
+    for function in functions:
+        assert torch.autograd.gradcheck(function, (b, *parts), fast_mode=True)
+
+
+def test_they_are_those_of_block_inversion(definite):
+    tree, parts, b = definite
+
+    def gradients(method):
+        F = factorized(tree, parts, method)
+        loss = F.logdet() + abs((b.conj() * F.solve(b)).sum())
+        return torch.autograd.grad(loss, (b, *parts))
+
+    for found, expected in zip(*map(gradients, ("cholesky", "inversion")), strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_of_what_has_no_levels_or_no_rank(rng):
+    A = torch.asarray(rng.standard_normal((6, 6)))
+    A = (A @ A.mT + torch.eye(6)).requires_grad_()
+    for tree, upper in (
+        (hm.ClusterTree(6, 0), ()),
+        (
+            hm.ClusterTree(6, 1),
+            (hm.LowRank(*(torch.zeros(1, *s, 0).double() for s in ((3,), (), (3,)))),),
+        ),
+    ):
+        m = tree.leaf_size
+        leaves = torch.stack([A[i : i + m, i : i + m] for i in range(0, 6, m)])
+        F = hm.factorize(hm.HODLR(tree, leaves, upper), method="cholesky")
+        value = F.logdet() + F.solve(torch.ones(6).double()).sum()
+        blocks = torch.block_diag(*leaves)
+        exact = torch.logdet(blocks) + torch.linalg.inv(blocks).sum()
+        found, expected = (
+            torch.autograd.grad(x, A, retain_graph=True)[0] for x in (value, exact)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_samples_and_whitening_have_gradients_to_vectors(definite):
+    tree, parts, b = definite
+    with pytest.raises(ValueError, match=r"W has gradients to vectors alone"):
+        factorized(tree, parts).whiten(b)
+    F = factorized(tree, [part.detach() for part in parts])
+    for function in (F.sample, F.whiten, F.solve, lambda b: F.inverse() @ b):
+        assert torch.autograd.gradcheck(function, (b,), fast_mode=True)
+
+
+def test_second_derivatives_are_refused_not_wrong(definite):
+    tree, parts, b = definite
+    for value in (
+        factorized(tree, parts).logdet(),
+        factorized(tree, parts).solve(b).real.sum(),
+    ):
+        with pytest.raises(RuntimeError, match=r"differentiated once.*inversion"):
+            torch.autograd.grad(value, parts[0], create_graph=True)
+
+
+def test_a_likelihood_leaves_no_graph_behind(definite):
+    """The factorization and its log-determinant must not hold each other."""
+    tree, parts, b = definite
+    references = []
+    gc.disable()
+    try:
+        for _ in range(2):
+            F = factorized(tree, parts)
+            (F.logdet() + F.solve(b).real.sum()).backward()
+            references.append(weakref.ref(F))
+            del F
+        assert [reference() for reference in references] == [None, None]
+    finally:
+        gc.enable()
 
 
 def exponential_kernel(t, length, tree):

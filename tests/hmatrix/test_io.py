@@ -120,24 +120,25 @@ def factorizations(n, rng, is_complex):
     if is_complex:
         A = A + 1j * rng.standard_normal((n, n))
     S = (A + A.conj().T) / 2 + 4 * np.sqrt(n) * np.eye(n)
-    stream = hm.StreamingMLR(tree, rank=3)
-    stream.update(A.real)
+    stream = hm.StreamingMLR(tree, rank=3, like=A)
+    stream.update(A)
     return {
         "inversion": (hm.from_dense(A, tree=tree, max_rank=4), "inversion"),
+        "orthogonal": (hm.from_dense(A, tree=tree, max_rank=4), "orthogonal"),
         "hermitian": (hm.from_dense(S, tree=tree, max_rank=4), "inversion"),
         "cholesky": (hm.from_dense(S, tree=tree, max_rank=4), "cholesky"),
         "mlr": (stream.result(), "auto"),
     }
 
 
-@pytest.mark.parametrize("kind", ["inversion", "hermitian", "cholesky", "mlr"])
+@pytest.mark.parametrize(
+    "kind", ["inversion", "orthogonal", "hermitian", "cholesky", "mlr"]
+)
 @pytest.mark.parametrize("is_complex", [False, True])
 def test_a_factorization_comes_back_bit_for_bit(
     xp, dtype, kind, is_complex, rng, tmp_path
 ):
     n = 53
-    if is_complex and kind == "mlr":
-        pytest.skip("MLR matrices are real")
     H, method = factorizations(n, rng, is_complex)[kind]
     if is_complex:
         dtype = {"float32": "complex64", "float64": "complex128"}[dtype]

@@ -171,14 +171,14 @@ def test_scaled_bases_do_not_harm_the_factor(rng):
 
 def test_ill_conditioned_kernels_keep_more_digits_than_by_inversion():
     t = np.linspace(0, 1, 512)
-    A = np.exp(-(((t[:, None] - t) / 0.3) ** 2)) + 1e-6 * np.eye(512)
+    A = np.exp(-(((t[:, None] - t) / 0.3) ** 2)) + 1e-5 * np.eye(512)
     H = hm.from_dense(A, levels=4, rtol=1e-13)
     D = to_numpy(H.to_dense())
     exact, b = np.linalg.slogdet(D)[1], np.cos(40 * t)
     residuals, errors = {}, {}
     for method in ("auto", "cholesky", "inversion"):
         F = hm.factorize(H, method=method)
-        residuals[method] = error_ratio(H @ F.solve(b), b)
+        residuals[method] = error_ratio(H @ F.solve(b, refine=0), b)
         errors[method] = abs(F.slogdet()[1] / exact - 1)
     assert residuals["auto"] == residuals["cholesky"] < 1e-2 * residuals["inversion"]
     assert errors["auto"] == errors["cholesky"] < 1e-2 * errors["inversion"]
@@ -258,7 +258,7 @@ def test_methods_that_do_not_apply_are_refused(rng):
     general = hm.from_dense(np.triu(np.ones((8, 8))), levels=1)
     with pytest.raises(ValueError, match="`H` must be Hermitian"):
         hm.factorize(general, method="cholesky")
-    with pytest.raises(ValueError, match="`method` must be one of 'auto', 'inv"):
+    with pytest.raises(ValueError, match="`method` must be one of 'auto', 'chol"):
         hm.factorize(general, method="lu")
     stream = hm.StreamingMLR(8, 1, 2)
     stream.update(rng.standard_normal((9, 8)))

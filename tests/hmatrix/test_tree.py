@@ -1,5 +1,6 @@
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import hmatrix as hm
@@ -40,3 +41,17 @@ def test_too_many_levels_name_the_most_there_can_be():
 def test_bad_sizes_are_refused(n, levels):
     with pytest.raises(hm.ShapeError, match=r"`(n|levels)` must be"):
         hm.ClusterTree(n, levels)
+
+
+@given(st.lists(st.integers(0, 300), min_size=8, max_size=8), st.integers(1, 400))
+def test_given_leaves_are_halved_until_they_are_small(sizes, leaf_size):
+    assume(sum(sizes) >= 8)
+    plain = hm.ClusterTree.from_sizes(sizes)
+    tree = hm.ClusterTree.from_sizes(sizes, leaf_size=leaf_size)
+    # parts that stay together are those that were given
+    parts = np.diff(np.searchsorted(tree.slots, np.arange(9) * tree.padded // 8))
+    assert list(parts) == sizes
+    assert tree.leaf_size <= leaf_size or 2 << tree.levels > tree.n
+    assert tree.leaf_size == plain.leaf_size or tree.leaf_size <= -(
+        -plain.leaf_size // 2
+    )

@@ -7,7 +7,6 @@ Cholesky raises) is settled here.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import threading
@@ -16,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import array_api_compat
@@ -31,6 +31,7 @@ __all__ = [
     "Space",
     "adjoint",
     "cholesky",
+    "complete_qr",
     "conjugate",
     "contiguous",
     "default_workers",
@@ -42,18 +43,23 @@ __all__ = [
     "inverse",
     "inverse_lower",
     "is_array",
+    "known_gradients",
     "library",
     "namespace",
     "nbytes",
     "one_blas_thread",
     "one_thread_if_small",
     "qr",
+    "real_part",
     "slogdet",
+    "solve",
+    "squares",
     "subtract_product",
     "svd",
     "to_numpy",
     "transpose",
     "wants_gradient",
+    "without_gradients",
 ]
 
 Array = Any  # an array of any supported library; the standard has no common type
@@ -113,10 +119,13 @@ def frobenius(x: Array) -> Array:
     else:
         norm = xp.linalg.vector_norm(x)
     if math.prod(x.shape) and float(norm) < Space.of(x).smallest_norm:
-        # squares of these underflow
+        # Squares of these underflow; and complex division overflows at subnormal numbers,
+        # from which a power of two leads away
+        away = 1 / float(xp.finfo(x.dtype).smallest_normal)
+        x = x * away
         largest = xp.max(xp.abs(x))
         if float(largest) > 0:
-            norm = largest * xp.linalg.vector_norm(x / largest)
+            norm = largest * xp.linalg.vector_norm(x / largest) / away
     return norm
 
 
@@ -130,6 +139,55 @@ def wants_gradient(x: Array) -> bool:
     if not array_api_compat.is_torch_array(x):
         return False
     return bool(x.requires_grad and namespace(x).is_grad_enabled())
+
+
+def without_gradients(xp: Namespace) -> AbstractContextManager[Any]:
+    """Keep torch from recording operations."""
+    if not array_api_compat.is_torch_namespace(xp):
+        return nullcontext()
+    recording: AbstractContextManager[Any] = xp.no_grad()
+    return recording
+
+
+def known_gradients(
+    value: Array,
+    gradients: Callable[[Array], Sequence[Array]],
+    inputs: Sequence[Array],
+) -> Array:
+    """Let torch differentiate ``value`` by ``inputs``, once.
+
+    ``gradients`` turns that of the result into those of the inputs.
+
+    Raises
+    ------
+    RuntimeError
+        When the gradient itself is to be differentiable.
+    """
+    return _known_function().apply(value, gradients, *inputs)
+
+
+@cache
+def _known_function() -> Any:
+    import torch
+
+    class Known(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Array, gradients: Any, *inputs: Array) -> Array:  # noqa: ARG004
+            ctx.gradients = gradients
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Array) -> tuple[Array | None, ...]:
+            # recorded only for second derivatives, which would lack a part
+            if torch.is_grad_enabled():
+                msg = (
+                    'Factorizations by "cholesky" are differentiated once; use '
+                    'factorize(H, method="inversion") with create_graph=True.'
+                )
+                raise RuntimeError(msg)
+            return (None, None, *ctx.gradients(upstream))
+
+    return Known
 
 
 def to_numpy(x: Array) -> np.ndarray:
@@ -174,6 +232,19 @@ def transpose(x: Array) -> Array:
 def conjugate(x: Array) -> Array:
     """Return the complex conjugate; a real array is returned as it is."""
     return namespace(x).conj(x) if dtype_name(x.dtype) in COMPLEX else x
+
+
+def squares(x: Array) -> Array:
+    """Squares of absolute values, real."""
+    if dtype_name(x.dtype) not in COMPLEX:
+        return x * x
+    xp = namespace(x)
+    return xp.real(x) ** 2 + xp.imag(x) ** 2
+
+
+def real_part(x: Array) -> Array:
+    """Real part; a real array is returned as it is."""
+    return namespace(x).real(x) if dtype_name(x.dtype) in COMPLEX else x
 
 
 def adjoint(x: Array) -> Array:
@@ -348,7 +419,7 @@ def default_workers(space: Space) -> int:
     return os.cpu_count() or 1
 
 
-@functools.cache
+@cache
 def _blas() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
 
@@ -434,6 +505,19 @@ def qr(a: Array) -> tuple[Array, Array]:
     with one_thread_if_small(a):
         Q, R = namespace(a).linalg.qr(a)
     return Q, R
+
+
+def complete_qr(a: Array) -> tuple[Array, Array]:
+    """QR decomposition of ``a`` (..., m, n) with square Q."""
+    with one_thread_if_small(a):
+        Q, R = namespace(a).linalg.qr(a, mode="complete")
+    return Q, R
+
+
+def solve(a: Array, b: Array) -> Array:
+    """Solve ``a x = b`` for matrices ``a`` (..., m, m), ``b`` (..., m, q)."""
+    with one_thread_if_small(a):
+        return namespace(a).linalg.solve(a, b)
 
 
 def inverse(a: Array) -> Array:

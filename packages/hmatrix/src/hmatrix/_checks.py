@@ -29,6 +29,7 @@ __all__ = [
     "HMatrixError",
     "NonFiniteError",
     "NotPositiveDefiniteError",
+    "PrecisionError",
     "ShapeError",
     "SingularBlockError",
     "SingularLeafError",
@@ -101,6 +102,20 @@ class NotPositiveDefiniteError(SingularBlockError):
     level, node
         Where in the cluster tree.
     """
+
+
+class PrecisionError(HMatrixError, ArithmeticError):
+    """A factorization has lost too many digits to be one.
+
+    Attributes
+    ----------
+    error
+        Estimate of ``‖H F⁻¹ − I‖_F``, or of its spectral radius if that is smaller.
+    """
+
+    def __init__(self, message: str, error: float) -> None:
+        super().__init__(message)
+        self.error = error
 
 
 class ToleranceError(HMatrixError, ArithmeticError):

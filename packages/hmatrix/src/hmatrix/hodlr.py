@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,11 +18,11 @@ from hmatrix._backend import (
     transpose,
 )
 from hmatrix._checks import ShapeError, check_space
-from hmatrix._operator import StoredOperator, unpad_rows
+from hmatrix._operator import StoredOperator, real_rows, unpad_rows
 from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
 
-__all__ = ["HODLR", "apply_blocks"]
+__all__ = ["HODLR", "apply_blocks", "clear_padding"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,7 +47,9 @@ class HODLR(StoredOperator):
         Blocks ``B21`` alike. Without them the matrix is Hermitian (symmetric, if real),
         ``B21 = B12ᴴ``.
     error : float, optional
-        Relative Frobenius error of the compression that made it, where known.
+        Relative Frobenius error ``‖A − H‖ / ‖A‖`` of the compression that made it, where
+        known: exact or an estimate, as the constructor says. Arithmetic makes an upper
+        bound of those of its operands, leaving rounding aside.
 
     Raises
     ------
@@ -273,3 +275,31 @@ def apply_blocks(pairs: Iterable[tuple[LowRank, LowRank]], x: Array, y: Array) -
         parts = [B12 @ halves[:, 1, :, :], B21 @ halves[:, 0, :, :]]
         y = y + xp.reshape(xp.stack(parts, axis=1), x.shape)
     return y
+
+
+def clear_padding(H: HODLR) -> HODLR:
+    """Return ``H`` with zeros in all padded rows and columns.
+
+    Columns that a QR or singular value decomposition has no numbers for point anywhere.
+    """
+    tree, xp = H.tree, H.space.xp
+    if tree.padded == tree.n:
+        return H
+    real = real_rows(tree, H.space)
+
+    def cleared(x: Array, which: Array) -> Array:
+        return xp.where(which, x, xp.zeros_like(x))
+
+    def blocks(side: tuple[LowRank, ...], first: int) -> tuple[LowRank, ...]:
+        found = []
+        for level, block in enumerate(side):
+            halves = xp.reshape(real, (tree.nodes(level), 2, -1, 1))
+            U = cleared(block.U, halves[:, first, :, :])
+            V = cleared(block.V, halves[:, 1 - first, :, :])
+            found.append(LowRank(U, block.S, V))
+        return tuple(found)
+
+    rows = xp.reshape(real, H.leaves.shape[:2])
+    leaves = cleared(H.leaves, rows[:, :, None] & rows[:, None, :])
+    lower = None if H.lower is None else blocks(H.lower, 1)
+    return replace(H, leaves=leaves, upper=blocks(H.upper, 0), lower=lower)

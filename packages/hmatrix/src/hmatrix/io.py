@@ -18,6 +18,7 @@ from hmatrix.factor import (
     Factorization,
     HODLRCholesky,
     HODLRFactorization,
+    HODLROrthogonal,
     MLRFactorization,
 )
 from hmatrix.hodlr import HODLR
@@ -35,6 +36,7 @@ _PREFIX = "factorization."
 _FACTORIZATIONS: dict[str, tuple[type, type[Factorization]]] = {
     "HODLRFactorization": (HODLR, HODLRFactorization),
     "HODLRCholesky": (HODLR, HODLRCholesky),
+    "HODLROrthogonal": (HODLR, HODLROrthogonal),
     "MLRFactorization": (MLR, MLRFactorization),
 }
 

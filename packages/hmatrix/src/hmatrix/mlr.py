@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
-from hmatrix._backend import FLOATS, Array, Space, nbytes, to_numpy, transpose
+from hmatrix._backend import (
+    NUMBERS,
+    Array,
+    Space,
+    adjoint,
+    conjugate,
+    nbytes,
+    squares,
+    to_numpy,
+    transpose,
+)
 from hmatrix._checks import ShapeError, check_operand, check_space
 from hmatrix._operator import StoredOperator, unpad_rows
 from hmatrix.tree import ClusterTree
@@ -18,9 +27,9 @@ __all__ = ["MLR"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MLR(StoredOperator):
-    """Symmetric multilevel low-rank matrix.
+    """Hermitian (symmetric, if real) multilevel low-rank matrix.
 
-    ``A = blkdiag(L_j) + sign · Σ_k blkdiag_j(F_kj F_kjᵀ)``. With ``sign=1`` and
+    ``A = blkdiag(L_j) + sign · Σ_k blkdiag_j(F_kj F_kjᴴ)``. With ``sign=1`` and
     positive semidefinite leaves it is positive semidefinite whatever the factors are;
     its inverse has the same shape with ``sign=-1`` (Parshakova, Hastie, Darve & Boyd,
     "Factor fitting, rank allocation, and partitioning in multilevel low rank
@@ -31,7 +40,7 @@ class MLR(StoredOperator):
     tree : ClusterTree
         The halving.
     leaves : array (2**K, m, m)
-        Symmetric diagonal blocks ``L``.
+        Hermitian diagonal blocks ``L``.
     factors : tuple of array (2**k, padded / 2**k, r)
         ``F_k`` for each level k < K. Padded rows are zero.
     sign : {1, -1}
@@ -59,10 +68,8 @@ class MLR(StoredOperator):
     factors: tuple[Array, ...]
     sign: int = 1
 
-    _dtypes: ClassVar[tuple[str, ...]] = FLOATS
-
     def __post_init__(self) -> None:
-        check_space(self.space)
+        check_space(self.space, NUMBERS)
         tree, m = self.tree, self.tree.leaf_size
         expected = (tree.nodes(tree.levels), m, m)
         if tuple(self.leaves.shape) != expected:
@@ -85,11 +92,14 @@ class MLR(StoredOperator):
         return Space.of(self.leaves)
 
     @property
-    def T(self) -> MLR:
-        """The transpose: the matrix itself."""
+    def H(self) -> MLR:
+        """The adjoint: the matrix itself."""
         return self
 
-    H = T
+    @property
+    def T(self) -> MLR:
+        """The transpose: the matrix itself, or its complex conjugate."""
+        return self.map(conjugate) if self.space.is_complex else self
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -113,12 +123,13 @@ class MLR(StoredOperator):
         xp = self.space.xp
         diagonal = xp.reshape(xp.linalg.diagonal(self.leaves), (-1,))
         for F in self.factors:
-            diagonal = diagonal + self.sign * xp.reshape(xp.sum(F * F, axis=-1), (-1,))
+            part = xp.reshape(xp.sum(squares(F), axis=-1), (-1,))
+            diagonal = diagonal + self.sign * xp.astype(part, F.dtype, copy=False)
         return unpad_rows(diagonal, self.tree)
 
     def trace(self) -> float:
-        """Return the sum of the diagonal."""
-        return float(self.space.xp.sum(self.diagonal()))
+        """Return the sum of the diagonal, which is real."""
+        return complex(self.space.xp.sum(self.diagonal())).real
 
     def to_dense(self) -> Array:
         """Return the matrix as one array (n, n). For tests and small n."""
@@ -131,7 +142,7 @@ class MLR(StoredOperator):
             top = xp.concat([halves[:, 0, :, :], zero], axis=-1)
             bottom = xp.concat([zero, halves[:, 1, :, :]], axis=-1)
             F = self.factors[level]
-            dense = xp.concat([top, bottom], axis=-2) + self.sign * (F @ transpose(F))
+            dense = xp.concat([top, bottom], axis=-2) + self.sign * (F @ adjoint(F))
         rows = transpose(unpad_rows(dense[0, ...], self.tree))
         return transpose(unpad_rows(rows, self.tree))
 
@@ -149,7 +160,7 @@ class MLR(StoredOperator):
         y = self.leaves @ xp.reshape(x, (*self.leaves.shape[:2], q))
         y = xp.reshape(y, x.shape)
         for F in self.factors:
-            part = F @ (transpose(F) @ xp.reshape(x, (*F.shape[:2], q)))
+            part = F @ (adjoint(F) @ xp.reshape(x, (*F.shape[:2], q)))
             y = y + self.sign * xp.reshape(part, x.shape)
         return y
 
@@ -161,14 +172,14 @@ class MLR(StoredOperator):
 
     def _entries(self, rows: np.ndarray, columns: np.ndarray) -> Array:
         return self._gather(
-            rows, columns, lambda F, G: self.space.xp.sum(F * G, axis=-1)
+            rows, columns, lambda F, G: self.space.xp.sum(F * conjugate(G), axis=-1)
         )
 
     def _block(self, rows: np.ndarray, columns: np.ndarray) -> Array:
         return self._gather(
             rows[:, None],
             columns[None, :],
-            lambda F, G: F[:, 0, :] @ transpose(G[0, ...]),
+            lambda F, G: F[:, 0, :] @ adjoint(G[0, ...]),
         )
 
     def _gather(

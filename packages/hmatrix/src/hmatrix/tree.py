@@ -104,21 +104,47 @@ class ClusterTree:
 
     @classmethod
     def from_sizes(
-        cls, sizes: Sequence[int], permutation: Sequence[int] | None = None
+        cls,
+        sizes: Sequence[int],
+        permutation: Sequence[int] | None = None,
+        *,
+        leaf_size: int | None = None,
     ) -> ClusterTree:
         """Return a tree with leaves of given sizes, a power of two of them.
+
+        All leaves are padded to the largest. With sizes of mean ``s`` and largest ``m``
+        the arrays of a matrix have ``padded = n · m / s`` rows, and its leaves ``padded ·
+        m`` numbers: cut so that the sizes are alike, or give ``leaf_size``.
+
+        Parameters
+        ----------
+        sizes, permutation
+            As of `ClusterTree`.
+        leaf_size : int, optional
+            Halve all leaves until none has more rows, or there are as many leaves as rows.
+            That makes leaves cheaper, and leaves ``padded`` about as it is.
 
         Examples
         --------
         >>> from hmatrix import ClusterTree
         >>> ClusterTree.from_sizes([3, 5, 2, 4])
         ClusterTree(n=14, levels=2, leaves of 2 to 5 rows)
+        >>> tree = ClusterTree.from_sizes([1000, 100, 100, 100], leaf_size=64)
+        >>> tree, tree.padded
+        (ClusterTree(n=1300, levels=6, leaves of 6 to 63 rows), 4032)
         """
         count = len(sizes)
         if count < 1 or count & (count - 1):
             msg = f"`sizes` must be a power of two of them, got {count}."
             raise ShapeError(msg)
-        return cls(int(sum(sizes)), count.bit_length() - 1, sizes, permutation)
+        parts: Any = integers("sizes", sizes, count)
+        n, levels = int(parts.sum()), count.bit_length() - 1
+        if leaf_size is not None:
+            leaf_size = check_int("leaf_size", leaf_size, 1)
+            while parts.max() > leaf_size and 2 << levels <= n:
+                parts = _halves(parts)
+                levels += 1
+        return cls(n, levels, parts, permutation)
 
     @classmethod
     def from_points(cls, points: Any, leaf_size: int = 64) -> ClusterTree:
@@ -166,7 +192,7 @@ class ClusterTree:
             side = np.argmax(np.maximum.reduceat(placed, starts, axis=0) - low, axis=1)
             node = np.repeat(np.arange(len(sizes)), sizes)
             order = order[np.lexsort((placed[np.arange(n), side[node]], node))]
-            sizes = np.stack([(sizes + 1) // 2, sizes // 2], axis=1).ravel()
+            sizes = _halves(sizes)
         return cls(n, levels, sizes, order)
 
     @property
@@ -244,6 +270,11 @@ class ClusterTree:
         if self.sizes is not None:
             words.append(f"leaves of {self.sizes.min()} to {self.sizes.max()} rows")
         return f"ClusterTree({', '.join(words)})"
+
+
+def _halves(sizes: np.ndarray) -> np.ndarray:
+    """Sizes of the two halves of each part."""
+    return np.stack([(sizes + 1) // 2, sizes // 2], axis=1).ravel()
 
 
 def integers(name: str, values: Any, count: int) -> np.ndarray:

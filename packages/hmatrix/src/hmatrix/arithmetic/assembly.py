@@ -16,7 +16,7 @@ from hmatrix._operator import pad_rows
 from hmatrix.arithmetic.norms import safe_norm
 from hmatrix.arithmetic.truncation import check_rtol
 from hmatrix.construct import block_tolerance
-from hmatrix.hodlr import HODLR
+from hmatrix.hodlr import HODLR, clear_padding
 from hmatrix.lowrank import LowRank, beside, cut_triplets, recompress
 from hmatrix.tree import ClusterTree
 
@@ -53,7 +53,7 @@ def assemble(
     size
         Rough Frobenius norm of the sum; see `estimate_norm`.
     rtol, max_rank
-        As of `truncate`, relative to the exact norm of the sum. The cap is for the
+        As of `truncate`, relative to the exact norm of the sum, and so is ``error``. The cap is for the
         result alone: what is handed down is cut by the tolerance.
     symmetric
         Whether the sum is Hermitian; the terms of ``B21`` are then not looked at.
@@ -74,9 +74,9 @@ def assemble(
     losses: list[float] = []
     lost = 0.0
     handed: LowRank | None = None
-    for level, (upper, lower, diagonal) in enumerate(terms):
+    for level, (B12, B21, diagonal) in enumerate(terms):
         below = [diagonal]
-        blocks = [upper, lower]
+        blocks = [B12, B21]
         if handed is not None:
             offsides, halves = _split(handed)
             blocks = [beside(*two) for two in zip(blocks, offsides, strict=True)]
@@ -102,16 +102,18 @@ def assemble(
     norm = math.hypot(safe_norm(leaves), *off)
     _check_finite(space, norm)
     allowed = max(rtol * (norm - lost) - lost, 0.0)
-    upper_blocks, *lower_blocks = (
-        tuple(
-            cut_triplets(
-                b.U, b.S, b.V, block_tolerance(tree, level, allowed), max_rank
-            )[0]
-            for level, b in enumerate(side)
-        )
-        for side in sides
-    )
-    return HODLR(tree, leaves, upper_blocks, None if symmetric else lower_blocks[0])
+    losses = []
+    for side in sides:
+        for level, b in enumerate(side):
+            tolerance = block_tolerance(tree, level, allowed)
+            side[level], cost, _ = cut_triplets(b.U, b.S, b.V, tolerance, max_rank)
+            losses.append(safe_norm(cost) * twice)
+    lost += math.hypot(*losses)
+    # relative to the exact sum, whose norm may be smaller by what was lost
+    error = lost / (norm - lost) if lost < norm else None if lost else 0.0
+    upper_blocks, *lower_blocks = map(tuple, sides)
+    lower = lower_blocks[0] if lower_blocks else None
+    return clear_padding(HODLR(tree, leaves, upper_blocks, lower, error))
 
 
 def estimate_norm(

@@ -15,6 +15,7 @@ from hmatrix._checks import (
     check_operand,
 )
 from hmatrix._operator import operation, pad_rows
+from hmatrix.arithmetic.error import with_error_of_sum
 from hmatrix.arithmetic.truncation import truncate
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, beside
@@ -99,11 +100,14 @@ def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
     added = xp.reshape(pad_rows(added, tree), H.leaves.shape[:2])
     leaves = H.leaves + added[:, :, None] * space.eye(tree.leaf_size)
     if isinstance(H, MLR):
+        if not real:
+            msg = "An MLR matrix is Hermitian: `diagonal` must be real."
+            raise DTypeError(msg)
         return MLR(tree, leaves, H.factors, H.sign)
     lower = H.lower
     if H.symmetric and not real:
         lower = tuple(block.H for block in H.upper)
-    return HODLR(tree, leaves, H.upper, lower)
+    return with_error_of_sum(HODLR(tree, leaves, H.upper, lower), H)
 
 
 def _check_number(name: str, value: Any, space: Space) -> float | complex:
@@ -145,7 +149,8 @@ def add(
     Returns
     -------
     HODLR or MLR
-        Symmetric if both are. The ``error`` of a `HODLR` is None, since sums can cancel.
+        Symmetric if both are. The ``error`` of a `HODLR` bounds what those of ``H`` and
+        ``G`` amount to; it is None where the sum cancels down to them.
 
     Raises
     ------
@@ -166,6 +171,7 @@ def add(
         )
         leaves = H.leaves + G.leaves
         total = HODLR(H.tree, leaves, upper, lower[0] if lower else None)
+        total = with_error_of_sum(total, H, G)
     elif isinstance(H, MLR) and isinstance(G, MLR):
         if H.sign != G.sign:
             msg = f"`G` must have sign {H.sign}, got {G.sign}."
@@ -277,4 +283,5 @@ def _spread(block: LowRank, H: HODLR) -> HODLR:
     m = tree.levels
     diagonal = xp.broadcast_to(block.S, (tree.nodes(m), block.rank))
     leaves = LowRank(node_rows(U, m), diagonal, node_rows(V, m)).to_dense()
-    return HODLR(tree, leaves, side(0), None if block.U is block.V else side(1))
+    lower = None if block.U is block.V else side(1)
+    return HODLR(tree, leaves, side(0), lower, error=0.0)

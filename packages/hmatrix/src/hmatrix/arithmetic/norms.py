@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import math
 
-from hmatrix._backend import Array, conjugate, frobenius, namespace, qr, transpose
+from hmatrix._backend import (
+    Array,
+    adjoint,
+    conjugate,
+    frobenius,
+    namespace,
+    qr,
+    squares,
+)
 from hmatrix._checks import check_kind
 from hmatrix._operator import Operator, pad_rows
 from hmatrix.hodlr import HODLR
@@ -88,15 +96,16 @@ def _frobenius(H: HODLR | MLR) -> float:
                 _, Rv = qr(block.V)
                 parts.append(safe_norm(LowRank(Ru, block.S, Rv).to_dense()))
         return math.hypot(*parts)
-    squares = float(xp.sum(H.leaves**2))
+    total = float(xp.sum(squares(H.leaves)))
     for k, F in enumerate(H.factors):
-        # ⟨G Gᵀ, F Fᵀ⟩ = ‖Gᵀ F‖² node by node, for the levels G above and at F
+        # ⟨G Gᴴ, F Fᴴ⟩ = ‖Gᴴ F‖² node by node, for the levels G above and at F
         for j, G in enumerate(H.factors[: k + 1]):
-            inner = transpose(xp.reshape(G, (*F.shape[:2], G.shape[-1]))) @ F
-            squares += float(xp.sum(inner**2)) * (1 if j == k else 2)
+            inner = adjoint(xp.reshape(G, (*F.shape[:2], G.shape[-1]))) @ F
+            total += float(xp.sum(squares(inner))) * (1 if j == k else 2)
         part = xp.reshape(F, (*H.leaves.shape[:2], F.shape[-1]))
-        squares += 2 * H.sign * float(xp.sum(part * (H.leaves @ part)))
-    return math.sqrt(max(squares, 0.0))
+        inner = complex(xp.sum(conjugate(part) * (H.leaves @ part))).real
+        total += 2 * H.sign * inner
+    return math.sqrt(max(total, 0.0))
 
 
 def _largest_singular_value(H: Operator) -> float:

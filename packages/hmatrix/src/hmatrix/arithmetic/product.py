@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from hmatrix._backend import Array, adjoint
 from hmatrix._checks import check_kind
 from hmatrix._operator import operation
 from hmatrix.arithmetic.assembly import Terms, assemble, estimate_norm
+from hmatrix.arithmetic.error import after, product_error
 from hmatrix.arithmetic.linear import check_match
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, beside, pair, stack
@@ -35,8 +37,8 @@ def matmul(
     -------
     HODLR
         Symmetric for ``H @ H`` of a symmetric ``H`` (one object twice); other products
-        of Hermitian matrices are in general not Hermitian. Its ``error`` is None: what
-        errors of ``H`` and ``G`` do to their product is not known.
+        of Hermitian matrices are in general not Hermitian. Its ``error`` bounds what the
+        truncation and those of ``H`` and ``G`` amount to.
 
     Raises
     ------
@@ -63,7 +65,7 @@ def matmul(
     """
     check_kind("H", H, HODLR)
     check_match(H, G)
-    return assemble(
+    product = assemble(
         H.tree,
         H.leaves @ G.leaves,
         _terms(H, G),
@@ -72,6 +74,7 @@ def matmul(
         max_rank=max_rank,
         symmetric=H is G and H.symmetric,
     )
+    return replace(product, error=after(product_error(product, H, G), product.error))
 
 
 def _terms(A: HODLR, B: HODLR) -> Iterator[Terms]:

@@ -7,9 +7,10 @@ from typing import TypeVar
 
 from hmatrix._backend import Space
 from hmatrix._checks import check_float, check_int
+from hmatrix.arithmetic.error import after
 from hmatrix.arithmetic.norms import norm, safe_norm
 from hmatrix.construct import Guard, block_tolerance
-from hmatrix.hodlr import HODLR
+from hmatrix.hodlr import HODLR, clear_padding
 from hmatrix.lowrank import LowRank, recompress, triplets
 from hmatrix.mlr import MLR
 from hmatrix.update import StreamingMLR
@@ -95,11 +96,5 @@ def truncate(
         leaves, added = guard.finish()
         losses.append(math.sqrt(added))
     error = math.hypot(*losses) / size if size else 0.0
-    return HODLR(
-        H.tree,
-        leaves,
-        tuple(upper),
-        None if H.symmetric else tuple(lower),
-        # `error` is relative to H, whose norm is at most 1 + H.error times the original
-        None if H.error is None else H.error + (1 + H.error) * error,
-    )
+    below, error_after = None if H.symmetric else tuple(lower), after(H.error, error)
+    return clear_padding(HODLR(H.tree, leaves, tuple(upper), below, error_after))

@@ -30,7 +30,7 @@ from hmatrix.construct.budget import (
     check_tolerances,
     make_tree,
 )
-from hmatrix.hodlr import HODLR
+from hmatrix.hodlr import HODLR, clear_padding
 from hmatrix.lowrank import LowRank, compress
 from hmatrix.tree import ClusterTree
 
@@ -134,7 +134,8 @@ def from_dense(
         leaves, added = guard.finish()
         squares += added
     error = math.sqrt(squares) / norm if norm else 0.0
-    return HODLR(tree, leaves, tuple(upper), None if symmetric else tuple(lower), error)
+    below = None if symmetric else tuple(lower)
+    return clear_padding(HODLR(tree, leaves, tuple(upper), below, error))
 
 
 def _symmetrize(A: Array, symmetric: bool | None, norm: float) -> tuple[Array, bool]:

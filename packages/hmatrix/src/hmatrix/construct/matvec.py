@@ -31,7 +31,7 @@ from hmatrix._checks import (
 from hmatrix._operator import Operator, pad_rows, real_rows, unpad_rows
 from hmatrix.construct.assembly import assemble
 from hmatrix.construct.budget import block_tolerance, check_tolerances, make_tree
-from hmatrix.hodlr import HODLR, apply_blocks
+from hmatrix.hodlr import HODLR, apply_blocks, clear_padding
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
 
@@ -191,7 +191,7 @@ def from_matvec(
         peeling.peel(level, share, step, max_rank)
     leaves = peeling.leaves()
     upper, lower = (tuple(pair[side] for pair in peeling.found) for side in (0, 1))
-    whole = HODLR(tree, leaves, upper, None if symmetric else lower)
+    whole = clear_padding(HODLR(tree, leaves, upper, None if symmetric else lower))
     xp = space.xp
     squares = sum(float(xp.sum(block.S**2)) for block in (*upper, *lower))
     norm = math.sqrt(squares + float(xp.sum(xp.abs(leaves) ** 2)))
@@ -199,7 +199,7 @@ def from_matvec(
     spent = 2 * probes.error(whole)  # twice: the estimate may be low
     H = assemble(
         tree,
-        leaves,
+        whole.leaves,
         whole.upper,
         whole.lower,
         norm=norm,

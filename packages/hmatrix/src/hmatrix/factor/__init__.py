@@ -7,12 +7,19 @@ small factorization.
 
 from __future__ import annotations
 
-from hmatrix._checks import NotPositiveDefiniteError, check_choice, check_kind
-from hmatrix.factor._base import Factorization
+from hmatrix._checks import (
+    NotPositiveDefiniteError,
+    PrecisionError,
+    SingularBlockError,
+    check_choice,
+    check_kind,
+)
+from hmatrix.factor._base import Factorization, has_gradients
 from hmatrix.factor.cholesky import HODLRCholesky, has_cholesky
 from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
 from hmatrix.factor.inversion import inverse
 from hmatrix.factor.mlr import MLRFactorization
+from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 
@@ -21,6 +28,7 @@ __all__ = [
     "HODLRCholesky",
     "HODLRFactorization",
     "HODLRInverse",
+    "HODLROrthogonal",
     "MLRFactorization",
     "factorize",
     "inverse",
@@ -38,12 +46,18 @@ def factorize(
         The matrix. An `MLR` must be positive definite once shifted.
     shift : float
         Added to the diagonal (damping, nugget).
-    method : {"auto", "inversion", "cholesky"}
-        Of a `HODLR`: "inversion" is recursive block inversion, of any matrix;
-        "cholesky" the symmetric factorization ``W Wᴴ`` of a Hermitian positive
-        definite one, which also gives ``sample`` and ``whiten``. "auto" tries the
-        latter where it applies, since it loses far fewer digits of an
-        ill-conditioned matrix, and falls back on the former. An `MLR` has one method.
+    method : {"auto", "cholesky", "inversion", "orthogonal"}
+        Of a `HODLR`:
+
+        * "cholesky" is the symmetric factorization ``W Wᴴ`` of a Hermitian positive
+          definite matrix, which also gives ``sample`` and ``whiten``.
+        * "inversion" is recursive block inversion, of any matrix none of whose diagonal
+          blocks is close to singular.
+        * "orthogonal" is elimination by unitary transformations, of any matrix: as
+          accurate as dense LU with pivots, at a small multiple of the cost.
+
+        "auto" takes the first of these that applies and keeps the digits. An `MLR` has
+        one method.
 
     Returns
     -------
@@ -59,10 +73,16 @@ def factorize(
         node's core it names the eigenvalue relative to the node's halves.
     SingularLeafError, SingularBlockError
         If a block that a `HODLR` must invert is singular to working precision.
-
+    PrecisionError
+        If a factorization of a `HODLR` has lost its digits: ``E = (H + shift·I) F⁻¹ −
+        I`` is tried on random vectors, and both its Frobenius norm and its spectral radius
+        are above ``eps**(1/4)`` for "inversion" (1e-4, and 2e-2 in single precision),
+        above 0.1 for "orthogonal", whose ``E`` is no more than rounding times the
+        condition number. The norm is about the error of the log-determinant, and a
+        radius below 1 makes its sign right.
     ValueError
         If ``method`` is not one of these; or is "cholesky" for a matrix that is not
-        stored as Hermitian, or whose tensors want gradients.
+        stored as Hermitian; or "orthogonal" for one whose tensors want gradients.
 
     Notes
     -----
@@ -70,15 +90,22 @@ def factorize(
     children's inverses and ``P C Qᵀ`` its off-diagonal part, which never divides by small
     singular values (Chen & Martinsson, "Solving linear systems on a GPU with
     hierarchically off-diagonal low-rank approximations", 2022). For `MLR` it is
-    ``X − W Wᵀ`` with ``W = X F R⁻ᵀ``, ``R Rᵀ = I + Fᵀ X F``. With "cholesky" a node is
+    ``X − W Wᵀ`` with ``W = X F R⁻ᵀ``, ``R Rᵀ = I + Fᵀ X F``. With "orthogonal" each node
+    eliminates what does not concern the others, level by level (after Chandrasekaran, Gu &
+    Pals, "A fast ULV decomposition solver for hierarchically semiseparable
+    representations", 2006). With "cholesky" a node is
     ``W_c (I + Q X Qᴴ)(I + Q X Qᴴ)ᴴ W_cᴴ``, ``W_c`` its halves' factors and ``Q``
     orthonormal (Ambikasaran, O'Neil & Singh, "Fast symmetric factorization of
     hierarchical matrices with applications", 2014).
 
-    torch carries gradients through solutions, the inverse's diagonal and the
-    log-determinant to leaves, factors and right-hand sides. A shift that wants a
-    gradient is added by `hmatrix.shift` instead. Matrices that want gradients are
-    inverted, since "cholesky" has none.
+    torch carries gradients through solutions, the inverse, its diagonal and the
+    log-determinant to leaves, factors and right-hand sides; a shift that wants a gradient
+    is added by `hmatrix.shift` instead. Those of "inversion" are of its steps and can be
+    differentiated again. Those of "cholesky" are of the matrix, ``dx = A⁻¹ (db − dA x)``
+    and ``d log det A = tr(A⁻¹ dA)``, at the cost of a refinement step and of a selected
+    inverse, and raise if differentiated again; its diagonal of the inverse is taken from
+    "inversion" for them. ``sample`` and ``whiten`` have gradients to vectors, and to an
+    `MLR`.
 
     Examples
     --------
@@ -94,14 +121,27 @@ def factorize(
     True
     """
     check_kind("H", H, HODLR, MLR)
-    if isinstance(H, HODLR):
-        method = check_choice("method", method, ("auto", "inversion", "cholesky"))
-        if method == "cholesky" or (method == "auto" and has_cholesky(H)):
-            try:
-                return HODLRCholesky(H, shift)
-            except NotPositiveDefiniteError:
-                if method == "cholesky":
-                    raise
+    if isinstance(H, MLR):
+        check_choice("method", method, ("auto",))
+        return MLRFactorization(H, shift)
+    methods = ("auto", "cholesky", "inversion", "orthogonal")
+    method = check_choice("method", method, methods)
+    if method == "orthogonal":
+        return HODLROrthogonal(H, shift)
+    if method == "cholesky" or (method == "auto" and has_cholesky(H)):
+        try:
+            return HODLRCholesky(H, shift)
+        except NotPositiveDefiniteError:
+            if method == "cholesky":
+                raise
+    try:
         return HODLRFactorization(H, shift)
-    check_choice("method", method, ("auto",))
-    return MLRFactorization(H, shift)
+    except (PrecisionError, SingularBlockError) as error:
+        if method == "inversion" or has_gradients(H):
+            raise
+        try:
+            return HODLROrthogonal(H, shift)
+        except (PrecisionError, SingularBlockError) as hopeless:
+            # that of a block says more, if there is one
+            first = error if isinstance(error, SingularBlockError) else hopeless
+            raise first from None

@@ -10,12 +10,20 @@ from hmatrix._backend import (
     Space,
     adjoint,
     contiguous,
+    detach,
     inverse_lower,
-    wants_gradient,
+    known_gradients,
 )
 from hmatrix._operator import unpad_rows
-from hmatrix.factor._base import Factorization, cleared, shifted_leaves, take_array
-from hmatrix.factor.hodlr import HODLRInverse
+from hmatrix.factor._base import (
+    Factorization,
+    cleared,
+    has_gradients,
+    shifted_leaves,
+    take_array,
+)
+from hmatrix.factor.gradients import logdet_with_gradients
+from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
 from hmatrix.factor.symmetric import (
     SymmetricFactor,
     checked_cholesky,
@@ -36,6 +44,8 @@ class HODLRCholesky(Factorization):
     def __init__(self, H: HODLR, shift: float = 0.0) -> None:
         super().__init__(H, shift)
         _check(H)
+        differentiable = has_gradients(H)
+        H = H.map(detach) if differentiable else H
         # what is singular to working precision is left to other methods
         pivot = 10 * self.space.eps
         xp, tree = self.space.xp, self.tree
@@ -88,6 +98,10 @@ class HODLRCholesky(Factorization):
         )
         # in an order of its own, whichever thread was first
         self._logdet = sum(logs[key] for key in sorted(logs))
+        if differentiable:
+            self._logdet = logdet_with_gradients(
+                self._logdet, self._factor, self.matrix
+            )
 
     def inverse(self) -> HODLRInverse:
         """Return the inverse as an operator; nothing is formed."""
@@ -95,12 +109,32 @@ class HODLRCholesky(Factorization):
 
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,), in ``O(n r² K²)``."""
+        if has_gradients(self.matrix):
+            # which has gradients of its own
+            return HODLRFactorization(self.matrix, self.shift).inverse_diagonal()
         return unpad_rows(self._factor.inverse_diagonal(), self.tree)
 
     def _apply(self, x: Array) -> Array:
-        return self._factor.solve_adjoint(self._factor.solve(x))
+        factor = self._factor  # and not `self`, which would be held in a cycle
+
+        def solve(x: Array) -> Array:
+            return factor.solve_adjoint(factor.solve(x))
+
+        if not has_gradients(self.matrix):
+            return solve(x)
+        # a step of refinement: dy = A⁻¹ (dx − dA y)
+        y = solve(detach(x))
+        residual = cleared(x - self.matrix._apply(y) - self.shift * y, self.tree)
+        step = solve(detach(residual))
+        return y + known_gradients(step, lambda g: [solve(g)], [residual])
 
     def _symmetric_factor(self) -> SymmetricFactor:
+        if has_gradients(self.matrix):
+            msg = (
+                "The symmetric factor W has gradients to vectors alone, not to the matrix; "
+                "factorize detached tensors (‖W⁻¹x‖² is xᴴ solve(x), which has both)."
+            )
+            raise ValueError(msg)
         return self._factor
 
     def _arrays(self) -> dict[str, Array]:
@@ -142,7 +176,7 @@ class HODLRCholesky(Factorization):
 
 def has_cholesky(H: HODLR) -> bool:
     """Tell whether the method is made for ``H``, if it is definite."""
-    return H.symmetric and not _wants_gradients(H)
+    return H.symmetric
 
 
 def _check(H: HODLR) -> None:
@@ -152,17 +186,6 @@ def _check(H: HODLR) -> None:
             'symmetric=True)); use method="inversion".'
         )
         raise ValueError(msg)
-    if _wants_gradients(H):
-        msg = (
-            'method="cholesky" has no gradients, since a QR decomposition has none '
-            'where ranks are deficient; use method="inversion", or detach the tensors.'
-        )
-        raise ValueError(msg)
-
-
-def _wants_gradients(H: HODLR) -> bool:
-    parts = (x for block in H.upper for x in (block.U, block.S, block.V))
-    return any(map(wants_gradient, (H.leaves, *parts)))
 
 
 def rows_of_pair(U: Array, V: Array, rows: slice) -> Array:

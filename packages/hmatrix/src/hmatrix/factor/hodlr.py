@@ -45,8 +45,14 @@ class HODLRFactorization(Factorization):
         self._logdet = xp.sum(xp.astype(logs, xp.float64))
         self._Y: list[Array] = [None] * tree.levels  # D P
         self._E: list[Array] = [None] * tree.levels  # (I + C QᴴD P)⁻¹ C
-        if not tree.levels:
-            return
+        if tree.levels:
+            self._climb()
+        limit = self.space.eps**0.25
+        self._check_precision(limit, ', or method="orthogonal"')
+
+    def _climb(self) -> None:
+        """Find the terms of all levels, from the leaves to the root."""
+        H, xp, tree = self.matrix, self.space.xp, self.tree
         # P of all levels, each (padded, r): the halves' factors below each other
         P = [pair(B12.U, B21.U) for B12, B21 in map(H.blocks, range(tree.levels))]
         P = [xp.reshape(pair, (tree.padded, -1)) for pair in P]
@@ -137,7 +143,7 @@ class HODLRFactorization(Factorization):
         """Apply the adjoint inverses of the nodes at level ``top``."""
         xp = self.space.xp
         for level in range(top, self.tree.levels):
-            if not self._widths[level]:
+            if not self._widths[level] or not x.shape[1]:
                 continue
             halves = self._halves(level, x)
             Y = self._halves(level, self._Y[level])

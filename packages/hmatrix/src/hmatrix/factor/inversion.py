@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hmatrix._checks import check_kind
-from hmatrix.arithmetic import assemble, estimate_norm, truncate
+from hmatrix.arithmetic import (
+    after,
+    assemble,
+    estimate_norm,
+    inverse_error,
+    truncate,
+)
 from hmatrix.factor._base import Factorization
 from hmatrix.factor.cholesky import HODLRCholesky
 from hmatrix.factor.hodlr import HODLRFactorization
@@ -44,13 +51,17 @@ def inverse(
     Returns
     -------
     HODLR or MLR
-        The inverse, symmetric if ``H`` is. That of an `MLR` is exact, with the same
+        The inverse, symmetric if ``H`` is. Its ``error`` is a bound that grows with the
+        condition number, and leaves rounding aside. That of an `MLR` is exact, with the same
         ranks, unless ``max_rank`` cuts it.
 
     Raises
     ------
     SingularLeafError, SingularBlockError, NotPositiveDefiniteError
         As `factorize`.
+    PrecisionError
+        If a `HODLR` is so badly conditioned that block inversion loses the digits;
+        ``factorize(H).inverse()`` is an operator that has them.
     ValueError
         If a factorization comes with a ``shift``.
 
@@ -92,7 +103,7 @@ def inverse(
             return X  # type: ignore[no-any-return]
         return truncate(X, rtol=rtol, max_rank=max_rank)  # type: ignore[no-any-return]
     leaves, terms = F._terms()
-    return assemble(
+    stored = assemble(
         F.tree,
         leaves,
         terms,
@@ -101,3 +112,5 @@ def inverse(
         max_rank=max_rank,
         symmetric=F.symmetric,
     )
+    error = after(inverse_error(stored, F.matrix), stored.error)
+    return replace(stored, error=error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 
-from hmatrix._backend import Array, inverse_lower, transpose
+from hmatrix._backend import Array, adjoint, inverse_lower
 from hmatrix._operator import real_rows
 from hmatrix.factor._base import Factorization, shifted_leaves, take_array
 from hmatrix.factor.symmetric import (
@@ -34,20 +34,20 @@ class MLRFactorization(Factorization):
         if tree.levels:
             columns = xp.concat(self._columns(), axis=-1)
             X = xp.reshape(columns, (*leaves.shape[:2], columns.shape[-1]))
-            X = xp.reshape(transpose(half) @ (half @ X), columns.shape)
+            X = xp.reshape(adjoint(half) @ (half @ X), columns.shape)
             for level in reversed(range(tree.levels)):
                 F = H.factors[level]
                 rest = columns.shape[-1] - F.shape[-1]
                 Y = xp.reshape(X[:, rest:], F.shape)
                 columns, X = columns[:, :rest], X[:, :rest]
-                core = self.space.eye(F.shape[-1]) + H.sign * (transpose(F) @ Y)
+                core = self.space.eye(F.shape[-1]) + H.sign * (adjoint(F) @ Y)
                 R = checked_cholesky(core, level, "node", self.shift)
                 self._logdet = self._logdet + logdet_of_cholesky(R)
-                W[level] = Y @ transpose(inverse_lower(R))
+                W[level] = Y @ adjoint(inverse_lower(R))
                 above = xp.reshape(columns, (*F.shape[:2], rest))
-                update = W[level] @ (transpose(W[level]) @ above)
+                update = W[level] @ (adjoint(W[level]) @ above)
                 X = X - H.sign * xp.reshape(update, X.shape)
-        inverse_leaves = transpose(half) @ half
+        inverse_leaves = adjoint(half) @ half
         # padded rows of the inverse are identity here, zero outside
         real = xp.astype(real_rows(tree, self.space), self.space.dtype)
         real = xp.reshape(real, leaves.shape[:2])
@@ -88,17 +88,17 @@ class MLRFactorization(Factorization):
             return xp.concat([part[rows, :] for part in parts], axis=-1)
 
         def core(level: int, first: int, columns: Array) -> tuple[Array, Array, Array]:
-            """Factor ``I ± F Fᵀ`` by ``R Rᵀ = I ± Fᵀ F`` without a QR decomposition.
+            """Factor ``I ± F Fᴴ`` by ``R Rᴴ = I ± Fᴴ F`` without a QR decomposition.
 
-            ``X = ±(I + R)⁻¹`` solves ``X + Xᵀ + X Fᵀ F Xᵀ = ±I``.
+            ``X = ±(I + R)⁻¹`` solves ``X + Xᴴ + X Fᴴ F Xᴴ = ±I``.
             """
             rows, r = tree.size(level), columns.shape[-1]
             F = xp.reshape(columns, (columns.shape[0] // rows, rows, r))
             eye = self.space.eye(F.shape[-1])
-            small = eye + sign * (transpose(F) @ F)
+            small = eye + sign * (adjoint(F) @ F)
             R = checked_cholesky(small, level, "node", self.shift, first=first)
             X = inverse_lower(eye + R)
-            return F, sign * X, -sign * (transpose(X) @ inverse_lower(R))
+            return F, sign * X, -sign * (adjoint(X) @ inverse_lower(R))
 
         widths = [int(part.shape[1]) for part in parts]
         return SymmetricFactor.build(tree, self.space, widths, leaf, columns, core)

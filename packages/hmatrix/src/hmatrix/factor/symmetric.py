@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Lock
@@ -147,13 +147,14 @@ class SymmetricFactor:
             x = _update(Q, adjoint(Y), x)
         return _blocks_times(adjoint(self.inverse_leaves), x)
 
-    def inverse_diagonal(self) -> Array:
-        """Return the diagonal of ``(W Wᴴ)⁻¹`` (padded,), of bases of halves."""
+    def inverse_terms(self) -> Iterator[tuple[Array, Array]]:
+        """Return Z and M of each level: the inverse is that of the leaves and Z M Zᴴ.
+
+        Of bases of halves: Z (2**(k+1), rows, r), M (2**k, 2r, 2r).
+        """
         space = Space.of(self.leaves)
         xp = space.xp
-        diagonal = xp.sum(xp.abs(self.inverse_leaves) ** 2, axis=-2)
-        diagonal = xp.astype(xp.reshape(diagonal, (-1,)), space.dtype, copy=False)
-        x = space.zeros(diagonal.shape[0], 0)
+        x = space.zeros(self.leaves.shape[0] * self.leaves.shape[1], 0)
         for Q, Y in zip(self.bases, self.inverse_cores, strict=True):
             x = _update(Q, adjoint(Y), x)
             x = xp.concat([x, xp.reshape(Q, (x.shape[0], Q.shape[-1]))], axis=-1)
@@ -162,14 +163,23 @@ class SymmetricFactor:
         done = 0
         for Q, Y in zip(self.bases, self.inverse_cores, strict=True):
             r = Q.shape[-1]
-            if not r:
-                continue
             Z = xp.reshape(x[:, done : done + r], Q.shape)
             done += r
             # the node's inverse is the children's plus Z M Zᴴ, M = (I + Y)ᴴ (I + Y) − I
-            M = adjoint(Y) @ Y + Y + adjoint(Y)
-            M = xp.stack([M[:, :r, :r], M[:, r:, r:]], axis=1)
-            part = xp.sum((Z @ xp.reshape(M, (-1, r, r))) * conjugate(Z), axis=-1)
+            yield Z, adjoint(Y) @ Y + Y + adjoint(Y)
+
+    def inverse_diagonal(self) -> Array:
+        """Return the diagonal of ``(W Wᴴ)⁻¹`` (padded,), of bases of halves."""
+        space = Space.of(self.leaves)
+        xp = space.xp
+        diagonal = xp.sum(xp.abs(self.inverse_leaves) ** 2, axis=-2)
+        diagonal = xp.astype(xp.reshape(diagonal, (-1,)), space.dtype, copy=False)
+        for Z, M in self.inverse_terms():
+            r = Z.shape[-1]
+            if not r:
+                continue
+            own = xp.stack([M[:, :r, :r], M[:, r:, r:]], axis=1)
+            part = xp.sum((Z @ xp.reshape(own, (-1, r, r))) * conjugate(Z), axis=-1)
             diagonal = diagonal + xp.reshape(part, (-1,))
         return diagonal
 

@@ -9,15 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from hmatrix._backend import (
+    NUMBERS,
     Array,
     Space,
+    adjoint,
     contiguous,
     detach,
     frobenius,
     is_array,
     nbytes,
     to_numpy,
-    transpose,
 )
 from hmatrix._checks import (
     FileFormatError,
@@ -60,13 +61,13 @@ class Streaming(ABC):
         self.seed = check_int("seed", seed, 0)
         if like is not None:
             check_array("like", like)
-        self.space = check_space(Space.like(like, dtype))
+        self.space = check_space(Space.like(like, dtype), NUMBERS)
         self._count = 0.0
         m = self.tree.leaf_size
         self._leaves = self.space.zeros(self.tree.nodes(self.tree.levels), m, m)
         # Frobenius norm lost so far in each upper off-diagonal block
         self._lost = [
-            self.space.zeros(self.tree.nodes(k)) for k in range(self.tree.levels)
+            self.space.real.zeros(self.tree.nodes(k)) for k in range(self.tree.levels)
         ]
 
     @property
@@ -91,7 +92,10 @@ class Streaming(ABC):
         return nbytes(*self._arrays().values())
 
     def update(self, Z: Array, weight: float = 1.0) -> None:
-        """Add ``weight · ZᵀZ``.
+        """Add ``weight · ZᴴZ``, of real samples ``ZᵀZ``.
+
+        Its entry (i, j) is the sum of ``conj(z_i) z_j``; the covariance ``E z zᴴ`` of
+        complex samples is its conjugate, which their conjugates give.
 
         Parameters
         ----------
@@ -123,7 +127,7 @@ class Streaming(ABC):
         xp = self.space.xp
         for piece in pieces:
             E = xp.astype(piece, self.space.dtype, copy=False)
-            E = contiguous(transpose(E if root == 1 else E * root))
+            E = contiguous(adjoint(E if root == 1 else E * root))
             self._add(pad_rows(E, self.tree))
         self._count += weight * int(Z.shape[0])
 
@@ -204,8 +208,8 @@ class Streaming(ABC):
         for series in cls._series:
             parts = getattr(self, series)
             parts[:] = [
-                space.asarray(state[f"{series.lstrip('_')}.{k}"], copy=True)
-                for k in range(len(parts))
+                Space.of(part).asarray(state[f"{series.lstrip('_')}.{k}"], copy=True)
+                for k, part in enumerate(parts)
             ]
         self._count = float(state["count"])
         return self
@@ -263,10 +267,10 @@ class Streaming(ABC):
             raise NonFiniteError(not_finite("Z", Z, self.space.name))
 
     def _add_to_leaves(self, E: Array) -> None:
-        """Add the diagonal blocks of ``E Eᵀ``, E (padded, c)."""
+        """Add the diagonal blocks of ``E Eᴴ``, E (padded, c)."""
         shape = (*self._leaves.shape[:2], E.shape[-1])
         E = self.space.xp.reshape(E, shape)
-        self._leaves = self._leaves + E @ transpose(E)
+        self._leaves = self._leaves + E @ adjoint(E)
 
     def __repr__(self) -> str:
         return (
@@ -281,7 +285,7 @@ class Streaming(ABC):
 
     @abstractmethod
     def _add(self, E: Array) -> None:
-        """Add ``E Eᵀ``, E (padded, c)."""
+        """Add ``E Eᴴ``, E (padded, c)."""
 
     @abstractmethod
     def _merge(self, other: Self) -> None:

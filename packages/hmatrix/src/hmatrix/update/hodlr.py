@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Self
 
-from hmatrix._backend import Array, contiguous, one_thread_if_small, qr, svd, transpose
-from hmatrix.hodlr import HODLR
+from hmatrix._backend import Array, adjoint, contiguous, one_thread_if_small, qr, svd
+from hmatrix.hodlr import HODLR, clear_padding
 from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
 from hmatrix.update._base import Streaming
@@ -16,12 +16,12 @@ __all__ = ["StreamingHODLR"]
 class StreamingHODLR(Streaming):
     """Second moments as a symmetric `HODLR` matrix, by incremental SVD.
 
-    Each off-diagonal block ``B₁₂ ≈ U diag(Λ) Vᵀ`` takes a batch ``Z₁ᵀ Z₂`` by Brand's
+    Each off-diagonal block ``B₁₂ ≈ U diag(Λ) Vᴴ`` takes a batch ``Z₁ᴴ Z₂`` by Brand's
     rank-c update ("Fast low-rank modifications of the thin singular value
     decomposition", 2006)::
 
-        Q_u R_u = qr [U Z₁ᵀ],   Q_v R_v = qr [V Z₂ᵀ]
-        Ψ = R_u diag(Λ, I) R_vᵀ = Ũ Λ̃ Ṽᵀ;   U ← Q_u Ũ_r,  V ← Q_v Ṽ_r,  Λ ← Λ̃_r
+        Q_u R_u = qr [U Z₁ᴴ],   Q_v R_v = qr [V Z₂ᴴ]
+        Ψ = R_u diag(Λ, I) R_vᴴ = Ũ Λ̃ Ṽᴴ;   U ← Q_u Ũ_r,  V ← Q_v Ṽ_r,  Λ ← Λ̃_r
 
     One Householder QR takes the place of projection, residual and its
     re-orthogonalisation: ``Q_u`` is orthonormal to rounding even where a sample lies in
@@ -64,10 +64,10 @@ class StreamingHODLR(Streaming):
         ]
         # U and V of a level side by side: they are factorised in one batched call
         self._bases = [self.space.zeros(b, 2, half, r) for b, half, r in sizes]
-        self._scales = [self.space.zeros(b, r) for b, _, r in sizes]
+        self._scales = [self.space.real.zeros(b, r) for b, _, r in sizes]
 
     def result(self, *, normalize: bool = True) -> HODLR:
-        """Return the matrix: the weighted mean of ``zzᵀ``, or their sum.
+        """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
 
         Without samples it is zero.
         """
@@ -76,7 +76,7 @@ class StreamingHODLR(Streaming):
             LowRank(basis[:, 0, :, :], S * scale, basis[:, 1, :, :])
             for basis, S in zip(self._bases, self._scales, strict=True)
         )
-        return HODLR(self.tree, self._leaves * scale, upper)
+        return clear_padding(HODLR(self.tree, self._leaves * scale, upper))
 
     def _chunk(self, c: int) -> int:
         return min(c, max(32, 2 * self.rank))
@@ -91,18 +91,20 @@ class StreamingHODLR(Streaming):
     def _merge(self, other: Self) -> None:
         for k, (basis, S) in enumerate(zip(other._bases, other._scales, strict=True)):
             roots = self.space.xp.sqrt(S)[:, None, None, :]
+            roots = self.space.xp.astype(roots, basis.dtype, copy=False)
             self._add_to_level(k, basis * roots)
         self._leaves = self._leaves + other._leaves
 
     def _add_to_level(self, k: int, Z: Array) -> None:
-        """Add ``Z₁ Z₂ᵀ`` to the blocks of a level, Z (2**k, 2, half, c)."""
+        """Add ``Z₁ Z₂ᴴ`` to the blocks of a level, Z (2**k, 2, half, c)."""
         xp = self.space.xp
         basis, S = self._bases[k], self._scales[k]
         r = int(S.shape[-1])
         Q, R = qr(xp.concat([basis, Z], axis=-1))
-        ones = xp.ones_like(Z[:, 0, 0, :])
+        ones = self.space.real.ones(int(Z.shape[0]), int(Z.shape[-1]))
         weights = xp.concat([S, ones], axis=-1)[:, None, :]
-        core = (R[:, 0, :, :] * weights) @ transpose(R[:, 1, :, :])
+        weights = xp.astype(weights, R.dtype, copy=False)
+        core = (R[:, 0, :, :] * weights) @ adjoint(R[:, 1, :, :])
         U, S, V = svd(core)
         small = xp.stack([U[..., :r], V[..., :r]], axis=1)
         self._bases[k] = Q @ small

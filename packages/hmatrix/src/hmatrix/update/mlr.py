@@ -9,14 +9,17 @@ from typing import Any, Self
 from hmatrix._backend import (
     Array,
     Space,
+    adjoint,
     cholesky,
+    conjugate,
     contiguous,
     eigh_descending,
     inverse_lower,
     one_thread_if_small,
     qr,
+    real_part,
+    squares,
     subtract_product,
-    transpose,
 )
 from hmatrix._checks import check_choice
 from hmatrix.mlr import MLR
@@ -40,7 +43,7 @@ class StreamingMLR(Streaming):
     its two children; the leaves take what reaches them exactly. With ``M = [F E]``, the
     columns held and those arriving, and any orthonormal ``V``::
 
-        F ← M V_r,   E ← M (I − V_r V_rᵀ),   and   F Fᵀ + E Eᵀ = M Mᵀ
+        F ← M V_r,   E ← M (I − V_r V_rᴴ),   and   F Fᴴ + E Eᴴ = M Mᴴ
 
     so the diagonal, the leaf blocks and positive semidefiniteness are exact whatever
     ``V`` is; lost are only the off-diagonal blocks of what is passed down.
@@ -57,12 +60,13 @@ class StreamingMLR(Streaming):
         Array whose library, device and dtype to use (float32 for a half-precision
         one); default NumPy float64.
     dtype : str or dtype, optional
-        ``"float32"`` or ``"float64"``, instead of that of ``like``.
+        ``"float32"``, ``"float64"``, ``"complex64"`` or ``"complex128"``, instead of
+        that of ``like``.
     seed : int
         Seed of the randomized updates. Equal seeds and equal batches give equal
         results on one library and kind of device.
     method : {"auto", "eigh", "randomized"}
-        How ``V`` is found: ``"eigh"`` takes the leading eigenvectors of ``MᵀM``,
+        How ``V`` is found: ``"eigh"`` takes the leading eigenvectors of ``MᴴM``,
         ``"randomized"`` a sketch of them with one power step (Halko, Martinsson & Tropp,
         "Finding structure with randomness", 2011), all matrix products and the way for
         batches of many samples. ``"auto"`` chooses by the batch's size.
@@ -112,7 +116,7 @@ class StreamingMLR(Streaming):
         ]
 
     def add_factors(self, factors: Sequence[Array]) -> None:
-        """Add ``Σ_k blkdiag(E_k E_kᵀ)``; it counts as no sample.
+        """Add ``Σ_k blkdiag(E_k E_kᴴ)``; it counts as no sample.
 
         Parameters
         ----------
@@ -122,7 +126,7 @@ class StreamingMLR(Streaming):
         self._cascade(factors)
 
     def result(self, *, normalize: bool = True) -> MLR:
-        """Return the matrix: the weighted mean of ``zzᵀ``, or their sum.
+        """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
 
         Without samples it is zero.
         """
@@ -155,7 +159,7 @@ class StreamingMLR(Streaming):
         self._leaves = self._leaves + other._leaves
 
     def _cascade(self, columns: Sequence[Array]) -> None:
-        """Add ``Σ_k blkdiag(E_k E_kᵀ)``, ``columns[k]`` entering at level k."""
+        """Add ``Σ_k blkdiag(E_k E_kᴴ)``, ``columns[k]`` entering at level k."""
         xp, E = self.space.xp, None
         for k, F in enumerate(self._factors):
             arriving: list[Array] = [] if E is None else [E]
@@ -169,7 +173,7 @@ class StreamingMLR(Streaming):
         self._add_to_leaves(E)
 
     def _split(self, M: Array, r: int) -> tuple[Array, Array]:
-        """Split ``M`` (b, m, w) into F (b, m, r) and E so that MMᵀ = FFᵀ + EEᵀ.
+        """Split ``M`` (b, m, w) into F (b, m, r) and E so that MMᴴ = FFᴴ + EEᴴ.
 
         M is overwritten.
         """
@@ -183,36 +187,36 @@ class StreamingMLR(Streaming):
         if w > m:
             M = _square_root(M)
         with one_thread_if_small(M):
-            _, V = eigh_descending(transpose(M) @ M)
+            _, V = eigh_descending(adjoint(M) @ M)
             MV = M @ V
             return contiguous(MV[..., :r]), MV[..., r:]
 
     def _split_randomized(self, M: Array, r: int, sketch: int) -> tuple[Array, Array]:
         omega = self._normal(int(M.shape[-1]), sketch)
-        Q = _orthonormal(transpose(M) @ (M @ omega), omega)
+        Q = _orthonormal(adjoint(M) @ (M @ omega), omega)
         MQ = M @ Q
         with one_thread_if_small(MQ):
-            _, V = eigh_descending(transpose(MQ) @ MQ)
+            _, V = eigh_descending(adjoint(MQ) @ MQ)
             V = V[..., :r]
             F, QV = MQ @ V, Q @ V
-        return F, subtract_product(M, F, transpose(QV))
+        return F, subtract_product(M, F, adjoint(QV))
 
     def _norm_between_halves(self, E: Array) -> Array:
-        """Frobenius norm of ``E₁ E₂ᵀ``, the halves of the rows of E (b, m, w): (b,)."""
+        """Frobenius norm of ``E₁ E₂ᴴ``, the halves of the rows of E (b, m, w): (b,)."""
         xp, half, w = self.space.xp, int(E.shape[-2]) // 2, int(E.shape[-1])
         upper, lower = E[..., :half, :], E[..., half:, :]
         sketch = self.rank + OVERSAMPLING
         if half <= 2 * sketch:
-            product = upper @ transpose(lower)
-            squared = xp.sum(product * product, axis=(-2, -1))
+            product = upper @ adjoint(lower)
+            squared = xp.sum(squares(product), axis=(-2, -1))
         elif w <= 4 * sketch or self.method == "eigh":
-            # ‖E₁E₂ᵀ‖² = ⟨E₁ᵀE₁, E₂ᵀE₂⟩; rounding may push zero below zero
-            grams = (transpose(upper) @ upper) * (transpose(lower) @ lower)
-            squared = xp.sum(grams, axis=(-2, -1))
+            # ‖E₁E₂ᴴ‖² = ⟨E₁ᴴE₁, E₂ᴴE₂⟩; rounding may push zero below zero
+            grams = (adjoint(upper) @ upper) * conjugate(adjoint(lower) @ lower)
+            squared = xp.sum(real_part(grams), axis=(-2, -1))
             squared = xp.where(squared > 0, squared, xp.zeros_like(squared))
         else:
-            probed = upper @ (transpose(lower) @ self._normal(half, PROBES))
-            squared = xp.sum(probed * probed, axis=(-2, -1)) / PROBES
+            probed = upper @ (adjoint(lower) @ self._normal(half, PROBES))
+            squared = xp.sum(squares(probed), axis=(-2, -1)) / PROBES
         return xp.sqrt(squared)
 
     def _normal(self, *shape: int) -> Array:
@@ -221,19 +225,21 @@ class StreamingMLR(Streaming):
 
 
 def _square_root(M: Array) -> Array:
-    """Return L (b, m, m) with ``L Lᵀ = M Mᵀ``, M (b, m, w) wider than high.
+    """Return L (b, m, m) with ``L Lᴴ = M Mᴴ``, M (b, m, w) wider than high.
 
     The product is brought to unit diagonal first, so that rounding stays small beside
-    each row's own norm, as it is in ``M Mᵀ``.
+    each row's own norm, as it is in ``M Mᴴ``.
     """
     xp = Space.of(M).xp
-    G = M @ transpose(M)
+    G = M @ adjoint(M)
     with one_thread_if_small(G):
-        norms = xp.sqrt(xp.linalg.diagonal(G))
+        norms = xp.sqrt(real_part(xp.linalg.diagonal(G)))
         scales = xp.where(norms > 0, norms, xp.ones_like(norms))
-        values, vectors = eigh_descending(G / scales[:, :, None] / scales[:, None, :])
+        both = xp.astype(scales[:, :, None] * scales[:, None, :], G.dtype, copy=False)
+        values, vectors = eigh_descending(G / both)
         roots = xp.sqrt(xp.where(values > 0, values, xp.zeros_like(values)))
-        return norms[:, :, None] * (vectors * roots[:, None, :])
+        weights = norms[:, :, None] * roots[:, None, :]
+    return xp.astype(weights, M.dtype, copy=False) * vectors
 
 
 def _orthonormal(Y: Array, noise: Array) -> Array:
@@ -259,8 +265,8 @@ def _cholesky_qr_twice(Y: Array, noise: Array) -> Array | None:
     Q = Q / xp.where(norms > 0, norms, xp.ones_like(norms))
     Q = Q + level * xp.astype(noise, xp.float64)
     for _ in range(2):
-        L = cholesky(transpose(Q) @ Q)
+        L = cholesky(adjoint(Q) @ Q)
         if L is None:
             return None
-        Q = Q @ transpose(inverse_lower(L))
+        Q = Q @ adjoint(inverse_lower(L))
     return xp.astype(Q, Y.dtype)

@@ -1,0 +1,73 @@
+"""Gradients through symmetric factorizations, without those of their steps.
+
+A QR decomposition has no gradient where ranks are deficient; solutions and
+log-determinants have, of the matrix alone: ``dx = A⁻¹ (db − dA x)`` and ``d log det A =
+tr(A⁻¹ dA)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hmatrix._backend import (
+    Array,
+    Space,
+    adjoint,
+    conjugate,
+    detach,
+    known_gradients,
+    real_part,
+)
+from hmatrix._operator import real_rows
+from hmatrix.factor.symmetric import SymmetricFactor
+from hmatrix.hodlr import HODLR
+
+__all__ = ["logdet_with_gradients"]
+
+
+def logdet_with_gradients(value: Array, factor: SymmetricFactor, H: HODLR) -> Any:
+    """Return ``value``, the log-determinant of ``W Wᴴ = H + shift·I``, differentiable."""
+    parts = [H.leaves, *(part for b in H.upper for part in (b.U, b.S, b.V))]
+    fixed = H.map(detach)
+
+    def gradients(upstream: Array) -> list[Array]:
+        xp = Space.of(fixed.leaves).xp
+        found = _logdet_gradients(factor, fixed)
+        return [xp.astype(upstream, x.dtype) * x for x in found]
+
+    return known_gradients(value, gradients, parts)
+
+
+def _logdet_gradients(factor: SymmetricFactor, H: HODLR) -> list[Array]:
+    """Return what ``A⁻¹`` has in the leaves, and times factors in the blocks of H."""
+    tree, space = H.tree, H.space
+    xp = space.xp
+    rows = xp.reshape(real_rows(tree, space), H.leaves.shape[:2])
+    leaves = adjoint(factor.inverse_leaves) @ factor.inverse_leaves
+    left, right = space.zeros(tree.padded, 0), space.zeros(tree.padded, 0)
+    found = []
+    # the inverse is that of the leaves and Z M Zᴴ of all levels
+    for (Z, M), block in zip(factor.inverse_terms(), H.upper, strict=True):
+        nodes, half, r = Z.shape[0] // 2, Z.shape[1], Z.shape[2]
+        halves = xp.reshape(Z, (nodes, 2, half, r))
+        shape = (nodes, 2, half, left.shape[1])
+        across = xp.reshape(left, shape)[:, 0, ...], xp.reshape(right, shape)[:, 1, ...]
+        A1 = xp.concat([across[0], halves[:, 0, ...] @ M[:, :r, r:]], axis=-1)
+        A2 = xp.concat([across[1], halves[:, 1, ...]], axis=-1)
+        # both blocks of the matrix are this one: twice A⁻¹₁₂ = A1 A2ᴴ
+        S = xp.astype(block.S, A1.dtype, copy=False)[:, None, :]
+        times_V, times_U = A1 @ (adjoint(A2) @ block.V), A2 @ (adjoint(A1) @ block.U)
+        scale = conjugate(block.U) * times_V
+        found += [
+            2 * times_V * S,
+            2 * real_part(xp.sum(scale, axis=-2)),
+            2 * times_U * S,
+        ]
+        own = xp.stack([M[:, :r, :r], M[:, r:, r:]], axis=1)
+        ZM = xp.reshape(halves @ own, (tree.padded, r))
+        left = xp.concat([left, ZM], axis=-1)
+        right = xp.concat([right, xp.reshape(Z, (tree.padded, r))], axis=-1)
+        part = (xp.reshape(x, (*leaves.shape[:2], r)) for x in (ZM, Z))
+        leaves = leaves + next(part) @ adjoint(next(part))
+    both = rows[:, :, None] & rows[:, None, :]
+    return [xp.where(both, leaves, xp.zeros_like(leaves)), *found]

@@ -1,0 +1,215 @@
+"""Ill-conditioned matrices: every digit that is there, or an error, never a wrong sign."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hmatrix as hm
+from tests.helpers import condition, dense, error_ratio, to_numpy
+from tests.strategies import SEEDS
+
+EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
+KINDS = ("general", "indefinite", "smooth", "small pivots")
+#: Error of a determinant's log, of an inverse and its diagonal: multiple of epsilon times
+#: the condition number. Dense LU is within 10 on these matrices.
+FACTOR = 50
+
+
+def kernel(n, rng):
+    """A smooth kernel, not symmetric: of low rank off the diagonal, and anyway."""
+    t = np.sort(rng.random(n))
+    return np.exp(-(((t[:, None] - t - 0.02 * np.sin(9 * t)) / 0.1) ** 2))
+
+
+def ill_conditioned(kind, exponent, rng, n=150):
+    """Return a matrix of condition number about ``10**exponent``."""
+    small = 10.0**-exponent
+    if kind == "general":
+        U, V = (np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in range(2))
+        return U * small ** np.linspace(0, 1, n) @ V.T
+    if kind == "indefinite":
+        U = np.linalg.qr(rng.standard_normal((n, n)))[0]
+        signs = np.where(rng.random(n) < 0.5, -1, 1)
+        A = U * (signs * small ** np.linspace(0, 1, n)) @ U.T
+        return (A + A.T) / 2
+    K = kernel(n, rng)
+    if kind == "smooth":
+        return K + small * np.linalg.norm(K, 2) * np.eye(n)
+    # the matrix is well conditioned, its leading half is not
+    h = n // 2
+    K[:h, h:] += np.eye(h, n - h)
+    K[h:, :h] -= np.eye(n - h, h)
+    K[h:, h:] *= 0.3
+    return K + small * np.eye(n)
+
+
+def exact_slogdet(A):
+    """Elimination with pivots in extended precision."""
+    A = A.astype(np.longdouble)
+    sign, value = 1.0, np.longdouble(0)
+    while len(A):
+        pivot = np.argmax(abs(A[:, 0]))
+        A[[0, pivot]] = A[[pivot, 0]]
+        sign *= np.sign(A[0, 0]) * (-1 if pivot else 1)
+        value += np.log(abs(A[0, 0]))
+        A = A[1:, 1:] - A[1:, :1] / A[0, 0] * A[:1, 1:]
+    return float(sign), float(value)
+
+
+@st.composite
+def matrices(draw, exponents=(2, 14)):
+    kind = draw(st.sampled_from(KINDS))
+    rng = np.random.default_rng(draw(SEEDS))
+    A = ill_conditioned(kind, draw(st.integers(*exponents)), rng)
+    return hm.from_dense(A, levels=draw(st.integers(0, 3)), rtol=1e-16)
+
+
+@given(matrices(), st.sampled_from(["auto", "inversion", "orthogonal"]))
+def test_no_determinant_has_a_wrong_sign(H, method):
+    try:
+        F = hm.factorize(H, method=method)
+    except (hm.PrecisionError, hm.SingularBlockError):
+        # the method's, or the matrix's own fault
+        assert method == "inversion" or condition(dense(H)) > 1e12
+        return
+    sign, value = exact_slogdet(dense(H))
+    assert F.slogdet()[0] == sign
+    # "inversion" may lose digits up to its limit of 1e-4
+    tolerance = FACTOR * EPS["float64"] * condition(dense(H)) + 1e-10
+    assert abs(F.slogdet()[1] - value) <= max(
+        tolerance, 1e-2 * (method != "orthogonal")
+    )
+
+
+@given(matrices(), SEEDS)
+def test_orthogonal_elimination_is_backward_stable(H, seed):
+    D = dense(H)
+    try:
+        F = hm.factorize(H, method="orthogonal")
+    except hm.PrecisionError:
+        assert condition(D) > 1e12
+        return
+    b = np.random.default_rng(seed).standard_normal((len(D), 2))
+    for adjoint, A in ((False, D), (True, D.T)):
+        x = F.solve(b, adjoint=adjoint)
+        size = np.linalg.norm(D, 2) * np.linalg.norm(x) + np.linalg.norm(b)
+        assert np.linalg.norm(A @ x - b) <= 1e-13 * size
+    exact = np.diag(np.linalg.inv(D))
+    tolerance = FACTOR * EPS["float64"] * condition(D) + 1e-12
+    assert error_ratio(F.inverse_diagonal(), exact) <= tolerance
+    assert error_ratio(F.inverse().T.diagonal(), exact) <= tolerance
+
+
+@pytest.mark.parametrize("exponent", [2, 6, 10, 14])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_condition_number(kind, exponent, rng):
+    H = hm.from_dense(ill_conditioned(kind, exponent, rng), levels=2, rtol=1e-16)
+    sign, value = exact_slogdet(dense(H))
+    assert condition(dense(H)) > 10.0 ** (exponent - 1) or kind == "small pivots"
+    tolerance = FACTOR * EPS["float64"] * condition(dense(H))
+    found = hm.factorize(H, method="orthogonal").slogdet()
+    assert found == (sign, pytest.approx(value, rel=1e-14, abs=tolerance))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_keeps_what_it_can(xp, kind, rng):
+    """The log-determinant of a condition number of 1e4, to an error of 1e-2."""
+    A = ill_conditioned(kind, 4, rng).astype(np.float32)
+    H = hm.from_dense(xp.asarray(A), levels=2, rtol=1e-7)
+    sign, value = exact_slogdet(dense(H))
+    for method in ("auto", "orthogonal"):
+        F = hm.factorize(H, method=method)
+        tolerance = FACTOR * EPS["float32"] * condition(dense(H))
+        if method == "auto":
+            tolerance = max(tolerance, 2e-2)
+        assert F.slogdet() == (sign, pytest.approx(value, rel=1e-6, abs=tolerance))
+    diagonal = np.diag(np.linalg.inv(dense(H)))
+    assert error_ratio(F.inverse_diagonal(), diagonal) <= tolerance
+    b = xp.asarray(np.ones(len(A), np.float32))
+    x = to_numpy(F.solve(b)).astype(float)
+    size = np.linalg.norm(A, 2) * np.linalg.norm(x) + np.sqrt(len(A))
+    assert np.linalg.norm(dense(H) @ x - 1) <= 1e-6 * size
+
+
+def test_float32_says_when_it_cannot(rng):
+    A = ill_conditioned("general", 9, rng).astype(np.float32)
+    H = hm.from_dense(A, levels=2, rtol=1e-7)
+    with pytest.raises(hm.PrecisionError, match=r"allowed is 0\.1 .* or float64\."):
+        hm.factorize(H, method="orthogonal")
+    with pytest.raises((hm.PrecisionError, hm.SingularBlockError)):
+        hm.factorize(H)
+
+
+def test_lost_digits_are_an_error_with_numbers(rng):
+    H = hm.from_dense(ill_conditioned("smooth", 10, rng), levels=2, rtol=1e-14)
+    match = r"differs from the identity by .* allowed is 0\.000122 .*\"orthogonal\""
+    with pytest.raises(hm.PrecisionError, match=match) as caught:
+        hm.factorize(H, method="inversion")
+    assert caught.value.error > 1e-3
+    assert isinstance(caught.value, ArithmeticError)
+    assert type(hm.factorize(H)).__name__ == "HODLROrthogonal"
+
+
+def test_many_small_errors_are_no_lost_digits():
+    """Of a large well-conditioned matrix in float32, the Frobenius norm alone is large."""
+    n = 2**14
+    t = np.arange(n, dtype=np.float32)
+    H = hm.from_kernel(
+        lambda x, y: np.exp(-abs(x - y) / 64) * (1 + 1e-3 * np.cos(x)), t, rtol=1e-6
+    )
+    F = hm.factorize(hm.shift(H, 1.0), method="inversion")
+    assert error_ratio(H @ F.solve(t) + F.solve(t), t) < 1e-5
+
+
+def test_singular_leaves_of_a_regular_matrix_do_no_harm(xp, rng):
+    n = 40
+    A = np.kron([[0, 1], [1, 0]], np.eye(n // 2)) + np.outer(
+        rng.random(n), rng.random(n)
+    )
+    A[: n // 2, : n // 2] = 0
+    H = hm.from_dense(xp.asarray(A), levels=2, rtol=1e-14)
+    with pytest.raises(hm.SingularLeafError):
+        hm.factorize(H, method="inversion")
+    F = hm.factorize(H)
+    assert F.slogdet() == (
+        np.linalg.slogdet(A)[0],
+        pytest.approx(np.linalg.slogdet(A)[1]),
+    )
+    np.testing.assert_allclose(
+        to_numpy(F.inverse_diagonal()), np.diag(np.linalg.inv(A)), atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("hermitian", [False, True])
+def test_complex_matrices(hermitian, rng):
+    n = 90
+    A, B, C = (ill_conditioned("general", 8, rng, n) for _ in range(3))
+    A = A + 1j * B
+    A = (
+        A @ np.diag(np.where(np.arange(n) % 2, 1, -1)) @ A.conj().T
+        if hermitian
+        else A @ C
+    )
+    H = hm.from_dense(A, levels=3, rtol=1e-16)
+    F = hm.factorize(H, 0.0, method="orthogonal")
+    D = to_numpy(H.to_dense())
+    sign, value = np.linalg.slogdet(D)
+    tolerance = FACTOR * EPS["float64"] * condition(D)
+    assert F.slogdet()[0] == pytest.approx(sign, abs=tolerance)
+    assert F.slogdet()[1] == pytest.approx(value, abs=tolerance)
+    exact = np.linalg.inv(D)
+    for X, E in ((F.inverse(), exact), (F.inverse().H, exact.conj().T)):
+        difference = np.linalg.norm(to_numpy(X.to_dense()) - E)
+        assert difference <= tolerance * np.linalg.norm(E)
+        np.testing.assert_allclose(
+            X.diagonal(), np.diag(E), rtol=0, atol=tolerance * abs(E).max()
+        )
+
+
+def test_orthogonal_elimination_gives_no_gradients():
+    torch = pytest.importorskip("torch")
+    H = hm.from_dense(torch.eye(8).double().requires_grad_(), levels=1)
+    H = hm.HODLR(H.tree, H.leaves.detach().requires_grad_(), H.upper)
+    with pytest.raises(ValueError, match=r'method="orthogonal" has no gradients'):
+        hm.factorize(H, method="orthogonal")
