@@ -91,7 +91,7 @@ _PIECE_ELEMENTS = 1 << 18
 
 
 @dataclass
-class Plan:
+class Active:
     """A mask's active rows and columns, and its blocks' places among them."""
 
     version: int | None
@@ -102,18 +102,19 @@ class Plan:
 
 
 # By the identity of the indices, which a layer keeps: worked out once.
-_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def make_plan(indices: torch.Tensor) -> Plan:
-    """Work out a mask's plan, or look it up."""
+def find_active(indices: torch.Tensor) -> Active:
+    """Find a mask's active rows and columns, or look them up."""
     version = None if indices.is_inference() else indices._version
-    plan: Plan | None = _plans.get(indices)
-    if plan is None or version is None or plan.version != version:
+    active: Active | None = _known.get(indices)
+    if active is None or version is None or active.version != version:
         rows, row_of = indices[:, 0].unique(return_inverse=True)
         columns, column_of = indices[:, 1].unique(return_inverse=True)
-        plan = _plans[indices] = Plan(version, rows, columns, row_of, column_of)
-    return plan
+        active = Active(version, rows, columns, row_of, column_of)
+        _known[indices] = active
+    return active
 
 
 def choose_way(
@@ -190,10 +191,10 @@ def block_sddmm(
         return dy.new_zeros((len(indices), block_size, block_size), dtype=wide)
     # A CPU has no half-precision matrix product that accumulates in float32.
     compute = wide if dy.device.type == "cpu" else dy.dtype
-    plan = make_plan(indices)
+    active = find_active(indices)
     way = choose_way(
         len(indices),
-        (len(plan.rows), len(plan.columns)),
+        (len(active.rows), len(active.columns)),
         (-(-out // block_size), -(-inputs // block_size)),
         block_size,
     )
@@ -212,11 +213,11 @@ def block_sddmm(
     if way == "cartesian":
         left, right = (
             t.index_select(1, some).flatten(1).to(compute)
-            for t, some in ((dy, plan.rows), (x, plan.columns))
+            for t, some in ((dy, active.rows), (x, active.columns))
         )
-        return take_blocks(left.T @ right, plan.row_of, plan.column_of, block_size).to(
-            wide
-        )
+        return take_blocks(
+            left.T @ right, active.row_of, active.column_of, block_size
+        ).to(wide)
     size = max(1, _PIECE_ELEMENTS // (len(dy) * block_size))
     pieces = [
         torch.bmm(
