@@ -136,12 +136,13 @@ def test_an_input_changed_between_two_readers_is_copied_again():
     )
     for _ in range(2):
         x = random((5, 8))
-        model[0](x).sum()
+        first = model[0](x)  # alive, and its copy of the columns with it
         # Frozen weights do not need it: nothing of autograd's is in the way.
         x.mul_(2)
         (got,) = torch.autograd.grad(
             model[1](x).sum(), [model[1].sylva_values["default"]]
         )
+        assert first.requires_grad
         step(model)
     expected = x.sum(0).expand(4, 8)
     assert error(got, dense_blocks(expected, mask), expected) < 1e-6

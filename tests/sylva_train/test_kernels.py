@@ -143,7 +143,7 @@ def test_another_way_is_taken_only_with_a_margin(rows, columns, data):
     assert way == "dense" or work[way] <= reference.MARGIN * grid[0] * grid[1]
 
 
-def test_indices_that_change_in_place_are_planned_again():
+def test_indices_that_change_in_place_are_looked_at_again():
     dy, x = random((5, 8), torch.float64, 0), random((5, 8), torch.float64, 1)
     indices = torch.tensor([[0, 0], [1, 1]])
     for _ in range(2):

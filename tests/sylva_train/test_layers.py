@@ -270,3 +270,10 @@ def test_original_blocks_are_known_only_while_values_are_written():
         layer.original()
     sync(layer)
     assert torch.equal(layer.original(), layer.sylva_values["default"])
+
+
+def test_only_the_tables_are_buffers():
+    # DDP would send anything else to every rank before each forward pass.
+    _, layer = make_layer(LayerMask((8, 8), 4, torch.tensor([[0, 0]])))
+    layer(random((2, 8)))
+    assert [name for name, _ in layer.named_buffers()] == ["sylva_indices.default"]

@@ -84,9 +84,9 @@ def scatter_blocks_(
 
 # Cost model of the ways on a CPU, in multiply-adds of the dense product
 # (benchmarks/bench_layer.py): copying an active row or column of blocks costs so much for
-# each element; a narrow product is slower by this factor; and another way must be
-# cheaper than the dense product by this margin to be taken.
-COPY_COST, NARROW_COST, MARGIN = 40.0, 2.0, 0.85
+# each element; products of a block and of a rectangle are slower by these factors; and
+# another way must be cheaper than the dense product by this margin to be taken.
+COPY_COST, BLOCK_COST, RECTANGLE_COST, MARGIN = 40.0, 2.0, 1.15, 0.92
 # Elements of gathered activations at a time: pieces that stay in the cache, in memory
 # that is used again. Larger ones cost several times as much, in page faults alone.
 _PIECE_ELEMENTS = 1 << 18
@@ -140,8 +140,9 @@ def choose_way(
     """
     area, b = block_size**2, block_size
     costs = {
-        "stack": blocks * (NARROW_COST * area + 2 * COPY_COST * b),
-        "cartesian": active[0] * active[1] * area + sum(active) * COPY_COST * b,
+        "stack": blocks * (BLOCK_COST * area + 2 * COPY_COST * b),
+        "cartesian": RECTANGLE_COST * active[0] * active[1] * area
+        + sum(active) * COPY_COST * b,
         "dense": MARGIN * grid[0] * grid[1] * area,
     }
     return min(costs, key=lambda way: costs[way])
