@@ -178,6 +178,18 @@ FLAGS: dict[str, Flag] = {
         "Added to a factor's diagonal, in units of its mean eigenvalue.",
         metavar="X",
     ),
+    "memory_budget": flag(
+        str | None,
+        SCORING,
+        "Most memory for the layers' statistics, like 20GB: more passes over the data.",
+        metavar="SIZE",
+    ),
+    "checkpoint_minutes": flag(
+        float,
+        SCORING,
+        "Minutes between savings of unfinished scoring, for --resume.",
+        metavar="X",
+    ),
     "epochs": flag(int, TRAINING, "Passes over the data.", metavar="N"),
     "steps": flag(
         int | None, TRAINING, "Optimizer steps in all, instead of epochs.", metavar="N"

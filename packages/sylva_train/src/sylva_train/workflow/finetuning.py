@@ -48,6 +48,8 @@ CHOICE = (
 def sylva_options(config: SylvaConfig) -> dict[str, Any]:
     """Return Sylva's own options, without PEFT's and the facts of an adapter."""
     foreign = {field.name for field in dataclasses.fields(PeftConfig)} | FACTS
+    # The budget of a machine's memory changes nothing in a run.
+    foreign.add("memory_budget")
     names = [field.name for field in dataclasses.fields(config)]
     return {name: getattr(config, name) for name in names if name not in foreign}
 
