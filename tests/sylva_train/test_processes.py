@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sylva_train._checks import ConfigError, NonFiniteError, SylvaError
 from sylva_train.importance import score
 from sylva_train.masks import select
 from tests.sylva_train.models import make_batch, make_model
@@ -56,7 +55,7 @@ def work(rank, size, jobs, folder):
         try:
             found.append(run(rank, *job, extra=extra))
         except Exception as error:  # noqa: BLE001 - what it is, is tested
-            found.append(error)
+            found.append(f"{type(error).__name__}: {error}")
     torch.save(found, Path(folder, f"found-{rank}"))
     dist.destroy_process_group()
 
@@ -148,7 +147,7 @@ def test_a_budget_changes_nothing(group):
 
 def test_resuming_changes_nothing(group):
     found, _ = group
-    assert all(isinstance(error, InterruptedError) for error in found["stopped"])
+    assert all(error == "InterruptedError: " for error in found["stopped"])
     whole, resumed = (blocks(found[case][0][0]) for case in ("full", "resumed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -156,14 +155,12 @@ def test_resuming_changes_nothing(group):
 def test_processes_with_different_batches_are_refused(group):
     found, _ = group
     for error in found["other batches"]:
-        assert isinstance(error, ConfigError)
-        assert "other batches" in str(error)
+        assert error.startswith("ConfigError: process 1 has other batches")
 
 
 def test_an_error_in_one_process_stops_all(group):
     found, _ = group
-    errors = found["damaged"]
-    assert isinstance(errors[1], IndexError | NonFiniteError)
-    others = [error for rank, error in enumerate(errors) if rank != 1]
-    assert all(isinstance(error, SylvaError) for error in others)
-    assert all("process 1 failed" in str(error) for error in others)
+    errors = list(found["damaged"])
+    assert errors.pop(1).startswith("IndexError")
+    for error in errors:
+        assert error.startswith("SylvaError: scoring stopped because process 1 failed")
