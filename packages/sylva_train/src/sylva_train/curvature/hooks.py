@@ -208,7 +208,7 @@ class Collector:
             raise NonFiniteError(msg)
         x = x.unsqueeze(0) if x.dim() == 1 else x
         g = g.unsqueeze(0) if g.dim() == 1 else g
-        valid = self.rows(name, g)
+        valid = self.rows(name, g).to(g.device)
         wide = torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32)
         # The input of a layer that a device map put elsewhere may still be where the
         # layer before it is. The loss is a mean: its gradient times the terms is the
