@@ -143,8 +143,8 @@ class SylvaConfig(PeftConfig):
         For ``importance="kfac"``: Kronecker factors as PSD multilevel low rank
         (``"mlr"``), as HODLR like the paper (``"hodlr"``), or exact (``"dense"``).
     levels, rank : int
-        Depth of the hierarchy and rank of its blocks; layers too small for the depth
-        take fewer levels.
+        Depth of the hierarchy and rank of its blocks; a layer takes fewer levels where
+        more would store more.
     samples : int
         Number of sequences to score with.
     tokens : str

@@ -127,7 +127,10 @@ def accumulator(n: int, like: torch.Tensor, config: SylvaConfig) -> Any:
     like = torch.empty(0, device=like.device, dtype=dtype)
     if config.curvature == "dense":
         return DenseCovariance(n, like)
-    levels = min(config.levels, max(0, (n // SMALLEST_LEAF).bit_length() - 1))
+    # Where a leaf has fewer rows than twice the rank, one more level would store more
+    # than it saves, and be less exact. Two levels are always had, if they are asked for.
+    leaf = max(SMALLEST_LEAF, min(2 * config.rank, n // 4))
+    levels = min(config.levels, max(0, (n // leaf).bit_length() - 1))
     kind = hm.StreamingMLR if config.curvature == "mlr" else hm.StreamingHODLR
     return kind(n, levels=levels, rank=config.rank, like=like)
 

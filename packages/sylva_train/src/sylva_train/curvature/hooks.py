@@ -43,6 +43,11 @@ def block_sums(matrix: torch.Tensor, block_size: int) -> torch.Tensor:
     return columns.unflatten(-2, (-1, block_size)).sum(-2)  # type: ignore[no-any-return]
 
 
+def finite(x: torch.Tensor) -> bool:
+    """Whether all numbers are finite; on a CPU ten times as fast as looking at each."""
+    return not x.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
+
+
 @dataclass
 class Accumulators:
     """Running sums of one layer; those that were not asked for stay None."""
@@ -196,14 +201,14 @@ class Collector:
     @torch.no_grad()
     def add(self, name: str, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add one batch of a layer: inputs (..., in), output gradients (..., out)."""
-        if not bool(torch.isfinite(g).all()):
+        if not finite(g):
             msg = (
                 f"the output gradient of `{name}` is NaN or infinite in batch"
                 f" {self.step} while scoring; check the data and the labels, and score in"
                 " float32 or bfloat16 rather than float16."
             )
             raise NonFiniteError(msg)
-        if not bool(torch.isfinite(x).all()):
+        if not finite(x):
             msg = f"an input of `{name}` is NaN or infinite in batch {self.step}."
             raise NonFiniteError(msg)
         x = x.unsqueeze(0) if x.dim() == 1 else x
