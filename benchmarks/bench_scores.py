@@ -2,7 +2,9 @@
 
 For each layer of MiniLM, scored on the built-in data with the default options: the rank
 correlation of its weights' scores, the overlap of the best 5% of its blocks, and the
-bytes of its two factors as a fraction of the exact ones. Processor time is that of one
+part of the best blocks' exact score that the chosen ones have, and the bytes of its two
+factors as a fraction of the exact ones. How much it matters is told by exact K-FAC on
+other examples of the same data (``exact, other samples``). Processor time is that of one
 scoring each; rule ``gradient`` has the same forward and backward pass and no factors.
 """
 
@@ -20,7 +22,13 @@ from scipy.stats import spearmanr
 from sylva_train import LayerScores, Scores, SylvaConfig, TaskConfig, load_task, score
 from sylva_train.curvature import curvature_bytes
 
-KINDS = ("mlr", "hodlr")
+#: Factors of every size, hierarchical from `SylvaConfig.exact_below` rows on or always.
+KINDS = {
+    "mlr": {"curvature": "mlr"},
+    "hodlr": {"curvature": "hodlr"},
+    "mlr, every size": {"curvature": "mlr", "exact_below": 0},
+    "hodlr, every size": {"curvature": "hodlr", "exact_below": 0},
+}
 TOP = 0.05
 #: Widths of layers whose factors' bytes are told from their size alone.
 WIDTHS = (384, 768, 1024, 1536, 3072, 4096, 11008)
@@ -34,17 +42,47 @@ def correlation(one: LayerScores, other: LayerScores) -> float:
     return float(spearmanr(*pair).statistic)
 
 
-def overlap(one: LayerScores, other: LayerScores, side: int) -> float:
-    """Return the part of the best blocks by one score that are the other's too."""
+def overlap(one: LayerScores, other: LayerScores, side: int) -> tuple[float, float]:
+    """Return which part of the best blocks the other score finds, and of their score."""
     first, second = one.blocks(side).flatten(), other.blocks(side).flatten()
     count = max(1, round(TOP * len(first)))
-    chosen = set(first.topk(count).indices.tolist())
-    return len(chosen & set(second.topk(count).indices.tolist())) / count
+    best, found = first.topk(count), second.topk(count).indices
+    common = len(set(best.indices.tolist()) & set(found.tolist()))
+    return common / count, float(first[found].sum() / best.values.sum())
 
 
-def scored(task: Any, config: SylvaConfig) -> tuple[Scores, float, int]:
+def against(exact: LayerScores, other: LayerScores, side: int) -> dict[str, float]:
+    """Hold a layer's scores against exact ones."""
+    part, share = overlap(exact, other, side)
+    return {
+        "spearman": round(correlation(exact, other), 4),
+        "overlap": round(part, 3),
+        "score_share": round(share, 4),
+    }
+
+
+def summarised(
+    name: str, layers: list[dict[str, float]], bad: int
+) -> dict[str, str | float]:
+    """Return the least and the median over the layers."""
+    row: dict[str, str | float] = {"factors": name}
+    for part in ("spearman", "overlap", "score_share"):
+        values = [layer[part] for layer in layers]
+        row |= {
+            f"least_{part}": min(values),
+            f"median_{part}": float(np.median(values)),
+        }
+    return row | {
+        "layers_with_overlap_below_0.9": sum(
+            layer["overlap"] < 0.9 for layer in layers
+        ),
+        "not_positive_entries": bad,
+    }
+
+
+def scored(task: Any, config: SylvaConfig, seed: int = 0) -> tuple[Scores, float, int]:
     """Score, and return the processor seconds and the not positive entries as well."""
-    loader = task.score_loader(config.samples, 0)
+    loader = task.score_loader(config.samples, seed)
     start = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -53,17 +91,10 @@ def scored(task: Any, config: SylvaConfig) -> tuple[Scores, float, int]:
     return scores, float(f"{taken:.4g}"), scores.metadata["indefinite"]
 
 
-def bytes_ratio(shape: tuple[int, int], kind: str, config: dict[str, Any]) -> float:
+def bytes_ratio(shape: tuple[int, int], config: SylvaConfig) -> float:
     """Return the bytes of a layer's two factors as a fraction of the exact ones."""
-    sizes = [
-        sum(
-            curvature_bytes(
-                shape, SylvaConfig(curvature=k, **config), ["factors"]
-            ).values()
-        )
-        for k in (kind, "dense")
-    ]
-    return float(f"{sizes[0] / sizes[1]:.3g}")
+    size = sum(curvature_bytes(shape, config, ["factors"]).values())
+    return float(f"{size / (4 * (shape[0] ** 2 + shape[1] ** 2)):.3g}")
 
 
 def main() -> None:
@@ -72,13 +103,16 @@ def main() -> None:
     options.add_argument("--levels", type=int, default=SylvaConfig().levels)
     options.add_argument("--rank", type=int, default=SylvaConfig().rank)
     options.add_argument("--tokens", default=SylvaConfig().tokens)
+    options.add_argument("--damping", type=float, default=SylvaConfig().damping)
     options.add_argument("--max-length", type=int, default=TaskConfig().max_length)
     options.add_argument("--name", default="scores")
     options = options.parse_args()
     torch.set_num_threads(options.threads)
+    begun = setting(packages=("transformers",))
     task = load_task(TaskConfig(max_length=options.max_length), evaluation=False)
     settings: dict[str, Any] = {
-        name: getattr(options, name) for name in ("levels", "rank", "samples", "tokens")
+        name: getattr(options, name)
+        for name in ("levels", "rank", "samples", "tokens", "damping")
     }
     exact, dense_seconds, _ = scored(task, SylvaConfig(curvature="dense", **settings))
     _, plain_seconds, _ = scored(task, SylvaConfig(importance="gradient", **settings))
@@ -88,39 +122,28 @@ def main() -> None:
         name: {"layer": name, "shape": list(layer.shape)}
         for name, layer in exact.items()
     }
-    summary = []
-    for kind in KINDS:
-        config = SylvaConfig(curvature=kind, **settings)
+    other, _, _ = scored(task, SylvaConfig(curvature="dense", **settings), seed=1)
+    noise = [against(layer, other[name], side) for name, layer in exact.items()]
+    summary = [summarised("exact, other samples", noise, 0)]
+    configs = {k: SylvaConfig(**kind, **settings) for k, kind in KINDS.items()}
+    for kind, config in configs.items():
         scores, seconds[kind], bad = scored(task, config)
         for name, layer in exact.items():
-            rows[name][kind] = {
-                "spearman": round(correlation(layer, scores[name]), 4),
-                "overlap": round(overlap(layer, scores[name], side), 3),
-                "bytes": bytes_ratio(layer.shape, kind, settings),
+            rows[name][kind] = against(layer, scores[name], side) | {
+                "bytes": bytes_ratio(layer.shape, config)
             }
-        found = [rows[name][kind] for name in exact]
-        summary.append(
-            {
-                "factors": kind,
-                "least_spearman": min(row["spearman"] for row in found),
-                "median_spearman": float(np.median([row["spearman"] for row in found])),
-                "least_overlap": min(row["overlap"] for row in found),
-                "median_overlap": float(np.median([row["overlap"] for row in found])),
-                "not_positive_entries": bad,
-            }
-        )
+        summary.append(summarised(kind, [rows[name][kind] for name in exact], bad))
         print(summary[-1], flush=True)
     figures = {
-        "setting": setting(packages=("transformers",)),
+        "setting": begun,
         "data": f"e2e-rating, texts of at most {options.max_length} tokens",
         **settings,
-        "damping": SylvaConfig().damping,
         "block_size": side,
         "top_blocks": TOP,
         "summary": summary,
         "processor_seconds": [{"scoring": k, "seconds": v} for k, v in seconds.items()],
         "bytes_by_width": [
-            {"width": n} | {kind: bytes_ratio((n, n), kind, settings) for kind in KINDS}
+            {"width": n} | {k: bytes_ratio((n, n), c) for k, c in configs.items()}
             for n in WIDTHS
         ],
         "layers": list(rows.values()),

@@ -30,6 +30,7 @@ def data(name):
 
 def config(**options):
     small = {"block_size": 4, "levels": 2, "rank": 3, "samples": 8, "damping": 0.1}
+    small |= {"exact_below": 0}
     return SylvaConfig(**small | options)
 
 

@@ -40,7 +40,9 @@ def padded_batches():
 
 def factors(model, batches, kind, loss=None):
     """Factors whose blocks have full rank, from samples in float64."""
-    config = SylvaConfig(curvature=kind, levels=2, rank=64, block_size=4, samples=10**6)
+    config = SylvaConfig(
+        curvature=kind, levels=2, rank=64, exact_below=0, block_size=4, samples=10**6
+    )
     targets = find_targets(model)
     layers, _ = collect_curvature(
         model, targets, batches, config, ["factors", "gradient"], loss=loss

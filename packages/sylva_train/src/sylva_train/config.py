@@ -143,8 +143,11 @@ class SylvaConfig(PeftConfig):
         For ``importance="kfac"``: Kronecker factors as PSD multilevel low rank
         (``"mlr"``), as HODLR like the paper (``"hodlr"``), or exact (``"dense"``).
     levels, rank : int
-        Depth of the hierarchy and rank of its blocks; a layer takes fewer levels where
-        more would store more.
+        Depth of the hierarchy and rank of its blocks; layers too small for the depth
+        take fewer levels.
+    exact_below : int
+        Size from which on a factor is kept hierarchically. Smaller ones are exact: a
+        hierarchy saves little there, and takes longer to add up.
     samples : int
         Number of sequences to score with.
     tokens : str
@@ -189,6 +192,7 @@ class SylvaConfig(PeftConfig):
     curvature: str = "mlr"
     levels: int = 4
     rank: int = 32
+    exact_below: int = 512
     samples: int = 1024
     tokens: str = "expand"
     damping: float = 1e-2
@@ -215,6 +219,7 @@ class SylvaConfig(PeftConfig):
         check_choice("tokens", self.tokens, TOKENS)
         check_choice("scope", self.scope, SCOPES)
         check_integer("levels", self.levels, 0)
+        check_integer("exact_below", self.exact_below, 0)
         check_integer("rank", self.rank, 1)
         check_integer("samples", self.samples, 1)
         check_integer("seed", self.seed, 0)

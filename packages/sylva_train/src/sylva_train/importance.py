@@ -371,7 +371,10 @@ def score(
             ' `curvature="mlr"` stays positive definite.',
             stacklevel=2,
         )
-    options = ("importance", "curvature", "levels", "rank", "tokens", "damping", "seed")
+    options = (
+        "importance", "curvature", "levels", "rank", "exact_below", "tokens", "damping",
+        "seed",
+    )  # fmt: skip
     metadata = {name: getattr(config, name) for name in options}
     metadata |= {"samples": seen, "indefinite": bad}
     return Scores(scores, metadata)

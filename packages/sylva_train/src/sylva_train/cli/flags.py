@@ -165,6 +165,9 @@ FLAGS: dict[str, Flag] = {
     ),
     "levels": flag(int, SCORING, "Depth of the factors' hierarchy.", metavar="N"),
     "rank": flag(int, SCORING, "Rank of the factors' blocks.", metavar="N"),
+    "exact_below": flag(
+        int, SCORING, "Size below which a factor is kept exactly.", metavar="N"
+    ),
     "samples": flag(int, SCORING, "Examples to score with.", metavar="N"),
     "tokens": flag(
         str,

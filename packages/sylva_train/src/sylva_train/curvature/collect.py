@@ -323,7 +323,9 @@ def describe_factor(
     targets = find_targets(model, [name])
     both = []
     for curvature in (config.curvature, "dense"):
-        options = replace(config, curvature=curvature, memory_budget=None)
+        options = replace(
+            config, curvature=curvature, exact_below=0, memory_budget=None
+        )
         layers, _ = collect_curvature(
             model, {name: targets[name]}, dataloader, options, ["factors"]
         )

@@ -121,16 +121,13 @@ class Factor:
 def accumulator(n: int, like: torch.Tensor, config: SylvaConfig) -> Any:
     """Make an empty covariance of the configured kind, on the device of ``like``.
 
-    It adds up in float32, or in float64 where ``like`` is of it.
+    Below ``config.exact_below`` rows it is exact. It adds up in float32, or in float64 where ``like`` is of it.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     like = torch.empty(0, device=like.device, dtype=dtype)
-    if config.curvature == "dense":
+    if config.curvature == "dense" or n < config.exact_below:
         return DenseCovariance(n, like)
-    # Where a leaf has fewer rows than twice the rank, one more level would store more
-    # than it saves, and be less exact. Two levels are always had, if they are asked for.
-    leaf = max(SMALLEST_LEAF, min(2 * config.rank, n // 4))
-    levels = min(config.levels, max(0, (n // leaf).bit_length() - 1))
+    levels = min(config.levels, max(0, (n // SMALLEST_LEAF).bit_length() - 1))
     kind = hm.StreamingMLR if config.curvature == "mlr" else hm.StreamingHODLR
     return kind(n, levels=levels, rank=config.rank, like=like)
 

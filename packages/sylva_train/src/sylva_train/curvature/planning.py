@@ -56,7 +56,7 @@ def curvature_bytes(
     shape : (int, int)
         ``(out, in)``.
     config : SylvaConfig
-        ``curvature``, ``levels``, ``rank``, ``block_size``.
+        ``curvature``, ``levels``, ``rank``, ``exact_below``, ``block_size``.
     wanted : collection of str
         Of ``"factors"``, ``"gradient"``, ``"fisher"``.
     dtype : torch.dtype
@@ -84,8 +84,11 @@ def curvature_bytes(
     width = dtype.itemsize
     sizes: dict[str, int] = {}
     if "factors" in wanted:
-        kind = (config.curvature, config.levels, config.rank, dtype)
-        sizes |= {"A": factor_bytes(inputs, *kind), "G": factor_bytes(out, *kind)}
+        kind = (config.curvature, config.levels, config.rank, config.exact_below)
+        sizes |= {
+            "A": factor_bytes(inputs, dtype, *kind),
+            "G": factor_bytes(out, dtype, *kind),
+        }
     if "gradient" in wanted:
         sizes["gradient"] = out * inputs * width
     if "fisher" in wanted:
@@ -96,10 +99,12 @@ def curvature_bytes(
 
 @functools.cache
 def factor_bytes(
-    n: int, curvature: str, levels: int, rank: int, dtype: torch.dtype
+    n: int, dtype: torch.dtype, curvature: str, levels: int, rank: int, exact_below: int
 ) -> int:
     """Bytes of one factor's accumulator; on the meta device it takes none."""
-    config = SylvaConfig(curvature=curvature, levels=levels, rank=rank)
+    config = SylvaConfig(
+        curvature=curvature, levels=levels, rank=rank, exact_below=exact_below
+    )
     like = torch.empty(0, device="meta", dtype=dtype)
     size: int = accumulator(n, like, config).nbytes
     return size

@@ -28,8 +28,8 @@ FORMAT = "sylva-scoring/1"
 SAMPLE = 256
 #: Options that change the statistics.
 OPTIONS = (
-    "importance", "curvature", "levels", "rank", "tokens", "samples", "block_size",
-    "damping", "seed",
+    "importance", "curvature", "levels", "rank", "exact_below", "tokens", "samples",
+    "block_size", "damping", "seed",
 )  # fmt: skip
 
 

@@ -40,8 +40,8 @@ __all__ = ["finetune"]
 FACTS = {"masks", "block_counts", "layer_shapes", "base_fingerprint", "checksum"}
 #: Options that say how to choose blocks, which masks bring with them.
 CHOICE = (
-    "importance", "curvature", "levels", "rank", "samples", "tokens", "damping", "seed",
-    "density", "block_size", "scope",
+    "importance", "curvature", "levels", "rank", "exact_below", "samples", "tokens",
+    "damping", "seed", "density", "block_size", "scope",
 )  # fmt: skip
 
 
