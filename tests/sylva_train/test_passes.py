@@ -170,6 +170,38 @@ def test_plan_keeps_the_order_and_the_budget(extra, name):
         assert part.nbytes == sum(inputs.values()) + rest
 
 
+def llama_7b():
+    """The linear layers of LLaMA-7B, without memory, and which share an input."""
+    shapes = {f"{part}_proj": (4096, 4096) for part in "qkvo"}
+    shapes |= {"gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008)}
+    first = {"k_proj": "q_proj", "v_proj": "q_proj", "up": "gate"}
+    targets, owner = {}, {}
+    for layer in range(32):
+        for name, (out, inputs) in shapes.items():
+            targets[f"{layer}.{name}"] = nn.Linear(
+                inputs, out, bias=False, device="meta", dtype=torch.bfloat16
+            )
+            owner[f"{layer}.{name}"] = f"{layer}.{first.get(name, name)}"
+    return targets, owner
+
+
+def test_factors_of_llama_7b_take_a_tenth_of_the_exact_ones():
+    targets, owner = llama_7b()
+    sizes = [
+        plan_passes(
+            targets, SylvaConfig(curvature=c, memory_budget="1TB"), ["factors"], dict
+        )
+        for c in ("mlr", "hodlr", "dense")
+    ]
+    mlr, hodlr, dense = (plan[0].nbytes for plan in sizes)
+    assert mlr <= 0.1 * dense
+    assert hodlr <= 0.1 * dense
+    # With the gradients they fit 20 GB in two passes.
+    options = SylvaConfig(memory_budget="20GB")
+    plan = plan_passes(targets, options, ["factors", "gradient"], lambda: owner)
+    assert len(plan) == 2
+
+
 def test_shared_inputs_are_counted_once():
     model = make_model("llama")
     owner = shared_inputs(find_targets(model), lambda: model(**make_batch("llama")))
