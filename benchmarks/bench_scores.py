@@ -1,6 +1,6 @@
 """Scores by hierarchical factors beside those by exact K-FAC, on a real model.
 
-For each layer of MiniLM, scored on the built-in data with the default options: the rank
+For each layer of MiniLM, scored with 256 samples of the built-in data and the default options otherwise: the rank
 correlation of its weights' scores, the overlap of the best 5% of its blocks, and the
 part of the best blocks' exact score that the chosen ones have, and the bytes of its two
 factors as a fraction of the exact ones. How much it matters is told by exact K-FAC on
@@ -99,7 +99,7 @@ def bytes_ratio(shape: tuple[int, int], config: SylvaConfig) -> float:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--samples", type=int, default=SylvaConfig().samples)
+    options.add_argument("--samples", type=int, default=256)
     options.add_argument("--levels", type=int, default=SylvaConfig().levels)
     options.add_argument("--rank", type=int, default=SylvaConfig().rank)
     options.add_argument("--tokens", default=SylvaConfig().tokens)
@@ -114,25 +114,30 @@ def main() -> None:
         name: getattr(options, name)
         for name in ("levels", "rank", "samples", "tokens", "damping")
     }
+    configs = {k: SylvaConfig(**kind, **settings) for k, kind in KINDS.items()}
     exact, dense_seconds, _ = scored(task, SylvaConfig(curvature="dense", **settings))
     _, plain_seconds, _ = scored(task, SylvaConfig(importance="gradient", **settings))
     seconds = {"gradient": plain_seconds, "dense": dense_seconds}
     side = SylvaConfig().block_size
     rows: dict[str, dict[str, Any]] = {
-        name: {"layer": name, "shape": list(layer.shape)}
+        name: {
+            "layer": name,
+            "shape": list(layer.shape),
+            "bytes": bytes_ratio(layer.shape, configs["mlr"]),
+        }
         for name, layer in exact.items()
     }
     other, _, _ = scored(task, SylvaConfig(curvature="dense", **settings), seed=1)
     noise = [against(layer, other[name], side) for name, layer in exact.items()]
     summary = [summarised("exact, other samples", noise, 0)]
-    configs = {k: SylvaConfig(**kind, **settings) for k, kind in KINDS.items()}
     for kind, config in configs.items():
         scores, seconds[kind], bad = scored(task, config)
+        found = {}
         for name, layer in exact.items():
-            rows[name][kind] = against(layer, scores[name], side) | {
-                "bytes": bytes_ratio(layer.shape, config)
-            }
-        summary.append(summarised(kind, [rows[name][kind] for name in exact], bad))
+            found[name] = against(layer, scores[name], side)
+            for part in ("spearman", "overlap"):
+                rows[name][f"{kind}: {part}"] = found[name][part]
+        summary.append(summarised(kind, list(found.values()), bad))
         print(summary[-1], flush=True)
     figures = {
         "setting": begun,
