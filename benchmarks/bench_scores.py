@@ -1,11 +1,12 @@
 """Scores by hierarchical factors beside those by exact K-FAC, on a real model.
 
-For each layer of MiniLM, scored with 256 samples of the built-in data and the default options otherwise: the rank
-correlation of its weights' scores, the overlap of the best 5% of its blocks, and the
-part of the best blocks' exact score that the chosen ones have, and the bytes of its two
-factors as a fraction of the exact ones. How much it matters is told by exact K-FAC on
-other examples of the same data (``exact, other samples``). Processor time is that of one
-scoring each; rule ``gradient`` has the same forward and backward pass and no factors.
+For each layer of MiniLM, scored with 256 samples of the built-in data and the default
+options otherwise: the rank correlation of its weights' scores, the overlap of the best 5%
+of its blocks, the part of the best blocks' exact score that the chosen ones have, and the
+bytes of its two factors as a fraction of the exact ones. How much it matters is told by
+exact K-FAC on other examples of the same data (``exact, other samples``). Processor time
+is that of one scoring each; rule ``gradient`` has the same forward and backward pass and no
+factors.
 """
 
 from __future__ import annotations
