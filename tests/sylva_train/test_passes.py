@@ -138,19 +138,42 @@ def test_tensors_held_between_batches_stay_below_the_budget(curvature):
 
 
 def test_bytes_from_shapes_are_the_bytes_that_are_held():
+    wanted = ["factors", "gradient", "fisher", "inputs"]
     for name in ("llama", "bert"):
         model, options = make_model(name), config()
         targets = find_targets(model)
-        layers, _ = collect_curvature(
-            model, targets, data(name), options, ["factors", "gradient", "fisher"]
-        )
-        sizes = layer_bytes(name, options, ["factors", "gradient", "fisher"])
+        layers, _ = collect_curvature(model, targets, data(name), options, wanted)
+        sizes = layer_bytes(name, options, wanted)
         shared = layers.collector.owner
         expected = sum(
             sum(parts.values()) - (parts["A"] if shared[layer] != layer else 0)
             for layer, parts in sizes.items()
         )
         assert layers.collector.nbytes == expected
+
+
+def test_squares_of_inputs_are_the_diagonal_of_their_factor():
+    model = make_model()
+    layers, _ = collect_curvature(
+        model, find_targets(model), data("bert"), config(curvature="dense"),
+        ["factors", "inputs"],
+    )  # fmt: skip
+    for layer in layers.values():
+        torch.testing.assert_close(layer.input_squares, layer.A.matrix.diagonal())
+
+
+def test_a_batch_without_a_mask_has_no_padding():
+    """Of BERT's last layer queries have a gradient at the first token only."""
+    masked = [
+        batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+        for batch in data("bert")
+    ]
+    options = config(curvature="dense")
+    one, other = (score(make_model(), d, options) for d in (data("bert"), masked))
+    for name in one:
+        torch.testing.assert_close(
+            one[name].blocks(4), other[name].blocks(4), rtol=1e-3, atol=1e-30
+        )
 
 
 @given(st.integers(0, 400), st.sampled_from(["llama", "t5"]))

@@ -269,7 +269,7 @@ def collect_curvature(
         ``curvature``, ``levels``, ``rank``, ``tokens``, ``samples``, ``block_size``,
         ``memory_budget``.
     wanted : iterable of str
-        Of ``"factors"``, ``"gradient"``, ``"fisher"``.
+        Of ``"factors"``, ``"gradient"``, ``"fisher"``, ``"inputs"``.
     **options
         ``loss`` (mean loss of (model, batch) instead of the model's own), ``progress``
         (called with samples done and samples in all), ``log`` (called with lines of

@@ -56,11 +56,13 @@ class Accumulators:
     G: Any = None
     gradient: torch.Tensor | None = None
     fisher: torch.Tensor | None = None
+    input_squares: torch.Tensor | None = None
+    rows: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored numbers."""
-        parts = (self.A, self.G, self.gradient, self.fisher)
+        parts = (self.A, self.G, self.gradient, self.fisher, self.input_squares)
         return sum(part.nbytes for part in parts if part is not None)
 
 
@@ -76,12 +78,15 @@ class LayerCurvature:
         Mean gradient Γ, float32 (float64 where the model is).
     fisher : torch.Tensor or None
         Diagonal Fisher, mean of squared per-sample gradients, summed over blocks.
+    input_squares : torch.Tensor (in,) or None
+        Mean square of each input over the tokens.
     """
 
     A: Factor | None = None
     G: Factor | None = None
     gradient: torch.Tensor | None = None
     fisher: torch.Tensor | None = None
+    input_squares: torch.Tensor | None = None
 
 
 @dataclass
@@ -95,7 +100,7 @@ class Collector:
     config : SylvaConfig
         Kind of the factors, and its options.
     wanted : frozenset of str
-        Of ``"factors"``, ``"gradient"``, ``"fisher"``.
+        Of ``"factors"``, ``"gradient"``, ``"fisher"``, ``"inputs"``.
     names : collection of str
         The layers whose statistics are added up this time.
     """
@@ -139,8 +144,9 @@ class Collector:
                 return mask
             if g.dim() == 2 and g.shape[0] == mask.numel():
                 return mask.flatten()
-        if g.dim() == 2 and (not masks or len(g) == len(masks[0])):
-            return torch.ones(len(g), dtype=torch.bool, device=g.device)  # pooled
+        # Without a mask there is no padding; with one, a row for each sample is pooled.
+        if not masks or (g.dim() == 2 and len(g) == len(masks[0])):
+            return torch.ones(g.shape[:-1], dtype=torch.bool, device=g.device)
         # Some other arrangement of tokens: padding gets no gradient.
         return g.ne(0).any(-1)
 
@@ -223,6 +229,9 @@ class Collector:
         rows_x, rows_g = x[valid], g[valid]
         if sums.gradient is not None:
             sums.gradient.addmm_(rows_g.T, rows_x)
+        if sums.input_squares is not None:
+            sums.input_squares += rows_x.square().sum(0)
+            sums.rows += len(rows_x)
         if sums.fisher is not None:
             self.add_fisher(sums.fisher, x, g, valid)
         if sums.G is not None:
@@ -245,6 +254,8 @@ class Collector:
             sums.gradient = like.new_zeros(out, inputs)
         if "fisher" in self.wanted:
             sums.fisher = like.new_zeros(-(-out // size), -(-inputs // size))
+        if "inputs" in self.wanted:
+            sums.input_squares = like.new_zeros(inputs)
         if "factors" in self.wanted:
             sums.G = accumulator(out, like, self.config)
             if self.owner[name] == name:
@@ -288,4 +299,7 @@ class Collector:
             G=Factor(sums.G.result()) if sums.G is not None else None,
             gradient=None if sums.gradient is None else sums.gradient.div_(terms),
             fisher=None if sums.fisher is None else sums.fisher / samples,
+            input_squares=None
+            if sums.input_squares is None
+            else sums.input_squares / max(sums.rows, 1),
         )

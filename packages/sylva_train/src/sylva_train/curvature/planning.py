@@ -58,15 +58,15 @@ def curvature_bytes(
     config : SylvaConfig
         ``curvature``, ``levels``, ``rank``, ``exact_below``, ``block_size``.
     wanted : collection of str
-        Of ``"factors"``, ``"gradient"``, ``"fisher"``.
+        Of ``"factors"``, ``"gradient"``, ``"fisher"``, ``"inputs"``.
     dtype : torch.dtype
         Of the layer's weight.
 
     Returns
     -------
     dict of str to int
-        ``"A"``, ``"G"``, ``"gradient"``, ``"fisher"``, as far as they are wanted. Layers
-        that share their input share ``"A"``.
+        ``"A"``, ``"G"``, ``"gradient"``, ``"fisher"``, ``"inputs"``, as far as they are
+        wanted. Layers that share their input share ``"A"``.
 
     Examples
     --------
@@ -94,6 +94,8 @@ def curvature_bytes(
     if "fisher" in wanted:
         rows, columns = (-(-n // config.block_size) for n in shape)
         sizes["fisher"] = rows * columns * width
+    if "inputs" in wanted:
+        sizes["inputs"] = inputs * width
     return sizes
 
 

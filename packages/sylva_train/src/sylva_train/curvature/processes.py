@@ -124,9 +124,10 @@ def add_up(collector: Collector, name: str) -> None:
         like = torch.empty(0, dtype=module.weight.dtype, device=weight_device(module))  # type: ignore[arg-type]
         collector.begin(name, like)
     sums = collector.sums[name]
-    for tensor in (sums.gradient, sums.fisher):
+    for tensor in (sums.gradient, sums.fisher, sums.input_squares):
         if tensor is not None:
             dist.all_reduce(tensor)
+    sums.rows = sum(everyone(sums.rows))
     if sums.A is not None:
         sums.A = total(sums.A)
     if sums.G is not None:

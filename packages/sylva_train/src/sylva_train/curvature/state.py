@@ -122,7 +122,7 @@ class Store:
         """Write the sums of a pass, in the place of those before."""
         tensors, plain = {}, {}
         for name, sums in collector.sums.items():
-            for part in ("gradient", "fisher"):
+            for part in ("gradient", "fisher", "input_squares"):
                 if getattr(sums, part) is not None:
                     tensors[f"{name}/{part}"] = getattr(sums, part)
             for part in ("A", "G"):
@@ -140,6 +140,7 @@ class Store:
             "settings": self.settings,
             "names": list(collector.names),
             "owner": collector.owner,
+            "rows": {name: sums.rows for name, sums in collector.sums.items()},
             "plain": plain,
             "batches": position.batches,
             "data": position.data,
@@ -160,6 +161,7 @@ class Store:
         for key, tensor in tensors.items():
             name, part, *rest = key.split("/")
             sums = collector.sums.setdefault(name, Accumulators())
+            sums.rows = header["rows"][name]
             if not rest:
                 setattr(sums, part, tensor.to(devices[name]))
         for key, plain in header["plain"].items():
