@@ -94,6 +94,16 @@ def property(session: nox.Session) -> None:
     pytest(session, "-n", "2", "-m", "not gpu", **env)
 
 
+@nox.session(default=False)
+def peers(session: nox.Session) -> None:
+    """Hold the Kronecker factors against those of kronfluence and curvlinops."""
+    install(session, "test", "peers")
+    # They ask for torchvision and more, of which nothing here makes use.
+    libraries = ("kronfluence==1.0.1", "curvlinops-for-pytorch==3.0.1")
+    session.install("--no-deps", *libraries, "backpack-for-pytorch>=1.6")
+    pytest(session, "tests/sylva_train/test_peers.py")
+
+
 @nox.session(default=False, venv_backend="none")
 def gpu(session: nox.Session) -> None:
     """Run every test, the CUDA ones too, in the current environment."""

@@ -254,7 +254,7 @@ def test_an_unknown_flag_is_an_error_of_usage(tmp_path):
 
 def test_warnings_are_lines(home, tmp_path):
     options = ["--importance", "kfac", "--block-size", 8, "--samples", 8]
-    rough = ["--curvature", "hodlr", "--levels", 1, "--rank", 4]
+    rough = ["--curvature", "hodlr", "--levels", 1, "--rank", 4, "--exact-below", 0]
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         output = tmp_path / "s.safetensors"

@@ -51,6 +51,7 @@ def batches(sizes=(5, 4), padding=(9, 6), pad=0):
 
 def config(**options):
     defaults = {"block_size": 8, "levels": 2, "rank": 4, "samples": 9}
+    defaults |= {"exact_below": 0}
     return SylvaConfig(**{"exclude_modules": ["pooler.dense"], **defaults, **options})
 
 
@@ -111,6 +112,17 @@ def test_hierarchical_factors_of_full_rank_give_the_exact_scores(curvature):
         torch.testing.assert_close(
             scores[name].blocks(8), exact[name].blocks(8), rtol=5e-3, atol=1e-30
         )
+
+
+@pytest.mark.filterwarnings("ignore:.*not positive")
+def test_small_factors_are_exact():
+    exact = score(bert(), batches(), config(curvature="dense"))
+    small = score(bert(), batches(), config(curvature="mlr", exact_below=49))
+    cut = score(bert(), batches(), config(curvature="mlr", exact_below=48))
+    for name in exact:
+        one, other, third = (s[name].blocks(8) for s in (exact, small, cut))
+        assert torch.equal(one, other)
+        assert torch.equal(one, third) == (48 not in exact[name].shape)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = [
     "SylvaType",
     "TaskConfig",
     "TrainingConfig",
+    "memory_bytes",
     "minilm_folder",
 ]
 
@@ -61,6 +63,41 @@ SCOPES = ("layer", "model")
 SCHEDULES = ("linear", "cosine", "constant")
 #: The model that installs as a Python package, without a model hub.
 MINILM = "minilm"
+
+
+#: Units of a memory budget.
+UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+def memory_bytes(budget: int | str | None) -> int | None:
+    """Return a memory budget such as ``"20GB"`` in bytes.
+
+    Raises
+    ------
+    ConfigError
+        If it is not a positive number of bytes.
+
+    Examples
+    --------
+    >>> from sylva_train.config import memory_bytes
+    >>> memory_bytes("20GB"), memory_bytes("512 MiB"), memory_bytes(1000)
+    (20000000000, 536870912, 1000)
+    """
+    if budget is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-zA-Z]*)\s*", str(budget))
+    unit = UNITS.get(found[2].upper()) if found else None
+    size = 0 if found is None or unit is None else int(float(found[1]) * unit)
+    if size < 1:
+        msg = (
+            "`memory_budget` must be a number of bytes above 0, like 20GB, 512MiB or"
+            f" 2000000000; got {budget!r}."
+        )
+        raise ConfigError(msg)
+    return size
 
 
 def minilm_folder() -> str | None:
@@ -109,6 +146,9 @@ class SylvaConfig(PeftConfig):
     levels, rank : int
         Depth of the hierarchy and rank of its blocks; layers too small for the depth
         take fewer levels.
+    exact_below : int
+        Size from which on a factor is kept hierarchically. Smaller ones are exact: a
+        hierarchy saves little there, and takes longer to add up.
     samples : int
         Number of sequences to score with.
     tokens : str
@@ -117,6 +157,10 @@ class SylvaConfig(PeftConfig):
     damping : float
         Multiple of a factor's mean eigenvalue that is added to its diagonal, so that
         ``λ_A = damping · tr A / in`` and ``λ_G = damping · tr G / out``.
+    memory_budget : int or str, optional
+        Most bytes of the statistics of layers that are held while scoring, like
+        ``"20GB"``: where they are more, the data is run through in several passes, to
+        the same scores. Without it there is one pass.
     scope : str
         ``"layer"``: each layer trains the same fraction of its blocks; ``"model"``: the
         blocks of all layers compete by score relative to their layer's mean.
@@ -153,9 +197,11 @@ class SylvaConfig(PeftConfig):
     curvature: str = "mlr"
     levels: int = 4
     rank: int = 32
+    exact_below: int = 512
     samples: int = 1024
     tokens: str = "expand"
     damping: float = 1e-2
+    memory_budget: int | str | None = None
     scope: str = "layer"
     max_columns: float = 1.0
     seed: int = 0
@@ -180,10 +226,12 @@ class SylvaConfig(PeftConfig):
         check_choice("tokens", self.tokens, TOKENS)
         check_choice("scope", self.scope, SCOPES)
         check_integer("levels", self.levels, 0)
+        check_integer("exact_below", self.exact_below, 0)
         check_integer("rank", self.rank, 1)
         check_integer("samples", self.samples, 1)
         check_integer("seed", self.seed, 0)
         check_positive("damping", self.damping, zero=True)
+        memory_bytes(self.memory_budget)
 
     @classmethod
     def from_pretrained(
@@ -200,7 +248,7 @@ class SylvaConfig(PeftConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as PEFT writes them to JSON: all but the masks.
+        """Return the fields as PEFT writes them to JSON, but for masks and budget.
 
         The folder of `MINILM` becomes its name, which a new configuration turns back.
         """
@@ -210,7 +258,9 @@ class SylvaConfig(PeftConfig):
             fields: dict[str, Any] = super().to_dict()
         finally:
             self.masks = masks
-        fields.pop("masks", None)
+        # Neither says what an adapter is: the budget is that of the machine it was made on.
+        for name in ("masks", "memory_budget"):
+            fields.pop(name, None)
         base = fields["base_model_name_or_path"]
         # On another machine the package lies elsewhere.
         if base is not None and base == minilm_folder():

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,16 @@ from torch import nn
 from ._checks import ConfigError, NonFiniteError
 from ._files import read_tensors, write_tensors
 from .config import NEEDS_DATA, SylvaConfig
-from .curvature import LayerCurvature, block_sums, collect_curvature
-from .targets import check_block_size, find_targets, weight_view
+from .curvature import (
+    LayerCurvature,
+    Store,
+    block_sums,
+    collect_curvature,
+    from_first,
+    place,
+    settings,
+)
+from .targets import check_block_size, check_weights, find_targets, loaded_weight
 
 __all__ = ["LayerScores", "Scores", "score"]
 
@@ -229,6 +238,9 @@ def score(
     *,
     loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    log: Callable[[str], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_minutes: float = 10.0,
 ) -> Scores:
     """Score the weights of a pretrained model by how much they matter for a task.
 
@@ -245,6 +257,13 @@ def score(
         Mean loss of (model, batch), where the model does not compute its own.
     progress : callable, optional
         Called with (samples done, samples in all).
+    log : callable, optional
+        Called with lines of text: the number of passes over the data, and their bytes.
+    checkpoint : path, optional
+        Folder to keep the statistics in meanwhile. Scoring that was interrupted goes on
+        with what is there, to the same scores; scoring that is finished is read back.
+    checkpoint_minutes : float
+        Time between two savings.
 
     Returns
     -------
@@ -253,9 +272,14 @@ def score(
     Raises
     ------
     TargetError
-        If no layer matches, or one that matches cannot be used.
+        If no layer matches, one that matches cannot be used, or the model is quantized or
+        has weights that were never loaded.
     ConfigError
-        If a layer is smaller than a block, or the rule needs data and got none.
+        If a layer is smaller than a block or above the memory budget, the rule needs data
+        and got none, passes or processes are given different batches, or ``checkpoint``
+        has scoring with other settings.
+    AdapterError
+        If a file in ``checkpoint`` is damaged.
     DataError
         If the data is empty or has no labels.
     NonFiniteError
@@ -280,10 +304,22 @@ def score(
     """
     config = config or SylvaConfig()
     rule = config.importance
+    check_weights(model)
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     check_block_size(targets, config.block_size)
-    seen = 0
-    layers: dict[str, LayerCurvature] = {}
+    kept = None
+    if checkpoint is not None:
+        must = settings(model, targets, config)
+        kept = Unfinished(Path(checkpoint), checkpoint_minutes, must)
+    scores, facts = ({}, {}) if kept is None else from_first(kept.load())
+    bad, seen = facts.get("indefinite", 0), facts.get("samples", 0)
+    layers: Mapping[str, LayerCurvature] = {}
+
+    def keep() -> None:
+        if kept is not None:
+            data = getattr(layers, "data", None)
+            kept.save(scores, {"samples": seen, "indefinite": bad, "data": data})
+
     if rule in NEEDS_DATA:
         if dataloader is None:
             msg = (
@@ -291,15 +327,17 @@ def score(
                 ' "magnitude" or "random".'
             )
             raise ConfigError(msg)
-        layers, seen = collect_curvature(
-            model, targets, dataloader, config, STATISTICS[rule], loss=loss,
-            progress=progress,
-        )  # fmt: skip
+        if len(scores) < len(targets):
+            layers, seen = collect_curvature(
+                model, targets, dataloader, config, STATISTICS[rule], loss=loss,
+                progress=progress, log=log, known=scores, data=facts.get("data"),
+                store=kept and kept.store, between=keep,
+            )  # fmt: skip
     generator = torch.Generator().manual_seed(config.seed)
-    bad = 0
-    scores = {}
     for name, module in targets.items():
-        weight = weight_view(module)
+        if name in scores:
+            continue
+        weight = loaded_weight(module)
         shape = (weight.shape[0], weight.shape[1])
         if rule == "kfac":
             s_out, s_in, indefinite = kfac_scores(layers[name], config.damping)
@@ -323,7 +361,9 @@ def score(
                     full = full * weight.float().abs()
             grid = block_sums(full, config.block_size)
         scores[name] = LayerScores(shape, grid=grid.cpu(), unit=config.block_size)
+    scores = from_first({name: scores[name] for name in targets})
     check_finite(scores)
+    keep()
     if bad:
         warnings.warn(
             f"{bad} entries of the inverse diagonals are not positive: truncated HODLR"
@@ -331,10 +371,46 @@ def score(
             ' `curvature="mlr"` stays positive definite.',
             stacklevel=2,
         )
-    options = ("importance", "curvature", "levels", "rank", "tokens", "damping", "seed")
+    options = (
+        "importance", "curvature", "levels", "rank", "exact_below", "tokens", "damping",
+        "seed",
+    )  # fmt: skip
     metadata = {name: getattr(config, name) for name in options}
     metadata |= {"samples": seen, "indefinite": bad}
     return Scores(scores, metadata)
+
+
+class Unfinished:
+    """The folder of unfinished scoring: scores of layers, and sums of the others.
+
+    Parameters
+    ----------
+    folder : path
+        The folder.
+    minutes : float
+        Time between two savings of the sums.
+    options : mapping
+        What must be the same when it goes on, from `sylva_train.curvature.settings`.
+    """
+
+    def __init__(
+        self, folder: Path, minutes: float, options: Mapping[str, Any]
+    ) -> None:
+        self.store = Store(folder, minutes, options)
+        self.path = folder / "scores.safetensors"
+
+    def load(self) -> tuple[dict[str, LayerScores], dict[str, Any]]:
+        """Return the scores of the layers that are done, and the facts beside them."""
+        if not self.path.exists():
+            return {}, {}
+        found = Scores.load(self.path)
+        self.store.check(found.metadata["settings"])
+        return found.layers, found.metadata
+
+    def save(self, scores: Mapping[str, LayerScores], facts: Mapping[str, Any]) -> None:
+        """Keep the scores of the layers that are done."""
+        if place()[0] == 0:
+            Scores(scores, {**facts, "settings": self.store.settings}).save(self.path)
 
 
 def check_finite(scores: Mapping[str, LayerScores]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -16,11 +17,14 @@ from ._checks import ConfigError, TargetError
 
 __all__ = [
     "check_block_size",
+    "check_weights",
     "find_targets",
     "fingerprint",
     "is_inside",
     "is_supported",
+    "loaded_weight",
     "shared_inputs",
+    "weight_device",
     "weight_view",
 ]
 
@@ -49,6 +53,69 @@ def weight_view(module: nn.Module) -> torch.Tensor:
     `torch.nn.Linear` stores that already; GPT-2's ``Conv1D`` stores the transpose.
     """
     return as_matrix(module, module.weight.detach())  # type: ignore[operator]
+
+
+def weight_device(module: nn.Module) -> torch.device:
+    """Return where a layer computes: where its weight is, or is brought to for it."""
+    device = module.weight.device
+    hook = getattr(module, "_hf_hook", None)
+    if device.type == "meta" and hook is not None:
+        device = torch.device(hook.execution_device)
+    return device  # type: ignore[return-value]
+
+
+def loaded_weight(module: nn.Module) -> torch.Tensor:
+    """Return `weight_view`, brought here where accelerate keeps it elsewhere."""
+    if not module.weight.is_meta:
+        return weight_view(module)
+    with align_module_device(module):
+        return weight_view(module).clone()
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise `TargetError` unless the model computes with weights that it really has.
+
+    Refused are quantized models, whose integers stand for weights, and models whose
+    weights were never loaded. A weight that accelerate keeps on the CPU or on disk until
+    its layer runs is there.
+    """
+    packed = [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in {"Linear4bit", "Linear8bitLt"}
+        or (isinstance(module, nn.Linear | Conv1D) and is_packed(module))
+    ]
+    config = getattr(model, "config", None)
+    if packed or getattr(config, "quantization_config", None) is not None:
+        where = f"`{packed[0]}` holds" if packed else "it has"
+        msg = (
+            f"this {type(model).__name__} is quantized ({where} 8-bit or 4-bit weights):"
+            " it cannot be scored. Score the model in bfloat16, float16 or float32; the"
+            " masks then fit every copy of it."
+        )
+        raise TargetError(msg)
+    for name, module in model.named_modules():
+        empty = [
+            n for n, p in module._parameters.items() if p is not None and p.is_meta
+        ]
+        parts = name.split(".")
+        holders = [".".join(parts[:i]) for i in range(len(parts) + 1)]
+        hooks = (getattr(model.get_submodule(h), "_hf_hook", None) for h in holders)
+        if empty and not any(getattr(hook, "offload", False) for hook in hooks):
+            msg = (
+                f"`{name}.{empty[0]}` is on the meta device and nothing loads it: read the"
+                " weights first (`from_pretrained`), or dispatch the model with"
+                " accelerate."
+            )
+            raise TargetError(msg)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a layer's weight is not of 16-bit floating-point numbers at least."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return False
+    return not weight.is_floating_point() or weight.element_size() < 2
 
 
 def matches(name: str, patterns: str | Iterable[str] | None) -> bool:

@@ -110,14 +110,17 @@ def score(
     output: Path,
     task: TaskConfig,
     sylva: SylvaConfig,
+    checkpoint_minutes: float = 10.0,
     device: str = "auto",
+    resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> None:
     """Score a model's weights by how much they matter for a task.
 
     Writes the scores, for `sylva finetune --scores`, and shows how the importance of each
-    layer is spread over its blocks.
+    layer is spread over its blocks. Interrupted scoring goes on with --resume, to the
+    same scores.
 
     Examples
     --------
@@ -130,6 +133,8 @@ def score(
         output,
         seed=sylva.seed,
         device=device,
+        checkpoint_minutes=checkpoint_minutes,
+        resume=resume,
         overwrite=overwrite,
         progress=not quiet,
     )
@@ -261,7 +266,7 @@ def inspect_command(path: Path, json: bool = False) -> None:
 @command(
     omit={
         "task", "target_column", "importance", "curvature", "seed", "lr", "save_every",
-        "modules_to_save", "max_columns",
+        "modules_to_save", "max_columns", "memory_budget",
     },
     output="Folder for results.json, report.html, table.md.",
 )  # fmt: skip

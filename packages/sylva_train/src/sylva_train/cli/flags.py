@@ -172,6 +172,9 @@ FLAGS: dict[str, Flag] = {
     ),
     "levels": flag(int, SCORING, "Depth of the factors' hierarchy.", metavar="N"),
     "rank": flag(int, SCORING, "Rank of the factors' blocks.", metavar="N"),
+    "exact_below": flag(
+        int, SCORING, "Size below which a factor is kept exactly.", metavar="N"
+    ),
     "samples": flag(int, SCORING, "Examples to score with.", metavar="N"),
     "tokens": flag(
         str,
@@ -183,6 +186,18 @@ FLAGS: dict[str, Flag] = {
         float,
         SCORING,
         "Added to a factor's diagonal, in units of its mean eigenvalue.",
+        metavar="X",
+    ),
+    "memory_budget": flag(
+        str | None,
+        SCORING,
+        "Most memory for the layers' statistics, like 20GB: more passes over the data.",
+        metavar="SIZE",
+    ),
+    "checkpoint_minutes": flag(
+        float,
+        SCORING,
+        "Minutes between savings of unfinished scoring, for --resume.",
         metavar="X",
     ),
     "epochs": flag(int, TRAINING, "Passes over the data.", metavar="N"),

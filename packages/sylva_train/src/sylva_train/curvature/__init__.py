@@ -1,23 +1,26 @@
 """Second-order statistics of a model's layers: the only importer of `hmatrix`."""
 
-from .collect import (
-    LayerCurvature,
-    block_sums,
-    collect_curvature,
-    damage,
-    default_loss,
-    describe_factor,
-    loss_units,
-)
+from .batches import default_loss, loss_units
+from .collect import Curvatures, collect_curvature, damage, describe_factor
 from .factors import Factor
+from .hooks import LayerCurvature, block_sums
+from .planning import curvature_bytes
+from .processes import from_first, place
+from .state import Store, settings
 
 __all__ = [
+    "Curvatures",
     "Factor",
     "LayerCurvature",
+    "Store",
     "block_sums",
     "collect_curvature",
+    "curvature_bytes",
     "damage",
     "default_loss",
     "describe_factor",
+    "from_first",
     "loss_units",
+    "place",
+    "settings",
 ]

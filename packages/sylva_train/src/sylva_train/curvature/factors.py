@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import hmatrix as hm
 from sylva_train._checks import ConfigError
 from sylva_train.config import SylvaConfig
 
-__all__ = ["DenseCovariance", "Factor", "accumulator", "describe"]
+__all__ = ["DenseCovariance", "Factor", "accumulator", "describe", "revive"]
 
 #: Rows of a leaf below which a hierarchy is not worth its bookkeeping.
 SMALLEST_LEAF = 8
@@ -25,18 +26,40 @@ class DenseCovariance:
     """Exact ``Σ z zᵀ``, with the streaming interface of `hmatrix.StreamingMLR`."""
 
     def __init__(self, n: int, like: torch.Tensor) -> None:
-        self.sum = torch.zeros(n, n, device=like.device)
+        self.sum = like.new_zeros(n, n)
         self.count = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored numbers."""
+        return self.sum.nbytes
 
     def update(self, Z: torch.Tensor) -> None:
         """Add the rows of ``Z`` (c, n)."""
-        Z = Z.float()
+        Z = Z.to(self.sum.dtype)
         self.sum.addmm_(Z.T, Z)
         self.count += len(Z)
+
+    def merge(self, other: DenseCovariance) -> None:
+        """Add what another one holds."""
+        self.sum += other.sum
+        self.count += other.count
 
     def result(self) -> torch.Tensor:
         """Return the mean ``E[z zᵀ]``."""
         return self.sum / max(self.count, 1)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything needed to go on."""
+        return {"kind": type(self).__name__, "count": self.count, "sum": self.sum}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> DenseCovariance:
+        """Rebuild from `state`."""
+        total: torch.Tensor = state["sum"]
+        self = cls(0, total)
+        self.sum, self.count = total.clone(), float(state["count"])
+        return self
 
 
 @dataclass(frozen=True)
@@ -46,7 +69,8 @@ class Factor:
     Parameters
     ----------
     matrix : hmatrix.MLR, hmatrix.HODLR or torch.Tensor (n, n)
-        In float32, as it was accumulated; results are computed in float64.
+        As it was accumulated, in float32 but for a float64 model; results are
+        computed in float64.
     """
 
     matrix: Any
@@ -95,13 +119,24 @@ class Factor:
 
 
 def accumulator(n: int, like: torch.Tensor, config: SylvaConfig) -> Any:
-    """Make an empty covariance of the configured kind, on the device of ``like``."""
-    if config.curvature == "dense":
+    """Make an empty covariance of the configured kind, on the device of ``like``.
+
+    Below ``config.exact_below`` rows it is exact. It adds up in float32, or in float64 where ``like`` is of it.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    like = torch.empty(0, device=like.device, dtype=dtype)
+    if config.curvature == "dense" or n < config.exact_below:
         return DenseCovariance(n, like)
     levels = min(config.levels, max(0, (n // SMALLEST_LEAF).bit_length() - 1))
     kind = hm.StreamingMLR if config.curvature == "mlr" else hm.StreamingHODLR
-    like = torch.empty(0, device=like.device, dtype=torch.float32)
     return kind(n, levels=levels, rank=config.rank, like=like)
+
+
+def revive(state: Mapping[str, Any]) -> Any:
+    """Make an accumulator of what its ``state()`` was."""
+    kinds = (DenseCovariance, hm.StreamingMLR, hm.StreamingHODLR)
+    kind: Any = {kind.__name__: kind for kind in kinds}[state["kind"]]
+    return kind.from_state(state)
 
 
 def describe(approximate: Factor, exact: Factor) -> dict[str, Any]:

@@ -43,14 +43,16 @@ FACTS = {"masks", "block_counts", "layer_shapes", "base_fingerprint", "checksum"
 SELECTION = {"density", "block_size", "scope", "max_columns"}
 #: Options that say how to choose blocks, which masks bring with them.
 CHOICE = (
-    "importance", "curvature", "levels", "rank", "samples", "tokens", "damping", "seed",
-    "density", "block_size", "scope", "max_columns",
+    "importance", "curvature", "levels", "rank", "exact_below", "samples", "tokens",
+    "damping", "seed", "density", "block_size", "scope", "max_columns",
 )  # fmt: skip
 
 
 def sylva_options(config: SylvaConfig) -> dict[str, Any]:
     """Return Sylva's own options, without PEFT's and the facts of an adapter."""
     foreign = {field.name for field in dataclasses.fields(PeftConfig)} | FACTS
+    # The budget of a machine's memory changes nothing in a run.
+    foreign.add("memory_budget")
     names = [field.name for field in dataclasses.fields(config)]
     return {name: getattr(config, name) for name in names if name not in foreign}
 

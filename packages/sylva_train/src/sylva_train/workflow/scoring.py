@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
+from sylva_train._checks import OutputExistsError
 from sylva_train.config import NEEDS_DATA, SylvaConfig, TaskConfig
 from sylva_train.importance import Scores, score
 from sylva_train.targets import check_block_size, find_targets
@@ -29,6 +32,8 @@ def score_task(
     seed: int = 0,
     device: str = "auto",
     progress: Progress | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_minutes: float = 10.0,
 ) -> Scores:
     """Score a task's model on samples of its training data.
 
@@ -44,6 +49,8 @@ def score_task(
         Where to.
     progress : Progress, optional
         Shows it.
+    checkpoint, checkpoint_minutes
+        Folder to go on from, as `sylva_train.score` does.
 
     Returns
     -------
@@ -65,7 +72,15 @@ def score_task(
     else:
         progress.say(f"Scoring by {words}; this needs no data.")
     task.model.to(pick_device(device))
-    scores = score(task.model, loader, config, progress=progress.stage("scoring"))
+    scores = score(
+        task.model,
+        loader,
+        config,
+        progress=progress.stage("scoring"),
+        log=progress.say,
+        checkpoint=checkpoint,
+        checkpoint_minutes=checkpoint_minutes,
+    )
     scores.metadata |= {"model": task.config.model, "data": task.train.name}
     return scores
 
@@ -77,6 +92,8 @@ def score_file(
     *,
     seed: int = 0,
     device: str = "auto",
+    checkpoint_minutes: float = 10.0,
+    resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Scores:
@@ -92,6 +109,12 @@ def score_file(
         Seed of a new head and of which samples.
     device : str
         Where to.
+    checkpoint_minutes : float
+        Time between two savings of what is scored so far, in a folder beside ``output``
+        (its name and ``.unfinished``), which goes when the scores are written.
+    resume : bool
+        Go on with scoring that was interrupted, to the same scores; begin it where there
+        is none.
     overwrite : bool
         Whether to replace a file that is there.
     progress : bool
@@ -104,14 +127,36 @@ def score_file(
     Raises
     ------
     OutputExistsError
-        If ``output`` exists and not ``overwrite``.
+        If ``output`` exists and not ``overwrite``, or unfinished scoring and neither
+        ``resume`` nor ``overwrite``.
+    ConfigError
+        If ``resume`` meets scoring with other options, model or data.
     SylvaError
         Whatever stops reading, loading or scoring; nothing is written then.
     """
     check_file(output, overwrite=overwrite)
+    unfinished = Path(f"{os.fspath(output)}.unfinished")
+    if unfinished.exists() and not resume:
+        if not overwrite:
+            msg = (
+                f"`{unfinished}` has scoring that was interrupted: go on with it"
+                " (`resume=True`, `--resume`), or begin anew (`overwrite=True`,"
+                " `--overwrite`)."
+            )
+            raise OutputExistsError(msg)
+        shutil.rmtree(unfinished)
     with Progress(enabled=progress) as bars:
         task = load_task(located(task_config), seed=seed, evaluation=False)
         check_targets(task, config)
-        scores = score_task(task, config, seed=seed, device=device, progress=bars)
+        scores = score_task(
+            task,
+            config,
+            seed=seed,
+            device=device,
+            progress=bars,
+            checkpoint=unfinished,
+            checkpoint_minutes=checkpoint_minutes,
+        )
     scores.save(output)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return scores

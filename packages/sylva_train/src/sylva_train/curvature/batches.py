@@ -1,0 +1,77 @@
+"""Batches of samples: their size, the terms of their loss, the part that counts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sylva_train._checks import DataError
+
+__all__ = ["batch_size", "default_loss", "loss_units", "moved", "note", "truncated"]
+
+
+def batch_size(batch: Mapping[str, Any]) -> int:
+    """Return the number of samples in a batch."""
+    for value in batch.values():
+        if isinstance(value, torch.Tensor) and value.dim():
+            return len(value)
+    msg = "a batch must be a mapping with at least one tensor, its first axis samples."
+    raise DataError(msg)
+
+
+def loss_units(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """Return how many terms the model's mean loss has.
+
+    Samples for classification and regression; for a language model the tokens that
+    count (label not -100), shifted by one for a causal one.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor):
+        return batch_size(batch)
+    if labels.dim() < 2 or labels.is_floating_point():
+        return len(labels)
+    causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return max(1, int((labels[:, 1:] if causal else labels).ne(-100).sum()))
+
+
+def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Return the loss that a `transformers` model computes from a batch with labels."""
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        msg = (
+            "the model returned no loss: batches must have `labels`, or pass `loss`, a"
+            " function of (model, batch)."
+        )
+        raise DataError(msg)
+    return loss  # type: ignore[no-any-return]
+
+
+def truncated(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Return the first samples of a batch."""
+    full = batch_size(batch)
+    result = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor) and value.dim() and len(value) == full:
+            result[name] = value[:size]
+    return result
+
+
+def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch on a device."""
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def note(batch: Mapping[str, Any], digest: hashlib._Hash) -> None:
+    """Add a batch's tensors to a digest, by which the same batches are known again."""
+    for name, value in sorted(batch.items()):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().view(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)

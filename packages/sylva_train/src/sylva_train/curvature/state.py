@@ -1,0 +1,180 @@
+"""Scoring in progress, kept in a folder: sums of the layers, and how far they are."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sylva_train._checks import ConfigError, check_positive
+from sylva_train._files import read_tensors, write_tensors
+from sylva_train.config import SylvaConfig
+from sylva_train.targets import weight_device, weight_view
+
+from .factors import revive
+from .hooks import Accumulators, Collector
+from .processes import place
+
+__all__ = ["Position", "Store", "settings"]
+
+FORMAT = "sylva-scoring/1"
+#: Elements of each weight that identify the model.
+SAMPLE = 256
+#: Options that change the statistics.
+OPTIONS = (
+    "importance", "curvature", "levels", "rank", "exact_below", "tokens", "samples",
+    "block_size", "damping", "seed",
+)  # fmt: skip
+
+
+def settings(
+    model: nn.Module, targets: Mapping[str, nn.Module], config: SylvaConfig
+) -> dict[str, Any]:
+    """Return what must be the same where scoring goes on, as JSON."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{parameter.dtype}{tuple(parameter.shape)}".encode())
+        if not parameter.is_meta:
+            flat = parameter.detach().reshape(-1)
+            some = flat[:: max(1, len(flat) // SAMPLE)].cpu().contiguous()
+            digest.update(some.view(torch.uint8).numpy().data)
+    shapes = {name: list(weight_view(m).shape) for name, m in targets.items()}
+    found = {name: getattr(config, name) for name in OPTIONS}
+    found |= {"model": digest.hexdigest(), "layers": shapes}
+    return found | {"processes": place()[1]}
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a pass has come.
+
+    Attributes
+    ----------
+    batches : int
+        Batches of the data that are done.
+    data : str
+        Digest of them.
+    """
+
+    batches: int
+    data: str
+
+
+class Store:
+    """The folder in which scoring keeps how far it has come.
+
+    Parameters
+    ----------
+    folder : path
+        It is made where it is not there.
+    minutes : float
+        Time between two savings.
+    settings : mapping
+        From `settings`.
+
+    Raises
+    ------
+    ConfigError
+        If the folder is of scoring with other settings.
+    AdapterError
+        If a file in it is damaged.
+    """
+
+    def __init__(
+        self, folder: Path, minutes: float, settings: Mapping[str, Any]
+    ) -> None:
+        check_positive("checkpoint_minutes", minutes, zero=True)
+        self.folder = folder
+        self.minutes = minutes
+        self.settings = dict(settings)
+        self.saved = time.monotonic()
+        self.path = folder / f"sums-{place()[0]}.safetensors"
+
+    def check(self, found: Mapping[str, Any]) -> None:
+        """Raise `ConfigError` where a file there was made with other settings."""
+        differ = [n for n, value in self.settings.items() if found.get(n) != value]
+        if differ:
+            said = "; ".join(
+                f"`{name}` is {found.get(name)!r} there and {self.settings[name]!r} here"
+                for name in differ
+                if name not in {"model", "layers"}
+            )
+            names = " and ".join(name for name in differ if name in {"model", "layers"})
+            other = f"it is of another model ({names} differ)" if names else ""
+            msg = (
+                f"`{self.folder}` has scoring to go on with, but not this one:"
+                f" {'; '.join(part for part in (said, other) if part)}. Use the same"
+                " options, or another folder."
+            )
+            raise ConfigError(msg)
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() - self.saved >= 60 * self.minutes
+
+    def save(self, collector: Collector, position: Position) -> None:
+        """Write the sums of a pass, in the place of those before."""
+        tensors, plain = {}, {}
+        for name, sums in collector.sums.items():
+            for part in ("gradient", "fisher", "input_squares"):
+                if getattr(sums, part) is not None:
+                    tensors[f"{name}/{part}"] = getattr(sums, part)
+            for part in ("A", "G"):
+                factor = getattr(sums, part)
+                if factor is None:
+                    continue
+                state = factor.state()
+                arrays = {k for k, v in state.items() if isinstance(v, torch.Tensor)}
+                tensors |= {f"{name}/{part}/{key}": state[key] for key in arrays}
+                plain[f"{name}/{part}"] = {
+                    key: value for key, value in state.items() if key not in arrays
+                }
+        header = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "names": list(collector.names),
+            "owner": collector.owner,
+            "rows": {name: sums.rows for name, sums in collector.sums.items()},
+            "plain": plain,
+            "batches": position.batches,
+            "data": position.data,
+        }
+        write_tensors(self.path, tensors, header)
+        self.saved = time.monotonic()
+
+    def load(self, collector: Collector) -> Position | None:
+        """Put back what `save` wrote, if it is of the same pass."""
+        if not self.path.exists():
+            return None
+        tensors, header = read_tensors(self.path, FORMAT, "scoring")
+        self.check(header["settings"])
+        if header["names"] != list(collector.names):
+            return None
+        collector.owner = header["owner"]
+        devices = {n: weight_device(collector.targets[n]) for n in collector.names}
+        for key, tensor in tensors.items():
+            name, part, *rest = key.split("/")
+            sums = collector.sums.setdefault(name, Accumulators())
+            sums.rows = header["rows"][name]
+            if not rest:
+                setattr(sums, part, tensor.to(devices[name]))
+        for key, plain in header["plain"].items():
+            name, part = key.split("/")
+            head = f"{key}/"
+            arrays = {
+                k.removeprefix(head): t.to(devices[name])
+                for k, t in tensors.items()
+                if k.startswith(head)
+            }
+            setattr(collector.sums[name], part, revive(plain | arrays))
+        return Position(header["batches"], header["data"])
+
+    def clear(self) -> None:
+        """Take away the sums of a pass that is done."""
+        self.path.unlink(missing_ok=True)
