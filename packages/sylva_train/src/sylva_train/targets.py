@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ __all__ = [
     "check_weights",
     "find_targets",
     "fingerprint",
+    "input_owners",
     "is_inside",
     "is_supported",
     "loaded_weight",
@@ -239,7 +240,6 @@ def find_targets(
     return found
 
 
-@torch.no_grad()
 def shared_inputs(
     model: nn.Module,
     batch: Mapping[str, Any],
@@ -267,23 +267,53 @@ def shared_inputs(
     TargetError
         As `find_targets`.
     """
-    readers: dict[int, list[str]] = {}
-    read: list[torch.Tensor] = []  # kept, or another tensor might get the same identity
-    hooks = []
-    for name, module in find_targets(model, target_modules, exclude_modules).items():
-
-        def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            read.append(args[0])
-            readers.setdefault(id(args[0]), []).append(name)
-
-        hooks.append(module.register_forward_pre_hook(note))
     device = next(model.parameters()).device
-    try:
-        model(**{k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()})
-    finally:
-        for hook in hooks:
-            hook.remove()
+    moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+    targets = find_targets(model, target_modules, exclude_modules)
+    readers: dict[str, list[str]] = {}
+    for name, owner in input_owners(targets, lambda: model(**moved)).items():
+        readers.setdefault(owner, []).append(name)
     return [names for names in readers.values() if len(names) > 1]
+
+
+def input_owners(
+    targets: Mapping[str, nn.Module], run: Callable[[], Any]
+) -> dict[str, str]:
+    """Find layers whose inputs are one and the same tensor: query, key and value.
+
+    Parameters
+    ----------
+    targets : mapping of str to torch.nn.Module
+        The layers.
+    run : callable
+        Runs the model once.
+
+    Returns
+    -------
+    dict of str to str
+        For each layer that ran the first one that had its input.
+    """
+    # the tensors are kept, or another might get the same identity
+    inputs: dict[str, torch.Tensor] = {}
+    owner: dict[str, str] = {}
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            same = (o for o, other in inputs.items() if other is args[0])
+            owner.setdefault(name, next(same, name))
+            if owner[name] == name:
+                inputs[name] = args[0]
+
+        return before
+
+    handles = [m.register_forward_pre_hook(look(n)) for n, m in targets.items()]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return owner
 
 
 def check_block_size(targets: dict[str, nn.Module], block_size: int) -> None:

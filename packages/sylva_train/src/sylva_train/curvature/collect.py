@@ -20,12 +20,12 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train.config import SylvaConfig
-from sylva_train.targets import find_targets, weight_device
+from sylva_train.targets import find_targets, input_owners, weight_device
 
 from .batches import batch_size, default_loss, loss_units, moved, note, truncated
 from .factors import describe
 from .hooks import Collector, LayerCurvature
-from .planning import plan_passes, shared_inputs, size_words
+from .planning import plan_passes, size_words
 from .processes import agree, merge, place, settle
 from .state import Position, Store
 
@@ -145,7 +145,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
             return {}
         batch = moved(truncated(first, self.config.samples), self.device)
         with frozen(self.model):
-            return shared_inputs(self.targets, lambda: self.loss(self.model, batch))
+            return input_owners(self.targets, lambda: self.loss(self.model, batch))
 
     @property
     def device(self) -> torch.device:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from sylva_train.targets import weight_view
 
 from .factors import accumulator
 
-__all__ = ["Pass", "curvature_bytes", "plan_passes", "shared_inputs", "size_words"]
+__all__ = ["Pass", "curvature_bytes", "plan_passes", "size_words"]
 
 
 @dataclass(frozen=True)
@@ -112,45 +111,6 @@ def factor_bytes(
     return size
 
 
-def shared_inputs(
-    targets: Mapping[str, nn.Module], run: Callable[[], Any]
-) -> dict[str, str]:
-    """Find layers whose inputs are one and the same tensor: query, key and value.
-
-    Parameters
-    ----------
-    targets : mapping of str to torch.nn.Module
-        The layers.
-    run : callable
-        Runs the model once.
-
-    Returns
-    -------
-    dict of str to str
-        For each layer that ran the first one that had its input.
-    """
-    inputs: dict[str, torch.Tensor] = {}
-    owner: dict[str, str] = {}
-
-    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-            same = (o for o, other in inputs.items() if other is args[0])
-            owner.setdefault(name, next(same, name))
-            if owner[name] == name:
-                inputs[name] = args[0]
-
-        return before
-
-    handles = [m.register_forward_pre_hook(look(n)) for n, m in targets.items()]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return owner
-
-
 def plan_passes(
     targets: Mapping[str, nn.Module],
     config: SylvaConfig,
@@ -168,7 +128,7 @@ def plan_passes(
     wanted : collection of str
         As for `curvature_bytes`.
     shared : callable
-        Returns what `shared_inputs` finds; called only where it makes a difference.
+        Returns what `sylva_train.targets.input_owners` finds; called only where it makes a difference.
 
     Raises
     ------
