@@ -34,8 +34,12 @@ __all__ = [
 ]
 
 RULE_LABELS = {
+    "kfac-block": "K-FAC decrease of a block",
+    "kfac-natural": "K-FAC natural gradient",
+    "kfac-element": "K-FAC element by element",
     "fisher-diag": "diagonal Fisher",
     "magnitude": "magnitude",
+    "wanda": "Wanda",
     "gradient": "gradient",
     "weight-gradient": "weight × gradient",
     "random": "random blocks",
@@ -215,7 +219,9 @@ def adapt(
         )
         if scores is None:
             scores = score(model, loader, options, progress=progress)
-        masks = select(scores, config.density, config.block_size, config.scope)
+        masks = select(
+            scores, config.density, config.block_size, config.scope, config.spread
+        )
         if method.name == "kfac-pruner":
             prune(model, masks)
         embed(model, masks, modules_to_save=config.modules_to_save)

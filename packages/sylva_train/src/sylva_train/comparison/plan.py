@@ -38,7 +38,7 @@ DEMO_STEPS = 60
 #: Scoring options of `SylvaConfig` that a comparison passes on.
 OPTIONS = (
     "target_modules", "exclude_modules", "density", "block_size", "levels", "rank",
-    "samples", "tokens", "damping", "scope",
+    "samples", "tokens", "damping", "scope", "spread",
 )  # fmt: skip
 
 

@@ -57,12 +57,15 @@ class LayerCurvature:
         Mean gradient Γ, float32.
     fisher : torch.Tensor or None
         Diagonal Fisher, mean of squared per-sample gradients, summed over blocks.
+    input_squares : torch.Tensor (in,) or None
+        Mean square of each input over the tokens, float32.
     """
 
     A: Factor | None = None
     G: Factor | None = None
     gradient: torch.Tensor | None = None
     fisher: torch.Tensor | None = None
+    input_squares: torch.Tensor | None = None
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:
@@ -97,6 +100,8 @@ class Accumulators:
     G: Any = None
     gradient: torch.Tensor | None = None
     fisher: torch.Tensor | None = None
+    input_squares: torch.Tensor | None = None
+    rows: int = 0
 
 
 @dataclass
@@ -214,6 +219,11 @@ class Collector:
             if sums.gradient is None:
                 sums.gradient = x.new_zeros(g.shape[-1], x.shape[-1])
             sums.gradient.addmm_(rows_g.T, rows_x)
+        if "inputs" in self.wanted:
+            squares = rows_x.square().sum(0)
+            before = sums.input_squares
+            sums.input_squares = squares if before is None else before + squares
+            sums.rows += len(rows_x)
         if "fisher" in self.wanted:
             self.add_fisher(sums, x, g, valid)
         if "factors" in self.wanted:
@@ -269,6 +279,9 @@ class Collector:
                 G=Factor(sums.G.result()) if sums.G is not None else None,
                 gradient=None if sums.gradient is None else sums.gradient / terms,
                 fisher=None if sums.fisher is None else sums.fisher / samples,
+                input_squares=None
+                if sums.input_squares is None
+                else sums.input_squares / max(sums.rows, 1),
             )
         return layers
 
@@ -343,7 +356,7 @@ def collect_curvature(
     config : SylvaConfig
         ``curvature``, ``levels``, ``rank``, ``tokens``, ``samples``, ``block_size``.
     wanted : iterable of str
-        Of ``"factors"``, ``"gradient"``, ``"fisher"``.
+        Of ``"factors"``, ``"gradient"``, ``"fisher"``, ``"inputs"``.
     loss : callable, optional
         Mean loss of (model, batch) instead of the model's own.
     progress : callable, optional

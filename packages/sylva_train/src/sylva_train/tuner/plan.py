@@ -52,7 +52,9 @@ def choose_masks(model: nn.Module, config: SylvaConfig) -> Mapping[str, LayerMas
             exclude = [n for n, _ in model.named_modules() if matches(n, exclude)]
         config.exclude_modules = [*exclude, *whole]
     scores = score(model, None, config)
-    return select(scores, config.density, config.block_size, config.scope)
+    return select(
+        scores, config.density, config.block_size, config.scope, config.spread
+    )
 
 
 def plan(model: nn.Module, config: SylvaConfig) -> Mapping[str, LayerMask] | None:

@@ -41,7 +41,7 @@ FACTS = {"masks", "block_counts", "layer_shapes", "base_fingerprint", "checksum"
 #: Options that say how to choose blocks, which masks bring with them.
 CHOICE = (
     "importance", "curvature", "levels", "rank", "samples", "tokens", "damping", "seed",
-    "density", "block_size", "scope",
+    "density", "block_size", "scope", "spread",
 )  # fmt: skip
 
 
@@ -178,7 +178,9 @@ def finetune(
                     device=training.device,
                     progress=bars,
                 )
-            masks = select(scores, config.density, config.block_size, config.scope)
+            masks = select(
+                scores, config.density, config.block_size, config.scope, config.spread
+            )
         total = sum(p.numel() for p in task.model.parameters())
         # Masks of another model stop here, before anything is written or replaced.
         embed(task.model, masks, modules_to_save=config.modules_to_save)
@@ -201,7 +203,9 @@ def chosen(config: SylvaConfig, given: Masks | Scores) -> SylvaConfig:
     """Return the options with those that masks or scores were made with."""
     names = [name for name in CHOICE if given.metadata.get(name) is not None]
     if isinstance(given, Scores):
-        names = [n for n in names if n not in {"density", "block_size", "scope"}]
+        names = [
+            n for n in names if n not in {"density", "block_size", "scope", "spread"}
+        ]
     known = {name: given.metadata[name] for name in names}
     # Rules that need no data have seen no sample.
     known["samples"] = known.get("samples") or config.samples

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from sylva_train.config import NEEDS_DATA, SylvaConfig, TaskConfig
+from sylva_train.config import KRONECKER, NEEDS_DATA, SylvaConfig, TaskConfig
 from sylva_train.importance import Scores, score
 from sylva_train.targets import check_block_size, find_targets
 from sylva_train.training import pick_device
@@ -58,7 +58,7 @@ def score_task(
     progress = progress or Progress(enabled=False)
     loader = None
     rule = config.importance
-    words = f"{rule} ({config.curvature})" if rule == "kfac" else rule
+    words = f"{rule} ({config.curvature})" if rule in KRONECKER else rule
     if rule in NEEDS_DATA:
         loader = task.score_loader(config.samples, seed)
         progress.say(f"Scoring by {words} on {len(loader.examples):,} examples.")
