@@ -131,9 +131,13 @@ class Setup:
             self.fit_head()
 
     def fit_head(self) -> None:
-        """Give the new head the weights of a logistic regression on frozen features."""
-        X, y = pooled_features(self.model, self.samples)
-        found = LogisticRegression(C=10.0, max_iter=2000).fit(X, y)
+        """Give the new head the weights of a logistic regression on frozen features.
+
+        On all training sentences: on those that are scored alone it would leave hardly a
+        gradient to score by.
+        """
+        X, y = pooled_features(self.model, self.loader)
+        found = LogisticRegression(C=1.0, max_iter=2000).fit(X, y)
         head = self.model.classifier
         with torch.no_grad():
             # Two classes have one row: the difference of the logits.
@@ -276,7 +280,7 @@ def main() -> None:
     options.add_argument("--sst2", type=Path, help="folder of SST-2")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--samples", type=int, default=128)
-    options.add_argument("--train", type=int, default=2000)
+    options.add_argument("--train", type=int, default=1000)
     options.add_argument("--validation", type=int, default=256)
     options.add_argument("--test", type=int, default=400)
     options = options.parse_args()
