@@ -1,4 +1,4 @@
-"""What users would otherwise run: full fine-tuning, LoRA, the K-FAC pruner, a probe.
+"""What users would otherwise run: full fine-tuning, PEFT's methods, a pruner, a probe.
 
 Each method turns a pretrained model into one whose trainable parameters are its own;
 the training loop is the same for all of them.
@@ -15,7 +15,7 @@ import peft
 import torch
 from torch import nn
 
-from ._checks import ConfigError
+from ._checks import ConfigError, TargetError
 from .config import CURVATURES, IMPORTANCES, SylvaConfig
 from .importance import Scores, score
 from .layers import embed
@@ -31,6 +31,8 @@ __all__ = [
     "parse_method",
     "probe",
     "prune",
+    "shira_config",
+    "supertuning_config",
 ]
 
 RULE_LABELS = {
@@ -51,6 +53,8 @@ METHODS = (
     "frozen",
     "full",
     "lora",
+    "shira",
+    "supertuning",
     "kfac-pruner",
     *(f"sylva:kfac:{curvature}" for curvature in CURVATURES),
     *(f"sylva:{rule}" for rule in RULE_LABELS),
@@ -89,6 +93,8 @@ def parse_method(name: str) -> Method:
         "frozen": "Frozen features + head",
         "full": "Full fine-tuning",
         "lora": "LoRA",
+        "shira": "SHiRA, random weights",
+        "supertuning": "Super-Tuning, largest weights",
         "kfac-pruner": "K-FAC pruner",
     }
     if name in simple:
@@ -156,6 +162,74 @@ def lora_config(
     )
 
 
+def shira_config(
+    targets: Mapping[str, nn.Module],
+    density: float,
+    modules_to_save: list[str] | None = None,
+    *,
+    seed: int = 0,
+) -> peft.ShiraConfig:
+    """Return options of SHiRA with as many trainable weights as blocks of a density.
+
+    Single weights at random (Bhardwaj et al. 2024); PEFT gives each layer ``r · (in +
+    out)`` of them, with one ``r`` for all layers, which is rounded to at least 1.
+
+    Raises
+    ------
+    TargetError
+        If a layer is not one that PEFT's SHiRA knows.
+    """
+    check_linear("shira", targets)
+    shapes = [weight_view(module).shape for module in targets.values()]
+    r = density * sum(m * n for m, n in shapes) / sum(m + n for m, n in shapes)
+    # A small layer beside large ones has no room for the r of all.
+    most = min(m * n // (m + n) for m, n in shapes)
+    return peft.ShiraConfig(
+        r=min(max(1, round(r)), most),
+        random_seed=seed,
+        target_modules=list(targets),
+        modules_to_save=modules_to_save,
+    )
+
+
+def supertuning_config(
+    targets: Mapping[str, nn.Module],
+    density: float,
+    modules_to_save: list[str] | None = None,
+) -> peft.PeftConfig:
+    """Return options of Super-Tuning with the largest weights of each layer, by number.
+
+    Raises
+    ------
+    TargetError
+        If a layer is not one that PEFT's Super-Tuning knows.
+    """
+    from peft.tuners import SupertuningConfig
+
+    check_linear("supertuning", targets)
+    return SupertuningConfig(
+        sparsity=1 - density,
+        target_modules=list(targets),
+        modules_to_save=modules_to_save,
+    )
+
+
+def check_linear(method: str, targets: Mapping[str, nn.Module]) -> None:
+    """Raise `TargetError` unless all layers are `torch.nn.Linear`."""
+    other = {
+        name: type(module).__name__
+        for name, module in targets.items()
+        if not isinstance(module, nn.Linear)
+    }
+    if other:
+        name, kind = next(iter(other.items()))
+        msg = (
+            f"PEFT's {method} takes torch.nn.Linear layers alone; `{name}` is a {kind}."
+            " Leave the method out of `methods`."
+        )
+        raise TargetError(msg)
+
+
 @torch.no_grad()
 def prune(model: nn.Module, masks: Mapping[str, LayerMask]) -> nn.Module:
     """Set every weight of the masked layers outside the blocks to zero, in place."""
@@ -204,21 +278,30 @@ def adapt(
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     if method.name == "full":
         model.requires_grad_(True)
-    elif method.name == "lora":
-        # PEFT draws the first factors from the global generator.
+    elif method.name in {"lora", "shira", "supertuning"}:
+        options: peft.PeftConfig
+        budget = (targets, config.density, config.modules_to_save)
+        if method.name == "lora":
+            options = lora_config(*budget)
+        elif method.name == "shira":
+            options = shira_config(*budget, seed=config.seed)
+            invariants = torch.sparse.check_sparse_tensor_invariants
+            if not invariants.is_enabled():
+                invariants.disable()  # as it is, but said: torch warns otherwise
+        else:
+            options = supertuning_config(*budget)
+        # PEFT draws LoRA's first factors from the global generator.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
-            model = peft.get_peft_model(
-                model, lora_config(targets, config.density, config.modules_to_save)
-            )
+            model = peft.get_peft_model(model, options)
     elif method.rule is not None:
-        options = replace(
+        scoring = replace(
             config,
             importance=method.rule,
             curvature=method.curvature or config.curvature,
         )
         if scores is None:
-            scores = score(model, loader, options, progress=progress)
+            scores = score(model, loader, scoring, progress=progress)
         masks = select(
             scores, config.density, config.block_size, config.scope, config.spread
         )

@@ -21,8 +21,16 @@ __all__ = [
 ]
 
 #: Peak learning rates, chosen on the validation split (benchmarks/bench_rates.py); the
-#: pruner trains the same kind of weights as Sylva, and takes its rate.
-LEARNING_RATES = {"full": 4e-4, "lora": 4e-3, "kfac-pruner": 4e-3, "sylva": 4e-3}
+#: pruner, SHiRA and Super-Tuning train the same kind of weights as Sylva, and take its
+#: rate.
+LEARNING_RATES = {
+    "full": 4e-4,
+    "lora": 4e-3,
+    "shira": 4e-3,
+    "supertuning": 4e-3,
+    "kfac-pruner": 4e-3,
+    "sylva": 4e-3,
+}
 
 #: Metrics of classes alone, without logits: those of a linear head on frozen features.
 CLASSES_ALONE = ("accuracy", "f1", "mcc")
