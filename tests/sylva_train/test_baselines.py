@@ -1,4 +1,4 @@
-"""Rivals from PEFT: the weights they train, and how many."""
+"""Rivals: the weights they train, and how many."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from sylva_train._checks import TargetError
 from sylva_train.baselines import (
+    SerialAdapter,
     adapt,
+    add_serial_adapters,
     parse_method,
     shira_config,
     supertuning_config,
@@ -78,6 +80,51 @@ def test_shira_follows_the_seed():
         found.append(before[name] != after[name])
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+def test_serial_adapters_begin_as_nothing_and_follow_the_seed():
+    batch = next(iter(ToyLoader()))
+    before = toy_base(dropout=0.0).eval()(**batch).logits
+    found = []
+    for seed in (0, 0, 1):
+        config = dataclasses.replace(CONFIG, seed=seed)
+        adapted = adapt(parse_method("adapter"), toy_base(dropout=0.0), config)
+        model = adapted.model.eval()
+        torch.testing.assert_close(model(**batch).logits, before, rtol=0, atol=0)
+        found.append(model.bert.encoder.layer[0].output.dense.down.weight)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_serial_adapters_are_behind_each_sublayer_within_the_budget():
+    base = toy_base(dropout=0.0)
+    targets = find_targets(base, exclude_modules=["pooler.dense"])
+    total = sum(m.weight.numel() for m in targets.values())
+    before = weights(base)
+    adapted = adapt(
+        parse_method("adapter"), base, dataclasses.replace(CONFIG, density=0.2)
+    )
+    model = adapted.model
+    made = [n for n, m in model.named_modules() if isinstance(m, SerialAdapter)]
+    assert [name.partition("layer.")[2] for name in made] == [
+        "0.attention.output.dense", "0.output.dense",
+        "1.attention.output.dense", "1.output.dense",
+    ]  # fmt: skip
+    assert adapted.trainable == pytest.approx(0.2 * total, rel=0.05)
+    train(model, ToyLoader(), SHORT, progress=False)
+    after = {n.replace(".base.", "."): p for n, p in model.named_parameters()}
+    trained = {n for n in before if not torch.equal(before[n], after[n])}
+    assert trained == {"classifier.weight", "classifier.bias"}
+    layer = model.bert.encoder.layer[1].output.dense
+    y = layer.base(x := torch.randn(3, 5, 48))
+    expected = y + layer.up(torch.nn.functional.gelu(layer.down(y)))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_model_without_known_sublayers_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(TargetError, match="o_proj"):
+        add_serial_adapters(model, find_targets(model), 0.1)
 
 
 @pytest.mark.parametrize("make", [shira_config, supertuning_config])

@@ -21,11 +21,12 @@ __all__ = [
 ]
 
 #: Peak learning rates, chosen on the validation split (benchmarks/bench_rates.py); the
-#: pruner, SHiRA and Super-Tuning train the same kind of weights as Sylva, and take its
+#: serial adapter takes LoRA's; the pruner, SHiRA and Super-Tuning train the same kind of weights as Sylva, and take its
 #: rate.
 LEARNING_RATES = {
     "full": 4e-4,
     "lora": 4e-3,
+    "adapter": 4e-3,
     "shira": 4e-3,
     "supertuning": 4e-3,
     "kfac-pruner": 4e-3,

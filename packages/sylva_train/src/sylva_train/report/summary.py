@@ -40,6 +40,7 @@ ORDER = (
     "frozen",
     "full",
     "lora",
+    "adapter",
     "shira",
     "supertuning",
     "kfac-pruner",

@@ -1,8 +1,4 @@
-"""What users would otherwise run: full fine-tuning, PEFT's methods, a pruner, a probe.
-
-Each method turns a pretrained model into one whose trainable parameters are its own;
-the training loop is the same for all of them.
-"""
+"""The methods of a comparison, and how each makes a model trainable."""
 
 from __future__ import annotations
 
@@ -10,30 +6,21 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import peft
 import torch
 from torch import nn
 
-from ._checks import ConfigError, TargetError
-from .config import CURVATURES, IMPORTANCES, SylvaConfig
-from .importance import Scores, score
-from .layers import embed
-from .masks import LayerMask, Masks, select
-from .targets import find_targets, matches, weight_view
+from sylva_train._checks import ConfigError
+from sylva_train.config import CURVATURES, IMPORTANCES, SylvaConfig
+from sylva_train.importance import Scores, score
+from sylva_train.layers import embed
+from sylva_train.masks import Masks, select
+from sylva_train.targets import find_targets, matches
 
-__all__ = [
-    "METHODS",
-    "Adapted",
-    "Method",
-    "adapt",
-    "lora_config",
-    "parse_method",
-    "probe",
-    "prune",
-    "shira_config",
-    "supertuning_config",
-]
+from .rivals import lora_config, prune, shira_config, supertuning_config
+from .serial import add_serial_adapters
+
+__all__ = ["METHODS", "Adapted", "Method", "adapt", "parse_method"]
 
 RULE_LABELS = {
     "kfac-block": "K-FAC decrease of a block",
@@ -53,6 +40,7 @@ METHODS = (
     "frozen",
     "full",
     "lora",
+    "adapter",
     "shira",
     "supertuning",
     "kfac-pruner",
@@ -93,6 +81,7 @@ def parse_method(name: str) -> Method:
         "frozen": "Frozen features + head",
         "full": "Full fine-tuning",
         "lora": "LoRA",
+        "adapter": "Serial adapter (Houlsby)",
         "shira": "SHiRA, random weights",
         "supertuning": "Super-Tuning, largest weights",
         "kfac-pruner": "K-FAC pruner",
@@ -135,108 +124,6 @@ class Adapted:
     masks: Masks | None
     trainable: int
     head: int
-
-
-def lora_config(
-    targets: Mapping[str, nn.Module],
-    density: float,
-    modules_to_save: list[str] | None = None,
-) -> peft.LoraConfig:
-    """Return LoRA options with as many trainable weights as blocks of a density.
-
-    Each layer gets rank ``density · in · out / (in + out)``, rounded, at least 1, and
-    scale 2 (``lora_alpha = 2 r``); no dropout.
-    """
-    ranks = {}
-    for name, module in targets.items():
-        out, inputs = weight_view(module).shape
-        ranks[name] = max(1, round(density * inputs * out / (inputs + out)))
-    return peft.LoraConfig(
-        r=1,
-        lora_alpha=2,
-        # PEFT reads the keys as patterns of whole names or endings.
-        rank_pattern={f"^{name}": rank for name, rank in ranks.items()},
-        alpha_pattern={f"^{name}": 2 * rank for name, rank in ranks.items()},
-        target_modules=list(targets),
-        modules_to_save=modules_to_save,
-    )
-
-
-def shira_config(
-    targets: Mapping[str, nn.Module],
-    density: float,
-    modules_to_save: list[str] | None = None,
-    *,
-    seed: int = 0,
-) -> peft.ShiraConfig:
-    """Return options of SHiRA with as many trainable weights as blocks of a density.
-
-    Single weights at random (Bhardwaj et al. 2024); PEFT gives each layer ``r · (in +
-    out)`` of them, with one ``r`` for all layers, which is rounded to at least 1.
-
-    Raises
-    ------
-    TargetError
-        If a layer is not one that PEFT's SHiRA knows.
-    """
-    check_linear("shira", targets)
-    shapes = [weight_view(module).shape for module in targets.values()]
-    r = density * sum(m * n for m, n in shapes) / sum(m + n for m, n in shapes)
-    # A small layer beside large ones has no room for the r of all.
-    most = min(m * n // (m + n) for m, n in shapes)
-    return peft.ShiraConfig(
-        r=min(max(1, round(r)), most),
-        random_seed=seed,
-        target_modules=list(targets),
-        modules_to_save=modules_to_save,
-    )
-
-
-def supertuning_config(
-    targets: Mapping[str, nn.Module],
-    density: float,
-    modules_to_save: list[str] | None = None,
-) -> peft.PeftConfig:
-    """Return options of Super-Tuning with the largest weights of each layer, by number.
-
-    Raises
-    ------
-    TargetError
-        If a layer is not one that PEFT's Super-Tuning knows.
-    """
-    from peft.tuners import SupertuningConfig
-
-    check_linear("supertuning", targets)
-    return SupertuningConfig(
-        sparsity=1 - density,
-        target_modules=list(targets),
-        modules_to_save=modules_to_save,
-    )
-
-
-def check_linear(method: str, targets: Mapping[str, nn.Module]) -> None:
-    """Raise `TargetError` unless all layers are `torch.nn.Linear`."""
-    other = {
-        name: type(module).__name__
-        for name, module in targets.items()
-        if not isinstance(module, nn.Linear)
-    }
-    if other:
-        name, kind = next(iter(other.items()))
-        msg = (
-            f"PEFT's {method} takes torch.nn.Linear layers alone; `{name}` is a {kind}."
-            " Leave the method out of `methods`."
-        )
-        raise TargetError(msg)
-
-
-@torch.no_grad()
-def prune(model: nn.Module, masks: Mapping[str, LayerMask]) -> nn.Module:
-    """Set every weight of the masked layers outside the blocks to zero, in place."""
-    for name, mask in masks.items():
-        weight = weight_view(model.get_submodule(name))
-        weight.mul_(mask.dense().to(weight.device))
-    return model
 
 
 def adapt(
@@ -294,6 +181,10 @@ def adapt(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             model = peft.get_peft_model(model, options)
+    elif method.name == "adapter":
+        add_serial_adapters(
+            model, targets, config.density, config.modules_to_save, seed=config.seed
+        )
     elif method.rule is not None:
         scoring = replace(
             config,
@@ -325,52 +216,3 @@ def is_head(parameter: str, modules_to_save: list[str] | None) -> bool:
     return any(
         matches(".".join(parts[:end]), modules_to_save) for end in range(1, len(parts))
     )
-
-
-def probe(
-    features: np.ndarray,
-    labels: np.ndarray,
-    eval_features: np.ndarray,
-    *,
-    seed: int = 0,
-) -> tuple[np.ndarray, int]:
-    """Fit the best linear head on frozen features.
-
-    Logistic regression on standardised features, its regularisation chosen by 3-fold
-    cross-validation: the strongest form of "frozen features + head", so that what
-    fine-tuning adds is not overstated.
-
-    Parameters
-    ----------
-    features : numpy.ndarray, shape (n, d)
-        Of the training texts.
-    labels : numpy.ndarray, shape (n,)
-        Their classes.
-    eval_features : numpy.ndarray, shape (m, d)
-        Of the evaluation texts.
-    seed : int
-        Seed of the folds.
-
-    Returns
-    -------
-    predictions : numpy.ndarray, shape (m,)
-        Classes of the evaluation texts.
-    trainable : int
-        Weights of the head.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, StratifiedKFold
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits
-
-    head = GridSearchCV(
-        make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
-        {"logisticregression__C": [1e-3, 1e-2, 1e-1, 1.0]},
-        cv=StratifiedKFold(3, shuffle=True, random_state=seed),
-    )
-    # Its products are so small that BLAS threads cost ten times what they save.
-    with threadpool_limits(1):
-        head.fit(features, labels)
-    model = head.best_estimator_[-1]
-    return head.predict(eval_features), model.coef_.size + model.intercept_.size
