@@ -53,8 +53,8 @@ RULES = (
 )  # fmt: skip
 ANCHORS = ("frozen", "lora", "full")
 #: Peak learning rates to choose from, of blocks and LoRA and of every weight.
-RATES = {"llama": (2e-3, 6e-3, 2e-2), "minilm": (3e-3, 1e-2)}
-FULL_RATES = {"llama": (5e-4, 2e-3), "minilm": (2e-4, 6e-4)}
+RATES = {"llama": (6e-3, 2e-2), "minilm": (3e-3, 1e-2)}
+FULL_RATES = {"llama": (1e-3, 4e-3), "minilm": (2e-4, 6e-4)}
 #: Seed to choose them with.
 TUNING_SEED = 100
 
