@@ -53,7 +53,7 @@ RULES = (
 )  # fmt: skip
 ANCHORS = ("frozen", "lora", "full")
 #: Peak learning rates to choose from, of blocks and LoRA and of every weight.
-RATES = {"llama": (6e-3, 2e-2), "minilm": (3e-3, 1e-2)}
+RATES = {"llama": (2e-2, 6e-2), "minilm": (3e-3, 1e-2)}
 FULL_RATES = {"llama": (1e-3, 4e-3), "minilm": (2e-4, 6e-4)}
 #: Seed to choose them with.
 TUNING_SEED = 100
@@ -250,20 +250,24 @@ def key(cell: Cell, rule: str, rate: float, seed: int) -> str:
 
 def plan(
     runs: dict[str, dict[str, Any]],
-    cells: list[Cell],
+    cell: Cell,
+    tuned: Cell,
     rules: tuple[str, ...],
     seeds: int,
 ) -> Iterator[tuple[Cell, str, float, int]]:
-    """Yield the runs that are still to be done, those of one model together."""
-    for cell in cells:
-        for seed in (TUNING_SEED, *range(seeds)):
-            for rule in rules:
-                tuning = seed == TUNING_SEED
-                for rate in (
-                    rates(cell, rule) if tuning else [best_rate(runs, cell, rule)]
-                ):
-                    if key(cell, rule, rate, seed) not in runs:
-                        yield cell, rule, rate, seed
+    """Yield the runs that are still to be done: those that choose the rates first.
+
+    ``tuned`` is the cell to choose them in, which a variation may share with another.
+    """
+    for rule in rules:
+        for rate in rates(tuned, rule):
+            if key(tuned, rule, rate, TUNING_SEED) not in runs:
+                yield tuned, rule, rate, TUNING_SEED
+    for seed in range(seeds):
+        for rule in rules:
+            rate = best_rate(runs, tuned, rule)
+            if key(cell, rule, rate, seed) not in runs:
+                yield cell, rule, rate, seed
 
 
 def main() -> None:
@@ -271,7 +275,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument(
-        "cells", help="JSON: a list of cells, with rules and seeds each"
+        "cells",
+        help="JSON file: a list of cells, each with rules, seeds, and in `tuned` what is"
+        " different where their rates are chosen",
     )
     options.add_argument(
         "--output", type=Path, default=RESULTS / "rules" / "runs.jsonl"
@@ -299,8 +305,11 @@ def main() -> None:
     with options.output.open("a", encoding="utf-8") as file:
         for group in json.loads(Path(options.cells).read_text(encoding="utf-8")):
             rules, seeds = tuple(group.pop("rules", RULES)), group.pop("seeds", 3)
-            cells = [Cell(**group)]
-            for cell, rule, rate, seed in plan(runs, cells, rules, seeds):
+            elsewhere = group.pop("tuned", {})
+            tuned = Cell(**(group | elsewhere))
+            for cell, rule, rate, seed in plan(
+                runs, Cell(**group), tuned, rules, seeds
+            ):
                 which = (cell.task, cell.head, cell.batch, seed)
                 if which not in setups:
                     setups[which] = Setup(cell, seed, sizes, options)
