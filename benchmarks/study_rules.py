@@ -52,9 +52,15 @@ RULES = (
     "kfac", "kfac-element", "kfac-natural", "kfac-block",
 )  # fmt: skip
 ANCHORS = ("frozen", "lora", "full")
-#: Peak learning rates to choose from, of blocks and LoRA and of every weight.
-RATES = {"llama": (2e-2, 6e-2), "minilm": (3e-3, 1e-2)}
-FULL_RATES = {"llama": (1e-3, 4e-3), "minilm": (2e-4, 6e-4)}
+#: Peak learning rates to choose from: of blocks, and of what they stand between.
+RATES = {"llama": (6e-2, 2e-1), "minilm": (3e-3, 1e-2)}
+ANCHOR_RATES = {
+    ("frozen", "llama"): (0.0,),  # nothing is trained
+    ("frozen", "minilm"): (3e-3,),
+    ("lora", "llama"): (2e-2, 6e-2),
+    ("full", "llama"): (1e-3, 4e-3),
+    ("full", "minilm"): (2e-4, 6e-4),
+}
 #: Seed to choose them with.
 TUNING_SEED = 100
 
@@ -226,9 +232,7 @@ class Setup:
 
 def rates(cell: Cell, rule: str) -> tuple[float, ...]:
     """Return the peak learning rates to choose from."""
-    if rule == "frozen":
-        return RATES[cell.model][:1]
-    return (FULL_RATES if rule == "full" else RATES)[cell.model]
+    return ANCHOR_RATES.get((rule, cell.model), RATES[cell.model])
 
 
 def best_rate(runs: dict[str, dict[str, Any]], cell: Cell, rule: str) -> float:
