@@ -15,6 +15,10 @@ SMALL = ["--limit", "16", "--samples", "8", "--steps", "2"]
 EXAMPLES = {
     "hmatrix_covariance.py": (["--n", "256"], "likelihood"),
     "finetune_minilm.py": (SMALL, "loaded again"),
+    "pretrain_llama.py": (
+        ["model", "--limit", "60", "--steps", "2", "--hidden", "32", "--layers", "1"],
+        "saved to model",
+    ),
     "peft_trainer.py": (SMALL, "largest difference after loading: 0.0"),
 }
 # What makes the README's blocks small enough to be run as tests.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from sylva_train._checks import AdapterError, ConfigError
 from sylva_train.config import SCOPES
 from sylva_train.importance import LayerScores, Scores
-from sylva_train.masks import LayerMask, Masks, select
+from sylva_train.masks import LayerMask, Masks, select, spread_out
 from tests.sylva_train.models import layer_masks
 
 
@@ -146,6 +147,76 @@ def test_one_huge_layer_cannot_take_the_whole_budget():
     assert len(masks["layer.1"]) in (4, 5)
 
 
+def test_absolute_scores_share_the_budget_out_by_what_they_are():
+    small = torch.arange(1.0, 10).reshape(3, 3)
+    masks = select(make_scores(small, 100 * small), 0.5, 1, scope="absolute")
+    assert len(masks["layer.0"]) == 0
+    assert len(masks["layer.1"]) == 9
+
+
+def greedy(grid, row_cap, column_cap):
+    """The plain rule: the best block first, then the next that has room."""
+    columns = grid.shape[1]
+    in_row, in_column, taken = Counter(), Counter(), set()
+    flat = grid.flatten().tolist()
+    for i in sorted(range(len(flat)), key=lambda i: (-flat[i], i)):
+        row, column = divmod(i, columns)
+        if in_row[row] < row_cap and in_column[column] < column_cap:
+            in_row[row] += 1
+            in_column[column] += 1
+            taken.add(i)
+    return taken
+
+
+@given(grids, st.integers(1, 4), st.integers(1, 4))
+def test_spreading_is_the_greedy_choice(grid, row_cap, column_cap):
+    marked = spread_out(grid, row_cap, column_cap)
+    flat = marked.flatten().nonzero()[:, 0].tolist()
+    assert set(flat) == greedy(grid, row_cap, column_cap)
+
+
+@given(grids, st.floats(0.05, 1), st.floats(1, 3))
+def test_a_spread_choice_keeps_its_caps_and_its_budget(grid, density, spread):
+    count = math.floor(density * grid.numel() + 1e-9)
+    assume(count)
+    mask = select(make_scores(grid), density, 1, spread=spread)["layer.0"]
+    rows, columns = grid.shape
+    row_cap, column_cap = (
+        math.ceil(spread * density * n - 1e-9) for n in (columns, rows)
+    )
+    alone = greedy(grid, row_cap, column_cap)
+    assert len(mask) == count
+    # The caps give way only where no other block has room.
+    assert len(chosen(mask) & alone) == min(count, len(alone))
+    if count <= len(alone):
+        assert mask.dense().sum(1).max() <= row_cap
+        assert mask.dense().sum(0).max() <= column_cap
+
+
+def test_a_rank_one_score_is_spread_over_rows_and_columns():
+    grid = torch.outer(torch.arange(8.0, 0, -1), torch.arange(8.0, 0, -1))
+    heaped, spread = (
+        select(make_scores(grid), 0.125, 1, spread=s)["layer.0"] for s in (None, 1)
+    )
+    assert len(heaped.indices[:, 0].unique()) < 5
+    assert len(spread.indices[:, 0].unique()) == len(spread.indices[:, 1].unique()) == 8
+
+
+@pytest.mark.parametrize("scope", ["model", "absolute"])
+def test_a_model_wide_choice_is_spread_as_well(scope):
+    grid = torch.outer(torch.arange(8.0, 0, -1), torch.arange(8.0, 0, -1))
+    masks = select(make_scores(grid, 2 * grid), 0.125, 1, scope=scope, spread=1)
+    assert sum(map(len, masks.values())) == 16
+    for mask in masks.values():
+        assert all(n <= 1 for n in mask.dense().sum(0).tolist())
+
+
+@pytest.mark.parametrize("spread", [0.5, float("inf"), float("nan"), "wide"])
+def test_spreads_below_one_are_refused(spread):
+    with pytest.raises(ConfigError, match="`spread`"):
+        select(make_scores(torch.rand(4, 4)), 0.5, 1, spread=spread)
+
+
 def test_selection_is_recorded():
     masks = select(make_scores(torch.rand(4, 4), samples=7), 0.5, 2)
     assert masks.metadata == {
@@ -155,6 +226,7 @@ def test_selection_is_recorded():
         "block_size": 2,
         "scope": "layer",
         "max_columns": 1.0,
+        "spread": None,
     }
     assert "2 blocks" in repr(masks)
 
@@ -195,7 +267,7 @@ def test_few_columns_hold_the_whole_budget(first, second, density, share, scope)
         )
         assert len(columns_of(mask)) <= limit
     total = sum(grid.numel() for grid in (first, second))
-    whole = math.floor(density * total + 1e-9) if scope == "model" else sum(counts)
+    whole = sum(counts) if scope == "layer" else math.floor(density * total + 1e-9)
     assert sum(map(len, masks.values())) == whole
 
 

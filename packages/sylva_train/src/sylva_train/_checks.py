@@ -88,6 +88,18 @@ def check_columns(max_columns: float, density: float) -> None:
         raise ConfigError(msg)
 
 
+def check_spread(spread: float | None) -> None:
+    """Raise `ConfigError` unless ``spread`` is None or finite and at least 1."""
+    if spread is None:
+        return
+    if not (isinstance(spread, int | float) and 1 <= spread < math.inf):
+        msg = (
+            "`spread`, how many times its share of the blocks a row or column may have,"
+            f" must be a finite number of at least 1, or None; got {spread!r}."
+        )
+        raise ConfigError(msg)
+
+
 def check_integer(name: str, value: int, minimum: int) -> None:
     """Raise `ConfigError` unless ``value`` is an integer of at least ``minimum``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:

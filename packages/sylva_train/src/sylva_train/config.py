@@ -18,6 +18,7 @@ from ._checks import (
     check_density,
     check_integer,
     check_positive,
+    check_spread,
 )
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CURVATURES",
     "IMPORTANCES",
+    "KRONECKER",
     "MINILM",
     "NEEDS_DATA",
     "SCHEDULES",
@@ -42,23 +44,28 @@ __all__ = [
 #: Rules that score a weight's importance; the first is the paper's.
 IMPORTANCES = (
     "kfac",
+    "kfac-block",
+    "kfac-natural",
+    "kfac-element",
     "fisher-diag",
     "magnitude",
+    "wanda",
     "gradient",
     "weight-gradient",
     "random",
     "kfac-pruner",
 )
 #: Rules that need a forward and backward pass over labelled samples.
-NEEDS_DATA = frozenset(
-    {"kfac", "fisher-diag", "gradient", "weight-gradient", "kfac-pruner"}
-)
-#: How the Kronecker factors of ``"kfac"`` are kept.
+NEEDS_DATA = frozenset(IMPORTANCES) - {"magnitude", "random"}
+#: Rules with Kronecker factors.
+KRONECKER = frozenset(rule for rule in IMPORTANCES if rule.startswith("kfac"))
+#: How these factors are kept.
 CURVATURES = ("mlr", "hodlr", "dense")
 #: Every token a sample, or the mean over each sequence.
 TOKENS = ("expand", "reduce")
-#: The blocks of a layer compete with each other, or those of the whole model do.
-SCOPES = ("layer", "model")
+#: The blocks of a layer compete with each other, or those of the whole model do, by
+#: scores relative to their layer's mean or by the scores as they are.
+SCOPES = ("layer", "model", "absolute")
 #: Learning-rate schedules after the warm-up.
 SCHEDULES = ("linear", "cosine", "constant")
 #: The model that installs as a Python package, without a model hub.
@@ -141,8 +148,8 @@ class SylvaConfig(PeftConfig):
     importance : str
         Rule that scores the weights, one of `IMPORTANCES`.
     curvature : str
-        For ``importance="kfac"``: Kronecker factors as PSD multilevel low rank
-        (``"mlr"``), as HODLR like the paper (``"hodlr"``), or exact (``"dense"``).
+        For the rules that begin with ``"kfac"``: Kronecker factors as PSD multilevel low
+        rank (``"mlr"``), as HODLR like the paper (``"hodlr"``), or exact (``"dense"``).
     levels, rank : int
         Depth of the hierarchy and rank of its blocks; layers too small for the depth
         take fewer levels.
@@ -163,7 +170,11 @@ class SylvaConfig(PeftConfig):
         the same scores. Without it there is one pass.
     scope : str
         ``"layer"``: each layer trains the same fraction of its blocks; ``"model"``: the
-        blocks of all layers compete by score relative to their layer's mean.
+        blocks of all layers compete by score relative to their layer's mean;
+        ``"absolute"``: by score as it is.
+    spread : float, optional
+        How many times its share of a layer's blocks a row or column of blocks may have
+        while others have room; None: no limit.
     max_columns : float
         Largest fraction of a layer's block columns that may have blocks, at least
         ``density``. Only these columns of a layer's input are kept for the backward pass:
@@ -204,6 +215,7 @@ class SylvaConfig(PeftConfig):
     memory_budget: int | str | None = None
     scope: str = "layer"
     max_columns: float = 1.0
+    spread: float | None = None
     seed: int = 0
     masks: Masks | str | os.PathLike[str] | None = field(default=None, repr=False)
     block_counts: dict[str, int] | None = field(default=None, repr=False)
@@ -232,6 +244,7 @@ class SylvaConfig(PeftConfig):
         check_integer("seed", self.seed, 0)
         check_positive("damping", self.damping, zero=True)
         memory_bytes(self.memory_budget)
+        check_spread(self.spread)
 
     @classmethod
     def from_pretrained(

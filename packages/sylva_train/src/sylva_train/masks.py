@@ -18,6 +18,7 @@ from ._checks import (
     check_columns,
     check_density,
     check_integer,
+    check_spread,
 )
 from ._files import read_tensors, write_tensors
 from .config import SCOPES
@@ -208,9 +209,18 @@ class Masks(Mapping[str, LayerMask]):
         return cls(layers, header["metadata"])
 
 
-def top_blocks(blocks: torch.Tensor, count: int) -> torch.Tensor:
-    """Flat indices of the ``count`` largest entries; ties go to the smaller index."""
+def top_blocks(
+    blocks: torch.Tensor, count: int, preferred: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Flat indices of the ``count`` largest entries; ties go to the smaller index.
+
+    Entries that are not ``preferred`` (bool, the shape of ``blocks``) come after all
+    that are.
+    """
     order = blocks.flatten().sort(descending=True, stable=True).indices
+    if preferred is not None:
+        first = preferred.flatten()[order].long()
+        order = order[first.sort(descending=True, stable=True).indices]
     return order[:count]
 
 
@@ -271,11 +281,48 @@ def concentrate(
     return blocks
 
 
+def spread_out(blocks: torch.Tensor, row_cap: int, column_cap: int) -> torch.Tensor:
+    """Mark blocks that share their rows and columns with few better ones.
+
+    Taken one by one from the best down, a block is marked if fewer than ``row_cap`` of
+    its row and ``column_cap`` of its column are.
+
+    Parameters
+    ----------
+    blocks : torch.Tensor, shape (rows, columns)
+        Their scores; ties go to the smaller index.
+    row_cap, column_cap : int
+        At least 1.
+
+    Returns
+    -------
+    torch.Tensor, shape (rows, columns), bool
+    """
+    size = blocks.numel()
+    place = torch.empty(size, dtype=torch.int64)
+    place[top_blocks(blocks, size)] = torch.arange(size)
+    place = place.view(blocks.shape)
+    marked = torch.zeros(blocks.shape, dtype=torch.bool)
+    possible = torch.ones_like(marked)
+    # All at once that are sure: those with room enough for every better one that is still
+    # possible in their row and column. The best of these always is, so this comes to an
+    # end, with what the greedy choice takes.
+    while bool(possible.any()):
+        ranked = torch.where(possible, place, size)
+        in_row, in_column = (ranked.argsort(d).argsort(d) for d in (1, 0))
+        room = row_cap - marked.sum(1, keepdim=True), column_cap - marked.sum(0)
+        marked |= possible & (in_row < room[0]) & (in_column < room[1])
+        full = (marked.sum(1, keepdim=True) >= row_cap) | (marked.sum(0) >= column_cap)
+        possible &= ~(marked | full)
+    return marked
+
+
 def select(
     scores: Scores,
     density: float = 0.05,
     block_size: int = 32,
     scope: str = "layer",
+    spread: float | None = None,
     *,
     max_columns: float = 1.0,
     together: Iterable[Iterable[str]] = (),
@@ -292,7 +339,14 @@ def select(
         Side of a block.
     scope : str
         ``"layer"``: each layer keeps that fraction of its blocks, as in the paper;
-        ``"model"``: all blocks compete, each by its score over its layer's mean score.
+        ``"model"``: all blocks compete, each by its score over its layer's mean score;
+        ``"absolute"``: all compete by their scores as they are, which shares the budget
+        out by predicted decrease for rules that predict one (``"kfac-block"``,
+        ``"kfac-natural"``, ``"gradient"``).
+    spread : float, optional
+        Lets no row and no column of blocks have more than this many times its share,
+        ``density`` of its blocks, rounded up, while others have room: rank-one scores
+        heap blocks onto a few outlying dimensions. At least 1; None: no limit.
     max_columns : float
         Largest fraction of a layer's block columns that may have blocks, at least
         ``density``; rounded down to whole columns, but to no fewer than ``density``
@@ -317,23 +371,41 @@ def select(
     check_integer("block_size", block_size, 1)
     check_choice("scope", scope, SCOPES)
     check_columns(max_columns, density)
+    check_spread(spread)
+    if spread is not None and max_columns < 1:
+        msg = (
+            "`spread` keeps blocks apart and `max_columns` together: give one of them."
+        )
+        raise ConfigError(msg)
     blocks = {name: layer.blocks(block_size) for name, layer in scores.items()}
     whole = dict(blocks)
     if max_columns < 1:
         blocks = concentrate(blocks, density, max_columns, together)
+    preferred: dict[str, torch.Tensor | None] = dict.fromkeys(blocks)
+    if spread is not None:
+        for name, block in blocks.items():
+            caps = [math.ceil(spread * density * n - 1e-9) for n in block.shape]
+            preferred[name] = spread_out(block, row_cap=caps[1], column_cap=caps[0])
     if scope == "layer":
         chosen = {
-            name: top_blocks(block, math.floor(density * block.numel() + 1e-9))
+            name: top_blocks(
+                block, math.floor(density * block.numel() + 1e-9), preferred[name]
+            )
             for name, block in blocks.items()
         }
     else:
-        relative = []
+        competing = []
         for name, block in blocks.items():
-            mean = whole[name].mean()
-            relative.append((block / mean if mean != 0 else block).flatten())
-        together = torch.cat(relative) if relative else torch.zeros(0)
-        top = top_blocks(together, math.floor(density * len(together) + 1e-9))
-        kept = torch.zeros(len(together), dtype=torch.bool)
+            mean = whole[name].mean() if scope == "model" else torch.tensor(1.0)
+            competing.append((block / mean if mean != 0 else block).flatten())
+        competitors = torch.cat(competing) if competing else torch.zeros(0)
+        marks = [mark.flatten() for mark in preferred.values() if mark is not None]
+        top = top_blocks(
+            competitors,
+            math.floor(density * len(competitors) + 1e-9),
+            torch.cat(marks) if marks else None,
+        )
+        kept = torch.zeros(len(competitors), dtype=torch.bool)
         kept[top] = True
         parts = kept.split([block.numel() for block in blocks.values()])
         chosen = {
@@ -363,5 +435,6 @@ def select(
         "block_size": block_size,
         "scope": scope,
         "max_columns": max_columns,
+        "spread": spread,
     }
     return Masks(masks, metadata)

@@ -103,7 +103,7 @@ EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric"}
 
 
 @command(
-    omit=EVALUATION | {"modules_to_save", "scope", "max_columns"},
+    omit=EVALUATION | {"modules_to_save", "scope", "max_columns", "spread"},
     output="The file to write, .safetensors.",
 )
 def score(

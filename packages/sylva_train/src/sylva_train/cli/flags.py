@@ -153,7 +153,8 @@ FLAGS: dict[str, Flag] = {
     "scope": flag(
         str,
         PARTS,
-        "Blocks compete within each layer or across the model: layer, model.",
+        "Blocks compete within each layer, or across the model by scores relative to"
+        " their layer's mean or as they are: layer, model, absolute.",
         metavar="SCOPE",
     ),
     "max_columns": flag(
@@ -163,11 +164,18 @@ FLAGS: dict[str, Flag] = {
         " less keeps less of the activations.",
         metavar="X",
     ),
+    "spread": flag(
+        float | None,
+        PARTS,
+        "How many times its share of the blocks a row or column may have; no limit"
+        " without it.",
+        metavar="X",
+    ),
     "importance": flag(str, SCORING, f"Rule: {either(IMPORTANCES)}.", metavar="RULE"),
     "curvature": flag(
         str,
         SCORING,
-        f"Factors of the kfac rule: {either(CURVATURES)} (exact).",
+        f"Factors of the kfac rules: {either(CURVATURES)} (exact).",
         metavar="KIND",
     ),
     "levels": flag(int, SCORING, "Depth of the factors' hierarchy.", metavar="N"),

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sylva_train.comparison import load_results
-from sylva_train.config import TaskConfig
+from sylva_train.config import KRONECKER, TaskConfig
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.report import headline, summary_table
@@ -228,7 +228,7 @@ def run(record: Mapping[str, Any], path: Path) -> None:
     about: dict[str, object] = {
         "model": task["model"],
         "data": f"{task['data']} ({evaluated_on(TaskConfig(**task))})",
-        "rule": f"{rule} ({options['curvature']})" if rule == "kfac" else rule,
+        "rule": f"{rule} ({options['curvature']})" if rule in KRONECKER else rule,
     }
     if not record["finished"]:
         facts(about | {"state": "interrupted; sylva finetune --resume goes on with it"})

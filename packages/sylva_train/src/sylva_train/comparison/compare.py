@@ -161,7 +161,7 @@ def check_plan(comparison: Comparison) -> None:
     task = load_task(comparison.task, seed=comparison.seeds[0])
     pick_device(comparison.training.device)
     drawn = score(task.model, config=dataclasses.replace(config, importance="random"))
-    select(drawn, config.density, config.block_size, config.scope)
+    select(drawn, config.density, config.block_size, config.scope, config.spread)
 
 
 def check_same(comparison: Comparison, output: Path) -> None:

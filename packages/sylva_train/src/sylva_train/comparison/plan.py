@@ -21,8 +21,17 @@ __all__ = [
 ]
 
 #: Peak learning rates, chosen on the validation split (benchmarks/bench_rates.py); the
-#: pruner trains the same kind of weights as Sylva, and takes its rate.
-LEARNING_RATES = {"full": 4e-4, "lora": 4e-3, "kfac-pruner": 4e-3, "sylva": 4e-3}
+#: serial adapter takes LoRA's; the pruner, SHiRA and Super-Tuning train the same kind of weights as Sylva, and take its
+#: rate.
+LEARNING_RATES = {
+    "full": 4e-4,
+    "lora": 4e-3,
+    "adapter": 4e-3,
+    "shira": 4e-3,
+    "supertuning": 4e-3,
+    "kfac-pruner": 4e-3,
+    "sylva": 4e-3,
+}
 
 #: Metrics of classes alone, without logits: those of a linear head on frozen features.
 CLASSES_ALONE = ("accuracy", "f1", "mcc")
@@ -38,7 +47,7 @@ DEMO_STEPS = 60
 #: Scoring options of `SylvaConfig` that a comparison passes on.
 OPTIONS = (
     "target_modules", "exclude_modules", "density", "block_size", "levels", "rank",
-    "exact_below", "samples", "tokens", "damping", "scope",
+    "exact_below", "samples", "tokens", "damping", "scope", "spread",
 )  # fmt: skip
 
 

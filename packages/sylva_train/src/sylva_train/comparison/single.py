@@ -11,8 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
-from sylva_train.baselines import Adapted, Method, adapt, parse_method, probe
+from sylva_train.baselines import (
+    Adapted,
+    Method,
+    SerialAdapter,
+    adapt,
+    parse_method,
+    probe,
+)
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.curvature import describe_factor
 from sylva_train.evaluation import evaluate
@@ -52,6 +60,10 @@ def saved_bytes(adapted: Adapted, config: SylvaConfig) -> int:
         path = Path(folder) / "saved"
         if adapted.masks is not None:
             save_adapter(model, path, config=config)
+        elif any(isinstance(m, SerialAdapter) for m in model.modules()):
+            path.mkdir()
+            trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            save_file(trained, path / "adapter.safetensors")
         else:
             model.save_pretrained(path)
         return folder_bytes(path)

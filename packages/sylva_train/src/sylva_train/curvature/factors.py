@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,19 +104,79 @@ class Factor:
         ConfigError
             If the shifted matrix is singular to working precision.
         """
-        try:
+        with invertible():
             if isinstance(self.matrix, torch.Tensor):
-                matrix = self.double()
-                matrix.diagonal().add_(shift)
-                factor = torch.linalg.cholesky(matrix)
+                factor = torch.linalg.cholesky(self.shifted(shift))
                 return torch.cholesky_inverse(factor).diagonal().clone()
             diagonal: torch.Tensor = hm.factorize(
                 self.double(), shift
             ).inverse_diagonal()
             return diagonal
-        except (LINALG_ERROR, hm.HMatrixError) as error:
-            msg = f"a Kronecker factor cannot be inverted ({error}); raise `damping`."
-            raise ConfigError(msg) from error
+
+    def solve(self, X: torch.Tensor, shift: float) -> torch.Tensor:
+        """Return ``(matrix + shift·I)⁻¹ X`` of ``X`` (n, q), float64.
+
+        Raises
+        ------
+        ConfigError
+            If the shifted matrix is singular to working precision.
+        """
+        with invertible():
+            if isinstance(self.matrix, torch.Tensor):
+                factor = torch.linalg.cholesky(self.shifted(shift))
+                return torch.cholesky_solve(X.double(), factor)
+            return hm.factorize(self.double(), shift).solve(X.double())  # type: ignore[no-any-return]
+
+    def block_choleskys(self, size: int, shift: float) -> torch.Tensor:
+        """Cholesky factors of the blocks on the diagonal, each with ``shift`` added.
+
+        Parameters
+        ----------
+        size : int
+            Side of a block. A last one that is cut off is filled up with the identity.
+        shift : float
+            Added to the diagonal.
+
+        Returns
+        -------
+        torch.Tensor, shape (ceil(n / size), size, size), float64
+            Lower triangular.
+
+        Raises
+        ------
+        ConfigError
+            If a shifted block is not positive definite.
+        """
+        n, matrix = self.matrix.shape[0], self.double()
+        indices = torch.arange(n + -n % size).view(-1, size)
+        inside = indices.lt(n)
+        indices = indices.clamp(max=n - 1)
+        rows, columns = indices[:, :, None], indices[:, None, :]
+        if isinstance(matrix, torch.Tensor):
+            blocks = matrix[rows, columns]
+        else:
+            blocks = matrix.entries(rows.numpy(), columns.numpy())
+        inside = (inside[:, :, None] & inside[:, None, :]).to(blocks.device)
+        identity = torch.eye(size, dtype=blocks.dtype, device=blocks.device)
+        blocks = torch.where(inside, blocks + shift * identity, identity)
+        with invertible():
+            return torch.linalg.cholesky(blocks)  # type: ignore[no-any-return]
+
+    def shifted(self, shift: float) -> torch.Tensor:
+        """Return the exact matrix with ``shift`` added to its diagonal, float64."""
+        matrix: torch.Tensor = self.double().clone()
+        matrix.diagonal().add_(shift)
+        return matrix
+
+
+@contextlib.contextmanager
+def invertible() -> Iterator[None]:
+    """Turn the errors of matrices that are singular into advice."""
+    try:
+        yield
+    except (LINALG_ERROR, hm.HMatrixError) as error:
+        msg = f"a Kronecker factor cannot be inverted ({error}); raise `damping`."
+        raise ConfigError(msg) from error
 
 
 def accumulator(n: int, like: torch.Tensor, config: SylvaConfig) -> Any:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sylva_train._checks import AdapterError, ConfigError, atomic_folder
-from sylva_train.config import SylvaConfig, SylvaType
+from sylva_train.config import KRONECKER, SylvaConfig, SylvaType
 from sylva_train.masks import LayerMask
 from sylva_train.targets import is_inside
 
@@ -250,7 +250,7 @@ def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
             "fingerprint": config.base_fingerprint,
         },
         "importance": config.importance,
-        "curvature": config.curvature if config.importance == "kfac" else None,
+        "curvature": config.curvature if config.importance in KRONECKER else None,
         "block_size": config.block_size,
         "layers": layers,
         "blocks": sum(map(len, adapter.masks.values())),

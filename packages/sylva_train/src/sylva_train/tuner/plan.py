@@ -57,6 +57,7 @@ def choose_masks(model: nn.Module, config: SylvaConfig) -> Mapping[str, LayerMas
         config.density,
         config.block_size,
         config.scope,
+        config.spread,
         max_columns=config.max_columns,
     )
 

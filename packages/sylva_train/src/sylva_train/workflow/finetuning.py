@@ -40,11 +40,11 @@ __all__ = ["finetune"]
 #: Facts that a configuration gets when an adapter is written.
 FACTS = {"masks", "block_counts", "layer_shapes", "base_fingerprint", "checksum"}
 #: Options that say which blocks to choose by given scores.
-SELECTION = {"density", "block_size", "scope", "max_columns"}
+SELECTION = {"density", "block_size", "scope", "spread", "max_columns"}
 #: Options that say how to choose blocks, which masks bring with them.
 CHOICE = (
     "importance", "curvature", "levels", "rank", "exact_below", "samples", "tokens",
-    "damping", "seed", "density", "block_size", "scope", "max_columns",
+    "damping", "seed", "density", "block_size", "scope", "spread", "max_columns",
 )  # fmt: skip
 
 
@@ -214,6 +214,7 @@ def choose(task: Task, config: SylvaConfig, scores: Scores) -> Masks:
         config.density,
         config.block_size,
         config.scope,
+        config.spread,
         max_columns=config.max_columns,
         together=together,
     )

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from sylva_train._checks import OutputExistsError
-from sylva_train.config import NEEDS_DATA, SylvaConfig, TaskConfig
+from sylva_train.config import KRONECKER, NEEDS_DATA, SylvaConfig, TaskConfig
 from sylva_train.importance import Scores, score
 from sylva_train.targets import check_block_size, find_targets
 from sylva_train.training import pick_device
@@ -65,7 +65,7 @@ def score_task(
     progress = progress or Progress(enabled=False)
     loader = None
     rule = config.importance
-    words = f"{rule} ({config.curvature})" if rule == "kfac" else rule
+    words = f"{rule} ({config.curvature})" if rule in KRONECKER else rule
     if rule in NEEDS_DATA:
         loader = task.score_loader(config.samples, seed)
         progress.say(f"Scoring by {words} on {len(loader.examples):,} examples.")

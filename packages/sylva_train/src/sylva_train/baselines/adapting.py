@@ -1,8 +1,4 @@
-"""What users would otherwise run: full fine-tuning, LoRA, the K-FAC pruner, a probe.
-
-Each method turns a pretrained model into one whose trainable parameters are its own;
-the training loop is the same for all of them.
-"""
+"""The methods of a comparison, and how each makes a model trainable."""
 
 from __future__ import annotations
 
@@ -10,32 +6,29 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import peft
 import torch
 from torch import nn
 
-from ._checks import ConfigError
-from .config import CURVATURES, IMPORTANCES, SylvaConfig
-from .importance import Scores, score
-from .layers import embed
-from .masks import LayerMask, Masks, select
-from .targets import find_targets, matches, weight_view
+from sylva_train._checks import ConfigError
+from sylva_train.config import CURVATURES, IMPORTANCES, SylvaConfig
+from sylva_train.importance import Scores, score
+from sylva_train.layers import embed
+from sylva_train.masks import Masks, select
+from sylva_train.targets import find_targets, matches
 
-__all__ = [
-    "METHODS",
-    "Adapted",
-    "Method",
-    "adapt",
-    "lora_config",
-    "parse_method",
-    "probe",
-    "prune",
-]
+from .rivals import lora_config, prune, shira_config, supertuning_config
+from .serial import add_serial_adapters
+
+__all__ = ["METHODS", "Adapted", "Method", "adapt", "parse_method"]
 
 RULE_LABELS = {
+    "kfac-block": "K-FAC decrease of a block",
+    "kfac-natural": "K-FAC natural gradient",
+    "kfac-element": "K-FAC element by element",
     "fisher-diag": "diagonal Fisher",
     "magnitude": "magnitude",
+    "wanda": "Wanda",
     "gradient": "gradient",
     "weight-gradient": "weight × gradient",
     "random": "random blocks",
@@ -47,6 +40,9 @@ METHODS = (
     "frozen",
     "full",
     "lora",
+    "adapter",
+    "shira",
+    "supertuning",
     "kfac-pruner",
     *(f"sylva:kfac:{curvature}" for curvature in CURVATURES),
     *(f"sylva:{rule}" for rule in RULE_LABELS),
@@ -85,6 +81,9 @@ def parse_method(name: str) -> Method:
         "frozen": "Frozen features + head",
         "full": "Full fine-tuning",
         "lora": "LoRA",
+        "adapter": "Serial adapter (Houlsby)",
+        "shira": "SHiRA, random weights",
+        "supertuning": "Super-Tuning, largest weights",
         "kfac-pruner": "K-FAC pruner",
     }
     if name in simple:
@@ -127,40 +126,6 @@ class Adapted:
     head: int
 
 
-def lora_config(
-    targets: Mapping[str, nn.Module],
-    density: float,
-    modules_to_save: list[str] | None = None,
-) -> peft.LoraConfig:
-    """Return LoRA options with as many trainable weights as blocks of a density.
-
-    Each layer gets rank ``density · in · out / (in + out)``, rounded, at least 1, and
-    scale 2 (``lora_alpha = 2 r``); no dropout.
-    """
-    ranks = {}
-    for name, module in targets.items():
-        out, inputs = weight_view(module).shape
-        ranks[name] = max(1, round(density * inputs * out / (inputs + out)))
-    return peft.LoraConfig(
-        r=1,
-        lora_alpha=2,
-        # PEFT reads the keys as patterns of whole names or endings.
-        rank_pattern={f"^{name}": rank for name, rank in ranks.items()},
-        alpha_pattern={f"^{name}": 2 * rank for name, rank in ranks.items()},
-        target_modules=list(targets),
-        modules_to_save=modules_to_save,
-    )
-
-
-@torch.no_grad()
-def prune(model: nn.Module, masks: Mapping[str, LayerMask]) -> nn.Module:
-    """Set every weight of the masked layers outside the blocks to zero, in place."""
-    for name, mask in masks.items():
-        weight = weight_view(model.get_submodule(name))
-        weight.mul_(mask.dense().to(weight.device))
-    return model
-
-
 def adapt(
     method: Method,
     model: nn.Module,
@@ -200,22 +165,37 @@ def adapt(
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     if method.name == "full":
         model.requires_grad_(True)
-    elif method.name == "lora":
-        # PEFT draws the first factors from the global generator.
+    elif method.name in {"lora", "shira", "supertuning"}:
+        options: peft.PeftConfig
+        budget = (targets, config.density, config.modules_to_save)
+        if method.name == "lora":
+            options = lora_config(*budget)
+        elif method.name == "shira":
+            options = shira_config(*budget, seed=config.seed)
+            invariants = torch.sparse.check_sparse_tensor_invariants
+            if not invariants.is_enabled():
+                invariants.disable()  # as it is, but said: torch warns otherwise
+        else:
+            options = supertuning_config(*budget)
+        # PEFT draws LoRA's first factors from the global generator.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
-            model = peft.get_peft_model(
-                model, lora_config(targets, config.density, config.modules_to_save)
-            )
+            model = peft.get_peft_model(model, options)
+    elif method.name == "adapter":
+        add_serial_adapters(
+            model, targets, config.density, config.modules_to_save, seed=config.seed
+        )
     elif method.rule is not None:
-        options = replace(
+        scoring = replace(
             config,
             importance=method.rule,
             curvature=method.curvature or config.curvature,
         )
         if scores is None:
-            scores = score(model, loader, options, progress=progress)
-        masks = select(scores, config.density, config.block_size, config.scope)
+            scores = score(model, loader, scoring, progress=progress)
+        masks = select(
+            scores, config.density, config.block_size, config.scope, config.spread
+        )
         if method.name == "kfac-pruner":
             prune(model, masks)
         embed(model, masks, modules_to_save=config.modules_to_save)
@@ -236,52 +216,3 @@ def is_head(parameter: str, modules_to_save: list[str] | None) -> bool:
     return any(
         matches(".".join(parts[:end]), modules_to_save) for end in range(1, len(parts))
     )
-
-
-def probe(
-    features: np.ndarray,
-    labels: np.ndarray,
-    eval_features: np.ndarray,
-    *,
-    seed: int = 0,
-) -> tuple[np.ndarray, int]:
-    """Fit the best linear head on frozen features.
-
-    Logistic regression on standardised features, its regularisation chosen by 3-fold
-    cross-validation: the strongest form of "frozen features + head", so that what
-    fine-tuning adds is not overstated.
-
-    Parameters
-    ----------
-    features : numpy.ndarray, shape (n, d)
-        Of the training texts.
-    labels : numpy.ndarray, shape (n,)
-        Their classes.
-    eval_features : numpy.ndarray, shape (m, d)
-        Of the evaluation texts.
-    seed : int
-        Seed of the folds.
-
-    Returns
-    -------
-    predictions : numpy.ndarray, shape (m,)
-        Classes of the evaluation texts.
-    trainable : int
-        Weights of the head.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, StratifiedKFold
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits
-
-    head = GridSearchCV(
-        make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
-        {"logisticregression__C": [1e-3, 1e-2, 1e-1, 1.0]},
-        cv=StratifiedKFold(3, shuffle=True, random_state=seed),
-    )
-    # Its products are so small that BLAS threads cost ten times what they save.
-    with threadpool_limits(1):
-        head.fit(features, labels)
-    model = head.best_estimator_[-1]
-    return head.predict(eval_features), model.coef_.size + model.intercept_.size

@@ -1,0 +1,254 @@
+"""The rules themselves: from a layer's statistics and weight to its scores.
+
+``W`` is a layer's weight (out, in), ``Γ`` the mean gradient of the loss by it, ``A`` and
+``G`` the second moments of its inputs and of its outputs' gradients, here with their
+damping on the diagonal. A rule returns a score for each weight, or for each block of
+weights, or, where the score is of rank one, for each row and column.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from sylva_train.config import SylvaConfig
+from sylva_train.curvature import LayerCurvature, block_sums
+
+from .scores import LayerScores
+
+__all__ = ["RULES", "Inputs"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a rule sees of one layer.
+
+    Attributes
+    ----------
+    weight : torch.Tensor, shape (out, in)
+        The pretrained weight.
+    layer : LayerCurvature
+        The statistics that the rule asks for.
+    config : SylvaConfig
+        ``damping`` and ``block_size``.
+    generator : torch.Generator
+        Source of randomness.
+    """
+
+    weight: torch.Tensor
+    layer: LayerCurvature
+    config: SylvaConfig
+    generator: torch.Generator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """``Γ``, float64."""
+        assert self.layer.gradient is not None
+        return self.layer.gradient.double()
+
+    @property
+    def dead(self) -> bool:
+        """Whether no input or no gradient ever reached the layer: nothing matters."""
+        assert self.layer.A is not None
+        assert self.layer.G is not None
+        return min(self.layer.A.mean_eigenvalue(), self.layer.G.mean_eigenvalue()) <= 0
+
+    def shifts(self) -> tuple[float, float]:
+        """λ_A and λ_G: ``damping`` times each factor's mean eigenvalue."""
+        assert self.layer.A is not None
+        assert self.layer.G is not None
+        damping = self.config.damping
+        return (
+            damping * self.layer.A.mean_eigenvalue(),
+            damping * self.layer.G.mean_eigenvalue(),
+        )
+
+    @functools.cached_property
+    def inverse_diagonals(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``diag A⁻¹`` (in,) and ``diag G⁻¹`` (out,), float64."""
+        assert self.layer.A is not None
+        assert self.layer.G is not None
+        λ_A, λ_G = self.shifts()
+        return self.layer.A.inverse_diagonal(λ_A), self.layer.G.inverse_diagonal(λ_G)
+
+    @property
+    def indefinite(self) -> int:
+        """Entries of the inverse diagonals that are not positive.
+
+        None with exact or MLR factors; a truncated HODLR factor is in general indefinite.
+        """
+        if self.config.curvature != "hodlr" or self.layer.A is None or self.dead:
+            return 0
+        return sum(int((diagonal <= 0).sum()) for diagonal in self.inverse_diagonals)
+
+    def summed(self, scores: torch.Tensor) -> LayerScores:
+        """Scores of single weights, summed over blocks."""
+        size = self.config.block_size
+        grid = block_sums(scores, size).cpu()
+        return LayerScores(self.shape, grid=grid, unit=size)
+
+    def zeros(self) -> LayerScores:
+        """Scores of a layer where nothing matters."""
+        return self.summed(torch.zeros_like(self.weight, dtype=torch.float64))
+
+
+def kfac(inputs: Inputs) -> LayerScores:
+    """Score each output row and input column (Mu et al. 2024, eq. 18-20).
+
+    Cost of zeroing a column or a row of ``Γ`` under the Fisher matrix ``A ⊗ G``::
+
+        s_in[j]  = Γ[:, j]ᵀ G Γ[:, j] / [A⁻¹]_jj
+        s_out[k] = Γ[k, :]  A Γ[k, :]ᵀ / [G⁻¹]_kk
+        score[k, j] = s_out[k] · s_in[j]
+    """
+    layer, Γ = inputs.layer, inputs.gradient
+    assert layer.A is not None
+    assert layer.G is not None
+    if inputs.dead:
+        out, in_ = inputs.shape
+        nothing = torch.zeros(out + in_, dtype=torch.float64)
+        return LayerScores(inputs.shape, s_out=nothing[:out], s_in=nothing[out:])
+    λ_A, λ_G = inputs.shifts()
+    squares = Γ.square()
+    cost_in = (Γ * layer.G.product(Γ)).sum(0) + λ_G * squares.sum(0)
+    cost_out = (Γ * layer.A.product(Γ.T).T).sum(1) + λ_A * squares.sum(1)
+    inverse_A, inverse_G = inputs.inverse_diagonals
+    return LayerScores(
+        inputs.shape,
+        s_out=(cost_out / inverse_G).cpu(),
+        s_in=(cost_in / inverse_A).cpu(),
+    )
+
+
+def kfac_element(inputs: Inputs) -> LayerScores:
+    """Score each entry of the gradient: ``Γ² / (diag G⁻¹ · diag A⁻¹)``.
+
+    The saliency of the optimal brain surgeon (Hassibi and Stork 1993) with Kronecker
+    factors, of the gradient in place of the weight: what zeroing one entry costs.
+    """
+    if inputs.dead:
+        return inputs.zeros()
+    inverse_A, inverse_G = inputs.inverse_diagonals
+    return inputs.summed(inputs.gradient.square() / torch.outer(inverse_G, inverse_A))
+
+
+def kfac_natural(inputs: Inputs) -> LayerScores:
+    """Score each weight's part in the natural gradient's decrease: ``Γ ∘ G⁻¹ Γ A⁻¹``.
+
+    The quadratic model of the loss with the Fisher matrix ``A ⊗ G`` falls by half of the
+    sum of all scores when the whole layer takes its natural-gradient step ``G⁻¹ Γ A⁻¹``
+    (Martens and Grosse 2015). A part can be negative: a weight that moves only to make
+    up for others.
+    """
+    layer, Γ = inputs.layer, inputs.gradient
+    assert layer.A is not None
+    assert layer.G is not None
+    if inputs.dead:
+        return inputs.zeros()
+    λ_A, λ_G = inputs.shifts()
+    return inputs.summed(Γ * layer.G.solve(layer.A.solve(Γ.T, λ_A).T, λ_G))
+
+
+def kfac_block(inputs: Inputs) -> LayerScores:
+    """Score each block by the decrease that training it alone gives.
+
+    With ``b`` a block's columns and ``a`` its rows: ``tr(Γ_abᵀ G_aa⁻¹ Γ_ab A_bb⁻¹)``,
+    twice the most that the quadratic model with ``A ⊗ G`` falls while all other weights
+    stay. Not additive: two blocks together may gain more or less than their sum.
+    """
+    layer, Γ, size = inputs.layer, inputs.gradient, inputs.config.block_size
+    assert layer.A is not None
+    assert layer.G is not None
+    if inputs.dead:
+        grid = block_sums(torch.zeros_like(Γ), size)
+    else:
+        λ_A, λ_G = inputs.shifts()
+        out, in_ = inputs.shape
+        L_G = layer.G.block_choleskys(size, λ_G)
+        L_A = layer.A.block_choleskys(size, λ_A)
+        # (block rows, b, in), then with the rows' factors taken off, (block columns, b, …).
+        rows = F.pad(Γ, (0, -in_ % size, 0, -out % size)).unflatten(0, (-1, size))
+        rows = torch.linalg.solve_triangular(L_G, rows, upper=False)
+        columns = rows.permute(2, 0, 1).unflatten(0, (-1, size)).flatten(2)
+        whitened = torch.linalg.solve_triangular(L_A, columns, upper=False)
+        grid = whitened.square().sum(1).unflatten(1, (-1, size)).sum(2).T
+    return LayerScores(inputs.shape, grid=grid.cpu(), unit=size, additive=False)
+
+
+def kfac_pruner(inputs: Inputs) -> LayerScores:
+    """Loss of removing each weight under K-FAC: ``W² / (diag A⁻¹ · diag G⁻¹)``.
+
+    The saliency of the K-FAC pruner (Wang et al. 2019), the optimal brain surgeon with
+    Kronecker factors.
+    """
+    if inputs.dead:
+        return inputs.zeros()
+    inverse_A, inverse_G = inputs.inverse_diagonals
+    squares = inputs.weight.double().square()
+    return inputs.summed(squares / torch.outer(inverse_G, inverse_A))
+
+
+def fisher_diag(inputs: Inputs) -> LayerScores:
+    """Mean squared gradient of a sample (Sung et al. 2021, FISH)."""
+    assert inputs.layer.fisher is not None
+    return LayerScores(
+        inputs.shape, grid=inputs.layer.fisher.cpu(), unit=inputs.config.block_size
+    )
+
+
+def gradient(inputs: Inputs) -> LayerScores:
+    """``|Γ|``: the decrease that a step of one size for all weights gives, as Adam's is."""
+    assert inputs.layer.gradient is not None
+    return inputs.summed(inputs.layer.gradient.abs())
+
+
+def weight_gradient(inputs: Inputs) -> LayerScores:
+    """``|W ∘ Γ|``: loss of removing a weight, to first order (Molchanov et al. 2019)."""
+    assert inputs.layer.gradient is not None
+    return inputs.summed(inputs.weight.float().abs() * inputs.layer.gradient.abs())
+
+
+def wanda(inputs: Inputs) -> LayerScores:
+    """``|W|`` times the root mean square of the weight's input (Sun et al. 2024)."""
+    assert inputs.layer.input_squares is not None
+    root = inputs.layer.input_squares.sqrt()
+    return inputs.summed(inputs.weight.float().abs() * root)
+
+
+def magnitude(inputs: Inputs) -> LayerScores:
+    """``|W|``."""
+    return inputs.summed(inputs.weight.float().abs())
+
+
+def random(inputs: Inputs) -> LayerScores:
+    """Draw a number for each block: all are alike."""
+    size = inputs.config.block_size
+    rows, columns = (math.ceil(n / size) for n in inputs.shape)
+    grid = torch.rand(rows, columns, generator=inputs.generator, dtype=torch.float64)
+    return LayerScores(inputs.shape, grid=grid, unit=size)
+
+
+#: Each rule, and what it needs of a pass over the data.
+RULES: dict[str, tuple[Callable[[Inputs], LayerScores], tuple[str, ...]]] = {
+    "kfac": (kfac, ("factors", "gradient")),
+    "kfac-block": (kfac_block, ("factors", "gradient")),
+    "kfac-natural": (kfac_natural, ("factors", "gradient")),
+    "kfac-element": (kfac_element, ("factors", "gradient")),
+    "fisher-diag": (fisher_diag, ("fisher",)),
+    "magnitude": (magnitude, ()),
+    "wanda": (wanda, ("inputs",)),
+    "gradient": (gradient, ("gradient",)),
+    "weight-gradient": (weight_gradient, ("gradient",)),
+    "random": (random, ()),
+    "kfac-pruner": (kfac_pruner, ("factors",)),
+}

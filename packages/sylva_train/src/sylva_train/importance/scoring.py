@@ -1,0 +1,280 @@
+"""Scoring a model's layers by one rule, or by several in one pass over the data."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sylva_train._checks import ConfigError, check_choice
+from sylva_train.config import IMPORTANCES, KRONECKER, NEEDS_DATA, SylvaConfig
+from sylva_train.curvature import (
+    LayerCurvature,
+    Store,
+    collect_curvature,
+    from_first,
+    place,
+    settings,
+)
+from sylva_train.targets import (
+    check_block_size,
+    check_weights,
+    find_targets,
+    loaded_weight,
+)
+
+from .rules import RULES, Inputs
+from .scores import LayerScores, Scores, check_finite
+
+__all__ = ["score", "score_rules"]
+
+
+def score(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]] | None = None,
+    config: SylvaConfig | None = None,
+    *,
+    loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    log: Callable[[str], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_minutes: float = 10.0,
+) -> Scores:
+    """Score the weights of a pretrained model by how much they matter for a task.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The pretrained model; nothing in it is changed. It is run in evaluation mode.
+    dataloader : iterable of mappings, optional
+        Batches with ``labels``, at least ``config.samples`` sequences of them or as many
+        as there are. Not needed by the rules ``"magnitude"`` and ``"random"``.
+    config : SylvaConfig, optional
+        Targets, rule and its options.
+    loss : callable, optional
+        Mean loss of (model, batch), where the model does not compute its own.
+    progress : callable, optional
+        Called with (samples done, samples in all).
+    log : callable, optional
+        Called with lines of text: the number of passes over the data, and their bytes.
+    checkpoint : path, optional
+        Folder to keep the statistics in meanwhile. Scoring that was interrupted goes on
+        with what is there, to the same scores; scoring that is finished is read back.
+    checkpoint_minutes : float
+        Time between two savings.
+
+    Returns
+    -------
+    Scores
+
+    Raises
+    ------
+    TargetError
+        If no layer matches, one that matches cannot be used, or the model is quantized or
+        has weights that were never loaded.
+    ConfigError
+        If a layer is smaller than a block or above the memory budget, the rule needs data
+        and got none, passes or processes are given different batches, or ``checkpoint``
+        has scoring with other settings.
+    AdapterError
+        If a file in ``checkpoint`` is damaged.
+    DataError
+        If the data is empty or has no labels.
+    NonFiniteError
+        If the loss, an activation or a gradient is NaN or infinite.
+
+    Notes
+    -----
+    Rules, for a weight matrix ``W`` with mean gradient ``Γ`` and damped Kronecker factors
+    ``A``, ``G`` of its Fisher matrix, each summed over blocks: ``"kfac"`` the product of
+    row and column importance (Mu et al. 2024, eq. 18-20); ``"kfac-block"`` the decrease
+    that training a block alone gives, ``tr(Γ_abᵀ G_aa⁻¹ Γ_ab A_bb⁻¹)``;
+    ``"kfac-natural"`` the natural gradient's decrease, ``Γ ∘ G⁻¹ Γ A⁻¹``;
+    ``"kfac-element"`` ``Γ² / (diag G⁻¹ · diag A⁻¹)``; ``"fisher-diag"`` the mean squared
+    per-sample gradient (Sung et al. 2021, FISH); ``"magnitude"`` ``|W|``; ``"wanda"``
+    ``|W|`` times the inputs' root mean square (Sun et al. 2024); ``"gradient"`` ``|Γ|``;
+    ``"weight-gradient"`` ``|W ∘ Γ|`` (Molchanov et al. 2019, first order); ``"random"``;
+    and ``"kfac-pruner"`` the saliency ``W² / (diag A⁻¹ · diag G⁻¹)``.
+
+    Examples
+    --------
+    >>> import torch, sylva_train as sylva
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    >>> config = sylva.SylvaConfig(importance="magnitude", block_size=16)
+    >>> sylva.select(sylva.score(model, config=config), density=0.25, block_size=16)
+    Masks(2 layers, 8 blocks, 2,048 of 8,192 weights = 25.00%)
+    """
+    config = config or SylvaConfig()
+    targets = checked_targets(model, config)
+    kept = None
+    if checkpoint is not None:
+        must = settings(model, targets, config)
+        kept = Unfinished(Path(checkpoint), checkpoint_minutes, must)
+    rule = config.importance
+    return run_rules(
+        model, targets, dataloader, config, [rule], kept, loss=loss, progress=progress,
+        log=log,
+    )[rule]  # fmt: skip
+
+
+def score_rules(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]] | None,
+    config: SylvaConfig,
+    rules: Sequence[str],
+    *,
+    loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Scores]:
+    """Score by several rules in one pass over the data.
+
+    Parameters
+    ----------
+    model, dataloader, loss, progress
+        As for `score`.
+    config : SylvaConfig
+        As for `score`; its own rule does not count.
+    rules : sequence of str
+        Of `sylva_train.config.IMPORTANCES`.
+
+    Returns
+    -------
+    dict of str to Scores
+        What `score` gives for each rule.
+
+    Raises
+    ------
+    TargetError, ConfigError, DataError, NonFiniteError
+        As `score`.
+    """
+    for rule in rules:
+        check_choice("rules", rule, IMPORTANCES)
+    targets = checked_targets(model, config)
+    return run_rules(
+        model, targets, dataloader, config, rules, None, loss=loss, progress=progress
+    )
+
+
+def checked_targets(model: nn.Module, config: SylvaConfig) -> dict[str, nn.Module]:
+    """Return the layers to score, all of them good."""
+    check_weights(model)
+    targets = find_targets(model, config.target_modules, config.exclude_modules)
+    check_block_size(targets, config.block_size)
+    return targets
+
+
+def run_rules(
+    model: nn.Module,
+    targets: dict[str, nn.Module],
+    dataloader: Iterable[Mapping[str, Any]] | None,
+    config: SylvaConfig,
+    rules: Sequence[str],
+    kept: Unfinished | None,
+    **options: Any,
+) -> dict[str, Scores]:
+    """Score layers by rules, and go on where one rule's scoring was interrupted.
+
+    ``options`` are ``loss``, ``progress`` and ``log`` of `score`.
+    """
+    found: dict[str, dict[str, LayerScores]] = {rule: {} for rule in rules}
+    done, facts = found[rules[0]], {}
+    if kept is not None:
+        done, facts = from_first(kept.load())
+        found[rules[0]] = done
+    bad, seen = facts.get("indefinite", 0), facts.get("samples", 0)
+    layers: Mapping[str, LayerCurvature] = dict.fromkeys(targets, LayerCurvature())
+
+    def keep() -> None:
+        if kept is not None:
+            data = getattr(layers, "data", None)
+            kept.save(done, {"samples": seen, "indefinite": bad, "data": data})
+
+    needy = [rule for rule in rules if rule in NEEDS_DATA]
+    if needy:
+        if dataloader is None:
+            msg = (
+                f"`importance` {needy[0]!r} needs labelled samples: pass `dataloader`, or"
+                ' use "magnitude" or "random".'
+            )
+            raise ConfigError(msg)
+        wanted = {statistic for rule in needy for statistic in RULES[rule][1]}
+        if len(done) < len(targets):
+            layers, seen = collect_curvature(
+                model, targets, dataloader, config, wanted, known=done,
+                data=facts.get("data"), store=kept and kept.store, between=keep,
+                **options,
+            )  # fmt: skip
+    generator = torch.Generator().manual_seed(config.seed)
+    for name, module in targets.items():
+        if name in done:
+            continue
+        # One for all rules: they share the inverse diagonals.
+        inputs = Inputs(loaded_weight(module), layers[name], config, generator)
+        for rule in rules:
+            found[rule][name] = RULES[rule][0](inputs)
+        bad += inputs.indefinite
+        # The next layer's statistics may come from another pass, in this one's memory.
+        del inputs
+    for rule in rules:
+        found[rule] = from_first({name: found[rule][name] for name in targets})
+        check_finite(found[rule])
+    keep()
+    if bad:
+        warnings.warn(
+            f"{bad} entries of the inverse diagonals are not positive: truncated HODLR"
+            " factors are indefinite, and scores that divide by them are noise."
+            ' `curvature="mlr"` stays positive definite.',
+            stacklevel=3,
+        )
+    names = ("curvature", "levels", "rank", "exact_below", "tokens", "damping", "seed")
+    common = {name: getattr(config, name) for name in names}
+    return {
+        rule: Scores(
+            scores,
+            {
+                "importance": rule,
+                **common,
+                "samples": seen if rule in NEEDS_DATA else 0,
+                "indefinite": bad if rule in KRONECKER else 0,
+            },
+        )
+        for rule, scores in found.items()
+    }
+
+
+class Unfinished:
+    """The folder of unfinished scoring: scores of layers, and sums of the others.
+
+    Parameters
+    ----------
+    folder : path
+        The folder.
+    minutes : float
+        Time between two savings of the sums.
+    options : mapping
+        What must be the same when it goes on, from `sylva_train.curvature.settings`.
+    """
+
+    def __init__(
+        self, folder: Path, minutes: float, options: Mapping[str, Any]
+    ) -> None:
+        self.store = Store(folder, minutes, options)
+        self.path = folder / "scores.safetensors"
+
+    def load(self) -> tuple[dict[str, LayerScores], dict[str, Any]]:
+        """Return the scores of the layers that are done, and the facts beside them."""
+        if not self.path.exists():
+            return {}, {}
+        found = Scores.load(self.path)
+        self.store.check(found.metadata["settings"])
+        return found.layers, found.metadata
+
+    def save(self, scores: Mapping[str, LayerScores], facts: Mapping[str, Any]) -> None:
+        """Keep the scores of the layers that are done."""
+        if place()[0] == 0:
+            Scores(scores, {**facts, "settings": self.store.settings}).save(self.path)

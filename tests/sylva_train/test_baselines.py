@@ -1,0 +1,140 @@
+"""Rivals: the weights they train, and how many."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sylva_train._checks import TargetError
+from sylva_train.baselines import (
+    SerialAdapter,
+    adapt,
+    add_serial_adapters,
+    parse_method,
+    shira_config,
+    supertuning_config,
+)
+from sylva_train.config import SylvaConfig, TrainingConfig
+from sylva_train.targets import find_targets
+from sylva_train.training import train
+from tests.sylva_train.toy import ToyLoader, toy_base, weights
+
+CONFIG = SylvaConfig(
+    exclude_modules=["pooler.dense"], density=0.1, modules_to_save=["classifier"]
+)
+SHORT = TrainingConfig(steps=3, lr=1e-2, weight_decay=0.0)
+
+
+def changed(before, model):
+    """How many weights of each target are not what they were, once merged."""
+    after = weights(model.merge_and_unload())
+    return {
+        name: int((before[f"{name}.weight"] != after[f"{name}.weight"]).sum())
+        for name in find_targets(toy_base(), exclude_modules=["pooler.dense"])
+    }
+
+
+@pytest.mark.parametrize("name", ["shira", "supertuning"])
+def test_a_rival_trains_as_many_single_weights_as_its_budget(name):
+    base = toy_base(dropout=0.0)
+    before = weights(base)
+    total = sum(m.weight.numel() for m in find_targets(base, None).values())
+    adapted = adapt(parse_method(name), base, CONFIG)
+    assert adapted.head == 32 * 2 + 2
+    train(adapted.model, ToyLoader(), SHORT, progress=False)
+    moved = sum(changed(before, adapted.model).values())
+    assert moved <= adapted.trainable
+    # Some have a zero gradient, or take a step that float32 rounds away.
+    assert moved > 0.9 * adapted.trainable
+    assert adapted.trainable == pytest.approx(0.1 * total, rel=0.35)
+
+
+def test_supertuning_trains_the_largest_weights():
+    base = toy_base(dropout=0.0)
+    before = weights(base)
+    adapted = adapt(parse_method("supertuning"), base, CONFIG)
+    train(adapted.model, ToyLoader(), SHORT, progress=False)
+    after = weights(adapted.model.merge_and_unload())
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    moved = before[name] != after[name]
+    assert before[name][moved].abs().min() >= before[name][~moved].abs().median()
+    count = round(0.1 * moved.numel())
+    largest = before[name].abs().flatten().topk(count).values.min()
+    assert before[name][moved].abs().min() >= largest
+
+
+def test_shira_follows_the_seed():
+    found = []
+    for seed in (0, 0, 1):
+        base = toy_base(dropout=0.0)
+        before = weights(base)
+        config = dataclasses.replace(CONFIG, seed=seed)
+        adapted = adapt(parse_method("shira"), base, config)
+        train(adapted.model, ToyLoader(), SHORT, progress=False)
+        after = weights(adapted.model.merge_and_unload())
+        name = "bert.encoder.layer.0.intermediate.dense.weight"
+        found.append(before[name] != after[name])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_serial_adapters_begin_as_nothing_and_follow_the_seed():
+    batch = next(iter(ToyLoader()))
+    before = toy_base(dropout=0.0).eval()(**batch).logits
+    found = []
+    for seed in (0, 0, 1):
+        config = dataclasses.replace(CONFIG, seed=seed)
+        adapted = adapt(parse_method("adapter"), toy_base(dropout=0.0), config)
+        model = adapted.model.eval()
+        torch.testing.assert_close(model(**batch).logits, before, rtol=0, atol=0)
+        found.append(model.bert.encoder.layer[0].output.dense.down.weight)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_serial_adapters_are_behind_each_sublayer_within_the_budget():
+    base = toy_base(dropout=0.0)
+    targets = find_targets(base, exclude_modules=["pooler.dense"])
+    total = sum(m.weight.numel() for m in targets.values())
+    before = weights(base)
+    adapted = adapt(
+        parse_method("adapter"), base, dataclasses.replace(CONFIG, density=0.2)
+    )
+    model = adapted.model
+    made = [n for n, m in model.named_modules() if isinstance(m, SerialAdapter)]
+    assert [name.partition("layer.")[2] for name in made] == [
+        "0.attention.output.dense", "0.output.dense",
+        "1.attention.output.dense", "1.output.dense",
+    ]  # fmt: skip
+    assert adapted.trainable == pytest.approx(0.2 * total, rel=0.05)
+    train(model, ToyLoader(), SHORT, progress=False)
+    after = {n.replace(".base.", "."): p for n, p in model.named_parameters()}
+    trained = {n for n in before if not torch.equal(before[n], after[n])}
+    assert trained == {"classifier.weight", "classifier.bias"}
+    layer = model.bert.encoder.layer[1].output.dense
+    y = layer.base(x := torch.randn(3, 5, 48))
+    expected = y + layer.up(torch.nn.functional.gelu(layer.down(y)))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_model_without_known_sublayers_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(TargetError, match="o_proj"):
+        add_serial_adapters(model, find_targets(model), 0.1)
+
+
+@pytest.mark.parametrize("make", [shira_config, supertuning_config])
+def test_layers_that_peft_does_not_know_are_named(make):
+    targets = {"a": nn.Linear(8, 8), "b": Conv1D(8, 8)}
+    with pytest.raises(TargetError, match="`b` is a Conv1D"):
+        make(targets, 0.1)
+
+
+def test_shira_fits_into_the_smallest_layer():
+    targets = {"a": nn.Linear(512, 512), "b": nn.Linear(8, 8)}
+    assert shira_config(targets, 0.5).r == 4
+    assert shira_config(targets, 1e-4).r == 1
