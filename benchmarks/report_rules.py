@@ -20,6 +20,8 @@ import matplotlib as mpl
 from _common import RESULTS
 from study_rules import ANCHORS, RULES, TUNING_SEED
 
+from sylva_train.config import KRONECKER
+
 mpl.use("svg")
 import matplotlib.pyplot as plt
 
@@ -33,8 +35,9 @@ TASKS = {
 USUAL = {"scope": "layer", "spread": None, "damping": 1e-2, "head": "fitted"}
 #: What a cell is known by.
 CELL = ("task", "density", "block", *USUAL)
+COLOURS = {"Kronecker factors": "#c1440e", "others": "#3b6ea5"}
 #: Rules of a picture: a cell with fewer is a variation and has a table only.
-FULL = 8
+FULL = 5
 
 
 def read(folder: Path) -> list[Row]:
@@ -48,12 +51,35 @@ def read(folder: Path) -> list[Row]:
 
 
 def cells(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, dict[int, Row]]]:
-    """Group rows by cell, rule and seed, without those of the tuning seed."""
+    """Group the runs that are reported by cell, rule and seed."""
     found: dict[Any, dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if row["seed"] != TUNING_SEED:
             found[tuple(row[name] for name in CELL)][row["rule"]][row["seed"]] = row
     return found
+
+
+def rates(rows: Iterable[Row], cell: tuple[Any, ...]) -> list[str]:
+    """Return the validation losses that a cell's rates were chosen by, as Markdown."""
+    losses: dict[str, dict[float, float]] = defaultdict(dict)
+    for row in rows:
+        if row["seed"] == TUNING_SEED and tuple(row[name] for name in CELL) == cell:
+            losses[row["rule"]][row["lr"]] = row["validation"]["loss"]
+    # Rules alone: the anchors' rates are others.
+    found = {rule: losses[rule] for rule in RULES if rule in losses}
+    if not found:
+        return []
+    columns = sorted({rate for tried in found.values() for rate in tried})
+    lines = [
+        "Validation loss at each peak rate, one seed that is not among those above:",
+        "",
+        f"| rule | {' | '.join(f'{rate:g}' for rate in columns)} |",
+        f"| --- | {' | '.join('---' for _ in columns)} |",
+    ]
+    for rule, tried in found.items():
+        values = (f"{tried[r]:.4f}" if r in tried else "" for r in columns)
+        lines.append(f"| {rule} | {' | '.join(values)} |")
+    return [*lines, ""]
 
 
 def heading(cell: tuple[Any, ...]) -> str:
@@ -74,7 +100,22 @@ def spread(values: list[float], digits: int = 4) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def summary(rules: dict[str, dict[int, Row]]) -> list[Row]:
+def usual(cell: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the cell that a variation is one of."""
+    return (*cell[:3], *USUAL.values())
+
+
+def summaries(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Return the entries of each cell."""
+    found = cells(rows)
+    return {
+        # A variation without random blocks of its own is held against the usual ones.
+        cell: summary(rules, rules.get("random") or found[usual(cell)]["random"])
+        for cell, rules in list(found.items())
+    }
+
+
+def summary(rules: dict[str, dict[int, Row]], random: dict[int, Row]) -> list[Row]:
     """Return one entry a rule, the best first among the rules, anchors before them."""
     entries = []
     for rule, runs in rules.items():
@@ -91,7 +132,7 @@ def summary(rules: dict[str, dict[int, Row]]) -> list[Row]:
         for name in ("accuracy", "lines", "trainable"):
             if name in every[0]:
                 entry[name] = statistics.fmean(row[name] for row in every)
-        base = {s: r["test"]["loss"] for s, r in rules.get("random", {}).items()}
+        base = {s: r["test"]["loss"] for s, r in random.items()}
         entry["differences"] = {s: losses[s] - base[s] for s in losses.keys() & base}
         entries.append(entry)
 
@@ -101,9 +142,13 @@ def summary(rules: dict[str, dict[int, Row]]) -> list[Row]:
     return sorted(entries, key=place)
 
 
-def table(cell: tuple[Any, ...], entries: list[Row]) -> list[str]:
-    """Return a cell's table as Markdown."""
+def table(cell: tuple[Any, ...], entries: list[Row], row: Row) -> list[str]:
+    """Return a cell's table as Markdown; ``row`` is one of its runs."""
     seeds = max(len(entry["losses"]) for entry in entries)
+    about = (
+        f"{seeds} seeds, {row['steps']} steps of {row['batch']} sentences,"
+        f" {row['sizes']['test']} of the test split"
+    )
     rows = [
         "| rule | rate | weights | loss | minus random's | lower | accuracy | lines |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -124,7 +169,7 @@ def table(cell: tuple[Any, ...], entries: list[Row]) -> list[str]:
             f"{entry['lines']:.0%}" if "lines" in entry else "",
         ]
         rows.append(f"| {' | '.join(cells)} |")
-    return [f"**{heading(cell)}** ({seeds} seeds)", "", *rows, ""]
+    return [f"**{heading(cell)}** ({about})", "", *rows, ""]
 
 
 def draw(found: dict[tuple[Any, ...], list[Row]], path: Path) -> None:
@@ -142,8 +187,8 @@ def draw(found: dict[tuple[Any, ...], list[Row]], path: Path) -> None:
         shown.sort(key=lambda e: -statistics.fmean(e["differences"].values()))
         for y, entry in enumerate(shown):
             values = [*entry["differences"].values()]
-            second = entry["rule"].startswith("kfac")
-            colour = "#c1440e" if second else "#3b6ea5"
+            second = "Kronecker factors" if entry["rule"] in KRONECKER else "others"
+            colour = COLOURS[second]
             axis.plot(values, [y] * len(values), "o", ms=4, alpha=0.5, color=colour)
             axis.plot(statistics.fmean(values), y, "|", ms=16, mew=2.5, color=colour)
         axis.axvline(0, color="0.4", lw=1)
@@ -152,6 +197,9 @@ def draw(found: dict[tuple[Any, ...], list[Row]], path: Path) -> None:
         axis.set_xlabel("test loss minus that of random blocks")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="0.9")
+    for label, colour in COLOURS.items():
+        axes[0][0].plot([], [], "o", ms=4, color=colour, label=label)
+    axes[0][0].legend(loc="upper right", fontsize=8, frameon=False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
@@ -161,18 +209,20 @@ def main() -> None:
     options.add_argument("--folder", type=Path, default=RESULTS / "rules")
     folder = options.parse_args().folder
     rows = read(folder)
-    found = {cell: summary(rules) for cell, rules in cells(rows).items()}
+    found = summaries(rows)
     made, sizes = rows[-1]["setting"], rows[-1]["sizes"]
     commits = ", ".join(sorted({row["setting"]["commit"] for row in rows}))
+    dates = sorted({row["setting"]["date"][:10] for row in rows})
     lines = [
         f"{made['device']}, {made['threads']} thread; "
         + ", ".join(f"{name} {v}" for name, v in made["versions"].items())
-        + f"; {made['date'][:10]}; commit {commits}. {sizes['samples']} sentences scored,"
-        f" {sizes['train']:,} to train on, {sizes['test']} of the test split.",
+        + f"; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; commits {commits}."
+        f" {sizes['samples']} sentences scored, {sizes['train']:,} to train on.",
         "",
     ]
     for cell, entries in found.items():
-        lines += table(cell, entries)
+        one = next(r for r in rows if tuple(r[name] for name in CELL) == cell)
+        lines += [*table(cell, entries, one), *rates(rows, cell)]
     (folder / "table.md").write_text("\n".join(lines), encoding="utf-8")
     with (folder / "table.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
