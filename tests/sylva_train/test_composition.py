@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import faulthandler
 import shutil
 
 import pytest
@@ -296,7 +297,8 @@ def test_frozen_values_and_passes_without_gradients():
 
 
 def train_rank(rank, ranks, port, path):
-    """Two steps on a rank's part of a batch; rank 0 saves the values."""
+    """Three steps on a rank's part of a batch; rank 0 saves the values."""
+    faulthandler.dump_traceback_later(120, exit=ranks > 1)
     torch.set_num_threads(1)
     if ranks > 1:
         torch.distributed.init_process_group(
@@ -314,7 +316,11 @@ def train_rank(rank, ranks, port, path):
     if rank == 0:
         torch.save([p.detach() for p in values_of(model)], path)
     if ranks > 1:
+        # What is left of DDP would wait for ranks that have gone.
+        torch.distributed.barrier()
+        del wrapped
         torch.distributed.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.mark.slow
