@@ -16,6 +16,8 @@ from typer.testing import CliRunner, Result
 from sylva_train.cli import app
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 
+from .words import save_folder
+
 #: Options of a job that takes no time.
 SMALL = ("--block-size", "8", "--importance", "magnitude")
 STEPS = ("--steps", "4", "--lr", "0.01", "--batch-size", "8")
@@ -96,3 +98,16 @@ def kill_when(process: subprocess.Popen, condition, seconds: float = 240) -> Non
         time.sleep(0.002)
     process.kill()
     process.wait()
+
+
+def make_home(path: Path) -> Path:
+    """Make a model, data in one file, scores and a finished run, by commands."""
+    save_folder(path / "model")
+    write_data(path / "train.jsonl")
+    sylva("finetune", path / "run", *source(path), *SHORT)
+    sylva("score", path / "scores.safetensors", *source(path), *SMALL)
+    return path
+
+
+def source(home: Path, data: str = "train.jsonl") -> list:
+    return ["--model", home / "model", "--data", home / data, "--max-length", 16]

@@ -1,0 +1,94 @@
+"""Array libraries: one namespace, and the only door to their differences.
+
+Everything else in the package is written against the array API standard. What the
+standard leaves out (seeded normal numbers, conversion to NumPy, whether a failed
+Cholesky raises) is settled here.
+"""
+
+from .arrays import (
+    COMPLEX,
+    FLOATS,
+    HALVES,
+    NUMBERS,
+    Array,
+    adjoint,
+    conjugate,
+    detach,
+    dtype_name,
+    is_array,
+    namespace,
+    real_part,
+    squares,
+    subtract_product,
+    to_numpy,
+    transpose,
+)
+from .gradients import (
+    known_gradients,
+    wants_gradient,
+    without_gradients,
+)
+from .linalg import (
+    cholesky,
+    complete_qr,
+    eigh_descending,
+    frobenius,
+    inverse,
+    inverse_lower,
+    qr,
+    slogdet,
+    solve,
+    svd,
+)
+from .space import (
+    Space,
+    contiguous,
+    library,
+    nbytes,
+)
+from .threads import (
+    default_workers,
+    in_threads,
+    one_blas_thread,
+    one_thread_if_small,
+)
+
+__all__ = [
+    "COMPLEX",
+    "FLOATS",
+    "HALVES",
+    "NUMBERS",
+    "Array",
+    "Space",
+    "adjoint",
+    "cholesky",
+    "complete_qr",
+    "conjugate",
+    "contiguous",
+    "default_workers",
+    "detach",
+    "dtype_name",
+    "eigh_descending",
+    "frobenius",
+    "in_threads",
+    "inverse",
+    "inverse_lower",
+    "is_array",
+    "known_gradients",
+    "library",
+    "namespace",
+    "nbytes",
+    "one_blas_thread",
+    "one_thread_if_small",
+    "qr",
+    "real_part",
+    "slogdet",
+    "solve",
+    "squares",
+    "subtract_product",
+    "svd",
+    "to_numpy",
+    "transpose",
+    "wants_gradient",
+    "without_gradients",
+]

@@ -1,0 +1,114 @@
+"""Arrays of any library: what they are, and what the standard leaves out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+__all__ = [
+    "COMPLEX",
+    "FLOATS",
+    "HALVES",
+    "NUMBERS",
+    "Array",
+    "Namespace",
+    "adjoint",
+    "conjugate",
+    "detach",
+    "dtype_name",
+    "is_array",
+    "namespace",
+    "real_part",
+    "squares",
+    "subtract_product",
+    "to_numpy",
+    "transpose",
+]
+
+Array = Any  # an array of any supported library; the standard has no common type
+Namespace = Any
+
+FLOATS = ("float32", "float64")
+COMPLEX = ("complex64", "complex128")
+NUMBERS = (*FLOATS, *COMPLEX)
+HALVES = ("float16", "bfloat16")
+
+
+def is_array(x: object) -> bool:
+    """Tell whether ``x`` is an array of a supported library."""
+    return bool(array_api_compat.is_array_api_obj(x))
+
+
+def namespace(x: Array) -> Namespace:
+    """Return the array-API namespace of ``x``."""
+    return array_api_compat.array_namespace(x)
+
+
+def dtype_name(dtype: object) -> str:
+    """Return the bare name of a dtype of any library, ``float32`` say.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from hmatrix._backend import dtype_name
+    >>> dtype_name(np.dtype("float64")), dtype_name(np.float32), dtype_name("float32")
+    ('float64', 'float32', 'float32')
+    """
+    if isinstance(dtype, type):
+        return dtype.__name__
+    name = getattr(dtype, "name", None)
+    return name if isinstance(name, str) else str(dtype).rsplit(".", 1)[-1]
+
+
+def detach(x: Array) -> Array:
+    """Cut a torch tensor off its autograd graph; return other arrays as they are."""
+    return x.detach() if array_api_compat.is_torch_array(x) else x
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """Copy an array of any library and device into host memory."""
+    if array_api_compat.is_torch_array(x):
+        return np.asarray(x.detach().cpu().resolve_conj())
+    if array_api_compat.is_cupy_array(x):
+        return np.asarray(x.get())
+    if array_api_compat.is_numpy_array(x):
+        return np.asarray(x)
+    return np.from_dlpack(x)
+
+
+def transpose(x: Array) -> Array:
+    """Swap the last two axes."""
+    return namespace(x).matrix_transpose(x)
+
+
+def conjugate(x: Array) -> Array:
+    """Return the complex conjugate; a real array is returned as it is."""
+    return namespace(x).conj(x) if dtype_name(x.dtype) in COMPLEX else x
+
+
+def adjoint(x: Array) -> Array:
+    """Swap the last two axes and conjugate."""
+    return conjugate(transpose(x))
+
+
+def squares(x: Array) -> Array:
+    """Squares of absolute values, real."""
+    if dtype_name(x.dtype) not in COMPLEX:
+        return x * x
+    xp = namespace(x)
+    return xp.real(x) ** 2 + xp.imag(x) ** 2
+
+
+def real_part(x: Array) -> Array:
+    """Real part; a real array is returned as it is."""
+    return namespace(x).real(x) if dtype_name(x.dtype) in COMPLEX else x
+
+
+def subtract_product(x: Array, a: Array, b: Array) -> Array:
+    """Return ``x - a @ b`` (batches of matrices), computed in the memory of ``x``."""
+    if array_api_compat.is_torch_array(x):
+        return x.baddbmm_(a, b, alpha=-1)
+    x -= a @ b
+    return x

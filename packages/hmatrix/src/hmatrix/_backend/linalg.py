@@ -1,0 +1,149 @@
+"""Norms and factorizations of batches of matrices."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from .arrays import Array, adjoint, namespace
+from .space import Space
+from .threads import one_thread_if_small
+
+__all__ = [
+    "cholesky",
+    "complete_qr",
+    "eigh_descending",
+    "frobenius",
+    "inverse",
+    "inverse_lower",
+    "qr",
+    "slogdet",
+    "solve",
+    "svd",
+]
+
+
+def frobenius(x: Array) -> Array:
+    """Return the Frobenius norm of a whole array, as an array; it may overflow."""
+    xp = namespace(x)
+    if array_api_compat.is_numpy_array(x):
+        # vdot needs no array of squares, and an overflow is the caller's to judge
+        with np.errstate(over="ignore", invalid="ignore"):
+            norm = np.sqrt(np.vdot(x, x).real)
+    else:
+        norm = xp.linalg.vector_norm(x)
+    if math.prod(x.shape) and float(norm) < Space.of(x).smallest_norm:
+        # Squares of these underflow; and complex division overflows at subnormal numbers,
+        # from which a power of two leads away
+        away = 1 / float(xp.finfo(x.dtype).smallest_normal)
+        x = x * away
+        largest = xp.max(xp.abs(x))
+        if float(largest) > 0:
+            norm = largest * xp.linalg.vector_norm(x / largest) / away
+    return norm
+
+
+def eigh_descending(a: Array) -> tuple[Array, Array]:
+    """Eigenvalues, largest first, and eigenvectors of Hermitian ``a`` (..., m, m).
+
+    The matrices are brought to norm 1 and freed of subnormal numbers first: MKL's
+    float32 solver gives NaN for some matrices that have them.
+    """
+    xp = namespace(a)
+    if not a.shape[-1]:
+        return Space.of(a).real.zeros(*a.shape[:-1]), a
+    scale = xp.max(xp.abs(a), axis=(-2, -1), keepdims=True)
+    scale = xp.where(scale > 0, scale, xp.ones_like(scale))
+    a = a / scale
+    a = xp.where(xp.abs(a) < xp.finfo(a.dtype).smallest_normal, xp.zeros_like(a), a)
+    with one_thread_if_small(a):
+        values, vectors = xp.linalg.eigh(a)
+    return xp.flip(values * scale[..., 0], axis=-1), xp.flip(vectors, axis=-1)
+
+
+def svd(a: Array) -> tuple[Array, Array, Array]:
+    """Thin singular value decomposition ``a = U diag(S) Vᴴ``: U, S and V."""
+    with one_thread_if_small(a):
+        U, S, Vh = namespace(a).linalg.svd(a, full_matrices=False)
+    return U, S, adjoint(Vh)
+
+
+def qr(a: Array) -> tuple[Array, Array]:
+    """Thin QR decomposition of ``a`` (..., m, n)."""
+    with one_thread_if_small(a):
+        Q, R = namespace(a).linalg.qr(a)
+    return Q, R
+
+
+def complete_qr(a: Array) -> tuple[Array, Array]:
+    """QR decomposition of ``a`` (..., m, n) with square Q."""
+    with one_thread_if_small(a):
+        Q, R = namespace(a).linalg.qr(a, mode="complete")
+    return Q, R
+
+
+def solve(a: Array, b: Array) -> Array:
+    """Solve ``a x = b`` for matrices ``a`` (..., m, m), ``b`` (..., m, q)."""
+    with one_thread_if_small(a):
+        return namespace(a).linalg.solve(a, b)
+
+
+def inverse(a: Array) -> Array:
+    """Inverse of ``a`` (..., m, m), none of them singular."""
+    with one_thread_if_small(a):
+        return namespace(a).linalg.inv(a)
+
+
+def slogdet(a: Array) -> tuple[Array, Array]:
+    """Signs and logs of absolute values of the determinants of ``a`` (..., m, m)."""
+    with one_thread_if_small(a):
+        signs, logs = namespace(a).linalg.slogdet(a)
+    return signs, logs
+
+
+def cholesky(a: Array) -> Array | None:
+    """Lower Cholesky factors of ``a`` (..., m, m); None if one does not exist."""
+    xp = namespace(a)
+    if array_api_compat.is_torch_array(a):
+        with one_thread_if_small(a):
+            factor, info = xp.linalg.cholesky_ex(a)
+        return None if bool(xp.any(info != 0)) else factor
+    try:
+        with _raising(a):
+            return xp.linalg.cholesky(a)
+    except np.linalg.LinAlgError:
+        return None
+
+
+def _raising(a: Array) -> AbstractContextManager[Any]:
+    """Make CuPy raise on failure as NumPy does; by default it returns garbage."""
+    if not array_api_compat.is_cupy_array(a):
+        return nullcontext()
+    from cupyx import errstate
+
+    raising: AbstractContextManager[Any] = errstate(linalg="raise")
+    return raising
+
+
+def inverse_lower(a: Array) -> Array:
+    """Inverse of lower triangular ``a`` (..., m, m)."""
+    xp, space = namespace(a), Space.of(a)
+    eye = xp.broadcast_to(space.eye(a.shape[-1]), a.shape)
+    if array_api_compat.is_torch_array(a):
+        with one_thread_if_small(a):
+            return xp.linalg.solve_triangular(a, eye, upper=False)
+    m = int(a.shape[-1])
+    if m <= 8 or m % 2:
+        return xp.linalg.solve(a, eye)
+    # [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹BA⁻¹, C⁻¹]]: products in place of an LU
+    # decomposition that does not know of the zeros
+    h = m // 2
+    halves = inverse_lower(xp.stack([a[..., :h, :h], a[..., h:, h:]], axis=0))
+    A, C = halves[0, ...], halves[1, ...]
+    low = -(C @ (a[..., h:, :h] @ A))
+    top = xp.concat([A, xp.zeros_like(A)], axis=-1)
+    return xp.concat([top, xp.concat([low, C], axis=-1)], axis=-2)

@@ -1,0 +1,205 @@
+"""Where arrays live: library, dtype and device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from .arrays import (
+    COMPLEX,
+    FLOATS,
+    HALVES,
+    Array,
+    Namespace,
+    detach,
+    dtype_name,
+    namespace,
+    to_numpy,
+)
+
+__all__ = [
+    "Space",
+    "contiguous",
+    "library",
+    "nbytes",
+]
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where arrays live: library, dtype and device.
+
+    Parameters
+    ----------
+    xp
+        Array-API namespace.
+    dtype
+        A dtype object of that namespace.
+    device
+        A device object of that library.
+    """
+
+    xp: Namespace
+    dtype: Any
+    device: Any
+
+    @classmethod
+    def of(cls, x: Array) -> Space:
+        """Return the space of an array."""
+        return cls(namespace(x), x.dtype, array_api_compat.device(x))
+
+    @classmethod
+    def like(cls, like: Array | None, dtype: object = None) -> Space:
+        """Return the space of ``like`` (default NumPy), in ``dtype`` if given.
+
+        A half-precision ``like`` gives float32: sums of squares are never
+        accumulated in fewer bits.
+        """
+        x = np.empty(0) if like is None else like
+        xp = namespace(x)
+        name = dtype_name(x.dtype if dtype is None else dtype)
+        if dtype is None and name in HALVES:
+            name = "float32"
+        return cls(xp, getattr(xp, name, None), array_api_compat.device(x))
+
+    @property
+    def name(self) -> str:
+        """Bare name of the dtype."""
+        return dtype_name(self.dtype)
+
+    @property
+    def library(self) -> str:
+        """Name of the library."""
+        return str(self.xp.__name__).removeprefix("array_api_compat.").split(".")[0]
+
+    @property
+    def place(self) -> str:
+        """Library and, unless it is the host, device, for messages."""
+        device = str(self.device)
+        return self.library + (f" on {device}" if "cpu" not in device.lower() else "")
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the numbers are in the memory of the CPU."""
+        return "cpu" in str(self.device).lower()
+
+    @property
+    def eps(self) -> float:
+        """Distance from 1 to the next number of the dtype."""
+        return float(self.xp.finfo(self.dtype).eps)
+
+    @property
+    def smallest_norm(self) -> float:
+        """Norm whose part of epsilon has a square that does not underflow."""
+        return math.sqrt(float(self.xp.finfo(self.dtype).smallest_normal)) / self.eps
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        parts = 2 if self.is_complex else 1
+        return int(self.xp.finfo(self.dtype).bits) // 8 * parts
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether the numbers are complex."""
+        return self.name in COMPLEX
+
+    @property
+    def real(self) -> Space:
+        """The space of absolute values."""
+        if not self.is_complex:
+            return self
+        name = FLOATS[COMPLEX.index(self.name)]
+        return Space(self.xp, getattr(self.xp, name), self.device)
+
+    def zeros(self, *shape: int) -> Array:
+        """Return an array of zeros."""
+        return self.xp.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def ones(self, *shape: int) -> Array:
+        """Return an array of ones."""
+        return self.xp.ones(shape, dtype=self.dtype, device=self.device)
+
+    def eye(self, n: int) -> Array:
+        """Return the identity matrix."""
+        return self.xp.eye(n, dtype=self.dtype, device=self.device)
+
+    def integers(self, x: np.ndarray) -> Array:
+        """Bring integers of NumPy here, to be indices."""
+        return self.xp.asarray(x, device=self.device)
+
+    def asarray(self, x: Array, *, copy: bool = False) -> Array:
+        """Bring an array of any library into this space.
+
+        Memory is shared where library, dtype and device allow it, unless ``copy``.
+        """
+        if namespace(x) is not self.xp:
+            x = self._handed_over(x)
+        x = self.xp.astype(x, self.dtype, copy=copy)
+        return array_api_compat.to_device(x, self.device)
+
+    def _handed_over(self, x: Array) -> Array:
+        """Give this library an array of another one."""
+        device = x.__dlpack_device__()
+        # only devices of their own need DLPack: host memory is shared through NumPy
+        if device[0] != 1 and device == self.zeros(0).__dlpack_device__():
+            return self.xp.from_dlpack(detach(x))
+        host = to_numpy(x)
+        if not host.flags.writeable or min(host.strides, default=0) < 0:
+            host = host.copy()  # torch has neither read-only nor reversed arrays
+        return self.xp.asarray(host, device=self.device)
+
+    def normal(self, shape: tuple[int, ...], *key: int) -> Array:
+        """Return standard normal numbers that ``key`` alone determines.
+
+        Drawn on the device where the library can: the same key gives the same
+        numbers on the same library and kind of device, not across them.
+        """
+        if self.is_complex:
+            parts = self.real.normal((2, *shape), *key)
+            whole = self.xp.astype(parts[0, ...], self.dtype) + 1j * parts[1, ...]
+            return whole / math.sqrt(2)
+        seed = np.random.SeedSequence(key)
+        if array_api_compat.is_torch_namespace(self.xp):
+            generator = self.xp.Generator(device=self.device)
+            generator.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+            return self.xp.randn(
+                shape, generator=generator, dtype=self.dtype, device=self.device
+            )
+        if array_api_compat.is_cupy_namespace(self.xp):
+            with self.device:
+                generator = self.xp.random.default_rng(int(seed.generate_state(1)[0]))
+                return generator.standard_normal(shape, dtype=self.dtype)
+        drawn = np.random.default_rng(seed).standard_normal(
+            shape, dtype=np.float32 if self.name == "float32" else np.float64
+        )
+        return self.xp.asarray(drawn, device=self.device)
+
+
+def library(x: Array) -> str:
+    """Return the library of ``x`` by name: ``numpy``, ``torch``, ``cupy``."""
+    return Space.of(x).library
+
+
+def nbytes(*arrays: Array) -> int:
+    """Return the bytes of the numbers of some arrays."""
+    return sum(math.prod(x.shape) * Space.of(x).itemsize for x in arrays)
+
+
+def contiguous(x: Array) -> Array:
+    """Return ``x`` in row-major memory of its own size.
+
+    torch multiplies strided views an order of magnitude slower, and a slice that is
+    kept would keep all of what it was cut from.
+    """
+    if array_api_compat.is_torch_array(x):
+        x = x.contiguous()
+        return x.clone() if x.untyped_storage().nbytes() > nbytes(x) else x
+    xp = namespace(x)
+    if array_api_compat.is_numpy_array(x) or array_api_compat.is_cupy_array(x):
+        return xp.array(x, order="C")
+    return xp.asarray(x, copy=True)

@@ -1,0 +1,264 @@
+"""What is wrong is one line, an exit code and no trace; what is there is kept."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig
+
+from tests.sylva_train.jobs import (
+    SHORT,
+    SMALL,
+    contents,
+    kill_when,
+    make_home,
+    source,
+    start_process,
+    sylva,
+    told,
+    write_data,
+)
+from tests.sylva_train.words import TINY, save_folder
+
+finetuning = importlib.import_module("sylva_train.workflow.finetuning")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """Not to be changed."""
+    return make_home(tmp_path_factory.mktemp("home"))
+
+
+def test_a_row_that_cannot_be_read_is_named(home, tmp_path):
+    data = write_data(tmp_path / "bad.jsonl", 9)
+    with data.open("a") as file:
+        file.write('{"text": "a b", "label": \n')
+    result = sylva("finetune", tmp_path / "run", *source(home), "--data", data, code=1)
+    assert f"{data}:10:" in told(result)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["", "text,label\n"])
+def test_an_empty_data_set_is_refused(home, tmp_path, content):
+    data = tmp_path / "empty.csv"
+    data.write_text(content)
+    options = [*source(home), "--data", data]
+    for command in ("score", "finetune"):
+        result = sylva(command, tmp_path / "out.safetensors", *options, code=1)
+        assert str(data) in told(result)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_nan_while_scoring_writes_nothing(home, tmp_path):
+    shutil.copytree(home / "model", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["encoder.layer.0.output.dense.weight"][0, 0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    options = ["--model", tmp_path / "model", "--importance", "kfac", "--samples", 8]
+    base = [*source(home), "--block-size", 8, *options]
+    for command in ("score", "finetune"):
+        result = sylva(command, tmp_path / "out.safetensors", *base, code=1)
+        message = told(result)
+        assert "the loss is nan in batch" in message
+        assert "layer.0.output.dense.weight` itself has NaN" in message
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_loss_that_diverges_keeps_the_run_to_look_at(home, tmp_path):
+    options = [*source(home), *SHORT, "--lr", "1e30", "--max-grad-norm", 0]
+    result = sylva("finetune", tmp_path / "run", *options, code=1)
+    assert "Lower `--lr`" in told(result)
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert "interrupted" in sylva("inspect", tmp_path / "run").stdout
+    for command in (["evaluate"], ["merge", tmp_path / "merged"]):
+        arguments = [command[0], tmp_path / "run", *command[1:]]
+        assert "was interrupted" in told(sylva(*arguments, code=1))
+
+
+def test_training_from_weights_that_are_nan_says_so(home, tmp_path):
+    shutil.copytree(home / "model", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["embeddings.word_embeddings.weight"][:] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    options = [*source(home), *SHORT, "--model", tmp_path / "model"]
+    message = told(sylva("finetune", tmp_path / "run", *options, code=1))
+    assert "word_embeddings.weight` itself has NaN" in message
+
+
+# Adapters
+
+
+def broken(home: Path, tmp_path: Path) -> Path:
+    shutil.copytree(home / "run", tmp_path / "run")
+    return tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+
+
+def test_inspecting_a_run_verifies_its_adapter(home, tmp_path):
+    file = broken(home, tmp_path)
+    file.write_bytes(file.read_bytes()[:-9])
+    assert "damaged" in told(sylva("inspect", tmp_path / "run", code=1))
+
+
+def test_a_truncated_adapter_is_refused(home, tmp_path):
+    file = broken(home, tmp_path)
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(tmp_path, "is missing or damaged")
+
+
+def test_a_tampered_adapter_is_refused(home, tmp_path):
+    weights = load_file(file := broken(home, tmp_path))
+    name = next(name for name in weights if name.endswith("sylva_values"))
+    weights[name][0, 0, 0] += 1
+    save_file(weights, file)
+    refused(tmp_path, "was changed after it was written")
+
+
+def test_an_adapter_with_a_flipped_bit_is_refused(home, tmp_path):
+    file = broken(home, tmp_path)
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    refused(tmp_path, "damaged")
+
+
+def refused(tmp_path: Path, words: str) -> None:
+    run = tmp_path / "run"
+    for arguments in (
+        ["evaluate", run],
+        ["merge", run, tmp_path / "merged"],
+        ["inspect", run / "adapter"],
+    ):
+        assert words in told(sylva(*arguments, code=1))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(home, tmp_path):
+    other = save_folder(tmp_path / "other", seed=1)
+    result = sylva("evaluate", home / "run", "--model", other, code=1)
+    assert "Its weights differ" in told(result)
+    merged = ["merge", home / "run", tmp_path / "merged", "--model", other]
+    told(sylva(*merged, code=1))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_masks_of_another_model_are_refused(home, tmp_path):
+    config = BertConfig(**(TINY | {"num_hidden_layers": 1, "intermediate_size": 40}))
+    save_folder(tmp_path / "other", config)
+    masks = ["--masks", home / "run" / "masks.safetensors"]
+    options = [*source(home), "--model", tmp_path / "other", *masks]
+    message = told(sylva("finetune", tmp_path / "run", *options, code=2))
+    assert "intermediate.dense`, whose weight is (40, 32)" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_found_from_elsewhere(home, tmp_path, monkeypatch):
+    shutil.copytree(home / "model", tmp_path / "model")
+    write_data(tmp_path / "train.jsonl")
+    monkeypatch.chdir(tmp_path)
+    sylva("finetune", "run", "--model", "model", "--data", "train.jsonl", *SHORT)
+    monkeypatch.chdir(home)
+    sylva("evaluate", tmp_path / "run")
+
+
+# Outputs that exist
+
+
+def test_an_output_that_exists_is_kept(home, tmp_path):
+    before = contents(home / "run")
+    for arguments in (
+        ["finetune", home / "run", *source(home), *SHORT],
+        ["score", home / "scores.safetensors", *source(home), *SMALL],
+        ["merge", home / "run", home / "model"],
+        ["compare", home / "run", "--methods", "full"],
+        ["demo", home / "run"],
+    ):
+        message = told(sylva(*arguments, code=2))
+        assert "exists" in message
+        assert "--overwrite" in message
+    assert contents(home / "run") == before
+
+
+def test_overwrite_replaces_a_run_only_once_the_new_one_can_train(home, tmp_path):
+    shutil.copytree(home / "run", tmp_path / "run")
+    before = contents(tmp_path)
+    base = ["finetune", tmp_path / "run", *source(home), *SHORT, "--overwrite"]
+    sylva(*base, "--data", tmp_path / "missing.csv", code=1)
+    sylva(*base, "--target-modules", "nothing", code=2)
+    assert contents(tmp_path) == before
+    sylva(*base, "--steps", 2)
+    run = json.loads((tmp_path / "run" / "sylva.json").read_text())
+    assert len(run["history"]) == 2
+
+
+def test_overwrite_never_replaces_what_is_no_output(home, tmp_path):
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    for arguments in (
+        ["finetune", folder, *source(home), *SHORT],
+        ["merge", home / "run", folder],
+        ["compare", folder, "--methods", "full"],
+        ["demo", folder],
+    ):
+        message = told(sylva(*arguments, "--overwrite", code=2))
+        assert "is not what this command writes" in message
+    assert contents(folder) == {"thesis.txt": b"years of work"}
+
+
+# Interruption
+
+
+def test_ctrl_c_says_how_to_go_on(home, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    base = ["finetune", tmp_path / "run", *source(home), *SHORT]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "train", interrupted)
+        message = told(sylva(*base, code=130))
+    command = message.partition("Go on with: sylva ")[2].split()
+    assert command[-1] == "--resume"
+    sylva(*command)
+    assert "finetune --resume" not in sylva("inspect", tmp_path / "run").stdout
+
+
+def test_resume_refuses_other_options(home):
+    base = ["finetune", home / "run", *source(home), *SHORT, "--resume"]
+    assert "`--density` is 0.2 there and 0.3 here" in told(
+        sylva(*base, "--density", 0.3, code=2)
+    )
+    sylva(*base)  # finished: nothing to do
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_identical_adapter(home, tmp_path):
+    options = [*source(home), *SHORT, "--steps", 60, "--save-every", 5]
+    sylva("finetune", tmp_path / "whole", *options)
+    base = ["finetune", tmp_path / "killed", *options]
+    later = tmp_path / "killed" / "checkpoints" / "checkpoint-10"
+    kill_when(start_process(*base), later.exists)
+    assert not (tmp_path / "killed" / "adapter").exists()
+    assert "go on with it" in told(sylva(*base, code=2))
+    assert "Going on after step 1" in sylva(*base, "--resume").stderr
+    name = "adapter/adapter_model.safetensors"
+    whole, killed = (contents(tmp_path / run) for run in ("whole", "killed"))
+    assert killed[name] == whole[name]
+    assert killed.keys() == whole.keys()
+
+
+def test_errors_that_were_not_foreseen_are_told_as_such(home, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("the sky fell")
+
+    cli = importlib.import_module("sylva_train.cli.app")
+    monkeypatch.setattr(cli, "evaluate_folder", broken)
+    message = told(sylva("evaluate", home / "run", code=1))
+    assert "RuntimeError: the sky fell" in message
+    assert "--debug" in message
