@@ -25,13 +25,14 @@ def kfac_reference(samples, damping, tokens):
     return torch.outer(s_out, s_in)
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 2e-3), ("float64", 1e-6)])
 @pytest.mark.parametrize("tokens", ["expand", "reduce"])
-def test_kfac_with_exact_factors_is_the_papers_formula(tokens):
+def test_kfac_with_exact_factors_is_the_papers_formula(tokens, dtype, rtol):
     options = config(curvature="dense", tokens=tokens, damping=0.1)
-    scores = score(bert(), batches(), options)
+    scores = score(bert().to(getattr(torch, dtype)), batches(), options)
     samples = per_sample(bert(), batches(), LAYER)
     expected = blocked(kfac_reference(samples, 0.1, tokens), 8)
-    torch.testing.assert_close(scores[LAYER].blocks(8), expected, rtol=2e-3, atol=0)
+    torch.testing.assert_close(scores[LAYER].blocks(8), expected, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("curvature", ["mlr", "hodlr"])

@@ -182,7 +182,8 @@ def invertible() -> Iterator[None]:
 def accumulator(n: int, like: torch.Tensor, config: SylvaConfig) -> Any:
     """Make an empty covariance of the configured kind, on the device of ``like``.
 
-    Below ``config.exact_below`` rows it is exact. It adds up in float32, or in float64 where ``like`` is of it.
+    Below ``config.exact_below`` rows it is exact. It adds up in float32, or in float64
+    where ``like`` is of it.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     like = torch.empty(0, device=like.device, dtype=dtype)

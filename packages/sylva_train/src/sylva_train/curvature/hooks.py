@@ -236,7 +236,7 @@ class Collector:
             self.add_fisher(sums.fisher, x, g, valid)
         if sums.G is not None:
             if self.config.tokens == "reduce" and g.dim() == 3:
-                weight = valid.float()
+                weight = valid.to(wide)
                 weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
                 rows_x = torch.einsum("bt,bti->bi", weight, x)
                 rows_g = torch.einsum("bt,bto->bo", weight, g)

@@ -174,7 +174,3 @@ class Store:
             }
             setattr(collector.sums[name], part, revive(plain | arrays))
         return Position(header["batches"], header["data"])
-
-    def clear(self) -> None:
-        """Take away the sums of a pass that is done."""
-        self.path.unlink(missing_ok=True)
