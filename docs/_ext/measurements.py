@@ -39,7 +39,10 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
-        return ", ".join(cell(v) for v in value)
+        # a shape stays on one line
+        return (",\N{NO-BREAK SPACE}" if len(value) == 2 else ", ").join(
+            map(cell, value)
+        )
     return str(value).replace("|", "\\|")
 
 
