@@ -19,9 +19,17 @@ import torch
 from sylva_train import report
 from sylva_train._checks import ConfigError, DataError, OutputExistsError, SylvaError
 from sylva_train.baselines import METHODS
-from sylva_train.comparison import Comparison, compare, demonstration, load_results
+from sylva_train.comparison import (
+    Comparison,
+    Job,
+    compare,
+    demonstration,
+    fresh,
+    load_results,
+    run_jobs,
+)
 from sylva_train.comparison.events import Clock, decode_event, encode_event
-from sylva_train.comparison.process import TOLD, child, start
+from sylva_train.comparison.process import TOLD, Processes, start
 from sylva_train.comparison.single import run
 from tests.sylva_train import jobs
 from tests.sylva_train.jobs import (
@@ -34,7 +42,7 @@ from tests.sylva_train.jobs import (
 )
 from tests.sylva_train.words import save_folder
 
-module = importlib.import_module("sylva_train.comparison.compare")
+module = importlib.import_module("sylva_train.comparison.jobs")
 ROW = {
     "method", "label", "seed", "score", "metrics", "trainable", "trainable_head",
     "trainable_fraction", "seconds_per_step", "step_seconds_iqr", "score_seconds",
@@ -69,9 +77,9 @@ def here(monkeypatch):
     """Runs in this process: their own ones take seconds to start. Counts them."""
     done = []
 
-    def start_here(spec, path, tell):
-        done.append((spec["method"], spec["training"]["seed"]))
-        row = json.loads(json.dumps(run(spec, tell)))
+    def start_here(job, path, tell, _):
+        done.append((job.spec["method"], job.spec["training"]["seed"]))
+        row = json.loads(json.dumps(run(job.spec, tell)))
         path.write_text(json.dumps(row))
         return row
 
@@ -98,8 +106,8 @@ def everything(home, tmp_path_factory) -> Path:
         # HODLR factors of such small layers are truncated to nothing good.
         warnings.filterwarnings("ignore", message=".*truncated HODLR")
 
-        def start_here(spec, path, tell):
-            row = json.loads(json.dumps(run(spec, tell)))
+        def start_here(job, path, tell, _):
+            row = json.loads(json.dumps(run(job.spec, tell)))
             path.write_text(json.dumps(row))
             return row
 
@@ -248,11 +256,11 @@ def test_a_comparison_is_not_overwritten_unless_told(here, home, tmp_path):
 def test_a_failure_keeps_what_is_finished_and_leaves_nothing_else(
     home, tmp_path, monkeypatch
 ):
-    def start_once(spec, path, tell):
-        if spec["method"] == "sylva:random":
+    def start_once(job, path, tell, _):
+        if job.kind == "sylva:random":
             msg = "no luck"
             raise SylvaError(msg)
-        row = run(spec, tell)
+        row = run(job.spec, tell)
         path.write_text(json.dumps(row))
         return row
 
@@ -308,8 +316,40 @@ def test_names_are_made_whole_and_unknown_ones_refused(home):
     for methods in (("sylva:luck",), ("sylva:random:mlr",), ("lorra",), ()):
         with pytest.raises(ConfigError, match="method"):
             plan(home, methods=methods)
-    with pytest.raises(ConfigError, match="classification"):
-        plan(home, task=jobs.task(home, task="causal-lm"))
+    with pytest.raises(ConfigError, match="leave out 'frozen' for `task` 'causal-lm'"):
+        plan(home, task=jobs.task(home, task="causal-lm"), methods=METHODS)
+
+
+@pytest.mark.slow
+def test_jobs_side_by_side_share_their_fate(tmp_path):
+    here = "tests.sylva_train.test_comparison"
+    specs = {"a": {"text": "a"}, "b": {"text": "b"}, "long": {"wait": True}}
+    specs["bad"] = {"error": "no luck"}
+    todo = {
+        name: Job(
+            name=name, label=f"job {name}", kind="x", spec=spec, function=f"{here}:echo"
+        )
+        for name, spec in specs.items()
+    }
+    with fresh(tmp_path / "out", keep=False):
+        pair = [todo["a"], todo["b"]]
+        rows = run_jobs(pair, tmp_path / "out", lambda _: None, workers=2)
+        assert rows == [{"text": "a"}, {"text": "b"}]
+        # One that would wait for ever is ended with the one that fails.
+        with pytest.raises(DataError, match="job bad: no luck"):
+            run_jobs(list(todo.values()), tmp_path / "out", lambda _: None, workers=2)
+    names = {path.name for path in (tmp_path / "out" / "runs").iterdir()}
+    assert {"a.json", "b.json"} <= names
+    assert not {"long.json", "bad.json"} & names
+
+
+def echo(spec, tell):
+    """What a job's process does in the test above."""
+    if "error" in spec:
+        raise DataError(spec["error"])
+    while "wait" in spec:
+        time.sleep(0.1)
+    return spec
 
 
 def test_a_spec_is_what_its_file_says(home):
@@ -328,13 +368,17 @@ def test_the_demonstration_is_a_comparison_of_the_test_split():
 def test_the_clock_takes_a_method_for_as_long_as_it_took():
     clock = Clock(["a", "b", "a", "b"])
     assert clock.left(0) is None
-    clock.finish("a", 10.0)
+    clock.finish(0, 10.0)
     assert clock.left(1) == 30.0  # b is as long as the mean
-    clock.finish("b", 4.0)
+    clock.finish(1, 4.0)
     assert clock.left(2) == 14.0
     assert clock.left(2, elapsed=3.0) == 11.0
     assert clock.left(2, elapsed=99.0) == 4.0
-    assert clock.left(4) == 0.0
+    clock.finish(2)  # kept
+    assert clock.left() == 4.0
+    clock.finish(3, 4.0)
+    assert clock.left() == 0.0
+    assert Clock(["a"], workers=2).left() is None
 
 
 def test_lines_that_are_no_events_are_none():
@@ -353,7 +397,7 @@ def test_a_process_ends_when_its_parent_does():
         "import time; from sylva_train.comparison.process import end_with_parent as f;"
         " f(); print(flush=True); time.sleep(600)"
     )
-    with child([sys.executable, "-c", code]) as process:
+    with Processes().child([sys.executable, "-c", code]) as process:
         process.stdout.readline()
         process.stdin.close()
         assert process.wait(timeout=60) == TOLD
@@ -361,11 +405,11 @@ def test_a_process_ends_when_its_parent_does():
 
 @pytest.mark.slow
 def test_a_process_tells_its_error_and_ends(home, tmp_path):
-    spec = plan(home).spec("full", 0)
-    spec["task"]["data"] = str(tmp_path / "missing.csv")
-    words = r"the run of full with seed 0 failed: .*missing\.csv: there is no such file"
+    job = plan(home).jobs()[0]
+    job.spec["task"]["data"] = str(tmp_path / "missing.csv")
+    words = r"Full fine-tuning, seed 0: .*missing\.csv: there is no such file"
     with pytest.raises(DataError, match=words):
-        start(spec, tmp_path / "row.json", lambda *_: None)
+        start(job, tmp_path / "row.json", lambda *_: None, Processes())
     assert list(tmp_path.iterdir()) == []
 
 

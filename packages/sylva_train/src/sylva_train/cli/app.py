@@ -13,7 +13,6 @@ from typing import Annotated
 
 import typer
 
-from sylva_train.baselines import METHODS
 from sylva_train.comparison import (
     DEMO,
     DEMO_STEPS,
@@ -21,6 +20,7 @@ from sylva_train.comparison import (
     Comparison,
     demonstration,
     load_results,
+    suited,
 )
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.importance import Scores
@@ -265,8 +265,7 @@ def inspect_command(path: Path, json: bool = False) -> None:
 
 @command(
     omit={
-        "task", "target_column", "importance", "curvature", "seed", "lr", "save_every",
-        "modules_to_save", "max_columns", "memory_budget",
+        "importance", "curvature", "seed", "lr", "save_every", "modules_to_save", "max_columns", "memory_budget",
     },
     output="Folder for results.json, report.html, table.md.",
 )  # fmt: skip
@@ -275,9 +274,10 @@ def compare(
     task: TaskConfig,
     sylva: SylvaConfig,
     training: TrainingConfig,
-    methods: str = ",".join(METHODS),
+    methods: str | None = None,
     seeds: str = "0,1,2",
     learning_rates: str | None = None,
+    workers: int = 1,
     resume: bool = False,
     overwrite: bool = False,
     report_only: bool = False,
@@ -301,7 +301,7 @@ def compare(
         task=task,
         sylva=sylva,
         training=training,
-        methods=tuple(words(methods) or ()),
+        methods=suited(task.task) if methods is None else tuple(words(methods) or ()),
         seeds=numbers("seeds", seeds),
         learning_rates=rates("learning_rates", learning_rates),
     )
@@ -311,6 +311,7 @@ def compare(
         resume=resume,
         overwrite=overwrite,
         quiet=quiet,
+        workers=workers,
         command=typed(),
     )
     show.comparison(results, output)

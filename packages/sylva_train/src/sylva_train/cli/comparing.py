@@ -31,13 +31,13 @@ def run_comparison(
     overwrite: bool,
     quiet: bool,
     command: str,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Run a comparison with its progress on stderr, and write its report."""
-    metric = comparison.task.metric or "accuracy"
     with Progress(enabled=not quiet) as bars:
 
         def watch(event: Event) -> None:
-            show(bars, event, metric)
+            show(bars, event, comparison.metric)
 
         results = compare(
             comparison,
@@ -45,6 +45,7 @@ def run_comparison(
             resume=resume,
             overwrite=overwrite,
             watch=watch,
+            workers=workers,
             command=command,
         )
     return publish(results, output)
@@ -52,7 +53,7 @@ def run_comparison(
 
 def show(bars: Progress, event: Event, metric: str) -> None:
     """Show what happened in a comparison."""
-    name = f"{event.label}, seed {event.seed}"
+    name = event.label
     place = f"{event.number}/{event.count}"
     if event.kind == "stage":
         bars.report(

@@ -265,6 +265,12 @@ FLAGS: dict[str, Flag] = {
         "Peak learning rates, like full=2e-4,sylva=1e-3, instead of the tuned ones.",
         metavar="M=X,…",
     ),
+    "workers": flag(
+        int,
+        COMPARISON,
+        "Runs at a time, which share the cores: sooner done, but times say little.",
+        metavar="N",
+    ),
     "masks": flag(
         Path | None, PARTS, "Train these blocks: a file of masks.", metavar="FILE"
     ),

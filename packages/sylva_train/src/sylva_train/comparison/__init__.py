@@ -4,8 +4,9 @@ A run in a process of its own has its own peak memory and its own random state, 
 comparison that was killed goes on where it stopped.
 """
 
-from .compare import check_output, compare
-from .events import Event
+from .compare import check_plan, compare
+from .events import Event, Watcher
+from .jobs import Job, check_output, check_same, done, fresh, run_jobs
 from .plan import (
     DEMO,
     DEMO_STEPS,
@@ -13,9 +14,10 @@ from .plan import (
     LEARNING_RATES,
     Comparison,
     demonstration,
+    suited,
 )
 from .process import worker
-from .results import load_results
+from .results import load_results, made
 
 __all__ = [
     "DEMO",
@@ -24,9 +26,18 @@ __all__ = [
     "LEARNING_RATES",
     "Comparison",
     "Event",
+    "Job",
+    "Watcher",
     "check_output",
+    "check_plan",
+    "check_same",
     "compare",
     "demonstration",
+    "done",
+    "fresh",
     "load_results",
+    "made",
+    "run_jobs",
+    "suited",
     "worker",
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 __all__ = ["Clock", "Event", "Watcher", "decode_event", "encode_event", "send"]
@@ -17,31 +17,27 @@ MARK = "\x1esylva "
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened in a comparison.
+    """Something that happened to a job.
 
     Parameters
     ----------
     kind : str
         ``"begin"`` and ``"end"`` of a run, ``"kept"`` for one that was finished before,
         ``"stage"`` for progress within a run.
-    method, label : str
-        The run's method, and its name for people.
-    seed : int
-        The run's seed.
+    label : str
+        The run's name for people.
     number, count : int
         The run's place, from 1, among all of them.
     stage, done, total
         What the run is doing and how far it is.
     left : float or None
-        Estimated seconds until the whole comparison is done.
+        Estimated seconds until all of them are done.
     row : dict or None
         The run's results at its end.
     """
 
     kind: str
-    method: str
     label: str
-    seed: int
     number: int
     count: int
     stage: str = ""
@@ -54,36 +50,43 @@ class Event:
 Watcher = Callable[[Event], None]
 
 
-@dataclass
 class Clock:
-    """Estimate how long the rest of a comparison takes, from the runs that are done.
+    """Estimate how long the rest of some jobs takes, from those that are done.
 
-    A run takes as long as the last one of its method; of a method that has not run yet,
-    as long as the mean of those that have.
+    A job takes as long as the last one of its kind; of a kind that has not run yet, as
+    long as the mean of those that have.
 
     Parameters
     ----------
-    methods : list of str
-        The method of each run, in order.
+    kinds : sequence of str
+        The kind of each job.
+    workers : int
+        Jobs at a time.
     """
 
-    methods: list[str]
-    known: dict[str, float] = field(default_factory=dict)
+    def __init__(self, kinds: Sequence[str], workers: int = 1):
+        self.kinds, self.workers = kinds, workers
+        self.known: dict[str, float] = {}
+        self.waiting = set(range(len(kinds)))
 
-    def finish(self, method: str, seconds: float) -> None:
-        """Take note of a run's time."""
-        self.known[method] = seconds
+    def finish(self, number: int, seconds: float | None = None) -> None:
+        """Take note that a job is done, and of its time if it ran."""
+        self.waiting.discard(number)
+        if seconds is not None:
+            self.known[self.kinds[number]] = seconds
 
-    def left(self, number: int, elapsed: float = 0.0) -> float | None:
-        """Return the seconds left in run ``number`` (from 0) and after it.
+    def left(self, number: int | None = None, elapsed: float = 0.0) -> float | None:
+        """Return the seconds left, after as many in job ``number``.
 
-        None before any run is done.
+        None before any job is done.
         """
         if not self.known:
             return None
         mean = statistics.fmean(self.known.values())
-        times = [self.known.get(method, mean) for method in self.methods[number:]]
-        return max(0.0, times[0] - elapsed) + sum(times[1:]) if times else 0.0
+        times = {n: self.known.get(self.kinds[n], mean) for n in self.waiting}
+        if number in times:
+            times[number] = max(0.0, times[number] - elapsed)
+        return sum(times.values()) / self.workers
 
 
 def encode_event(body: dict[str, Any]) -> str:

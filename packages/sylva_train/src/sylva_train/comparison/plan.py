@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sylva_train._checks import ConfigError, check_integer, check_positive
-from sylva_train.baselines import parse_method
+from sylva_train.baselines import METHODS, parse_method
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
+
+from .jobs import Job
 
 __all__ = [
     "DEMO",
@@ -18,6 +20,7 @@ __all__ = [
     "LEARNING_RATES",
     "Comparison",
     "demonstration",
+    "suited",
 ]
 
 #: Peak learning rates, chosen on the validation split (benchmarks/bench_rates.py); the
@@ -32,6 +35,9 @@ LEARNING_RATES = {
     "kfac-pruner": 4e-3,
     "sylva": 4e-3,
 }
+
+#: Score to report of each kind of task, unless another is asked for.
+METRIC = {"classification": "accuracy"}
 
 #: Metrics of classes alone, without logits: those of a linear head on frozen features.
 CLASSES_ALONE = ("accuracy", "f1", "mcc")
@@ -74,8 +80,9 @@ class Comparison:
     Raises
     ------
     ConfigError
-        If a method or the method of a rate is unknown, or there is no seed, or the task
-        is not classification, or its metric not one that ``"frozen"`` is scored by.
+        If a method or the method of a rate is unknown, or there is no seed, or
+        ``"frozen"`` is among the methods of a task that is not classification, or of one
+        whose metric it is not scored by.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -98,18 +105,26 @@ class Comparison:
             check_positive("learning_rates", rate)
             rates[name if name in LEARNING_RATES else parse_method(name).name] = rate
         object.__setattr__(self, "learning_rates", rates)
-        if "frozen" in names and self.task.metric not in {None, *CLASSES_ALONE}:
+        if "frozen" not in names:
+            return
+        if self.task.task != "classification":
+            msg = (
+                "`methods`: frozen features are classified; leave out 'frozen' for"
+                f" `task` {self.task.task!r}."
+            )
+            raise ConfigError(msg)
+        if self.task.metric not in {None, *CLASSES_ALONE}:
             msg = (
                 f"`metric` {self.task.metric!r} is not one that frozen features are"
                 f" scored by; take one of {', '.join(CLASSES_ALONE)}, or leave the method"
                 " out of `methods`."
             )
             raise ConfigError(msg)
-        if self.task.task != "classification":
-            msg = (
-                f"`task` must be classification to be compared; got {self.task.task!r}."
-            )
-            raise ConfigError(msg)
+
+    @property
+    def metric(self) -> str:
+        """The score that is reported."""
+        return self.task.metric or METRIC.get(self.task.task, "perplexity")
 
     def rate(self, method: str) -> float:
         """Return a method's peak learning rate."""
@@ -130,6 +145,25 @@ class Comparison:
         # As it will be read from a file: tuples become lists.
         read: dict[str, Any] = json.loads(json.dumps(spec))
         return read
+
+    def jobs(self) -> list[Job]:
+        """Return the runs: every method with every seed, seed by seed."""
+        return [
+            Job(
+                name=f"{method.replace(':', '-')}-{seed}",
+                label=f"{parse_method(method).label}, seed {seed}",
+                kind=method,
+                spec=self.spec(method, seed),
+            )
+            for seed in self.seeds
+            for method in self.methods
+        ]
+
+
+def suited(task: str) -> tuple[str, ...]:
+    """Return the methods that a kind of task can be compared by."""
+    frozen = task == "classification"
+    return tuple(name for name in METHODS if frozen or name != "frozen")
 
 
 def demonstration(

@@ -1,9 +1,10 @@
-"""A run in a process of its own: starting it, listening to it, ending it."""
+"""A job in a process of its own: starting it, listening to it, ending it."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -11,9 +12,9 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
@@ -21,28 +22,82 @@ from sylva_train import _checks
 from sylva_train._checks import SylvaError, atomic_write
 
 from .events import decode_event, send
-from .single import run
 
-__all__ = ["start", "worker"]
+if TYPE_CHECKING:
+    from .jobs import Job
+
+__all__ = ["Processes", "start", "worker"]
 
 #: What a run's process ends with where its error was told to the parent.
 TOLD = 3
 CODE = "from sylva_train.comparison import worker; worker()"
 
 
-def start(
-    spec: dict[str, Any], result_path: Path, report: Callable[[str, int, int], None]
-) -> dict[str, Any]:
-    """Run a spec in a process of its own and return its row.
+class Processes:
+    """The processes of jobs, which share the CPU and can all be ended at once.
 
     Parameters
     ----------
-    spec : dict
-        From `Comparison.spec`.
+    workers : int
+        How many there are at a time.
+    """
+
+    def __init__(self, workers: int = 1):
+        self.environment = dict(os.environ)
+        if workers > 1:
+            threads = max(1, (os.cpu_count() or 1) // workers)
+            self.environment.setdefault("OMP_NUM_THREADS", str(threads))
+        self.alive: set[subprocess.Popen[str]] = set()
+
+    @contextlib.contextmanager
+    def child(self, command: list[Any]) -> Iterator[subprocess.Popen[str]]:
+        """Yield a process that ends when the block does, and when this process does."""
+        process = subprocess.Popen(
+            command,
+            # Nothing is ever written: its end tells the child that the parent is gone.
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=self.environment,
+            # A terminal's Ctrl-C is for the parent, which then ends the child.
+            start_new_session=True,
+        )
+        self.alive.add(process)
+        try:
+            yield process
+        finally:
+            self.alive.discard(process)
+            if process.poll() is None:
+                process.kill()
+            with process:
+                pass
+
+    def kill(self) -> None:
+        """End all of them."""
+        for process in list(self.alive):
+            process.kill()
+
+
+def start(
+    job: Job,
+    result_path: Path,
+    report: Callable[[str, int, int], None],
+    processes: Processes,
+) -> dict[str, Any]:
+    """Do a job in a process of its own and return its row.
+
+    Parameters
+    ----------
+    job : Job
+        What to do.
     result_path : path
         Where the process writes its row.
     report : callable
         Called with (stage, done, total) as the run goes on.
+    processes : Processes
+        Those that it becomes one of.
 
     Raises
     ------
@@ -52,8 +107,9 @@ def start(
     error: dict[str, Any] | None = None
     with tempfile.TemporaryDirectory() as folder:
         spec_path = Path(folder) / "spec.json"
-        spec_path.write_text(json.dumps(spec), encoding="utf-8")
-        with child([sys.executable, "-c", CODE, spec_path, result_path]) as process:
+        spec_path.write_text(json.dumps(job.spec), encoding="utf-8")
+        command = [sys.executable, "-c", CODE, job.function, spec_path, result_path]
+        with processes.child(command) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 body = decode_event(line)
@@ -66,42 +122,18 @@ def start(
                 else:
                     report(body["stage"], body["done"], body["total"])
             code = process.wait()
-    name = f"the run of {spec['method']} with seed {spec['training']['seed']}"
     if error is not None:
         kind = getattr(_checks, error["error"], SylvaError)
-        msg = f"{name} failed: {error['message']}"
+        msg = f"{job.label}: {error['message']}"
         raise kind(msg)
     if code:
         reason = f"exit code {code}; its message is above"
         if code < 0:
             reason = f"signal {-code}, which may mean that the memory was exhausted"
-        msg = f"{name} ended early ({reason}). Finished runs are kept."
+        msg = f"{job.label}: it ended early ({reason}). Finished runs are kept."
         raise SylvaError(msg)
     row: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
     return row
-
-
-@contextlib.contextmanager
-def child(command: list[Any]) -> Any:
-    """Yield a process that ends when the block does, and when this process does."""
-    process = subprocess.Popen(
-        command,
-        # Nothing is ever written: its end tells the child that the parent is gone.
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        # A terminal's Ctrl-C is for the parent, which then ends the child.
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        with process:
-            pass
 
 
 def end_with_parent() -> None:
@@ -125,17 +157,21 @@ def tell_warning(
 
 
 def worker() -> None:
-    """Do the run of the spec file that the command line names (a child's entry)."""
-    spec_path, result_path = map(Path, sys.argv[1:3])
+    """Call the function that the command line names with its spec (a child's entry)."""
+    module, _, name = sys.argv[1].partition(":")
+    spec_path, result_path = map(Path, sys.argv[2:4])
     end_with_parent()
     warnings.showwarning = tell_warning
     # Bars of saving a model would run into those of the parent.
     logging.disable_progress_bar()
+    function = getattr(importlib.import_module(module), name)
     # What was imported is not garbage: a collection takes a tenth of the time.
     gc.freeze()
     try:
         spec = json.loads(spec_path.read_text(encoding="utf-8"))
-        row = run(spec, lambda stage, n, all_: send(stage=stage, done=n, total=all_))
+        row = function(
+            spec, lambda stage, n, all_: send(stage=stage, done=n, total=all_)
+        )
     except SylvaError as error:
         send(error=type(error).__name__, message=str(error))
         raise SystemExit(TOLD) from None

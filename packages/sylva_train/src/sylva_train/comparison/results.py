@@ -21,7 +21,7 @@ from sylva_train.workflow import evaluated_on
 
 from .plan import Comparison
 
-__all__ = ["gather", "load_results"]
+__all__ = ["gather", "load_results", "made"]
 
 FORMAT = "sylva-comparison/1"
 
@@ -51,9 +51,7 @@ def gather(
 def setup(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return on what, with what and when a comparison was run."""
     task, training = comparison.task, comparison.training
-    metric = task.metric or "accuracy"
-    device = pick_device(training.device)
-    packages = ("sylva-train", "hmatrix", "torch", "transformers", "peft", "numpy")
+    metric = comparison.metric
     steps = max((len(row["history"]) for row in rows), default=0)
     return {
         "model": task.model,
@@ -69,15 +67,30 @@ def setup(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "density": comparison.sylva.density,
         "block_size": comparison.sylva.block_size,
         "seeds": list(comparison.seeds),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
+        "total_weights": rows[0]["total"],
+        **made(training.device),
+    }
+
+
+def made(device: str = "auto") -> dict[str, Any]:
+    """Return with what and when something was measured, as JSON.
+
+    Parameters
+    ----------
+    device : str
+        As `pick_device` takes it.
+    """
+    picked = pick_device(device)
+    packages = ("sylva-train", "hmatrix", "torch", "transformers", "peft", "numpy")
+    return {
+        "device": torch.cuda.get_device_name(picked)
+        if picked.type == "cuda"
         else processor(),
         "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in packages}
         | {"python": sys.version.split()[0]},
         "commit": commit(),
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "total_weights": rows[0]["total"],
     }
 
 
