@@ -20,6 +20,7 @@ __all__ = [
     "bars",
     "differences",
     "score_dots",
+    "seeds_line",
     "stragglers",
     "trade_off",
 ]
@@ -61,7 +62,7 @@ def _note(axes: Axes, place: int, text: str, bold: bool = False) -> None:
     )
 
 
-def _seeds(
+def seeds_line(
     axes: Axes, place: float, values: Sequence[float], spread: float, look: Look
 ) -> None:
     """Draw one method's line: a dot a seed, the mean, and a bar for the spread."""
@@ -141,7 +142,7 @@ def score_dots(
                 transform=axes.get_yaxis_transform(),
             )
         else:
-            _seeds(axes, place, values, deviation, look)
+            seeds_line(axes, place, values, deviation, look)
         text = metric.number(row.mean or 0.0)
         text += "" if row.std is None else f" ± {metric.number(row.std)}"
         _note(axes, place, text, row.best)
@@ -162,7 +163,9 @@ def differences(
         if pair is None:
             continue
         values = [metric.factor * value for value in pair.differences]
-        _seeds(axes, place, values, metric.factor * pair.margin(), looks[row.method])
+        seeds_line(
+            axes, place, values, metric.factor * pair.margin(), looks[row.method]
+        )
         text = metric.signed(pair.mean)
         text += "" if pair.std is None else f" ± {metric.number(pair.std)}"
         _note(axes, place, text, row.best)

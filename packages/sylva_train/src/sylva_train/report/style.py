@@ -32,6 +32,7 @@ __all__ = [
     "in_powers",
     "looks",
     "power",
+    "save_svg",
     "shorten",
     "svg",
 ]
@@ -249,6 +250,18 @@ def frame(
         )
     )
     return figure, axes
+
+
+def save_svg(draw: Callable[[], Figure]) -> str:
+    """Draw a figure as an SVG file's text, the same for the same figure."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context(RC), warnings.catch_warnings():
+        # The viewer draws the text, whatever fonts there are here.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+        draw().savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def svg(draw: Callable[[], Figure], name: str, label: str) -> str:

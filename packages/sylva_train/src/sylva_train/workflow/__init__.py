@@ -17,9 +17,18 @@ from .runs import (
     read_run,
 )
 from .scoring import score_file, score_task
-from .task import Task, evaluated_on, evaluation_loader, heads, load_task, located
+from .task import (
+    HELD_OUT,
+    Task,
+    evaluated_on,
+    evaluation_loader,
+    heads,
+    load_task,
+    located,
+)
 
 __all__ = [
+    "HELD_OUT",
     "Progress",
     "Report",
     "Task",

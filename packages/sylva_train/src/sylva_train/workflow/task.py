@@ -20,6 +20,7 @@ from sylva_train.pretrained import load_model
 from .progress import Report
 
 __all__ = [
+    "HELD_OUT",
     "Task",
     "evaluated_on",
     "evaluation_loader",
@@ -32,6 +33,8 @@ __all__ = [
 #: Part of a single file that is kept for evaluation.
 HOLDOUT = 0.1
 TENTH = "a tenth held out"
+#: As ``eval_split``: a tenth of the training data.
+HELD_OUT = "held-out"
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,13 @@ def evaluated_on(config: TaskConfig) -> str:
     """Say on what a task is evaluated."""
     if config.eval_data is not None:
         return config.eval_data
-    return TENTH if is_file(config.data) else config.eval_split
+    return TENTH if is_divided(config) else config.eval_split
+
+
+def is_divided(config: TaskConfig) -> bool:
+    """Whether a tenth of the training data is evaluated on."""
+    held_out = is_file(config.data) or config.eval_split == HELD_OUT
+    return config.eval_data is None and held_out
 
 
 def read_data(
@@ -193,8 +202,7 @@ def read_data(
         "seed": seed,
     }
     single = is_file(config.data)
-    # One file without evaluation data of its own: a tenth of it is held out.
-    divided = single and config.eval_data is None
+    divided = is_divided(config)
     examples = None
     if training or divided or labels is None:
         examples = load_data(

@@ -1,0 +1,192 @@
+"""Making a table: its runs planned, done in processes of their own, and written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sylva_train._checks import ConfigError, atomic_write
+from sylva_train.comparison import (
+    Comparison,
+    Watcher,
+    check_output,
+    check_plan,
+    check_same,
+    done,
+    fresh,
+    made,
+    run_jobs,
+)
+from sylva_train.report.style import save_svg
+from sylva_train.workflow import evaluated_on, located
+
+from .pictures import draw
+from .quality import TABLES, Plan, Table
+from .tables import as_csv, as_markdown
+
+__all__ = ["load_table", "reproduce", "write_table"]
+
+FORMAT, RESULTS = "sylva-table/1", "results.json"
+#: Parts of a run's row that tables do not need.
+LEFT_OUT = {"history", "total", "examples", "labels", "step_seconds_iqr"}
+
+
+def reproduce(
+    table: str | Table,
+    settings: Mapping[str, Comparison],
+    output: str | os.PathLike[str],
+    *,
+    tune: Sequence[float] = (),
+    workers: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Watcher | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Make a table of the paper, in form, on the models that are at hand.
+
+    Parameters
+    ----------
+    table : str or Table
+        What to vary: one of `TABLES`, by name, or a table of your own.
+    settings : mapping of str to Comparison
+        By name, the models and tasks, their options, seeds and learning rates. Methods
+        are the table's.
+    output : path
+        Folder for ``results.json``, ``table.md``, ``table.csv``, ``table.svg`` and, a
+        file a run, ``runs/``.
+    tune : sequence of float
+        Multiples of each method's learning rate to choose the best of before, on a tenth
+        of the training data and with a seed that is not reported.
+    workers : int
+        Runs at a time.
+    resume : bool
+        Keep the runs that were finished before; seeds and settings may be added.
+    overwrite : bool
+        Whether to delete a table that is there.
+    watch : callable, optional
+        Told each `Event`.
+    command : str, optional
+        How to do this again.
+
+    Returns
+    -------
+    dict
+        The results, as ``results.json`` holds them.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such table, a value does not fit, or ``resume`` meets runs of other
+        options.
+    OutputExistsError
+        If ``output`` has something in it and neither ``resume`` nor ``overwrite`` is set.
+    SylvaError
+        If a run fails; those that were finished are kept.
+    """
+    if isinstance(table, str):
+        if table not in TABLES:
+            msg = f"`table` must be one of {', '.join(TABLES)}; got {table!r}."
+            raise ConfigError(msg)
+        table = TABLES[table]
+    output, tell = Path(output), watch or (lambda _: None)
+    settings = {
+        name: dataclasses.replace(one, task=located(one.task))
+        for name, one in settings.items()
+    }
+    plan = Plan(table, settings, tune)
+    keep = check_output(output, resume=resume, overwrite=overwrite)
+    tuning = plan.tuning()
+    runs = plan.runs(plan.rates({}))
+    if keep:
+        check_same(list(tuning.values()), output)
+    if not all(done(job, output) for _, job in runs):
+        for cell in {(c.setting, c.value): c for c in plan.cells}.values():
+            check_plan(plan.comparison(cell))
+    with fresh(output, keep=keep):
+        tuned = run_jobs(list(tuning.values()), output, tell, workers=workers)
+        runs = plan.runs(plan.rates(dict(zip(tuning, tuned, strict=True))))
+        if keep:
+            check_same([job for _, job in runs], output)
+        rows = run_jobs([job for _, job in runs], output, tell, workers=workers)
+    results = gather(plan, tuning, tuned, runs, rows) | {"command": command}
+    return write_table(results, output)
+
+
+def gather(plan: Plan, tuning: Any, tuned: Any, runs: Any, rows: Any) -> dict[str, Any]:
+    """Put the results together."""
+    settings = {}
+    for name, one in plan.settings.items():
+        row = next(
+            r for (cell, _), r in zip(runs, rows, strict=True) if cell.setting == name
+        )
+        settings[name] = {
+            "task": dataclasses.asdict(one.task),
+            "sylva": one.spec(one.methods[0], 0)["sylva"],
+            "training": dataclasses.asdict(one.training),
+            "data": f"{one.task.data} ({evaluated_on(one.task)})",
+            "metric": one.metric,
+            "train_examples": row["examples"][0],
+            "eval_examples": row["examples"][1],
+            "total_weights": row["total"],
+            "steps": max(
+                len(r["history"])
+                for (c, _), r in zip(runs, rows, strict=True)
+                if c.setting == name
+            ),
+        }
+
+    def entry(cell: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+        about = {"setting": cell.setting, "method": cell.method, "value": cell.value}
+        return about | {k: v for k, v in row.items() if k not in LEFT_OUT | {"method"}}
+
+    return {
+        "format": FORMAT,
+        "name": plan.table.name,
+        "title": plan.table.title,
+        "option": plan.table.option,
+        "tune": list(plan.multiples),
+        "made": made(next(iter(plan.settings.values())).training.device),
+        "settings": settings,
+        "tuning": [
+            entry(cell, row) for (cell, _), row in zip(tuning, tuned, strict=True)
+        ],
+        "runs": [entry(cell, row) for (cell, _), row in zip(runs, rows, strict=True)],
+    }
+
+
+def write_table(results: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Write the results as JSON, Markdown, CSV and SVG, and return them."""
+    texts = {
+        RESULTS: json.dumps(results),
+        "table.md": as_markdown(results),
+        "table.csv": as_csv(results),
+        "table.svg": save_svg(lambda: draw(results)),
+    }
+    for name, text in texts.items():
+        with atomic_write(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return results
+
+
+def load_table(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the ``results.json`` of a table.
+
+    Raises
+    ------
+    ConfigError
+        If it is not one.
+    """
+    try:
+        results: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        msg = f"`{path}` cannot be read as the results of a table ({error})."
+        raise ConfigError(msg) from error
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        msg = f"`{path}` does not hold results of the format {FORMAT}."
+        raise ConfigError(msg)
+    return results

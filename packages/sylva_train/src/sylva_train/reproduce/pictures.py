@@ -1,0 +1,53 @@
+"""A picture of a table: every run a tick, every mean a point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sylva_train.baselines import parse_method
+from sylva_train.report.figures import seeds_line
+from sylva_train.report.style import INK, looks, shorten
+
+from .quality import average
+from .tables import cells, metric
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw"]
+
+#: Inches of a line, and around the lines of a setting.
+LINE, AROUND = 0.24, 0.75
+
+
+def draw(results: Mapping[str, Any]) -> Figure:
+    """Draw the results of `reproduce`: a frame a setting, a line a method and value."""
+    from matplotlib.figure import Figure
+
+    found = cells(results)
+    settings = list(results["settings"])
+    lines = {s: [cell for cell in found if cell.setting == s] for s in settings}
+    heights = [LINE * len(lines[setting]) + AROUND for setting in settings]
+    figure = Figure(figsize=(6.4, sum(heights)), layout="constrained")
+    frames = figure.subplots(len(settings), squeeze=False, height_ratios=heights)
+    look = looks(dict.fromkeys(cell.method for cell in found))
+    for setting, axes in zip(settings, frames[:, 0], strict=True):
+        shown = metric(results, setting)
+        labels = []
+        for place, cell in enumerate(lines[setting]):
+            scores = [shown.factor * run["score"] for run in found[cell]]
+            _, deviation = average(scores)
+            seeds_line(axes, place, scores, deviation or 0.0, look[cell.method])
+            label = parse_method(cell.method).label
+            labels.append(label if cell.value is None else f"{label}, {cell.value}")
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set_yticks(range(len(labels)), [shorten(label, 40) for label in labels])
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.grid(False, axis="y")
+        axes.grid(True, axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.06)
+        axes.set_xlabel(shown.title)
+        axes.set_title(setting, loc="left", fontsize=9)
+    return figure

@@ -1,0 +1,286 @@
+"""The paper's tables of model quality: what each varies, and the runs that it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sylva_train._checks import ConfigError, check_positive
+from sylva_train.baselines import parse_method
+from sylva_train.comparison import Comparison, Job
+from sylva_train.evaluation import METRICS
+from sylva_train.workflow import HELD_OUT
+
+__all__ = ["TABLES", "TUNING_SEED", "Cell", "Plan", "Table"]
+
+#: Seed to choose learning rates with, which no reported run has.
+TUNING_SEED = 100
+SYLVA = "sylva:kfac:mlr"
+#: Options of scoring alone: what one of them is changes nothing of how to train.
+SCORING = {"levels", "rank", "exact_below", "samples", "tokens", "damping", "spread"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of the paper, or one of its kind.
+
+    Parameters
+    ----------
+    name, title : str
+        What it is called, and what it shows.
+    methods : tuple of str
+        As `parse_method` reads them.
+    option : str, optional
+        What is varied: a field of `SylvaConfig`.
+    values : tuple
+        What it is set to.
+    fixed : mapping
+        Other fields of `SylvaConfig`, set alike for all.
+    """
+
+    name: str
+    title: str
+    methods: tuple[str, ...] = (SYLVA,)
+    option: str | None = None
+    values: tuple[Any, ...] = (None,)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+#: Those of the paper (Mu et al. 2024) by number, then studies that it does not have. A
+#: partition of its table 6 is a level here; where a factor is small enough to be kept
+#: exactly, neither levels nor rank would matter, so all are kept hierarchically there.
+TABLES = {
+    table.name: table
+    for table in (
+        Table(
+            name="table3",
+            title="Model quality of full fine-tuning, LoRA, the K-FAC pruner and Sylva",
+            methods=("full", "lora", "kfac-pruner", SYLVA, "sylva:kfac:hodlr", "sylva:random"),
+        ),
+        Table(
+            name="table4",
+            title="Sensitivity to LoRA's rank and Sylva's density, at equal budgets",
+            methods=("lora", SYLVA, "sylva:random"),
+            option="density",
+            values=(0.133, 0.1, 0.033, 0.005),
+        ),
+        Table(
+            name="table5",
+            title="Sensitivity to the block size",
+            option="block_size",
+            values=(16, 64, 128),
+        ),
+        Table(
+            name="table6",
+            title="Sensitivity to the number of levels of the hierarchical factors",
+            option="levels",
+            values=(4, 6, 8),
+            fixed={"exact_below": 1},
+        ),
+        Table(
+            name="table7",
+            title="Sensitivity to the number of samples that are scored",
+            option="samples",
+            values=(128, 256, 1024),
+        ),
+        Table(
+            name="rules",
+            title="Rules of choosing blocks, at equal budget",
+            methods=(
+                SYLVA, "sylva:kfac-natural", "sylva:kfac-block", "sylva:fisher-diag",
+                "sylva:gradient", "sylva:wanda", "sylva:magnitude", "sylva:random",
+            ),
+        ),
+        Table(
+            name="damping",
+            title="Sensitivity to the damping of the factors",
+            option="damping",
+            values=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+        ),
+        Table(
+            name="rank",
+            title="Sensitivity to the rank of the hierarchical factors",
+            option="rank",
+            values=(4, 16, 64),
+            fixed={"exact_below": 1},
+        ),
+        Table(
+            name="tokens",
+            title="Every token a sample of the factors, or each text's mean",
+            option="tokens",
+            values=("expand", "reduce"),
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of a table, over its seeds.
+
+    Parameters
+    ----------
+    setting : str
+        Name of model and task.
+    method : str
+        What is trained.
+    value : object
+        Of the option that the table varies; None where it varies none.
+    """
+
+    setting: str
+    method: str
+    value: Any
+
+    @property
+    def label(self) -> str:
+        """The cell in words."""
+        parts = [self.setting, parse_method(self.method).label]
+        return ", ".join([*parts, *([] if self.value is None else [str(self.value)])])
+
+    @property
+    def name(self) -> str:
+        """The cell in a file's name."""
+        parts = [self.setting, self.method.replace(":", "-")]
+        return "-".join([*parts, *([] if self.value is None else [str(self.value)])])
+
+
+class Plan:
+    """The runs of a table.
+
+    Parameters
+    ----------
+    table : Table
+        What is varied.
+    settings : mapping of str to Comparison
+        By name, model and task, options, rates and seeds; the methods are the table's.
+    multiples : sequence of float
+        Multiples of each method's learning rate to choose the best of, on a tenth of the
+        training data that is held out; empty to take the rates as they are. Options of
+        scoring alone share the choice.
+
+    Raises
+    ------
+    ConfigError
+        If a value is not one of its option, two settings have one name, or a multiple is
+        not a positive number.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        settings: Mapping[str, Comparison],
+        multiples: Sequence[float] = (),
+    ):
+        if not settings:
+            msg = "`settings` must have at least one model and task."
+            raise ConfigError(msg)
+        for multiple in multiples:
+            check_positive("tune", multiple)
+        self.table, self.multiples = table, tuple(multiples)
+        self.settings = {
+            name: dataclasses.replace(
+                setting, sylva=dataclasses.replace(setting.sylva, **table.fixed)
+            )
+            for name, setting in settings.items()
+        }
+        self.cells = [
+            Cell(name, method, value)
+            for name in settings
+            for value in table.values
+            for method in dict.fromkeys(parse_method(m).name for m in table.methods)
+        ]
+        for cell in self.cells:
+            self.comparison(cell)
+
+    def comparison(self, cell: Cell, **changes: Any) -> Comparison:
+        """Return a cell's runs as a comparison of one method."""
+        setting = self.settings[cell.setting]
+        sylva = setting.sylva
+        if self.table.option is not None:
+            sylva = dataclasses.replace(sylva, **{self.table.option: cell.value})
+        options: dict[str, Any] = {"sylva": sylva, "methods": (cell.method,)} | changes
+        return dataclasses.replace(setting, **options)
+
+    def tuning(self) -> dict[tuple[Cell, float], Job]:
+        """Return the runs that choose learning rates, by cell and rate."""
+        found = {}
+        for cell in (
+            dict.fromkeys(map(self.tuned, self.cells)) if self.multiples else ()
+        ):
+            setting = self.settings[cell.setting]
+            task = dataclasses.replace(
+                setting.task, eval_data=None, eval_split=HELD_OUT
+            )
+            base = setting.rate(cell.method)
+            for multiple in self.multiples:
+                rate = float(f"{multiple * base:.3g}")
+                one = self.comparison(
+                    cell,
+                    task=task,
+                    seeds=(TUNING_SEED,),
+                    learning_rates={cell.method: rate},
+                )
+                found[cell, rate] = self.job(
+                    cell,
+                    one,
+                    TUNING_SEED,
+                    f"tune-{cell.name}-{rate:g}",
+                    f"rate {rate:g}",
+                )
+        return found
+
+    def tuned(self, cell: Cell) -> Cell:
+        """Return the cell whose learning rate a cell takes: its own, or the first one's."""
+        if self.table.option in SCORING:
+            return dataclasses.replace(cell, value=self.table.values[0])
+        return cell
+
+    def rates(
+        self, rows: Mapping[tuple[Cell, float], Mapping[str, Any]]
+    ) -> dict[Cell, float]:
+        """Return the learning rate of each cell that scored best when it was tuned."""
+        best: dict[Cell, tuple[float, float]] = {}
+        for (cell, rate), row in rows.items():
+            sign = 1 if METRICS[self.settings[cell.setting].metric] else -1
+            score = sign * row["score"]
+            if cell not in best or score > best[cell][0]:
+                best[cell] = score, rate
+        return {cell: best[self.tuned(cell)][1] for cell in self.cells if best}
+
+    def runs(self, rates: Mapping[Cell, float]) -> list[tuple[Cell, Job]]:
+        """Return the runs that are reported: those of a seed beside each other."""
+        found = []
+        seeds = dict.fromkeys(s for c in self.settings.values() for s in c.seeds)
+        for seed in seeds:
+            for cell in self.cells:
+                changes = {}
+                if cell in rates:
+                    changes = {"learning_rates": {cell.method: rates[cell]}}
+                one = self.comparison(cell, **changes)
+                if seed in one.seeds:
+                    name = f"{cell.name}-{seed}"
+                    found.append(
+                        (cell, self.job(cell, one, seed, name, f"seed {seed}"))
+                    )
+        return found
+
+    def job(self, cell: Cell, one: Comparison, seed: int, name: str, words: str) -> Job:
+        """Return one run as a job."""
+        spec = one.spec(cell.method, seed) | {"describe": False}
+        return Job(
+            name=name.replace("/", "-"),
+            label=f"{cell.label}, {words}",
+            kind=f"{cell.setting} {cell.method}",
+            spec=spec,
+        )
+
+
+def average(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return mean and sample standard deviation."""
+    return statistics.fmean(values), statistics.stdev(values) if len(
+        values
+    ) > 1 else None

@@ -1,0 +1,203 @@
+"""What a table's runs found, as Markdown, CSV and a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sylva_train.baselines import parse_method
+from sylva_train.evaluation import METRICS
+from sylva_train.report.summary import Metric, metric_of, percentage
+
+from .quality import Cell, average
+
+__all__ = ["as_csv", "as_markdown", "markdown"]
+
+Results = Mapping[str, Any]
+MISSING = "–"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lay out a table in Markdown: the first column words, the others to the right."""
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def cells(results: Results) -> dict[Cell, list[Mapping[str, Any]]]:
+    """Return the runs of each cell, in the order of the table."""
+    found: dict[Cell, list[Mapping[str, Any]]] = {}
+    for run in results["runs"]:
+        cell = Cell(run["setting"], run["method"], run["value"])
+        found.setdefault(cell, []).append(run)
+    return found
+
+
+def metric(results: Results, setting: str, name: str | None = None) -> Metric:
+    """Return how a metric of a setting is printed; by default the one it is scored by."""
+    about = results["settings"][setting]
+    name = name or about["metric"]
+    return metric_of(
+        {
+            "setup": {
+                "metric": name,
+                "higher_is_better": METRICS[name],
+                "eval_examples": about["eval_examples"],
+            }
+        }
+    )
+
+
+def printed(shown: Metric, values: Sequence[float]) -> str:
+    """Print mean and deviation."""
+    mean, deviation = average(values)
+    text = shown.number(mean)
+    return text if deviation is None else f"{text} ± {shown.number(deviation)}"
+
+
+def shown_metrics(results: Results, setting: str) -> list[str]:
+    """Return the metrics that a setting's table has: its score first."""
+    score = results["settings"][setting]["metric"]
+    measured = [
+        name
+        for name in METRICS
+        if all(
+            name.replace("-", "_") in run["metrics"] or name in run["metrics"]
+            for run in results["runs"]
+            if run["setting"] == setting
+        )
+    ]
+    return [score, *(name for name in measured if name != score)]
+
+
+def value_of(run: Mapping[str, Any], name: str) -> float:
+    """Return a metric of a run."""
+    found = run["metrics"]
+    return float(found[name] if name in found else found[name.replace("-", "_")])
+
+
+def by_method(results: Results) -> str:
+    """Return a table with a line a setting and a column a method, as the paper's third."""
+    found = cells(results)
+    methods = list(dict.fromkeys(cell.method for cell in found))
+    header = ["", "metric", *(parse_method(method).label for method in methods)]
+    rows = []
+    for setting in results["settings"]:
+        shown = metric(results, setting)
+        line = [setting, shown.title]
+        for method in methods:
+            runs = found.get(Cell(setting, method, None), [])
+            line.append(printed(shown, [r["score"] for r in runs]) if runs else MISSING)
+        rows.append(line)
+    return markdown(header, rows)
+
+
+def by_value(results: Results) -> str:
+    """Return a table a setting, with a line a method and value, a column a metric."""
+    found, parts = cells(results), []
+    option = results["option"].replace("_", " ")
+    for setting in results["settings"]:
+        names = shown_metrics(results, setting)
+        shown = [metric(results, setting, name) for name in names]
+        header = ["", option, "trained", *(m.title for m in shown)]
+        rows = []
+        for cell, runs in found.items():
+            if cell.setting != setting:
+                continue
+            columns = [
+                printed(m, [value_of(run, name) for run in runs])
+                for name, m in zip(names, shown, strict=True)
+            ]
+            fraction = percentage(average([r["trainable_fraction"] for r in runs])[0])
+            label = parse_method(cell.method).label
+            rows.append([label, str(cell.value), fraction, *columns])
+        parts.append(f"**{setting}**\n\n{markdown(header, rows)}")
+    return "\n".join(parts)
+
+
+def rates(results: Results) -> str:
+    """Say what learning rates there were, and how they were chosen."""
+    found: dict[tuple[str, str], set[float]] = {}
+    for run in results["runs"]:
+        key = run["setting"], parse_method(run["method"]).label
+        found.setdefault(key, set()).add(run["lr"])
+    rows = [
+        [setting, method, ", ".join(f"{rate:g}" for rate in sorted(values))]
+        for (setting, method), values in found.items()
+    ]
+    tried = ", ".join(f"{multiple:g}" for multiple in results["tune"])
+    how = (
+        f"each chosen among {tried} times the setting's, on a tenth of the training data"
+        " and with a seed of their own"
+        if tried
+        else "those of the settings, not tuned for this table"
+    )
+    return f"Peak learning rates, {how}:\n\n{markdown(['', 'method', 'rate'], rows)}"
+
+
+def facts(results: Results) -> str:
+    """Say with what and when the table was made, and how to make it again."""
+    made = results["made"]
+    versions = ", ".join(f"{name} {v}" for name, v in made["versions"].items())
+    seeds = sorted({run["seed"] for run in results["runs"]})
+    lines = [f"Mean ± standard deviation over the seeds {', '.join(map(str, seeds))}."]
+    for name, about in results["settings"].items():
+        lines.append(
+            f"{name}: `{about['task']['model']}`, {about['data']}:"
+            f" {about['train_examples']:,} examples to train on, {about['eval_examples']:,}"
+            f" to evaluate on; {about['steps']:,} steps of {about['training']['batch_size']}"
+            f" examples; density {about['sylva']['density']:g}, blocks of"
+            f" {about['sylva']['block_size']}."
+        )
+    lines.append(
+        f"{made['device']}, {made['threads']} threads; {versions}; commit"
+        f" {made['commit'] or 'unknown'}; {made['date']}."
+    )
+    if results["command"]:
+        lines.append(f"Again: `{results['command']}`")
+    return "\n\n".join(lines) + "\n"
+
+
+def as_markdown(results: Results) -> str:
+    """Return the results of `reproduce` as Markdown.
+
+    Parameters
+    ----------
+    results : dict
+        What `reproduce` returns.
+    """
+    body = by_method(results) if results["option"] is None else by_value(results)
+    head = f"# {results['title']}\n"
+    return "\n".join([head, body, rates(results), facts(results)])
+
+
+def as_csv(results: Results) -> str:
+    """Return every run of `reproduce` as a line, with all of its metrics."""
+    runs = results["runs"]
+    plain = ("setting", "method", "value", "seed", "lr", "score")
+    costs = (
+        "trainable", "trainable_head", "trainable_fraction", "score_seconds",
+        "train_seconds", "seconds_per_step", "peak_memory_bytes", "adapter_bytes",
+    )  # fmt: skip
+    metrics = list(
+        dict.fromkeys(
+            name
+            for run in runs
+            for name, value in run["metrics"].items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        )
+    )
+    metrics = [name for name in metrics if name != "score"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*plain, *metrics, *costs])
+    for run in runs:
+        writer.writerow(
+            [
+                *(run[name] for name in plain),
+                *(run["metrics"].get(name) for name in metrics),
+                *(run[name] for name in costs),
+            ]
+        )
+    return text.getvalue()

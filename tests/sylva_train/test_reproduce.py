@@ -1,0 +1,176 @@
+"""Tables like the paper's: what is run, at which rates, and what is written down."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from sylva_train._checks import ConfigError, OutputExistsError
+from sylva_train.comparison import Comparison
+from sylva_train.comparison.single import run
+from sylva_train.reproduce import TABLES, Table, load_table, reproduce
+from sylva_train.reproduce.quality import TUNING_SEED, Plan
+from tests.sylva_train import jobs
+from tests.sylva_train.words import save_folder
+
+module = importlib.import_module("sylva_train.comparison.jobs")
+SWEEP = Table(
+    name="sweep",
+    title="Densities",
+    methods=("lora", "sylva:magnitude"),
+    option="density",
+    values=(0.25, 0.5),
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("home")
+    save_folder(path / "model")
+    jobs.write_data(path / "train.jsonl")
+    return path
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs in this process. Keeps their specs."""
+    done = []
+
+    def start_here(job, path, tell, _):
+        done.append(job)
+        row = json.loads(json.dumps(run(job.spec, tell)))
+        path.write_text(json.dumps(row))
+        return row
+
+    monkeypatch.setattr(module, "start", start_here)
+    return done
+
+
+def setting(home: Path, **options) -> Comparison:
+    values = {
+        "task": jobs.task(home),
+        "sylva": jobs.sylva_config(samples=8, levels=1, rank=4),
+        "training": jobs.training(steps=2),
+        "methods": ("full",),
+        "seeds": (0, 1),
+        "learning_rates": {"lora": 0.02, "sylva": 0.01},
+    }
+    return Comparison(**(values | options))
+
+
+def test_a_table_of_values_is_written_in_every_form(here, home, tmp_path):
+    output = tmp_path / "out"
+    found = reproduce(SWEEP, {"tiny": setting(home)}, output, command="sylva again")
+    assert len(here) == len(found["runs"]) == 2 * 2 * 2
+    densities = {job.spec["sylva"]["density"] for job in here}
+    assert densities == {0.25, 0.5}
+    # A rank is at least 1 and layers are tiny: the budgets are the same but for that.
+    trained = {(r["method"], r["value"]): r["trainable"] for r in found["runs"]}
+    assert trained["lora", 0.5] > trained["lora", 0.25]
+    assert trained["sylva:magnitude", 0.5] == 2 * trained["sylva:magnitude", 0.25]
+    assert load_table(output / "results.json") == json.loads(json.dumps(found))
+    table = (output / "table.md").read_text()
+    for words in ("# Densities", "**tiny**", "| LoRA | 0.25 |", "±", "sylva again"):
+        assert words in table
+    assert "not tuned" in table
+    rows = list(csv.DictReader((output / "table.csv").read_text().splitlines()))
+    assert [float(row["score"]) for row in rows] == [r["score"] for r in found["runs"]]
+    assert {row["lr"] for row in rows} == {"0.02", "0.01"}
+    picture = (output / "table.svg").read_text()
+    for words in ("tiny", "Sylva, magnitude, 0.5", "accuracy, %"):
+        assert words in picture
+    with pytest.raises(OutputExistsError, match="go on with it"):
+        reproduce(SWEEP, {"tiny": setting(home)}, output)
+
+
+def test_a_table_of_methods_has_a_line_a_setting(here, home, tmp_path):
+    table = Table(name="t", title="T", methods=("full", "sylva:random"))
+    settings = {
+        "one": setting(home),
+        "two": setting(home, task=jobs.task(home, metric="loss")),
+    }
+    found = reproduce(table, settings, tmp_path / "out")
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert "|  | metric | Full fine-tuning | Sylva, random blocks |" in lines
+    (first,) = [line for line in lines if line.startswith("| one | accuracy, % |")]
+    (second,) = [line for line in lines if line.startswith("| two | loss |")]
+    assert first != second
+    assert {run["value"] for run in found["runs"]} == {None}
+
+
+def test_rates_are_chosen_on_training_data_with_a_seed_of_their_own(
+    here, home, tmp_path
+):
+    # Of three multiples one is hopeless, one does nothing.
+    settings = {"tiny": setting(home, training=jobs.training(steps=12))}
+    found = reproduce(SWEEP, settings, tmp_path / "out", tune=(1e-6, 1.0))
+    tuning = [job for job in here if job.name.startswith("tune-")]
+    assert len(tuning) == 2 * 2 * 2
+    assert {job.spec["training"]["seed"] for job in tuning} == {TUNING_SEED}
+    assert {job.spec["task"]["eval_split"] for job in tuning} == {"held-out"}
+    assert [job.name.startswith("tune-") for job in here] == [True] * 8 + [False] * 8
+    best = {}
+    for row in found["tuning"]:
+        key = row["method"], row["value"]
+        best[key] = max(best.get(key, (-1, 0)), (row["score"], -row["lr"]))
+    for row in found["runs"]:
+        score, rate = best[row["method"], row["value"]]
+        tied = [
+            r["lr"] for r in found["tuning"]
+            if (r["method"], r["value"], r["score"]) == (row["method"], row["value"], score)
+        ]  # fmt: skip
+        assert row["lr"] in tied, (rate, row)
+    assert "1e-06, 1 times" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_options_of_scoring_share_a_rate(home):
+    shared = Plan(TABLES["table7"], {"a": setting(home)}, (0.5, 1.0))
+    assert len(shared.tuning()) == 2
+    rows = {key: {"score": key[1]} for key in shared.tuning()}
+    assert set(shared.rates(rows).values()) == {0.01}
+    own = Plan(TABLES["table5"], {"a": setting(home)}, (0.5, 1.0))
+    assert len(own.tuning()) == 2 * 3
+
+
+def test_lower_is_better_where_it_is(home):
+    by_loss = setting(home, task=jobs.task(home, metric="loss"))
+    plan = Plan(SWEEP, {"a": by_loss}, (1.0, 2.0))
+    rows = {key: {"score": key[1]} for key in plan.tuning()}
+    assert set(plan.rates(rows).values()) == {0.02, 0.01}
+    assert plan.rates(rows)[plan.cells[0]] == 0.02  # lora
+
+
+def test_finished_runs_are_kept_and_settings_added(here, home, tmp_path):
+    output = tmp_path / "out"
+    reproduce(SWEEP, {"a": setting(home, seeds=(0,))}, output, tune=(1.0,))
+    assert len(here) == 4 + 4
+    both = {"a": setting(home), "b": setting(home, seeds=(0,))}
+    found = reproduce(SWEEP, both, output, tune=(1.0,), resume=True)
+    assert len(here) == 8 + 4 + 4 + 4
+    assert {(r["setting"], r["seed"]) for r in found["runs"]} == {
+        ("a", 0), ("a", 1), ("b", 0),
+    }  # fmt: skip
+    other = {"a": setting(home, training=jobs.training(steps=3))}
+    with pytest.raises(ConfigError, match="`steps` is 2 there and 3 here"):
+        reproduce(SWEEP, other, output, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"table": "table9"}, "`table` must be one of table3, table4"),
+        ({"settings": {}}, "`settings` must have at least one"),
+        ({"tune": (0.0,)}, "`tune` must be a finite number above 0"),
+        ({"table": Table(name="x", title="", option="density", values=(2,))}, "density"),
+        ({"table": Table(name="x", title="", methods=("luck",))}, "`method` must be"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_before_a_run(home, tmp_path, arguments, words):
+    values = {"table": SWEEP, "settings": {"a": setting(home)}} | arguments
+    with pytest.raises(ConfigError, match=words):
+        reproduce(**values, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
