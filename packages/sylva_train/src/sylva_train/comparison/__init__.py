@@ -6,6 +6,7 @@ comparison that was killed goes on where it stopped.
 
 from .compare import check_output, compare
 from .events import Event
+from .memory import PeakMemory
 from .plan import (
     DEMO,
     DEMO_STEPS,
@@ -24,6 +25,7 @@ __all__ = [
     "LEARNING_RATES",
     "Comparison",
     "Event",
+    "PeakMemory",
     "check_output",
     "compare",
     "demonstration",
