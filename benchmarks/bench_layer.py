@@ -1,6 +1,6 @@
 """Ways to take blocks of ``dyᵀ x`` on a CPU: what the cost model in kernels rests on.
 
-For each shape: the product of the active rows and columns, the stack of narrow products,
+For each shape: the product of the active rows and columns, a product for each block row,
 and what `block_sddmm` chose, all relative to the dense product. Processor time of one
 thread: the ways take turns, and the ratios are of their fastest runs, which other work
 on the machine disturbs least.
@@ -32,7 +32,7 @@ def ways(dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, b: int) -> li
 
     return [
         lambda: dy.T @ x,
-        forced("stack"),
+        forced("rows"),
         forced("cartesian"),
         lambda: reference.block_sddmm(dy, x, indices, b),
     ]
@@ -59,16 +59,17 @@ def main() -> None:
         times = interleave(
             options.repeats, *ways(dy, x, indices, b), clock=time.process_time
         )
-        dense, stack, cartesian, chosen = (t["min"] for t in times)
+        dense, rows_, cartesian, chosen = (t["min"] for t in times)
         active = [len(indices[:, i].unique()) for i in (0, 1)]
-        way = reference.choose_way(len(indices), active, (out // b, columns), b)
+        grid = out // b, columns
+        way = reference.choose_way(len(indices), active, grid, b, tokens)
         row = {
             "tokens": tokens,
             "shape": [out, inputs],
             "block_size": b,
             "density": density,
             "active_rows_times_columns": active[0] * active[1] / blocks,
-            "stack": stack / dense,
+            "rows": rows_ / dense,
             "cartesian": cartesian / dense,
             "way": way,
             "chosen": chosen / dense,

@@ -16,7 +16,7 @@ ORDER = {
     "arithmetic factor interop io plot",
     "sylva_train": "_checks _files config targets kernels masks curvature importance layers "
     "optimizer tuner checkpoint data pretrained evaluation training baselines "
-    "workflow comparison report cli",
+    "workflow comparison report reproduce cli",
 }
 # The only modules that may import the library.
 DOORS = {

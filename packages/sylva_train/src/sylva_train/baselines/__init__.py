@@ -5,6 +5,7 @@ the training loop is the same for all of them.
 """
 
 from .adapting import METHODS, Adapted, Method, adapt, parse_method
+from .block_sparse import BlockSparseLinear, make_block_sparse
 from .probing import probe
 from .rivals import lora_config, prune, shira_config, supertuning_config
 from .serial import SerialAdapter, add_serial_adapters
@@ -12,11 +13,13 @@ from .serial import SerialAdapter, add_serial_adapters
 __all__ = [
     "METHODS",
     "Adapted",
+    "BlockSparseLinear",
     "Method",
     "SerialAdapter",
     "adapt",
     "add_serial_adapters",
     "lora_config",
+    "make_block_sparse",
     "parse_method",
     "probe",
     "prune",

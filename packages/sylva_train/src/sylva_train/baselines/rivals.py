@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import peft
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sylva_train._checks import TargetError
 from sylva_train.masks import LayerMask
@@ -37,6 +38,8 @@ def lora_config(
         alpha_pattern={f"^{name}": 2 * rank for name, rank in ranks.items()},
         target_modules=list(targets),
         modules_to_save=modules_to_save,
+        # PEFT would set it itself, with a warning.
+        fan_in_fan_out=all(isinstance(m, Conv1D) for m in targets.values()),
     )
 
 

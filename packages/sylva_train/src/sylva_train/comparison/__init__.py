@@ -7,6 +7,7 @@ comparison that was killed goes on where it stopped.
 from .compare import check_plan, compare
 from .events import Event, Watcher
 from .jobs import Job, check_output, check_same, done, fresh, run_jobs
+from .memory import PeakMemory
 from .plan import (
     DEMO,
     DEMO_STEPS,
@@ -27,6 +28,7 @@ __all__ = [
     "Comparison",
     "Event",
     "Job",
+    "PeakMemory",
     "Watcher",
     "check_output",
     "check_plan",

@@ -7,8 +7,7 @@ edge are stored full-size with zeros outside the weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -82,45 +81,73 @@ def scatter_blocks_(
     ]
 
 
-# Cost model of the ways on a CPU, in multiply-adds of the dense product
+# Cost model of the ways on a CPU, in multiply-adds of the dense product for each token
 # (benchmarks/bench_layer.py): copying an active row or column of blocks costs so much for
-# each element; products of a block and of a rectangle are slower by these factors; and
-# another way must be cheaper than the dense product by this margin to be taken.
-COPY_COST, BLOCK_COST, RECTANGLE_COST, MARGIN = 40.0, 2.0, 1.15, 0.92
+# each element; products of block rows and of a rectangle are slower by these factors;
+# and another way must be cheaper than the dense product by this margin to be taken. The
+# products of a block row cost so much beside, for all tokens together.
+COPY_COST, ROW_COST, RECTANGLE_COST, MARGIN = 34.0, 1.05, 1.15, 0.92
+CALL_COST = 1 << 19
 # Elements of gathered activations at a time: pieces that stay in the cache, in memory
 # that is used again. Larger ones cost several times as much, in page faults alone.
-_PIECE_ELEMENTS = 1 << 18
+_PIECE_ELEMENTS = 1 << 20
+
+
+ByRow = tuple[list[tuple[int, torch.Tensor]], torch.Tensor | None]
 
 
 @dataclass
-class Rectangle:
-    """A mask's active rows and columns, and its blocks' places among them."""
+class Places:
+    """A mask's active rows and columns, and its blocks' places among them.
+
+    Filled where they are needed: ``by_row``, see `group_by_row`; ``runs``, see
+    `take_blocks`.
+    """
 
     version: int | None
     rows: torch.Tensor
     columns: torch.Tensor
     row_of: torch.Tensor
     column_of: torch.Tensor
+    by_row: ByRow | None = None
+    runs: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
 
 # By the identity of the indices, which a layer keeps: worked out once.
-_rectangles: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_places: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def find_rectangle(indices: torch.Tensor) -> Rectangle:
-    """Work out a mask's active rows and columns, or look them up."""
+def find_places(indices: torch.Tensor) -> Places:
+    """Work out where a mask's blocks lie, or look it up."""
     version = None if indices.is_inference() else indices._version
-    found: Rectangle | None = _rectangles.get(indices)
+    found: Places | None = _places.get(indices)
     if found is None or version is None or found.version != version:
         rows, row_of = indices[:, 0].unique(return_inverse=True)
         columns, column_of = indices[:, 1].unique(return_inverse=True)
-        found = Rectangle(version, rows, columns, row_of, column_of)
-        _rectangles[indices] = found
+        found = Places(version, rows, columns, row_of, column_of)
+        _places[indices] = found
     return found
 
 
+def group_by_row(indices: torch.Tensor, places: Places) -> ByRow:
+    """Return each active row with the columns of its blocks, and which blocks they are.
+
+    The latter, taken together, is None where blocks are sorted by row.
+    """
+    order = places.row_of.argsort(stable=True)
+    counts = places.row_of.bincount().tolist()
+    columns = indices[order, 1].split(counts)
+    is_sorted = bool((places.row_of.diff() >= 0).all())
+    rows = list(zip(places.rows.tolist(), columns, strict=True))
+    return rows, None if is_sorted else order.argsort()
+
+
 def choose_way(
-    blocks: int, active: tuple[int, int], grid: tuple[int, int], block_size: int
+    blocks: int,
+    active: tuple[int, int],
+    grid: tuple[int, int],
+    block_size: int,
+    tokens: int,
 ) -> str:
     """Choose the cheapest way to blocks of a product, the dense one when in doubt.
 
@@ -132,15 +159,18 @@ def choose_way(
         Active and existing rows and columns of blocks.
     block_size : int
         Side of a block.
+    tokens : int
+        Rows of the operands.
 
     Returns
     -------
     str
-        ``"stack"``, ``"cartesian"`` or ``"dense"``.
+        ``"rows"``, ``"cartesian"`` or ``"dense"``.
     """
     area, b = block_size**2, block_size
     costs = {
-        "stack": blocks * (BLOCK_COST * area + 2 * COPY_COST * b),
+        "rows": blocks * (ROW_COST * area + COPY_COST * b)
+        + active[0] * CALL_COST / tokens,
         "cartesian": RECTANGLE_COST * active[0] * active[1] * area
         + sum(active) * COPY_COST * b,
         "dense": MARGIN * grid[0] * grid[1] * area,
@@ -149,13 +179,26 @@ def choose_way(
 
 
 def take_blocks(
-    product: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, block_size: int
+    product: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    block_size: int,
+    runs: dict[tuple[str, int], torch.Tensor],
+    way: str,
 ) -> torch.Tensor:
-    """Copy blocks (k, b, b) out of a contiguous matrix of whole blocks."""
+    """Copy blocks (k, b, b) out of a contiguous matrix of whole blocks.
+
+    Which runs of ``b`` elements they are is kept in ``runs``, by the way and the matrix's
+    width: working it out takes longer than copying them.
+    """
     wide = product.shape[1] // block_size
-    first = rows[:, None] * block_size + torch.arange(block_size, device=rows.device)
-    runs = (first * wide + columns[:, None]).flatten()
-    found = product.view(-1, block_size).index_select(0, runs)
+    key = way, wide
+    if key not in runs:
+        first = rows[:, None] * block_size + torch.arange(
+            block_size, device=rows.device
+        )
+        runs[key] = (first * wide + columns[:, None]).flatten()
+    found = product.view(-1, block_size).index_select(0, runs[key])
     return found.view(-1, block_size, block_size)
 
 
@@ -190,23 +233,24 @@ def block_sddmm(
 
     Notes
     -----
-    Three ways, chosen by a measured cost model (`choose_way`): a stack of ``(b, tokens) @
-    (tokens, b)`` products, some at a time; one product of the active rows with the active
-    columns, from which the blocks are taken (masks of a rank-one score are nearly
+    Three ways, chosen by a measured cost model (`choose_way`): for each active block row
+    one product with the columns of its blocks; one product of the active rows with the
+    active columns, from which the blocks are taken (masks of a rank-one score are nearly
     cartesian); the dense product.
     """
     count = len(indices)
     if count == 0 or len(dy) == 0:
         shape = (count, block_size, block_size)
         return dy.new_zeros(shape, dtype=wide(dy.dtype)) if out is None else out
-    rectangle = find_rectangle(indices)
+    places = find_places(indices)
     way = choose_way(
         count,
-        (len(rectangle.rows), len(rectangle.columns)),
+        (len(places.rows), len(places.columns)),
         (-(-dy.shape[1] // block_size), -(-x.shape[1] // block_size)),
         block_size,
+        len(dy),
     )
-    ways = {"dense": from_dense, "cartesian": from_rectangle, "stack": from_stack}
+    ways = {"dense": from_dense, "cartesian": from_rectangle, "rows": from_rows}
     blocks = ways[way](dy, x, indices, block_size)
     return blocks if out is None else out.add_(blocks)
 
@@ -217,17 +261,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return ``a @ b`` of matrices or stacks of them, not rounded to half precision."""
-    multiply: Any = torch.mm if a.dim() == 2 else torch.bmm
-    product: torch.Tensor
+    """Return ``a @ b``, not rounded to half precision."""
     if a.dtype.itemsize >= 4:
-        product = multiply(a, b)
-    elif a.is_cuda:
-        product = multiply(a, b, out_dtype=torch.float32)
-    else:
-        # A CPU has no half-precision matrix product that accumulates in float32.
-        product = multiply(a.float(), b.float())
-    return product
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    # A CPU has no half-precision matrix product that accumulates in float32.
+    return torch.mm(a.float(), b.float())
 
 
 def in_blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -244,33 +284,44 @@ def from_dense(
     """Take blocks from the whole product."""
     product = wide_product(dy.T, x)
     if is_ragged(product.shape, block_size):
-        return gather_blocks(product, indices, block_size)
+        height, width = product.shape
+        product = F.pad(product, (0, -width % block_size, 0, -height % block_size))
+    runs = find_places(indices).runs
     rows, columns = indices.unbind(1)
-    return take_blocks(product, rows, columns, block_size)
+    return take_blocks(product, rows, columns, block_size, runs, "dense")
 
 
 def from_rectangle(
     dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int
 ) -> torch.Tensor:
     """Take blocks from the product of active block rows and columns."""
-    found = find_rectangle(indices)
+    found = find_places(indices)
     left = in_blocks(dy, block_size).index_select(1, found.rows).flatten(1)
     right = in_blocks(x, block_size).index_select(1, found.columns).flatten(1)
     product = wide_product(left.T, right)
-    return take_blocks(product, found.row_of, found.column_of, block_size)
+    places = found.row_of, found.column_of
+    return take_blocks(product, *places, block_size, found.runs, "cartesian")
 
 
-def from_stack(
+def from_rows(
     dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int
 ) -> torch.Tensor:
-    """Compute each block by a narrow product of its own, some at a time."""
+    """Compute each row's blocks by one product with the columns that they need.
+
+    One stack of products for all blocks would copy both operands of each; a row's share
+    of ``dy`` is used where it is.
+    """
     size = max(1, _PIECE_ELEMENTS // (len(dy) * block_size))
     dy, x = in_blocks(dy, block_size), in_blocks(x, block_size)
-    pieces = [
-        wide_product(
-            dy.index_select(1, some[:, 0]).permute(1, 2, 0),
-            x.index_select(1, some[:, 1]).transpose(0, 1),
-        )
-        for some in indices.split(size)
+    places = find_places(indices)
+    if places.by_row is None:
+        places.by_row = group_by_row(indices, places)
+    rows, place_of = places.by_row
+    products = [
+        wide_product(x.index_select(1, some).flatten(1).T, dy[:, row])
+        for row, columns in rows
+        for some in columns.split(size)
     ]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    # Faster this way round, (in, out), and turned all at once.
+    blocks = torch.cat(products).view(-1, block_size, block_size).transpose(1, 2)
+    return blocks.contiguous() if place_of is None else blocks[place_of].contiguous()

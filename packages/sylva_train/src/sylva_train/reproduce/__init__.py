@@ -1,6 +1,29 @@
-"""The paper's tables and figures, in form, on the models that are at hand."""
+"""The paper's tables and figures, in form, on models and machines that are at hand."""
 
 from .experiment import load_table, reproduce, write_table
+from .performance import measure_layer, measure_memory, measure_step
+from .performance_jobs import fig4_jobs, fig5_jobs, table2_jobs
+from .performance_tables import draw_fig4, draw_fig5, fig4, fig5, table2
 from .quality import TABLES, Table
+from .subjects import draw_masks, staircase
 
-__all__ = ["TABLES", "Table", "load_table", "reproduce", "write_table"]
+__all__ = [
+    "TABLES",
+    "Table",
+    "draw_fig4",
+    "draw_fig5",
+    "draw_masks",
+    "fig4",
+    "fig4_jobs",
+    "fig5",
+    "fig5_jobs",
+    "load_table",
+    "measure_layer",
+    "measure_memory",
+    "measure_step",
+    "reproduce",
+    "staircase",
+    "table2",
+    "table2_jobs",
+    "write_table",
+]

@@ -1,0 +1,239 @@
+"""Table 2, figure 4 and figure 5 as rows to print and pictures to look at.
+
+All take what `measure_memory`, `measure_step` and `measure_layer` returned, in the order
+of the jobs; what is missing, of a run that is not complete, is left out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sylva_train._checks import atomic_write
+
+from .subjects import LABELS
+from .timing import PHASES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_fig4", "draw_fig5", "fig4", "fig5", "table2"]
+
+Results = Sequence[dict[str, Any]]
+Table = tuple[list[str], list[list[str]]]
+
+OUT_OF_MEMORY = "OOM"
+#: The paper's: forward orange, backward purple, optimizer green.
+PHASE_COLOURS = dict(zip(PHASES, ("#e2711d", "#7a1f8c", "#0f7d58"), strict=True))
+METHOD_COLOURS = {
+    "full": "#45433f",
+    "zero": "#45433f",
+    "frozen": "#b3b1aa",
+    "lora": "#e2711d",
+    "lora-compiled": "#d9a514",
+    "sylva": "#1f5fd6",
+    "kfac-pruner": "#b5281e",
+}
+
+
+def unique(values: Any) -> list[Any]:
+    """Return different values in the order of their first."""
+    return list(dict.fromkeys(values))
+
+
+def milliseconds(seconds: dict[str, float]) -> str:
+    """Print a median and its quartiles."""
+    low, middle, high = (1e3 * seconds[name] for name in ("q1", "median", "q3"))
+    return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def table2(results: Results) -> Table:
+    """Return table 2: peak memory in GB by model, budget and method.
+
+    Returns
+    -------
+    header : list of str
+    rows : list of list of str
+        ``"OOM"`` where memory did not suffice, ``"-"`` where nothing was measured.
+    """
+    methods = unique(r["spec"]["method"] for r in results)
+    cells = {}
+    for r in results:
+        spec, peak = r["spec"], r["peak_memory_bytes"]
+        text = OUT_OF_MEMORY if r["out_of_memory"] else f"{peak / 1e9:.3g}"
+        key = spec["model"], spec["rank"], spec["density"]
+        cells[key, spec["method"]] = text
+    header = ["model", "r / σ (%)", *(LABELS[method] for method in methods)]
+    rows = [
+        [
+            key[0],
+            f"{key[1] or 'equal'} / {100 * (1 - key[2]):g}",
+            *(cells.get((key, method), "-") for method in methods),
+        ]
+        for key in unique(key for key, _ in cells)
+    ]
+    return header, rows
+
+
+def fig4(results: Results) -> Table:
+    """Return the numbers of figure 4: milliseconds of a step's parts, and tokens/s."""
+    header = ["model", "processes", "method", *(f"{part} (ms)" for part in PHASES)]
+    header += ["total (ms)", "tokens/s", "peak memory (GB)"]
+    rows = []
+    for r in results:
+        spec = r["spec"]
+        row = [spec["model"], str(spec["processes"]), r["label"]]
+        if r["seconds"] is None:
+            rows.append([*row, *[OUT_OF_MEMORY] * 6])
+            continue
+        row += [milliseconds(r["seconds"][part]) for part in (*PHASES, "total")]
+        speed, peak = r["tokens_per_second"], r["peak_memory_bytes"]
+        rows.append([*row, f"{speed:.4g}", f"{peak / 1e9:.3g}"])
+    return header, rows
+
+
+def fig5(results: Results) -> Table:
+    """Return the numbers of figure 5: a layer's milliseconds, and relative to others."""
+    header = ["out × in", "tokens", "method", *(f"{part} (ms)" for part in PHASES)]
+    header += ["total (ms)", "over full", "over LoRA"]
+    rows = []
+    for r in results:
+        spec = r["spec"]
+        totals = {x["method"]: x["seconds"]["total"]["median"] for x in r["rows"]}
+        for x in r["rows"]:
+            own = totals[x["method"]]
+            ratios = [
+                f"{own / totals[other]:.2f}" if other in totals else "-"
+                for other in ("full", "lora")
+            ]
+            times = [milliseconds(x["seconds"][part]) for part in (*PHASES, "total")]
+            shape = f"{spec['out_features']} × {spec['in_features']}"
+            tokens = str(spec["batch"] * spec["sequence"])
+            rows.append([shape, tokens, x["label"], *times, *ratios])
+    return header, rows
+
+
+def frames(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
+    """Return a figure with a grid of axes of a size each, in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def finish(axes: Axes, title: str) -> None:
+    """Give a frame its title and the look of all."""
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, axis="y", color="#e4e2dc", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write an SVG or PNG in one step; a date would make equal pictures differ."""
+    kind = "png" if str(path).endswith(".png") else "svg"
+    metadata = {"Date": None} if kind == "svg" else None
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format=kind, metadata=metadata)
+
+
+def draw_fig4(results: Results, path: str | os.PathLike[str]) -> None:
+    """Draw figure 4: a step's forward, backward and optimizer, by number of processes.
+
+    Parameters
+    ----------
+    results : sequence of dict
+        Of `measure_step`.
+    path : path
+        An ``.svg`` or ``.png`` file.
+    """
+    models = unique(r["spec"]["model"] for r in results)
+    methods = unique(r["spec"]["method"] for r in results)
+    figure, grid = frames(1, len(models), 3.4, 3.0)
+    for axes, model in zip(grid[0], models, strict=True):
+        own = [r for r in results if r["spec"]["model"] == model]
+        groups = unique(r["spec"]["processes"] for r in own)
+        ticks = []
+        for r in own:
+            method, n = r["spec"]["method"], r["spec"]["processes"]
+            place = groups.index(n) * (len(methods) + 1) + methods.index(method)
+            ticks.append((place, LABELS[method]))
+            if r["seconds"] is None:
+                axes.text(place, 0, OUT_OF_MEMORY, rotation=90, ha="center", fontsize=7)
+                continue
+            height = 0.0
+            for part in PHASES:
+                value = 1e3 * r["seconds"][part]["median"]
+                axes.bar(place, value, bottom=height, color=PHASE_COLOURS[part])
+                height += value
+        axes.set_xticks(
+            [place for place, _ in ticks], [label for _, label in ticks], rotation=90
+        )
+        for number, n in enumerate(groups):
+            middle = number * (len(methods) + 1) + (len(methods) - 1) / 2
+            text = f"{n} process{'es' if n > 1 else ''}"
+            axes.annotate(
+                text, (middle, 1), xycoords=("data", "axes fraction"), ha="center",
+                va="top", fontsize=7,
+            )  # fmt: skip
+        axes.margins(y=0.12)
+        finish(axes, model)
+    grid[0][0].set_ylabel("ms a step", fontsize=8)
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=PHASE_COLOURS[part], label=part) for part in PHASES]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8)
+    save(figure, path)
+
+
+def draw_fig5(results: Results, path: str | os.PathLike[str]) -> None:
+    """Draw figure 5: a layer's latency by its size, a frame for each number of tokens.
+
+    The bands are quartiles.
+
+    Parameters
+    ----------
+    results : sequence of dict
+        Of `measure_layer`.
+    path : path
+        An ``.svg`` or ``.png`` file.
+    """
+
+    def tokens(r: dict[str, Any]) -> int:
+        return int(r["spec"]["batch"] * r["spec"]["sequence"])
+
+    lengths = unique(map(tokens, results))
+    methods = unique(x["method"] for r in results for x in r["rows"])
+    figure, grid = frames(1, len(lengths), 2.6, 2.8)
+    for axes, length in zip(grid[0], lengths, strict=True):
+        own = [r for r in results if tokens(r) == length]
+        shapes = [
+            f"{r['spec']['out_features']}\n× {r['spec']['in_features']}" for r in own
+        ]
+        for method in methods:
+            found = [
+                (place, x["seconds"]["total"])
+                for place, r in enumerate(own)
+                for x in r["rows"]
+                if x["method"] == method
+            ]
+            places = [place for place, _ in found]
+            low, middle, high = (
+                [1e3 * seconds[name] for _, seconds in found]
+                for name in ("q1", "median", "q3")
+            )
+            colour = METHOD_COLOURS[method]
+            axes.plot(places, middle, "o-", ms=3.5, color=colour, label=LABELS[method])
+            axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set_yscale("log")
+        axes.set_xticks(range(len(own)), shapes)
+        finish(axes, f"{length} tokens")
+    grid[0][0].set_ylabel("ms: forward, backward, optimizer", fontsize=8)
+    handles, names = grid[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside upper center", ncols=len(methods), fontsize=8
+    )
+    save(figure, path)
