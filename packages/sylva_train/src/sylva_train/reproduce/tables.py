@@ -13,7 +13,7 @@ from sylva_train.report.summary import Metric, metric_of, percentage
 
 from .quality import Cell, average
 
-__all__ = ["as_csv", "as_markdown", "markdown"]
+__all__ = ["as_csv", "as_markdown", "markdown", "provenance"]
 
 Results = Mapping[str, Any]
 MISSING = "–"
@@ -136,10 +136,19 @@ def rates(results: Results) -> str:
     return f"Peak learning rates, {how}:\n\n{markdown(['', 'method', 'rate'], rows)}"
 
 
+def provenance(results: Results) -> str:
+    """Say with what and when results were made, and how to make them again."""
+    about = results["made"]
+    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
+    text = (
+        f"{about['device']}, {about['threads']} threads; {versions}; commit"
+        f" {about['commit'] or 'unknown'}; {about['date']}."
+    )
+    return f"{text}\n\nAgain: `{results['command']}`" if results["command"] else text
+
+
 def facts(results: Results) -> str:
-    """Say with what and when the table was made, and how to make it again."""
-    made = results["made"]
-    versions = ", ".join(f"{name} {v}" for name, v in made["versions"].items())
+    """Say what the runs of a table were, and with what and when it was made."""
     seeds = sorted({run["seed"] for run in results["runs"]})
     lines = [f"Mean ± standard deviation over the seeds {', '.join(map(str, seeds))}."]
     for name, about in results["settings"].items():
@@ -150,12 +159,7 @@ def facts(results: Results) -> str:
             f" examples; density {about['sylva']['density']:g}, blocks of"
             f" {about['sylva']['block_size']}."
         )
-    lines.append(
-        f"{made['device']}, {made['threads']} threads; {versions}; commit"
-        f" {made['commit'] or 'unknown'}; {made['date']}."
-    )
-    if results["command"]:
-        lines.append(f"Again: `{results['command']}`")
+    lines.append(provenance(results))
     return "\n\n".join(lines) + "\n"
 
 
