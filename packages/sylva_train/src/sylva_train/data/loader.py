@@ -308,7 +308,8 @@ def encode_prompts(
     """
     texts = [str(text) for text in dataset.texts]
     targets = [
-        spaced(text, target) for text, target in zip(texts, dataset.targets, strict=True)
+        spaced(text, target)
+        for text, target in zip(texts, dataset.targets, strict=True)
     ]
     prompts = prompt_ids(texts, tokenizer)
     answers = tokenizer(targets, add_special_tokens=False, verbose=False)["input_ids"]

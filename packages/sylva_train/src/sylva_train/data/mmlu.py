@@ -54,9 +54,7 @@ def read_mmlu(folder: Path, split: str) -> Table:
     for file in files:
         subject = file.stem.removesuffix(f"_{name}")
         about = subject.replace("_", " ")
-        before = (
-            f"The following are multiple choice questions (with answers) about {about}.\n\n"
-        )
+        before = f"The following are multiple choice questions (with answers) about {about}.\n\n"
         if name != "dev":
             examples = questions(folder / "dev" / f"{subject}_dev.csv")[:SHOTS]
             before += "".join(f"{text} {answer}\n\n" for _, text, answer in examples)

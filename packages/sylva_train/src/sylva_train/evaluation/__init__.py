@@ -1,6 +1,6 @@
 """Metrics of classes, of tokens, of texts that a model writes and of chosen options."""
 
-from .evaluate import evaluate
+from .evaluate import check_prompts, evaluate
 from .metrics import CHOICE, CLASSIFICATION, GENERATION, LANGUAGE, METRICS
 from .texts import check_libraries, score_texts
 
@@ -11,6 +11,7 @@ __all__ = [
     "LANGUAGE",
     "METRICS",
     "check_libraries",
+    "check_prompts",
     "evaluate",
     "score_texts",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import string
 from collections.abc import Sequence
@@ -74,9 +73,7 @@ def choice_metrics(
         )
         tokens = [firsts] * len(texts)
     else:
-        whole = [
-            text + spaced(text, option) for text in texts for option in choices
-        ]
+        whole = [text + spaced(text, option) for text in texts for option in choices]
         # Together with the prompt, since a tokenizer may join the two.
         rows = loader.tokenizer(whole, verbose=False)["input_ids"]
         size = len(choices)
@@ -100,7 +97,9 @@ def choice_metrics(
             raise NonFiniteError(msg)
         for index, best in zip(indices, logits.argmax(1).tolist(), strict=True):
             chosen[index] = choices[best]
-    hits = [option == wanted for option, wanted in zip(chosen, data.targets, strict=True)]
+    hits = [
+        option == wanted for option, wanted in zip(chosen, data.targets, strict=True)
+    ]
     found: dict[str, Any] = {"choice": sum(hits) / len(hits), "examples": len(hits)}
     if data.groups:
         found["groups"] = by_group(hits, data.groups)
@@ -117,7 +116,9 @@ def options_of(data: TextDataset) -> list[str]:
         for text in map(str, data.texts):
             lines = set(re.findall(r"^([A-Z])[.)]\s", text, re.MULTILINE))
             # From A on without a gap: "I." is a numeral.
-            found |= set(itertools.takewhile(lines.__contains__, string.ascii_uppercase))
+            found |= set(
+                itertools.takewhile(lines.__contains__, string.ascii_uppercase)
+            )
     return sorted(found)
 
 
@@ -131,15 +132,17 @@ def apart(
     DataError
         If two rows have the same one.
     """
-    begun = os.path.commonprefix([list(row) for row in rows])
-    firsts = [row[len(begun)] for row in rows if len(row) > len(begun)]
+    columns = enumerate(zip(*rows, strict=False))
+    differ = (number for number, column in columns if len(set(column)) > 1)
+    shared = next(differ, min(map(len, rows)))
+    firsts = [row[shared] for row in rows if len(row) > shared]
     if len(set(firsts)) < len(rows):
         msg = (
             f'{name}: `metric` "choice" tells options apart by their first token that'
             f" differs, and some of {list(choices)} share it; call them by letters."
         )
         raise DataError(msg)
-    return begun, firsts
+    return list(rows[0][:shared]), firsts
 
 
 def by_group(hits: Sequence[bool], groups: Sequence[str]) -> dict[str, float]:

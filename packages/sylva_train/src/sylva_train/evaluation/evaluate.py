@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from sylva_train._checks import ConfigError, DataError, check_choice
-from sylva_train.data import Loader
+from sylva_train.data import Loader, TextDataset
 
 from .choice import choice_metrics
 from .generation import write
@@ -18,7 +18,7 @@ from .labels import label_metrics
 from .metrics import CHOICE, GENERATION, METRICS
 from .texts import check_libraries, score_texts
 
-__all__ = ["evaluate"]
+__all__ = ["check_prompts", "evaluate"]
 
 
 def evaluate(
@@ -93,8 +93,10 @@ def evaluate(
     try:
         if metric in GENERATION or metric == CHOICE:
             check_libraries(metric)
-            checked = check_prompts(model, loader, metric)
-            found = answer_metrics(model, checked, metric, predictions, generation, progress)
+            checked = check_writer(model, loader, metric)
+            found = answer_metrics(
+                model, checked, metric, predictions, generation, progress
+            )
         else:
             found, metric = label_metrics(
                 model, loader, metric, predictions=predictions, progress=progress
@@ -109,8 +111,18 @@ def evaluate(
     }
 
 
-def check_prompts(model: nn.Module, loader: Any, metric: str) -> Loader:
-    """Return the loader, if it has prompts with targets and the model can write.
+def check_prompts(dataset: TextDataset, metric: str | None) -> None:
+    """Raise `DataError` if a metric of answers is to be had of texts without targets."""
+    if (metric in GENERATION or metric == CHOICE) and not dataset.targets:
+        msg = (
+            f'{dataset.name}: `metric` "{metric}" needs prompts with targets, and these'
+            " texts have none; name their column (`target_column`)."
+        )
+        raise DataError(msg)
+
+
+def check_writer(model: nn.Module, loader: Any, metric: str) -> Loader:
+    """Return the loader, if it has prompts and the model can write after them.
 
     Raises
     ------
@@ -120,16 +132,12 @@ def check_prompts(model: nn.Module, loader: Any, metric: str) -> Loader:
         If there is no target.
     """
     if not isinstance(loader, Loader) or loader.task == "classification":
-        msg = f'`metric` "{metric}" needs a `Loader` of prompts with targets, and not classes.'
+        msg = f'`metric` "{metric}" needs a `Loader` of prompts with targets, not of classes.'
         raise ConfigError(msg)
-    if not loader.dataset.targets:
-        msg = (
-            f'{loader.dataset.name}: `metric` "{metric}" needs prompts with targets, and'
-            " the texts have none; name their column (`target_column`)."
-        )
-        raise DataError(msg)
+    check_prompts(loader.dataset, metric)
     if not hasattr(model, "generate"):
-        msg = f'`metric` "{metric}" needs a model that can `generate`; got {type(model)}.'
+        kind = type(model).__name__
+        msg = f'`metric` "{metric}" needs a model with a method `generate`; got {kind}.'
         raise ConfigError(msg)
     return loader
 

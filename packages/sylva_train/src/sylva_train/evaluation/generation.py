@@ -103,7 +103,9 @@ def generated(
         rows = [torch.tensor(prompts[i], dtype=torch.int64) for i in indices]
         side = "left" if decoder else "right"
         fill = loader.tokenizer.pad_token_id
-        ids = pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
+        ids = pad_sequence(
+            rows, batch_first=True, padding_value=fill, padding_side=side
+        )
         ones = [torch.ones_like(row) for row in rows]
         mask = pad_sequence(ones, batch_first=True, padding_side=side)
         output = model.generate(
@@ -189,7 +191,9 @@ def write(
     if loader.task == "seq2seq":
         prompts = source_ids(texts, loader)
     else:
-        prompts = cut(model, loader, prompt_ids(texts, tokenizer), config.max_new_tokens)
+        prompts = cut(
+            model, loader, prompt_ids(texts, tokenizer), config.max_new_tokens
+        )
     answers = [""] * len(texts)
     for indices, output in generated(model, loader, prompts, config, progress):
         found = tokenizer.batch_decode(output.sequences, skip_special_tokens=True)

@@ -149,10 +149,10 @@ def plain(text: str) -> str:
 
 def bleu(answers: Texts, references: References) -> float:
     """Return the BLEU of the corpus by sacrebleu."""
-    from sacrebleu.metrics import BLEU
+    from sacrebleu import BLEU
 
     most = max(map(len, references))
-    streams = [
+    streams: list[Any] = [
         [group[i] if i < len(group) else None for group in references]
         for i in range(most)
     ]
