@@ -29,12 +29,16 @@ LIBRARIES = {
     "nist": ("nltk", "sacrebleu"),
     "meteor": ("pycocoevalcap",),
     "rouge-l": ("rouge_score",),
-    "cider": ("pycocoevalcap", "sacrebleu"),
+    "cider": ("pycocoevalcap",),
 }
 #: Seconds that METEOR may take to start, and for each text.
 PATIENCE = (600, 1)
-# What the Penn Treebank's tokenizer has apart from mteval-13a's: contractions, pounds.
-CONTRACTIONS = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|m|d))\b|([£€])")
+# The Penn Treebank's tokens, whose own program needs Java: contractions apart, hyphens and
+# the marks inside a number not. Punctuation that the E2E challenge leaves out is no token.
+TOKEN = re.compile(
+    r"n't\b|\w+?(?=n't\b)|'(?:s|re|ve|ll|m|d)\b|\w+(?:-\w+|(?<=\d)[.,]\d+)*"
+    r"|[^\w\s.,:;?!'\"`()\[\]{}-]"
+)
 # No minus is part of "10-3".
 NUMBER = re.compile(r"(?<![0-9])-?[0-9][0-9,]*(?:\.[0-9]+)?")
 
@@ -137,14 +141,8 @@ def words(text: str) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """Return tokens without punctuation, as the E2E challenge's METEOR and CIDEr see.
-
-    Close to the Penn Treebank tokens of pycocoevalcap, whose tokenizer needs Java.
-    """
-    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
-
-    apart = CONTRACTIONS.sub(r" \1\2 ", text.replace("’", "'").lower())
-    return " ".join(word for word in words(apart) if word not in PUNCTUATIONS)
+    """Return tokens without punctuation: those of METEOR and CIDEr."""
+    return " ".join(TOKEN.findall(text.lower().replace("’", "'")))
 
 
 def bleu(answers: Texts, references: References) -> float:
