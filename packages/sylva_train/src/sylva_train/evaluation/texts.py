@@ -254,6 +254,8 @@ def cider(answers: Texts, references: References) -> float:
 
     wanted = {i: [plain(t) for t in group] for i, group in enumerate(references)}
     given = {i: [plain(text)] for i, text in enumerate(answers)}
+    if not any(map(any, wanted.values())):  # pycocoevalcap stumbles over no word at all
+        return 0.0
     return float(Cider().compute_score(wanted, given)[0])
 
 
