@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
+from transformers import GenerationConfig
 
 from ._checks import (
     ConfigError,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CURVATURES",
+    "GENERATION",
     "IMPORTANCES",
     "KRONECKER",
     "MINILM",
@@ -68,6 +71,8 @@ TOKENS = ("expand", "reduce")
 SCOPES = ("layer", "model", "absolute")
 #: Learning-rate schedules after the warm-up.
 SCHEDULES = ("linear", "cosine", "constant")
+#: Options of `TaskConfig` that say how a language model writes.
+GENERATION = ("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_size")
 #: The model that installs as a Python package, without a model hub.
 MINILM = "minilm"
 
@@ -383,7 +388,16 @@ class TaskConfig:
         For classification: ``"mean"`` over the tokens of an encoder, the model's
         ``"native"`` head, or ``"auto"``.
     metric : str, optional
-        What to report, by default accuracy or loss.
+        What to report, one of `sylva_train.evaluation.METRICS`; by default accuracy or
+        perplexity.
+    max_new_tokens : int
+        For metrics of what a language model writes: tokens of an answer at most.
+    num_beams : int
+        Beams to search with for the likeliest answer; 1 takes the likeliest token.
+    length_penalty : float
+        With beams: above 0 favours long answers, below 0 short ones.
+    no_repeat_ngram_size : int
+        Tokens in a row that no answer may have twice; 0 forbids nothing.
 
     Raises
     ------
@@ -404,6 +418,10 @@ class TaskConfig:
     max_length: int = 128
     pooling: str = "auto"
     metric: str | None = None
+    max_new_tokens: int = 64
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, ("classification", "causal-lm", "seq2seq"))
@@ -412,3 +430,18 @@ class TaskConfig:
         for name in ("limit", "eval_limit"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
+        check_integer("max_new_tokens", self.max_new_tokens, 1)
+        check_integer("num_beams", self.num_beams, 1)
+        check_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
+        if not math.isfinite(self.length_penalty):
+            msg = f"`length_penalty` must be finite; got {self.length_penalty!r}."
+            raise ConfigError(msg)
+
+    @property
+    def generation(self) -> GenerationConfig:
+        """How a language model is to write, for `sylva_train.evaluate`."""
+        options = {name: getattr(self, name) for name in GENERATION}
+        # transformers warns of a penalty that nothing heeds.
+        if self.num_beams == 1:
+            del options["length_penalty"]
+        return GenerationConfig(do_sample=False, **options)

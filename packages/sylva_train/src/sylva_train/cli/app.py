@@ -22,7 +22,7 @@ from sylva_train.comparison import (
     load_results,
     suited,
 )
-from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
+from sylva_train.config import GENERATION, SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.workflow import (
@@ -99,7 +99,7 @@ def main() -> None:
     app(prog_name="sylva")
 
 
-EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric"}
+EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric", *GENERATION}
 
 
 @command(
@@ -193,9 +193,15 @@ def evaluate(
     eval_limit: int | None = None,
     max_length: int | None = None,
     metric: str | None = None,
+    max_new_tokens: int | None = None,
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
+    no_repeat_ngram_size: int | None = None,
     model: str | None = None,
     batch_size: int = 64,
     device: str = "auto",
+    answers: Path | None = None,
+    overwrite: bool = False,
     json: bool = False,
     quiet: bool = False,
 ) -> None:
@@ -207,6 +213,7 @@ def evaluate(
     --------
       sylva evaluate runs/rating --split test
       sylva evaluate runs/rating --data new.csv --json
+      sylva evaluate runs/nlg --metric bleu --answers answers.jsonl
     """
     changes = {
         "eval_data": data,
@@ -217,6 +224,10 @@ def evaluate(
         "eval_limit": eval_limit,
         "max_length": max_length,
         "metric": metric,
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
     }
     found = evaluate_folder(
         run,
@@ -224,6 +235,8 @@ def evaluate(
         base=model,
         batch_size=batch_size,
         device=device,
+        answers=answers,
+        overwrite=overwrite,
         progress=not quiet,
     )
     show.metrics(found, as_json=json)
@@ -265,7 +278,8 @@ def inspect_command(path: Path, json: bool = False) -> None:
 
 @command(
     omit={
-        "importance", "curvature", "seed", "lr", "save_every", "modules_to_save", "max_columns", "memory_budget",
+        "importance", "curvature", "seed", "lr", "save_every", "modules_to_save",
+        "max_columns", "memory_budget",
     },
     output="Folder for results.json, report.html, table.md.",
 )  # fmt: skip

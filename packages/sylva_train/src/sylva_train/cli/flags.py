@@ -78,7 +78,7 @@ FLAGS: dict[str, Flag] = {
     "data": flag(
         str,
         TASK,
-        "A built-in task (e2e-rating), a .csv, .tsv, .jsonl or .parquet file, a folder"
+        "A built-in task (e2e-rating, e2e-nlg), a .csv, .tsv, .jsonl or .parquet file, a folder"
         " with a file a split, or a name for `datasets`.",
         metavar="DATA",
     ),
@@ -120,6 +120,27 @@ FLAGS: dict[str, Flag] = {
         TASK,
         f"Score to report: {either(METRICS)}; by default accuracy or perplexity.",
         metavar="METRIC",
+    ),
+    "max_new_tokens": flag(
+        int,
+        TASK,
+        "Tokens of an answer at most, for the metrics of what a language model writes.",
+        metavar="N",
+    ),
+    "num_beams": flag(
+        int, TASK, "Beams that answers are searched with; 1: greedily.", metavar="N"
+    ),
+    "length_penalty": flag(
+        float,
+        TASK,
+        "With beams: above 0 favours long answers, below 0 short ones.",
+        metavar="X",
+    ),
+    "no_repeat_ngram_size": flag(
+        int,
+        TASK,
+        "Tokens in a row that no answer may have twice; 0: no such rule.",
+        metavar="N",
     ),
     "target_modules": flag(
         str,
@@ -290,6 +311,12 @@ FLAGS: dict[str, Flag] = {
         bool, OUTPUT, "Go on with an interrupted job of the same options.", "--resume"
     ),
     "overwrite": flag(bool, OUTPUT, "Replace an output that exists.", "--overwrite"),
+    "answers": flag(
+        Path | None,
+        OUTPUT,
+        "Write prompts, references and answers to this file, a line of JSON each.",
+        metavar="FILE",
+    ),
     "json": flag(bool, OUTPUT, "Print JSON.", "--json"),
     "quiet": flag(bool, OUTPUT, "Show no progress.", "--quiet", "-q"),
     "config_file": flag(

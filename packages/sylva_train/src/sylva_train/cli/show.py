@@ -43,7 +43,10 @@ __all__ = [
 ]
 
 #: Metrics that are fractions.
-FRACTIONS = {"accuracy", "f1", "token_accuracy"}
+FRACTIONS = {
+    "accuracy", "f1", "token_accuracy", "meteor", "rouge_l", "exact_match", "answer",
+    "choice",
+}  # fmt: skip
 #: Columns where the output is not a terminal: nothing should be cut off in a file.
 WIDE = 160
 #: Columns of running text.
@@ -115,7 +118,8 @@ def folder_size(path: Path) -> int:
 
 def score_text(metric: str, value: float) -> str:
     """Print a score with its name."""
-    number = f"{value:.1%}" if metric in FRACTIONS else f"{value:.4g}"
+    fraction = metric.replace("-", "_") in FRACTIONS
+    number = f"{value:.1%}" if fraction else f"{value:.4g}"
     return f"{metric.replace('_', ' ')} {number}"
 
 
@@ -265,6 +269,9 @@ def metrics(found: Mapping[str, Any], *, as_json: bool) -> None:
             for name, value in numbers.items()
         }
     )
+    if found.get("groups"):
+        rows = [(name, f"{value:.2%}") for name, value in found["groups"].items()]
+        out().print(table(("group", found["metric"]), rows))
 
 
 def comparison(results: Mapping[str, Any], output: Path | None = None) -> None:

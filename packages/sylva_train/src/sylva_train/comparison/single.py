@@ -170,8 +170,13 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
         # Memory is that of training: an evaluation's batches are of another size.
         nonlocal peak
         peak = max(peak, memory.bytes())
-        metric, report = task.config.metric, stage(tell, "evaluating")
-        metrics = evaluate(model, eval_loader, metric=metric, progress=report)
+        metrics = evaluate(
+            model,
+            eval_loader,
+            metric=task.config.metric,
+            generation=task.config.generation,
+            progress=stage(tell, "evaluating"),
+        )
         memory.reset()
         return metrics
 

@@ -23,6 +23,7 @@ TASKS = ("classification", "causal-lm", "seq2seq")
 # Column names that are taken where none is given, whatever their case.
 TEXT_NAMES = ("text", "sentence", "input", "prompt", "content")
 LABEL_NAMES = ("label", "labels", "class")
+GROUP_NAME = "subject"
 TARGET_NAMES = ("target", "output", "completion", "response", "answer")
 # Files without a header: GLUE's SST-2 is label, sentence; CoLA is source, label, mark,
 # sentence.
@@ -49,6 +50,9 @@ class TextDataset:
         The classes.
     targets : list of str
         For generation: what is to follow each prompt; otherwise empty.
+    groups : list of str
+        Part of the data that each text belongs to, such as its subject, where that is
+        known; otherwise empty.
     """
 
     name: str
@@ -57,6 +61,7 @@ class TextDataset:
     labels: list[int] = field(default_factory=list)
     label_names: list[str] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -76,6 +81,7 @@ class TextDataset:
             texts=pick(self.texts),
             labels=pick(self.labels),
             targets=pick(self.targets),
+            groups=pick(self.groups),
         )
 
     def sample(self, limit: int | None, seed: int = 0) -> TextDataset:
@@ -84,6 +90,15 @@ class TextDataset:
             return self
         order = np.random.default_rng(seed).permutation(len(self))[:limit]
         return self.subset(sorted(order.tolist()))
+
+    def sample_texts(self, limit: int | None, seed: int = 0) -> TextDataset:
+        """Return the rows of at most ``limit`` different texts, all rows of each."""
+        texts = list(dict.fromkeys(self.texts))
+        if limit is None or limit >= len(texts):
+            return self
+        order = np.random.default_rng(seed).permutation(len(texts))[:limit]
+        kept = {texts[i] for i in order.tolist()}
+        return self.subset([i for i, text in enumerate(self.texts) if text in kept])
 
 
 def load_data(
@@ -123,7 +138,8 @@ def load_data(
         `LABEL_NAMES`; without a header the first of two or the second of four.
     target_column : str or int, optional
         Column of the targets; by default the first of `TARGET_NAMES`. A causal language
-        model is trained on whole texts where there is none.
+        model is trained on whole texts where there is none. A list of targets (JSON)
+        stands for a row each.
     labels : sequence of str or int, optional
         The classes in order, those of the training set above all. By default the order
         that the source states, else numbers by value or strings by alphabet.
@@ -336,6 +352,21 @@ def text_of(table: Table, line: int, row: Row, column: str | int) -> str:
     return value
 
 
+def with_targets(
+    table: Table, task: str, texts: Sequence[Text], column: str | int
+) -> TextDataset:
+    """Return texts with their targets; a list of targets stands for so many rows."""
+    found = TextDataset(table.name, task, [])
+    for text, (line, row) in zip(texts, table.rows, strict=True):
+        value = row.get(column)
+        for target in value if isinstance(value, list) and value else [value]:
+            found.texts.append(text)
+            found.targets.append(text_of(table, line, {**row, column: target}, column))
+            if GROUP_NAME in table.columns:
+                found.groups.append(str(row.get(GROUP_NAME)))
+    return found
+
+
 def label_of(table: Table, line: int, row: Row, column: str | int) -> str:
     """Return a row's label as a string.
 
@@ -388,11 +419,10 @@ def build(
     for line, row in table.rows:
         parts = [text_of(table, line, row, column) for column in text_columns]
         texts.append(parts[0] if len(parts) == 1 else (parts[0], parts[1]))
-    targets = []
     if target_column is not None:
-        targets = [text_of(table, n, row, target_column) for n, row in table.rows]
+        return with_targets(table, task, texts, target_column)
     if label_column is None:
-        return TextDataset(table.name, task, texts, targets=targets)
+        return TextDataset(table.name, task, texts)
     found = [label_of(table, line, row, label_column) for line, row in table.rows]
     names = order_labels(found) if labels is None else [str(label) for label in labels]
     if len(names) < 2 or len(set(names)) != len(names):

@@ -308,20 +308,31 @@ def encode_prompts(
     """
     texts = [str(text) for text in dataset.texts]
     targets = [
-        target if text[-1].isspace() or target[0].isspace() else f" {target}"
+        spaced(text, target)
         for text, target in zip(texts, dataset.targets, strict=True)
     ]
-    prompts = tokenizer(texts, verbose=False)["input_ids"]
+    prompts = prompt_ids(texts, tokenizer)
     answers = tokenizer(targets, add_special_tokens=False, verbose=False)["input_ids"]
     examples = []
     for prompt, answer in zip(prompts, answers, strict=True):
         # One prompt token at least: the first position has no prediction.
         answer_ids = with_end(answer, tokenizer)[: max_length - 1]
         room = max_length - len(answer_ids)
-        prompt_ids = without_end(prompt, tokenizer)[-room:]
-        labels = [IGNORED] * len(prompt_ids) + answer_ids
-        examples.append({"input_ids": prompt_ids + answer_ids, "labels": labels})
+        kept = prompt[-room:]
+        labels = [IGNORED] * len(kept) + answer_ids
+        examples.append({"input_ids": kept + answer_ids, "labels": labels})
     return examples
+
+
+def spaced(text: str, target: str) -> str:
+    """Put a space before what follows a prompt, unless there is one already."""
+    return target if text[-1].isspace() or target[0].isspace() else f" {target}"
+
+
+def prompt_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Return the token ids of prompts, whole, for a causal language model to go on."""
+    found = tokenizer(list(texts), verbose=False)["input_ids"]
+    return [without_end(ids, tokenizer) for ids in found]
 
 
 def without_end(ids: list[int], tokenizer: Any) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 from sylva_train._checks import ConfigError, DataError
 
 from .files import SUFFIXES, HeaderTest, Row, Table, read_table
+from .mmlu import is_mmlu, read_mmlu
 
 __all__ = ["builtin_names", "find_table"]
 
@@ -39,7 +40,7 @@ def builtin_names() -> list[str]:
     --------
     >>> from sylva_train.data import builtin_names
     >>> builtin_names()
-    ['e2e-rating']
+    ['e2e-nlg', 'e2e-rating']
     """
     return sorted(builtins())
 
@@ -64,6 +65,8 @@ def find_table(
         table = read_table(source, is_header)
         return replace(table, name=f"{spec}/{Path(source.name).stem}"), info
     path = Path(spec).expanduser()
+    if is_mmlu(path):
+        return read_mmlu(path, split or "train"), {}
     if path.is_dir():
         source = find_split(path, split or "train", str(path))
         return read_table(source, is_header), {}

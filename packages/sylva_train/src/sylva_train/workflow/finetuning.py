@@ -278,8 +278,13 @@ def train_blocks(
         bars.say(f"Going on after step {before:,}.")
 
     def score_model(model: nn.Module) -> dict[str, Any]:
-        metric, report = task.config.metric, bars.stage("evaluating")
-        return evaluate(model, eval_loader, metric=metric, progress=report)
+        return evaluate(
+            model,
+            eval_loader,
+            metric=task.config.metric,
+            generation=task.config.generation,
+            progress=bars.stage("evaluating"),
+        )
 
     def show(step: dict[str, float]) -> None:
         words = f"step {step['step']:,} of {steps:,}, loss {step['loss']:.3f}"

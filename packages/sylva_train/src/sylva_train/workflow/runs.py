@@ -11,17 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from sylva_train._checks import AdapterError, ConfigError, atomic_folder
+from sylva_train._checks import (
+    AdapterError,
+    ConfigError,
+    atomic_folder,
+    atomic_write,
+)
 from sylva_train.config import TaskConfig
-from sylva_train.evaluation import evaluate
+from sylva_train.evaluation import CHOICE, GENERATION, evaluate
 from sylva_train.layers import merge
 from sylva_train.pretrained import load_model, quiet
 from sylva_train.training import pick_device
 from sylva_train.tuner import load_adapter
 
-from .outputs import check_folder
+from .outputs import check_file, check_folder
 from .progress import Progress
-from .task import evaluation_loader, is_file, read_data
+from .task import check_metric, evaluation_loader, is_file, read_data
 
 __all__ = [
     "FORMAT",
@@ -127,6 +132,8 @@ def evaluate_folder(
     base: str | None = None,
     batch_size: int = 64,
     device: str = "auto",
+    answers: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a fine-tuned model, on its own evaluation data or on other data.
@@ -143,6 +150,12 @@ def evaluate_folder(
         Texts in a batch.
     device : str
         Where to.
+    answers : path, optional
+        A file to write: for each prompt a line of JSON with ``prompt``, ``references``
+        and the model's ``answer``. The metric must be one of what a model writes or
+        chooses.
+    overwrite : bool
+        Whether to replace that file if it is there.
     progress : bool
         Whether to show progress on stderr.
 
@@ -154,13 +167,24 @@ def evaluate_folder(
     Raises
     ------
     ConfigError
-        If a split of a single file is asked for.
+        If a split of a single file, or answers to no prompts, are asked for.
+    OutputExistsError
+        If ``answers`` exists and not ``overwrite``.
     SylvaError
         If the folder, its base model or the data cannot be used.
     """
     with Progress(enabled=progress) as bars:
         changes = dict(changes or {})
         task = TaskConfig(**(read_run(folder)["task"] | changes))
+        check_metric(task)
+        if answers is not None:
+            if task.metric not in (*GENERATION, CHOICE):
+                msg = (
+                    "`answers` are there for a `metric` of what a model writes or chooses:"
+                    f" {', '.join((*GENERATION, CHOICE))}; got {task.metric}."
+                )
+                raise ConfigError(msg)
+            check_file(answers, overwrite=overwrite)
         source = task.eval_data or task.data
         if "eval_split" in changes and is_file(source):
             msg = (
@@ -181,9 +205,27 @@ def evaluate_folder(
             progress=bars.stage("tokenizing"),
         )
         model.to(pick_device(device))
-        report = bars.stage("evaluating")
-        found = evaluate(model, loader, metric=task.metric, progress=report)
+        found = evaluate(
+            model,
+            loader,
+            metric=task.metric,
+            predictions=answers is not None,
+            generation=task.generation,
+            progress=bars.stage("evaluating"),
+        )
+    if answers is not None:
+        write_answers(answers, found)
     return found | {"data": data.name}
+
+
+def write_answers(path: str | os.PathLike[str], found: dict[str, Any]) -> None:
+    """Move prompts, references and answers from the metrics to a file, a line each."""
+    names = {"prompt": "prompts", "references": "references", "answer": "predictions"}
+    columns = [found.pop(name) for name in names.values()]
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in zip(*columns, strict=True):
+            line = dict(zip(names, row, strict=True))
+            file.write(f"{json.dumps(line, ensure_ascii=False)}\n")
 
 
 def merge_folder(

@@ -14,7 +14,14 @@ from torch import nn
 from sylva_train._checks import ConfigError, DataError, check_choice
 from sylva_train.config import MINILM, TaskConfig, TrainingConfig
 from sylva_train.data import Loader, TextDataset, builtin_names, load_data
-from sylva_train.evaluation import CLASSIFICATION, LANGUAGE
+from sylva_train.evaluation import (
+    CHOICE,
+    CLASSIFICATION,
+    GENERATION,
+    LANGUAGE,
+    check_libraries,
+    check_prompts,
+)
 from sylva_train.pretrained import load_model
 
 from .progress import Report
@@ -215,17 +222,17 @@ def read_data(
         labels = labels or examples.label_names or None
     if divided and examples is not None:
         rest, tenth = divide(examples, seed)
-        return rest, tenth.sample(config.eval_limit, seed)
+        return rest, limited(tenth, config, seed)
     held_out = None
     if evaluation:
         source = config.eval_data or config.data
         held_out = load_data(
             source,
             split=None if is_file(source) else config.eval_split,
-            limit=config.eval_limit,
             labels=labels,
             **options,
         )
+        held_out = limited(held_out, config, seed)
     return examples, held_out
 
 
@@ -237,21 +244,39 @@ def divide(examples: TextDataset, seed: int) -> tuple[TextDataset, TextDataset]:
     ConfigError
         If there is one example only.
     """
-    order = np.random.default_rng(seed).permutation(len(examples))
-    held = max(1, round(HOLDOUT * len(examples)))
-    if held >= len(examples):
+    # Of prompts all rows of some: a held-out prompt must not have been trained on.
+    whole = bool(examples.targets)
+    texts = list(dict.fromkeys(examples.texts)) if whole else examples.texts
+    order = np.random.default_rng(seed).permutation(len(texts))
+    held = max(1, round(HOLDOUT * len(texts)))
+    if held >= len(texts):
         msg = f"{examples.name} has one example: give `eval_data` to evaluate on."
         raise ConfigError(msg)
-    parts = (order[held:], order[:held])
-    rest, held_out = (examples.subset(sorted(part.tolist())) for part in parts)
+    parts = [sorted(part.tolist()) for part in (order[held:], order[:held])]
+    if whole:
+        kept = {texts[i] for i in parts[1]}
+        sides = [text in kept for text in examples.texts]
+        parts = [
+            [i for i, s in enumerate(sides) if s == side] for side in (False, True)
+        ]
+    rest, held_out = (examples.subset(part) for part in parts)
     return rest, dataclasses.replace(held_out, name=f"{examples.name} ({TENTH})")
 
 
 def check_metric(config: TaskConfig) -> None:
     """Raise `ConfigError` for a metric of another task, before hours of training."""
     if config.metric is not None:
-        known = CLASSIFICATION if config.task == "classification" else LANGUAGE
+        language = (*LANGUAGE, *GENERATION, CHOICE)
+        known = CLASSIFICATION if config.task == "classification" else language
         check_choice("metric", config.metric, known)
+        check_libraries(config.metric)
+
+
+def limited(dataset: TextDataset, config: TaskConfig, seed: int) -> TextDataset:
+    """Keep so many examples to evaluate on; of generation, prompts with all references."""
+    if config.metric in GENERATION and dataset.targets:
+        return dataset.sample_texts(config.eval_limit, seed)
+    return dataset.sample(config.eval_limit, seed)
 
 
 def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> Task:
@@ -282,6 +307,8 @@ def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> 
     check_metric(config)
     training, held_out = read_data(config, seed=seed, evaluation=evaluation)
     assert training is not None
+    if held_out is not None:
+        check_prompts(held_out, config.metric)
     model, tokenizer = load_model(
         config.model,
         task=config.task,

@@ -1,4 +1,4 @@
-"""How well a model does: losses and metrics over a loader, without a trace left."""
+"""Losses and metrics of labelled batches, of classes or of tokens."""
 
 from __future__ import annotations
 
@@ -11,82 +11,35 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ._checks import ConfigError, DataError, NonFiniteError, check_choice
-from .data import Loader
+from sylva_train._checks import ConfigError, DataError, NonFiniteError
+from sylva_train.data import Loader
 
-__all__ = ["METRICS", "evaluate"]
+from .generation import is_encoder_decoder
+from .metrics import CHOICE, CLASSIFICATION, GENERATION, LANGUAGE
 
-#: Metrics that can be the score, and whether more is better.
-METRICS = {
-    "accuracy": True,
-    "f1": True,
-    "mcc": True,
-    "loss": False,
-    "perplexity": False,
-    "token_accuracy": True,
-}
-CLASSIFICATION = ("accuracy", "f1", "mcc", "loss")
-LANGUAGE = ("perplexity", "loss", "token_accuracy")
+__all__ = ["label_metrics"]
 
 
-def evaluate(
+def label_metrics(
     model: nn.Module,
     loader: Iterable[Mapping[str, torch.Tensor]],
-    metric: str | None = None,
+    metric: str | None,
     *,
-    predictions: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Evaluate a model on labelled batches.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Returns ``logits``. Run in evaluation mode, without gradients; every module's
-        mode is restored afterwards.
-    loader : Loader or iterable of batches
-        Labels of shape (batch,) are classes; of shape (batch, length) they are tokens,
-        with −100 where none counts.
-    metric : str, optional
-        One of `METRICS`, to be the ``score``; by default ``"accuracy"`` for classes and
-        ``"perplexity"`` for tokens.
-    predictions : bool
-        Whether to return the predicted and the true classes and the logits as well, in
-        the order of the data set.
-    progress : callable, optional
-        Called with (batches done, batches in all).
-
-    Returns
-    -------
-    dict
-        For classes ``accuracy``, ``f1`` (macro average over the classes that occur or
-        are predicted), ``mcc`` (Matthews correlation coefficient) and ``loss`` (mean
-        cross-entropy). For tokens ``loss`` (mean over all tokens that count, whatever
-        the batches), ``perplexity`` (its exponential) and ``token_accuracy``. For both
-        ``score``, ``metric``, ``higher_is_better``, ``examples``, and with
-        ``predictions`` the NumPy arrays ``predictions``, ``labels`` and ``logits``.
+    predictions: bool,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[dict[str, Any], str]:
+    """Return the metrics of labelled batches, and which of them is the score.
 
     Raises
     ------
     ConfigError
-        If the metric is unknown or is not one for these labels, or the loader leaves
-        examples out.
+        If the metric is not one for these labels.
     DataError
         If there is no batch, or one without labels.
     NonFiniteError
         If a logit is NaN or infinite.
     """
-    if metric is not None:
-        check_choice("metric", metric, METRICS)
-    if isinstance(loader, Loader):
-        loader.positions()  # refuses a loader that leaves examples out
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        parts = run(model, loader, progress)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    parts = run(model, loader, progress)
     tokens = parts[0]["tokens"]
     known = LANGUAGE if tokens else CLASSIFICATION
     metric = metric or known[0]
@@ -95,20 +48,18 @@ def evaluate(
         msg = f"`metric` for labels that are {kind} must be one of {known}; got {metric!r}."
         raise ConfigError(msg)
     if tokens and predictions:
-        msg = "`predictions` are for classification; a language model's labels are tokens."
+        msg = (
+            "`predictions` of a language model are texts or options: give a `metric` of"
+            f" these, {', '.join(map(repr, (*GENERATION, CHOICE)))}."
+        )
         raise ConfigError(msg)
     found: dict[str, Any] = {
         **(language_metrics(parts) if tokens else class_metrics(parts))
     }
-    found |= {
-        "score": found[metric],
-        "metric": metric,
-        "higher_is_better": METRICS[metric],
-        "examples": sum(part["examples"] for part in parts),
-    }
+    found["examples"] = sum(part["examples"] for part in parts)
     if predictions:
         found |= in_order(parts, loader)
-    return found
+    return found, metric
 
 
 @torch.no_grad()
@@ -162,12 +113,6 @@ def run(
         msg = "`loader` has no batch: there is nothing to evaluate on."
         raise DataError(msg)
     return parts
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the model's logits are aligned with its labels, not one ahead of them."""
-    config = getattr(model, "config", None)
-    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def class_part(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:

@@ -1,0 +1,169 @@
+"""How well a model does on a loader's data, without a trace left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from sylva_train._checks import ConfigError, DataError, check_choice
+from sylva_train.data import Loader, TextDataset
+
+from .choice import choice_metrics
+from .generation import write
+from .labels import label_metrics
+from .metrics import CHOICE, GENERATION, METRICS
+from .texts import check_libraries, score_texts
+
+__all__ = ["check_prompts", "evaluate"]
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Mapping[str, torch.Tensor]],
+    metric: str | None = None,
+    *,
+    predictions: bool = False,
+    generation: GenerationConfig | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model on labelled batches, or by what it writes after prompts.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Returns ``logits``. Run in evaluation mode, without gradients; every module's
+        mode is restored afterwards. To write, a model of `transformers`, or one of PEFT
+        around it.
+    loader : Loader or iterable of batches
+        Labels of shape (batch,) are classes; of shape (batch, length) they are tokens,
+        with −100 where none counts. To write or to choose, a `Loader` of prompts with
+        targets.
+    metric : str, optional
+        The ``score``, one of ``METRICS``; by default ``"accuracy"`` for classes and
+        ``"perplexity"`` for tokens. Of a language model also what it writes can be
+        scored (``"bleu"``, ``"nist"``, ``"meteor"``, ``"rouge-l"``, ``"cider"``,
+        ``"exact-match"``, ``"answer"``; needs ``pip install 'sylva-train[metrics]'``), or
+        which of the targets it finds likeliest (``"choice"``).
+    predictions : bool
+        Whether to return the predictions as well, in the order of the data set.
+    generation : transformers.GenerationConfig, optional
+        How to write: beams, length and the like. By default greedily, 64 tokens at most.
+    progress : callable, optional
+        Called with (batches done, batches in all).
+
+    Returns
+    -------
+    dict
+        For classes ``accuracy``, ``f1`` (macro average over the classes that occur or
+        are predicted), ``mcc`` (Matthews correlation coefficient) and ``loss`` (mean
+        cross-entropy). For tokens ``loss`` (mean over all tokens that count, whatever
+        the batches), ``perplexity`` (its exponential) and ``token_accuracy``.
+
+        For what a model writes ``bleu``, ``nist``, ``meteor``, ``rouge_l``, ``cider``,
+        ``exact_match`` and ``answer``, as `sylva_train.evaluation.score_texts` has them;
+        rows with the same text are one example with several references. For what it
+        chooses ``choice``, the fraction of right options, and, where the data set has
+        groups, ``groups``: that of each.
+
+        For all of them ``score``, ``metric``, ``higher_is_better`` and ``examples``. With
+        ``predictions`` the NumPy arrays ``predictions``, ``labels`` and ``logits``; of a
+        language model lists of a prompt an item, ``prompts``, ``references`` (a list
+        each) and ``predictions``.
+
+    Raises
+    ------
+    ConfigError
+        If the metric is unknown, or is not one for this model or these labels, or needs
+        what is not installed; or the loader leaves examples out.
+    DataError
+        If there is no batch, or one without labels; or targets do not suit the metric.
+    NonFiniteError
+        If a logit is NaN or infinite.
+    """
+    if metric is not None:
+        check_choice("metric", metric, METRICS)
+    if isinstance(loader, Loader):
+        loader.positions()  # refuses a loader that leaves examples out
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        if metric in GENERATION or metric == CHOICE:
+            check_libraries(metric)
+            checked = check_writer(model, loader, metric)
+            found = answer_metrics(
+                model, checked, metric, predictions, generation, progress
+            )
+        else:
+            found, metric = label_metrics(
+                model, loader, metric, predictions=predictions, progress=progress
+            )
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return found | {
+        "score": found[metric.replace("-", "_")],
+        "metric": metric,
+        "higher_is_better": METRICS[metric],
+    }
+
+
+def check_prompts(dataset: TextDataset, metric: str | None) -> None:
+    """Raise `DataError` if a metric of answers is to be had of texts without targets."""
+    if (metric in GENERATION or metric == CHOICE) and not dataset.targets:
+        msg = (
+            f'{dataset.name}: `metric` "{metric}" needs prompts with targets, and these'
+            " texts have none; name their column (`target_column`)."
+        )
+        raise DataError(msg)
+
+
+def check_writer(model: nn.Module, loader: Any, metric: str) -> Loader:
+    """Return the loader, if it has prompts and the model can write after them.
+
+    Raises
+    ------
+    ConfigError
+        If it has not, or it cannot.
+    DataError
+        If there is no target.
+    """
+    if not isinstance(loader, Loader) or loader.task == "classification":
+        msg = f'`metric` "{metric}" needs a `Loader` of prompts with targets, not of classes.'
+        raise ConfigError(msg)
+    check_prompts(loader.dataset, metric)
+    if not hasattr(model, "generate"):
+        kind = type(model).__name__
+        msg = f'`metric` "{metric}" needs a model with a method `generate`; got {kind}.'
+        raise ConfigError(msg)
+    return loader
+
+
+def answer_metrics(
+    model: Any,
+    loader: Loader,
+    metric: str,
+    predictions: bool,
+    generation: GenerationConfig | None,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    """Return the metrics of what a model writes or chooses."""
+    data = loader.dataset
+    if metric == CHOICE:
+        prompts = [str(text) for text in data.texts]
+        references = [[target] for target in data.targets]
+        found, answers = choice_metrics(model, loader, progress)
+    else:
+        groups: dict[str, list[str]] = {}
+        for text, target in zip(data.texts, data.targets, strict=True):
+            groups.setdefault(str(text), []).append(target)
+        prompts, references = list(groups), list(groups.values())
+        answers = write(model, loader, prompts, generation, progress)
+        found = score_texts(answers, references, metric)
+        found["examples"] = len(prompts)
+    if predictions:
+        found |= {"prompts": prompts, "references": references, "predictions": answers}
+    return found
