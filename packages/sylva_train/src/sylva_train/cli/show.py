@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 #: Metrics that are fractions.
-FRACTIONS = {"accuracy", "f1", "token_accuracy"}
+FRACTIONS = {"accuracy", "f1", "f1-binary", "token_accuracy"}
 #: Columns where the output is not a terminal: nothing should be cut off in a file.
 WIDE = 160
 #: Columns of running text.

@@ -34,7 +34,7 @@ LEARNING_RATES = {
 }
 
 #: Metrics of classes alone, without logits: those of a linear head on frozen features.
-CLASSES_ALONE = ("accuracy", "f1", "mcc")
+CLASSES_ALONE = ("accuracy", "f1", "f1-binary", "mcc")
 
 #: Methods of the short comparison.
 DEMO = ("frozen", "full", "lora", "sylva:kfac:mlr", "sylva:random")

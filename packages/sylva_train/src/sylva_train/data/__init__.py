@@ -1,7 +1,14 @@
 """Data sets from files, and batches of them in an order that can be repeated."""
 
-from .dataset import TASKS, TextDataset, load_data
+from .dataset import LABELLED, TASKS, TextDataset, load_data
 from .loader import Loader
 from .sources import builtin_names
 
-__all__ = ["TASKS", "Loader", "TextDataset", "builtin_names", "load_data"]
+__all__ = [
+    "LABELLED",
+    "TASKS",
+    "Loader",
+    "TextDataset",
+    "builtin_names",
+    "load_data",
+]

@@ -12,21 +12,19 @@ import numpy as np
 
 from sylva_train._checks import ConfigError, DataError, check_choice, check_integer
 
-from .files import HeaderTest, Row, Table, other_separator
+from .columns import (
+    LABELLED,
+    TASKS,
+    choose_columns,
+    columns_of,
+    header_test,
+    number_in,
+    without_header,
+)
+from .files import Row, Table
 from .sources import find_table
 
-__all__ = ["TASKS", "TextDataset", "load_data"]
-
-#: What a data set is for; the first is the default.
-TASKS = ("classification", "causal-lm", "seq2seq")
-
-# Column names that are taken where none is given, whatever their case.
-TEXT_NAMES = ("text", "sentence", "input", "prompt", "content")
-LABEL_NAMES = ("label", "labels", "class")
-TARGET_NAMES = ("target", "output", "completion", "response", "answer")
-# Files without a header: GLUE's SST-2 is label, sentence; CoLA is source, label, mark,
-# sentence.
-HEADERLESS = {1: (0, None), 2: (1, 0), 4: (3, 1)}
+__all__ = ["LABELLED", "TASKS", "TextDataset", "load_data"]
 
 Text = str | tuple[str, str]
 
@@ -43,8 +41,9 @@ class TextDataset:
         One of `TASKS`.
     texts : list of str or of (str, str)
         Texts, or pairs of them; the prompts, where there are targets.
-    labels : list of int
-        For classification: indices into ``label_names``; otherwise empty.
+    labels : list of int or of float
+        For classification: indices into ``label_names``; for regression: the numbers;
+        otherwise empty.
     label_names : list of str
         The classes.
     targets : list of str
@@ -54,7 +53,7 @@ class TextDataset:
     name: str
     task: str
     texts: list[Text]
-    labels: list[int] = field(default_factory=list)
+    labels: list[int] | list[float] = field(default_factory=list)
     label_names: list[str] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
 
@@ -109,8 +108,9 @@ def load_data(
         files named after the splits; or, for `datasets.load_dataset`, ``"name"`` or
         ``"name:configuration"``.
     task : str
-        ``"classification"``: texts with labels; ``"causal-lm"``: texts, or prompts with
-        targets; ``"seq2seq"``: texts with targets.
+        ``"classification"``: texts with labels; ``"regression"``: texts with numbers;
+        ``"causal-lm"``: texts, or prompts with targets; ``"seq2seq"``: texts with
+        targets.
     split : str, optional
         Part of a built-in task, a folder or a `datasets` name; ``"train"`` by default. A
         folder's ``dev`` answers to ``"validation"``.
@@ -120,7 +120,8 @@ def load_data(
         second of two (SST-2) or the last of four (CoLA).
     label_column : str or int, optional
         Column of the labels, strings or integers; by default the first of
-        `LABEL_NAMES`; without a header the first of two or the second of four.
+        `LABEL_NAMES`, or for numbers of `NUMBER_NAMES`; without a header the first of
+        two or the second of four.
     target_column : str or int, optional
         Column of the targets; by default the first of `TARGET_NAMES`. A causal language
         model is trained on whole texts where there is none.
@@ -145,8 +146,8 @@ def load_data(
     ------
     DataError
         If the source or a column cannot be found, or a row cannot be used: wrong number
-        of fields, bad JSON, not UTF-8, no text, no label, or a label that is not in
-        ``labels``. The message has the file and the line.
+        of fields, bad JSON, not UTF-8, no text, no label, a label that is not in
+        ``labels``, or no finite number. The message has the file and the line.
     ConfigError
         If the arguments contradict each other.
 
@@ -167,155 +168,14 @@ def load_data(
     is_header = header_test(header, named, task)
     table, info = find_table(spec, split, is_header)
     if header is None and not named and label_column is not None:
-        table = without_header(table, int(label_column))
+        table = without_header(table, int(label_column), task)
+    if task == "regression" and labels is not None:
+        msg = '`labels` are for `task` "classification"; a regression has no classes.'
+        raise ConfigError(msg)
     chosen = choose_columns(table, texts, label_column, target_column, task, info)
     if labels is None:
         labels = info.get("labels") or table.label_names or None
     return build(table, task, *chosen, labels=labels).sample(limit, seed)
-
-
-def without_header(table: Table, label: int) -> Table:
-    """Return the table with its header as a row, if that has a label as rows have."""
-    if label >= len(table.columns):
-        return table
-    name = table.columns[label]
-    if all(row.get(label) != name for _, row in table.rows):
-        return table
-    first: tuple[int, Row] = (1, dict(enumerate(table.columns)))
-    return replace(table, columns=(), rows=[first, *table.rows])
-
-
-def columns_of(text_column: str | int | Sequence[str | int] | None) -> list[str | int]:
-    """Return the text columns that were asked for: none, one or two."""
-    if text_column is None:
-        return []
-    if isinstance(text_column, str | int):
-        return [text_column]
-    if len(text_column) not in {1, 2}:
-        msg = f"`text_column` must be one or two columns; got {list(text_column)!r}."
-        raise ConfigError(msg)
-    return list(text_column)
-
-
-def header_test(header: bool | None, named: Sequence[str], task: str) -> HeaderTest:
-    """Return the function that tells whether a first row names the columns."""
-    if header is None and named:
-        header = True
-    if header is not None:
-        return lambda *_: header
-    # Both must be there: a single word may well be somebody's first sentence.
-    needed = [TEXT_NAMES, LABEL_NAMES if task == "classification" else TARGET_NAMES]
-    if task == "causal-lm":
-        needed.pop()
-    return lambda fields, suffix: (
-        suffix == ".csv"
-        or all(not set(n).isdisjoint(map(folded, fields)) for n in needed)
-    )
-
-
-def folded(column: str) -> str:
-    """Return a column's name without case and blanks around it."""
-    return column.strip().lower()
-
-
-def pick_column(
-    table: Table,
-    option: str,
-    wanted: str | int | None,
-    names: Sequence[str],
-    number: int | None,
-) -> str | int | None:
-    """Return a column of the table: the one asked for, else a default, else None.
-
-    Raises
-    ------
-    DataError
-        If the table does not have the column that was asked for.
-    """
-    if wanted is None:
-        if table.columns:
-            plain = {folded(column): column for column in table.columns}
-            return next((plain[name] for name in names if name in plain), None)
-        return number
-    if wanted in table.columns:
-        return wanted
-    # Only delimited rows have numbers.
-    if str(wanted).isdecimal() and int(wanted) in table.rows[0][1]:
-        return int(wanted)
-    have = ", ".join(map(repr, table.columns)) or f"numbers 0 to {table.width - 1}"
-    msg = f"{table.name}: `{option}` {wanted!r} is not among the columns: {have}."
-    raise DataError(msg)
-
-
-def choose_columns(
-    table: Table,
-    texts: Sequence[str | int],
-    label: str | int | None,
-    target: str | int | None,
-    task: str,
-    info: dict[str, Any],
-) -> tuple[list[str | int], str | int | None, str | int | None]:
-    """Return the columns of the texts, of the labels and of the targets.
-
-    Raises
-    ------
-    DataError
-        If a column that the task needs is not found.
-    ConfigError
-        If a column is asked for that the task has no use for.
-    """
-    if task == "classification" and target is not None:
-        msg = '`target_column` is for `task` "causal-lm" and "seq2seq".'
-        raise ConfigError(msg)
-    if task != "classification" and label is not None:
-        msg = f'`label_column` is for `task` "classification"; got {task!r}.'
-        raise ConfigError(msg)
-    number, label_number = HEADERLESS.get(table.width, (None, None))
-    if not texts:
-        default = info.get("text_column")
-        first = pick_column(table, "text_column", default, TEXT_NAMES, number)
-        texts = [] if first is None else [first]
-    found = [pick_column(table, "text_column", text, (), None) for text in texts]
-    text_columns = [column for column in found if column is not None]
-    guessed = label is None and not info
-    if task == "classification":
-        label = info.get("label_column") if label is None else label
-        label = pick_column(table, "label_column", label, LABEL_NAMES, label_number)
-        target = None
-    else:
-        label = None
-        target = pick_column(table, "target_column", target, TARGET_NAMES, None)
-    needed = {
-        "text_column": bool(text_columns),
-        "label_column": task != "classification" or label is not None,
-        "target_column": task != "seq2seq" or target is not None,
-    }
-    for option, there in needed.items():
-        if not there:
-            have = (
-                ", ".join(map(repr, table.columns)) or f"{table.width}, without names"
-            )
-            msg = (
-                f"{table.name}: no column is known to be the {option.split('_')[0]}; the"
-                f" columns are {have}. Name it: `{option}` (by number from 0 where there"
-                " is no header)."
-            )
-            raise DataError(msg + other_separator(table.columns or ["", ""]))
-    if label is not None and guessed:
-        check_guess(table, label)
-    return text_columns, label, target
-
-
-def check_guess(table: Table, column: str | int) -> None:
-    """Raise `DataError` if a column taken for the labels is more likely the texts."""
-    values = {str(row.get(column)) for _, row in table.rows}
-    if len(table.rows) >= 20 and 2 * len(values) > len(table.rows):
-        msg = (
-            f"{table.name}: the column {column!r}, taken for the labels, has"
-            f" {len(values)} different values in {len(table.rows)} rows; say which it"
-            " is: `label_column`, `text_column`."
-        )
-        raise DataError(msg)
 
 
 def text_of(table: Table, line: int, row: Row, column: str | int) -> str:
@@ -359,6 +219,26 @@ def label_of(table: Table, line: int, row: Row, column: str | int) -> str:
     raise DataError(msg)
 
 
+def number_of(table: Table, line: int, row: Row, column: str | int) -> float:
+    """Return a row's number.
+
+    Raises
+    ------
+    DataError
+        If there is none, or it is not finite.
+    """
+    value = row.get(column)
+    number = number_in(value)
+    if number is None:
+        what = "no such column" if column not in row else repr(value)
+        msg = (
+            f"{table.name}:{line}: expected a finite number in column {column!r}; got"
+            f" {what}."
+        )
+        raise DataError(msg)
+    return number
+
+
 def order_labels(found: Sequence[str]) -> list[str]:
     """Return distinct labels: integers by value, others by alphabet."""
     distinct = sorted(set(found))
@@ -393,6 +273,9 @@ def build(
         targets = [text_of(table, n, row, target_column) for n, row in table.rows]
     if label_column is None:
         return TextDataset(table.name, task, texts, targets=targets)
+    if task == "regression":
+        numbers = [number_of(table, n, row, label_column) for n, row in table.rows]
+        return TextDataset(table.name, task, texts, numbers)
     found = [label_of(table, line, row, label_column) for line, row in table.rows]
     names = order_labels(found) if labels is None else [str(label) for label in labels]
     if len(names) < 2 or len(set(names)) != len(names):

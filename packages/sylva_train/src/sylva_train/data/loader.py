@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sylva_train._checks import ConfigError, DataError, check_integer
 
-from .dataset import TextDataset
+from .dataset import LABELLED, TextDataset
 
 __all__ = ["Loader"]
 
@@ -69,9 +69,9 @@ class Loader:
     Notes
     -----
     A batch is a dict of ``input_ids`` and ``attention_mask``, int64 of shape (batch,
-    length), ``token_type_ids`` alike if the tokenizer has them, and ``labels``: int64 of
-    shape (batch,) for classification, else (batch, length) with −100 where no loss is
-    due. The labels of a causal language model are its input ids, which the model shifts;
+    length), ``token_type_ids`` alike if the tokenizer has them, and ``labels``: of shape
+    (batch,) for classification (int64) and regression (float32), else int64 of shape
+    (batch, length) with −100 where no loss is due. The labels of a causal language model are its input ids, which the model shifts;
     those of a prompt with a target are the target's ids and the end-of-sequence token.
 
     Examples
@@ -215,7 +215,7 @@ class Loader:
             values = [example[name] for example in examples]
             batch[name] = (
                 torch.tensor(values)
-                if isinstance(values[0], int)
+                if isinstance(values[0], int | float)
                 else pad(values, fills[name])
             )
         return batch
@@ -249,8 +249,8 @@ def check_fit(
     if pack and (dataset.task != "causal-lm" or dataset.targets):
         msg = "`pack` is for a causal language model on whole texts, without targets."
         raise ConfigError(msg)
-    if dataset.task != "classification" and isinstance(dataset.texts[0], tuple):
-        msg = f"{dataset.name}: pairs of texts are for classification only."
+    if dataset.task not in LABELLED and isinstance(dataset.texts[0], tuple):
+        msg = f"{dataset.name}: pairs of texts are for {' and '.join(LABELLED)} only."
         raise ConfigError(msg)
 
 
@@ -274,7 +274,7 @@ def encode(
         dict(zip(names, values, strict=True))
         for values in zip(*(found[name] for name in names), strict=True)
     ]
-    if dataset.task == "classification":
+    if dataset.task in LABELLED:
         for example, label in zip(examples, dataset.labels, strict=True):
             example["labels"] = label
     elif dataset.task == "seq2seq":

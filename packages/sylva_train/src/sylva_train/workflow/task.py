@@ -13,8 +13,14 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, DataError, check_choice
 from sylva_train.config import MINILM, TaskConfig, TrainingConfig
-from sylva_train.data import Loader, TextDataset, builtin_names, load_data
-from sylva_train.evaluation import CLASSIFICATION, LANGUAGE
+from sylva_train.data import (
+    LABELLED,
+    Loader,
+    TextDataset,
+    builtin_names,
+    load_data,
+)
+from sylva_train.evaluation import CLASSIFICATION, LANGUAGE, REGRESSION
 from sylva_train.pretrained import load_model
 
 from .progress import Report
@@ -242,8 +248,8 @@ def divide(examples: TextDataset, seed: int) -> tuple[TextDataset, TextDataset]:
 def check_metric(config: TaskConfig) -> None:
     """Raise `ConfigError` for a metric of another task, before hours of training."""
     if config.metric is not None:
-        known = CLASSIFICATION if config.task == "classification" else LANGUAGE
-        check_choice("metric", config.metric, known)
+        known = {"classification": CLASSIFICATION, "regression": REGRESSION}
+        check_choice("metric", config.metric, known.get(config.task, LANGUAGE))
 
 
 def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> Task:
@@ -274,6 +280,12 @@ def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> 
     check_metric(config)
     training, held_out = read_data(config, seed=seed, evaluation=evaluation)
     assert training is not None
+    if config.metric == "f1-binary" and len(training.label_names) != 2:
+        msg = (
+            f"`metric` 'f1-binary' is for two classes; {training.name} has"
+            f" {len(training.label_names)}."
+        )
+        raise ConfigError(msg)
     model, tokenizer = load_model(
         config.model,
         task=config.task,
@@ -285,8 +297,8 @@ def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> 
 
 
 def heads(model: nn.Module, task: str) -> list[str] | None:
-    """Names of the modules that a new task trains whole: a classification head."""
-    if task != "classification":
+    """Names of the modules that a new task trains whole: a head on labels."""
+    if task not in LABELLED:
         return None
     backbone = getattr(model, "base_model", model)
     names = [n for n, child in model.named_children() if child is not backbone]
