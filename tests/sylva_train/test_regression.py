@@ -26,23 +26,19 @@ from sylva_train import (
     predict,
     score,
 )
-from tests.sylva_train.jobs import STEPS, sylva, sylva_config, task, told, training
+from tests.sylva_train.jobs import (
+    STEPS,
+    sylva,
+    sylva_config,
+    task,
+    told,
+    training,
+    write_pairs,
+)
 from tests.sylva_train.test_evaluation import fixed
 from tests.sylva_train.words import TINY, save_folder
 
 PAIRS = {"task": "regression", "text_column": ["one", "two"], "label_column": "score"}
-
-
-def write_pairs(path: Path, count: int = 24) -> Path:
-    """Pairs of letters and how many of them two sentences share."""
-    choose = np.random.default_rng(0)
-    rows = []
-    for _ in range(count):
-        one, two = choose.choice(list("abcdef"), (2, 3)).tolist()
-        near = len(set(one) & set(two)) + 0.25
-        rows.append({"one": " ".join(one), "two": " ".join(two), "score": near})
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module", params=["mean", "native"])

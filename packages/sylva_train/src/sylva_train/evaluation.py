@@ -34,6 +34,12 @@ REGRESSION = ("pearson", "spearman", "mse")
 LANGUAGE = ("perplexity", "loss", "token_accuracy")
 
 
+def known_metrics(task: str) -> tuple[str, ...]:
+    """Return the metrics of a task, the default one first."""
+    known = {"classification": CLASSIFICATION, "regression": REGRESSION}
+    return known.get(task, LANGUAGE)
+
+
 def evaluate(
     model: nn.Module,
     loader: Iterable[Mapping[str, torch.Tensor]],
@@ -262,10 +268,16 @@ def prediction_metrics(
 
 def regression_metrics(parts: list[dict[str, Any]]) -> dict[str, float]:
     """Return the metrics of a regression."""
+    logits = torch.cat([part["logits"] for part in parts])
+    labels = torch.cat([part["labels"] for part in parts])
+    return number_metrics(labels.numpy(), logits.squeeze(-1).numpy())
+
+
+def number_metrics(truth: np.ndarray, guess: np.ndarray) -> dict[str, float]:
+    """Return how well predicted numbers agree with the true ones."""
     from scipy.stats import pearsonr, spearmanr
 
-    guess = torch.cat([part["logits"] for part in parts]).squeeze(-1).double().numpy()
-    truth = torch.cat([part["labels"] for part in parts]).double().numpy()
+    truth, guess = truth.astype(np.float64), guess.astype(np.float64)
     # 0 by convention for constants, of which SciPy warns.
     varied = np.ptp(guess) > 0 and np.ptp(truth) > 0
     return {

@@ -265,7 +265,7 @@ def inspect_command(path: Path, json: bool = False) -> None:
 
 @command(
     omit={
-        "task", "target_column", "importance", "curvature", "seed", "lr", "save_every",
+        "target_column", "importance", "curvature", "seed", "lr", "save_every",
         "modules_to_save", "max_columns", "memory_budget",
     },
     output="Folder for results.json, report.html, table.md.",

@@ -7,6 +7,7 @@ from typing import Any
 
 from sylva_train._checks import atomic_write
 from sylva_train.comparison import Comparison, Event, compare
+from sylva_train.evaluation import known_metrics
 from sylva_train.report import markdown_table, write_report
 from sylva_train.workflow import Progress, duration
 
@@ -33,7 +34,7 @@ def run_comparison(
     command: str,
 ) -> dict[str, Any]:
     """Run a comparison with its progress on stderr, and write its report."""
-    metric = comparison.task.metric or "accuracy"
+    metric = comparison.task.metric or known_metrics(comparison.task.task)[0]
     with Progress(enabled=not quiet) as bars:
 
         def watch(event: Event) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from sylva_train._checks import ConfigError, check_integer, check_positive
 from sylva_train.baselines import parse_method
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
+from sylva_train.data import LABELLED
+from sylva_train.evaluation import REGRESSION
 
 __all__ = [
     "DEMO",
@@ -33,8 +35,8 @@ LEARNING_RATES = {
     "sylva": 4e-3,
 }
 
-#: Metrics of classes alone, without logits: those of a linear head on frozen features.
-CLASSES_ALONE = ("accuracy", "f1", "f1-binary", "mcc")
+#: Metrics of predictions alone, without logits: those of a head on frozen features.
+OF_PREDICTIONS = ("accuracy", "f1", "f1-binary", "mcc", *REGRESSION)
 
 #: Methods of the short comparison.
 DEMO = ("frozen", "full", "lora", "sylva:kfac:mlr", "sylva:random")
@@ -75,7 +77,7 @@ class Comparison:
     ------
     ConfigError
         If a method or the method of a rate is unknown, or there is no seed, or the task
-        is not classification, or its metric not one that ``"frozen"`` is scored by.
+        has no labels, or its metric not one that ``"frozen"`` is scored by.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -98,16 +100,17 @@ class Comparison:
             check_positive("learning_rates", rate)
             rates[name if name in LEARNING_RATES else parse_method(name).name] = rate
         object.__setattr__(self, "learning_rates", rates)
-        if "frozen" in names and self.task.metric not in {None, *CLASSES_ALONE}:
+        if "frozen" in names and self.task.metric not in {None, *OF_PREDICTIONS}:
             msg = (
                 f"`metric` {self.task.metric!r} is not one that frozen features are"
-                f" scored by; take one of {', '.join(CLASSES_ALONE)}, or leave the method"
+                f" scored by; take one of {', '.join(OF_PREDICTIONS)}, or leave the method"
                 " out of `methods`."
             )
             raise ConfigError(msg)
-        if self.task.task != "classification":
+        if self.task.task not in LABELLED:
             msg = (
-                f"`task` must be classification to be compared; got {self.task.task!r}."
+                f"`task` must be {' or '.join(LABELLED)} to be compared; got"
+                f" {self.task.task!r}."
             )
             raise ConfigError(msg)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sylva_train._checks import ConfigError
-from sylva_train.evaluation import METRICS
+from sylva_train.evaluation import METRICS, known_metrics
 from sylva_train.training import pick_device
 from sylva_train.workflow import evaluated_on
 
@@ -51,7 +51,7 @@ def gather(
 def setup(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return on what, with what and when a comparison was run."""
     task, training = comparison.task, comparison.training
-    metric = task.metric or "accuracy"
+    metric = task.metric or known_metrics(task.task)[0]
     device = pick_device(training.device)
     packages = ("sylva-train", "hmatrix", "torch", "transformers", "peft", "numpy")
     steps = max((len(row["history"]) for row in rows), default=0)

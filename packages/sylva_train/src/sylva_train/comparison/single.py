@@ -22,7 +22,12 @@ from sylva_train.baselines import (
 )
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.curvature import describe_factor
-from sylva_train.evaluation import evaluate, prediction_metrics
+from sylva_train.evaluation import (
+    evaluate,
+    known_metrics,
+    number_metrics,
+    prediction_metrics,
+)
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.pretrained import pooled_features, quiet
@@ -80,10 +85,13 @@ def run_frozen(task: Task, training: TrainingConfig, tell: Tell) -> dict[str, An
         task.model, task.eval_loader(), progress=stage(tell, "evaluating")
     )
     predictions, size = probe(features, labels, eval_features, seed=training.seed)
-    classes = len(task.train.label_names)
-    metrics = prediction_metrics(eval_labels, predictions, classes)
+    if task.config.task == "regression":
+        metrics = number_metrics(eval_labels, predictions)
+    else:
+        classes = len(task.train.label_names)
+        metrics = prediction_metrics(eval_labels, predictions, classes)
     return {
-        "score": metrics[task.config.metric or "accuracy"],
+        "score": metrics[task.config.metric or known_metrics(task.config.task)[0]],
         "metrics": metrics,
         "trainable": 0,
         "trainable_head": size,

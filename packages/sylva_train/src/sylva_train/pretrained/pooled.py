@@ -209,8 +209,8 @@ def pooled_features(
     -------
     features : numpy.ndarray, shape (n, width), float32
         In the order of the data set.
-    labels : numpy.ndarray, shape (n,), int64
-        Classes.
+    labels : numpy.ndarray, shape (n,)
+        Classes (int64) or numbers (float32).
     """
     backbone = cast(nn.Module, model.base_model)
     device = next(model.parameters()).device

@@ -20,7 +20,7 @@ from sylva_train.data import (
     builtin_names,
     load_data,
 )
-from sylva_train.evaluation import CLASSIFICATION, LANGUAGE, REGRESSION
+from sylva_train.evaluation import known_metrics
 from sylva_train.pretrained import load_model
 
 from .progress import Report
@@ -248,8 +248,7 @@ def divide(examples: TextDataset, seed: int) -> tuple[TextDataset, TextDataset]:
 def check_metric(config: TaskConfig) -> None:
     """Raise `ConfigError` for a metric of another task, before hours of training."""
     if config.metric is not None:
-        known = {"classification": CLASSIFICATION, "regression": REGRESSION}
-        check_choice("metric", config.metric, known.get(config.task, LANGUAGE))
+        check_choice("metric", config.metric, known_metrics(config.task))
 
 
 def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> Task:
