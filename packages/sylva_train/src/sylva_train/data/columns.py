@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,9 +27,17 @@ TASKS = ("classification", "regression", "causal-lm", "seq2seq")
 #: Those with a label for each text: a class or a number.
 LABELLED = ("classification", "regression")
 
-# Column names that are taken where none is given, whatever their case.
+# Column names that are taken where none is given, whatever their case; the pairs are
+# GLUE's: RTE and STS-B (and MNLI's own files), MNLI, QQP, QNLI, MRPC.
 TEXT_NAMES = ("text", "sentence", "input", "prompt", "content")
-LABEL_NAMES = ("label", "labels", "class")
+PAIR_NAMES = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("#1 string", "#2 string"),
+)
+LABEL_NAMES = ("label", "labels", "class", "gold_label", "is_duplicate", "quality")
 NUMBER_NAMES = ("score", "label", "labels")
 NAMES = {"classification": LABEL_NAMES, "regression": NUMBER_NAMES}
 TARGET_NAMES = ("target", "output", "completion", "response", "answer")
@@ -56,7 +65,10 @@ def header_test(header: bool | None, named: Sequence[str], task: str) -> HeaderT
     if header is not None:
         return lambda *_: header
     # Both must be there: a single word may well be somebody's first sentence.
-    needed = [TEXT_NAMES, NAMES.get(task, TARGET_NAMES)]
+    needed = [
+        (*TEXT_NAMES, *itertools.chain(*PAIR_NAMES)),
+        NAMES.get(task, TARGET_NAMES),
+    ]
     if task == "causal-lm":
         needed.pop()
     return lambda fields, suffix: (
@@ -125,6 +137,13 @@ def pick_column(
     raise DataError(msg)
 
 
+def pair_of(table: Table) -> list[str | int]:
+    """Return the two columns of a table's pairs of texts, if it has such."""
+    plain = {folded(column): column for column in table.columns}
+    found = (pair for pair in PAIR_NAMES if plain.keys() >= set(pair))
+    return [plain[name] for name in next(found, ())]
+
+
 def choose_columns(
     table: Table,
     texts: Sequence[str | int],
@@ -149,6 +168,8 @@ def choose_columns(
         msg = f"`label_column` is for `task` {' and '.join(LABELLED)}; got {task!r}."
         raise ConfigError(msg)
     number, label_number = HEADERLESS.get(table.width, (None, None))
+    if not texts and "text_column" not in info and task in LABELLED:
+        texts = pair_of(table)
     if not texts:
         default = info.get("text_column")
         first = pick_column(table, "text_column", default, TEXT_NAMES, number)

@@ -104,20 +104,23 @@ def load_data(
     ----------
     spec : str or Path
         A built-in task (`builtin_names`); a file (``.csv``, ``.tsv``, ``.jsonl``,
-        ``.json``, ``.parquet``, and ``.txt`` with a text a paragraph); a folder with
-        files named after the splits; or, for `datasets.load_dataset`, ``"name"`` or
-        ``"name:configuration"``.
+        ``.json``, ``.parquet``, and ``.txt`` with a text a paragraph; with ``.gz`` after
+        it if it is compressed); a folder with files named after the splits, such as
+        GLUE's, or written by ``save_to_disk``; or, for `datasets.load_dataset`,
+        ``"name"`` or ``"name:configuration"``.
     task : str
         ``"classification"``: texts with labels; ``"regression"``: texts with numbers;
         ``"causal-lm"``: texts, or prompts with targets; ``"seq2seq"``: texts with
         targets.
     split : str, optional
         Part of a built-in task, a folder or a `datasets` name; ``"train"`` by default. A
-        folder's ``dev`` answers to ``"validation"``.
+        folder's ``dev`` answers to ``"validation"``, its ``dev_matched`` to
+        ``"validation_matched"``.
     text_column : str, int or two of them, optional
         Column of the texts, by name or (in ``.csv`` and ``.tsv``) number from 0; two
-        columns make pairs. By default the first of `TEXT_NAMES`; without a header the
-        second of two (SST-2) or the last of four (CoLA).
+        columns make pairs. By default GLUE's pairs (`PAIR_NAMES`), or the first of
+        `TEXT_NAMES`; without a header the second of two (SST-2) or the last of four
+        (CoLA).
     label_column : str or int, optional
         Column of the labels, strings or integers; by default the first of
         `LABEL_NAMES`, or for numbers of `NUMBER_NAMES`; without a header the first of
@@ -196,6 +199,25 @@ def text_of(table: Table, line: int, row: Row, column: str | int) -> str:
     return value
 
 
+def pair_in(
+    table: Table, line: int, row: Row, columns: Sequence[str | int]
+) -> tuple[str, str]:
+    """Return a row's two texts, of which one may be blank: some of QQP's are.
+
+    Raises
+    ------
+    DataError
+        If a text is missing or both are blank.
+    """
+    first, second = (
+        "" if row.get(column) == "" else text_of(table, line, row, column)
+        for column in columns
+    )
+    if not first and not second:
+        text_of(table, line, row, columns[0])
+    return first, second
+
+
 def label_of(table: Table, line: int, row: Row, column: str | int) -> str:
     """Return a row's label as a string.
 
@@ -266,8 +288,10 @@ def build(
     """
     texts: list[Text] = []
     for line, row in table.rows:
-        parts = [text_of(table, line, row, column) for column in text_columns]
-        texts.append(parts[0] if len(parts) == 1 else (parts[0], parts[1]))
+        if len(text_columns) == 1:
+            texts.append(text_of(table, line, row, text_columns[0]))
+        else:
+            texts.append(pair_in(table, line, row, text_columns))
     targets = []
     if target_column is not None:
         targets = [text_of(table, n, row, target_column) for n, row in table.rows]
