@@ -61,7 +61,7 @@ def test_mnli_has_two_dev_sets(tmp_path):
         load_data(folder, split="validation")
 
 
-def test_quotes_and_returns_of_rte_stay_in_their_row(tmp_path):
+def test_quotes_of_rte_do_not_join_rows(tmp_path):
     rows = [f'{n}\t"a {n}\tb" {n}\tentailment' for n in range(3)]
     rows += ["3\tc\td\tnot_entailment"]
     text = "\n".join(["index\tsentence1\tsentence2\tlabel", *rows])

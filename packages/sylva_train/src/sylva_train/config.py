@@ -377,6 +377,8 @@ class TaskConfig:
         Columns of the data, where their usual names do not tell; two of texts make pairs.
     limit, eval_limit : int, optional
         Examples to keep at most.
+    per_task : int
+        Instances of each task of Super-NaturalInstructions at most.
     max_length : int
         Tokens after which a text is cut.
     pooling : str
@@ -401,6 +403,7 @@ class TaskConfig:
     target_column: str | int | None = None
     limit: int | None = None
     eval_limit: int | None = None
+    per_task: int = 100
     max_length: int = 128
     pooling: str = "auto"
     metric: str | None = None
@@ -411,6 +414,7 @@ class TaskConfig:
         )
         check_choice("pooling", self.pooling, ("auto", "mean", "native"))
         check_integer("max_length", self.max_length, 2)
+        check_integer("per_task", self.per_task, 1)
         for name in ("limit", "eval_limit"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)

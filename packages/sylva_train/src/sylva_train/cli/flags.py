@@ -111,6 +111,12 @@ FLAGS: dict[str, Flag] = {
     "eval_limit": flag(
         int | None, TASK, "Most examples to evaluate on; all without it.", metavar="N"
     ),
+    "per_task": flag(
+        int,
+        TASK,
+        "Most instances of each task of Super-NaturalInstructions.",
+        metavar="N",
+    ),
     "max_length": flag(
         int, TASK, "Length at which texts are cut, in tokens.", metavar="N"
     ),

@@ -22,6 +22,7 @@ from .columns import (
     without_header,
 )
 from .files import Row, Table
+from .prompts import as_prompts
 from .sources import find_table
 
 __all__ = ["LABELLED", "TASKS", "TextDataset", "load_data"]
@@ -48,6 +49,9 @@ class TextDataset:
         The classes.
     targets : list of str
         For generation: what is to follow each prompt; otherwise empty.
+    shorter : list of tuple of str
+        Shorter forms of each text, the longest first, for where it is too long; empty
+        where there are none.
     """
 
     name: str
@@ -56,6 +60,7 @@ class TextDataset:
     labels: list[int] | list[float] = field(default_factory=list)
     label_names: list[str] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
+    shorter: list[tuple[str, ...]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -75,6 +80,7 @@ class TextDataset:
             texts=pick(self.texts),
             labels=pick(self.labels),
             targets=pick(self.targets),
+            shorter=pick(self.shorter),
         )
 
     def sample(self, limit: int | None, seed: int = 0) -> TextDataset:
@@ -95,6 +101,7 @@ def load_data(
     target_column: str | int | None = None,
     labels: Sequence[str | int] | None = None,
     limit: int | None = None,
+    per_task: int = 100,
     seed: int = 0,
     header: bool | None = None,
 ) -> TextDataset:
@@ -106,8 +113,8 @@ def load_data(
         A built-in task (`builtin_names`); a file (``.csv``, ``.tsv``, ``.jsonl``,
         ``.json``, ``.parquet``, and ``.txt`` with a text a paragraph; with ``.gz`` after
         it if it is compressed); a folder with files named after the splits, such as
-        GLUE's, or written by ``save_to_disk``; or, for `datasets.load_dataset`,
-        ``"name"`` or ``"name:configuration"``.
+        GLUE's, or written by ``save_to_disk``; the folder of Super-NaturalInstructions;
+        or, for `datasets.load_dataset`, ``"name"`` or ``"name:configuration"``.
     task : str
         ``"classification"``: texts with labels; ``"regression"``: texts with numbers;
         ``"causal-lm"``: texts, or prompts with targets; ``"seq2seq"``: texts with
@@ -133,8 +140,10 @@ def load_data(
         that the source states, else numbers by value or strings by alphabet.
     limit : int, optional
         Examples to keep at most: a random choice, in the order of the file.
+    per_task : int
+        Instances of each task of Super-NaturalInstructions at most; Tk-Instruct's 100.
     seed : int
-        Seed of that choice.
+        Seed of these choices.
     header : bool, optional
         Whether the first row of a ``.csv`` or ``.tsv`` names the columns. By default it
         does in a ``.csv``, unless the columns are given by number and its label is one
@@ -163,13 +172,16 @@ def load_data(
     check_choice("task", task, TASKS)
     if limit is not None:
         check_integer("limit", limit, 1)
+    check_integer("per_task", per_task, 1)
     check_integer("seed", seed, 0)
     texts = columns_of(text_column)
     # A command line gives numbers as strings.
     asked = (*texts, label_column, target_column)
     named = [c for c in asked if isinstance(c, str) and not c.isdecimal()]
     is_header = header_test(header, named, task)
-    table, info = find_table(spec, split, is_header)
+    table, info = find_table(spec, split, is_header, per_task=per_task, seed=seed)
+    if task not in LABELLED and not texts and target_column is None:
+        table = as_prompts(table)
     if header is None and not named and label_column is not None:
         table = without_header(table, int(label_column), task)
     if task == "regression" and labels is not None:
@@ -178,7 +190,8 @@ def load_data(
     chosen = choose_columns(table, texts, label_column, target_column, task, info)
     if labels is None:
         labels = info.get("labels") or table.label_names or None
-    return build(table, task, *chosen, labels=labels).sample(limit, seed)
+    data = build(table, task, *chosen, labels=labels)
+    return replace(data, shorter=list(table.shorter)).sample(limit, seed)
 
 
 def text_of(table: Table, line: int, row: Row, column: str | int) -> str:

@@ -49,6 +49,8 @@ class Table:
         numbers as well as to names.
     label_names : tuple of str
         Names of the classes, where the source itself orders them.
+    shorter : tuple of tuple of str
+        Shorter forms of each row's text, the longest first, where there are some.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Table:
     width: int
     rows: list[tuple[int, Row]]
     label_names: tuple[str, ...] = ()
+    shorter: tuple[tuple[str, ...], ...] = ()
 
 
 def decode(name: str, data: bytes) -> str:

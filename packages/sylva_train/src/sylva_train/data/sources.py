@@ -22,6 +22,7 @@ from .files import (
     named_table,
     read_table,
 )
+from .instructions import is_instructions, read_instructions
 
 __all__ = ["builtin_names", "find_table"]
 
@@ -65,6 +66,9 @@ def find_table(
     spec: str | Path,
     split: str | None,
     is_header: HeaderTest,
+    *,
+    per_task: int = 100,
+    seed: int = 0,
 ) -> tuple[Table, dict[str, Any]]:
     """Return the rows of a source, and what a built-in task states about itself.
 
@@ -81,6 +85,9 @@ def find_table(
         table = read_table(source, is_header)
         return replace(table, name=f"{spec}/{Path(source.name).stem}"), info
     path = Path(spec).expanduser()
+    if is_instructions(path):
+        names = names_of(split or "train")
+        return read_instructions(path, names, per_task=per_task, seed=seed), {}
     if path.is_dir():
         sources = find_split(path, split or "train", str(path))
         return joined([read_table(source, is_header) for source in sources]), {}
@@ -117,6 +124,11 @@ def stem_of(name: str) -> str:
     return SHARD.sub("", Path(name.removesuffix(".gz")).stem)
 
 
+def names_of(split: str) -> tuple[str, ...]:
+    """Return the names under which folders keep a split."""
+    return next((group for group in SPLITS if split in group), (split,))
+
+
 def files_in(folder: Path | Traversable) -> list[Path | Traversable]:
     """Return a folder's data files."""
     return [
@@ -136,7 +148,7 @@ def find_split(
     DataError
         If the folder has none, or more than one.
     """
-    names = next((group for group in SPLITS if split in group), (split,))
+    names = names_of(split)
     every = files_in(folder)
     inner = {entry.name: entry for entry in folder.iterdir() if entry.is_dir()}
     if not every and "data" in inner:

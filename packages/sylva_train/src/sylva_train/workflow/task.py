@@ -196,6 +196,7 @@ def read_data(
         "label_column": config.label_column,
         "target_column": config.target_column,
         "task": config.task,
+        "per_task": config.per_task,
         "seed": seed,
     }
     single = is_file(config.data)
