@@ -36,6 +36,18 @@ def write_data(path: Path, count: int = 40, seed: int = 0) -> Path:
     return path
 
 
+def write_pairs(path: Path, count: int = 24) -> Path:
+    """Pairs of letters and how many of them two sentences share."""
+    choose = random.Random(0)
+    rows = []
+    for _ in range(count):
+        one, two = choose.choices("abcdef", k=3), choose.choices("abcdef", k=3)
+        near = len(set(one) & set(two)) + 0.25
+        rows.append({"one": " ".join(one), "two": " ".join(two), "score": near})
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
 def task(home: Path, **options) -> TaskConfig:
     values = {"model": str(home / "model"), "data": str(home / "train.jsonl")}
     return TaskConfig(**(values | {"max_length": 16} | options))

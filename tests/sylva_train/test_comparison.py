@@ -39,6 +39,7 @@ from tests.sylva_train.jobs import (
     sylva,
     told,
     write_data,
+    write_pairs,
 )
 from tests.sylva_train.words import save_folder
 
@@ -280,6 +281,24 @@ def test_frozen_features_are_scored_by_the_metric(here, home, tmp_path):
     assert row["score"] == row["metrics"]["f1"]
     with pytest.raises(ConfigError, match="leave the method out"):
         plan(home, task=jobs.task(home, metric="loss"), **methods)
+
+
+def test_methods_are_compared_on_a_regression(here, home, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    options = [
+        "--model", home / "model", "--data", pairs, "--text-column", "one,two",
+        "--task", "regression", "--max-length", 16, "--block-size", 8, "--steps", 2,
+        "--density", 0.2, "--samples", 8, "--batch-size", 8, "--seeds", 0,
+        "--methods", "frozen,full,lora,sylva:kfac",
+    ]  # fmt: skip
+    result = sylva("compare", tmp_path / "out", *options)
+    assert "pearson" in result.stderr
+    results = load_results(tmp_path / "out" / "results.json")
+    assert (results["setup"]["metric"], results["setup"]["labels"]) == ("pearson", [])
+    for row in results["runs"]:
+        assert set(row["metrics"]) >= {"pearson", "spearman", "mse"}
+        assert row["score"] == row["metrics"]["pearson"]
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_methods_rate_goes_before_its_kinds(home):

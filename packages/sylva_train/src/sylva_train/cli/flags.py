@@ -74,7 +74,9 @@ FLAGS: dict[str, Flag] = {
     "model": flag(
         str, TASK, "minilm, a folder, or a name on the hub.", metavar="NAME|DIR"
     ),
-    "task": flag(str, TASK, "classification, causal-lm or seq2seq.", metavar="TASK"),
+    "task": flag(
+        str, TASK, "classification, regression, causal-lm or seq2seq.", metavar="TASK"
+    ),
     "data": flag(
         str,
         TASK,
@@ -98,7 +100,7 @@ FLAGS: dict[str, Flag] = {
         metavar="COLUMN",
     ),
     "label_column": flag(
-        str | None, TASK, "Column of the labels, likewise.", metavar="COLUMN"
+        str | None, TASK, "Column of the labels or numbers, likewise.", metavar="COLUMN"
     ),
     "target_column": flag(
         str | None, TASK, "Column of the texts to generate, likewise.", metavar="COLUMN"
@@ -109,6 +111,12 @@ FLAGS: dict[str, Flag] = {
     "eval_limit": flag(
         int | None, TASK, "Most examples to evaluate on; all without it.", metavar="N"
     ),
+    "per_task": flag(
+        int,
+        TASK,
+        "Most instances of each task of Super-NaturalInstructions.",
+        metavar="N",
+    ),
     "max_length": flag(
         int, TASK, "Length at which texts are cut, in tokens.", metavar="N"
     ),
@@ -118,7 +126,8 @@ FLAGS: dict[str, Flag] = {
     "metric": flag(
         str | None,
         TASK,
-        f"Score to report: {either(METRICS)}; by default accuracy or perplexity.",
+        f"Score to report: {either(METRICS)}; by default accuracy,"
+        " pearson or perplexity.",
         metavar="METRIC",
     ),
     "max_new_tokens": flag(

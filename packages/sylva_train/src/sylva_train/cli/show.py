@@ -44,8 +44,8 @@ __all__ = [
 
 #: Metrics that are fractions.
 FRACTIONS = {
-    "accuracy", "f1", "token_accuracy", "meteor", "rouge_l", "exact_match", "answer",
-    "choice",
+    "accuracy", "f1", "f1-binary", "token_accuracy", "meteor", "rouge_l", "exact_match",
+    "answer", "choice",
 }  # fmt: skip
 #: Columns where the output is not a terminal: nothing should be cut off in a file.
 WIDE = 160

@@ -10,6 +10,8 @@ from typing import Any
 from sylva_train._checks import ConfigError, check_integer, check_positive
 from sylva_train.baselines import METHODS, parse_method
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
+from sylva_train.data import LABELLED
+from sylva_train.evaluation import REGRESSION, known_metrics
 
 from .jobs import Job
 
@@ -36,11 +38,8 @@ LEARNING_RATES = {
     "sylva": 4e-3,
 }
 
-#: Score to report of each kind of task, unless another is asked for.
-METRIC = {"classification": "accuracy"}
-
-#: Metrics of classes alone, without logits: those of a linear head on frozen features.
-CLASSES_ALONE = ("accuracy", "f1", "mcc")
+#: Metrics of predictions alone, without logits: those of a head on frozen features.
+OF_PREDICTIONS = ("accuracy", "f1", "f1-binary", "mcc", *REGRESSION)
 
 #: Methods of the short comparison.
 DEMO = ("frozen", "full", "lora", "sylva:kfac:mlr", "sylva:random")
@@ -81,8 +80,8 @@ class Comparison:
     ------
     ConfigError
         If a method or the method of a rate is unknown, or there is no seed, or
-        ``"frozen"`` is among the methods of a task that is not classification, or of one
-        whose metric it is not scored by.
+        ``"frozen"`` is among the methods of a task without labels, or of one whose
+        metric it is not scored by.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -107,16 +106,16 @@ class Comparison:
         object.__setattr__(self, "learning_rates", rates)
         if "frozen" not in names:
             return
-        if self.task.task != "classification":
+        if self.task.task not in LABELLED:
             msg = (
-                "`methods`: frozen features are classified; leave out 'frozen' for"
-                f" `task` {self.task.task!r}."
+                f"`methods`: 'frozen' is for `task` {' or '.join(LABELLED)}; leave it out"
+                f" for {self.task.task!r}."
             )
             raise ConfigError(msg)
-        if self.task.metric not in {None, *CLASSES_ALONE}:
+        if self.task.metric not in {None, *OF_PREDICTIONS}:
             msg = (
                 f"`metric` {self.task.metric!r} is not one that frozen features are"
-                f" scored by; take one of {', '.join(CLASSES_ALONE)}, or leave the method"
+                f" scored by; take one of {', '.join(OF_PREDICTIONS)}, or leave the method"
                 " out of `methods`."
             )
             raise ConfigError(msg)
@@ -124,7 +123,7 @@ class Comparison:
     @property
     def metric(self) -> str:
         """The score that is reported."""
-        return self.task.metric or METRIC.get(self.task.task, "perplexity")
+        return self.task.metric or known_metrics(self.task.task)[0]
 
     def rate(self, method: str) -> float:
         """Return a method's peak learning rate."""
@@ -162,7 +161,7 @@ class Comparison:
 
 def suited(task: str) -> tuple[str, ...]:
     """Return the methods that a kind of task can be compared by."""
-    frozen = task == "classification"
+    frozen = task in LABELLED
     return tuple(name for name in METHODS if frozen or name != "frozen")
 
 

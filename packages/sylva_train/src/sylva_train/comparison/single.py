@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -23,7 +22,12 @@ from sylva_train.baselines import (
 )
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.curvature import describe_factor
-from sylva_train.evaluation import evaluate
+from sylva_train.evaluation import (
+    evaluate,
+    known_metrics,
+    number_metrics,
+    prediction_metrics,
+)
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.pretrained import pooled_features, quiet
@@ -81,26 +85,18 @@ def run_frozen(task: Task, training: TrainingConfig, tell: Tell) -> dict[str, An
         task.model, task.eval_loader(), progress=stage(tell, "evaluating")
     )
     predictions, size = probe(features, labels, eval_features, seed=training.seed)
-    metrics = prediction_metrics(eval_labels, predictions)
+    if task.config.task == "regression":
+        metrics = number_metrics(eval_labels, predictions)
+    else:
+        classes = len(task.train.label_names)
+        metrics = prediction_metrics(eval_labels, predictions, classes)
     return {
-        "score": metrics[task.config.metric or "accuracy"],
+        "score": metrics[task.config.metric or known_metrics(task.config.task)[0]],
         "metrics": metrics,
         "trainable": 0,
         "trainable_head": size,
         "train_seconds": time.perf_counter() - begin,
         "adapter_bytes": size * 4,
-    }
-
-
-def prediction_metrics(truth: np.ndarray, guess: np.ndarray) -> dict[str, float]:
-    """Return the metrics of `sylva_train.evaluate` that classes alone give."""
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
-    several = len(np.union1d(truth, guess)) > 1
-    return {
-        "accuracy": float(accuracy_score(truth, guess)),
-        "f1": float(f1_score(truth, guess, average="macro", zero_division=0.0)),
-        "mcc": float(matthews_corrcoef(truth, guess)) if several else 0.0,
     }
 
 

@@ -1,10 +1,11 @@
 """Data sets from files, and batches of them in an order that can be repeated."""
 
-from .dataset import TASKS, TextDataset, load_data
+from .dataset import LABELLED, TASKS, TextDataset, load_data
 from .loader import Loader, prompt_ids, spaced
 from .sources import builtin_names
 
 __all__ = [
+    "LABELLED",
     "TASKS",
     "Loader",
     "TextDataset",

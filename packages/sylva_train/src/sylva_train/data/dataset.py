@@ -12,22 +12,23 @@ import numpy as np
 
 from sylva_train._checks import ConfigError, DataError, check_choice, check_integer
 
-from .files import HeaderTest, Row, Table, other_separator
+from .columns import (
+    LABELLED,
+    TASKS,
+    choose_columns,
+    columns_of,
+    header_test,
+    number_in,
+    without_header,
+)
+from .files import Row, Table
+from .prompts import as_prompts
 from .sources import find_table
 
-__all__ = ["TASKS", "TextDataset", "load_data"]
+__all__ = ["LABELLED", "TASKS", "TextDataset", "load_data"]
 
-#: What a data set is for; the first is the default.
-TASKS = ("classification", "causal-lm", "seq2seq")
-
-# Column names that are taken where none is given, whatever their case.
-TEXT_NAMES = ("text", "sentence", "input", "prompt", "content")
-LABEL_NAMES = ("label", "labels", "class")
+#: Column of the part of the data that a row belongs to.
 GROUP_NAME = "subject"
-TARGET_NAMES = ("target", "output", "completion", "response", "answer")
-# Files without a header: GLUE's SST-2 is label, sentence; CoLA is source, label, mark,
-# sentence.
-HEADERLESS = {1: (0, None), 2: (1, 0), 4: (3, 1)}
 
 Text = str | tuple[str, str]
 
@@ -44,8 +45,9 @@ class TextDataset:
         One of `TASKS`.
     texts : list of str or of (str, str)
         Texts, or pairs of them; the prompts, where there are targets.
-    labels : list of int
-        For classification: indices into ``label_names``; otherwise empty.
+    labels : list of int or of float
+        For classification: indices into ``label_names``; for regression: the numbers;
+        otherwise empty.
     label_names : list of str
         The classes.
     targets : list of str
@@ -53,15 +55,19 @@ class TextDataset:
     groups : list of str
         Part of the data that each text belongs to, such as its subject, where that is
         known; otherwise empty.
+    shorter : list of tuple of str
+        Shorter forms of each text, the longest first, for where it is too long; empty
+        where there are none.
     """
 
     name: str
     task: str
     texts: list[Text]
-    labels: list[int] = field(default_factory=list)
+    labels: list[int] | list[float] = field(default_factory=list)
     label_names: list[str] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
+    shorter: list[tuple[str, ...]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -82,6 +88,7 @@ class TextDataset:
             labels=pick(self.labels),
             targets=pick(self.targets),
             groups=pick(self.groups),
+            shorter=pick(self.shorter),
         )
 
     def sample(self, limit: int | None, seed: int = 0) -> TextDataset:
@@ -111,6 +118,7 @@ def load_data(
     target_column: str | int | None = None,
     labels: Sequence[str | int] | None = None,
     limit: int | None = None,
+    per_task: int = 100,
     seed: int = 0,
     header: bool | None = None,
 ) -> TextDataset:
@@ -120,22 +128,27 @@ def load_data(
     ----------
     spec : str or Path
         A built-in task (`builtin_names`); a file (``.csv``, ``.tsv``, ``.jsonl``,
-        ``.json``, ``.parquet``, and ``.txt`` with a text a paragraph); a folder with
-        files named after the splits; or, for `datasets.load_dataset`, ``"name"`` or
-        ``"name:configuration"``.
+        ``.json``, ``.parquet``, and ``.txt`` with a text a paragraph; with ``.gz`` after
+        it if it is compressed); a folder with files named after the splits, such as
+        GLUE's, or written by ``save_to_disk``; the folder of Super-NaturalInstructions;
+        or, for `datasets.load_dataset`, ``"name"`` or ``"name:configuration"``.
     task : str
-        ``"classification"``: texts with labels; ``"causal-lm"``: texts, or prompts with
-        targets; ``"seq2seq"``: texts with targets.
+        ``"classification"``: texts with labels; ``"regression"``: texts with numbers;
+        ``"causal-lm"``: texts, or prompts with targets; ``"seq2seq"``: texts with
+        targets.
     split : str, optional
         Part of a built-in task, a folder or a `datasets` name; ``"train"`` by default. A
-        folder's ``dev`` answers to ``"validation"``.
+        folder's ``dev`` answers to ``"validation"``, its ``dev_matched`` to
+        ``"validation_matched"``.
     text_column : str, int or two of them, optional
         Column of the texts, by name or (in ``.csv`` and ``.tsv``) number from 0; two
-        columns make pairs. By default the first of `TEXT_NAMES`; without a header the
-        second of two (SST-2) or the last of four (CoLA).
+        columns make pairs. By default GLUE's pairs (`PAIR_NAMES`), or the first of
+        `TEXT_NAMES`; without a header the second of two (SST-2) or the last of four
+        (CoLA).
     label_column : str or int, optional
         Column of the labels, strings or integers; by default the first of
-        `LABEL_NAMES`; without a header the first of two or the second of four.
+        `LABEL_NAMES`, or for numbers of `NUMBER_NAMES`; without a header the first of
+        two or the second of four.
     target_column : str or int, optional
         Column of the targets; by default the first of `TARGET_NAMES`. A causal language
         model is trained on whole texts where there is none. A list of targets (JSON)
@@ -145,8 +158,10 @@ def load_data(
         that the source states, else numbers by value or strings by alphabet.
     limit : int, optional
         Examples to keep at most: a random choice, in the order of the file.
+    per_task : int
+        Instances of each task of Super-NaturalInstructions at most; Tk-Instruct's 100.
     seed : int
-        Seed of that choice.
+        Seed of these choices.
     header : bool, optional
         Whether the first row of a ``.csv`` or ``.tsv`` names the columns. By default it
         does in a ``.csv``, unless the columns are given by number and its label is one
@@ -161,8 +176,8 @@ def load_data(
     ------
     DataError
         If the source or a column cannot be found, or a row cannot be used: wrong number
-        of fields, bad JSON, not UTF-8, no text, no label, or a label that is not in
-        ``labels``. The message has the file and the line.
+        of fields, bad JSON, not UTF-8, no text, no label, a label that is not in
+        ``labels``, or no finite number. The message has the file and the line.
     ConfigError
         If the arguments contradict each other.
 
@@ -175,163 +190,25 @@ def load_data(
     check_choice("task", task, TASKS)
     if limit is not None:
         check_integer("limit", limit, 1)
+    check_integer("per_task", per_task, 1)
     check_integer("seed", seed, 0)
     texts = columns_of(text_column)
     # A command line gives numbers as strings.
     asked = (*texts, label_column, target_column)
     named = [c for c in asked if isinstance(c, str) and not c.isdecimal()]
     is_header = header_test(header, named, task)
-    table, info = find_table(spec, split, is_header)
+    table, info = find_table(spec, split, is_header, per_task=per_task, seed=seed)
+    if task not in LABELLED and not texts and target_column is None:
+        table = as_prompts(table)
     if header is None and not named and label_column is not None:
-        table = without_header(table, int(label_column))
+        table = without_header(table, int(label_column), task)
+    if task == "regression" and labels is not None:
+        msg = '`labels` are for `task` "classification"; a regression has no classes.'
+        raise ConfigError(msg)
     chosen = choose_columns(table, texts, label_column, target_column, task, info)
     if labels is None:
         labels = info.get("labels") or table.label_names or None
     return build(table, task, *chosen, labels=labels).sample(limit, seed)
-
-
-def without_header(table: Table, label: int) -> Table:
-    """Return the table with its header as a row, if that has a label as rows have."""
-    if label >= len(table.columns):
-        return table
-    name = table.columns[label]
-    if all(row.get(label) != name for _, row in table.rows):
-        return table
-    first: tuple[int, Row] = (1, dict(enumerate(table.columns)))
-    return replace(table, columns=(), rows=[first, *table.rows])
-
-
-def columns_of(text_column: str | int | Sequence[str | int] | None) -> list[str | int]:
-    """Return the text columns that were asked for: none, one or two."""
-    if text_column is None:
-        return []
-    if isinstance(text_column, str | int):
-        return [text_column]
-    if len(text_column) not in {1, 2}:
-        msg = f"`text_column` must be one or two columns; got {list(text_column)!r}."
-        raise ConfigError(msg)
-    return list(text_column)
-
-
-def header_test(header: bool | None, named: Sequence[str], task: str) -> HeaderTest:
-    """Return the function that tells whether a first row names the columns."""
-    if header is None and named:
-        header = True
-    if header is not None:
-        return lambda *_: header
-    # Both must be there: a single word may well be somebody's first sentence.
-    needed = [TEXT_NAMES, LABEL_NAMES if task == "classification" else TARGET_NAMES]
-    if task == "causal-lm":
-        needed.pop()
-    return lambda fields, suffix: (
-        suffix == ".csv"
-        or all(not set(n).isdisjoint(map(folded, fields)) for n in needed)
-    )
-
-
-def folded(column: str) -> str:
-    """Return a column's name without case and blanks around it."""
-    return column.strip().lower()
-
-
-def pick_column(
-    table: Table,
-    option: str,
-    wanted: str | int | None,
-    names: Sequence[str],
-    number: int | None,
-) -> str | int | None:
-    """Return a column of the table: the one asked for, else a default, else None.
-
-    Raises
-    ------
-    DataError
-        If the table does not have the column that was asked for.
-    """
-    if wanted is None:
-        if table.columns:
-            plain = {folded(column): column for column in table.columns}
-            return next((plain[name] for name in names if name in plain), None)
-        return number
-    if wanted in table.columns:
-        return wanted
-    # Only delimited rows have numbers.
-    if str(wanted).isdecimal() and int(wanted) in table.rows[0][1]:
-        return int(wanted)
-    have = ", ".join(map(repr, table.columns)) or f"numbers 0 to {table.width - 1}"
-    msg = f"{table.name}: `{option}` {wanted!r} is not among the columns: {have}."
-    raise DataError(msg)
-
-
-def choose_columns(
-    table: Table,
-    texts: Sequence[str | int],
-    label: str | int | None,
-    target: str | int | None,
-    task: str,
-    info: dict[str, Any],
-) -> tuple[list[str | int], str | int | None, str | int | None]:
-    """Return the columns of the texts, of the labels and of the targets.
-
-    Raises
-    ------
-    DataError
-        If a column that the task needs is not found.
-    ConfigError
-        If a column is asked for that the task has no use for.
-    """
-    if task == "classification" and target is not None:
-        msg = '`target_column` is for `task` "causal-lm" and "seq2seq".'
-        raise ConfigError(msg)
-    if task != "classification" and label is not None:
-        msg = f'`label_column` is for `task` "classification"; got {task!r}.'
-        raise ConfigError(msg)
-    number, label_number = HEADERLESS.get(table.width, (None, None))
-    if not texts:
-        default = info.get("text_column")
-        first = pick_column(table, "text_column", default, TEXT_NAMES, number)
-        texts = [] if first is None else [first]
-    found = [pick_column(table, "text_column", text, (), None) for text in texts]
-    text_columns = [column for column in found if column is not None]
-    guessed = label is None and not info
-    if task == "classification":
-        label = info.get("label_column") if label is None else label
-        label = pick_column(table, "label_column", label, LABEL_NAMES, label_number)
-        target = None
-    else:
-        label = None
-        target = pick_column(table, "target_column", target, TARGET_NAMES, None)
-    needed = {
-        "text_column": bool(text_columns),
-        "label_column": task != "classification" or label is not None,
-        "target_column": task != "seq2seq" or target is not None,
-    }
-    for option, there in needed.items():
-        if not there:
-            have = (
-                ", ".join(map(repr, table.columns)) or f"{table.width}, without names"
-            )
-            msg = (
-                f"{table.name}: no column is known to be the {option.split('_')[0]}; the"
-                f" columns are {have}. Name it: `{option}` (by number from 0 where there"
-                " is no header)."
-            )
-            raise DataError(msg + other_separator(table.columns or ["", ""]))
-    if label is not None and guessed:
-        check_guess(table, label)
-    return text_columns, label, target
-
-
-def check_guess(table: Table, column: str | int) -> None:
-    """Raise `DataError` if a column taken for the labels is more likely the texts."""
-    values = {str(row.get(column)) for _, row in table.rows}
-    if len(table.rows) >= 20 and 2 * len(values) > len(table.rows):
-        msg = (
-            f"{table.name}: the column {column!r}, taken for the labels, has"
-            f" {len(values)} different values in {len(table.rows)} rows; say which it"
-            " is: `label_column`, `text_column`."
-        )
-        raise DataError(msg)
 
 
 def text_of(table: Table, line: int, row: Row, column: str | int) -> str:
@@ -357,14 +234,35 @@ def with_targets(
 ) -> TextDataset:
     """Return texts with their targets; a list of targets stands for so many rows."""
     found = TextDataset(table.name, task, [])
-    for text, (line, row) in zip(texts, table.rows, strict=True):
+    for number, (line, row) in enumerate(table.rows):
         value = row.get(column)
         for target in value if isinstance(value, list) and value else [value]:
-            found.texts.append(text)
+            found.texts.append(texts[number])
             found.targets.append(text_of(table, line, {**row, column: target}, column))
             if GROUP_NAME in table.columns:
                 found.groups.append(str(row.get(GROUP_NAME)))
+            if table.shorter:
+                found.shorter.append(table.shorter[number])
     return found
+
+
+def pair_in(
+    table: Table, line: int, row: Row, columns: Sequence[str | int]
+) -> tuple[str, str]:
+    """Return a row's two texts, of which one may be blank: some of QQP's are.
+
+    Raises
+    ------
+    DataError
+        If a text is missing or both are blank.
+    """
+    first, second = (
+        "" if row.get(column) == "" else text_of(table, line, row, column)
+        for column in columns
+    )
+    if not first and not second:
+        text_of(table, line, row, columns[0])
+    return first, second
 
 
 def label_of(table: Table, line: int, row: Row, column: str | int) -> str:
@@ -388,6 +286,26 @@ def label_of(table: Table, line: int, row: Row, column: str | int) -> str:
         f" {column!r}; got {what}."
     )
     raise DataError(msg)
+
+
+def number_of(table: Table, line: int, row: Row, column: str | int) -> float:
+    """Return a row's number.
+
+    Raises
+    ------
+    DataError
+        If there is none, or it is not finite.
+    """
+    value = row.get(column)
+    number = number_in(value)
+    if number is None:
+        what = "no such column" if column not in row else repr(value)
+        msg = (
+            f"{table.name}:{line}: expected a finite number in column {column!r}; got"
+            f" {what}."
+        )
+        raise DataError(msg)
+    return number
 
 
 def order_labels(found: Sequence[str]) -> list[str]:
@@ -417,12 +335,17 @@ def build(
     """
     texts: list[Text] = []
     for line, row in table.rows:
-        parts = [text_of(table, line, row, column) for column in text_columns]
-        texts.append(parts[0] if len(parts) == 1 else (parts[0], parts[1]))
+        if len(text_columns) == 1:
+            texts.append(text_of(table, line, row, text_columns[0]))
+        else:
+            texts.append(pair_in(table, line, row, text_columns))
     if target_column is not None:
         return with_targets(table, task, texts, target_column)
     if label_column is None:
         return TextDataset(table.name, task, texts)
+    if task == "regression":
+        numbers = [number_of(table, n, row, label_column) for n, row in table.rows]
+        return TextDataset(table.name, task, texts, numbers)
     found = [label_of(table, line, row, label_column) for line, row in table.rows]
     names = order_labels(found) if labels is None else [str(label) for label in labels]
     if len(names) < 2 or len(set(names)) != len(names):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -18,6 +21,8 @@ __all__ = [
     "HeaderTest",
     "Row",
     "Table",
+    "data_suffix",
+    "named_table",
     "other_separator",
     "read_table",
 ]
@@ -44,6 +49,8 @@ class Table:
         numbers as well as to names.
     label_names : tuple of str
         Names of the classes, where the source itself orders them.
+    shorter : tuple of tuple of str
+        Shorter forms of each row's text, the longest first, where there are some.
     """
 
     name: str
@@ -51,6 +58,7 @@ class Table:
     width: int
     rows: list[tuple[int, Row]]
     label_names: tuple[str, ...] = ()
+    shorter: tuple[tuple[str, ...], ...] = ()
 
 
 def decode(name: str, data: bytes) -> str:
@@ -81,6 +89,11 @@ def delimited_rows(
     ------
     DataError
         If quotes do not close, or a row has another number of fields than the first.
+
+    Warns
+    -----
+    UserWarning
+        If rows of GLUE's QQP are broken, which are left out: its files have a few such.
     """
     # Tab-separated corpora (GLUE's) do not quote: a sentence may begin with a quote.
     reader = csv.reader(
@@ -90,6 +103,7 @@ def delimited_rows(
         strict=True,
     )
     first: list[str] = []
+    broken: list[int] = []
     start = 1
     while True:
         try:
@@ -101,17 +115,24 @@ def delimited_rows(
             msg = f"{name}:{start}: {reason}; the row cannot be read."
             raise DataError(msg) from None
         if fields is None:
-            return
+            break
         if fields:
             first = first or fields
-            if len(fields) != len(first):
+            if len(fields) != len(first) and "is_duplicate" in first:
+                broken.append(start)
+            elif len(fields) != len(first):
                 msg = (
                     f"{name}:{start}: expected {len(first)} fields, as in the first row; got"
                     f" {len(fields)}.{other_separator(first)}"
                 )
                 raise DataError(msg)
-            yield start, fields
+            else:
+                yield start, fields
         start = reader.line_num + 1
+    if broken:
+        lines = ", ".join(map(str, broken[:5])) + (", …" if len(broken) > 5 else "")
+        msg = f"{name}: {len(broken)} broken rows are left out: lines {lines}."
+        warnings.warn(msg, stacklevel=2)
 
 
 def other_separator(first: Sequence[str]) -> str:
@@ -204,24 +225,60 @@ def read_json(name: str, data: bytes, _: HeaderTest) -> Table:
     return Table(name, tuple(columns), len(columns), rows)
 
 
-def read_parquet(name: str, data: bytes, _: HeaderTest) -> Table:
-    """Read a Parquet file; its rows are counted from 1."""
+def read_arrow(name: str, data: bytes, suffix: str) -> Table:
+    """Read a Parquet file, or the Arrow stream that `datasets` saves to disk."""
+    kind = suffix[1:].capitalize()
     try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table as read_arrow
+        from pyarrow import ArrowException, ipc, parquet
     except ImportError:
         msg = (
-            f"{name}: Parquet files need pyarrow: `pip install 'sylva-train[data]'`, or"
+            f"{name}: {kind} files need pyarrow: `pip install 'sylva-train[data]'`, or"
             " convert the file to .jsonl or .csv."
         )
         raise DataError(msg) from None
     try:
-        table = read_arrow(io.BytesIO(data))
+        if suffix == ".arrow":
+            table = ipc.open_stream(data).read_all()
+        else:
+            table = parquet.read_table(io.BytesIO(data))
     except (ArrowException, OSError) as error:
-        msg = f"{name}: the Parquet file cannot be read; {str(error).splitlines()[0]}"
+        msg = f"{name}: the {kind} file cannot be read; {str(error).splitlines()[0]}"
         raise DataError(msg) from error
-    rows = list(enumerate(table.to_pylist(), start=1))
-    return Table(name, tuple(table.column_names), table.num_columns, rows)
+    classes = class_names(table.schema.metadata or {})
+    return named_table(name, table.column_names, table.to_pylist(), classes)
+
+
+def named_table(
+    name: str,
+    columns: Sequence[str],
+    records: Iterable[Row],
+    classes: Mapping[str | int, Sequence[str]],
+) -> Table:
+    """Return records as a table, their classes by name; rows are counted from 1."""
+
+    def named(column: str | int, value: Any) -> Any:
+        if column not in classes or value is None:
+            return value
+        # Unlabelled test sets have -1.
+        return classes[column][value] if value >= 0 else None
+
+    rows: list[tuple[int, Row]] = [
+        (number, {column: named(column, value) for column, value in record.items()})
+        for number, record in enumerate(records, start=1)
+    ]
+    order = tuple(next(iter(classes.values()))) if len(classes) == 1 else ()
+    return Table(name, tuple(columns), len(columns), rows, order)
+
+
+def class_names(metadata: Mapping[bytes, bytes]) -> dict[str | int, list[str]]:
+    """Return the classes of columns, as `datasets` writes them into its files."""
+    features = json.loads(metadata.get(b"huggingface", b"{}"))
+    features = features.get("info", {}).get("features", {})
+    return {
+        column: feature["names"]
+        for column, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    }
 
 
 def read_text(name: str, data: bytes, _: HeaderTest) -> Table:
@@ -243,11 +300,28 @@ READERS: dict[str, Callable[[str, bytes, HeaderTest], Table]] = {
     ".tsv": lambda name, data, header: read_delimited(name, data, header, ".tsv"),
     ".jsonl": read_json,
     ".json": read_json,
-    ".parquet": read_parquet,
+    ".parquet": lambda name, data, _: read_arrow(name, data, ".parquet"),
+    ".arrow": lambda name, data, _: read_arrow(name, data, ".arrow"),
     ".txt": read_text,
 }
 #: Endings of the files that can be read.
 SUFFIXES = tuple(READERS)
+
+
+def data_suffix(name: str) -> str:
+    """Return the ending of a file's name that says how it is read.
+
+    Examples
+    --------
+    >>> from sylva_train.data.files import data_suffix
+    >>> data_suffix("a.jsonl.gz"), data_suffix("msr_paraphrase_train.txt")
+    ('.jsonl', '.tsv')
+    """
+    # MRPC's own files, with tabs between columns.
+    if name.startswith("msr_paraphrase"):
+        return ".tsv"
+    path = Path(name)
+    return Path(path.stem if path.suffix == ".gz" else name).suffix.lower()
 
 
 def read_table(source: Path | Traversable, is_header: HeaderTest) -> Table:
@@ -267,14 +341,17 @@ def read_table(source: Path | Traversable, is_header: HeaderTest) -> Table:
         If the suffix is unknown, a row cannot be read, or there is no row.
     """
     name = str(source) if isinstance(source, Path) else source.name
-    suffix = Path(source.name).suffix.lower()
+    suffix = data_suffix(source.name)
     if suffix not in READERS:
         msg = f"{name}: expected one of the suffixes {', '.join(SUFFIXES)}; got {suffix!r}."
         raise DataError(msg)
     try:
         data = source.read_bytes()
-    except OSError as error:
-        msg = f"{name}: the file cannot be read; {error.strerror or error}."
+        if name.endswith(".gz"):
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        msg = f"{name}: the file cannot be read; {reason}."
         raise DataError(msg) from error
     table = READERS[suffix](name, data, is_header)
     if not table.rows:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sylva_train._checks import ConfigError, DataError, check_integer
 
-from .dataset import TextDataset
+from .dataset import LABELLED, Text, TextDataset
 
 __all__ = ["Loader"]
 
@@ -42,8 +43,8 @@ class Loader:
     batch_size : int
         Texts in a batch.
     max_length : int
-        Tokens after which a text is cut. Of a prompt with a target the beginning is
-        cut.
+        Tokens after which a text is cut, if it has no shorter form (``dataset.shorter``)
+        that fits. Of a prompt with a target the beginning is cut.
     shuffle : bool
         Whether each epoch has an order of its own, or the data set's.
     seed : int
@@ -69,9 +70,9 @@ class Loader:
     Notes
     -----
     A batch is a dict of ``input_ids`` and ``attention_mask``, int64 of shape (batch,
-    length), ``token_type_ids`` alike if the tokenizer has them, and ``labels``: int64 of
-    shape (batch,) for classification, else (batch, length) with −100 where no loss is
-    due. The labels of a causal language model are its input ids, which the model shifts;
+    length), ``token_type_ids`` alike if the tokenizer has them, and ``labels``: of shape
+    (batch,) for classification (int64) and regression (float32), else int64 of shape
+    (batch, length) with −100 where no loss is due. The labels of a causal language model are its input ids, which the model shifts;
     those of a prompt with a target are the target's ids and the end-of-sequence token.
 
     Examples
@@ -98,7 +99,6 @@ class Loader:
         check_integer("seed", seed, 0)
         check_integer("bucket", bucket, 0)
         check_fit(dataset, tokenizer, max_length, pack=pack)
-        self.dataset = dataset
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.max_length = max_length
@@ -108,12 +108,16 @@ class Loader:
         self.bucket = bucket
         self.task = dataset.task
         self.examples: list[Example] = []
+        texts: list[Text] = []
         for start in range(0, len(dataset), CHUNK):
             stop = min(start + CHUNK, len(dataset))
-            part = dataset.subset(range(start, stop))
+            part = fitted(dataset.subset(range(start, stop)), tokenizer, max_length)
+            texts += part.texts
             self.examples += encode(part, tokenizer, max_length, whole=pack)
             if progress is not None:
                 progress(stop, len(dataset))
+        # With the texts as they are taken, where there were several forms.
+        self.dataset = replace(dataset, texts=texts, shorter=[])
         if pack:
             self.examples = packed(self.examples, max_length)
         for number, example in enumerate(self.examples):
@@ -215,7 +219,7 @@ class Loader:
             values = [example[name] for example in examples]
             batch[name] = (
                 torch.tensor(values)
-                if isinstance(values[0], int)
+                if isinstance(values[0], int | float)
                 else pad(values, fills[name])
             )
         return batch
@@ -249,9 +253,34 @@ def check_fit(
     if pack and (dataset.task != "causal-lm" or dataset.targets):
         msg = "`pack` is for a causal language model on whole texts, without targets."
         raise ConfigError(msg)
-    if dataset.task != "classification" and isinstance(dataset.texts[0], tuple):
-        msg = f"{dataset.name}: pairs of texts are for classification only."
+    if dataset.task not in LABELLED and isinstance(dataset.texts[0], tuple):
+        msg = f"{dataset.name}: pairs of texts are for {' and '.join(LABELLED)} only."
         raise ConfigError(msg)
+
+
+def fitted(dataset: TextDataset, tokenizer: Any, max_length: int) -> TextDataset:
+    """Return the data set with the longest form of each text that is not too long.
+
+    For a causal language model prompt and target together have ``max_length`` tokens.
+    """
+    if not dataset.shorter:
+        return dataset
+
+    def sizes(texts: Sequence[Any]) -> list[int]:
+        return [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+
+    texts, shorter = list(dataset.texts), list(dataset.shorter)
+    room = [max_length] * len(texts)
+    if dataset.task == "causal-lm" and dataset.targets:
+        room = [max_length - size for size in sizes(dataset.targets)]
+    left = list(range(len(texts)))
+    while left := [i for i in left if shorter[i]]:
+        found = sizes([texts[i] for i in left])
+        left = [i for i, size in zip(left, found, strict=True) if size > room[i]]
+        for i in left:
+            texts[i], *others = shorter[i]
+            shorter[i] = tuple(others)
+    return replace(dataset, texts=texts, shorter=[])
 
 
 def encode(
@@ -274,7 +303,7 @@ def encode(
         dict(zip(names, values, strict=True))
         for values in zip(*(found[name] for name in names), strict=True)
     ]
-    if dataset.task == "classification":
+    if dataset.task in LABELLED:
         for example, label in zip(examples, dataset.labels, strict=True):
             example["labels"] = label
     elif dataset.task == "seq2seq":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -12,13 +14,29 @@ from typing import Any
 
 from sylva_train._checks import ConfigError, DataError
 
-from .files import SUFFIXES, HeaderTest, Row, Table, read_table
+from .files import (
+    SUFFIXES,
+    HeaderTest,
+    Table,
+    data_suffix,
+    named_table,
+    read_table,
+)
+from .instructions import is_instructions, read_instructions
 from .mmlu import is_mmlu, read_mmlu
 
 __all__ = ["builtin_names", "find_table"]
 
-# Names under which folders keep the same split.
-SPLITS = (("train",), ("validation", "valid", "val", "dev"), ("test",))
+# Names under which folders keep the same split; GLUE's MNLI, MRPC and E2E have their own.
+SPLITS = (
+    ("train", "trainset", "msr_paraphrase_train"),
+    ("validation", "valid", "val", "dev", "devset"),
+    ("validation_matched", "dev_matched"),
+    ("validation_mismatched", "dev_mismatched"),
+    ("test", "testset_w_refs", "msr_paraphrase_test"),
+)
+# Ending of one of several files of a split, before the suffix.
+SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?$")
 
 
 @functools.cache
@@ -49,6 +67,9 @@ def find_table(
     spec: str | Path,
     split: str | None,
     is_header: HeaderTest,
+    *,
+    per_task: int = 100,
+    seed: int = 0,
 ) -> tuple[Table, dict[str, Any]]:
     """Return the rows of a source, and what a built-in task states about itself.
 
@@ -61,15 +82,18 @@ def find_table(
     """
     if str(spec) in builtins() and not isinstance(spec, Path):
         folder, info = builtins()[str(spec)]
-        source = find_split(folder, split or "train", str(spec))
+        (source,) = find_split(folder, split or "train", str(spec))
         table = read_table(source, is_header)
         return replace(table, name=f"{spec}/{Path(source.name).stem}"), info
     path = Path(spec).expanduser()
     if is_mmlu(path):
         return read_mmlu(path, split or "train"), {}
+    if is_instructions(path):
+        names = names_of(split or "train")
+        return read_instructions(path, names, per_task=per_task, seed=seed), {}
     if path.is_dir():
-        source = find_split(path, split or "train", str(path))
-        return read_table(source, is_header), {}
+        sources = find_split(path, split or "train", str(path))
+        return joined([read_table(source, is_header) for source in sources]), {}
     if path.exists():
         if split is not None:
             msg = (
@@ -78,7 +102,7 @@ def find_table(
             )
             raise ConfigError(msg)
         return read_table(path, is_header), {}
-    looks_like_path = path.suffix.lower() in SUFFIXES or str(spec)[:1] in {
+    looks_like_path = data_suffix(path.name) in SUFFIXES or str(spec)[:1] in {
         "/",
         ".",
         "~",
@@ -89,24 +113,59 @@ def find_table(
     return read_datasets(spec, split or "train"), {}
 
 
-def find_split(folder: Path | Traversable, split: str, name: str) -> Path | Traversable:
-    """Return the file of a split.
+def joined(tables: Sequence[Table]) -> Table:
+    """Return one table of several with the same columns, its rows counted through."""
+    if len(tables) == 1:
+        return tables[0]
+    rows = [row for table in tables for _, row in table.rows]
+    name = SHARD.sub("", str(Path(tables[0].name).with_suffix("")))
+    return replace(tables[0], name=name, rows=list(enumerate(rows, start=1)))
+
+
+def stem_of(name: str) -> str:
+    """Return a data file's name without its endings."""
+    return SHARD.sub("", Path(name.removesuffix(".gz")).stem)
+
+
+def names_of(split: str) -> tuple[str, ...]:
+    """Return the names under which folders keep a split."""
+    return next((group for group in SPLITS if split in group), (split,))
+
+
+def files_in(folder: Path | Traversable) -> list[Path | Traversable]:
+    """Return a folder's data files."""
+    return [
+        entry
+        for entry in folder.iterdir()
+        if entry.is_file() and data_suffix(entry.name) in SUFFIXES
+    ]
+
+
+def find_split(
+    folder: Path | Traversable, split: str, name: str
+) -> list[Path | Traversable]:
+    """Return the files of a split, of which there are several if they are numbered.
 
     Raises
     ------
     DataError
         If the folder has none, or more than one.
     """
-    names = next((group for group in SPLITS if split in group), (split,))
-    every = [
-        entry
-        for entry in folder.iterdir()
-        if entry.is_file() and Path(entry.name).suffix.lower() in SUFFIXES
-    ]
-    found = [entry for entry in every if Path(entry.name).stem == split]
-    found = found or [entry for entry in every if Path(entry.name).stem in names]
-    if len(found) == 1:
-        return found[0]
+    names = names_of(split)
+    every = files_in(folder)
+    inner = {entry.name: entry for entry in folder.iterdir() if entry.is_dir()}
+    if not every and "data" in inner:
+        return find_split(inner["data"], split, f"{name}/data")
+    found = [entry for entry in every if stem_of(entry.name) == split]
+    found = found or [entry for entry in every if stem_of(entry.name) in names]
+    if not found and (part := next((inner[n] for n in names if n in inner), None)):
+        # What `datasets` saves to disk: a folder a split, with descriptions beside.
+        found = [e for e in files_in(part) if data_suffix(e.name) == ".arrow"]
+    numbered = len({stem_of(entry.name) for entry in found}) == 1 and all(
+        SHARD.search(Path(entry.name).stem) for entry in found
+    )
+    if len(found) == 1 or numbered:
+        return sorted(found, key=lambda entry: entry.name)
     problem = "several files" if found else "no file"
     msg = (
         f"{name}: {problem} for the split {split!r}; the folder has"
@@ -155,21 +214,10 @@ def read_datasets(spec: str, split: str) -> Table:
     finally:
         if not hidden:
             enable_progress_bars()
-    classes = {n: f for n, f in data.features.items() if isinstance(f, ClassLabel)}
-
-    def named(column: str, value: Any) -> Any:
-        if column not in classes or value is None:
-            return value
-        # Unlabelled test sets have -1.
-        return classes[column].int2str(value) if value >= 0 else None
-
-    rows: list[tuple[int, Row]] = [
-        (number, {column: named(column, value) for column, value in row.items()})
-        for number, row in enumerate(data, start=1)
-    ]
-    if not rows:
-        msg = f"{spec}[{split}]: the split has no rows; expected at least one."
+    features = data.features.items()
+    classes = {name: f.names for name, f in features if isinstance(f, ClassLabel)}
+    table = named_table(f"{spec}[{split}]", data.column_names, data, classes)
+    if not table.rows:
+        msg = f"{table.name}: the split has no rows; expected at least one."
         raise DataError(msg)
-    order = tuple(next(iter(classes.values())).names) if len(classes) == 1 else ()
-    columns = tuple(data.column_names)
-    return Table(f"{spec}[{split}]", columns, len(columns), rows, order)
+    return table

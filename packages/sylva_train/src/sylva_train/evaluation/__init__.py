@@ -1,7 +1,16 @@
 """Metrics of classes, of tokens, of texts that a model writes and of chosen options."""
 
 from .evaluate import check_prompts, evaluate
-from .metrics import CHOICE, CLASSIFICATION, GENERATION, LANGUAGE, METRICS
+from .labels import number_metrics, prediction_metrics
+from .metrics import (
+    CHOICE,
+    CLASSIFICATION,
+    GENERATION,
+    LANGUAGE,
+    METRICS,
+    REGRESSION,
+    known_metrics,
+)
 from .texts import check_libraries, score_texts
 
 __all__ = [
@@ -10,8 +19,12 @@ __all__ = [
     "GENERATION",
     "LANGUAGE",
     "METRICS",
+    "REGRESSION",
     "check_libraries",
     "check_prompts",
     "evaluate",
+    "known_metrics",
+    "number_metrics",
+    "prediction_metrics",
     "score_texts",
 ]

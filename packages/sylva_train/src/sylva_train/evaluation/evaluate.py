@@ -39,12 +39,12 @@ def evaluate(
         mode is restored afterwards. To write, a model of `transformers`, or one of PEFT
         around it.
     loader : Loader or iterable of batches
-        Labels of shape (batch,) are classes; of shape (batch, length) they are tokens,
-        with −100 where none counts. To write or to choose, a `Loader` of prompts with
-        targets.
+        Labels of shape (batch,) are classes, or numbers if they are floating point; of
+        shape (batch, length) they are tokens, with −100 where none counts. To write or to
+        choose, a `Loader` of prompts with targets.
     metric : str, optional
-        The ``score``, one of ``METRICS``; by default ``"accuracy"`` for classes and
-        ``"perplexity"`` for tokens. Of a language model also what it writes can be
+        The ``score``, one of ``METRICS``; by default ``"accuracy"`` for classes,
+        ``"pearson"`` for numbers and ``"perplexity"`` for tokens. Of a language model also what it writes can be
         scored (``"bleu"``, ``"nist"``, ``"meteor"``, ``"rouge-l"``, ``"cider"``,
         ``"exact-match"``, ``"answer"``; needs ``pip install 'sylva-train[metrics]'``), or
         which of the targets it finds likeliest (``"choice"``).
@@ -59,8 +59,10 @@ def evaluate(
     -------
     dict
         For classes ``accuracy``, ``f1`` (macro average over the classes that occur or
-        are predicted), ``mcc`` (Matthews correlation coefficient) and ``loss`` (mean
-        cross-entropy). For tokens ``loss`` (mean over all tokens that count, whatever
+        are predicted), ``f1-binary`` (of two classes, the second's, as GLUE reports for
+        MRPC and QQP), ``mcc`` (Matthews correlation coefficient) and ``loss`` (mean
+        cross-entropy). For numbers the correlations ``pearson`` and ``spearman``, 0
+        where either side is constant, and ``mse`` (mean squared error). For tokens ``loss`` (mean over all tokens that count, whatever
         the batches), ``perplexity`` (its exponential) and ``token_accuracy``.
 
         For what a model writes ``bleu``, ``nist``, ``meteor``, ``rouge_l``, ``cider``,

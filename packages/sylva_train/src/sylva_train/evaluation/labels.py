@@ -15,9 +15,9 @@ from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train.data import Loader
 
 from .generation import is_encoder_decoder
-from .metrics import CHOICE, CLASSIFICATION, GENERATION, LANGUAGE
+from .metrics import CHOICE, CLASSIFICATION, GENERATION, LANGUAGE, REGRESSION
 
-__all__ = ["label_metrics"]
+__all__ = ["label_metrics", "number_metrics", "prediction_metrics"]
 
 
 def label_metrics(
@@ -40,22 +40,22 @@ def label_metrics(
         If a logit is NaN or infinite.
     """
     parts = run(model, loader, progress)
-    tokens = parts[0]["tokens"]
-    known = LANGUAGE if tokens else CLASSIFICATION
+    kind = parts[0]["kind"]
+    known, measure = KINDS[kind]
     metric = metric or known[0]
     if metric not in known:
-        kind = "tokens" if tokens else "classes"
         msg = f"`metric` for labels that are {kind} must be one of {known}; got {metric!r}."
         raise ConfigError(msg)
-    if tokens and predictions:
+    if kind == "tokens" and predictions:
         msg = (
             "`predictions` of a language model are texts or options: give a `metric` of"
             f" these, {', '.join(map(repr, (*GENERATION, CHOICE)))}."
         )
         raise ConfigError(msg)
-    found: dict[str, Any] = {
-        **(language_metrics(parts) if tokens else class_metrics(parts))
-    }
+    found: dict[str, Any] = {**measure(parts)}
+    if metric not in found:
+        msg = f"`metric` {metric!r} is for two classes; the model has another number."
+        raise ConfigError(msg)
     found["examples"] = sum(part["examples"] for part in parts)
     if predictions:
         found |= in_order(parts, loader)
@@ -116,10 +116,23 @@ def run(
 
 
 def class_part(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """Return a batch's logits, shape (batch, classes), and its labels, on the CPU."""
+    """Return a batch's logits, shape (batch, classes), and its labels, on the CPU.
+
+    Raises
+    ------
+    ConfigError
+        If the labels are numbers and the model has not one output.
+    """
     logits = logits.float()
+    numbers = labels.is_floating_point()
+    if numbers and logits.shape[-1] != 1:
+        msg = (
+            "`model` must have one output for labels that are numbers; got"
+            f' {logits.shape[-1]}. Load it with `task="regression"`.'
+        )
+        raise ConfigError(msg)
     return {
-        "tokens": False,
+        "kind": "numbers" if numbers else "classes",
         "examples": len(labels),
         "finite": bool(torch.isfinite(logits).all()),
         "logits": logits.cpu(),
@@ -148,7 +161,7 @@ def language_part(
     # Only positions that count: padding may have any logits, and most memory is here.
     kept, wanted = logits[counted].float(), labels[counted]
     return {
-        "tokens": True,
+        "kind": "tokens",
         "examples": examples,
         "finite": bool(torch.isfinite(kept).all()),
         "loss": float(F.cross_entropy(kept, wanted, reduction="sum")),
@@ -159,18 +172,49 @@ def language_part(
 
 def class_metrics(parts: list[dict[str, Any]]) -> dict[str, float]:
     """Return the metrics of a classifier."""
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
     logits = torch.cat([part["logits"] for part in parts])
     labels = torch.cat([part["labels"] for part in parts])
-    truth, guess = labels.numpy(), logits.argmax(-1).numpy()
+    guess, classes = logits.argmax(-1).numpy(), logits.shape[-1]
+    loss = float(F.cross_entropy(logits.double(), labels))
+    return prediction_metrics(labels.numpy(), guess, classes) | {"loss": loss}
+
+
+def prediction_metrics(
+    truth: np.ndarray, guess: np.ndarray, classes: int
+) -> dict[str, float]:
+    """Return the metrics that follow from the true and the predicted classes alone."""
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
     several = len(np.union1d(truth, guess)) > 1
-    return {
+    found = {
         "accuracy": float(accuracy_score(truth, guess)),
         "f1": float(f1_score(truth, guess, average="macro", zero_division=0.0)),
         # 0 by convention for a single class, of which scikit-learn warns.
         "mcc": float(matthews_corrcoef(truth, guess)) if several else 0.0,
-        "loss": float(F.cross_entropy(logits.double(), labels)),
+    }
+    if classes == 2:
+        found["f1-binary"] = float(f1_score(truth == 1, guess == 1, zero_division=0.0))
+    return found
+
+
+def regression_metrics(parts: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the metrics of a regression."""
+    logits = torch.cat([part["logits"] for part in parts])
+    labels = torch.cat([part["labels"] for part in parts])
+    return number_metrics(labels.numpy(), logits.squeeze(-1).numpy())
+
+
+def number_metrics(truth: np.ndarray, guess: np.ndarray) -> dict[str, float]:
+    """Return how well predicted numbers agree with the true ones."""
+    from scipy.stats import pearsonr, spearmanr
+
+    truth, guess = truth.astype(np.float64), guess.astype(np.float64)
+    # 0 by convention for constants, of which SciPy warns.
+    varied = np.ptp(guess) > 0 and np.ptp(truth) > 0
+    return {
+        "pearson": float(pearsonr(guess, truth)[0]) if varied else 0.0,
+        "spearman": float(spearmanr(guess, truth)[0]) if varied else 0.0,
+        "mse": float(np.square(guess - truth).mean()),
     }
 
 
@@ -195,6 +239,14 @@ def language_metrics(parts: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+#: What labels can be: the metrics that fit, and how they are measured.
+KINDS = {
+    "classes": (CLASSIFICATION, class_metrics),
+    "numbers": (REGRESSION, regression_metrics),
+    "tokens": (LANGUAGE, language_metrics),
+}
+
+
 def in_order(
     parts: list[dict[str, Any]], loader: Iterable[Mapping[str, torch.Tensor]]
 ) -> dict[str, np.ndarray]:
@@ -204,8 +256,9 @@ def in_order(
     if isinstance(loader, Loader):
         order = loader.positions()
         logits, labels = logits[order], labels[order]
+    numbers = labels.is_floating_point()
     return {
-        "predictions": logits.argmax(-1).numpy(),
+        "predictions": (logits.squeeze(-1) if numbers else logits.argmax(-1)).numpy(),
         "labels": labels.numpy(),
         "logits": logits.numpy(),
     }

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-__all__ = ["CHOICE", "CLASSIFICATION", "GENERATION", "LANGUAGE", "METRICS"]
+__all__ = [
+    "CHOICE",
+    "CLASSIFICATION",
+    "GENERATION",
+    "LANGUAGE",
+    "METRICS",
+    "REGRESSION",
+    "known_metrics",
+]
 
 #: Metrics that can be the score, and whether more is better.
 METRICS = {
     "accuracy": True,
     "f1": True,
+    "f1-binary": True,
     "mcc": True,
+    "pearson": True,
+    "spearman": True,
+    "mse": False,
     "loss": False,
     "perplexity": False,
     "token_accuracy": True,
@@ -22,10 +34,18 @@ METRICS = {
     "choice": True,
 }
 #: Of classes; the first is the default.
-CLASSIFICATION = ("accuracy", "f1", "mcc", "loss")
+CLASSIFICATION = ("accuracy", "f1", "f1-binary", "mcc", "loss")
+#: Of numbers.
+REGRESSION = ("pearson", "spearman", "mse")
 #: Of tokens.
 LANGUAGE = ("perplexity", "loss", "token_accuracy")
 #: Of the texts that a language model writes.
 GENERATION = ("bleu", "nist", "meteor", "rouge-l", "cider", "exact-match", "answer")
 #: Of the option that a language model finds likeliest.
 CHOICE = "choice"
+
+
+def known_metrics(task: str) -> tuple[str, ...]:
+    """Return the metrics of a task, the default one first."""
+    known = {"classification": CLASSIFICATION, "regression": REGRESSION}
+    return known.get(task, (*LANGUAGE, *GENERATION, CHOICE))

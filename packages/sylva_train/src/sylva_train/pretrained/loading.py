@@ -25,7 +25,7 @@ from sylva_train._checks import (
     check_integer,
 )
 from sylva_train.config import MINILM, minilm_folder
-from sylva_train.data import TASKS
+from sylva_train.data import LABELLED, TASKS
 
 from .pooled import PooledClassifier, backbone_class, read_config
 
@@ -155,14 +155,16 @@ def load_model(
         ``"minilm"`` (all-MiniLM-L6-v2 from a Python package), a folder, or a name on the
         model hub.
     task : str
-        ``"classification"``, ``"causal-lm"`` or ``"seq2seq"``.
+        ``"classification"``, ``"regression"``, ``"causal-lm"`` or ``"seq2seq"``. A
+        regression's head has one output and the mean squared error as its loss.
     labels : sequence of str, optional
         Classes of the new head. A head that the checkpoint has is kept if it has as many
         classes; without ``labels`` it must be there.
     pooling : str
         ``"mean"``: `PooledClassifier`; ``"native"``: the model's own class for sequence
-        classification; ``"auto"``: the mean for encoders (models with a masked-LM form),
-        native for decoders and encoder-decoders.
+        classification; ``"auto"``: native where the checkpoint has such a head for as
+        many classes, else the mean for encoders (models with a masked-LM form), native
+        for decoders and encoder-decoders.
     dtype : str
         Type of the weights, one of `DTYPES`.
     dropout : float, optional
@@ -207,7 +209,11 @@ def load_model(
         if dropout is not None:
             set_dropout(config, dropout)
         options = {"dtype": dtype, "config": config}
-        if task == "classification":
+        if task == "regression":
+            config.problem_type, labels = "regression", ["number"]
+        elif config.problem_type == "regression":
+            config.problem_type = None
+        if task in LABELLED:
             model = load_classifier(source, config, labels, pooling, options, seed)
         else:
             auto = (
@@ -241,14 +247,15 @@ def load_classifier(
     """Load a model with a classification head, saved or new."""
     kinds = config.architectures or []
     pooled = PooledClassifier.__name__ in kinds
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    native = any(kind.endswith("ForSequenceClassification") for kind in kinds)
     if pooling == "auto":
+        encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING
         mean = pooled or (encoder and not config.is_encoder_decoder)
-        pooling = "mean" if mean else "native"
+        kept = native and (labels is None or len(labels) == config.num_labels)
+        pooling = "mean" if mean and not kept else "native"
     if pooling == "native" and pooled:
         msg = f'`{source}` was saved with `pooling="mean"`; load it so.'
         raise ConfigError(msg)
-    native = any(kind.endswith("ForSequenceClassification") for kind in kinds)
     if labels is None and not (pooled if pooling == "mean" else native):
         msg = f"`labels` must be given: `{source}` has no head to classify with."
         raise ConfigError(msg)

@@ -145,14 +145,15 @@ class PooledClassifier(PreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Return the classes' logits, and with labels the mean cross-entropy.
+        """Return the logits, and with labels the mean loss.
 
         Parameters
         ----------
         input_ids, attention_mask, token_type_ids : torch.Tensor, shape (batch, length)
             From the tokenizer.
-        labels : torch.Tensor, shape (batch,), int64
-            Classes.
+        labels : torch.Tensor, shape (batch,)
+            Classes (int64) for the cross-entropy; where ``config.problem_type`` is
+            ``"regression"``, numbers for the squared error.
         **kwargs
             What else the backbone takes (``inputs_embeds``, ``output_attentions``, ...).
 
@@ -174,7 +175,10 @@ class PooledClassifier(PreTrainedModel):
         logits = self.classifier(mean_pool(output.last_hidden_state, attention_mask))
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.float(), labels)
+            if self.config.problem_type == "regression":
+                loss = F.mse_loss(logits.float().squeeze(-1), labels.float())
+            else:
+                loss = F.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -205,8 +209,8 @@ def pooled_features(
     -------
     features : numpy.ndarray, shape (n, width), float32
         In the order of the data set.
-    labels : numpy.ndarray, shape (n,), int64
-        Classes.
+    labels : numpy.ndarray, shape (n,)
+        Classes (int64) or numbers (float32).
     """
     backbone = cast(nn.Module, model.base_model)
     device = next(model.parameters()).device

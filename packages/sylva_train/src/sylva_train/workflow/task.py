@@ -13,14 +13,18 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, DataError, check_choice
 from sylva_train.config import MINILM, TaskConfig, TrainingConfig
-from sylva_train.data import Loader, TextDataset, builtin_names, load_data
+from sylva_train.data import (
+    LABELLED,
+    Loader,
+    TextDataset,
+    builtin_names,
+    load_data,
+)
 from sylva_train.evaluation import (
-    CHOICE,
-    CLASSIFICATION,
     GENERATION,
-    LANGUAGE,
     check_libraries,
     check_prompts,
+    known_metrics,
 )
 from sylva_train.pretrained import load_model
 
@@ -206,6 +210,7 @@ def read_data(
         "label_column": config.label_column,
         "target_column": config.target_column,
         "task": config.task,
+        "per_task": config.per_task,
         "seed": seed,
     }
     single = is_file(config.data)
@@ -266,9 +271,7 @@ def divide(examples: TextDataset, seed: int) -> tuple[TextDataset, TextDataset]:
 def check_metric(config: TaskConfig) -> None:
     """Raise `ConfigError` for a metric of another task, before hours of training."""
     if config.metric is not None:
-        language = (*LANGUAGE, *GENERATION, CHOICE)
-        known = CLASSIFICATION if config.task == "classification" else language
-        check_choice("metric", config.metric, known)
+        check_choice("metric", config.metric, known_metrics(config.task))
         check_libraries(config.metric)
 
 
@@ -309,6 +312,12 @@ def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> 
     assert training is not None
     if held_out is not None:
         check_prompts(held_out, config.metric)
+    if config.metric == "f1-binary" and len(training.label_names) != 2:
+        msg = (
+            f"`metric` 'f1-binary' is for two classes; {training.name} has"
+            f" {len(training.label_names)}."
+        )
+        raise ConfigError(msg)
     model, tokenizer = load_model(
         config.model,
         task=config.task,
@@ -320,8 +329,8 @@ def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> 
 
 
 def heads(model: nn.Module, task: str) -> list[str] | None:
-    """Names of the modules that a new task trains whole: a classification head."""
-    if task != "classification":
+    """Names of the modules that a new task trains whole: a head on labels."""
+    if task not in LABELLED:
         return None
     backbone = getattr(model, "base_model", model)
     names = [n for n, child in model.named_children() if child is not backbone]
