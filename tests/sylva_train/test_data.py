@@ -239,7 +239,7 @@ def test_limit_keeps_a_random_part_in_order_and_all_classes(tmp_path):
 
 
 def test_builtin_splits_share_nothing_and_are_small():
-    assert builtin_names() == ["e2e-rating"]
+    assert builtin_names() == ["e2e-nlg", "e2e-rating"]
     splits = {
         s: load_data("e2e-rating", split=s) for s in ("train", "validation", "test")
     }

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from sylva_train.comparison import load_results
 from sylva_train.config import KRONECKER, TaskConfig
+from sylva_train.evaluation import key_of
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.report import headline, summary_table
@@ -44,7 +45,7 @@ __all__ = [
 
 #: Metrics that are fractions.
 FRACTIONS = {
-    "accuracy", "f1", "f1-binary", "token_accuracy", "meteor", "rouge_l", "exact_match",
+    "accuracy", "f1", "f1_binary", "token_accuracy", "meteor", "rouge_l", "exact_match",
     "answer", "choice",
 }  # fmt: skip
 #: Columns where the output is not a terminal: nothing should be cut off in a file.
@@ -118,7 +119,7 @@ def folder_size(path: Path) -> int:
 
 def score_text(metric: str, value: float) -> str:
     """Print a score with its name."""
-    fraction = metric.replace("-", "_") in FRACTIONS
+    fraction = key_of(metric) in FRACTIONS
     number = f"{value:.1%}" if fraction else f"{value:.4g}"
     return f"{metric.replace('_', ' ')} {number}"
 

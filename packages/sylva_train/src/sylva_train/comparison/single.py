@@ -24,6 +24,7 @@ from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.curvature import describe_factor
 from sylva_train.evaluation import (
     evaluate,
+    key_of,
     known_metrics,
     number_metrics,
     prediction_metrics,
@@ -90,8 +91,9 @@ def run_frozen(task: Task, training: TrainingConfig, tell: Tell) -> dict[str, An
     else:
         classes = len(task.train.label_names)
         metrics = prediction_metrics(eval_labels, predictions, classes)
+    metric = task.config.metric or known_metrics(task.config.task)[0]
     return {
-        "score": metrics[task.config.metric or known_metrics(task.config.task)[0]],
+        "score": metrics[key_of(metric)],
         "metrics": metrics,
         "trainable": 0,
         "trainable_head": size,

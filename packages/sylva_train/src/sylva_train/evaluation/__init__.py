@@ -9,6 +9,7 @@ from .metrics import (
     LANGUAGE,
     METRICS,
     REGRESSION,
+    key_of,
     known_metrics,
 )
 from .texts import check_libraries, score_texts
@@ -23,6 +24,7 @@ __all__ = [
     "check_libraries",
     "check_prompts",
     "evaluate",
+    "key_of",
     "known_metrics",
     "number_metrics",
     "prediction_metrics",

@@ -15,7 +15,7 @@ from sylva_train.data import Loader, TextDataset
 from .choice import choice_metrics
 from .generation import write
 from .labels import label_metrics
-from .metrics import CHOICE, GENERATION, METRICS
+from .metrics import CHOICE, GENERATION, METRICS, key_of
 from .texts import check_libraries, score_texts
 
 __all__ = ["check_prompts", "evaluate"]
@@ -59,7 +59,7 @@ def evaluate(
     -------
     dict
         For classes ``accuracy``, ``f1`` (macro average over the classes that occur or
-        are predicted), ``f1-binary`` (of two classes, the second's, as GLUE reports for
+        are predicted), ``f1_binary`` (of two classes, the second's, as GLUE reports for
         MRPC and QQP), ``mcc`` (Matthews correlation coefficient) and ``loss`` (mean
         cross-entropy). For numbers the correlations ``pearson`` and ``spearman``, 0
         where either side is constant, and ``mse`` (mean squared error). For tokens ``loss`` (mean over all tokens that count, whatever
@@ -107,7 +107,7 @@ def evaluate(
         for module, training in modes.items():
             module.training = training
     return found | {
-        "score": found[metric.replace("-", "_")],
+        "score": found[key_of(metric)],
         "metric": metric,
         "higher_is_better": METRICS[metric],
     }

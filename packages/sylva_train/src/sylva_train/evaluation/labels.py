@@ -15,7 +15,7 @@ from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train.data import Loader
 
 from .generation import is_encoder_decoder
-from .metrics import CHOICE, CLASSIFICATION, GENERATION, LANGUAGE, REGRESSION
+from .metrics import CHOICE, CLASSIFICATION, GENERATION, LANGUAGE, REGRESSION, key_of
 
 __all__ = ["label_metrics", "number_metrics", "prediction_metrics"]
 
@@ -53,7 +53,7 @@ def label_metrics(
         )
         raise ConfigError(msg)
     found: dict[str, Any] = {**measure(parts)}
-    if metric not in found:
+    if key_of(metric) not in found:
         msg = f"`metric` {metric!r} is for two classes; the model has another number."
         raise ConfigError(msg)
     found["examples"] = sum(part["examples"] for part in parts)
@@ -193,7 +193,7 @@ def prediction_metrics(
         "mcc": float(matthews_corrcoef(truth, guess)) if several else 0.0,
     }
     if classes == 2:
-        found["f1-binary"] = float(f1_score(truth == 1, guess == 1, zero_division=0.0))
+        found["f1_binary"] = float(f1_score(truth == 1, guess == 1, zero_division=0.0))
     return found
 
 

@@ -9,6 +9,7 @@ __all__ = [
     "LANGUAGE",
     "METRICS",
     "REGRESSION",
+    "key_of",
     "known_metrics",
 ]
 
@@ -43,6 +44,11 @@ LANGUAGE = ("perplexity", "loss", "token_accuracy")
 GENERATION = ("bleu", "nist", "meteor", "rouge-l", "cider", "exact-match", "answer")
 #: Of the option that a language model finds likeliest.
 CHOICE = "choice"
+
+
+def key_of(metric: str) -> str:
+    """Return the name that a metric has among the results of `evaluate`."""
+    return metric.replace("-", "_")
 
 
 def known_metrics(task: str) -> tuple[str, ...]:

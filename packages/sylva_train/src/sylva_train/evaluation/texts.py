@@ -19,7 +19,7 @@ from typing import Any
 
 from sylva_train._checks import ConfigError, DataError, SylvaError, check_choice
 
-from .metrics import GENERATION
+from .metrics import GENERATION, key_of
 
 __all__ = ["check_libraries", "score_texts"]
 
@@ -114,7 +114,7 @@ def score_texts(
     for name in GENERATION:
         try:
             check_libraries(name)
-            found[name.replace("-", "_")] = SCORERS[name](answers, references)
+            found[key_of(name)] = SCORERS[name](answers, references)
         except SylvaError as error:
             if name == metric:
                 raise

@@ -67,11 +67,16 @@ PERCENT = frozenset(
     {
         "accuracy",
         "balanced_accuracy",
+        "answer",
+        "choice",
         "exact_match",
         "f1",
+        "f1_binary",
         "macro_f1",
+        "meteor",
         "precision",
         "recall",
+        "rouge_l",
     }
 )
 
@@ -266,7 +271,7 @@ def metric_of(results: Results) -> Metric:
     """Return how the scores of a comparison are named and printed."""
     setup = results.get("setup", {})
     name = str(setup.get("metric") or "score")
-    percent = name in PERCENT
+    percent = name.replace("-", "_") in PERCENT
     # One example of a small evaluation set is worth more than 0.02 points.
     many = (setup.get("eval_examples") or 0) >= 5000
     return Metric(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sylva_train.baselines import parse_method
-from sylva_train.evaluation import METRICS
+from sylva_train.evaluation import METRICS, key_of
 from sylva_train.report.summary import Metric, metric_of, percentage
 
 from .quality import Cell, average
@@ -63,7 +63,7 @@ def shown_metrics(results: Results, setting: str) -> list[str]:
         name
         for name in METRICS
         if all(
-            name.replace("-", "_") in run["metrics"] or name in run["metrics"]
+            key_of(name) in run["metrics"]
             for run in results["runs"]
             if run["setting"] == setting
         )
@@ -73,8 +73,7 @@ def shown_metrics(results: Results, setting: str) -> list[str]:
 
 def value_of(run: Mapping[str, Any], name: str) -> float:
     """Return a metric of a run."""
-    found = run["metrics"]
-    return float(found[name] if name in found else found[name.replace("-", "_")])
+    return float(run["metrics"][key_of(name)])
 
 
 def by_method(results: Results) -> str:
