@@ -335,7 +335,7 @@ def test_names_are_made_whole_and_unknown_ones_refused(home):
     for methods in (("sylva:luck",), ("sylva:random:mlr",), ("lorra",), ()):
         with pytest.raises(ConfigError, match="method"):
             plan(home, methods=methods)
-    with pytest.raises(ConfigError, match="leave out 'frozen' for `task` 'causal-lm'"):
+    with pytest.raises(ConfigError, match="leave it out for 'causal-lm'"):
         plan(home, task=jobs.task(home, task="causal-lm"), methods=METHODS)
 
 

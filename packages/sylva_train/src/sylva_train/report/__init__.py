@@ -9,17 +9,27 @@ for the end of the page), and in ``factor`` its ``side`` (``"in"`` or ``"out"``)
 
 from __future__ import annotations
 
+from .figures import seeds_line
 from .headline import Headline, headline
 from .page import write_report
-from .summary import Paired, Row, summary_rows
+from .style import INK, looks, save_svg, shorten
+from .summary import Metric, Paired, Row, metric_of, percentage, summary_rows
 from .tables import markdown_table, summary_table
 
 __all__ = [
+    "INK",
     "Headline",
+    "Metric",
     "Paired",
     "Row",
     "headline",
+    "looks",
     "markdown_table",
+    "metric_of",
+    "percentage",
+    "save_svg",
+    "seeds_line",
+    "shorten",
     "summary_rows",
     "summary_table",
     "write_report",

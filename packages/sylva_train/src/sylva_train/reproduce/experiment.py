@@ -21,7 +21,7 @@ from sylva_train.comparison import (
     made,
     run_jobs,
 )
-from sylva_train.report.style import save_svg
+from sylva_train.report import save_svg
 from sylva_train.workflow import evaluated_on, located
 
 from .pictures import draw

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sylva_train.baselines import parse_method
-from sylva_train.report.figures import seeds_line
-from sylva_train.report.style import INK, looks, shorten
+from sylva_train.report import INK, looks, seeds_line, shorten
 
 from .quality import average
 from .tables import cells, metric

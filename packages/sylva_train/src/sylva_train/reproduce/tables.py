@@ -9,7 +9,7 @@ from typing import Any
 
 from sylva_train.baselines import parse_method
 from sylva_train.evaluation import METRICS, key_of
-from sylva_train.report.summary import Metric, metric_of, percentage
+from sylva_train.report import Metric, metric_of, percentage
 
 from .quality import Cell, average
 
