@@ -62,7 +62,9 @@ def main() -> None:
         dense, rows_, cartesian, chosen = (t["min"] for t in times)
         active = [len(indices[:, i].unique()) for i in (0, 1)]
         grid = out // b, columns
-        way = reference.choose_way(len(indices), active, grid, b, tokens)
+        way = reference.choose_way(
+            len(indices), active, grid, b, tokens, options.threads
+        )
         row = {
             "tokens": tokens,
             "shape": [out, inputs],

@@ -1,14 +1,18 @@
 """One layer on a GPU: the blocks' gradient, the optimizer, and a whole training step.
 
 * ``gradient``: the Triton kernel, the product of active rows and columns, the dense
-  product, and what `block_sddmm` chose; with the rate of useful products.
+  product, and what `block_sddmm` chose; with the rate of useful products; beside what
+  PyTorch has for it: a stack of narrow products, `torch.sparse.sampled_addmm` (CSR, in
+  float32) and its Triton kernel for BSR, where they run.
 * ``optimizer``: all layers' blocks by the Triton kernel beside PyTorch's fused AdamW and
   a write into the dense weights; with the memory traffic, beside that of a copy.
-* ``step``: forward, backward and optimizer of one layer beside full fine-tuning, LoRA
-  with as many trainable weights, and a frozen layer.
+* ``step``: forward, backward and optimizer of one layer beside full fine-tuning, PEFT's
+  LoRA with as many trainable weights, eager and compiled, and a frozen layer
+  (`sylva_train.reproduce.measure_layer`).
 
 Candidates take turns; a timing is of several runs in a row, divided by their number.
-Kernels are tuned and compiled in the runs before.
+Kernels are tuned and compiled in the runs before. ``--tiny`` shows that it all runs, on
+a CPU with Triton's interpreter (``TRITON_INTERPRET=1``), and writes nothing.
 """
 
 from __future__ import annotations
@@ -25,11 +29,17 @@ from torch import nn
 from sylva_train import LayerMask, SparseAdamW, embed
 from sylva_train.kernels import block_sddmm, check_kernels, reference, scatter_blocks_
 from sylva_train.kernels.plan import find_plan
+from sylva_train.reproduce import draw_masks, measure_layer
 
 DEVICE = torch.device("cuda")
 #: Runs in a row of one timing.
 ROW = 20
 Task = Callable[[], Any]
+#: Options of ``--tiny``.
+TINY = {
+    "tokens": [32], "shapes": [(64, 64), (96, 64)], "blocks": [16], "densities": [0.25],
+    "layers": 1, "copy_bits": 10, "repeats": 1, "compiled": False,
+}  # fmt: skip
 
 
 def measure(repeats: int, *tasks: Task) -> list[dict[str, float]]:
@@ -55,20 +65,43 @@ def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def draw_mask(
     shape: tuple[int, int], block: int, density: float, kind: str
 ) -> LayerMask:
-    """Blocks anywhere, or those of some rows and columns alone."""
-    generator = torch.Generator().manual_seed(0)
-    rows, columns = (n // block for n in shape)
-    if kind == "random":
-        count = max(1, round(density * rows * columns))
-        flat = torch.randperm(rows * columns, generator=generator)[:count]
-        return LayerMask(
-            shape, block, torch.stack([flat // columns, flat % columns], 1)
-        )
-    some = [
-        torch.randperm(n, generator=generator)[: max(1, round(density**0.5 * n))]
-        for n in (rows, columns)
-    ]
-    return LayerMask(shape, block, torch.cartesian_prod(*some))
+    return draw_masks({"": shape}, block, density, kind)[""]
+
+
+def rivals(dy: torch.Tensor, x: torch.Tensor, mask: LayerMask) -> dict[str, Task]:
+    """Return what PyTorch has for blocks of a product."""
+    b = mask.block_size
+    indices = mask.indices.to(DEVICE)
+    left, right = dy.T.float().contiguous(), x.float()
+    csr = mask.dense().to(DEVICE, torch.float32).to_sparse_csr()
+    rows, columns = indices.unbind(1)
+
+    def stack() -> torch.Tensor:
+        blocks = [t.unflatten(1, (-1, b)).transpose(0, 1) for t in (dy, x)]
+        return blocks[0][rows].transpose(1, 2) @ blocks[1][columns]
+
+    def sampled() -> torch.Tensor:
+        return torch.sparse.sampled_addmm(csr, left, right, beta=0.0)
+
+    bsr = mask.dense().to(DEVICE, dy.dtype).to_sparse_bsr(b)
+
+    def sampled_bsr() -> torch.Tensor:
+        from torch.sparse import _triton_ops
+
+        return _triton_ops.sampled_addmm(bsr, dy.T, x, beta=0.0)
+
+    return {"stack": stack, "sampled_addmm": sampled, "bsr_sampled_addmm": sampled_bsr}
+
+
+def running(tasks: dict[str, Task]) -> tuple[dict[str, Task], dict[str, str]]:
+    """Leave out what does not run here, and say why."""
+    problems = {}
+    for name, task in tasks.items():
+        try:
+            task()
+        except Exception as error:  # noqa: BLE001 - whatever a library raises
+            problems[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return {n: t for n, t in tasks.items() if n not in problems}, problems
 
 
 def gradient(options: Any) -> list[dict[str, Any]]:
@@ -86,12 +119,14 @@ def gradient(options: Any) -> list[dict[str, Any]]:
         dy, x = draw(tokens, shape[0]), draw(tokens, shape[1])
         indices = mask.indices.to(DEVICE)
         plan = find_plan(indices, shape, block, 2)
-        dense, kernel, rectangle, chosen = measure(
+        others, problems = running(rivals(dy, x, mask))
+        dense, kernel, rectangle, chosen, *theirs = measure(
             options.repeats,
             lambda: dy.T @ x,  # noqa: B023 - called before the next round
             lambda: triton_sddmm.run_plan(plan, dy, x, len(mask), block),  # noqa: B023
             lambda: reference.from_rectangle(dy, x, indices, block),  # noqa: B023
             lambda: block_sddmm(dy, x, indices, block),  # noqa: B023
+            *others.values(),
         )
         useful = 2 * len(mask) * block**2 * tokens
         rows.append(
@@ -106,6 +141,11 @@ def gradient(options: Any) -> list[dict[str, Any]]:
                 "kernel_over_dense": kernel["median"] / dense["median"],
                 "rectangle_over_dense": rectangle["median"] / dense["median"],
                 "chosen_over_dense": chosen["median"] / dense["median"],
+                **{
+                    f"{name}_over_dense": times["median"] / dense["median"]
+                    for name, times in zip(others, theirs, strict=True)
+                },
+                **{f"{name}_over_dense": None for name in problems},
                 "useful_tflops": useful / kernel["median"] / 1e12,
                 "dense_tflops": 2
                 * shape[0]
@@ -115,7 +155,7 @@ def gradient(options: Any) -> list[dict[str, Any]]:
                 / 1e12,
             }
         )
-        print(rows[-1], flush=True)
+        print(rows[-1], problems, flush=True)
     return rows
 
 
@@ -175,23 +215,6 @@ def optimizer(options: Any) -> dict[str, Any]:
     }
 
 
-class LoRA(nn.Module):
-    """The usual form, eager, without dropout."""
-
-    def __init__(self, shape: tuple[int, int], rank: int) -> None:
-        super().__init__()
-        out, inputs = shape
-        options: dict[str, Any] = {"bias": False, "device": DEVICE}
-        self.base = nn.Linear(inputs, out, **options).bfloat16().requires_grad_(False)
-        self.down = nn.Linear(inputs, rank, **options)
-        self.up = nn.Linear(rank, out, **options)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (tokens, in) to (tokens, out)."""
-        down, up = self.down.weight.to(x.dtype), self.up.weight.to(x.dtype)
-        return self.base(x) + (x @ down.T) @ up.T
-
-
 def step(options: Any) -> list[dict[str, Any]]:
     rows = []
     for tokens, shape, block, density, kind in itertools.product(
@@ -201,36 +224,27 @@ def step(options: Any) -> list[dict[str, Any]]:
         options.densities,
         ("random", "rectangle"),
     ):
-        mask = draw_mask(shape, block, density, kind)
-        x, dy = draw(tokens, shape[1]).requires_grad_(), draw(tokens, shape[0])
-        rank = max(1, round(density * shape[0] * shape[1] / sum(shape)))
-        full = nn.Linear(shape[1], shape[0], bias=False, device=DEVICE).bfloat16()
-        frozen = nn.Linear(shape[1], shape[0], bias=False, device=DEVICE).bfloat16()
-        lora, ours = LoRA(shape, rank), embedded(shape, mask)
-
-        def stepper(model: nn.Module, optimizer: Any) -> Task:
-            def run() -> None:
-                model(x).backward(dy)  # noqa: B023
-                x.grad = None  # noqa: B023
-                if optimizer is not None:
-                    optimizer.step()
-                    optimizer.zero_grad()
-
-            return run
-
-        times = measure(
-            options.repeats,
-            stepper(full, torch.optim.AdamW(full.parameters(), fused=True)),
-            stepper(frozen.requires_grad_(False), None),
-            stepper(
-                lora,
-                torch.optim.AdamW(
-                    [p for p in lora.parameters() if p.requires_grad], fused=True
-                ),
-            ),
-            stepper(ours, SparseAdamW(ours)),
+        methods = ["full", "frozen", "lora", "sylva"]
+        # Compiling takes long, and LoRA does not depend on the blocks.
+        if options.compiled and block == options.blocks[0] and kind == "random":
+            methods.append("lora-compiled")
+        found = measure_layer(
+            {
+                "out_features": shape[0],
+                "in_features": shape[1],
+                "sequence": tokens,
+                "block_size": block,
+                "density": density,
+                "mask": kind,
+                "methods": methods,
+                "dtype": "bfloat16",
+                "device": DEVICE.type,
+                "repeats": options.repeats,
+                "in_a_row": ROW,
+            }
         )
-        whole, least, low_rank, sparse = (t["median"] for t in times)
+        times = {r["method"]: r["seconds"] for r in found["rows"]}
+        own = times["sylva"]["total"]["median"]
         rows.append(
             {
                 "tokens": tokens,
@@ -238,10 +252,13 @@ def step(options: Any) -> list[dict[str, Any]]:
                 "block_size": block,
                 "density": density,
                 "mask": kind,
-                "lora_rank": rank,
-                "over_full": sparse / whole,
-                "over_lora": sparse / low_rank,
-                "over_frozen": sparse / least,
+                **{
+                    f"over_{method}": own / seconds["total"]["median"]
+                    for method, seconds in times.items()
+                    if method != "sylva"
+                },
+                "optimizer_share": times["sylva"]["optimizer"]["median"] / own,
+                **{part: times["sylva"][part] for part in ("forward", "backward")},
             }
         )
         print(rows[-1], flush=True)
@@ -256,7 +273,9 @@ def shape_of(text: str) -> tuple[int, int]:
 def main() -> None:
     options = parser(__doc__)
     options.set_defaults(device="cuda")
-    options.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384])
+    options.add_argument(
+        "--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16384]
+    )
     options.add_argument(
         "--shapes",
         type=shape_of,
@@ -271,9 +290,15 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=32, help="of each shape")
     options.add_argument("--copy-bits", type=int, default=28, help="log2 of a copy")
     options.add_argument("--name", default="layer_gpu")
+    options.add_argument("--tiny", action="store_true", help="on a CPU, as a test")
     chosen = options.parse_args()
-    if chosen.device != "cuda" or not torch.cuda.is_available():
-        raise SystemExit("bench_layer_gpu.py needs a CUDA device; there is none here.")
+    chosen.compiled = True
+    if chosen.tiny:
+        global DEVICE, ROW
+        DEVICE, ROW = torch.device("cpu"), 1
+        vars(chosen).update(TINY)
+    elif chosen.device != "cuda" or not torch.cuda.is_available():
+        raise SystemExit("bench_layer_gpu.py needs a CUDA device, or --tiny.")
     os.environ.setdefault("SYLVA_KERNELS", "triton")
     problems = [check.problem for check in check_kernels(DEVICE) if check.problem]
     if problems:
@@ -281,12 +306,13 @@ def main() -> None:
             "\n".join(["Some kernels do not work on this device:", *problems])
         )
     results = {
-        "setting": setting("cuda", ("triton",)),
+        "setting": setting(DEVICE.type, ("triton", "peft")),
         "gradient": gradient(chosen),
         "optimizer": optimizer(chosen),
         "step": step(chosen),
     }
-    print(write(chosen.name, results))
+    if not chosen.tiny:
+        print(write(chosen.name, results))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sylva_train import SparseAdamW, SylvaConfig, embed, score, select, shared_inputs
 from sylva_train.baselines import lora_config
-from sylva_train.importance import LayerScores, Scores
+from sylva_train.importance import Scores
 from sylva_train.layers import inputs
 from sylva_train.masks import Masks
+from sylva_train.reproduce import staircase
 from sylva_train.targets import find_targets, weight_view
 
 
@@ -179,19 +180,6 @@ def kept_columns(masks: Masks) -> dict[str, float]:
         share = len(columns) * mask.block_size / mask.shape[1]
         kept[group].append(share if share <= inputs.LARGEST_SHARE else 1.0)
     return {group: sum(shares) / len(shares) for group, shares in kept.items()}
-
-
-def staircase(shapes: dict[str, tuple[int, int]]) -> Scores:
-    """Draw rank-one scores with a heavy tail, as the second-order rule gives them."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(n: int) -> torch.Tensor:
-        return torch.exp(1.5 * torch.randn(n, generator=generator, dtype=torch.float64))
-
-    layers = {}
-    for name, (out, columns) in shapes.items():
-        layers[name] = LayerScores((out, columns), s_out=draw(out), s_in=draw(columns))
-    return Scores(layers, {"importance": "kfac"})
 
 
 def score_kept(scores: Scores, masks: Masks, plain: Masks) -> float:

@@ -16,22 +16,8 @@ from _common import interleave, parser, setting, write
 
 from sylva_train import Loader, SylvaConfig, load_data, load_model
 from sylva_train.baselines import adapt, parse_method
-from sylva_train.importance import LayerScores, Scores
+from sylva_train.reproduce import staircase
 from sylva_train.targets import find_targets, weight_view
-
-
-def staircase(targets: dict[str, torch.nn.Module]) -> Scores:
-    """Rank-one scores with a heavy tail, as the second-order rule gives them."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(n: int) -> torch.Tensor:
-        return torch.exp(1.5 * torch.randn(n, generator=generator, dtype=torch.float64))
-
-    layers = {}
-    for name, module in targets.items():
-        out, inputs = weight_view(module).shape
-        layers[name] = LayerScores((out, inputs), s_out=draw(out), s_in=draw(inputs))
-    return Scores(layers, {"importance": "kfac"})
 
 
 def stepper(
@@ -53,7 +39,9 @@ def stepper(
     else:
         scores = None
         if name == "sylva, staircase":
-            scores = staircase(find_targets(model))
+            targets = find_targets(model)
+            shapes = {n: tuple(weight_view(m).shape) for n, m in targets.items()}
+            scores = staircase(shapes)
         method = parse_method("sylva:random" if "sylva" in name else name)
         adapted = adapt(method, model, config, scores=scores)
         model, trained = adapted.model, adapted.trainable

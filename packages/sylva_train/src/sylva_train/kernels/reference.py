@@ -148,6 +148,7 @@ def choose_way(
     grid: tuple[int, int],
     block_size: int,
     tokens: int,
+    threads: int = 1,
 ) -> str:
     """Choose the cheapest way to blocks of a product, the dense one when in doubt.
 
@@ -161,6 +162,8 @@ def choose_way(
         Side of a block.
     tokens : int
         Rows of the operands.
+    threads : int
+        That compute: copies and narrow products gain nothing by more of them.
 
     Returns
     -------
@@ -169,10 +172,10 @@ def choose_way(
     """
     area, b = block_size**2, block_size
     costs = {
-        "rows": blocks * (ROW_COST * area + COPY_COST * b)
-        + active[0] * CALL_COST / tokens,
+        "rows": threads
+        * (blocks * (ROW_COST * area + COPY_COST * b) + active[0] * CALL_COST / tokens),
         "cartesian": RECTANGLE_COST * active[0] * active[1] * area
-        + sum(active) * COPY_COST * b,
+        + threads * sum(active) * COPY_COST * b,
         "dense": MARGIN * grid[0] * grid[1] * area,
     }
     return min(costs, key=lambda way: costs[way])
@@ -249,6 +252,7 @@ def block_sddmm(
         (-(-dy.shape[1] // block_size), -(-x.shape[1] // block_size)),
         block_size,
         len(dy),
+        torch.get_num_threads(),
     )
     ways = {"dense": from_dense, "cartesian": from_rectangle, "rows": from_rows}
     blocks = ways[way](dy, x, indices, block_size)
