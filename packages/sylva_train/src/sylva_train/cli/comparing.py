@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sylva_train.workflow import Progress, duration
 
 from .show import score_text
 
-__all__ = ["publish", "run_comparison"]
+__all__ = ["publish", "run_comparison", "show"]
 
 
 def publish(results: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -34,10 +35,11 @@ def run_comparison(
     workers: int = 1,
 ) -> dict[str, Any]:
     """Run a comparison with its progress on stderr, and write its report."""
+    metric = comparison.metric
     with Progress(enabled=not quiet) as bars:
 
         def watch(event: Event) -> None:
-            show(bars, event, comparison.metric)
+            show(bars, event, lambda row: score_text(metric, row["score"]))
 
         results = compare(
             comparison,
@@ -51,8 +53,8 @@ def run_comparison(
     return publish(results, output)
 
 
-def show(bars: Progress, event: Event, metric: str) -> None:
-    """Show what happened in a comparison."""
+def show(bars: Progress, event: Event, text: Callable[[dict[str, Any]], str]) -> None:
+    """Show what happened to a job; ``text`` says what a row has found."""
     name = event.label
     place = f"{event.number}/{event.count}"
     if event.kind == "stage":
@@ -67,10 +69,9 @@ def show(bars: Progress, event: Event, metric: str) -> None:
         words = f"{name}: {event.stage}"
         bars.report(event.stage, event.done, event.total, words=words, lines=False)
     elif event.row is not None:
-        score = score_text(metric, event.row["score"])
         kept = "  (finished before)" if event.kind == "kept" else ""
         left = ""
         if event.left:
             tens = round(event.left, -1) if event.left >= 60 else event.left
             left = f"; about {duration(tens)} left"
-        bars.say(f"{place:>6}  {name}: {score}{kept}{left}")
+        bars.say(f"{place:>6}  {name}: {text(event.row)}{kept}{left}")

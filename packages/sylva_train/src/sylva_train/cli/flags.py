@@ -295,6 +295,32 @@ FLAGS: dict[str, Flag] = {
         "Peak learning rates, like full=2e-4,sylva=1e-3, instead of the tuned ones.",
         metavar="M=X,…",
     ),
+    "configs": flag(
+        str,
+        COMPARISON,
+        "Models and tasks: configurations of the package (`sylva configs`) or files, with"
+        " commas between them.",
+        metavar="NAME,…",
+    ),
+    "values": flag(
+        str | None,
+        COMPARISON,
+        "Values of the option that the table varies, instead of the paper's.",
+        metavar="V,V,…",
+    ),
+    "tune": flag(
+        str | None,
+        COMPARISON,
+        "Multiples of each method's learning rate to choose the best of, like 0.3,1,3,"
+        " on a tenth of the training data.",
+        metavar="X,X,…",
+    ),
+    "scale": flag(
+        str,
+        COMPARISON,
+        "Of table2, fig4 and fig5: small (a CPU, minutes) or paper (its sizes, on GPUs).",
+        metavar="SCALE",
+    ),
     "workers": flag(
         int,
         COMPARISON,

@@ -1,0 +1,97 @@
+"""Tables and figures of the paper on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markdown import Markdown
+
+from sylva_train._checks import check_choice
+from sylva_train.comparison import Event
+from sylva_train.reproduce import (
+    MEASUREMENTS,
+    TABLES,
+    load_settings,
+    measure,
+    reproduce,
+    with_values,
+)
+from sylva_train.workflow import Progress
+
+from .comparing import show as show_event
+from .show import out, score_text, written
+
+__all__ = ["EXPERIMENTS", "make_measurement", "make_table", "show_table"]
+
+#: Everything that can be made, the paper's order.
+EXPERIMENTS = ("table2", "fig4", "fig5", *TABLES)
+
+
+def make_measurement(name: str, output: Path, *, quiet: bool, **options: Any) -> None:
+    """Measure with progress on stderr, and show the table."""
+    with Progress(enabled=not quiet) as bars:
+
+        def watch(event: Event) -> None:
+            show_event(bars, event, lambda _: "measured")
+
+        measure(name, output, watch=watch, **options)
+    show_table(output)
+
+
+def make_table(
+    name: str,
+    output: Path,
+    *,
+    configs: Sequence[str],
+    values: Sequence[str] | None,
+    methods: Sequence[str] | None,
+    changes: dict[str, Any],
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Run a table with progress on stderr, and show it."""
+    check_choice("experiment", name, EXPERIMENTS)
+    table = TABLES[name]
+    if values is not None:
+        table = with_values(table, values)
+    if methods is not None:
+        table = dataclasses.replace(table, methods=tuple(methods))
+    settings = load_settings(configs, **changes)
+    with Progress(enabled=not quiet) as bars:
+
+        def watch(event: Event) -> None:
+            show_event(bars, event, score)
+
+        reproduce(table, settings, output, watch=watch, **options)
+    show_table(output)
+
+
+def score(row: dict[str, Any]) -> str:
+    """Print a run's score with its name."""
+    return score_text(row["metrics"].get("metric", "score"), row["score"])
+
+
+def show_table(output: Path) -> None:
+    """Print a finished table, and where it is."""
+    out().print(Markdown((output / "table.md").read_text(encoding="utf-8")))
+    names = {
+        "table": "table.md", "rows": "table.csv", "picture": "table.svg",
+        "figure": "figure.svg",
+    }  # fmt: skip
+    paths = {label: output / name for label, name in names.items()}
+    written({label: path for label, path in paths.items() if path.exists()})
+
+
+def known(name: str) -> bool:
+    """Whether it is one of time or memory, once it is one at all.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such table or figure.
+    """
+    check_choice("experiment", name, EXPERIMENTS)
+    return name in MEASUREMENTS
