@@ -21,6 +21,7 @@ from ._checks import (
 from .checkpoint import CheckpointError
 from .comparison import Comparison, compare, load_results
 from .config import SylvaConfig, TaskConfig, TrainingConfig
+from .config_files import load_config
 from .data import Loader, TextDataset, load_data
 from .evaluation import evaluate
 from .importance import LayerScores, Scores, score
@@ -77,6 +78,7 @@ __all__ = [
     "finetune",
     "inspect_adapter",
     "load_adapter",
+    "load_config",
     "load_data",
     "load_folder",
     "load_model",

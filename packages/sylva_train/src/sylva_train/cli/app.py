@@ -276,6 +276,22 @@ def inspect_command(path: Path, json: bool = False) -> None:
     show.inspect(path, kind_of(path), as_json=json)
 
 
+@command(name="A configuration, to print it.")
+def configs(name: str | None = None) -> None:
+    """List the configurations that come with the package, or print one.
+
+    They are for --config: models and data must be there, under the names in the file or
+    those given by --model and --data.
+
+    Examples
+    --------
+      sylva configs
+      sylva configs roberta-large-stsb > mine.json
+      sylva finetune runs/stsb --config mine.json --data glue_data/STS-B
+    """
+    show.configs(name)
+
+
 @command(
     omit={
         "importance", "curvature", "seed", "lr", "save_every", "modules_to_save",

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-import tomllib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from sylva_train._checks import ConfigError
+from sylva_train.config_files import (
+    check_sections,
+    find_config,
+    has_sections,
+    kind_name,
+    nearest,
+    read_config_file,
+)
 
 __all__ = ["read_options"]
 
-READERS: dict[str, Callable[[str], Any]] = {
-    ".yaml": yaml.safe_load,
-    ".yml": yaml.safe_load,
-    ".toml": tomllib.loads,
-    ".json": json.loads,
-}
-NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
 
-
-def read_options(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Read options from a YAML, TOML or JSON file.
+def read_options(name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Read options from a configuration or a YAML, TOML or JSON file.
 
     Parameters
     ----------
-    path : path
-        The file: names of flags with ``-`` or ``_``, and their values; a list may stand
-        where a flag has commas.
+    name : str
+        A configuration of the package, or a file: sections as `load_config` reads them,
+        of which a command takes what it has flags for, or names of flags with ``-`` or
+        ``_``, and their values; a list may stand where a flag has commas.
     kinds : mapping of str to type
         The flags, by their names with ``_``.
 
@@ -47,39 +43,47 @@ def read_options(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
         If the file cannot be read, or has a key or a value that no flag takes; names
         file and key.
     """
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        msg = f"{path}: expected one of the suffixes {', '.join(READERS)}."
-        raise ConfigError(msg)
-    try:
-        content = reader(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        msg = f"{path}: the file cannot be read; {error.strerror or error}."
-        raise ConfigError(msg) from error
-    except (ValueError, yaml.YAMLError) as error:
-        msg = f"{path}: not valid {path.suffix[1:].upper()}: {' '.join(str(error).split())}"
-        raise ConfigError(msg) from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        msg = f"{path}: expected names and values; got a {type(content).__name__}."
-        raise ConfigError(msg)
+    content = read_config_file(find_config(name))
+    if has_sections(content):
+        content = flat(name, content, kinds)
     values = {}
     for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)
-            advice = f"; did you mean {near[0].replace('_', '-')!r}?" if near else "."
-            msg = f"{path}: there is no option {str(key)!r}{advice}"
+        option = str(key).replace("-", "_")
+        if option not in kinds:
+            near = nearest(option, [kind.replace("_", "-") for kind in kinds])
+            msg = f"{name}: there is no option {str(key)!r}{near}"
             raise ConfigError(msg)
-        if name in values:
-            msg = f"{path}: {key!r} stands twice."
+        if option in values:
+            msg = f"{name}: {key!r} stands twice."
             raise ConfigError(msg)
-        values[name] = converted(path, key, value, kinds[name])
-    return {name: value for name, value in values.items() if value is not None}
+        values[option] = converted(name, key, value, kinds[option])
+    return {option: value for option, value in values.items() if value is not None}
 
 
-def converted(path: Path, key: str, value: Any, kind: Any) -> Any:
+def flat(
+    name: str, content: Mapping[str, Any], kinds: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the fields of all sections that a command has flags for.
+
+    Raises
+    ------
+    ConfigError
+        If sections give a flag different values, or one of them cannot be used.
+    """
+    found: dict[str, Any] = {}
+    for section, fields in check_sections(name, content).items():
+        for field, value in fields.items():
+            if found.get(field, value) != value:
+                msg = (
+                    f"{name}: section {section!r}: {field!r} is {value!r}, and"
+                    f" {found[field]!r} before it; a flag sets both."
+                )
+                raise ConfigError(msg)
+            found[field] = value
+    return {field: value for field, value in found.items() if field in kinds}
+
+
+def converted(path: str, key: str, value: Any, kind: Any) -> Any:
     """Return a value as its flag takes it.
 
     Raises
@@ -108,7 +112,7 @@ def converted(path: Path, key: str, value: Any, kind: Any) -> Any:
     if wanted is str and isinstance(value, dict) and all(map(is_word, value.values())):
         return ",".join(f"{name}={part}" for name, part in value.items())
     if type(value) is not wanted:
-        msg = f"{path}: {key!r} must be {NAMES[wanted]}; got {value!r}."
+        msg = f"{path}: {key!r} must be {kind_name(wanted)}; got {value!r}."
         raise ConfigError(msg)
     return value
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sylva_train.baselines import METHODS
-from sylva_train.config import CURVATURES, IMPORTANCES, SCHEDULES
+from sylva_train.config import CURVATURES, DTYPES, IMPORTANCES, SCHEDULES
 from sylva_train.evaluation import METRICS
 
 __all__ = ["FLAGS", "PANELS", "Flag"]
@@ -73,6 +73,12 @@ def either(choices: Collection[str]) -> str:
 FLAGS: dict[str, Flag] = {
     "model": flag(
         str, TASK, "minilm, a folder, or a name on the hub.", metavar="NAME|DIR"
+    ),
+    "dtype": flag(
+        str,
+        TASK,
+        f"Type of the model's weights: {either(DTYPES)} (the checkpoint's).",
+        metavar="TYPE",
     ),
     "task": flag(
         str, TASK, "classification, regression, causal-lm or seq2seq.", metavar="TASK"
@@ -355,12 +361,12 @@ FLAGS: dict[str, Flag] = {
     "json": flag(bool, OUTPUT, "Print JSON.", "--json"),
     "quiet": flag(bool, OUTPUT, "Show no progress.", "--quiet", "-q"),
     "config_file": flag(
-        Path | None,
+        str | None,
         OUTPUT,
-        "Options from a .yaml, .toml or .json file, under the names of the flags; those"
-        " on the command line win.",
+        "A configuration that sylva configs lists, or a .yaml, .toml or .json file with"
+        " such sections or with names of flags; those on the command line win.",
         "--config",
-        metavar="FILE",
+        metavar="NAME|FILE",
     ),
     "debug": flag(bool, OUTPUT, "Show where an error arose.", "--debug"),
 }

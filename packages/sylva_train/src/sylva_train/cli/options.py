@@ -10,7 +10,6 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -231,12 +230,12 @@ def keyword(name: str, annotation: Any, default: Any = _NONE) -> inspect.Paramet
     )
 
 
-def reader(kinds: Mapping[str, Any]) -> Callable[[typer.Context, Path | None], Any]:
+def reader(kinds: Mapping[str, Any]) -> Callable[[typer.Context, str | None], Any]:
     """Return the callback of ``--config``: a file's values become the defaults."""
 
-    def read(context: typer.Context, path: Path | None) -> Path | None:
-        if path is not None:
-            context.default_map = read_options(path, kinds)
-        return path
+    def read(context: typer.Context, name: str | None) -> str | None:
+        if name is not None:
+            context.default_map = read_options(name, kinds)
+        return name
 
     return read

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from sylva_train.comparison import load_results
 from sylva_train.config import KRONECKER, TaskConfig
+from sylva_train.config_files import config_names, find_config, read_config_file
 from sylva_train.evaluation import key_of
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
@@ -29,6 +30,7 @@ from sylva_train.workflow import (
 
 __all__ = [
     "comparison",
+    "configs",
     "facts",
     "folder_size",
     "inspect",
@@ -253,6 +255,16 @@ def run(record: Mapping[str, Any], path: Path) -> None:
             "on disk": size(folder_size(path / "adapter")),
         }
     )
+
+
+def configs(name: str | None) -> None:
+    """Print the configurations of the package, or what is in one."""
+    if name is not None:
+        as_text(read_config_file(find_config(name)))
+        return
+    for known in config_names():
+        say(known, style="bold")
+        prose(f"  {read_config_file(find_config(known))['about']}")
 
 
 def metrics(found: Mapping[str, Any], *, as_json: bool) -> None:

@@ -154,13 +154,13 @@ def find_split(
     names = names_of(split)
     every = files_in(folder)
     inner = {entry.name: entry for entry in folder.iterdir() if entry.is_dir()}
-    if not every and "data" in inner:
-        return find_split(inner["data"], split, f"{name}/data")
     found = [entry for entry in every if stem_of(entry.name) == split]
     found = found or [entry for entry in every if stem_of(entry.name) in names]
     if not found and (part := next((inner[n] for n in names if n in inner), None)):
         # What `datasets` saves to disk: a folder a split, with descriptions beside.
         found = [e for e in files_in(part) if data_suffix(e.name) == ".arrow"]
+    if not found and "data" in inner:
+        return find_split(inner["data"], split, f"{name}/data")
     numbered = len({stem_of(entry.name) for entry in found}) == 1 and all(
         SHARD.search(Path(entry.name).stem) for entry in found
     )

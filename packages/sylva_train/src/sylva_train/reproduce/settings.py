@@ -68,7 +68,11 @@ def load_settings(names: Sequence[str], **options: Any) -> dict[str, Comparison]
     """
     found: dict[str, Comparison] = {}
     for name in names:
-        short = Path(name).stem if Path(name).suffix in {".json", ".yaml", ".toml", ".yml"} else name
+        short = (
+            Path(name).stem
+            if Path(name).suffix in {".json", ".yaml", ".toml", ".yml"}
+            else name
+        )
         if short in found:
             msg = f"`configs` must have different names; {short!r} stands twice."
             raise ConfigError(msg)

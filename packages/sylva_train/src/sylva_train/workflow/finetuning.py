@@ -20,7 +20,7 @@ from sylva_train._checks import (
     atomic_write,
 )
 from sylva_train.checkpoint import checkpoints
-from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
+from sylva_train.config import FACTS, SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.layers import embed
@@ -37,8 +37,6 @@ from .task import Task, heads, load_task, located
 
 __all__ = ["finetune"]
 
-#: Facts that a configuration gets when an adapter is written.
-FACTS = {"masks", "block_counts", "layer_shapes", "base_fingerprint", "checksum"}
 #: Options that say which blocks to choose by given scores.
 SELECTION = {"density", "block_size", "scope", "spread", "max_columns"}
 #: Options that say how to choose blocks, which masks bring with them.
@@ -50,7 +48,7 @@ CHOICE = (
 
 def sylva_options(config: SylvaConfig) -> dict[str, Any]:
     """Return Sylva's own options, without PEFT's and the facts of an adapter."""
-    foreign = {field.name for field in dataclasses.fields(PeftConfig)} | FACTS
+    foreign = {field.name for field in dataclasses.fields(PeftConfig)} | set(FACTS)
     # The budget of a machine's memory changes nothing in a run.
     foreign.add("memory_budget")
     names = [field.name for field in dataclasses.fields(config)]

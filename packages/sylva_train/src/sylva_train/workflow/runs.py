@@ -119,6 +119,7 @@ def load_folder(
         task=task.task,
         labels=run["labels"] or None,
         pooling=task.pooling,
+        dtype=task.dtype,
         seed=run["training"]["seed"],
     )
     load_adapter(model, Path(folder) / "adapter")

@@ -323,6 +323,7 @@ def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> 
         task=config.task,
         labels=training.label_names or None,
         pooling=config.pooling,
+        dtype=config.dtype,
         seed=seed,
     )
     return Task(config, model, tokenizer, training, held_out if evaluation else None)
