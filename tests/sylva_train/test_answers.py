@@ -26,8 +26,8 @@ from tests.sylva_train.jobs import (
     task,
     told,
     training,
+    write_mmlu,
 )
-from tests.sylva_train.test_mmlu import write_mmlu
 from tests.sylva_train.words import TINY, VOCABULARY, save_folder, word_tokenizer
 
 for library in ("nltk", "pycocoevalcap", "rouge_score", "sacrebleu"):

@@ -11,28 +11,10 @@ import pytest
 
 from sylva_train._checks import DataError
 from sylva_train.data import load_data
+from tests.sylva_train.jobs import write_mmlu
 
 SAMPLE = Path(__file__).parents[1] / "data" / "mmlu" / "sample.jsonl"
 LISTED = r".*?\n\n(.*)\nA\. (.*)\nB\. (.*)\nC\. (.*)\nD\. (.*)\nAnswer:"
-
-
-def questions(subject: str, split: str, count: int) -> list[list[str]]:
-    return [
-        [f"{subject} {split} {n}?", "w, x", 'a "y"', "z", "1\n2", "ABCD"[n % 4]]
-        for n in range(count)
-    ]
-
-
-def write_mmlu(
-    folder: Path, subjects=("high_school_art", "law"), dev=6, test=2
-) -> Path:
-    for split, count in (("dev", dev), ("val", 1), ("test", test)):
-        (folder / split).mkdir(parents=True)
-        for subject in subjects:
-            path = folder / split / f"{subject}_{split}.csv"
-            with path.open("w", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerows(questions(subject, split, count))
-    return folder
 
 
 def test_questions_come_after_five_examples(tmp_path):
