@@ -96,11 +96,12 @@ def property(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def peers(session: nox.Session) -> None:
-    """Hold the Kronecker factors against those of kronfluence and curvlinops."""
+    """Hold Kronecker factors against kronfluence and curvlinops, choices against lm-eval."""
     install(session, "test", "peers")
     # They ask for torchvision and more, of which nothing here makes use.
     libraries = ("kronfluence==1.0.1", "curvlinops-for-pytorch==3.0.1")
     session.install("--no-deps", *libraries, "backpack-for-pytorch>=1.6")
+    session.install("-c", CONSTRAINTS, "lm-eval==0.4.13")
     pytest(session, "tests/sylva_train/test_peers.py")
 
 
@@ -138,7 +139,7 @@ def typecheck(session: nox.Session) -> None:
 @nox.session(default=False)
 def docs(session: nox.Session) -> None:
     """Build the documentation, warnings as errors, and run its examples."""
-    install(session, "docs", "demo")
+    install(session, "docs", "demo", "metrics")
     for builder in ("html", "doctest"):
         session.run(
             "sphinx-build", "-W", "-b", builder, "docs", f"docs/_build/{builder}"

@@ -25,6 +25,10 @@ DOORS = {
     ("hmatrix", "matplotlib"): {"plot"},
     ("sylva_train", "hmatrix"): {"curvature", "report"},
     ("sylva_train", "triton"): {"kernels"},
+    ("sylva_train", "sacrebleu"): {"evaluation"},
+    ("sylva_train", "nltk"): {"evaluation"},
+    ("sylva_train", "rouge_score"): {"evaluation"},
+    ("sylva_train", "pycocoevalcap"): {"evaluation"},
     ("sylva_train", "typer"): {"cli"},
 }
 

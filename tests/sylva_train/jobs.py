@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -46,6 +47,27 @@ def write_pairs(path: Path, count: int = 24) -> Path:
         rows.append({"one": " ".join(one), "two": " ".join(two), "score": near})
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return path
+
+
+def mmlu_rows(subject: str, split: str, count: int) -> list[list[str]]:
+    """Questions with commas, quotes and a line break in their options."""
+    return [
+        [f"{subject} {split} {n}?", "w, x", 'a "y"', "z", "1\n2", "ABCD"[n % 4]]
+        for n in range(count)
+    ]
+
+
+def write_mmlu(
+    folder: Path, subjects=("high_school_art", "law"), dev=6, test=2
+) -> Path:
+    """Write MMLU's folders."""
+    for split, count in (("dev", dev), ("val", 1), ("test", test)):
+        (folder / split).mkdir(parents=True)
+        for subject in subjects:
+            path = folder / split / f"{subject}_{split}.csv"
+            with path.open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows(mmlu_rows(subject, split, count))
+    return folder
 
 
 def task(home: Path, **options) -> TaskConfig:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sylva_train._checks import ConfigError, DataError
-from sylva_train.data import Loader, builtin_names, load_data
+from sylva_train.data import Loader, TextDataset, builtin_names, load_data
 from tests.sylva_train.words import word_tokenizer
 
 ROWS = [("good film", "pos"), ("bad film", "neg"), ('a "b", c', "pos")]
@@ -236,6 +236,55 @@ def test_limit_keeps_a_random_part_in_order_and_all_classes(tmp_path):
     assert order == sorted(order)
     assert load_data(path, limit=7, seed=4) != few
     assert len(load_data(path, limit=99)) == 50
+
+
+def test_e2e_nlg_has_every_sentence_of_a_meaning_in_one_split():
+    splits = {
+        s: load_data("e2e-nlg", task="causal-lm", split=s)
+        for s in ("train", "validation", "test")
+    }
+    counts = {s: (len(set(data.texts)), len(data)) for s, data in splits.items()}
+    # The challenge's own test set has 630 and 4693.
+    assert counts == {
+        "train": (507, 1520),
+        "validation": (40, 292),
+        "test": (630, 4693),
+    }
+    texts = [set(data.texts) for data in splits.values()]
+    assert sum(map(len, texts)) == len(set.union(*texts))
+
+
+def test_a_list_of_targets_stands_for_rows(tmp_path):
+    rows = [
+        {"input": "a", "output": ["x", "y"], "subject": "s"},
+        {"input": "b", "output": "z", "subject": "t"},
+    ]
+    path = write(tmp_path / "x.jsonl", "".join(f"{json.dumps(r)}\n" for r in rows))
+    for task in ("causal-lm", "seq2seq"):
+        data = load_data(path, task=task)
+        assert (data.texts, data.targets) == (["a", "a", "b"], ["x", "y", "z"])
+        assert data.groups == ["s", "s", "t"]
+        assert data.subset([2, 0]).groups == ["t", "s"]
+    for bad in ([], ["x", " "], ["x", 3]):
+        rows[1]["output"] = bad
+        write(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+        with pytest.raises(
+            DataError, match=r"x.jsonl:2: expected a text in column 'output'"
+        ):
+            load_data(path, task="seq2seq")
+
+
+def test_a_sample_of_texts_has_all_of_their_rows():
+    texts = [f"text {n % 10}" for n in range(40)]
+    data = TextDataset("toy", "causal-lm", texts, targets=[str(n) for n in range(40)])
+    few = data.sample_texts(3, seed=1)
+    assert few == data.sample_texts(3, seed=1) != data.sample_texts(3, seed=2)
+    assert len(set(few.texts)) == 3
+    assert few.targets == [
+        target for text, target in zip(texts, data.targets, strict=True)
+        if text in few.texts
+    ]  # fmt: skip
+    assert data.sample_texts(None) is data.sample_texts(10) is data
 
 
 def test_builtin_splits_share_nothing_and_are_small():

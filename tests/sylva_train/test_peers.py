@@ -1,4 +1,4 @@
-"""Kronecker factors against those of other libraries, where these are installed.
+"""Kronecker factors and choices against other libraries, where these are installed.
 
 ``python3 noxfile.py -s peers`` installs them.
 """
@@ -11,10 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sylva_train.config import SylvaConfig
 from sylva_train.curvature import collect_curvature
+from sylva_train.data import Loader, load_data
+from sylva_train.evaluation import evaluate
 from sylva_train.targets import find_targets
+from tests.sylva_train.jobs import write_mmlu
 from tests.sylva_train.models import make_batch, make_model, random
 
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-12}
@@ -148,3 +152,55 @@ def test_products_are_those_of_curvlinops(kind):
     for layer, x, want in zip(layers.values(), X, expected, strict=True):
         got = layer.G.product(layer.A.product(x.T).T)
         torch.testing.assert_close(got, want, **TOLERANCE)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_choices_are_those_of_lm_eval(seed, tmp_path):
+    peer("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    data = load_data(write_mmlu(tmp_path / "mmlu"), task="causal-lm", split="test")
+    loader = Loader(data, letter_tokenizer(data.texts), 3, max_length=512)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(loader.tokenizer), hidden_size=32, intermediate_size=48,
+            num_hidden_layers=2, num_attention_heads=2, pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+    found = evaluate(model, loader, "choice", predictions=True)
+    peers = HFLM(pretrained=model, tokenizer=loader.tokenizer, batch_size=4)
+    requests = [
+        Instance("loglikelihood", {}, (text, f" {letter}"), number)
+        for text in data.texts
+        for number, letter in enumerate("ABCD")
+    ]
+    likelihoods = [
+        value for value, _ in peers.loglikelihood(requests, disable_tqdm=True)
+    ]
+    expected = [
+        "ABCD"[max(range(4), key=lambda i: likelihoods[start + i])]
+        for start in range(0, len(requests), 4)
+    ]
+    assert found["predictions"] == expected
+
+
+def letter_tokenizer(texts):
+    """One that makes a token of each word and of each letter of an option."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    split = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
+    words = {w for text in texts for w, _ in split.pre_tokenize_str(text)}
+    names = ["[PAD]", "[UNK]", "</s>", *sorted(words | set("ABCD"))]
+    tokenizer = Tokenizer(
+        models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = split
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]",
+        eos_token="</s>", model_max_length=512,
+    )  # fmt: skip

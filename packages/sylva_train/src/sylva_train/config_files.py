@@ -24,6 +24,7 @@ from ._checks import ConfigError
 from .config import FACTS, SylvaConfig, TaskConfig, TrainingConfig
 
 __all__ = [
+    "RATES",
     "READERS",
     "SECTIONS",
     "check_sections",
@@ -32,6 +33,7 @@ __all__ = [
     "has_sections",
     "kind_name",
     "load_config",
+    "load_rates",
     "nearest",
     "read_config_file",
 ]
@@ -50,6 +52,8 @@ SECTIONS: dict[str, type] = {
     "training": TrainingConfig,
 }
 ABOUT = "about"
+#: A part with peak learning rates by method, where methods are compared.
+RATES = "learning_rates"
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
 
 
@@ -85,7 +89,8 @@ def load_config(
     name_or_path : str or Path
         One that comes with the package (``sylva configs`` lists them), or a ``.json``,
         ``.yaml`` or ``.toml`` file with sections ``task``, ``sylva`` and ``training``,
-        each with fields of that class; what is left out is as by default.
+        each with fields of that class; what is left out is as by default. Where methods
+        are compared it may have another one, ``learning_rates``, by method.
 
     Returns
     -------
@@ -109,6 +114,19 @@ def load_config(
     """
     source = find_config(name_or_path)
     return built(str(name_or_path), read_config_file(source))
+
+
+def load_rates(name_or_path: str | Path) -> dict[str, float]:
+    """Read the peak learning rates by method of a configuration that has some.
+
+    Raises
+    ------
+    ConfigError
+        As `load_config`.
+    """
+    content = read_config_file(find_config(name_or_path))
+    check_sections(str(name_or_path), content)
+    return {method: float(rate) for method, rate in content.get(RATES, {}).items()}
 
 
 def find_config(name_or_path: str | Path) -> Path | Traversable:
@@ -170,7 +188,7 @@ def read_config_file(source: Path | Traversable) -> dict[str, Any]:
 def has_sections(content: Mapping[str, Any]) -> bool:
     """Whether a file has sections; those of flags alone have none."""
     return ABOUT in content or any(
-        isinstance(content.get(name), dict) for name in SECTIONS
+        isinstance(content.get(name), dict) for name in (*SECTIONS, RATES)
     )
 
 
@@ -205,14 +223,20 @@ def check_sections(name: str, content: Mapping[str, Any]) -> dict[str, dict[str,
         If one is not; names file, section and field.
     """
     for section, fields in content.items():
-        if section not in {ABOUT, *SECTIONS}:
-            near = nearest(section, (ABOUT, *SECTIONS))
+        if section not in {ABOUT, *SECTIONS, RATES}:
+            near = nearest(section, (ABOUT, *SECTIONS, RATES))
             msg = f"{name}: there is no section {section!r}{near}"
             raise ConfigError(msg)
         wanted = str if section == ABOUT else dict
         if not isinstance(fields, wanted):
             kind = "a text" if wanted is str else "names and values"
             msg = f"{name}: section {section!r} must be {kind}; got {fields!r}."
+            raise ConfigError(msg)
+    for method, rate in content.get(RATES, {}).items():
+        if not fits(rate, float):
+            msg = (
+                f"{name}: section {RATES!r}: {method!r} must be a number; got {rate!r}."
+            )
             raise ConfigError(msg)
     sections = {section: dict(content.get(section, {})) for section in SECTIONS}
     for section, fields in sections.items():

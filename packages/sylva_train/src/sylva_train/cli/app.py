@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import shlex
-import sys
-from collections.abc import Callable, Collection
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Any
 
 from sylva_train.comparison import (
     DEMO,
@@ -36,68 +30,11 @@ from sylva_train.workflow import (
 from . import show
 from .comparing import publish, run_comparison
 from .demo import run_demo
-from .errors import Commands
-from .options import column, columns, expand, given, numbers, rates, words
+from .frame import app, command, main, typed
+from .options import column, columns, given, multiples, numbers, rates, words
+from .reproducing import is_measurement, make_measurement, make_table
 
 __all__ = ["app", "main"]
-
-app = typer.Typer(
-    cls=Commands,
-    help="Fine-tune only the most important blocks of a pretrained model, embedded in its"
-    " dense weights.\n\nBegin with [bold]sylva demo[/bold]. Exit codes: 0 done, 1 failed,"
-    " 2 options to change, 130 interrupted.",
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    add_completion=False,
-)
-
-
-def help_text(function: Callable[..., None]) -> str:
-    """Return a docstring as Typer prints it: paragraphs joined, examples line by line."""
-    text = inspect.cleandoc(function.__doc__ or "").replace("[", "\\[")
-    text, _, examples = text.partition("Examples\n--------\n")
-    paragraphs = [" ".join(part.split()) for part in text.strip().split("\n\n")]
-    return "\n\n".join([*paragraphs, f"[bold]Examples[/bold]\n{examples.rstrip()}"])
-
-
-def command(
-    *, omit: Collection[str] = (), **arguments: str
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function a command; ``arguments`` are the help of its arguments."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        expanded = expand(function, omit=omit, arguments=arguments)
-        name = function.__name__.removesuffix("_command")
-        app.command(name, help=help_text(function))(expanded)
-        return function
-
-    return register
-
-
-def show_version(value: bool) -> None:
-    """Print the version and end."""
-    if value:
-        typer.echo(f"sylva-train {version('sylva-train')}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    show: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="Show the version.", is_eager=True, callback=show_version
-        ),
-    ] = False,
-) -> None:
-    """Hold the options of `sylva` itself."""
-
-
-def main() -> None:
-    """Run the command line."""
-    app(prog_name="sylva")
-
 
 EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric", *GENERATION}
 
@@ -388,7 +325,67 @@ def demo(
     )
 
 
-def typed() -> str:
-    """Return the command as it was typed, but for `--resume` and `--overwrite`."""
-    again = [a for a in sys.argv[1:] if a not in {"--resume", "--overwrite"}]
-    return shlex.join(["sylva", *again])
+@command(
+    experiment="table2 to table7, fig4, fig5, rules, damping, rank or tokens.",
+    output="Folder for results.json, table.md, table.csv, a picture.",
+)
+def reproduce_command(
+    experiment: str,
+    output: Path,
+    configs: str = "minilm-e2e-rating",
+    seeds: str = "0,1,2",
+    values: str | None = None,
+    methods: str | None = None,
+    model: str | None = None,
+    data: str | None = None,
+    limit: int | None = None,
+    eval_limit: int | None = None,
+    steps: int | None = None,
+    tune: str | None = None,
+    scale: str = "small",
+    workers: int = 1,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Make a table or figure of the paper, in form, on the models that are at hand.
+
+    Tables 3 to 7 are about quality, and take configurations; rules, damping, rank and
+    tokens are of their kind. Table 2 and figures 4 and 5 are about memory and time, and
+    take a scale. Finished runs are kept: --resume goes on after them.
+
+    Examples
+    --------
+      sylva reproduce table5 runs/table5 --values 16,32,64
+      sylva reproduce table3 runs/table3 --configs roberta-large-mrpc --data glue/MRPC
+      sylva reproduce fig5 runs/fig5
+    """
+    common: dict[str, Any] = {
+        "resume": resume,
+        "overwrite": overwrite,
+        "quiet": quiet,
+        "command": typed(),
+    }
+    if is_measurement(experiment):
+        make_measurement(experiment, output, scale=scale, **common)
+        return
+    make_table(
+        experiment,
+        output,
+        configs=words(configs) or (),
+        values=words(values),
+        methods=words(methods),
+        changes={
+            "seeds": numbers("seeds", seeds),
+            "model": model,
+            "data": data,
+            "limit": limit,
+            "eval_limit": eval_limit,
+            "steps": steps,
+            "device": device,
+        },
+        tune=multiples("tune", tune),
+        workers=workers,
+        **common,
+    )

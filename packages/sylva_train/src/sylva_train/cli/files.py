@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from sylva_train._checks import ConfigError
 from sylva_train.config_files import (
+    RATES,
     check_sections,
     find_config,
     has_sections,
@@ -80,6 +81,8 @@ def flat(
                 )
                 raise ConfigError(msg)
             found[field] = value
+    if content.get(RATES):
+        found[RATES] = content[RATES]
     return {field: value for field, value in found.items() if field in kinds}
 
 

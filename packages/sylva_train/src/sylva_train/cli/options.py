@@ -20,7 +20,16 @@ from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from .files import read_options
 from .flags import FLAGS, PANELS
 
-__all__ = ["column", "columns", "expand", "given", "numbers", "rates", "words"]
+__all__ = [
+    "column",
+    "columns",
+    "expand",
+    "given",
+    "multiples",
+    "numbers",
+    "rates",
+    "words",
+]
 
 _NONE = inspect.Parameter.empty
 
@@ -61,6 +70,15 @@ def numbers(name: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in words(text) or ())
     except ValueError:
         msg = f"`{name}` must be integers with commas between them; got {text!r}."
+        raise ConfigError(msg) from None
+
+
+def multiples(name: str, text: str | None) -> tuple[float, ...]:
+    """Read numbers with commas between them."""
+    try:
+        return tuple(float(part) for part in words(text) or ())
+    except ValueError:
+        msg = f"`{name}` must be numbers with commas between them; got {text!r}."
         raise ConfigError(msg) from None
 
 

@@ -24,7 +24,7 @@ from sylva_train.workflow import Progress
 from .comparing import show as show_event
 from .show import out, score_text, written
 
-__all__ = ["EXPERIMENTS", "make_measurement", "make_table", "show_table"]
+__all__ = ["is_measurement", "make_measurement", "make_table"]
 
 #: Everything that can be made, the paper's order.
 EXPERIMENTS = ("table2", "fig4", "fig5", *TABLES)
@@ -53,7 +53,6 @@ def make_table(
     **options: Any,
 ) -> None:
     """Run a table with progress on stderr, and show it."""
-    check_choice("experiment", name, EXPERIMENTS)
     table = TABLES[name]
     if values is not None:
         table = with_values(table, values)
@@ -85,7 +84,7 @@ def show_table(output: Path) -> None:
     written({label: path for label, path in paths.items() if path.exists()})
 
 
-def known(name: str) -> bool:
+def is_measurement(name: str) -> bool:
     """Whether it is one of time or memory, once it is one at all.
 
     Raises

@@ -6,6 +6,7 @@ from .performance import measure_layer, measure_memory, measure_step
 from .performance_jobs import fig4_jobs, fig5_jobs, table2_jobs
 from .performance_tables import draw_fig4, draw_fig5, fig4, fig5, table2
 from .quality import TABLES, Table
+from .settings import load_setting, load_settings, with_values
 from .subjects import draw_masks, staircase
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "fig4_jobs",
     "fig5",
     "fig5_jobs",
+    "load_setting",
+    "load_settings",
     "load_table",
     "measure",
     "measure_layer",
@@ -28,6 +31,7 @@ __all__ = [
     "staircase",
     "table2",
     "table2_jobs",
+    "with_values",
     "write_measurement",
     "write_table",
 ]

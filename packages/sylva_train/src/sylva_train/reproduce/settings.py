@@ -38,7 +38,7 @@ def load_setting(
     ConfigError
         If the configuration cannot be used.
     """
-    parts = list(load_config(name_or_path))
+    parts: list[Any] = list(load_config(name_or_path))
     for name, value in changes.items():
         if value is None:
             continue
