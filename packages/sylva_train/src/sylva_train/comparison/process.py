@@ -175,5 +175,8 @@ def worker() -> None:
     except SylvaError as error:
         send(error=type(error).__name__, message=str(error))
         raise SystemExit(TOLD) from None
+    finally:
+        # nanobind, where Triton is there, takes what stays frozen for leaked.
+        gc.unfreeze()
     with atomic_write(result_path) as temporary:
         temporary.write_text(json.dumps(row), encoding="utf-8")
