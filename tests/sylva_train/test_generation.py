@@ -51,7 +51,7 @@ def writer(kind, seed=3):
         model.shared.weight[0] = 0
         for name, parameter in model.named_parameters():
             if ".block." in name and parameter.ndim == 2:
-                parameter *= 10
+                parameter.mul_(10)
     return model
 
 
