@@ -43,6 +43,18 @@ def loader(kind="gpt2", prompts=PROMPTS, targets=None, size=3, **options):
     return Loader(data, tokenizer, size, max_length=16)
 
 
+@torch.no_grad()
+def writer(kind, seed=3):
+    """A random model that does not write the same word for ever, nor padding only."""
+    model = make_model(kind, seed)
+    if kind == "t5":
+        model.shared.weight[0] = 0
+        for name, parameter in model.named_parameters():
+            if ".block." in name and parameter.ndim == 2:
+                parameter.mul_(10)
+    return model
+
+
 def answers(model, batches, generation=SHORT, metric="rouge-l"):
     return evaluate(model, batches, metric, predictions=True, generation=generation)[
         "predictions"
@@ -77,18 +89,18 @@ def by_hand(model, batches, new=5):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1, 3, 9])
 def test_answers_are_those_of_greedy_steps(kind, size):
-    model, batches = make_model(kind, seed=3), loader(kind, size=size)
+    model, batches = writer(kind), loader(kind, size=size)
     expected = by_hand(model, batches)
-    assert len(set(expected)) > 3
+    assert len(set(expected)) > 1
     assert answers(model, batches) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_end_where_the_models_own_configuration_says(kind):
-    model, batches = make_model(kind, seed=3), loader(kind)
+    model, batches = writer(kind), loader(kind)
     before = by_hand(model, batches)
-    words = [word for text in before for word in text.split()[:-1]]
-    stop = batches.tokenizer.convert_tokens_to_ids(words[0])
+    word = next(text for text in before if len(text.split()) > 1).split()[0]
+    stop = batches.tokenizer.convert_tokens_to_ids(word)
     model.generation_config.eos_token_id = [stop]
     expected = by_hand(model, batches)
     assert expected != before
@@ -97,7 +109,7 @@ def test_answers_end_where_the_models_own_configuration_says(kind):
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_options_of_a_task_reach_the_search(kind):
-    model, batches = make_model(kind, seed=3), loader(kind)
+    model, batches = writer(kind), loader(kind)
     options = {"num_beams": 4, "length_penalty": -3.0, "no_repeat_ngram_size": 1}
     config = TaskConfig(max_new_tokens=6, **options).generation
     expected = []
@@ -118,7 +130,7 @@ def test_options_of_a_task_reach_the_search(kind):
 
 
 def test_rows_of_one_text_are_one_prompt_with_several_references():
-    model = make_model("gpt2", seed=3)
+    model = writer("gpt2")
     batches = loader(prompts=["a", "b", "a", "a"], targets=["good", "bad", "film", "c"])
     found = evaluate(model, batches, "bleu", predictions=True, generation=SHORT)
     assert found["prompts"] == ["a", "b"]
@@ -132,7 +144,7 @@ def test_rows_of_one_text_are_one_prompt_with_several_references():
 
 
 def test_the_beginning_of_a_long_prompt_is_cut_with_a_warning():
-    model = make_model("gpt2", seed=3)  # of length 16
+    model = writer("gpt2")  # of length 16
     batches = loader(prompts=["a " * 9 + "b c", "good"], targets=["c", "c"])
     with pytest.warns(UserWarning, match="1 of 2 prompts of toy were cut .* 6 tokens"):
         found = answers(model, batches, GenerationConfig(max_new_tokens=10))

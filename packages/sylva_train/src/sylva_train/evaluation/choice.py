@@ -67,10 +67,9 @@ def choice_metrics(
         prompts = source_ids(texts, loader)
         rows = loader.tokenizer(text_target=choices)["input_ids"]
         begun, firsts = apart(rows, choices, data.name)
-        start = model.config.decoder_start_token_id
-        inputs["decoder_input_ids"] = torch.tensor(
-            [[start, *begun]], device=next(model.parameters()).device
-        )
+        if begun:  # after the token that a decoder starts with, which generate adds
+            device = next(model.parameters()).device
+            inputs["decoder_input_ids"] = torch.tensor([begun], device=device)
         tokens = [firsts] * len(texts)
     else:
         whole = [text + spaced(text, option) for text in texts for option in choices]
