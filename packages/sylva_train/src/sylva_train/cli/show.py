@@ -264,7 +264,7 @@ def configs(name: str | None) -> None:
         return
     for known in config_names():
         say(known, style="bold")
-        prose(f"  {read_config_file(find_config(known))['about']}")
+        prose(read_config_file(find_config(known))["about"])
 
 
 def metrics(found: Mapping[str, Any], *, as_json: bool) -> None:
