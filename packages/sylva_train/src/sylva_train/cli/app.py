@@ -26,6 +26,7 @@ from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.workflow import (
+    diagnose,
     evaluate_folder,
     finetune,
     kind_of,
@@ -355,6 +356,25 @@ def demo(
         overwrite=overwrite,
         command=typed(),
     )
+
+
+@command()
+def doctor(json: bool = False) -> None:
+    """Check this machine: versions, devices, kernels, optional parts, the built-in model.
+
+    Kernels are tried and their results compared with PyTorch's. The exit code is 1 if
+    something that is there does not work; parts that are not installed are listed with
+    how to get them.
+
+    Examples
+    --------
+      sylva doctor
+      sylva doctor --json
+    """
+    found = diagnose()
+    show.diagnosis(found, as_json=json)
+    if found["problems"]:
+        raise typer.Exit(1)
 
 
 def typed() -> str:
