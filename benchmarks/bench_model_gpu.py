@@ -21,7 +21,7 @@ from sylva_train.reproduce import measure_step
 
 #: Options of ``--tiny``.
 TINY = {
-    "models": ["llama-tiny"], "sequence": 32, "repeats": 1, "densities": [0.1, 0.2],
+    "models": ["llama-tiny"], "sequence": 32, "repeats": 1, "densities": [0.1],
     "block": 16, "device": "cpu",
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 import warnings
@@ -26,6 +27,8 @@ from tests.sylva_train.jobs import (
     told,
     write_data,
 )
+
+diagnosis = importlib.import_module("sylva_train.workflow.diagnosis")
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,29 @@ def test_evaluate_on_other_data(home, tmp_path):
     shown = sylva("evaluate", home / "run", "--data", other, "--eval-limit", 6).stdout
     assert "6 examples" in shown
     assert "accuracy" in shown
+
+
+def test_doctor_tells_what_is_here(monkeypatch):
+    monkeypatch.delenv("SYLVA_KERNELS", raising=False)
+    shown = sylva("doctor").stdout
+    for word in (torch.__version__, "cpu: ", "kernels of PyTorch", "minilm: ", "java"):
+        assert word in shown
+    assert "Everything that is there works." in shown
+    found = json.loads(sylva("doctor", "--json").stdout)
+    assert found["problems"] == []
+    assert found["devices"][0]["kernels"] == "torch"
+    assert {o["name"] for o in found["optional"]} >= {"triton", "sacrebleu", "java"}
+
+
+def test_doctor_fails_where_something_does(monkeypatch):
+    monkeypatch.setenv("SYLVA_KERNELS", "fast")
+    shown = sylva("doctor", code=1).stdout
+    assert "problem  `SYLVA_KERNELS` must be one of" in shown
+    monkeypatch.delenv("SYLVA_KERNELS")
+    monkeypatch.setattr(diagnosis, "block_sddmm", lambda *_: torch.zeros(3, 16, 16))
+    found = json.loads(sylva("doctor", "--json", code=1).stdout)
+    (problem,) = found["problems"]
+    assert "the gradient of a block on cpu is off" in problem
 
 
 @pytest.mark.parametrize("command", ["evaluate", "finetune", "compare", "demo"])

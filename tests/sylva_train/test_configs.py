@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from sylva_train import ConfigError, SylvaConfig, load_config
-from sylva_train.config_files import config_names
+from sylva_train.config_files import config_names, load_rates
+from sylva_train.reproduce import TABLES, load_settings, with_values
 from tests.sylva_train import layouts
-from tests.sylva_train.jobs import make_home, source, sylva, told
+from tests.sylva_train.jobs import make_home, source, sylva, told, write_mmlu
 from tests.sylva_train.words import VOCABULARY, save_folder, word_tokenizer
 
 WIDTH = 64
@@ -34,6 +35,8 @@ NAMES = (
     "gpt2-large-e2e", "llama-3.2-3b-metamathqa", "llama-7b-oasst1",
     "t5-large-natural-instructions",
 )  # fmt: skip
+#: Of models that are at hand.
+SMALLER = ("llama-small-e2e", "minilm-e2e-rating")
 #: What fits a paper's options to a model of two layers and a few rows.
 SMALL = [
     "--steps", 2, "--batch-size", 4, "--accumulate", 1, "--samples", 8, "--levels", 1,
@@ -61,7 +64,7 @@ def models(tmp_path_factory) -> Path:
     gpt2 = GPT2Config(vocab_size=VOCABULARY, **sizes, bos_token_id=4, eos_token_id=4)
     save_folder(home / "gpt2", gpt2, GPT2LMHeadModel, word_tokenizer("decoder"))
     llama = LlamaConfig(**shape, num_key_value_heads=2, bos_token_id=4, eos_token_id=4)
-    decoder = word_tokenizer("decoder", model_max_length=1024)
+    decoder = word_tokenizer("decoder", model_max_length=2048)
     save_folder(home / "llama", llama, LlamaForCausalLM, decoder)
     sizes = {"d_model": WIDTH, "d_kv": 16, "d_ff": 2 * WIDTH, "num_layers": 2}
     t5 = T5Config(
@@ -85,21 +88,23 @@ def write_data(name: str, home: Path) -> list:
     if name == "llama-7b-oasst1":
         for split in ("train", "validation"):
             layouts.write_oasst(home / f"{split}.jsonl.gz", times=4)
-        return ["--data", home]
+        return ["--data", home, "--eval-data", write_mmlu(home / "mmlu")]
+    if name == "llama-small-e2e":
+        return ["--limit", 16, "--eval-limit", 3]
     layouts.write_gsm8k(home / "main", times=4)
     data = layouts.write_metamath(home / "MetaMathQA-395K.json", times=4)
     return ["--data", data, "--eval-data", home / "main"]
 
 
 def test_the_papers_experiments_are_there():
-    assert config_names() == sorted(NAMES)
+    assert config_names() == sorted((*NAMES, *SMALLER))
     shown = sylva("configs").stdout
     assert all(name in shown for name in NAMES)
     told_of = json.loads(sylva("configs", "roberta-large-stsb").stdout)
     assert set(told_of) == {"about", "task", "sylva", "training"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "llama-small-e2e"])
 def test_each_configuration_scores_and_trains(name, models, tmp_path):
     task, config, training = load_config(name)
     base = "roberta" if name.startswith("roberta") else name.partition("-")[0]
@@ -222,3 +227,45 @@ def test_flags_win_and_commands_take_their_own_fields(tmp_path):
     path = write(tmp_path / "both.json", both)
     message = told(sylva("finetune", tmp_path / "b", "--config", path, code=2))
     assert "'seed' is 2, and 1 before it; a flag sets both" in message
+
+
+# Learning rates by method
+
+
+def test_rates_by_method_are_a_section_of_their_own(tmp_path):
+    rates = {"full": 1e-3, "sylva:random": 2}
+    path = write(tmp_path / "x.json", {"task": {}, "learning_rates": rates})
+    assert load_rates(path) == rates
+    assert load_config(path)[0].model == "minilm"
+    assert load_rates("roberta-large-stsb") == {}
+    wrong = write(tmp_path / "y.json", {"learning_rates": {"full": "fast"}})
+    with pytest.raises(ConfigError, match="'learning_rates': 'full' must be a number"):
+        load_rates(wrong)
+
+
+def test_a_setting_is_its_configuration_with_rates_for_every_method(tmp_path):
+    content = {
+        "training": {"lr": 4e-2}, "learning_rates": {"lora": 0.5}, "task": {"limit": 9},
+    }  # fmt: skip
+    path = write(tmp_path / "mine.json", content)
+    ((name, found),) = load_settings(
+        [str(path)], seeds=(3,), steps=7, limit=None
+    ).items()
+    assert name == "mine"
+    assert (found.seeds, found.training.steps, found.task.limit) == ((3,), 7, 9)
+    # Ten times Sylva's rate for MiniLM, so ten times that of full fine-tuning too.
+    assert found.rate("full") == pytest.approx(4e-3)
+    assert found.rate("sylva:random") == pytest.approx(4e-2)
+    assert found.rate("lora") == 0.5
+    with pytest.raises(ConfigError, match="'mine' stands twice"):
+        load_settings([str(path), str(path)])
+
+
+def test_values_are_of_the_options_type():
+    assert with_values(TABLES["table5"], ["8", "16"]).values == (8, 16)
+    assert with_values(TABLES["table4"], ["0.5"]).values == (0.5,)
+    assert with_values(TABLES["tokens"], ["reduce"]).values == ("reduce",)
+    with pytest.raises(ConfigError, match="must be ints"):
+        with_values(TABLES["table5"], ["x"])
+    with pytest.raises(ConfigError, match="table3 varies none"):
+        with_values(TABLES["table3"], ["1"])

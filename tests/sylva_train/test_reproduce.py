@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -174,3 +175,57 @@ def test_what_does_not_fit_is_refused_before_a_run(home, tmp_path, arguments, wo
     with pytest.raises(ConfigError, match=words):
         reproduce(**values, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_makes_a_table_of_a_configuration(here, home, tmp_path):
+    config = {
+        "task": {"model": str(home / "model"), "data": str(home / "train.jsonl")},
+        "sylva": {"block_size": 8, "density": 0.25, "samples": 8, "levels": 1},
+        "training": {"steps": 2, "batch_size": 8, "lr": 0.01},
+    }
+    (tmp_path / "mine.json").write_text(json.dumps(config))
+    output, base = tmp_path / "out", ["reproduce", "table5", tmp_path / "out"]
+    options = [
+        "--configs", tmp_path / "mine.json", "--values", "8,16", "--seeds", 0,
+        "--methods", "sylva:magnitude",
+    ]  # fmt: skip
+    shown = jobs.sylva(*base, *options)
+    assert "2/2" in shown.stderr
+    assert "Sensitivity to the block size" in shown.stdout
+    assert {job.spec["sylva"]["block_size"] for job in here} == {8, 16}
+    assert (output / "table.svg").exists()
+    again = jobs.sylva(*base, *options, "--resume")
+    assert "finished before" in again.stderr
+    assert len(here) == 2
+    message = jobs.told(jobs.sylva("reproduce", "table9", output, code=2))
+    assert "`experiment` must be one of" in message
+
+
+def test_measurements_are_written_and_resumed(monkeypatch, tmp_path):
+    from sylva_train.reproduce import measuring
+
+    spec = {
+        "in_features": 32, "out_features": 32, "sequence": 8, "repeats": 1,
+        "device": "cpu", "block_size": 16, "density": 0.25,
+    }  # fmt: skip
+    done = []
+
+    def start_here(job, path, tell, _):
+        done.append(job)
+        function = getattr(measuring, job.function.partition(":")[2])
+        row = json.loads(json.dumps(function(job.spec, tell)))
+        path.write_text(json.dumps(row))
+        return row
+
+    monkeypatch.setattr(module, "start", start_here)
+    small = dataclasses.replace(measuring.MEASUREMENTS["fig5"], jobs=lambda _: [spec])
+    monkeypatch.setitem(measuring.MEASUREMENTS, "fig5", small)
+    output = tmp_path / "out"
+    result = jobs.sylva("reproduce", "fig5", output)
+    assert "32 × 32" in result.stdout
+    names = {path.name for path in output.iterdir()}
+    assert names == {"results.json", "table.md", "table.csv", "figure.svg", "runs"}
+    jobs.sylva("reproduce", "fig5", output, "--resume")
+    assert len(done) == 1
+    wrong = jobs.sylva("reproduce", "fig5", output, "--scale", "huge", code=2)
+    assert "`scale` must be one of" in jobs.told(wrong)

@@ -90,8 +90,8 @@ UNITS = {
 }  # fmt: skip
 
 
-def memory_bytes(budget: int | str | None) -> int | None:
-    """Return a memory budget such as ``"20GB"`` in bytes.
+def memory_bytes(budget: int | str | None, name: str = "memory_budget") -> int | None:
+    """Return a memory budget such as ``"20GB"`` in bytes; ``name`` is the option's.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def memory_bytes(budget: int | str | None) -> int | None:
     size = 0 if found is None or unit is None else int(float(found[1]) * unit)
     if size < 1:
         msg = (
-            "`memory_budget` must be a number of bytes above 0, like 20GB, 512MiB or"
+            f"`{name}` must be a number of bytes above 0, like 20GB, 512MiB or"
             f" 2000000000; got {budget!r}."
         )
         raise ConfigError(msg)

@@ -64,7 +64,7 @@ def config_names() -> list[str]:
     --------
     >>> from sylva_train.config_files import config_names
     >>> [name for name in config_names() if not name.startswith("roberta")]
-    ['gpt2-large-e2e', 'llama-3.2-3b-metamathqa', 'llama-7b-oasst1', 't5-large-natural-instructions']
+    ['gpt2-large-e2e', 'llama-3.2-3b-metamathqa', 'llama-7b-oasst1', 'llama-small-e2e', 'minilm-e2e-rating', 't5-large-natural-instructions']
     """
     return sorted(shipped())
 

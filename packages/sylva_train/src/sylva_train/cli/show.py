@@ -31,6 +31,7 @@ from sylva_train.workflow import (
 __all__ = [
     "comparison",
     "configs",
+    "diagnosis",
     "facts",
     "folder_size",
     "inspect",
@@ -294,6 +295,38 @@ def comparison(results: Mapping[str, Any], output: Path | None = None) -> None:
     if output is not None:
         files = ("report.html", "results.json", "table.md")
         written({file.partition(".")[0]: output / file for file in files})
+
+
+def diagnosis(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what `diagnose` found."""
+    if as_json:
+        as_text(found)
+        return
+    versions = {n: v or "not installed" for n, v in found["versions"].items()}
+    facts({"versions": ", ".join(f"{name} {v}" for name, v in versions.items())})
+    for about in found["devices"]:
+        kernels = {"torch": "PyTorch", "triton": "Triton", None: "none"}
+        tried = f" ({about['tried']} tried)" if about["tried"] else ""
+        memory = about.get("memory_bytes")
+        threads = about.get("threads")
+        room = size(memory) if memory else f"{threads} thread{'s' * (threads != 1)}"
+        facts(
+            {
+                "device": f"{about['device']}: {about['name']}, {room}; kernels of"
+                f" {kernels[about['kernels']]}{tried}"
+            }
+        )
+    for name, folder in found["model"].items():
+        facts({"model": f"{name}: {folder or 'not installed'}"})
+    rows = [
+        (o["name"], o["version"] or f"- ({o['remedy']})", o["purpose"])
+        for o in found["optional"]
+    ]
+    out().print(table(("optional", "version", "for"), rows, texts=3))
+    for problem in found["problems"]:
+        say(f"problem  {problem}", "red")
+    if not found["problems"]:
+        say("Everything that is there works.")
 
 
 def plain(value: Any) -> Any:

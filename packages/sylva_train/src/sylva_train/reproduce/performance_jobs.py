@@ -81,7 +81,7 @@ def fig4_jobs(scale: str = "small") -> list[dict[str, Any]]:
 def fig5_jobs(scale: str = "small") -> list[dict[str, Any]]:
     """Return the panels of figure 5: a layer's latency by its size and the tokens."""
     check_choice("scale", scale, SCALES)
-    sizes: tuple[int, ...] = (256, 512, 1024)
+    sizes: tuple[int, ...] = (256, 512, 1024, 2048)
     lengths: tuple[int, ...] = (128, 512)
     common = SMALL | {"repeats": 15, "threads": 1}
     if scale == "paper":

@@ -162,7 +162,15 @@ def draw_fig4(results: Results, path: str | os.PathLike[str]) -> None:
             place = groups.index(n) * (len(methods) + 1) + methods.index(method)
             ticks.append((place, LABELS[method]))
             if r["seconds"] is None:
-                axes.text(place, 0, OUT_OF_MEMORY, rotation=90, ha="center", fontsize=7)
+                axes.text(
+                    place,
+                    0,
+                    OUT_OF_MEMORY,
+                    rotation=90,
+                    ha="center",
+                    va="bottom",
+                    fontsize=7,
+                )
                 continue
             height = 0.0
             for part in PHASES:
@@ -201,6 +209,7 @@ def draw_fig5(results: Results, path: str | os.PathLike[str]) -> None:
     path : path
         An ``.svg`` or ``.png`` file.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     def tokens(r: dict[str, Any]) -> int:
         return int(r["spec"]["batch"] * r["spec"]["sequence"])
@@ -229,6 +238,9 @@ def draw_fig5(results: Results, path: str | os.PathLike[str]) -> None:
             axes.plot(places, middle, "o-", ms=3.5, color=colour, label=LABELS[method])
             axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(range(len(own)), shapes)
         finish(axes, f"{length} tokens")
     grid[0][0].set_ylabel("ms: forward, backward, optimizer", fontsize=8)

@@ -186,7 +186,7 @@ class StepSpec(Spec):
         if self.rank is not None:
             check_integer("rank", self.rank, 1)
         check_columns(self.max_columns, self.density)
-        memory_bytes(self.memory_limit)
+        memory_bytes(self.memory_limit, "memory_limit")
         self.check_methods([self.method])
         count = torch.cuda.device_count()
         if pick_device(self.device).type == "cuda" and self.processes > count:

@@ -168,6 +168,8 @@ def build_model(
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, dtype)
             )
+        # GPT-2's class does not tell its loss, of which transformers would warn.
+        model.loss_type = "ForCausalLM"
     else:
         path = Path(name).expanduser()
         model = load_model(path, task="causal-lm", dtype=dtype)[0].to(device)

@@ -5,6 +5,7 @@ A fine-tuning is a folder: ``adapter/`` (PEFT's layout), ``masks.safetensors``,
 ``sylva.json`` with the task, the options, the classes and, once it is done, the results.
 """
 
+from .diagnosis import diagnose
 from .finetuning import finetune
 from .inspection import describe_masks, describe_scores, kind_of
 from .outputs import check_folder
@@ -35,6 +36,7 @@ __all__ = [
     "check_folder",
     "describe_masks",
     "describe_scores",
+    "diagnose",
     "duration",
     "evaluate_folder",
     "evaluated_on",
