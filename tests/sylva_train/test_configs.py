@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -40,7 +41,8 @@ SMALLER = ("llama-small-e2e", "minilm-e2e-rating")
 #: What fits a paper's options to a model of two layers and a few rows.
 SMALL = [
     "--steps", 2, "--batch-size", 4, "--accumulate", 1, "--samples", 8, "--levels", 1,
-    "--rank", 4, "--block-size", 8, "--density", 0.2, "--quiet",
+    "--rank", 4, "--block-size", 8, "--density", 0.2, "--max-new-tokens", 2,
+    "--num-beams", 2, "--quiet",
 ]  # fmt: skip
 
 
@@ -63,8 +65,12 @@ def models(tmp_path_factory) -> Path:
     sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 512}
     gpt2 = GPT2Config(vocab_size=VOCABULARY, **sizes, bos_token_id=4, eos_token_id=4)
     save_folder(home / "gpt2", gpt2, GPT2LMHeadModel, word_tokenizer("decoder"))
-    llama = LlamaConfig(**shape, num_key_value_heads=2, bos_token_id=4, eos_token_id=4)
+    letters = shape | {"vocab_size": VOCABULARY + 4}
+    llama = LlamaConfig(
+        **letters, num_key_value_heads=2, bos_token_id=4, eos_token_id=4
+    )
     decoder = word_tokenizer("decoder", model_max_length=2048)
+    decoder.add_tokens([AddedToken(letter, single_word=True) for letter in "ABCD"])
     save_folder(home / "llama", llama, LlamaForCausalLM, decoder)
     sizes = {"d_model": WIDTH, "d_kv": 16, "d_ff": 2 * WIDTH, "num_layers": 2}
     t5 = T5Config(

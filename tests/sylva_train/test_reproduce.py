@@ -57,7 +57,7 @@ def setting(home: Path, **options) -> Comparison:
         "sylva": jobs.sylva_config(samples=8, levels=1, rank=4),
         "training": jobs.training(steps=2),
         "methods": ("full",),
-        "seeds": (0, 1),
+        "seeds": (0,),
         "learning_rates": {"lora": 0.02, "sylva": 0.01},
     }
     return Comparison(**(values | options))
@@ -65,7 +65,8 @@ def setting(home: Path, **options) -> Comparison:
 
 def test_a_table_of_values_is_written_in_every_form(here, home, tmp_path):
     output = tmp_path / "out"
-    found = reproduce(SWEEP, {"tiny": setting(home)}, output, command="sylva again")
+    settings = {"tiny": setting(home, seeds=(0, 1))}
+    found = reproduce(SWEEP, settings, output, command="sylva again")
     assert len(here) == len(found["runs"]) == 2 * 2 * 2
     densities = {job.spec["sylva"]["density"] for job in here}
     assert densities == {0.25, 0.5}
@@ -113,7 +114,7 @@ def test_rates_are_chosen_on_training_data_with_a_seed_of_their_own(
     assert len(tuning) == 2 * 2 * 2
     assert {job.spec["training"]["seed"] for job in tuning} == {TUNING_SEED}
     assert {job.spec["task"]["eval_split"] for job in tuning} == {"held-out"}
-    assert [job.name.startswith("tune-") for job in here] == [True] * 8 + [False] * 8
+    assert [job.name.startswith("tune-") for job in here] == [True] * 8 + [False] * 4
     best = {}
     for row in found["tuning"]:
         key = row["method"], row["value"]
@@ -147,17 +148,18 @@ def test_lower_is_better_where_it_is(home):
 
 def test_finished_runs_are_kept_and_settings_added(here, home, tmp_path):
     output = tmp_path / "out"
-    reproduce(SWEEP, {"a": setting(home, seeds=(0,))}, output, tune=(1.0,))
-    assert len(here) == 4 + 4
-    both = {"a": setting(home), "b": setting(home, seeds=(0,))}
-    found = reproduce(SWEEP, both, output, tune=(1.0,), resume=True)
-    assert len(here) == 8 + 4 + 4 + 4
+    table = dataclasses.replace(SWEEP, methods=("sylva:magnitude",), values=(0.25,))
+    reproduce(table, {"a": setting(home)}, output, tune=(1.0,))
+    assert len(here) == 1 + 1
+    both = {"a": setting(home, seeds=(0, 1)), "b": setting(home)}
+    found = reproduce(table, both, output, tune=(1.0,), resume=True)
+    assert len(here) == 2 + 1 + 1 + 1
     assert {(r["setting"], r["seed"]) for r in found["runs"]} == {
         ("a", 0), ("a", 1), ("b", 0),
     }  # fmt: skip
     other = {"a": setting(home, training=jobs.training(steps=3))}
     with pytest.raises(ConfigError, match="`steps` is 2 there and 3 here"):
-        reproduce(SWEEP, other, output, resume=True)
+        reproduce(table, other, output, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -227,5 +229,9 @@ def test_measurements_are_written_and_resumed(monkeypatch, tmp_path):
     assert names == {"results.json", "table.md", "table.csv", "figure.svg", "runs"}
     jobs.sylva("reproduce", "fig5", output, "--resume")
     assert len(done) == 1
-    wrong = jobs.sylva("reproduce", "fig5", output, "--scale", "huge", code=2)
-    assert "`scale` must be one of" in jobs.told(wrong)
+
+
+def test_scales_are_small_or_the_papers(tmp_path):
+    base = ["reproduce", "fig4", tmp_path / "out", "--scale", "huge"]
+    assert "must be one of 'small', 'paper'" in jobs.told(jobs.sylva(*base, code=2))
+    assert not (tmp_path / "out").exists()

@@ -50,19 +50,24 @@ def frobenius(x: Array) -> Array:
 def eigh_descending(a: Array) -> tuple[Array, Array]:
     """Eigenvalues, largest first, and eigenvectors of Hermitian ``a`` (..., m, m).
 
-    The matrices are brought to norm 1 and freed of subnormal numbers first: MKL's
-    float32 solver gives NaN for some matrices that have them.
+    The matrices are brought to norm 1 and freed of subnormal numbers first; on a CPU,
+    single precision is decomposed in double: MKL's single-precision solver returns NaN,
+    or does not converge, for some matrices of low rank whose rows differ by many orders
+    of magnitude.
     """
-    xp = namespace(a)
+    xp, space = namespace(a), Space.of(a)
     if not a.shape[-1]:
-        return Space.of(a).real.zeros(*a.shape[:-1]), a
+        return space.real.zeros(*a.shape[:-1]), a
     scale = xp.max(xp.abs(a), axis=(-2, -1), keepdims=True)
     scale = xp.where(scale > 0, scale, xp.ones_like(scale))
     a = a / scale
     a = xp.where(xp.abs(a) < xp.finfo(a.dtype).smallest_normal, xp.zeros_like(a), a)
+    if space.on_host:
+        a = xp.astype(a, xp.complex128 if space.is_complex else xp.float64)
     with one_thread_if_small(a):
         values, vectors = xp.linalg.eigh(a)
-    return xp.flip(values * scale[..., 0], axis=-1), xp.flip(vectors, axis=-1)
+    values = xp.astype(values, space.real.dtype) * scale[..., 0]
+    return xp.flip(values, axis=-1), xp.flip(xp.astype(vectors, space.dtype), axis=-1)
 
 
 def svd(a: Array) -> tuple[Array, Array, Array]:
