@@ -134,7 +134,9 @@ def load_data(
         two or the second of four.
     target_column : str or int, optional
         Column of the targets; by default the first of `TARGET_NAMES`. A causal language
-        model is trained on whole texts where there is none.
+        model is trained on whole texts where there is none. Where neither it nor
+        the texts' is given, OASST1's conversations, MetaMathQA and GSM8K become prompts
+        and targets.
     labels : sequence of str or int, optional
         The classes in order, those of the training set above all. By default the order
         that the source states, else numbers by value or strings by alphabet.
