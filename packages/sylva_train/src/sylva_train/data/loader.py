@@ -72,8 +72,9 @@ class Loader:
     A batch is a dict of ``input_ids`` and ``attention_mask``, int64 of shape (batch,
     length), ``token_type_ids`` alike if the tokenizer has them, and ``labels``: of shape
     (batch,) for classification (int64) and regression (float32), else int64 of shape
-    (batch, length) with −100 where no loss is due. The labels of a causal language model are its input ids, which the model shifts;
-    those of a prompt with a target are the target's ids and the end-of-sequence token.
+    (batch, length) with −100 where no loss is due. The labels of a causal language model
+    are its input ids, which the model shifts; those of a prompt with a target are the
+    target's ids and the end-of-sequence token.
 
     Examples
     --------
@@ -272,11 +273,13 @@ def fitted(dataset: TextDataset, tokenizer: Any, max_length: int) -> TextDataset
     texts, shorter = list(dataset.texts), list(dataset.shorter)
     room = [max_length] * len(texts)
     if dataset.task == "causal-lm" and dataset.targets:
-        room = [max_length - size for size in sizes(dataset.targets)]
+        found = tokenizer(dataset.targets, add_special_tokens=False, verbose=False)
+        ends = [with_end(ids, tokenizer) for ids in found["input_ids"]]
+        room = [max_length - len(ids) for ids in ends]
     left = list(range(len(texts)))
     while left := [i for i in left if shorter[i]]:
-        found = sizes([texts[i] for i in left])
-        left = [i for i, size in zip(left, found, strict=True) if size > room[i]]
+        now = sizes([texts[i] for i in left])
+        left = [i for i, size in zip(left, now, strict=True) if size > room[i]]
         for i in left:
             texts[i], *others = shorter[i]
             shorter[i] = tuple(others)
