@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,17 @@ SMALL = [
     "--rank", 4, "--block-size", 8, "--density", 0.2, "--max-new-tokens", 2,
     "--num-beams", 2, "--quiet",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def without_java(monkeypatch):
+    """METEOR takes many seconds to start; its own tests are elsewhere."""
+    found = shutil.which
+    monkeypatch.setattr(
+        shutil,
+        "which",
+        lambda name, *rest: None if name == "java" else found(name, *rest),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -151,14 +151,9 @@ def load_data(
         two or the second of four.
     target_column : str or int, optional
         Column of the targets; by default the first of `TARGET_NAMES`. A causal language
-<<<<<<< HEAD
         model is trained on whole texts where there is none. A list of targets (JSON)
-        stands for a row each.
-=======
-        model is trained on whole texts where there is none. Where neither it nor
-        the texts' is given, OASST1's conversations, MetaMathQA and GSM8K become prompts
-        and targets.
->>>>>>> 17549e7a1b3e42e414a06561bda2f96dec99dea7
+        stands for a row each. Where neither it nor the texts' is given, OASST1's
+        conversations, MetaMathQA and GSM8K become prompts and targets.
     labels : sequence of str or int, optional
         The classes in order, those of the training set above all. By default the order
         that the source states, else numbers by value or strings by alphabet.
