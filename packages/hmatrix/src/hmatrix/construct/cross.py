@@ -32,6 +32,10 @@ Found = tuple[LowRank, Array]
 
 #: Rows and columns of the first sample.
 SAMPLE = 128
+#: The part of a sample that lies next to each other at either end.
+ENDS = 1 / 8
+#: Rows and columns of near pairs that a sample has in addition.
+PEAKS = 64
 #: Entries of each row and column that check a block larger than a sample.
 PASSES = 2
 #: Columns by which factors grow.
@@ -84,20 +88,21 @@ def approximated(
 ) -> Found:
     """Approximate blocks with pivots from a sample, from a larger one where that fails."""
     space = blocks.space
-    found, lost = attempt(blocks, SAMPLE, tolerance, max_rank, seed)
-    sample = SAMPLE
+    sample, tail = SAMPLE, tolerance / 4
+    found, lost = attempt(blocks, sample, tail, tolerance, max_rank, seed)
     while max_rank is None and sample < blocks.size:
         bad = np.flatnonzero(~(to_numpy(lost) <= tolerance))
         if not len(bad):
             break
-        sample, seed = 4 * sample, seed + 1
-        rest = blocks.taken(space.integers(bad), 0)
-        again = attempt(rest, sample, tolerance, None, seed)
+        # where singular values decay slowly, what follows a small step is not small
+        sample, tail, seed = 4 * sample, tail / 4, seed + 1
+        rest = blocks.taken(space.integers(bad))
+        again = attempt(rest, sample, tail, tolerance, None, seed)
         found = replace_blocks(found, again[0], bad)
         lost = scatter(lost, again[1], bad)
     bad = np.flatnonzero(~(to_numpy(lost) <= tolerance))
     if len(bad) and blocks.size <= DENSE:
-        dense = blocks.taken(space.integers(bad), 0).dense()
+        dense = blocks.taken(space.integers(bad)).dense()
         exact = compress(dense, tolerance=tolerance, max_rank=max_rank)
         found = replace_blocks(found, exact[0], bad)
         lost = scatter(lost, exact[1], bad)
@@ -105,22 +110,38 @@ def approximated(
 
 
 def attempt(
-    blocks: Blocks, sample: int, tolerance: float, max_rank: int | None, seed: int
+    blocks: Blocks,
+    sample: int,
+    tail: float,
+    tolerance: float,
+    max_rank: int | None,
+    seed: int,
 ) -> Found:
-    """Approximate with pivots from a sample of each block, and estimate the error."""
+    """Approximate with pivots from a sample of each block, and estimate the error.
+
+    Pivots are sought until steps are no larger than ``tail``.
+    """
     space, xp, m = blocks.space, blocks.xp, blocks.size
     limit = m if max_rank is None else min(m, max_rank + 8)
-    places = dense_at_ends(m, sample)
-    index = space.integers(places)
-    inner = blocks if m <= sample else blocks.taken(index, 1)
-    scale = m / len(places)
-    i, j, U, V, valid = cross(inner, tolerance / (4 * scale), limit, seed)
+    index = space.integers(dense_at_ends(m, sample))
+    scale = m / index.shape[0]
+    # numbers of the rows and columns of the sample, some of them twice
+    rows = columns = index + xp.zeros(
+        (blocks.count, 1), dtype=index.dtype, device=space.device
+    )
+    inner = blocks
+    if m > sample:
+        if blocks.near is not None:
+            i, j = (x[:, :PEAKS] for x in blocks.near[:2])
+            rows, columns = (xp.concat(x, axis=1) for x in ((rows, i), (columns, j)))
+        inner = blocks.within(rows, columns)
+    i, j, U, V, valid = cross(inner, rows, columns, tail / scale, limit, seed)
     # the pivots D are taken out of V, so that both factors have entries of order 1
     D = xp.linalg.diagonal(gather(V, j))
     D = conjugate(xp.where(valid, D, xp.ones_like(D)))
     V = V / conjugate(D)[:, :, None]
     if m > sample:
-        pivots = (index[i], index[j])
+        pivots = (pick(rows, i), pick(columns, j))
         U, V = extend(blocks, pivots, gather(U, i), gather(V, j), D, valid)
     D = xp.where(valid, D, xp.zeros_like(D))
     # rows of very different norms, which is how partial pivoting leaves them, are
@@ -138,23 +159,35 @@ def dense_at_ends(
 ) -> np.ndarray:
     """Return up to ``count`` of m places, more of them where clusters meet.
 
-    With ``chance``, others each time: both ends, and one by chance from each stretch
-    between neighbours.
+    All at either end, which a kernel of short range may be all there is in a block of
+    sorted points; then fewer and fewer. With ``chance``, others each time: one by chance
+    from each stretch between neighbours.
     """
     if m <= count:
         return np.arange(m)
-    steps = np.arange(count)
+    edge = np.arange(int(count * ENDS))
+    steps = np.arange(count - 2 * len(edge))
     if chance is not None:
-        steps = np.clip(steps + chance.uniform(-0.5, 0.5, count), 0, count - 1)
-        steps[[0, -1]] = 0, count - 1
-    ends = (1 - np.cos(np.pi * steps / (count - 1))) / 2
-    return np.unique(np.round(ends * (m - 1)).astype(np.int64))
+        steps = np.clip(
+            steps + chance.uniform(-0.5, 0.5, len(steps)), 0, len(steps) - 1
+        )
+    ends = (1 - np.cos(np.pi * steps / (len(steps) - 1))) / 2
+    inner = np.round(ends * (m - 1)).astype(np.int64)
+    return np.unique(np.concatenate([edge, inner, m - 1 - edge]))
 
 
 def cross(
-    blocks: Blocks, tolerance: float, limit: int, seed: int
+    blocks: Blocks,
+    rows: Array,
+    columns: Array,
+    tolerance: float,
+    limit: int,
+    seed: int,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Cross approximation with partial pivoting: blocks ≈ Uᵀ conj(V).
+
+    ``rows`` and ``columns`` (b, m) number those of the blocks: what has the same number
+    is the same, and no pivot twice.
 
     Returns
     -------
@@ -166,7 +199,6 @@ def cross(
         Whether a step found a pivot; its rows are zero where not.
     """
     space, xp, b, m = blocks.space, blocks.xp, blocks.count, blocks.size
-    places = xp.arange(m, device=space.device)
     chance = xp.abs(space.real.normal((m,), seed, m))[None, :]
     U, V = space.zeros(b, STEP, m), space.zeros(b, STEP, m)
     steps: list[tuple[Array, Array, Array]] = []
@@ -204,8 +236,9 @@ def cross(
             if turn + 1 == TURNS or not bool(xp.any(turned)):
                 break
             row = xp.where(turned, top, row)
-        used_rows = used_rows | (places == row[:, None])
-        used_columns = used_columns | (good[:, None] & (places == column[:, None]))
+        used_rows = used_rows | (rows == pick(rows, row[:, None]))
+        same = columns == pick(columns, column[:, None])
+        used_columns = used_columns | (good[:, None] & same)
         u = u / xp.where(good, conjugate(pivot), xp.ones_like(pivot))[:, None]
         u = xp.where(good[:, None], u, xp.zeros_like(u))
         v = xp.where(good[:, None], v, xp.zeros_like(v))
@@ -273,9 +306,9 @@ def residual(
 
     A block no larger than the sample is compared whole. Of others, as many rows and
     columns as the sample has, others than it has but also dense at the corners, where a
-    narrow band or a sharp peak would be; and ``PASSES`` times an entry of each row and
-    each column, by chance: a wrong row or column shows every time. The larger of the two
-    estimates counts.
+    narrow band or a sharp peak would be; the near pairs; and ``PASSES`` times an entry of
+    each row and each column, by chance: a wrong row or column shows every time. The
+    largest of the estimates counts.
     """
     space, xp, m, b = blocks.space, blocks.xp, blocks.size, blocks.count
     if m <= sample:
@@ -283,7 +316,12 @@ def residual(
     chance = np.random.default_rng((seed, m, b))
     i, j = (space.integers(dense_at_ends(m, sample, chance)) for _ in range(2))
     corners = (xp.take(x, k, axis=1) for x, k in ((U, i), (V, j)))
-    largest = error_norm(blocks.taken(i, 1, j), next(corners), core, next(corners))
+    largest = error_norm(blocks.within(i, j), next(corners), core, next(corners))
+    if blocks.near is not None:
+        i, j, used = blocks.near
+        error = xp.vecdot(pick(V, j), pick(U, i) @ core) - blocks.at(i, j)
+        peaks = squared_norm(error * xp.astype(used, error.dtype, copy=False))
+        largest = xp.maximum(largest, xp.sqrt(peaks))
     order, rows = chance.permutation(m), np.arange(m)
     shifts = chance.integers(0, m, (PASSES, b, 1))
     squares = xp.zeros_like(largest)
