@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import array_api_compat
@@ -29,6 +30,7 @@ __all__ = [
 
 Array = Any  # an array of any supported library; the standard has no common type
 Namespace = Any
+_namespaces: dict[type, Namespace] = {}
 
 FLOATS = ("float32", "float64")
 COMPLEX = ("complex64", "complex128")
@@ -43,9 +45,14 @@ def is_array(x: object) -> bool:
 
 def namespace(x: Array) -> Namespace:
     """Return the array-API namespace of ``x``."""
-    return array_api_compat.array_namespace(x)
+    kind = type(x)
+    # asked thousands of times for a matrix: that of a type is found once
+    if kind not in _namespaces:
+        _namespaces[kind] = array_api_compat.array_namespace(x)
+    return _namespaces[kind]
 
 
+@cache
 def dtype_name(dtype: object) -> str:
     """Return the bare name of a dtype of any library, ``float32`` say.
 
