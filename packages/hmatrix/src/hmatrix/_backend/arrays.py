@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import array_api_compat
@@ -52,7 +51,6 @@ def namespace(x: Array) -> Namespace:
     return _namespaces[kind]
 
 
-@cache
 def dtype_name(dtype: object) -> str:
     """Return the bare name of a dtype of any library, ``float32`` say.
 

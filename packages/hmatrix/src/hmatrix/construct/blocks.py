@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hmatrix._backend import Array, Space, conjugate
 from hmatrix.construct.near import Near
 
-__all__ = ["Blocks", "masked", "pick", "pieces"]
+__all__ = ["Blocks", "Function", "masked", "pick", "pieces"]
+
+#: From labels of rows and columns, broadcast, to entries.
+Function = Callable[[Array, Array], Array]
 
 #: Entries evaluated at once on the host: their temporaries stay in the cache.
 CHUNK = 2**17
@@ -33,13 +36,31 @@ class Blocks:
         Places of entries that may stand out, as of `near_pairs`.
     """
 
-    function: Callable[[Array, Array], Array]
+    function: Function
     rows: Array
     columns: Array
     real_rows: Array | None
     real_columns: Array | None
     space: Space
     near: Near | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Blocks]) -> Blocks:
+        """Return blocks of one function and one size, without their near pairs."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def join(*arrays: Array | None) -> Array | None:
+            return None if arrays[0] is None else parts[0].xp.concat(arrays, axis=0)
+
+        return replace(
+            parts[0],
+            rows=join(*(x.rows for x in parts)),
+            columns=join(*(x.columns for x in parts)),
+            real_rows=join(*(x.real_rows for x in parts)),
+            real_columns=join(*(x.real_columns for x in parts)),
+            near=None,
+        )
 
     @property
     def count(self) -> int:
