@@ -155,6 +155,19 @@ def test_factors_of_very_different_scales_keep_all_digits(seed):
     assert relative(H, kernel(x[:, None], x)) <= 1e-13
 
 
+@pytest.mark.parametrize("kind", ["exponential", "logarithm"])
+def test_blocks_whose_singular_values_decay_slowly(kind, monkeypatch, rng):
+    """In the plane a small step is followed by many more: too large for the SVD here."""
+    monkeypatch.setattr(hmatrix.construct.cross, "DENSE", 0)
+    x = rng.random((1200, 2))
+
+    def kernel(a, b):
+        return KERNELS[kind](np.sqrt(((a - b) ** 2).sum(axis=-1)))
+
+    H = hm.from_kernel(kernel, x, rtol=1e-4)
+    assert relative(H, kernel(x[:, None], x)) <= 1e-4
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("power", [-0.6, 0.499, 0.8])
 def test_scales_whose_squares_are_no_numbers_are_refused(xp, dtype, power):

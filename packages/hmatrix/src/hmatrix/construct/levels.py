@@ -57,8 +57,8 @@ def build(
             tails = [block_tolerance(tree, k, known) / 4 for k in range(once)]
             pivots[0] = search(blocks[:once], tails, max_rank, seed)
             if not symmetric:
-                lower = [x.lower for x in blocks[:once]]
-                pivots[1] = search(lower, tails, max_rank, seed)
+                mirrored = [x.lower for x in blocks[:once]]
+                pivots[1] = search(mirrored, tails, max_rank, seed)
         tolerance = block_tolerance(tree, level, known)
         both = (blocks[level], blocks[level].lower)
         for side, which, found in zip(sides, both, pivots, strict=False):

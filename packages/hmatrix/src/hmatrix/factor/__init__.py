@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from hmatrix._checks import (
     NotPositiveDefiniteError,
-    PrecisionError,
-    SingularBlockError,
     check_choice,
     check_kind,
 )
-from hmatrix.factor._base import Factorization, has_gradients
+from hmatrix.factor._base import Factorization
 from hmatrix.factor.cholesky import HODLRCholesky, has_cholesky
 from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
 from hmatrix.factor.inversion import inverse
 from hmatrix.factor.mlr import MLRFactorization
-from hmatrix.factor.orthogonal import HODLROrthogonal
+from hmatrix.factor.orthogonal import HODLROrthogonal, inversion_or_orthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 
@@ -134,14 +132,6 @@ def factorize(
         except NotPositiveDefiniteError:
             if method == "cholesky":
                 raise
-    try:
+    if method == "inversion":
         return HODLRFactorization(H, shift)
-    except (PrecisionError, SingularBlockError) as error:
-        if method == "inversion" or has_gradients(H):
-            raise
-        try:
-            return HODLROrthogonal(H, shift)
-        except (PrecisionError, SingularBlockError) as hopeless:
-            # that of a block says more, if there is one
-            first = error if isinstance(error, SingularBlockError) else hopeless
-            raise first from None
+    return inversion_or_orthogonal(H, shift)

@@ -17,7 +17,7 @@ from hmatrix._backend import (
     slogdet,
     solve,
 )
-from hmatrix._checks import SingularBlockError
+from hmatrix._checks import PrecisionError, SingularBlockError
 from hmatrix._operator import unpad_rows
 from hmatrix.factor._base import (
     Factorization,
@@ -26,11 +26,11 @@ from hmatrix.factor._base import (
     shifted_leaves,
     take_array,
 )
-from hmatrix.factor.hodlr import HODLRInverse
+from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, pair
 
-__all__ = ["HODLROrthogonal"]
+__all__ = ["HODLROrthogonal", "inversion_or_orthogonal"]
 
 #: Error of the inverse that only a matrix singular to working precision leaves.
 HOPELESS = 0.1
@@ -315,6 +315,21 @@ class HODLROrthogonal(Factorization):
             shape = (self.tree.nodes(self.tree.levels - k), None, None)
             parts = (take_array(arrays, f"{name}.{k}", shape) for name in names)
             self._steps.append(_Step(*parts))
+
+
+def inversion_or_orthogonal(H: HODLR, shift: float) -> Factorization:
+    """Factorize by inversion, or orthogonally where that fails or loses digits."""
+    try:
+        return HODLRFactorization(H, shift)
+    except (PrecisionError, SingularBlockError) as error:
+        if has_gradients(H):
+            raise
+        try:
+            return HODLROrthogonal(H, shift)
+        except (PrecisionError, SingularBlockError) as hopeless:
+            # that of a block says more, if there is one
+            first = error if isinstance(error, SingularBlockError) else hopeless
+            raise first from None
 
 
 def _balanced(block: LowRank) -> tuple[Array, Array]:
