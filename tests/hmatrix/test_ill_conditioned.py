@@ -207,14 +207,6 @@ def test_complex_matrices(hermitian, rng):
         )
 
 
-def test_orthogonal_elimination_gives_no_gradients():
-    torch = pytest.importorskip("torch")
-    H = hm.from_dense(torch.eye(8).double().requires_grad_(), levels=1)
-    H = hm.HODLR(H.tree, H.leaves.detach().requires_grad_(), H.upper)
-    with pytest.raises(ValueError, match=r'method="orthogonal" has no gradients'):
-        hm.factorize(H, method="orthogonal")
-
-
 @pytest.mark.parametrize("given", ["matrix", "factorization"])
 @pytest.mark.parametrize("kind", ["small pivots", "hermitian", "complex"])
 def test_inverses_of_what_block_inversion_fails_on_are_stored_too(kind, given, rng):

@@ -79,8 +79,8 @@ def factorize(
         condition number. The norm is about the error of the log-determinant, and a
         radius below 1 makes its sign right.
     ValueError
-        If ``method`` is not one of these; or is "cholesky" for a matrix that is not
-        stored as Hermitian; or "orthogonal" for one whose tensors want gradients.
+        If ``method`` is not one of these, or is "cholesky" for a matrix that is not
+        stored as Hermitian.
 
     Notes
     -----
@@ -102,7 +102,9 @@ def factorize(
     differentiated again. Those of "cholesky" are of the matrix, ``dx = A⁻¹ (db − dA x)``
     and ``d log det A = tr(A⁻¹ dA)``, at the cost of a refinement step and of a selected
     inverse, and raise if differentiated again; its diagonal of the inverse is taken from
-    "inversion" for them. ``sample`` and ``whiten`` have gradients to vectors, and to an
+    "inversion" for them. Those of "orthogonal" are alike, that of the log-determinant from
+    the stored inverse (see `inverse`), to the square root of epsilon; its diagonal of the
+    inverse has none. ``sample`` and ``whiten`` have gradients to vectors, and to an
     `MLR`.
 
     Examples

@@ -13,8 +13,7 @@ from hmatrix.arithmetic import (
     inverse_error,
     truncate,
 )
-from hmatrix.construct import from_matvec
-from hmatrix.factor._base import Factorization
+from hmatrix.factor._base import Factorization, has_gradients
 from hmatrix.factor.cholesky import HODLRCholesky
 from hmatrix.factor.hodlr import HODLRFactorization
 from hmatrix.factor.mlr import MLRFactorization
@@ -104,13 +103,13 @@ def inverse(
         F = MLRFactorization(H, shift)
     assert isinstance(F, Factorization)
     if isinstance(F, HODLROrthogonal):
-        stored = from_matvec(
-            F.inverse(),
-            tree=F.tree,
-            rtol=rtol,
-            max_rank=max_rank,
-            symmetric=F.matrix.symmetric,
-        )
+        if has_gradients(F.matrix):
+            msg = (
+                "The stored inverse of an ill-conditioned matrix has no gradients; pass "
+                "detached tensors."
+            )
+            raise ValueError(msg)
+        stored = F.stored_inverse(rtol, max_rank)
         error = after(inverse_error(stored, F.matrix), stored.error)
         return replace(stored, error=error)
     if not isinstance(F, HODLRFactorization):
