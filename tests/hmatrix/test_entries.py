@@ -314,11 +314,12 @@ NARROW = {
     dims=st.integers(1, 3),
     half=st.integers(150, 250),
     rtol=st.sampled_from([1e-3, 1e-8]),
+    skew=st.sampled_from([0.0, 0.5]),
     seed=SEEDS,
 )
 @pytest.mark.parametrize("order", ["tree", "given"])
 def test_points_that_almost_touch_across_clusters(
-    order, kind, length, dims, half, rtol, seed
+    order, kind, length, dims, half, rtol, skew, seed
 ):
     """A few entries of a block are all there is, anywhere in it."""
     rng = np.random.default_rng(seed)
@@ -327,10 +328,12 @@ def test_points_that_almost_touch_across_clusters(
     x = x[rng.permutation(2 * half)]
 
     def kernel(a, b):
-        return NARROW[kind](np.sqrt(((a - b) ** 2).sum(axis=-1)) / length)
+        near = NARROW[kind](np.sqrt(((a - b) ** 2).sum(axis=-1)) / length)
+        return near * (1 + skew * a[..., 0])
 
     tree = {"leaf_size": 32} if order == "tree" else {"levels": 3}
     H = hm.from_kernel(kernel, x, rtol=rtol, seed=seed, **tree)
+    assert H.symmetric == (not skew)
     assert relative(H, kernel(x[:, None], x)) <= rtol
 
 
