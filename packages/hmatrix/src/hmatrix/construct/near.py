@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from hmatrix._backend import Array, Space
 from hmatrix.tree import ClusterTree
@@ -34,11 +33,13 @@ def near_pairs(
     space : Space
         Of the entries; of its library and device are the results.
     """
+    from scipy.spatial import KDTree
+
     placed = points[slice(None) if tree.permutation is None else tree.permutation]
     if points.shape[1] == 1 and np.all(placed[1:] >= placed[:-1]):
         return None
     count = min(NEIGHBOURS + 1, tree.n)
-    distances, other = cKDTree(points).query(points, k=count)
+    distances, other = KDTree(points).query(points, k=count)
     own = np.repeat(np.arange(tree.n), count)
     pairs = tree.slots[np.stack([own, np.reshape(other, -1)])]
     pairs.sort(axis=0)

@@ -68,12 +68,12 @@ def together(levels: Sequence[Blocks]) -> int:
     return len(levels)
 
 
-def sampled_rows(blocks: Blocks, sample: int = SAMPLE) -> int:
-    """Return the rows of a sample."""
-    if blocks.size <= sample:
+def sampled_rows(blocks: Blocks) -> int:
+    """Return the rows of a first sample."""
+    if blocks.size <= SAMPLE:
         return blocks.size
     near = 0 if blocks.near is None else int(blocks.near[0].shape[1])
-    return sample + min(near, PEAKS)
+    return SAMPLE + min(near, PEAKS)
 
 
 def search(
