@@ -5,7 +5,10 @@ relative Frobenius error of 1e-10. Times are the fastest of a few runs in one pr
 errors are those of a product and a solution against exact row sums, where a solution's
 is the relative error of x for the right-hand side A·1. Peers are measured where they are
 installed (``pip install george celerite2``). celerite2 is exact for the exponential
-kernel at any size, and gives its log-determinant.
+kernel at any size, and gives its log-determinant. Bytes are those of the matrix, and of
+the factorization without it; peaks are what NumPy allocates on the way to either, as
+``tracemalloc`` sees it in a run that is not timed. Methods for matrices that are not
+definite are measured on the Gaussian kernel too.
 
 ``results/kernels_growth.json`` is of ``--kernels gaussian --libraries numpy --name
 kernels_growth --sizes 4096 16384 65536 262144 1048576``.
@@ -13,8 +16,10 @@ kernels_growth --sizes 4096 16384 65536 262144 1048576``.
 
 from __future__ import annotations
 
+import functools
 import resource
 import time
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -77,12 +82,40 @@ def ours(library: str, kernel: str, x: np.ndarray, repeats: int) -> dict[str, An
     row["factor"], F = fastest(repeats, lambda: hm.factorize(H))
     row["solve"], found = fastest(3 * repeats, lambda: F.solve(b, refine=0))
     row["logdet_time"], row["logdet"] = fastest(1, F.logdet)
-    row |= {"bytes": H.nbytes, "ranks": list(H.ranks), "error": H.error}
+    row |= {"bytes": H.nbytes, "factor_bytes": F.nbytes}
+    if library == "numpy" and len(x) <= 2**17:
+        row["construct_peak"] = peak(construct)
+        row["factor_peak"] = peak(lambda: hm.factorize(H))
+    row |= {"ranks": list(H.ranks), "error": H.error}
     rows = np.random.default_rng(1).integers(0, len(x), 64)
     exact = KERNELS[kernel](np)(x[rows, None], x).sum(axis=1) + NUGGET
     row["matvec_error"] = relative(np.asarray(b)[rows], exact)
     row["solve_error"] = relative(np.asarray(found), np.ones_like(x))
     return row
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """Return the most bytes that NumPy holds during a run, beside those before."""
+    tracemalloc.start()
+    run()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return most
+
+
+def other_methods(kernel: str, x: np.ndarray) -> list[dict[str, Any]]:
+    """Factorizations for matrices that are not definite."""
+    H = hm.from_kernel(KERNELS[kernel](np), x, nugget=NUGGET, rtol=RTOL, leaf_size=LEAF)
+    ones, rows = np.ones_like(x), []
+    b = H @ ones
+    for method in ("inversion", "orthogonal"):
+        row: dict[str, Any] = {"who": f'hmatrix (numpy), method="{method}"'}
+        run = functools.partial(hm.factorize, H, method=method)
+        row["factor"], F = fastest(2, run)
+        row["solve"], found = fastest(3, functools.partial(F.solve, b, refine=0))
+        row |= {"logdet": F.logdet(), "bytes": H.nbytes, "factor_bytes": F.nbytes}
+        rows.append(row | {"solve_error": relative(found, ones)})
+    return rows
 
 
 def dense(kernel: str, x: np.ndarray) -> dict[str, Any]:
@@ -164,6 +197,8 @@ def main() -> None:
             found = [ours(name, kernel, x, few) for name in chosen.libraries]
             if n <= DENSE:
                 found.append(dense(kernel, x))
+            if n <= 2**16 and kernel == "gaussian":
+                found += other_methods(kernel, x)
             if n <= 2**16:
                 found += [george(kernel, x, few), celerite(kernel, x, few)]
             for row in filter(None, found):

@@ -108,6 +108,52 @@ def test_the_gradient_of_the_log_determinant_is_the_inverse(case):
         torch.testing.assert_close(found, exact, rtol=tolerance, atol=tolerance)
 
 
+def test_orthogonal_elimination_has_gradients(case):
+    tree, parts, symmetric, b = case
+
+    def factored(parts):
+        return hm.factorize(build(tree, parts, symmetric), 0.3, method="orthogonal")
+
+    def solution(b, *parts):
+        return factored(parts).solve(b)
+
+    def adjoint_solution(b, *parts):
+        return factored(parts).solve(b, adjoint=True)
+
+    for function in (solution, adjoint_solution):
+        assert torch.autograd.gradcheck(function, (b, *parts), fast_mode=True)
+    value = factored(parts).slogdet()[1]
+    D = build(tree, parts, symmetric).to_dense() + 0.3 * torch.eye(tree.n)
+    gradients = torch.autograd.grad(value, parts)
+    expected = torch.autograd.grad(
+        D, parts, grad_outputs=torch.linalg.inv(D).mH.detach()
+    )
+    for found, exact in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-8)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(factored(parts).slogdet()[1], parts, create_graph=True)
+    with pytest.raises(ValueError, match="no gradients"):
+        factored(parts).inverse_diagonal()
+
+
+def test_what_inversion_fails_on_is_differentiated_orthogonally():
+    A = torch.tensor([[0.0, 1.0], [2.0, 0.0]], dtype=torch.float64)
+    A = torch.kron(A, torch.eye(8).double())
+    H = hm.from_dense(A, levels=2)
+    H = hm.HODLR(H.tree, H.leaves.requires_grad_(), H.upper, H.lower)
+    F = hm.factorize(H)
+    x = F.solve(torch.ones(16, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(x.sum(), [H.leaves])
+    # d (1ᵀ A⁻¹ b) = −(A⁻ᵀ 1)ᵀ dA (A⁻¹ b), in the diagonal blocks
+    y, z = torch.linalg.solve(A.T, torch.ones_like(x)), x.detach()
+    exact = torch.stack(
+        [-torch.outer(y[i : i + 4], z[i : i + 4]) for i in (0, 4, 8, 12)]
+    )
+    torch.testing.assert_close(gradient, exact)
+    with pytest.raises(ValueError, match="no gradients"):
+        hm.inverse(H)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_mlr_matrices_have_gradients(sign, rng):
     tree = hm.ClusterTree(11, 2)

@@ -155,6 +155,19 @@ def test_factors_of_very_different_scales_keep_all_digits(seed):
     assert relative(H, kernel(x[:, None], x)) <= 1e-13
 
 
+@pytest.mark.parametrize("kind", ["exponential", "logarithm"])
+def test_blocks_whose_singular_values_decay_slowly(kind, monkeypatch, rng):
+    """In the plane a small step is followed by many more: too large for the SVD here."""
+    monkeypatch.setattr(hmatrix.construct.cross, "DENSE", 0)
+    x = rng.random((1200, 2))
+
+    def kernel(a, b):
+        return KERNELS[kind](np.sqrt(((a - b) ** 2).sum(axis=-1)))
+
+    H = hm.from_kernel(kernel, x, rtol=1e-4)
+    assert relative(H, kernel(x[:, None], x)) <= 1e-4
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("power", [-0.6, 0.499, 0.8])
 def test_scales_whose_squares_are_no_numbers_are_refused(xp, dtype, power):
@@ -286,6 +299,58 @@ def test_kernels_much_narrower_than_the_blocks(kind, length, rng):
     for rtol in (1e-4, 1e-9):
         H = hm.from_kernel(kernel, x, rtol=rtol, leaf_size=16)
         assert relative(H, kernel(x[:, None], x)) <= rtol
+
+
+NARROW = {
+    "hat": lambda d: np.maximum(1 - d, 0.0),
+    "exponential": lambda d: np.exp(-d),
+    "inverse square": lambda d: 1 / (d**2 + 1),
+}
+
+
+@given(
+    kind=st.sampled_from(sorted(NARROW)),
+    length=st.sampled_from([1e-4, 1e-3, 1e-2]),
+    dims=st.integers(1, 3),
+    half=st.integers(150, 250),
+    rtol=st.sampled_from([1e-3, 1e-8]),
+    skew=st.sampled_from([0.0, 0.5]),
+    seed=SEEDS,
+)
+@pytest.mark.parametrize("order", ["tree", "given"])
+def test_points_that_almost_touch_across_clusters(
+    order, kind, length, dims, half, rtol, skew, seed
+):
+    """A few entries of a block are all there is, anywhere in it."""
+    rng = np.random.default_rng(seed)
+    y = rng.random((half, dims))
+    x = np.concatenate([y, y + 1e-6 * rng.standard_normal(y.shape)])
+    x = x[rng.permutation(2 * half)]
+
+    def kernel(a, b):
+        near = NARROW[kind](np.sqrt(((a - b) ** 2).sum(axis=-1)) / length)
+        return near * (1 + skew * a[..., 0])
+
+    tree = {"leaf_size": 32} if order == "tree" else {"levels": 3}
+    H = hm.from_kernel(kernel, x, rtol=rtol, seed=seed, **tree)
+    assert H.symmetric == (not skew)
+    assert relative(H, kernel(x[:, None], x)) <= rtol
+
+
+def test_a_short_range_shows_in_the_corners_of_large_blocks():
+    """Of neighbours alone, in blocks with thousands of rows between two of a sample."""
+    n = 2**14
+    x = np.arange(n) / n
+
+    def hat(a, b):
+        return np.maximum(1 - abs(a - b) * n / 4, 0.0)
+
+    H = hm.from_kernel(hat, x, rtol=1e-10)
+    assert set(H.ranks) == {3}
+    middle = slice(n // 2 - 8, n // 2 + 8)
+    np.testing.assert_allclose(
+        H[middle, middle], hat(x[middle, None], x[middle]), atol=1e-14
+    )
 
 
 @given(seed=SEEDS, n=st.integers(65, 400), width=st.integers(1, 5))

@@ -207,9 +207,24 @@ def test_complex_matrices(hermitian, rng):
         )
 
 
-def test_orthogonal_elimination_gives_no_gradients():
-    torch = pytest.importorskip("torch")
-    H = hm.from_dense(torch.eye(8).double().requires_grad_(), levels=1)
-    H = hm.HODLR(H.tree, H.leaves.detach().requires_grad_(), H.upper)
-    with pytest.raises(ValueError, match=r'method="orthogonal" has no gradients'):
-        hm.factorize(H, method="orthogonal")
+@pytest.mark.parametrize("given", ["matrix", "factorization"])
+@pytest.mark.parametrize("kind", ["small pivots", "hermitian", "complex"])
+def test_inverses_of_what_block_inversion_fails_on_are_stored_too(kind, given, rng):
+    """Zeros on the diagonal of a matrix that is well conditioned all the same."""
+    A = ill_conditioned("small pivots", 15, rng)
+    if kind == "hermitian":
+        h = len(A) // 2
+        B = kernel(h, rng)[:, :20]  # leading zeros, of a quadratic program say
+        A = np.block([[np.zeros((h, h)), np.eye(h)], [np.eye(h), np.eye(h) + B @ B.T]])
+    A = A * np.exp(1j) if kind == "complex" else A
+    H = hm.from_dense(A, levels=3, rtol=1e-14)
+    with pytest.raises((hm.PrecisionError, hm.SingularBlockError)):
+        hm.factorize(H, method="inversion")
+    X = hm.inverse(H if given == "matrix" else hm.factorize(H), rtol=1e-9)
+    assert isinstance(X, hm.HODLR)
+    assert X.symmetric == H.symmetric
+    exact = np.linalg.inv(A)
+    assert np.linalg.norm(X.to_dense() - exact) <= 1e-9 * np.linalg.norm(exact)
+    assert X.error >= 0
+    default = hm.inverse(H)
+    assert np.linalg.norm(default.to_dense() - exact) <= 2e-8 * np.linalg.norm(exact)

@@ -29,6 +29,7 @@ __all__ = [
 
 Array = Any  # an array of any supported library; the standard has no common type
 Namespace = Any
+_namespaces: dict[type, Namespace] = {}
 
 FLOATS = ("float32", "float64")
 COMPLEX = ("complex64", "complex128")
@@ -43,7 +44,11 @@ def is_array(x: object) -> bool:
 
 def namespace(x: Array) -> Namespace:
     """Return the array-API namespace of ``x``."""
-    return array_api_compat.array_namespace(x)
+    kind = type(x)
+    # asked thousands of times for a matrix: that of a type is found once
+    if kind not in _namespaces:
+        _namespaces[kind] = array_api_compat.array_namespace(x)
+    return _namespaces[kind]
 
 
 def dtype_name(dtype: object) -> str:

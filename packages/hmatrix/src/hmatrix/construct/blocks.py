@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hmatrix._backend import Array, Space, conjugate
+from hmatrix.construct.near import Near
 
-__all__ = ["Blocks", "masked", "pick", "pieces"]
+__all__ = ["Blocks", "Function", "masked", "pick", "pieces"]
+
+#: From labels of rows and columns, broadcast, to entries.
+Function = Callable[[Array, Array], Array]
 
 #: Entries evaluated at once on the host: their temporaries stay in the cache.
 CHUNK = 2**17
@@ -28,14 +32,35 @@ class Blocks:
         Whether it is a row of the matrix, or padding; None without padding.
     space : Space
         Of the entries.
+    near : tuple of array (b, q), optional
+        Places of entries that may stand out, as of `near_pairs`.
     """
 
-    function: Callable[[Array, Array], Array]
+    function: Function
     rows: Array
     columns: Array
     real_rows: Array | None
     real_columns: Array | None
     space: Space
+    near: Near | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Blocks]) -> Blocks:
+        """Return blocks of one function and one size, without their near pairs."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def join(*arrays: Array | None) -> Array | None:
+            return None if arrays[0] is None else parts[0].xp.concat(arrays, axis=0)
+
+        return replace(
+            parts[0],
+            rows=join(*(x.rows for x in parts)),
+            columns=join(*(x.columns for x in parts)),
+            real_rows=join(*(x.real_rows for x in parts)),
+            real_columns=join(*(x.real_columns for x in parts)),
+            near=None,
+        )
 
     @property
     def count(self) -> int:
@@ -55,6 +80,9 @@ class Blocks:
     @property
     def lower(self) -> Blocks:
         """The blocks on the other side of the diagonal."""
+        near = None
+        if self.near is not None:
+            near = (self.near[1], self.near[0], self.near[2])
         return Blocks(
             self.function,
             self.columns,
@@ -62,6 +90,7 @@ class Blocks:
             self.real_columns,
             self.real_rows,
             self.space,
+            near,
         )
 
     @property
@@ -71,45 +100,48 @@ class Blocks:
         def swapped(a: Array, b: Array) -> Array:
             return conjugate(self.function(b, a))
 
-        return Blocks(
-            swapped,
-            self.columns,
-            self.rows,
-            self.real_columns,
-            self.real_rows,
-            self.space,
-        )
+        return replace(self.lower, function=swapped)
 
-    def taken(self, index: Array, axis: int, columns: Array | None = None) -> Blocks:
-        """Return some blocks (axis 0), or the same rows and columns of all (axis 1).
-
-        The ``columns`` are those of the rows if they are not given.
-        """
-        columns = index if columns is None else columns
-
-        def take(x: Array | None, index: Array) -> Array | None:
-            return None if x is None else self.xp.take(x, index, axis=axis)
-
-        return replace(
-            self,
-            rows=take(self.rows, index),
-            columns=take(self.columns, columns),
-            real_rows=take(self.real_rows, index),
-            real_columns=take(self.real_columns, columns),
-        )
+    def taken(self, index: Array) -> Blocks:
+        """Return some of the blocks."""
+        return self._each(lambda x: self.xp.take(x, index, axis=0))
 
     def group(self, some: slice) -> Blocks:
         """Return some of the blocks that follow each other."""
+        return self._each(lambda x: x[some, ...])
 
-        def take(x: Array | None) -> Array | None:
-            return None if x is None else x[some, ...]
+    def within(self, rows: Array, columns: Array) -> Blocks:
+        """Return places ``rows`` and ``columns`` (b, q) or (q,) of all blocks."""
+
+        def take(x: Array | None, places: Array) -> Array | None:
+            if x is None:
+                return None
+            return (
+                pick(x, places) if places.ndim == 2 else self.xp.take(x, places, axis=1)
+            )
+
+        return replace(
+            self,
+            rows=take(self.rows, rows),
+            columns=take(self.columns, columns),
+            real_rows=take(self.real_rows, rows),
+            real_columns=take(self.real_columns, columns),
+            near=None,
+        )
+
+    def _each(self, take: Callable[[Array], Array]) -> Blocks:
+        """Apply ``take`` to all arrays."""
+
+        def taken(x: Array | None) -> Array | None:
+            return None if x is None else take(x)
 
         return replace(
             self,
             rows=take(self.rows),
             columns=take(self.columns),
-            real_rows=take(self.real_rows),
-            real_columns=take(self.real_columns),
+            real_rows=taken(self.real_rows),
+            real_columns=taken(self.real_columns),
+            near=None if self.near is None else tuple(map(take, self.near)),
         )
 
     def at(self, i: Array, j: Array) -> Array:

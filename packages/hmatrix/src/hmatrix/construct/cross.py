@@ -24,24 +24,22 @@ from hmatrix._backend import (
     transpose,
 )
 from hmatrix.construct.blocks import Blocks, pick
+from hmatrix.construct.pivots import (
+    GROUP,
+    SAMPLE,
+    Pivots,
+    dense_at_ends,
+    gather,
+    search,
+)
 from hmatrix.lowrank import LowRank, compress, cut_triplets, orthonormal_parts
 
 __all__ = ["Found", "approximate", "widened"]
 
 Found = tuple[LowRank, Array]
 
-#: Rows and columns of the first sample.
-SAMPLE = 128
 #: Entries of each row and column that check a block larger than a sample.
 PASSES = 2
-#: Columns by which factors grow.
-STEP = 16
-#: Small steps in a row, and rows without a residual in a row, that end the search.
-QUIET, NULLS = 2, 3
-#: Entries of a column that make its pivot too small, and turns to find a larger one.
-GROWTH, TURNS = 8.0, 4
-#: Rows of a group of blocks on the host: their factors stay in the cache.
-GROUP = 2**15
 #: Blocks up to this size are compressed by the SVD if cross approximation fails.
 DENSE = 2048
 
@@ -51,6 +49,7 @@ def approximate(
     tolerance: float,
     max_rank: int | None,
     seed: int,
+    pivots: Pivots | None = None,
 ) -> list[Found]:
     """Approximate blocks by low rank.
 
@@ -64,6 +63,8 @@ def approximate(
         Cap on the ranks.
     seed : int
         Of the check.
+    pivots : Pivots, optional
+        Of a first sample, if they have been found.
 
     Returns
     -------
@@ -74,30 +75,44 @@ def approximate(
     """
     parts = enumerate(blocks.parts(blocks.count, blocks.size, GROUP))
     return [
-        approximated(blocks.group(some), tolerance, max_rank, seed + k)
+        approximated(
+            blocks.group(some),
+            tolerance,
+            max_rank,
+            seed + k,
+            None if pivots is None else pivots.group(some),
+        )
         for k, some in parts
     ]
 
 
 def approximated(
-    blocks: Blocks, tolerance: float, max_rank: int | None, seed: int
+    blocks: Blocks,
+    tolerance: float,
+    max_rank: int | None,
+    seed: int,
+    pivots: Pivots | None,
 ) -> Found:
     """Approximate blocks with pivots from a sample, from a larger one where that fails."""
     space = blocks.space
-    found, lost = attempt(blocks, SAMPLE, tolerance, max_rank, seed)
-    sample = SAMPLE
+    sample, tail = SAMPLE, tolerance / 4
+    if pivots is None:
+        (pivots,) = search([blocks], [tail], max_rank, seed)
+    found, lost = attempt(blocks, pivots, sample, tolerance, max_rank, seed)
     while max_rank is None and sample < blocks.size:
         bad = np.flatnonzero(~(to_numpy(lost) <= tolerance))
         if not len(bad):
             break
-        sample, seed = 4 * sample, seed + 1
-        rest = blocks.taken(space.integers(bad), 0)
-        again = attempt(rest, sample, tolerance, None, seed)
+        # where singular values decay slowly, what follows a small step is not small
+        sample, tail, seed = 4 * sample, tail / 4, seed + 1
+        rest = blocks.taken(space.integers(bad))
+        (pivots,) = search([rest], [tail], None, seed, sample)
+        again = attempt(rest, pivots, sample, tolerance, None, seed)
         found = replace_blocks(found, again[0], bad)
         lost = scatter(lost, again[1], bad)
     bad = np.flatnonzero(~(to_numpy(lost) <= tolerance))
     if len(bad) and blocks.size <= DENSE:
-        dense = blocks.taken(space.integers(bad), 0).dense()
+        dense = blocks.taken(space.integers(bad)).dense()
         exact = compress(dense, tolerance=tolerance, max_rank=max_rank)
         found = replace_blocks(found, exact[0], bad)
         lost = scatter(lost, exact[1], bad)
@@ -105,23 +120,23 @@ def approximated(
 
 
 def attempt(
-    blocks: Blocks, sample: int, tolerance: float, max_rank: int | None, seed: int
+    blocks: Blocks,
+    pivots: Pivots,
+    sample: int,
+    tolerance: float,
+    max_rank: int | None,
+    seed: int,
 ) -> Found:
     """Approximate with pivots from a sample of each block, and estimate the error."""
-    space, xp, m = blocks.space, blocks.xp, blocks.size
-    limit = m if max_rank is None else min(m, max_rank + 8)
-    places = dense_at_ends(m, sample)
-    index = space.integers(places)
-    inner = blocks if m <= sample else blocks.taken(index, 1)
-    scale = m / len(places)
-    i, j, U, V, valid = cross(inner, tolerance / (4 * scale), limit, seed)
+    xp, m, valid = blocks.xp, blocks.size, pivots.valid
+    i, j, U, V = pivots.i, pivots.j, pivots.U, pivots.V
     # the pivots D are taken out of V, so that both factors have entries of order 1
     D = xp.linalg.diagonal(gather(V, j))
     D = conjugate(xp.where(valid, D, xp.ones_like(D)))
     V = V / conjugate(D)[:, :, None]
     if m > sample:
-        pivots = (index[i], index[j])
-        U, V = extend(blocks, pivots, gather(U, i), gather(V, j), D, valid)
+        places = (pick(pivots.rows, i), pick(pivots.columns, j))
+        U, V = extend(blocks, places, gather(U, i), gather(V, j), D, valid)
     D = xp.where(valid, D, xp.zeros_like(D))
     # rows of very different norms, which is how partial pivoting leaves them, are
     # brought to norm 1, and conditioned well enough for Cholesky QR
@@ -131,109 +146,6 @@ def attempt(
     small, lost, _ = cut_triplets(*svd(core), tolerance * 0.8, max_rank)
     found = LowRank(U @ (Tu @ small.U), small.S, V @ (Tv @ small.V))
     return found, xp.sqrt(lost**2 + estimate**2)
-
-
-def dense_at_ends(
-    m: int, count: int, chance: np.random.Generator | None = None
-) -> np.ndarray:
-    """Return up to ``count`` of m places, more of them where clusters meet.
-
-    With ``chance``, others each time: both ends, and one by chance from each stretch
-    between neighbours.
-    """
-    if m <= count:
-        return np.arange(m)
-    steps = np.arange(count)
-    if chance is not None:
-        steps = np.clip(steps + chance.uniform(-0.5, 0.5, count), 0, count - 1)
-        steps[[0, -1]] = 0, count - 1
-    ends = (1 - np.cos(np.pi * steps / (count - 1))) / 2
-    return np.unique(np.round(ends * (m - 1)).astype(np.int64))
-
-
-def cross(
-    blocks: Blocks, tolerance: float, limit: int, seed: int
-) -> tuple[Array, Array, Array, Array, Array]:
-    """Cross approximation with partial pivoting: blocks ≈ Uᵀ conj(V).
-
-    Returns
-    -------
-    i, j : array (b, r)
-        Pivots' rows and columns.
-    U, V : array (b, r, m)
-        Rows of U are 1 at their pivots.
-    valid : array (b, r)
-        Whether a step found a pivot; its rows are zero where not.
-    """
-    space, xp, b, m = blocks.space, blocks.xp, blocks.count, blocks.size
-    places = xp.arange(m, device=space.device)
-    chance = xp.abs(space.real.normal((m,), seed, m))[None, :]
-    U, V = space.zeros(b, STEP, m), space.zeros(b, STEP, m)
-    steps: list[tuple[Array, Array, Array]] = []
-    used_rows, used_columns = (
-        xp.zeros((b, m), dtype=xp.bool, device=space.device),
-    ) * 2
-    alive = xp.ones((b,), dtype=xp.bool, device=space.device)
-    quiet, nulls = (xp.zeros((b,), dtype=xp.int64, device=space.device),) * 2
-    largest = space.real.zeros(b)
-    row = xp.zeros((b,), dtype=xp.int64, device=space.device) + m // 2
-    other = blocks.adjoint
-    for k in range(min(m, limit)):
-        if k == U.shape[1]:
-            more = space.zeros(b, min(k, m - k), m)
-            U, V = xp.concat([U, more], axis=1), xp.concat([V, more], axis=1)
-        for turn in range(TURNS):
-            # residual row, conjugated: a column of the adjoint blocks
-            v = other.at_columns(row[:, None])
-            largest = xp.maximum(largest, xp.max(xp.abs(v[:, 0, :]), axis=-1))
-            v = (v - conjugate(at(U, k, row)) @ V[:, :k, :])[:, 0, :]
-            size = xp.where(used_columns, xp.zeros_like(largest)[:, None], xp.abs(v))
-            column = xp.argmax(size, axis=-1)
-            pivot = pick(v, column[:, None])[:, 0]
-            # what rounding leaves of an entry is no pivot, nor is what would overflow u
-            least = space.eps * xp.maximum(8 * largest, tolerance + 0 * largest)
-            good = alive & (xp.abs(pivot) > least)
-            u = blocks.at_columns(column[:, None])
-            u = (u - conjugate(at(V, k, column)) @ U[:, :k, :])[:, 0, :]
-            # a row that is small everywhere (far from a narrow kernel's diagonal, say)
-            # has no pivot to divide the column by: go where the column is large
-            size = xp.where(used_rows, xp.zeros_like(largest)[:, None], xp.abs(u))
-            top = xp.argmax(size, axis=-1)
-            high = pick(size, top[:, None])[:, 0]
-            turned = alive & (high > GROWTH * xp.abs(pivot)) & (high > least)
-            if turn + 1 == TURNS or not bool(xp.any(turned)):
-                break
-            row = xp.where(turned, top, row)
-        used_rows = used_rows | (places == row[:, None])
-        used_columns = used_columns | (good[:, None] & (places == column[:, None]))
-        u = u / xp.where(good, conjugate(pivot), xp.ones_like(pivot))[:, None]
-        u = xp.where(good[:, None], u, xp.zeros_like(u))
-        v = xp.where(good[:, None], v, xp.zeros_like(v))
-        U[:, k, :], V[:, k, :] = u, v
-        norm = xp.linalg.vector_norm(u, axis=-1) * xp.linalg.vector_norm(v, axis=-1)
-        small = norm <= tolerance
-        steps.append((row, column, good))
-        quiet = xp.where(good & small, quiet + 1, xp.zeros_like(quiet))
-        nulls = xp.where(good, xp.zeros_like(nulls), nulls + 1)
-        alive = alive & (quiet < QUIET) & (nulls < NULLS)
-        if not bool(xp.any(alive)):
-            break
-        # once nothing is found where it was expected, rows by chance
-        score = xp.where(small[:, None], chance, xp.abs(u))
-        row = xp.argmax(xp.where(used_rows, -xp.ones_like(score), score), axis=-1)
-    i, j, valid = (xp.stack(parts, axis=-1) for parts in zip(*steps, strict=True))
-    return i, j, U[:, : len(steps), :], V[:, : len(steps), :], valid
-
-
-def at(U: Array, k: int, places: Array) -> Array:
-    """Return ``U[b, :k, places[b]]`` of U (b, r, m): (b, 1, k)."""
-    return transpose(gather(U[:, :k, :], places[:, None]))
-
-
-def gather(U: Array, places: Array) -> Array:
-    """Return ``U[b, :, places[b, q]]`` of U (b, r, m): (b, r, q)."""
-    xp = Space.of(U).xp
-    return xp.take_along_axis(U, places[:, None, :], axis=-1)
 
 
 def extend(
@@ -273,17 +185,24 @@ def residual(
 
     A block no larger than the sample is compared whole. Of others, as many rows and
     columns as the sample has, others than it has but also dense at the corners, where a
-    narrow band or a sharp peak would be; and ``PASSES`` times an entry of each row and
-    each column, by chance: a wrong row or column shows every time. The larger of the two
-    estimates counts.
+    narrow band or a sharp peak would be; the near pairs; and ``PASSES`` times an entry of
+    each row and each column, by chance: a wrong row or column shows every time. The
+    largest of the estimates counts.
     """
     space, xp, m, b = blocks.space, blocks.xp, blocks.size, blocks.count
     if m <= sample:
         return error_norm(blocks, U, core, V)
     chance = np.random.default_rng((seed, m, b))
-    i, j = (space.integers(dense_at_ends(m, sample, chance)) for _ in range(2))
+    i, j = (
+        space.integers(np.unique(dense_at_ends(m, sample, chance))) for _ in range(2)
+    )
     corners = (xp.take(x, k, axis=1) for x, k in ((U, i), (V, j)))
-    largest = error_norm(blocks.taken(i, 1, j), next(corners), core, next(corners))
+    largest = error_norm(blocks.within(i, j), next(corners), core, next(corners))
+    if blocks.near is not None:
+        i, j, used = blocks.near
+        error = xp.vecdot(pick(V, j), pick(U, i) @ core) - blocks.at(i, j)
+        peaks = squared_norm(error * xp.astype(used, error.dtype, copy=False))
+        largest = xp.maximum(largest, xp.sqrt(peaks))
     order, rows = chance.permutation(m), np.arange(m)
     shifts = chance.integers(0, m, (PASSES, b, 1))
     squares = xp.zeros_like(largest)

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from hmatrix._checks import (
     NotPositiveDefiniteError,
-    PrecisionError,
-    SingularBlockError,
     check_choice,
     check_kind,
 )
-from hmatrix.factor._base import Factorization, has_gradients
+from hmatrix.factor._base import Factorization
 from hmatrix.factor.cholesky import HODLRCholesky, has_cholesky
 from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
 from hmatrix.factor.inversion import inverse
 from hmatrix.factor.mlr import MLRFactorization
-from hmatrix.factor.orthogonal import HODLROrthogonal
+from hmatrix.factor.orthogonal import HODLROrthogonal, inversion_or_orthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 
@@ -81,8 +79,8 @@ def factorize(
         condition number. The norm is about the error of the log-determinant, and a
         radius below 1 makes its sign right.
     ValueError
-        If ``method`` is not one of these; or is "cholesky" for a matrix that is not
-        stored as Hermitian; or "orthogonal" for one whose tensors want gradients.
+        If ``method`` is not one of these, or is "cholesky" for a matrix that is not
+        stored as Hermitian.
 
     Notes
     -----
@@ -104,7 +102,9 @@ def factorize(
     differentiated again. Those of "cholesky" are of the matrix, ``dx = A⁻¹ (db − dA x)``
     and ``d log det A = tr(A⁻¹ dA)``, at the cost of a refinement step and of a selected
     inverse, and raise if differentiated again; its diagonal of the inverse is taken from
-    "inversion" for them. ``sample`` and ``whiten`` have gradients to vectors, and to an
+    "inversion" for them. Those of "orthogonal" are alike, that of the log-determinant from
+    the stored inverse (see `inverse`), to the square root of epsilon; its diagonal of the
+    inverse has none. ``sample`` and ``whiten`` have gradients to vectors, and to an
     `MLR`.
 
     Examples
@@ -134,14 +134,6 @@ def factorize(
         except NotPositiveDefiniteError:
             if method == "cholesky":
                 raise
-    try:
+    if method == "inversion":
         return HODLRFactorization(H, shift)
-    except (PrecisionError, SingularBlockError) as error:
-        if method == "inversion" or has_gradients(H):
-            raise
-        try:
-            return HODLROrthogonal(H, shift)
-        except (PrecisionError, SingularBlockError) as hopeless:
-            # that of a block says more, if there is one
-            first = error if isinstance(error, SingularBlockError) else hopeless
-            raise first from None
+    return inversion_or_orthogonal(H, shift)

@@ -9,7 +9,14 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from hmatrix._backend import Array, Space, detach, wants_gradient, without_gradients
+from hmatrix._backend import (
+    Array,
+    Space,
+    detach,
+    nbytes,
+    wants_gradient,
+    without_gradients,
+)
 from hmatrix._checks import (
     PrecisionError,
     ShapeError,
@@ -62,6 +69,11 @@ class Factorization(ABC):
     def shape(self) -> tuple[int, int]:
         """``(n, n)``."""
         return self.tree.n, self.tree.n
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays, without those of ``matrix``."""
+        return nbytes(*self._arrays().values())
 
     def solve(
         self,

@@ -1,4 +1,4 @@
-"""Gradients through symmetric factorizations, without those of their steps.
+"""Gradients through stable factorizations, without those of their steps.
 
 A QR decomposition has no gradient where ranks are deficient; solutions and
 log-determinants have, of the matrix alone: ``dx = A⁻¹ (db − dA x)`` and ``d log det A =
@@ -7,6 +7,7 @@ tr(A⁻¹ dA)``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from hmatrix._backend import (
@@ -22,7 +23,7 @@ from hmatrix._operator import real_rows
 from hmatrix.factor.symmetric import SymmetricFactor
 from hmatrix.hodlr import HODLR
 
-__all__ = ["logdet_with_gradients"]
+__all__ = ["logdet_with_gradients", "logdet_with_gradients_of"]
 
 
 def logdet_with_gradients(value: Array, factor: SymmetricFactor, H: HODLR) -> Any:
@@ -35,6 +36,36 @@ def logdet_with_gradients(value: Array, factor: SymmetricFactor, H: HODLR) -> An
         found = _logdet_gradients(factor, fixed)
         return [xp.astype(upstream, x.dtype) * x for x in found]
 
+    return known_gradients(value, gradients, parts)
+
+
+def logdet_with_gradients_of(
+    value: Array, inverse: Callable[[], HODLR], H: HODLR
+) -> Any:
+    """Return ``value``, the log-determinant of any ``H + shift·I``, differentiable.
+
+    By its inverse as a stored matrix, which is made when it is asked for.
+    """
+    sides = [H.upper] if H.lower is None else [H.upper, H.lower]
+    parts = [H.leaves, *(x for side in sides for b in side for x in (b.U, b.S, b.V))]
+    fixed = H.map(detach)
+    blocks = [fixed.upper] if fixed.lower is None else [fixed.upper, fixed.lower]
+    both = 2 if fixed.lower is None else 1
+
+    def gradients(upstream: Array) -> list[Array]:
+        X = inverse()
+        found = [adjoint(X.leaves)]
+        for which, side in enumerate(blocks):
+            for level, block in enumerate(side):
+                # tr(A⁻¹ dA) meets the block with the one across the diagonal
+                G = X.blocks(level)[1 - which].H
+                times_V, times_U = G @ block.V, G.H @ block.U
+                S = xp.astype(block.S, times_V.dtype, copy=False)[:, None, :]
+                scale = real_part(xp.sum(conjugate(block.U) * times_V, axis=-2))
+                found += [both * times_V * S, both * scale, both * times_U * S]
+        return [xp.astype(upstream, x.dtype) * x for x in found]
+
+    xp = fixed.space.xp
     return known_gradients(value, gradients, parts)
 
 

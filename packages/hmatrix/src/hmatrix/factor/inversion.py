@@ -13,10 +13,11 @@ from hmatrix.arithmetic import (
     inverse_error,
     truncate,
 )
-from hmatrix.factor._base import Factorization
+from hmatrix.factor._base import Factorization, has_gradients
 from hmatrix.factor.cholesky import HODLRCholesky
 from hmatrix.factor.hodlr import HODLRFactorization
 from hmatrix.factor.mlr import MLRFactorization
+from hmatrix.factor.orthogonal import HODLROrthogonal, inversion_or_orthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 
@@ -44,7 +45,8 @@ def inverse(
     rtol : float, optional
         Of a `HODLR`: promise ``‖result − X‖_F ≤ rtol · ‖X‖_F`` of what the
         factorization gives for the inverse ``X``, whose own error grows with the
-        condition number. Default: rounding only.
+        condition number. Default: rounding only, or the square root of epsilon where
+        that takes products.
     max_rank : int, optional
         Cap on the ranks. It wins over ``rtol``.
 
@@ -60,16 +62,20 @@ def inverse(
     SingularLeafError, SingularBlockError, NotPositiveDefiniteError
         As `factorize`.
     PrecisionError
-        If a `HODLR` is so badly conditioned that block inversion loses the digits;
-        ``factorize(H).inverse()`` is an operator that has them.
+        If a `HODLR` is singular to working precision.
+    ToleranceError
+        If ``rtol`` is not kept, because solutions have no more digits than that.
     ValueError
-        If a factorization comes with a ``shift``.
+        If a factorization comes with a ``shift``; or if an inverse found from solutions
+        should have gradients.
 
     Notes
     -----
     Each level of the recursive block inversion subtracts ``D P E Qᴴ D`` (see
     `factorize`): its off-diagonal parts are blocks of low rank, its diagonal parts reach
-    into all levels below. Cost ``O(n r² K²)``.
+    into all levels below. Cost ``O(n r² K²)``. Where that fails or loses digits (see
+    `factorize`), or ``H`` is a factorization by "orthogonal", it is found from solutions,
+    as `from_matvec` does.
 
     Examples
     --------
@@ -91,12 +97,22 @@ def inverse(
     F = H
     if isinstance(H, HODLRCholesky):
         # W Wᴴ does not have the terms; inversion of the matrix behind it has
-        F = HODLRFactorization(H.matrix, H.shift)
+        F = inversion_or_orthogonal(H.matrix, H.shift)
     elif isinstance(H, HODLR):
-        F = HODLRFactorization(H, shift)
+        F = inversion_or_orthogonal(H, shift)
     elif isinstance(H, MLR):
         F = MLRFactorization(H, shift)
     assert isinstance(F, Factorization)
+    if isinstance(F, HODLROrthogonal):
+        if has_gradients(F.matrix):
+            msg = (
+                "The stored inverse of an ill-conditioned matrix has no gradients; pass "
+                "detached tensors."
+            )
+            raise ValueError(msg)
+        stored = F.stored_inverse(rtol, max_rank)
+        error = after(inverse_error(stored, F.matrix), stored.error)
+        return replace(stored, error=error)
     if not isinstance(F, HODLRFactorization):
         X: Any = F.inverse()
         if rtol is None and max_rank is None:

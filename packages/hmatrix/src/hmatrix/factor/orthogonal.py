@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,12 +13,15 @@ from hmatrix._backend import (
     adjoint,
     complete_qr,
     contiguous,
+    detach,
     inverse_lower,
+    known_gradients,
     slogdet,
     solve,
 )
-from hmatrix._checks import SingularBlockError
+from hmatrix._checks import PrecisionError, SingularBlockError
 from hmatrix._operator import unpad_rows
+from hmatrix.construct import from_matvec
 from hmatrix.factor._base import (
     Factorization,
     cleared,
@@ -26,11 +29,14 @@ from hmatrix.factor._base import (
     shifted_leaves,
     take_array,
 )
-from hmatrix.factor.hodlr import HODLRInverse
+from hmatrix.factor.gradients import logdet_with_gradients_of
+from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, pair
 
-__all__ = ["HODLROrthogonal"]
+__all__ = ["HODLROrthogonal", "inversion_or_orthogonal"]
+
+Apply = Callable[[Array], Array]
 
 #: Error of the inverse that only a matrix singular to working precision leaves.
 HOPELESS = 0.1
@@ -135,15 +141,13 @@ class HODLROrthogonal(Factorization):
     """Orthogonal elimination of a `HODLR` matrix; see `factorize`."""
 
     matrix: HODLR
+    _plain: HODLROrthogonal | None = None  # of the detached matrix, for gradients
 
     def __init__(self, H: HODLR, shift: float = 0.0) -> None:
         super().__init__(H, shift)
         if has_gradients(H):
-            msg = (
-                'method="orthogonal" has no gradients; use method="inversion" or '
-                '"cholesky", or detach the tensors.'
-            )
-            raise ValueError(msg)
+            self._differentiate(HODLROrthogonal(H.map(detach), shift))
+            return
         xp, tree = self.space.xp, self.tree
         U, V, widths = self._columns()
         # brought to about 1, what the diagonal of padding has
@@ -168,6 +172,14 @@ class HODLROrthogonal(Factorization):
         self._root = contiguous(D)
         self._count(D, 0)
         self._check_precision(HOPELESS, "" if self.space.eps < 1e-10 else " or float64")
+
+    def _differentiate(self, plain: HODLROrthogonal) -> None:
+        """Take over the factors of the detached matrix, with its gradients."""
+        self._plain, self._steps, self._root = plain, plain._steps, plain._root
+        self._scale, self._sign = plain._scale, plain._sign
+        self._logdet = logdet_with_gradients_of(
+            plain._logdet, plain.stored_inverse, self.matrix
+        )
 
     def _columns(self) -> tuple[Array, Array, list[int]]:
         """Return U and V of all levels, each (padded, Σ r), and the widths of levels.
@@ -239,6 +251,29 @@ class HODLROrthogonal(Factorization):
         self._logdet = self._logdet + xp.sum(xp.astype(logs, xp.float64))
 
     def _apply(self, x: Array) -> Array:
+        plain = self._plain
+        if plain is None:
+            return self._solve(x)
+        parts = (self.matrix._apply, plain._solve, plain._solve_adjoint)
+        return self._refined(x, *parts)
+
+    def _apply_adjoint(self, x: Array) -> Array:
+        plain = self._plain
+        if plain is None:
+            return self._solve_adjoint(x)
+        parts = (self.matrix._apply_adjoint, plain._solve_adjoint, plain._solve)
+        return self._refined(x, *parts)
+
+    def _refined(
+        self, x: Array, product: Apply, solve: Apply, solve_adjoint: Apply
+    ) -> Array:
+        """Solve with a step of refinement: dy = A⁻¹ (dx − dA y)."""
+        y = solve(detach(x))
+        residual = cleared(x - product(y) - self.shift * y, self.tree)
+        step = solve(detach(residual))
+        return y + known_gradients(step, lambda g: [solve_adjoint(g)], [residual])
+
+    def _solve(self, x: Array) -> Array:
         xp, leaves = self.space.xp, self.matrix.leaves
         f = xp.reshape(x / self._scale, (*leaves.shape[:2], x.shape[1]))
         w = self.space.zeros(leaves.shape[0], self._width, x.shape[1])
@@ -251,7 +286,7 @@ class HODLROrthogonal(Factorization):
             f = step.down(y, f)
         return xp.reshape(f, x.shape)
 
-    def _apply_adjoint(self, x: Array) -> Array:
+    def _solve_adjoint(self, x: Array) -> Array:
         xp, leaves = self.space.xp, self.matrix.leaves
         f = xp.reshape(x / self._scale, (*leaves.shape[:2], x.shape[1]))
         ys = []
@@ -273,11 +308,29 @@ class HODLROrthogonal(Factorization):
         """Return the inverse as an operator; nothing is formed."""
         return HODLRInverse(self)
 
+    def stored_inverse(
+        self, rtol: float | None = None, max_rank: int | None = None
+    ) -> HODLR:
+        """Return the inverse as a matrix, found from solutions; see `from_matvec`."""
+        return from_matvec(
+            self.inverse(),
+            tree=self.tree,
+            rtol=rtol,
+            max_rank=max_rank,
+            symmetric=self.matrix.symmetric,
+        )
+
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,), in ``O(n r² K³)``.
 
         Columns of the identity, each along the path from its leaf to the root and back.
         """
+        if self._plain is not None:
+            msg = (
+                'The diagonal of the inverse has no gradients by method="orthogonal"; '
+                "factorize detached tensors."
+            )
+            raise ValueError(msg)
         xp, (leaves, m) = self.space.xp, self.matrix.leaves.shape[:2]
         x = xp.broadcast_to(self.space.eye(m), (leaves, m, m))
         w, ys = self.space.zeros(leaves, self._width, m), []
@@ -315,6 +368,19 @@ class HODLROrthogonal(Factorization):
             shape = (self.tree.nodes(self.tree.levels - k), None, None)
             parts = (take_array(arrays, f"{name}.{k}", shape) for name in names)
             self._steps.append(_Step(*parts))
+
+
+def inversion_or_orthogonal(H: HODLR, shift: float) -> Factorization:
+    """Factorize by inversion, or orthogonally where that fails or loses digits."""
+    try:
+        return HODLRFactorization(H, shift)
+    except (PrecisionError, SingularBlockError) as error:
+        try:
+            return HODLROrthogonal(H, shift)
+        except (PrecisionError, SingularBlockError) as hopeless:
+            # that of a block says more, if there is one
+            first = error if isinstance(error, SingularBlockError) else hopeless
+            raise first from None
 
 
 def _balanced(block: LowRank) -> tuple[Array, Array]:

@@ -1,0 +1,193 @@
+"""Matrices of functions of labels, level by level."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from hmatrix._backend import Array, Space, adjoint, conjugate, frobenius, namespace
+from hmatrix._checks import ToleranceError, check_norm
+from hmatrix._operator import real_rows
+from hmatrix.construct.blocks import Blocks, Function, masked, pieces
+from hmatrix.construct.budget import block_tolerance, check_tolerances
+from hmatrix.construct.cross import Found, approximate, widened
+from hmatrix.construct.near import Near
+from hmatrix.construct.pivots import Pivots, search, together
+from hmatrix.hodlr import HODLR
+from hmatrix.lowrank import LowRank, kept
+from hmatrix.tree import ClusterTree
+
+__all__ = ["build"]
+
+
+def build(
+    function: Function,
+    labels: Array,
+    tree: ClusterTree,
+    space: Space,
+    rtol: float | None,
+    atol: float,
+    max_rank: int | None,
+    symmetric: bool | None,
+    seed: int,
+    near: list[Near] | None = None,
+) -> HODLR:
+    """Build the matrix of a function of labels, which are in the order of the leaves."""
+    rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
+    real = None
+    if tree.padded > tree.n:
+        real = real_rows(tree, space)
+    leaves = diagonal_blocks(function, labels, real, tree, space)
+    squares = check_norm(float(frobenius(leaves)), space) ** 2
+    if symmetric is None:
+        symmetric = looks_hermitian(function, labels, leaves, seed)
+    # of each side of the diagonal, for each level, batches of blocks with their errors
+    sides: list[list[list[Found]]] = [[] for _ in range(1 if symmetric else 2)]
+    blocks = [
+        blocks_of(function, labels, real, tree, level, space, near)
+        for level in range(tree.levels)
+    ]
+    once = together(blocks)
+    pivots: list[list[Pivots]] = [[] for _ in sides]
+    for level in reversed(range(tree.levels)):
+        # by what is known of the norm so far: too strict at first, and mended at the end
+        known = max(rtol * math.sqrt(squares), atol)
+        if level + 1 == once:
+            tails = [block_tolerance(tree, k, known) / 4 for k in range(once)]
+            pivots[0] = search(blocks[:once], tails, max_rank, seed)
+            if not symmetric:
+                mirrored = [x.lower for x in blocks[:once]]
+                pivots[1] = search(mirrored, tails, max_rank, seed)
+        tolerance = block_tolerance(tree, level, known)
+        both = (blocks[level], blocks[level].lower)
+        for side, which, found in zip(sides, both, pivots, strict=False):
+            first = found[level] if found else None
+            parts = approximate(which, tolerance, max_rank, seed, first)
+            side.insert(0, parts)
+            for block, _ in parts:
+                squares += float(frobenius(block.S)) ** 2 * (2 if symmetric else 1)
+        check_norm(math.sqrt(squares), space)
+    norm = math.sqrt(squares)
+    total = max(rtol * norm, atol)
+    square, trimmed = 0.0, []
+    for side in sides:
+        out = []
+        for level, parts in enumerate(side):
+            block, lost = joined(parts, block_tolerance(tree, level, total), max_rank)
+            parts.clear()
+            out.append(block)
+            square += lost * (2 if symmetric else 1)
+        trimmed.append(tuple(out))
+    reached = math.sqrt(square)
+    if max_rank is None and not reached <= total:
+        msg = (
+            f"The error is {reached / norm:.3g} of the norm by the estimate, "
+            f"{total / norm:.3g} was asked for: entries may be too rough or too noisy for "
+            "low rank. Use a larger `rtol`, another order of the rows, or a `max_rank`."
+        )
+        raise ToleranceError(msg, total / norm, reached / norm)
+    lower = None if symmetric else trimmed[1]
+    return HODLR(tree, leaves, trimmed[0], lower, reached / norm if norm else 0.0)
+
+
+def blocks_of(
+    function: Function,
+    labels: Array,
+    real: Array | None,
+    tree: ClusterTree,
+    level: int,
+    space: Space,
+    near: list[Near] | None,
+) -> Blocks:
+    """Return the blocks of a level above the diagonal."""
+    shape = (tree.nodes(level), 2, tree.size(level + 1))
+    halves = space.xp.reshape(labels, (*shape, *labels.shape[1:]))
+    masks = None if real is None else space.xp.reshape(real, shape)
+    return Blocks(
+        function,
+        halves[:, 0, ...],
+        halves[:, 1, ...],
+        None if masks is None else masks[:, 0, :],
+        None if masks is None else masks[:, 1, :],
+        space,
+        None if near is None else near[level],
+    )
+
+
+def joined(
+    parts: list[Found], tolerance: float, max_rank: int | None
+) -> tuple[LowRank, float]:
+    """Join batches of a level's blocks, cut again now that the norm is known.
+
+    Returns the blocks, and the squares of the errors of all of them.
+    """
+    xp = namespace(parts[0][1])
+    error = xp.concat([lost for _, lost in parts], axis=0)
+    width = max(block.rank for block, _ in parts)
+    S = xp.concat([widened(block.S, width) for block, _ in parts], axis=0)
+    rest = tolerance**2 - error**2
+    rest = 0.9 * xp.sqrt(xp.where(rest > 0, rest, xp.zeros_like(rest)))
+    keep, more, _ = kept(S, rest[:, None], max_rank)
+    square = float(xp.sum(error**2 + more**2))
+    rank = int(keep.shape[-1])
+    if len(parts) == 1 and rank == width and bool(xp.all(keep | (S == 0))):
+        return parts[0][0], square
+
+    def all_of(name: str) -> Array:
+        first = getattr(parts[0][0], name)
+        x = Space.of(first).zeros(error.shape[0], *first.shape[1:-1], rank)
+        start = 0
+        for block, lost in parts:
+            stop = start + lost.shape[0]
+            part = getattr(block, name)[..., :rank]
+            mask = keep[start:stop, ..., : part.shape[-1]]
+            mask = xp.reshape(mask, (stop - start, *[1] * (x.ndim - 2), -1))
+            x[start:stop, ..., : part.shape[-1]] = xp.where(
+                mask, part, xp.zeros_like(part)
+            )
+            start = stop
+        return x
+
+    return LowRank(*map(all_of, ("U", "S", "V"))), square
+
+
+def diagonal_blocks(
+    function: Function,
+    labels: Array,
+    real: Array | None,
+    tree: ClusterTree,
+    space: Space,
+) -> Array:
+    """Evaluate the leaves, some at a time: (2**K, m, m)."""
+    xp, m, count = space.xp, tree.leaf_size, tree.nodes(tree.levels)
+    labels = xp.reshape(labels, (count, m, *labels.shape[1:]))
+    leaves = space.zeros(count, m, m)
+    step = pieces(space, m * m, count)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        some = labels[start:stop, ...]
+        leaves[start:stop, :, :] = function(some[:, :, None, ...], some[:, None, ...])
+    if real is None:
+        return leaves
+    masks = xp.reshape(real, (count, m))
+    return masked(leaves, masks[:, :, None], masks[:, None, :])
+
+
+def looks_hermitian(
+    function: Function, labels: Array, leaves: Array, seed: int
+) -> bool:
+    """Whether the leaves and some other entries are those of a Hermitian matrix.
+
+    Each row and each column has some of them, so that no single one is missed.
+    """
+    xp, space, n = namespace(leaves), Space.of(leaves), int(labels.shape[0])
+    if not bool(xp.all(leaves == adjoint(leaves))):
+        return False
+    chance = np.random.default_rng(seed)
+    for _ in range(8 + 256 // n):
+        other = xp.take(labels, space.integers(chance.permutation(n)), axis=0)
+        mirrored = conjugate(function(other, labels))
+        if not bool(xp.all(function(labels, other) == mirrored)):
+            return False
+    return True

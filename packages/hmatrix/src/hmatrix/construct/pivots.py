@@ -1,0 +1,232 @@
+"""Pivots of cross approximation, in samples of blocks of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hmatrix._backend import Array, Space, conjugate, to_numpy, transpose
+from hmatrix.construct.blocks import Blocks, pick
+
+__all__ = ["GROUP", "SAMPLE", "Pivots", "dense_at_ends", "gather", "search", "together"]
+
+#: Rows and columns of the first sample.
+SAMPLE = 128
+#: The part of a sample that lies next to each other at either end.
+ENDS = 1 / 8
+#: Rows and columns of near pairs that a sample has in addition.
+PEAKS = 64
+#: Rows of samples, or of blocks on the host, at once: their factors stay in the cache.
+GROUP = 2**15
+#: Columns by which factors grow.
+STEP = 16
+#: Small steps in a row, and rows without a residual in a row, that end the search.
+QUIET, NULLS = 2, 3
+#: Entries of a column that make its pivot too small, and turns to find a larger one.
+GROWTH, TURNS = 8.0, 4
+
+
+@dataclass(frozen=True)
+class Pivots:
+    """What `cross` finds in samples of blocks (b).
+
+    Parameters
+    ----------
+    rows, columns : array (b, s)
+        Numbers of the samples' rows and columns.
+    i, j, U, V, valid : array (b, r) or (b, r, s)
+        Results of `cross`.
+    """
+
+    rows: Array
+    columns: Array
+    i: Array
+    j: Array
+    U: Array
+    V: Array
+    valid: Array
+
+    def group(self, some: slice, steps: int | None = None) -> Pivots:
+        """Return those of some of the blocks, and only the first steps."""
+        samples = (x[some, :] for x in (self.rows, self.columns))
+        found = (self.i, self.j, self.U, self.V, self.valid)
+        return Pivots(*samples, *(x[some, :steps, ...] for x in found))
+
+
+def together(levels: Sequence[Blocks]) -> int:
+    """Return of how many levels, from the root, `search` takes the samples at once.
+
+    Samples are of one size, however large the blocks.
+    """
+    total = 0
+    for level, blocks in enumerate(levels):
+        total += blocks.count * sampled_rows(blocks)
+        if total > GROUP or sampled_rows(blocks) != sampled_rows(levels[0]):
+            return level
+    return len(levels)
+
+
+def sampled_rows(blocks: Blocks) -> int:
+    """Return the rows of a first sample."""
+    if blocks.size <= SAMPLE:
+        return blocks.size
+    near = 0 if blocks.near is None else int(blocks.near[0].shape[1])
+    return SAMPLE + min(near, PEAKS)
+
+
+def search(
+    parts: Sequence[Blocks],
+    tails: Sequence[float],
+    max_rank: int | None,
+    seed: int,
+    sample: int = SAMPLE,
+) -> list[Pivots]:
+    """Find pivots of blocks of several sizes in samples of one size.
+
+    Until the steps of the blocks of each part are no larger than its ``tail``.
+    """
+    space, xp = parts[0].space, parts[0].xp
+    inners, rows, columns, least = [], [], [], []
+    for blocks, tail in zip(parts, tails, strict=True):
+        index = space.integers(dense_at_ends(blocks.size, sample))
+        # numbers of the rows and columns, some of them twice
+        both = (blocks.count, index.shape[0])
+        i = j = index + xp.zeros(both, dtype=index.dtype, device=space.device)
+        if blocks.size > sample and blocks.near is not None:
+            i, j = (xp.concat([i, x[:, :PEAKS]], axis=1) for x in blocks.near[:2])
+        inners.append(blocks.within(i, j) if blocks.size > sample else blocks)
+        rows.append(i)
+        columns.append(j)
+        share = tail * index.shape[0] / blocks.size
+        least.append(share * space.real.ones(blocks.count))
+    inner = Blocks.joined(inners)
+    i, j, tolerances = (xp.concat(x, axis=0) for x in (rows, columns, least))
+    limit = inner.size if max_rank is None else min(inner.size, max_rank + 8)
+    found = Pivots(i, j, *cross(inner, i, j, tolerances, limit, seed))
+    if len(parts) == 1:
+        return [found]
+    valid, start, each = to_numpy(found.valid), 0, []
+    for blocks in parts:
+        some = slice(start, start + blocks.count)
+        steps = np.flatnonzero(valid[some].any(axis=0)).max(initial=0) + 1
+        each.append(found.group(some, int(steps)))
+        start = some.stop
+    return each
+
+
+def dense_at_ends(
+    m: int, count: int, chance: np.random.Generator | None = None
+) -> np.ndarray:
+    """Return ``count`` of m places, or all, more of them where clusters meet.
+
+    All at either end, which a kernel of short range may be all there is in a block of
+    sorted points; then fewer and fewer, some of them twice. With ``chance``, others each
+    time: one by chance from each stretch between neighbours.
+    """
+    if m <= count:
+        return np.arange(m)
+    edge = np.arange(int(count * ENDS))
+    steps = np.arange(count - 2 * len(edge))
+    if chance is not None:
+        steps = np.clip(
+            steps + chance.uniform(-0.5, 0.5, len(steps)), 0, len(steps) - 1
+        )
+    ends = (1 - np.cos(np.pi * steps / (len(steps) - 1))) / 2
+    inner = np.round(ends * (m - 1)).astype(np.int64)
+    return np.concatenate([edge, inner, m - 1 - edge])
+
+
+def cross(
+    blocks: Blocks,
+    rows: Array,
+    columns: Array,
+    tolerance: Array,
+    limit: int,
+    seed: int,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Cross approximation with partial pivoting: blocks ≈ Uᵀ conj(V).
+
+    Until the steps of a block are no larger than its ``tolerance`` (b,). ``rows`` and
+    ``columns`` (b, m) number those of the blocks: what has the same number is the same,
+    and no pivot twice.
+
+    Returns
+    -------
+    i, j : array (b, r)
+        Pivots' rows and columns.
+    U, V : array (b, r, m)
+        Rows of U are 1 at their pivots.
+    valid : array (b, r)
+        Whether a step found a pivot; its rows are zero where not.
+    """
+    space, xp, b, m = blocks.space, blocks.xp, blocks.count, blocks.size
+    chance = xp.abs(space.real.normal((m,), seed, m))[None, :]
+    U, V = space.zeros(b, STEP, m), space.zeros(b, STEP, m)
+    steps: list[tuple[Array, Array, Array]] = []
+    used_rows, used_columns = (
+        xp.zeros((b, m), dtype=xp.bool, device=space.device),
+    ) * 2
+    alive = xp.ones((b,), dtype=xp.bool, device=space.device)
+    quiet, nulls = (xp.zeros((b,), dtype=xp.int64, device=space.device),) * 2
+    largest = space.real.zeros(b)
+    row = xp.zeros((b,), dtype=xp.int64, device=space.device) + m // 2
+    other = blocks.adjoint
+    for k in range(min(m, limit)):
+        if k == U.shape[1]:
+            more = space.zeros(b, min(k, m - k), m)
+            U, V = xp.concat([U, more], axis=1), xp.concat([V, more], axis=1)
+        for turn in range(TURNS):
+            # residual row, conjugated: a column of the adjoint blocks
+            v = other.at_columns(row[:, None])
+            largest = xp.maximum(largest, xp.max(xp.abs(v[:, 0, :]), axis=-1))
+            v = (v - conjugate(at(U, k, row)) @ V[:, :k, :])[:, 0, :]
+            size = xp.where(used_columns, xp.zeros_like(largest)[:, None], xp.abs(v))
+            column = xp.argmax(size, axis=-1)
+            pivot = pick(v, column[:, None])[:, 0]
+            # what rounding leaves of an entry is no pivot, nor is what would overflow u
+            least = space.eps * xp.maximum(8 * largest, tolerance)
+            good = alive & (xp.abs(pivot) > least)
+            u = blocks.at_columns(column[:, None])
+            u = (u - conjugate(at(V, k, column)) @ U[:, :k, :])[:, 0, :]
+            # a row that is small everywhere (far from a narrow kernel's diagonal, say)
+            # has no pivot to divide the column by: go where the column is large
+            size = xp.where(used_rows, xp.zeros_like(largest)[:, None], xp.abs(u))
+            top = xp.argmax(size, axis=-1)
+            high = pick(size, top[:, None])[:, 0]
+            turned = alive & (high > GROWTH * xp.abs(pivot)) & (high > least)
+            if turn + 1 == TURNS or not bool(xp.any(turned)):
+                break
+            row = xp.where(turned, top, row)
+        used_rows = used_rows | (rows == pick(rows, row[:, None]))
+        same = columns == pick(columns, column[:, None])
+        used_columns = used_columns | (good[:, None] & same)
+        u = u / xp.where(good, conjugate(pivot), xp.ones_like(pivot))[:, None]
+        u = xp.where(good[:, None], u, xp.zeros_like(u))
+        v = xp.where(good[:, None], v, xp.zeros_like(v))
+        U[:, k, :], V[:, k, :] = u, v
+        norm = xp.linalg.vector_norm(u, axis=-1) * xp.linalg.vector_norm(v, axis=-1)
+        small = norm <= tolerance
+        steps.append((row, column, good))
+        quiet = xp.where(good & small, quiet + 1, xp.zeros_like(quiet))
+        nulls = xp.where(good, xp.zeros_like(nulls), nulls + 1)
+        alive = alive & (quiet < QUIET) & (nulls < NULLS)
+        if not bool(xp.any(alive)):
+            break
+        # once nothing is found where it was expected, rows by chance
+        score = xp.where(small[:, None], chance, xp.abs(u))
+        row = xp.argmax(xp.where(used_rows, -xp.ones_like(score), score), axis=-1)
+    i, j, valid = (xp.stack(parts, axis=-1) for parts in zip(*steps, strict=True))
+    return i, j, U[:, : len(steps), :], V[:, : len(steps), :], valid
+
+
+def at(U: Array, k: int, places: Array) -> Array:
+    """Return ``U[b, :k, places[b]]`` of U (b, r, m): (b, 1, k)."""
+    return transpose(gather(U[:, :k, :], places[:, None]))
+
+
+def gather(U: Array, places: Array) -> Array:
+    """Return ``U[b, :, places[b, q]]`` of U (b, r, m): (b, r, q)."""
+    xp = Space.of(U).xp
+    return xp.take_along_axis(U, places[:, None, :], axis=-1)
