@@ -135,6 +135,13 @@ def test_the_way_is_chosen_by_the_mask(blocks, active, way, block_size):
     assert reference.choose_way(blocks, active, (64, 64), block_size, 512) == way
 
 
+def test_threads_make_the_dense_product_likelier():
+    def way(threads):
+        return reference.choose_way(800, (64, 64), (64, 64), 32, 512, threads)
+
+    assert [way(threads) for threads in (1, 2, 4)] == ["rows", "dense", "dense"]
+
+
 @given(st.integers(1, 64), st.integers(1, 64), st.data())
 def test_another_way_is_taken_only_with_a_margin(rows, columns, data):
     grid = data.draw(st.integers(rows, 64)), data.draw(st.integers(columns, 64))

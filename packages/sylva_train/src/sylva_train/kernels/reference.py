@@ -85,9 +85,11 @@ def scatter_blocks_(
 # (benchmarks/bench_layer.py): copying an active row or column of blocks costs so much for
 # each element; products of block rows and of a rectangle are slower by these factors;
 # and another way must be cheaper than the dense product by this margin to be taken. The
-# products of a block row cost so much beside, for all tokens together.
+# products of a block row cost so much beside, for all tokens together. What each thread
+# more makes the dense product faster by, it does not do for narrow ones; these even lose
+# a little, since threads wait for each other.
 COPY_COST, ROW_COST, RECTANGLE_COST, MARGIN = 34.0, 1.05, 1.15, 0.92
-CALL_COST = 1 << 19
+CALL_COST, THREAD_COST = 1 << 19, 1.4
 # Elements of gathered activations at a time: pieces that stay in the cache, in memory
 # that is used again. Larger ones cost several times as much, in page faults alone.
 _PIECE_ELEMENTS = 1 << 20
@@ -172,7 +174,7 @@ def choose_way(
     """
     area, b = block_size**2, block_size
     costs = {
-        "rows": threads
+        "rows": (1 + THREAD_COST * (threads - 1))
         * (blocks * (ROW_COST * area + COPY_COST * b) + active[0] * CALL_COST / tokens),
         "cartesian": RECTANGLE_COST * active[0] * active[1] * area
         + threads * sum(active) * COPY_COST * b,
