@@ -294,7 +294,7 @@ def test_dtype_and_dropout_are_what_was_asked_for(folder):
         ({"labels": ["a"]}, "at least two different classes"),
         ({"labels": ["a", "a"]}, "at least two different classes"),
         ({"task": "causal-lm"}, '`labels` are for `task` "classification"'),
-        ({"task": "regression"}, "`task` must be one of"),
+        ({"task": "ranking"}, "`task` must be one of"),
         ({"pooling": "max"}, "`pooling` must be one of"),
         ({"dtype": "int8"}, "`dtype` must be one of"),
         ({"dropout": 1.0}, "`dropout` must be"),
