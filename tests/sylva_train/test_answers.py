@@ -36,14 +36,16 @@ for library in ("nltk", "pycocoevalcap", "rouge_score", "sacrebleu"):
 T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2}
 
 
-@pytest.fixture(autouse=True)
-def no_java(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def no_java():
     """METEOR takes seconds to start."""
-    monkeypatch.setattr(texts.shutil, "which", lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts.shutil, "which", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
+def home(tmp_path_factory, no_java) -> Path:
     """A model of each kind, prompts with two targets each, and a run of each."""
     path = tmp_path_factory.mktemp("home")
     llama = LlamaConfig(**TINY, tie_word_embeddings=False, num_key_value_heads=2)
