@@ -146,6 +146,16 @@ def test_lower_is_better_where_it_is(home):
     assert plan.rates(rows)[plan.cells[0]] == 0.02  # lora
 
 
+def test_language_models_are_tuned_by_their_perplexity(home):
+    task = jobs.task(home, task="causal-lm", metric="bleu", eval_data="elsewhere.jsonl")
+    plan = Plan(SWEEP, {"a": setting(home, task=task)}, (1.0, 2.0))
+    specs = [job.spec["task"] for job in plan.tuning().values()]
+    assert {(s["metric"], s["eval_data"]) for s in specs} == {("perplexity", None)}
+    rows = {key: {"score": key[1]} for key in plan.tuning()}
+    assert plan.rates(rows)[plan.cells[0]] == 0.02  # the lower
+    assert {job.spec["task"]["metric"] for _, job in plan.runs({})} == {"bleu"}
+
+
 def test_finished_runs_are_kept_and_settings_added(here, home, tmp_path):
     output = tmp_path / "out"
     table = dataclasses.replace(SWEEP, methods=("sylva:magnitude",), values=(0.25,))

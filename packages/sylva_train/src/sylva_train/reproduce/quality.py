@@ -11,7 +11,8 @@ from typing import Any
 from sylva_train._checks import ConfigError, check_positive
 from sylva_train.baselines import parse_method
 from sylva_train.comparison import Comparison, Job
-from sylva_train.evaluation import METRICS
+from sylva_train.data import LABELLED
+from sylva_train.evaluation import METRICS, known_metrics
 from sylva_train.workflow import HELD_OUT
 
 __all__ = ["TABLES", "TUNING_SEED", "Cell", "Plan", "Table"]
@@ -159,7 +160,8 @@ class Plan:
         By name, model and task, options, rates and seeds; the methods are the table's.
     multiples : sequence of float
         Multiples of each method's learning rate to choose the best of, on a tenth of the
-        training data that is held out; empty to take the rates as they are. Options of
+        training data that is held out, by the metric or a language model's perplexity;
+        empty to take the rates as they are. Options of
         scoring alone share the choice.
 
     Raises
@@ -213,7 +215,10 @@ class Plan:
         ):
             setting = self.settings[cell.setting]
             task = dataclasses.replace(
-                setting.task, eval_data=None, eval_split=HELD_OUT
+                setting.task,
+                eval_data=None,
+                eval_split=HELD_OUT,
+                metric=self.tuning_metric(cell),
             )
             base = setting.rate(cell.method)
             for multiple in self.multiples:
@@ -233,6 +238,16 @@ class Plan:
                 )
         return found
 
+    def tuning_metric(self, cell: Cell) -> str:
+        """Return what learning rates are chosen by.
+
+        A language model's is its perplexity: what it is evaluated by may be of other
+        data, and takes long.
+        """
+        setting = self.settings[cell.setting]
+        task = setting.task.task
+        return setting.metric if task in LABELLED else known_metrics(task)[0]
+
     def tuned(self, cell: Cell) -> Cell:
         """Return the cell whose learning rate a cell takes: its own, or the first one's."""
         if self.table.option in SCORING:
@@ -245,7 +260,7 @@ class Plan:
         """Return the learning rate of each cell that scored best when it was tuned."""
         best: dict[Cell, tuple[float, float]] = {}
         for (cell, rate), row in rows.items():
-            sign = 1 if METRICS[self.settings[cell.setting].metric] else -1
+            sign = 1 if METRICS[self.tuning_metric(cell)] else -1
             score = sign * row["score"]
             if cell not in best or score > best[cell][0]:
                 best[cell] = score, rate
