@@ -107,6 +107,7 @@ def from_entries(
     entries or a small patch that stand out inside a block which is smooth otherwise (of a
     sparse matrix, or of points in an order that has nothing to do with their distances)
     do so only by chance, and with them the promise and ``H.error`` fail without a sign.
+    The error of what is seen in part is seldom estimated a few times too low.
     `from_kernel`, which knows the points, also looks at pairs of close ones; `from_sparse`
     and `from_dense` see all entries.
 
