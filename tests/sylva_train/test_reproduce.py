@@ -12,7 +12,6 @@ import pytest
 
 from sylva_train._checks import ConfigError, OutputExistsError
 from sylva_train.comparison import Comparison
-from sylva_train.comparison.single import run
 from sylva_train.reproduce import TABLES, Table, load_table, reproduce
 from sylva_train.reproduce.quality import TUNING_SEED, Plan
 from tests.sylva_train import jobs
@@ -41,13 +40,7 @@ def here(monkeypatch):
     """Runs in this process. Keeps their specs."""
     done = []
 
-    def start_here(job, path, tell, _):
-        done.append(job)
-        row = json.loads(json.dumps(run(job.spec, tell)))
-        path.write_text(json.dumps(row))
-        return row
-
-    monkeypatch.setattr(module, "start", start_here)
+    monkeypatch.setattr(module, "start", jobs.run_here(done))
     return done
 
 
@@ -221,15 +214,7 @@ def test_measurements_are_written_and_resumed(monkeypatch, tmp_path):
         "device": "cpu", "block_size": 16, "density": 0.25,
     }  # fmt: skip
     done = []
-
-    def start_here(job, path, tell, _):
-        done.append(job)
-        function = getattr(measuring, job.function.partition(":")[2])
-        row = json.loads(json.dumps(function(job.spec, tell)))
-        path.write_text(json.dumps(row))
-        return row
-
-    monkeypatch.setattr(module, "start", start_here)
+    monkeypatch.setattr(module, "start", jobs.run_here(done))
     small = dataclasses.replace(measuring.MEASUREMENTS["fig5"], jobs=lambda _: [spec])
     monkeypatch.setitem(measuring.MEASUREMENTS, "fig5", small)
     output = tmp_path / "out"

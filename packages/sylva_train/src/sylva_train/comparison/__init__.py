@@ -18,7 +18,7 @@ from .plan import (
     suited,
 )
 from .process import worker
-from .results import load_results, made
+from .results import load_results, made, read_results
 
 __all__ = [
     "DEMO",
@@ -39,6 +39,7 @@ __all__ = [
     "fresh",
     "load_results",
     "made",
+    "read_results",
     "run_jobs",
     "suited",
     "worker",

@@ -21,7 +21,7 @@ from sylva_train.workflow import evaluated_on
 
 from .plan import Comparison
 
-__all__ = ["gather", "load_results", "made"]
+__all__ = ["gather", "load_results", "made", "read_results"]
 
 FORMAT = "sylva-comparison/1"
 
@@ -127,12 +127,23 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     ConfigError
         If it is not one.
     """
+    return read_results(path, FORMAT, "a comparison")
+
+
+def read_results(path: str | os.PathLike[str], form: str, what: str) -> dict[str, Any]:
+    """Read results of a format.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, or is of another format.
+    """
     try:
         results: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        msg = f"`{path}` cannot be read as the results of a comparison ({error})."
+        msg = f"`{path}` cannot be read as the results of {what} ({error})."
         raise ConfigError(msg) from error
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
-        msg = f"`{path}` does not hold results of the format {FORMAT}."
+    if not isinstance(results, dict) or results.get("format") != form:
+        msg = f"`{path}` does not hold results of the format {form}."
         raise ConfigError(msg)
     return results

@@ -19,6 +19,7 @@ from sylva_train.comparison import (
     done,
     fresh,
     made,
+    read_results,
     run_jobs,
 )
 from sylva_train.report import save_svg
@@ -181,12 +182,4 @@ def load_table(path: str | os.PathLike[str]) -> dict[str, Any]:
     ConfigError
         If it is not one.
     """
-    try:
-        results: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        msg = f"`{path}` cannot be read as the results of a table ({error})."
-        raise ConfigError(msg) from error
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
-        msg = f"`{path}` does not hold results of the format {FORMAT}."
-        raise ConfigError(msg)
-    return results
+    return read_results(path, FORMAT, "a table")
