@@ -53,11 +53,12 @@ RULES = (
 )  # fmt: skip
 ANCHORS = ("frozen", "lora", "full")
 #: Peak learning rates to choose from: of blocks, and of what they stand between.
-RATES = {"llama": (6e-2, 2e-1), "minilm": (3e-3, 1e-2)}
+RATES = {"llama": (2e-2, 6e-2, 2e-1, 6e-1), "minilm": (3e-3, 1e-2, 3e-2, 1e-1)}
 ANCHOR_RATES = {
     ("frozen", "llama"): (0.0,),  # nothing is trained
     ("frozen", "minilm"): (3e-3,),
-    ("lora", "llama"): (2e-2, 6e-2),
+    ("lora", "llama"): (6e-3, 2e-2, 6e-2),
+    ("lora", "minilm"): (3e-3, 1e-2, 3e-2),
     ("full", "llama"): (1e-3, 4e-3),
     ("full", "minilm"): (2e-4, 6e-4),
 }
