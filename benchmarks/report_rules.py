@@ -51,11 +51,26 @@ def read(folder: Path) -> list[Row]:
 
 
 def cells(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, dict[int, Row]]]:
-    """Group the runs that are reported by cell, rule and seed."""
+    """Group the runs that are reported by cell, rule and seed.
+
+    Those at the rate that was chosen in the cell; where rates were chosen elsewhere, at
+    the last one that was run.
+    """
     found: dict[Any, dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
+    losses: dict[Any, dict[float, float]] = defaultdict(dict)
+    last: dict[Any, float] = {}
+    reported = []
     for row in rows:
-        if row["seed"] != TUNING_SEED:
-            found[tuple(row[name] for name in CELL)][row["rule"]][row["seed"]] = row
+        cell = tuple(row[name] for name in CELL), row["rule"]
+        if row["seed"] == TUNING_SEED:
+            losses[cell][row["lr"]] = row["validation"]["loss"]
+        else:
+            reported.append((cell, row))
+            last[cell] = row["lr"]
+    for (cell, rule), row in reported:
+        tried = losses.get((cell, rule), {last[cell, rule]: 0.0})
+        if row["lr"] == min(tried, key=tried.__getitem__):
+            found[cell][rule][row["seed"]] = row
     return found
 
 
@@ -212,9 +227,10 @@ def main() -> None:
     found = summaries(rows)
     made, sizes = rows[-1]["setting"], rows[-1]["sizes"]
     commits = ", ".join(sorted({row["setting"]["commit"] for row in rows}))
+    devices = " and ".join(dict.fromkeys(row["setting"]["device"] for row in rows))
     dates = sorted({row["setting"]["date"][:10] for row in rows})
     lines = [
-        f"{made['device']}, {made['threads']} thread; "
+        f"{devices}, {made['threads']} thread; "
         + ", ".join(f"{name} {v}" for name, v in made["versions"].items())
         + f"; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; commits {commits}."
         f" {sizes['samples']} sentences scored, {sizes['train']:,} to train on.",

@@ -25,11 +25,10 @@ OPTIONAL = (
     ("triton", "kernels on a GPU", "'sylva-train[triton]'"),
     ("datasets", "data sets by their names on the hub", "'sylva-train[data]'"),
     ("pyarrow", ".parquet files", "'sylva-train[data]'"),
-    ("sacrebleu", "BLEU of generated texts", "sacrebleu"),
-    ("nltk", "NIST of generated texts", "nltk"),
-    ("rouge-score", "ROUGE-L of generated texts", "rouge-score"),
-    ("pycocoevalcap", "CIDEr and METEOR of generated texts", "pycocoevalcap"),
-    ("lm-eval", "MMLU", "lm-eval"),
+    ("sacrebleu", "BLEU of generated texts", "'sylva-train[metrics]'"),
+    ("nltk", "NIST of generated texts", "'sylva-train[metrics]'"),
+    ("rouge-score", "ROUGE-L of generated texts", "'sylva-train[metrics]'"),
+    ("pycocoevalcap", "CIDEr and METEOR of generated texts", "'sylva-train[metrics]'"),
 )
 
 
