@@ -95,11 +95,11 @@ def reproduce(
             raise ConfigError(msg)
         table = TABLES[table]
     output, tell = Path(output), watch or (lambda _: None)
-    settings = {
+    found = {
         name: dataclasses.replace(one, task=located(one.task))
         for name, one in settings.items()
     }
-    plan = Plan(table, settings, tune)
+    plan = Plan(table, found, tune)
     keep = check_output(output, resume=resume, overwrite=overwrite)
     tuning = plan.tuning()
     runs = plan.runs(plan.rates({}))
@@ -115,6 +115,8 @@ def reproduce(
             check_same([job for _, job in runs], output)
         rows = run_jobs([job for _, job in runs], output, tell, workers=workers)
     results = gather(plan, tuning, tuned, runs, rows) | {"command": command}
+    for name, one in settings.items():  # as it was given, not where it was found
+        results["settings"][name]["task"] = dataclasses.asdict(one.task)
     return write_table(results, output)
 
 
