@@ -194,10 +194,13 @@ def draw(found: dict[tuple[Any, ...], list[Row]], path: Path) -> None:
         for cell, entries in found.items()
         if sum(entry["rule"] in RULES for entry in entries) >= FULL
     }
+    wide, high = min(3, len(chosen)), -(-len(chosen) // 3)
     figure, axes = plt.subplots(
-        1, len(chosen), figsize=(4.2 * len(chosen), 4.2), squeeze=False
+        high, wide, figsize=(4.2 * wide, 3.6 * high), squeeze=False
     )
-    for axis, (cell, entries) in zip(axes[0], chosen.items(), strict=True):
+    for axis in axes.flat[len(chosen) :]:
+        axis.set_visible(False)
+    for axis, (cell, entries) in zip(axes.flat, chosen.items(), strict=False):
         shown = [e for e in entries if e["rule"] in RULES and e["rule"] != "random"]
         shown.sort(key=lambda e: -statistics.fmean(e["differences"].values()))
         for y, entry in enumerate(shown):
