@@ -164,12 +164,15 @@ def measure(
     with fresh(output, keep=keep):
         # One at a time: they would slow each other down.
         rows = run_jobs(jobs, output, watch or (lambda _: None))
+    options = jobs[0].spec["options"]
+    about = made(options["device"])
+    about["threads"] = options.get("threads") or about["threads"]
     results = {
         "format": FORMAT,
         "name": name,
         "title": one.title,
         "scale": scale,
-        "made": made(jobs[0].spec["options"]["device"]),
+        "made": about,
         "command": command,
         "runs": rows,
     }
