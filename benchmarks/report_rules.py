@@ -18,9 +18,8 @@ from typing import Any
 
 import matplotlib as mpl
 from _common import RESULTS
-from study_rules import ANCHORS, RULES, TUNING_SEED
-
-from sylva_train.config import KRONECKER
+from study_rules import ANCHORS, LAYERS_ALONE, TUNING_SEED
+from study_rules import RULES as SCORED
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
@@ -28,11 +27,19 @@ import matplotlib.pyplot as plt
 Row = dict[str, Any]
 TASKS = {
     "llama-e2e": "small LLaMA, E2E text",
+    "llama-sst2": "small LLaMA, SST-2 text",
     "minilm-e2e": "MiniLM, e2e-rating",
     "minilm-sst2": "MiniLM, SST-2",
 }
+RULES = (*SCORED, LAYERS_ALONE)
 #: What a cell's heading says of options that are not the usual ones.
-USUAL = {"scope": "layer", "spread": None, "damping": 1e-2, "head": "fitted"}
+USUAL = {
+    "scope": "layer",
+    "spread": None,
+    "allocation": 0.0,
+    "damping": 1e-2,
+    "head": "fitted",
+}
 #: What a cell is known by.
 CELL = ("task", "density", "block", *USUAL)
 COLOURS = {"Kronecker factors": "#c1440e", "others": "#3b6ea5"}
@@ -47,7 +54,8 @@ def read(folder: Path) -> list[Row]:
         for path in sorted(folder.glob("*.jsonl"))
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
-    return [json.loads(line) for line in lines]
+    # Runs of before it was an option do not name the allocation.
+    return [{"allocation": 0.0} | json.loads(line) for line in lines]
 
 
 def cells(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, dict[int, Row]]]:
@@ -205,7 +213,9 @@ def draw(found: dict[tuple[Any, ...], list[Row]], path: Path) -> None:
         shown.sort(key=lambda e: -statistics.fmean(e["differences"].values()))
         for y, entry in enumerate(shown):
             values = [*entry["differences"].values()]
-            second = "Kronecker factors" if entry["rule"] in KRONECKER else "others"
+            second = (
+                "Kronecker factors" if entry["rule"].startswith("kfac") else "others"
+            )
             colour = COLOURS[second]
             axis.plot(values, [y] * len(values), "o", ms=4, alpha=0.5, color=colour)
             axis.plot(statistics.fmean(values), y, "|", ms=16, mew=2.5, color=colour)

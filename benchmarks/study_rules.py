@@ -42,7 +42,7 @@ from sylva_train import (
 )
 from sylva_train.baselines import lora_config
 from sylva_train.config import KRONECKER
-from sylva_train.importance import score_rules
+from sylva_train.importance import LayerScores, score_rules
 from sylva_train.pretrained import pooled_features
 from sylva_train.targets import find_targets
 
@@ -51,6 +51,9 @@ RULES = (
     "random", "magnitude", "wanda", "gradient", "weight-gradient", "fisher-diag",
     "kfac", "kfac-element", "kfac-natural", "kfac-block",
 )  # fmt: skip
+#: Random blocks, in layers that share the budget as `kfac-natural` shares it out: what
+#: choosing layers is worth by itself.
+LAYERS_ALONE = "kfac-natural-layers"
 ANCHORS = ("frozen", "lora", "full")
 #: Peak learning rates to choose from: of blocks, and of what they stand between.
 RATES = {"llama": (2e-2, 6e-2, 2e-1, 6e-1), "minilm": (3e-3, 1e-2, 3e-2, 1e-1)}
@@ -75,6 +78,7 @@ class Cell:
     block: int = 16
     scope: str = "layer"
     spread: float | None = None
+    allocation: float = 0.0
     damping: float = 1e-2
     head: str = "fitted"
     steps: int = 60
@@ -165,7 +169,13 @@ class Setup:
             samples=self.sizes.samples,
             seed=self.seed,
         )
-        return score_rules(self.model, self.samples, config, RULES)
+        found = score_rules(self.model, self.samples, config, RULES)
+        layers = {}
+        for name, natural in found["kfac-natural"].items():
+            grid = found["random"][name].blocks(block)
+            grid *= natural.blocks(block).mean().clamp(min=0) / grid.mean()
+            layers[name] = LayerScores(natural.shape, grid=grid, unit=block)
+        return found | {LAYERS_ALONE: Scores(layers, {"importance": LAYERS_ALONE})}
 
     def run(self, cell: Cell, rule: str, rate: float) -> dict[str, Any]:
         """Train what a rule chooses and evaluate it."""
@@ -187,19 +197,17 @@ class Setup:
             for name in self.modules_to_save or []:
                 model.get_submodule(name).requires_grad_(True)
         else:
-            masks = select(
-                self.scores(cell.block, cell.damping)[rule],
-                cell.density,
-                cell.block,
-                cell.scope,
-                cell.spread,
-            )
-            reference = select(
-                self.scores(cell.block, cell.damping)["gradient"],
-                cell.density,
-                cell.block,
-                cell.scope,
-                cell.spread,
+            found = self.scores(cell.block, cell.damping)
+            masks, reference = (
+                select(
+                    found[name],
+                    cell.density,
+                    cell.block,
+                    cell.scope,
+                    cell.spread or 0.0,
+                    allocation=cell.allocation,
+                )
+                for name in (rule, "gradient")
             )
             # How many rows and columns the blocks lie on, of those they could.
             lines = [
@@ -248,7 +256,9 @@ def best_rate(runs: dict[str, dict[str, Any]], cell: Cell, rule: str) -> float:
 def key(cell: Cell, rule: str, rate: float, seed: int) -> str:
     """Identify a run."""
     about = dataclasses.asdict(cell) | {"rule": rule, "lr": rate, "seed": seed}
-    if rule not in KRONECKER:
+    if not cell.allocation:
+        del about["allocation"]  # which runs of before it was an option do not name
+    if rule not in (*KRONECKER, LAYERS_ALONE):
         about["damping"] = None  # which no other rule knows
     return json.dumps(about, sort_keys=True)
 

@@ -14,9 +14,10 @@ from sylva_train._checks import ConfigError, OutputExistsError, TargetError
 from sylva_train.config import SylvaConfig
 from sylva_train.importance import score
 from sylva_train.layers import embed, embedded_layers, unload
-from sylva_train.masks import LayerMask, Masks, select
+from sylva_train.masks import LayerMask, Masks
 from sylva_train.optimizer import SparseAdamW
 from sylva_train.pretrained import load_model
+from sylva_train.selection import select
 from sylva_train.tuner import inspect_adapter, load_adapter, save_adapter
 from tests.sylva_train.models import (
     ARCHITECTURES,

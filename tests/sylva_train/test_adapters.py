@@ -15,7 +15,8 @@ from sylva_train._checks import AdapterError, ConfigError
 from sylva_train.config import SylvaConfig
 from sylva_train.importance import score
 from sylva_train.layers import embed, embedded_layers, merge, unload
-from sylva_train.masks import LayerMask, select
+from sylva_train.masks import LayerMask
+from sylva_train.selection import select
 from sylva_train.tuner import SylvaLayer, load_adapter, save_adapter
 from tests.sylva_train.models import (
     TENSORS,

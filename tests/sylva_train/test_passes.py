@@ -17,7 +17,7 @@ from sylva_train.config import SylvaConfig, memory_bytes
 from sylva_train.curvature import collect_curvature, curvature_bytes
 from sylva_train.curvature.planning import plan_passes
 from sylva_train.importance import score
-from sylva_train.masks import select
+from sylva_train.selection import select
 from sylva_train.targets import find_targets, input_owners
 from tests.sylva_train.models import make_batch, make_model
 

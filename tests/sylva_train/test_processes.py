@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from sylva_train.importance import score
-from sylva_train.masks import select
+from sylva_train.selection import select
 from tests.sylva_train.models import make_batch, make_model
 from tests.sylva_train.test_passes import config, smallest_budget
 

@@ -26,10 +26,11 @@ from .data import Loader, TextDataset, load_data
 from .evaluation import evaluate
 from .importance import LayerScores, Scores, score
 from .layers import SparseEmbeddedLinear, embed, merge, sync, unload
-from .masks import LayerMask, Masks, select
+from .masks import LayerMask, Masks
 from .optimizer import SparseAdamW
 from .pretrained import PooledClassifier, load_model, load_tokenizer
 from .report import markdown_table, summary_table, write_report
+from .selection import select
 from .targets import shared_inputs
 from .training import TrainResult, train
 from .tuner import SylvaModel, inspect_adapter, load_adapter, save_adapter

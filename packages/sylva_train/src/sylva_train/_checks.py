@@ -89,13 +89,15 @@ def check_columns(max_columns: float, density: float) -> None:
 
 
 def check_spread(spread: float | None) -> None:
-    """Raise `ConfigError` unless ``spread`` is None or finite and at least 1."""
+    """Raise `ConfigError` unless ``spread`` is None, 0, or finite and at least 1."""
     if spread is None:
         return
-    if not (isinstance(spread, int | float) and 1 <= spread < math.inf):
+    good = isinstance(spread, int | float)
+    if not (good and (spread == 0 or 1 <= spread < math.inf)):
         msg = (
             "`spread`, how many times its share of the blocks a row or column may have,"
-            f" must be a finite number of at least 1, or None; got {spread!r}."
+            " must be a finite number of at least 1, 0 for no limit, or None for what"
+            f" suits the rule; got {spread!r}."
         )
         raise ConfigError(msg)
 

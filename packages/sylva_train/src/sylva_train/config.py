@@ -37,6 +37,7 @@ __all__ = [
     "NEEDS_DATA",
     "SCHEDULES",
     "SCOPES",
+    "SUITABLE",
     "TOKENS",
     "SylvaConfig",
     "SylvaType",
@@ -71,6 +72,10 @@ TOKENS = ("expand", "reduce")
 #: The blocks of a layer compete with each other, or those of the whole model do, by
 #: scores relative to their layer's mean or by the scores as they are.
 SCOPES = ("layer", "model", "absolute")
+#: ``allocation`` and ``spread`` that suit a rule: of those whose scores compare between
+#: layers, more for the layers that score high. For others, every layer gets the same
+#: fraction, and nothing is spread.
+SUITABLE = {"kfac-natural": (4.0, 1.0), "kfac-block": (4.0, 1.0)}
 #: Types of a model's weights; ``"auto"`` is the checkpoint's.
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 #: Fields of `SylvaConfig` that an adapter gets when it is written.
@@ -180,12 +185,17 @@ class SylvaConfig(PeftConfig):
         ``"20GB"``: where they are more, the data is run through in several passes, to
         the same scores. Without it there is one pass.
     scope : str
-        ``"layer"``: each layer trains the same fraction of its blocks; ``"model"``: the
+        ``"layer"``: the blocks of a layer compete; ``"model"``: the
         blocks of all layers compete by score relative to their layer's mean;
         ``"absolute"``: by score as it is.
+    allocation : float, optional
+        With ``scope="layer"``, the power of a layer's mean score that its density is
+        proportional to; 0: each layer trains the same fraction of its blocks. None: what
+        suits the rule, see `SUITABLE`.
     spread : float, optional
         How many times its share of a layer's blocks a row or column of blocks may have
-        while others have room; None: no limit.
+        while others have room; 0: no limit. None: what suits the rule, but no limit
+        where ``max_columns`` is below 1.
     max_columns : float
         Largest fraction of a layer's block columns that may have blocks, at least
         ``density``. Only these columns of a layer's input are kept for the backward pass:
@@ -226,6 +236,7 @@ class SylvaConfig(PeftConfig):
     memory_budget: int | str | None = None
     scope: str = "layer"
     max_columns: float = 1.0
+    allocation: float | None = None
     spread: float | None = None
     seed: int = 0
     masks: Masks | str | os.PathLike[str] | None = field(default=None, repr=False)
@@ -256,6 +267,8 @@ class SylvaConfig(PeftConfig):
         check_positive("damping", self.damping, zero=True)
         memory_bytes(self.memory_budget)
         check_spread(self.spread)
+        if self.allocation is not None:
+            check_positive("allocation", self.allocation, zero=True)
 
     @classmethod
     def from_pretrained(

@@ -14,7 +14,8 @@ from sylva_train._checks import ConfigError
 from sylva_train.config import CURVATURES, IMPORTANCES, SylvaConfig
 from sylva_train.importance import Scores, score
 from sylva_train.layers import embed
-from sylva_train.masks import Masks, select
+from sylva_train.masks import Masks
+from sylva_train.selection import select_as
 from sylva_train.targets import find_targets, matches
 
 from .rivals import lora_config, prune, shira_config, supertuning_config
@@ -193,9 +194,7 @@ def adapt(
         )
         if scores is None:
             scores = score(model, loader, scoring, progress=progress)
-        masks = select(
-            scores, config.density, config.block_size, config.scope, config.spread
-        )
+        masks = select_as(config, scores)
         if method.name == "kfac-pruner":
             prune(model, masks)
         embed(model, masks, modules_to_save=config.modules_to_save)

@@ -200,11 +200,18 @@ FLAGS: dict[str, Flag] = {
         " less keeps less of the activations.",
         metavar="X",
     ),
+    "allocation": flag(
+        float | None,
+        PARTS,
+        "Power of a layer's mean score that its density is proportional to; 0: the same"
+        " for all layers; what suits the rule without it.",
+        metavar="X",
+    ),
     "spread": flag(
         float | None,
         PARTS,
-        "How many times its share of the blocks a row or column may have; no limit"
-        " without it.",
+        "How many times its share of the blocks a row or column may have; 0: no limit;"
+        " what suits the rule without it.",
         metavar="X",
     ),
     "importance": flag(str, SCORING, f"Rule: {either(IMPORTANCES)}.", metavar="RULE"),

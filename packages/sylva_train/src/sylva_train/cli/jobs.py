@@ -27,7 +27,8 @@ EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric", *GENERATION}
 
 
 @command(
-    omit=EVALUATION | {"modules_to_save", "scope", "max_columns", "spread"},
+    omit=EVALUATION
+    | {"modules_to_save", "scope", "allocation", "max_columns", "spread"},
     output="The file to write, .safetensors.",
 )
 def score(

@@ -10,7 +10,7 @@ from typing import Any
 
 from sylva_train._checks import atomic_write
 from sylva_train.importance import score
-from sylva_train.masks import select
+from sylva_train.selection import select_as
 from sylva_train.training import pick_device
 from sylva_train.workflow import load_task, located
 
@@ -96,4 +96,4 @@ def check_plan(comparison: Comparison) -> None:
     task = load_task(comparison.task, seed=comparison.seeds[0])
     pick_device(comparison.training.device)
     drawn = score(task.model, config=dataclasses.replace(config, importance="random"))
-    select(drawn, config.density, config.block_size, config.scope, config.spread)
+    select_as(config, drawn)

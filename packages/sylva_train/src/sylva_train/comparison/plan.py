@@ -52,7 +52,8 @@ DEMO_STEPS = 60
 #: Scoring options of `SylvaConfig` that a comparison passes on.
 OPTIONS = (
     "target_modules", "exclude_modules", "density", "block_size", "levels", "rank",
-    "exact_below", "samples", "tokens", "damping", "scope", "spread",
+    "exact_below", "samples", "tokens", "damping", "scope",
+    "allocation", "spread",
 )  # fmt: skip
 
 

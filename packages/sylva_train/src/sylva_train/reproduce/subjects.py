@@ -15,9 +15,10 @@ from sylva_train._checks import ConfigError
 from sylva_train.baselines import lora_config, make_block_sparse
 from sylva_train.importance import LayerScores, Scores
 from sylva_train.layers import embed
-from sylva_train.masks import LayerMask, select
+from sylva_train.masks import LayerMask
 from sylva_train.optimizer import SparseAdamW
 from sylva_train.pretrained import load_model
+from sylva_train.selection import select
 from sylva_train.targets import find_targets, shared_inputs, weight_view
 
 __all__ = [

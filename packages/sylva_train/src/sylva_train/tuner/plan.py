@@ -13,7 +13,8 @@ from sylva_train._checks import ConfigError
 from sylva_train.config import NEEDS_DATA, SylvaConfig
 from sylva_train.importance import score
 from sylva_train.layers import check_masks, find_saved
-from sylva_train.masks import LayerMask, Masks, select
+from sylva_train.masks import LayerMask, Masks
+from sylva_train.selection import select_as
 from sylva_train.targets import is_inside, matches
 
 from .base import check_base
@@ -52,14 +53,7 @@ def choose_masks(model: nn.Module, config: SylvaConfig) -> Mapping[str, LayerMas
             exclude = [n for n, _ in model.named_modules() if matches(n, exclude)]
         config.exclude_modules = [*exclude, *whole]
     scores = score(model, None, config)
-    return select(
-        scores,
-        config.density,
-        config.block_size,
-        config.scope,
-        config.spread,
-        max_columns=config.max_columns,
-    )
+    return select_as(config, scores)
 
 
 def plan(model: nn.Module, config: SylvaConfig) -> Mapping[str, LayerMask] | None:

@@ -24,7 +24,8 @@ from sylva_train.config import FACTS, SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.layers import embed
-from sylva_train.masks import Masks, select
+from sylva_train.masks import Masks
+from sylva_train.selection import select_as
 from sylva_train.targets import shared_inputs
 from sylva_train.training import number_of_steps, train
 from sylva_train.tuner import save_adapter
@@ -38,11 +39,12 @@ from .task import Task, heads, load_task, located
 __all__ = ["finetune"]
 
 #: Options that say which blocks to choose by given scores.
-SELECTION = {"density", "block_size", "scope", "spread", "max_columns"}
+SELECTION = {"density", "block_size", "scope", "allocation", "spread", "max_columns"}
 #: Options that say how to choose blocks, which masks bring with them.
 CHOICE = (
     "importance", "curvature", "levels", "rank", "exact_below", "samples", "tokens",
-    "damping", "seed", "density", "block_size", "scope", "spread", "max_columns",
+    "damping", "seed", "density", "block_size", "scope", "allocation", "spread",
+    "max_columns",
 )  # fmt: skip
 
 
@@ -207,15 +209,7 @@ def choose(task: Task, config: SylvaConfig, scores: Scores) -> Masks:
         batch = next(iter(task.score_loader(4, 0)))
         patterns = config.target_modules, config.exclude_modules
         together = shared_inputs(task.model, batch, *patterns)
-    return select(
-        scores,
-        config.density,
-        config.block_size,
-        config.scope,
-        config.spread,
-        max_columns=config.max_columns,
-        together=together,
-    )
+    return select_as(config, scores, together)
 
 
 def chosen(config: SylvaConfig, given: Masks | Scores) -> SylvaConfig:

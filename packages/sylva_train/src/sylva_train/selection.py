@@ -1,0 +1,350 @@
+"""Choosing blocks: by their scores, within a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from ._checks import (
+    ConfigError,
+    check_choice,
+    check_columns,
+    check_density,
+    check_integer,
+    check_positive,
+    check_spread,
+)
+from .config import SCOPES, SUITABLE, SylvaConfig
+from .masks import LayerMask, Masks
+
+if TYPE_CHECKING:
+    from .importance import Scores
+
+__all__ = ["select", "select_as"]
+
+
+def top_blocks(
+    blocks: torch.Tensor, count: int, preferred: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Flat indices of the ``count`` largest entries; ties go to the smaller index.
+
+    Entries that are not ``preferred`` (bool, the shape of ``blocks``) come after all
+    that are.
+    """
+    order = blocks.flatten().sort(descending=True, stable=True).indices
+    if preferred is not None:
+        first = preferred.flatten()[order].long()
+        order = order[first.sort(descending=True, stable=True).indices]
+    return order[:count]
+
+
+def best_columns(
+    blocks: list[torch.Tensor], density: float, max_columns: float
+) -> torch.Tensor:
+    """Choose the block columns that layers with one input may have blocks in.
+
+    A column is worth the most that it can give: the sum of its ``m`` best blocks, where
+    ``m`` is the number of blocks to a column if the budget is spread evenly; over several
+    layers the sum of that relative to the layer's mean block. For scores of rank one no
+    other columns would allow a higher total.
+
+    Parameters
+    ----------
+    blocks : list of torch.Tensor, shapes (rows, columns)
+        The layers' block scores, with as many columns each.
+    density, max_columns : float
+        As in `select`.
+
+    Returns
+    -------
+    torch.Tensor, shape (columns,), bool
+    """
+    columns = blocks[0].shape[1]
+    count = max(
+        math.floor(max_columns * columns + 1e-9), math.ceil(density * columns - 1e-9)
+    )
+    worth = torch.zeros(columns, dtype=torch.float64)
+    for block in blocks:
+        best = min(len(block), math.ceil(density * block.numel() / count))
+        mean = block.mean()
+        worth += block.topk(best, 0).values.sum(0) / (mean if mean > 0 else 1)
+    chosen = torch.zeros(columns, dtype=torch.bool)
+    chosen[top_blocks(worth, count)] = True
+    return chosen
+
+
+def concentrate(
+    blocks: dict[str, torch.Tensor],
+    density: float,
+    max_columns: float,
+    together: Iterable[Iterable[str]],
+) -> dict[str, torch.Tensor]:
+    """Rule blocks outside the best columns out: their scores become minus infinity."""
+    groups = [[n for n in names if n in blocks] for names in together]
+    single = blocks.keys() - {name for names in groups for name in names}
+    for names in [*filter(None, groups), *([name] for name in sorted(single))]:
+        if len({blocks[name].shape[1] for name in names}) > 1:
+            msg = (
+                "`together` must name layers with inputs of one size; got"
+                f" {', '.join(f'`{n}`: {blocks[n].shape[1]} blocks' for n in names)}."
+            )
+            raise ConfigError(msg)
+        chosen = best_columns([blocks[n] for n in names], density, max_columns)
+        for name in names:
+            blocks[name] = blocks[name].masked_fill(~chosen, -math.inf)
+    return blocks
+
+
+def spread_out(blocks: torch.Tensor, row_cap: int, column_cap: int) -> torch.Tensor:
+    """Mark blocks that share their rows and columns with few better ones.
+
+    Taken one by one from the best down, a block is marked if fewer than ``row_cap`` of
+    its row and ``column_cap`` of its column are.
+
+    Parameters
+    ----------
+    blocks : torch.Tensor, shape (rows, columns)
+        Their scores; ties go to the smaller index.
+    row_cap, column_cap : int
+        At least 1.
+
+    Returns
+    -------
+    torch.Tensor, shape (rows, columns), bool
+    """
+    size = blocks.numel()
+    place = torch.empty(size, dtype=torch.int64)
+    place[top_blocks(blocks, size)] = torch.arange(size)
+    place = place.view(blocks.shape)
+    marked = torch.zeros(blocks.shape, dtype=torch.bool)
+    possible = torch.ones_like(marked)
+    # All at once that are sure: those with room enough for every better one that is still
+    # possible in their row and column. The best of these always is, so this comes to an
+    # end, with what the greedy choice takes.
+    while bool(possible.any()):
+        ranked = torch.where(possible, place, size)
+        in_row, in_column = (ranked.argsort(d).argsort(d) for d in (1, 0))
+        room = row_cap - marked.sum(1, keepdim=True), column_cap - marked.sum(0)
+        marked |= possible & (in_row < room[0]) & (in_column < room[1])
+        full = (marked.sum(1, keepdim=True) >= row_cap) | (marked.sum(0) >= column_cap)
+        possible &= ~(marked | full)
+    return marked
+
+
+def share_out(
+    means: torch.Tensor, sizes: torch.Tensor, budget: int, exponent: float
+) -> torch.Tensor:
+    """Share a budget of blocks out among layers by what their blocks score on average.
+
+    A layer's density is proportional to its mean score to the power of ``exponent``. A
+    layer that this would give more blocks than it has room for is filled, and the others
+    share what is left.
+
+    Parameters
+    ----------
+    means : torch.Tensor, shape (layers,), float64
+        Mean score of a layer's blocks; below zero counts as zero.
+    sizes : torch.Tensor, shape (layers,), int64
+        How many blocks each has room for.
+    budget : int
+        At most the sum of ``sizes``.
+    exponent : float
+        At least 0.
+
+    Returns
+    -------
+    torch.Tensor, shape (layers,), int64
+        Adds up to ``budget``.
+    """
+    means = means.clamp(min=0)
+    best = means.max()
+    relative = means / best if best > 0 else torch.ones_like(means)
+    weights = sizes * relative**exponent
+    full = torch.zeros(len(sizes), dtype=torch.bool)
+    while True:
+        weights = weights.masked_fill(full, 0)
+        if not bool(weights.any()):  # only layers without a score are left, or none
+            weights = sizes.double().masked_fill(full, 0)
+        left = budget - int(sizes[full].sum())
+        shares = torch.where(
+            full, sizes, left * weights / weights.sum().clamp(min=1e-300)
+        )
+        over = ~full & (shares > sizes)
+        if not bool(over.any()):
+            break
+        full |= over
+    counts = (shares + 1e-9).floor().long()
+    rest = (shares - counts).sort(descending=True, stable=True).indices
+    counts[rest[: budget - int(counts.sum())]] += 1
+    return counts
+
+
+def select(
+    scores: Scores,
+    density: float = 0.05,
+    block_size: int = 32,
+    scope: str = "layer",
+    spread: float | None = None,
+    *,
+    allocation: float | None = None,
+    max_columns: float = 1.0,
+    together: Iterable[Iterable[str]] = (),
+) -> Masks:
+    """Choose the blocks with the highest scores: exactly as many as fit the budget.
+
+    Parameters
+    ----------
+    scores : Scores
+        From `sylva_train.score`.
+    density : float
+        Fraction of the blocks to train, in (0, 1]; rounded down to whole blocks.
+    block_size : int
+        Side of a block.
+    scope : str
+        ``"layer"``: the blocks of a layer compete, and each layer keeps that fraction of
+        its blocks, as in the paper, or what ``allocation`` gives it;
+        ``"model"``: all blocks compete, each by its score over its layer's mean score;
+        ``"absolute"``: all compete by their scores as they are, which shares the budget
+        out by predicted decrease for rules that predict one (``"kfac-block"``,
+        ``"kfac-natural"``, ``"gradient"``).
+    spread : float, optional
+        Lets no row and no column of blocks have more than this many times its share,
+        ``density`` of its blocks, rounded up, while others have room: rank-one scores
+        heap blocks onto a few outlying dimensions. At least 1, or 0: no limit. None: what
+        suits the rule, but no limit where ``max_columns`` is below 1.
+    allocation : float, optional
+        With ``scope="layer"``, the power of a layer's mean score that its density is
+        proportional to: 0, the same for all layers; the larger, the more go to the
+        layers with the highest scores. None: what suits the rule
+        (`sylva_train.config.SUITABLE`), which is 0 for those whose scores do not compare
+        between layers.
+    max_columns : float
+        Largest fraction of a layer's block columns that may have blocks, at least
+        ``density``; rounded down to whole columns, but to no fewer than ``density``
+        needs. The backward pass keeps only these columns of the layer's input. Below 1
+        the sum of the scores is lower: the best columns are chosen first, then the best
+        blocks in them.
+    together : iterable of iterables of str
+        Layers that read the same input (`sylva_train.shared_inputs`), which are to have
+        their blocks in the same columns if ``max_columns`` is below 1.
+
+    Returns
+    -------
+    Masks
+
+    Raises
+    ------
+    ConfigError
+        If an option cannot be used, a layer is smaller than a block, or the density is
+        too small for a single block.
+    """
+    check_density(density)
+    check_integer("block_size", block_size, 1)
+    check_choice("scope", scope, SCOPES)
+    check_columns(max_columns, density)
+    check_spread(spread)
+    suitable = SUITABLE.get(scores.metadata.get("importance", ""), (0.0, 0.0))
+    if allocation is None:
+        allocation = suitable[0]
+    if spread is None:
+        spread = suitable[1] if max_columns == 1 else 0.0
+    check_positive("allocation", allocation, zero=True)
+    if spread and max_columns < 1:
+        msg = (
+            "`spread` keeps blocks apart and `max_columns` together: give one of them."
+        )
+        raise ConfigError(msg)
+    blocks = {name: layer.blocks(block_size) for name, layer in scores.items()}
+    whole = dict(blocks)
+    if max_columns < 1:
+        blocks = concentrate(blocks, density, max_columns, together)
+    densities = dict.fromkeys(blocks, density)
+    counts = {n: math.floor(density * b.numel() + 1e-9) for n, b in blocks.items()}
+    if scope == "layer" and allocation and blocks:
+        room = torch.tensor([int(b.isfinite().sum()) for b in blocks.values()])
+        # As many in all as with the same fraction of each, where that is any.
+        budget = sum(counts.values()) or math.floor(
+            density * sum(b.numel() for b in blocks.values()) + 1e-9
+        )
+        means = torch.stack([block.mean() for block in whole.values()])
+        given = share_out(means, room, budget, allocation).tolist()
+        counts = dict(zip(blocks, given, strict=True))
+        densities = {n: counts[n] / blocks[n].numel() for n in blocks}
+    preferred: dict[str, torch.Tensor | None] = dict.fromkeys(blocks)
+    if spread:
+        for name, block in blocks.items():
+            row_cap, column_cap = (
+                max(math.ceil(spread * densities[name] * n - 1e-9), 1)
+                for n in reversed(block.shape)
+            )
+            preferred[name] = spread_out(block, row_cap, column_cap)
+    if scope == "layer":
+        chosen = {
+            name: top_blocks(block, counts[name], preferred[name])
+            for name, block in blocks.items()
+        }
+    else:
+        competing = []
+        for name, block in blocks.items():
+            mean = whole[name].mean() if scope == "model" else torch.tensor(1.0)
+            competing.append((block / mean if mean != 0 else block).flatten())
+        competitors = torch.cat(competing) if competing else torch.zeros(0)
+        marks = [mark.flatten() for mark in preferred.values() if mark is not None]
+        top = top_blocks(
+            competitors,
+            math.floor(density * len(competitors) + 1e-9),
+            torch.cat(marks) if marks else None,
+        )
+        kept = torch.zeros(len(competitors), dtype=torch.bool)
+        kept[top] = True
+        parts = kept.split([block.numel() for block in blocks.values()])
+        chosen = {
+            name: part.nonzero()[:, 0] for name, part in zip(blocks, parts, strict=True)
+        }
+    if not any(len(flat) for flat in chosen.values()):
+        sizes = [block.numel() for block in blocks.values()]
+        has = (
+            f"the largest layer has {max(sizes, default=0)}"
+            if scope == "layer"
+            else f"the model has {sum(sizes)}"
+        )
+        share = ', or let the layers share a budget with `scope="model"`'
+        msg = (
+            f"`density` {density} leaves no whole block to train: {has} blocks of side"
+            f" {block_size}. Raise `density`, or lower `block_size`"
+            f"{share if scope == 'layer' else ''}."
+        )
+        raise ConfigError(msg)
+    masks = {}
+    for name, flat in chosen.items():
+        columns = blocks[name].shape[1]
+        indices = torch.stack([flat // columns, flat % columns], 1)
+        masks[name] = LayerMask(scores[name].shape, block_size, indices)
+    metadata = dict(scores.metadata) | {
+        "density": density,
+        "block_size": block_size,
+        "scope": scope,
+        "max_columns": max_columns,
+        "spread": spread,
+        "allocation": allocation,
+    }
+    return Masks(masks, metadata)
+
+
+def select_as(
+    config: SylvaConfig, scores: Scores, together: Iterable[Iterable[str]] = ()
+) -> Masks:
+    """Choose blocks as an adapter's options say; otherwise as `select`."""
+    return select(
+        scores,
+        config.density,
+        config.block_size,
+        config.scope,
+        config.spread,
+        allocation=config.allocation,
+        max_columns=config.max_columns,
+        together=together,
+    )
