@@ -14,13 +14,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from sylva_train import masks as masks_module
 from sylva_train._checks import AdapterError, ConfigError, DataError, NonFiniteError
 from sylva_train._files import write_tensors
 from sylva_train.config import NEEDS_DATA, SylvaConfig
 from sylva_train.curvature import describe_factor
 from sylva_train.curvature.collect import Collector
 from sylva_train.importance import Scores, score
+from sylva_train.selection import select
 from tests.sylva_train.scored import LAYER, batches, bert, blocked, config
 
 
@@ -220,7 +220,7 @@ def test_a_layer_that_gets_no_gradient_is_named():
 def test_a_zero_gradient_scores_zero():
     scores = score(bert(), batches(), config(), loss=lambda m, b: m(**b).loss * 0)
     assert not any(bool(s.blocks(8).any()) for s in scores.values())
-    masks_module.select(scores, density=0.1, block_size=8)
+    select(scores, density=0.1, block_size=8)
 
 
 def test_scores_survive_their_file(tmp_path):

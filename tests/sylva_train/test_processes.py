@@ -116,9 +116,10 @@ def test_full_rank_scores_are_those_of_one_process(group, case):
     for layers, metadata, _ in found[case]:
         assert metadata["samples"] == expected.metadata["samples"]
         for name, got in blocks(layers).items():
-            torch.testing.assert_close(
-                got, expected[name].blocks(4), rtol=2e-3, atol=1e-30
-            )
+            wanted = expected[name].blocks(4)
+            # A block's score is a sum of parts of both signs.
+            atol = 1e-3 * float(wanted.abs().max())
+            torch.testing.assert_close(got, wanted, rtol=2e-3, atol=atol)
 
 
 @pytest.mark.parametrize("case", [*EQUAL, "cut"])

@@ -28,7 +28,7 @@ def kfac_reference(samples, damping, tokens):
 @pytest.mark.parametrize(("dtype", "rtol"), [("float32", 2e-3), ("float64", 1e-6)])
 @pytest.mark.parametrize("tokens", ["expand", "reduce"])
 def test_kfac_with_exact_factors_is_the_papers_formula(tokens, dtype, rtol):
-    options = config(curvature="dense", tokens=tokens, damping=0.1)
+    options = config(importance="kfac", curvature="dense", tokens=tokens, damping=0.1)
     scores = score(bert().to(getattr(torch, dtype)), batches(), options)
     samples = per_sample(bert(), batches(), LAYER)
     expected = blocked(kfac_reference(samples, 0.1, tokens), 8)

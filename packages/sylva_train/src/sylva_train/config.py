@@ -47,7 +47,7 @@ __all__ = [
     "minilm_folder",
 ]
 
-#: Rules that score a weight's importance; the first is the paper's.
+#: Rules that score a weight's importance; `kfac` is the paper's.
 IMPORTANCES = (
     "kfac",
     "kfac-block",
@@ -225,7 +225,7 @@ class SylvaConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     density: float = 0.05
     block_size: int = 32
-    importance: str = "kfac"
+    importance: str = "kfac-natural"
     curvature: str = "mlr"
     levels: int = 4
     rank: int = 32

@@ -20,10 +20,10 @@ REASONS = {
     "frozen": "nothing of the model is trained: the floor",
     "full": "every weight is trained: what is usual, and costs most",
     "lora": "low-rank additions, as many weights as Sylva trains",
-    "sylva:kfac:mlr": "the blocks that matter most by second-order information",
+    "sylva:kfac-natural": "the blocks that matter most by second-order information",
     "sylva:random": "blocks drawn by lot: is it worth choosing them?",
 }
-METHOD = "sylva:kfac:mlr"
+METHOD = "sylva:kfac-natural"
 #: Sentences of nobody's data set, and what a reader would answer.
 SENTENCES = (
     (

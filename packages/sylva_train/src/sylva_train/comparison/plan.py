@@ -42,7 +42,7 @@ LEARNING_RATES = {
 OF_PREDICTIONS = ("accuracy", "f1", "f1-binary", "mcc", *REGRESSION)
 
 #: Methods of the short comparison.
-DEMO = ("frozen", "full", "lora", "sylva:kfac:mlr", "sylva:random")
+DEMO = ("frozen", "full", "lora", "sylva:kfac-natural", "sylva:random")
 
 #: Its task: 1920 sentences, which the steps see once, and 400 of the test split.
 DEMO_TASK = TaskConfig(eval_split="test", max_length=64, limit=1920, eval_limit=400)

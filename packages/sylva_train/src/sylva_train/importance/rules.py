@@ -23,6 +23,9 @@ from .scores import LayerScores
 
 __all__ = ["RULES", "Inputs"]
 
+#: Side of the blocks that sums are kept of, where blocks to choose are a multiple of it.
+UNIT = 16
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -92,8 +95,13 @@ class Inputs:
         return sum(int((diagonal <= 0).sum()) for diagonal in self.inverse_diagonals)
 
     def summed(self, scores: torch.Tensor) -> LayerScores:
-        """Scores of single weights, summed over blocks."""
+        """Scores of single weights, summed over blocks.
+
+        Over small ones where those of ``block_size`` are made of them: the file then
+        serves their multiples too.
+        """
         size = self.config.block_size
+        size = size if size % UNIT else UNIT
         grid = block_sums(scores, size).cpu()
         return LayerScores(self.shape, grid=grid, unit=size)
 

@@ -83,6 +83,7 @@ LOOKS = (
     ("sylva:kfac:hodlr", "sky", "o"),
     ("sylva:kfac:dense", "navy", "o"),
     ("sylva:kfac", "blue", "o"),
+    ("sylva:kfac-natural", "blue", "D"),
     ("sylva:fisher-diag", "green", "D"),
     ("sylva:weight-gradient", "yellow", "P"),
     ("sylva:gradient", "violet", "X"),
