@@ -124,7 +124,7 @@ def demo(
 
 
 @command(
-    experiment="table2 to table7, fig4, fig5, rules, damping, rank or tokens.",
+    experiment="table2 to table7, fig4, fig5, rules, damping, rank, allocation or tokens.",
     output="Folder for results.json, table.md, table.csv, a picture.",
 )
 def reproduce_command(

@@ -22,7 +22,9 @@ TUNING_SEED = 100
 #: The paper's rule with factors that stay definite, and the rule that is the default.
 SYLVA, NATURAL = "sylva:kfac:mlr", "sylva:kfac-natural"
 #: Options of scoring alone: what one of them is changes nothing of how to train.
-SCORING = {"levels", "rank", "exact_below", "samples", "tokens", "damping", "spread"}
+SCORING = {
+    "levels", "rank", "exact_below", "samples", "tokens", "damping", "allocation", "spread",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,13 @@ TABLES = {
             option="rank",
             values=(4, 16, 64),
             fixed={"exact_below": 1},
+        ),
+        Table(
+            name="allocation",
+            title="Sensitivity to how much more goes to layers that score high",
+            methods=(NATURAL,),
+            option="allocation",
+            values=(0.0, 1.0, 2.0, 4.0, 8.0),
         ),
         Table(
             name="tokens",
