@@ -171,8 +171,10 @@ class Space:
                 shape, generator=generator, dtype=self.dtype, device=self.device
             )
         if array_api_compat.is_cupy_namespace(self.xp):
+            random = self.xp.random
             with self.device:
-                generator = self.xp.random.default_rng(int(seed.generate_state(1)[0]))
+                # the states of other generators take longer to set up than what is drawn
+                generator = random.Generator(random.Philox4x3210(seed))
                 return generator.standard_normal(shape, dtype=self.dtype)
         drawn = np.random.default_rng(seed).standard_normal(
             shape, dtype=np.float32 if self.name == "float32" else np.float64
