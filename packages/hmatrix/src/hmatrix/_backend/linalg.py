@@ -24,18 +24,13 @@ __all__ = [
     "slogdet",
     "solve",
     "svd",
+    "unscaled_norm",
 ]
 
 
 def frobenius(x: Array) -> Array:
     """Return the Frobenius norm of a whole array, as an array; it may overflow."""
-    xp = namespace(x)
-    if array_api_compat.is_numpy_array(x):
-        # vdot needs no array of squares, and an overflow is the caller's to judge
-        with np.errstate(over="ignore", invalid="ignore"):
-            norm = np.sqrt(np.vdot(x, x).real)
-    else:
-        norm = xp.linalg.vector_norm(x)
+    xp, norm = namespace(x), unscaled_norm(x)
     if math.prod(x.shape) and float(norm) < Space.of(x).smallest_norm:
         # Squares of these underflow; and complex division overflows at subnormal numbers,
         # from which a power of two leads away
@@ -45,6 +40,15 @@ def frobenius(x: Array) -> Array:
         if float(largest) > 0:
             norm = largest * xp.linalg.vector_norm(x / largest) / away
     return norm
+
+
+def unscaled_norm(x: Array) -> Array:
+    """Return `frobenius` where it may underflow too: the host waits for nothing."""
+    if array_api_compat.is_numpy_array(x):
+        # vdot needs no array of squares, and an overflow is the caller's to judge
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.sqrt(np.vdot(x, x).real)
+    return namespace(x).linalg.vector_norm(x)
 
 
 def eigh_descending(a: Array) -> tuple[Array, Array]:
@@ -92,15 +96,23 @@ def complete_qr(a: Array) -> tuple[Array, Array]:
 
 
 def solve(a: Array, b: Array) -> Array:
-    """Solve ``a x = b`` for matrices ``a`` (..., m, m), ``b`` (..., m, q)."""
+    """Solve ``a x = b`` for regular ``a`` (..., m, m), ``b`` (..., m, q)."""
+    xp = namespace(a)
     with one_thread_if_small(a):
-        return namespace(a).linalg.solve(a, b)
+        if array_api_compat.is_torch_array(a):
+            return xp.linalg.solve_ex(a, b)[0]  # the host does not wait
+        return xp.linalg.solve(a, b)
 
 
 def inverse(a: Array) -> Array:
-    """Inverse of ``a`` (..., m, m), none of them singular."""
+    """Inverse of ``a`` (..., m, m), no finite numbers where a device finds it singular."""
+    xp = namespace(a)
     with one_thread_if_small(a):
-        return namespace(a).linalg.inv(a)
+        if array_api_compat.is_torch_array(a):
+            # no exception of torch's own, for which the host would wait
+            found, info = xp.linalg.inv_ex(a)
+            return xp.where((info == 0)[..., None, None], found, math.nan)
+        return xp.linalg.inv(a)
 
 
 def slogdet(a: Array) -> tuple[Array, Array]:
@@ -110,15 +122,18 @@ def slogdet(a: Array) -> tuple[Array, Array]:
     return signs, logs
 
 
-def cholesky(a: Array) -> Array | None:
-    """Lower Cholesky factors of ``a`` (..., m, m); None if one does not exist."""
+def cholesky(a: Array, *, sure: bool = False) -> Array | None:
+    """Lower Cholesky factors of ``a`` (..., m, m); None if one does not exist.
+
+    A device is not asked for that, and the host does not wait, if it is ``sure`` to.
+    """
     xp = namespace(a)
     if array_api_compat.is_torch_array(a):
         with one_thread_if_small(a):
             factor, info = xp.linalg.cholesky_ex(a)
-        return None if bool(xp.any(info != 0)) else factor
+        return None if not sure and bool(xp.any(info != 0)) else factor
     try:
-        with _raising(a):
+        with nullcontext() if sure else _raising(a):
             return xp.linalg.cholesky(a)
     except np.linalg.LinAlgError:
         return None

@@ -147,7 +147,10 @@ class Space:
         device = x.__dlpack_device__()
         # only devices of their own need DLPack: host memory is shared through NumPy
         if device[0] != 1 and device == self.zeros(0).__dlpack_device__():
-            return self.xp.from_dlpack(detach(x))
+            x = detach(x)
+            if array_api_compat.is_torch_array(x):
+                x = x.resolve_conj()
+            return self.xp.from_dlpack(x)
         host = to_numpy(x)
         if not host.flags.writeable or min(host.strides, default=0) < 0:
             host = host.copy()  # torch has neither read-only nor reversed arrays
