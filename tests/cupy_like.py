@@ -18,12 +18,37 @@ from importlib.machinery import ModuleSpec
 import numpy as np
 
 #: Functions of NumPy 2 that CuPy 13 or 14 lacks.
-ABSENT = set(
-    "acos acosh asin asinh astype atan atan2 atanh bitwise_count bitwise_invert "
-    "bitwise_left_shift bitwise_right_shift block concat cumulative_prod cumulative_sum "
-    "insert isdtype matrix_transpose matvec permute_dims pow unique_all unique_counts "
-    "unique_inverse unique_values unstack vecdot vecmat".split()
-)
+ABSENT = {
+    "acos",
+    "acosh",
+    "asin",
+    "asinh",
+    "astype",
+    "atan",
+    "atan2",
+    "atanh",
+    "bitwise_count",
+    "bitwise_invert",
+    "bitwise_left_shift",
+    "bitwise_right_shift",
+    "block",
+    "concat",
+    "cumulative_prod",
+    "cumulative_sum",
+    "insert",
+    "isdtype",
+    "matrix_transpose",
+    "matvec",
+    "permute_dims",
+    "pow",
+    "unique_all",
+    "unique_counts",
+    "unique_inverse",
+    "unique_values",
+    "unstack",
+    "vecdot",
+    "vecmat",
+}
 #: Matrices up to this size have a batched SVD in cuSOLVER.
 BATCHED_SVD = 32
 #: How often the host waited, and the largest batched SVD.
@@ -61,7 +86,7 @@ def _waits(convert):
     return method
 
 
-class ndarray:
+class ndarray:  # noqa: N801
     __array_priority__ = 100
     __hash__ = None
 
@@ -79,22 +104,31 @@ class ndarray:
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         return _call(getattr(ufunc, method), *inputs, **kwargs)
 
-    device = property(lambda self: Device())
+    device = Device()
     T = property(lambda self: ndarray(self._a.T))
     real = property(lambda self: ndarray(self._a.real))
     imag = property(lambda self: ndarray(self._a.imag))
 
     def __getattr__(self, name):
-        if name in ("shape", "ndim", "size", "dtype", "itemsize", "nbytes", "strides", "flags"):
+        if name in (
+            "shape",
+            "ndim",
+            "size",
+            "dtype",
+            "itemsize",
+            "nbytes",
+            "strides",
+            "flags",
+        ):
             return getattr(self._a, name)
         raise AttributeError(name)
 
-    def get(self, stream=None, order="C"):
+    def get(self, order="C"):
         seen["waits"] += 1
         # as CuPy: only "A" keeps columns in one piece, of the whole array
         return np.array(self._a, order=order)
 
-    def astype(self, dtype, order="K", casting=None, subok=None, copy=True):
+    def astype(self, dtype, order="K", copy=True):
         return ndarray(self._a.astype(dtype, order=order, copy=copy))
 
     def __getitem__(self, key):
@@ -133,7 +167,21 @@ def _method(name):
     return method
 
 
-for _name in "reshape ravel transpose swapaxes copy conj sum max min any all view fill".split():
+for _name in [
+    "reshape",
+    "ravel",
+    "transpose",
+    "swapaxes",
+    "copy",
+    "conj",
+    "sum",
+    "max",
+    "min",
+    "any",
+    "all",
+    "view",
+    "fill",
+]:
     setattr(ndarray, _name, _method(_name))
 
 
@@ -146,20 +194,35 @@ def _operation(function):
     return method
 
 
-for _name in "add sub mul truediv floordiv mod pow and or xor matmul".split():
+def _in_place(function):
+    def method(x, y):
+        x._a = function(x._a, _unwrap(y))
+        return x
+
+    return method
+
+
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "matmul",
+):
     _function = getattr(operator, f"__{_name}__")
     setattr(ndarray, f"__{_name}__", _operation(_function))
     setattr(ndarray, f"__r{_name}__", _operation(lambda x, y, f=_function: f(y, x)))
     if _name != "matmul":
-
-        def _in_place(x, y, f=getattr(operator, f"__i{_name}__")):
-            x._a = f(x._a, _unwrap(y))
-            return x
-
-        setattr(ndarray, f"__i{_name}__", _in_place)
-for _name in "lt le eq ne gt ge".split():
+        setattr(ndarray, f"__i{_name}__", _in_place(getattr(operator, f"__i{_name}__")))
+for _name in ("lt", "le", "eq", "ne", "gt", "ge"):
     setattr(ndarray, f"__{_name}__", _operation(getattr(operator, f"__{_name}__")))
-for _name in "neg pos abs invert".split():
+for _name in ("neg", "pos", "abs", "invert"):
     _unary = getattr(operator, f"__{_name}__")
     setattr(ndarray, f"__{_name}__", lambda x, f=_unary: _call(f, x))
 
@@ -266,7 +329,7 @@ def take_along_axis(a, indices, axis):
 
 
 class Philox4x3210:
-    def __init__(self, seed=None, *, size=-1):
+    def __init__(self, seed):
         self.generator = np.random.default_rng(seed)
 
 
@@ -274,7 +337,7 @@ class Generator:
     def __init__(self, bit_generator):
         self._generator = bit_generator.generator
 
-    def standard_normal(self, size=None, dtype=np.float64, out=None):
+    def standard_normal(self, size, dtype):
         return ndarray(np.asarray(self._generator.standard_normal(size, dtype)))
 
 
@@ -299,7 +362,10 @@ def install():
     linalg = _module(
         "cupy.linalg",
         types.SimpleNamespace(
-            **{k: getattr(np.linalg, k) for k in ("eigh", "eigvalsh", "norm", "qr", "slogdet")}
+            **{
+                k: getattr(np.linalg, k)
+                for k in ("eigh", "eigvalsh", "norm", "qr", "slogdet")
+            }
         ),
         {"cholesky": cholesky, "inv": inv, "solve": solve, "svd": svd, "lstsq": None},
     )
@@ -320,6 +386,7 @@ def install():
         "linalg": linalg,
         "ndarray": ndarray,
         "random": random,
+        "stand_in": True,
         "result_type": np.result_type,
         "take_along_axis": take_along_axis,
     }

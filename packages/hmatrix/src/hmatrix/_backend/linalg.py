@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import array_api_compat
 import numpy as np
 
 from .arrays import Array, adjoint, namespace
+from .batched import householder_qr, in_turn
+from .gradients import wants_gradient
 from .space import Space
 from .threads import one_thread_if_small
 
@@ -42,6 +44,22 @@ def frobenius(x: Array) -> Array:
     return norm
 
 
+def _eigh(a: Array) -> tuple[Array, Array]:
+    """Eigenvalues, smallest first, and eigenvectors of Hermitian ``a``."""
+    xp = namespace(a)
+    if array_api_compat.is_torch_array(a) and a.is_cuda and not wants_gradient(a):
+        with suppress(ImportError):
+            import cupy
+
+            # torch takes matrices of more than 32 rows in turn, and the host waits
+            found = cupy.linalg.eigh(cupy.from_dlpack(a.detach().resolve_conj()))
+            values, vectors = map(xp.from_dlpack, found)
+            return values, vectors
+    with one_thread_if_small(a):
+        values, vectors = xp.linalg.eigh(a)
+    return values, vectors
+
+
 def unscaled_norm(x: Array) -> Array:
     """Return `frobenius` where it may underflow too: the host waits for nothing."""
     if array_api_compat.is_numpy_array(x):
@@ -68,21 +86,56 @@ def eigh_descending(a: Array) -> tuple[Array, Array]:
     a = xp.where(xp.abs(a) < xp.finfo(a.dtype).smallest_normal, xp.zeros_like(a), a)
     if space.on_host:
         a = xp.astype(a, xp.complex128 if space.is_complex else xp.float64)
-    with one_thread_if_small(a):
-        values, vectors = xp.linalg.eigh(a)
+    values, vectors = _eigh(a)
     values = xp.astype(values, space.real.dtype) * scale[..., 0]
     return xp.flip(values, axis=-1), xp.flip(xp.astype(vectors, space.dtype), axis=-1)
 
 
 def svd(a: Array) -> tuple[Array, Array, Array]:
     """Thin singular value decomposition ``a = U diag(S) Vᴴ``: U, S and V."""
+    if in_turn(a, free=32):
+        return svd_by_eigh(a)
     with one_thread_if_small(a):
         U, S, Vh = namespace(a).linalg.svd(a, full_matrices=False)
     return U, S, adjoint(Vh)
 
 
+def svd_by_eigh(a: Array) -> tuple[Array, Array, Array]:
+    """Thin singular value decomposition ``a = U diag(S) Vᴴ``: U, S and V.
+
+    Eigenvectors of ``[[0, A], [Aᴴ, 0]]`` are pairs of singular vectors, backward stable,
+    but orthogonal only in pairs where singular values vanish beside the largest. QR
+    decompositions make them so: that of ``A V`` is diagonal to rounding.
+    """
+    xp, (m, n) = namespace(a), a.shape[-2:]
+    if m < n:
+        V, S, U = svd_by_eigh(adjoint(a))
+        return U, S, V
+    Q, R = householder_qr(a)
+    zero = xp.zeros_like(R)
+    both = xp.concat(
+        [xp.concat([zero, R], axis=-1), xp.concat([adjoint(R), zero], axis=-1)], axis=-2
+    )
+    _, vectors = eigh_descending(both)
+    V, _ = householder_qr(vectors[..., n:, :n])
+    U, R = householder_qr(R @ V)
+    diagonal = xp.linalg.diagonal(R)
+    S = xp.abs(diagonal)
+    sizes = xp.astype(xp.where(S > 0, S, xp.ones_like(S)), a.dtype)
+    signs = xp.where(S > 0, diagonal / sizes, xp.ones_like(diagonal))
+    # in order, which rounding may have changed among the smallest
+    order = xp.flip(xp.argsort(S, axis=-1), axis=-1)
+    columns = xp.broadcast_to(order[..., None, :], V.shape)
+    U, V = (
+        xp.take_along_axis(x, columns, axis=-1) for x in (U * signs[..., None, :], V)
+    )
+    return Q @ U, xp.take_along_axis(S, order, axis=-1), V
+
+
 def qr(a: Array) -> tuple[Array, Array]:
     """Thin QR decomposition of ``a`` (..., m, n)."""
+    if in_turn(a):
+        return householder_qr(a)
     with one_thread_if_small(a):
         Q, R = namespace(a).linalg.qr(a)
     return Q, R
@@ -90,6 +143,8 @@ def qr(a: Array) -> tuple[Array, Array]:
 
 def complete_qr(a: Array) -> tuple[Array, Array]:
     """QR decomposition of ``a`` (..., m, n) with square Q."""
+    if in_turn(a):
+        return householder_qr(a, complete=True)
     with one_thread_if_small(a):
         Q, R = namespace(a).linalg.qr(a, mode="complete")
     return Q, R
