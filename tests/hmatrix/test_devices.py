@@ -103,6 +103,24 @@ def test_the_host_never_waits_for_products_and_solutions(rng):
 
 
 @needs_stand_in
+def test_the_host_waits_for_no_level_of_an_inversion():
+    t = np.linspace(0, 1, 200)
+    A = CUPY.asarray(np.exp(-abs(t[:, None] - t)))
+
+    def waits(levels):
+        H = hm.from_dense(A, levels=levels)
+        cupy_like.seen["waits"] = 0
+        F = hm.factorize(H, method="inversion")
+        assert not F._conditions
+        return cupy_like.seen["waits"] - levels  # conditions of each level, in the end
+
+    assert waits(2) == waits(5)
+    zero = hm.from_dense(CUPY.asarray(np.zeros((8, 8))), levels=1)
+    with pytest.raises(hm.SingularLeafError, match="Singular at leaf 0"):
+        hm.factorize(zero, method="inversion")
+
+
+@needs_stand_in
 @pytest.mark.parametrize("method", ["eigh", "randomized"])
 @pytest.mark.parametrize("levels", [2, 5])
 def test_the_host_waits_once_for_a_batch(method, levels, rng):
