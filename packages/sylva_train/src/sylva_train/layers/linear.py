@@ -220,9 +220,9 @@ class SparseEmbeddedLinear(nn.Module):
         weight: torch.Tensor = base.weight  # type: ignore[assignment]
         now = snapshot(values, weight)
         is_known = bool(self._seen) and self._seen[0] is values
-        if wanted == self._written and not force and is_known:
-            if self._seen[1:] == now[1:]:
-                return
+        unchanged = is_known and self._seen[1:] == now[1:]
+        if wanted == self._written and unchanged and not force:
+            return
         self.check_indices(wanted)
         matrix = as_matrix(base, weight.detach())
         indices, blocks = self._readers[wanted].table, values.detach()
