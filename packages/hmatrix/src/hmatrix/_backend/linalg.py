@@ -12,7 +12,7 @@ import numpy as np
 from .arrays import Array, adjoint, namespace
 from .batched import householder_qr, in_turn
 from .gradients import wants_gradient
-from .space import Space
+from .space import Space, contiguous
 from .threads import one_thread_if_small
 
 __all__ = [
@@ -212,7 +212,9 @@ def inverse_lower(a: Array) -> Array:
         with one_thread_if_small(a):
             return xp.linalg.solve_triangular(a, eye, upper=False)
     m = int(a.shape[-1])
-    if m <= 8 or m % 2:
+    if m <= 4:
+        return _inverse_by_substitution(a)
+    if m % 2:
         return xp.linalg.solve(a, eye)
     # [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹BA⁻¹, C⁻¹]]: products in place of an LU
     # decomposition that does not know of the zeros
@@ -222,3 +224,19 @@ def inverse_lower(a: Array) -> Array:
     low = -(C @ (a[..., h:, :h] @ A))
     top = xp.concat([A, xp.zeros_like(A)], axis=-1)
     return xp.concat([top, xp.concat([low, C], axis=-1)], axis=-2)
+
+
+def _inverse_by_substitution(a: Array) -> Array:
+    """Invert small lower triangular ``a`` (..., m, m), an entry of all at a time.
+
+    A call of LAPACK for each takes several times as long.
+    """
+    xp = namespace(a)
+    a = contiguous(xp.moveaxis(a, (-2, -1), (0, 1)))
+    x = xp.zeros_like(a)
+    for i in range(a.shape[0]):
+        x[i, i, ...] = 1 / a[i, i, ...]
+        for k in range(i):
+            x[i, : k + 1, ...] -= a[i, k, ...] * x[k, : k + 1, ...]
+        x[i, :i, ...] *= x[i, i, ...]
+    return contiguous(xp.moveaxis(x, (0, 1), (-2, -1)))
