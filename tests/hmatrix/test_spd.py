@@ -181,10 +181,9 @@ def test_ill_conditioned_kernels_keep_more_digits_than_by_inversion():
     for method in ("auto", "cholesky", "inversion"):
         try:
             F = hm.factorize(H, method=method)
-        except (
-            hm.PrecisionError
-        ) as error:  # on some processors there is too little left
-            assert method == "inversion" and error.error > 1e-4
+        except hm.PrecisionError:
+            # which leaves too few digits on some processors
+            assert method == "inversion"
             residuals[method] = errors[method] = math.inf
             continue
         residuals[method] = error_ratio(H @ F.solve(b, refine=0), b)
