@@ -226,6 +226,25 @@ def test_the_weight_is_up_to_date_whenever_it_is_looked_at():
     assert bool((layer.weight == 6).all())
 
 
+@pytest.mark.parametrize("how", ["trained from the start", "frozen first", "copied"])
+def test_values_changed_before_the_backward_pass_are_noticed(how):
+    mask = LayerMask((4, 4), 2, torch.tensor([[0, 0], [1, 1]]))
+    _, layer = make_layer(mask)
+    values = layer.sylva_values["default"]
+    values.requires_grad_(how != "frozen first")
+    x = random((3, 4), torch.float32, 1)
+    layer(x)
+    values.requires_grad_(True)
+    if how == "copied":
+        layer = copy.deepcopy(layer)
+        values = layer.sylva_values["default"]
+    y = layer(x)
+    with torch.no_grad():
+        values.add_(1)
+    with pytest.raises(RuntimeError, match="without being written"):
+        y.sum().backward()
+
+
 def test_writing_in_inference_mode():
     mask = LayerMask((4, 4), 2, torch.tensor([[0, 0], [1, 1]]))
     base, layer = make_layer(mask)
