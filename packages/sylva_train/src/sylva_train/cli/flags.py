@@ -9,9 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from sylva_train.baselines import METHODS
-from sylva_train.config import CURVATURES, DTYPES, IMPORTANCES, SCHEDULES
-from sylva_train.evaluation import METRICS
+from sylva_train.options import (
+    CURVATURES,
+    DTYPES,
+    IMPORTANCES,
+    METHODS,
+    METRICS,
+    SCHEDULES,
+)
 
 __all__ = ["FLAGS", "PANELS", "Flag"]
 
