@@ -43,8 +43,6 @@ USUAL = {
 #: What a cell is known by.
 CELL = ("task", "density", "block", *USUAL)
 COLOURS = {"Kronecker factors": "#c1440e", "others": "#3b6ea5"}
-#: Rules of a picture: a cell with fewer is a variation and has a table only.
-FULL = 5
 
 
 def read(folder: Path) -> list[Row]:
@@ -107,12 +105,19 @@ def rates(rows: Iterable[Row], cell: tuple[Any, ...]) -> list[str]:
 
 def heading(cell: tuple[Any, ...]) -> str:
     """Name a cell."""
-    task, density, block, *others = cell
-    words = [TASKS[task], f"{100 * density:g}% in {block} × {block} blocks"]
-    for (name, usual), value in zip(USUAL.items(), others, strict=True):
-        if value != usual:
-            words.append(f"{name} {value}")
-    return ", ".join(words)
+    task, density, block, *_ = cell
+    size = f"{100 * density:g}% in {block} × {block} blocks"
+    return ", ".join([TASKS[task], size, *variation(cell)])
+
+
+def variation(cell: tuple[Any, ...]) -> list[str]:
+    """Say which options of a cell are not the usual ones."""
+    others = zip(USUAL.items(), cell[3:], strict=True)
+    return [
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for (name, usual), value in others
+        if value != usual
+    ]
 
 
 def spread(values: list[float], digits: int = 4) -> str:
@@ -131,10 +136,14 @@ def usual(cell: tuple[Any, ...]) -> tuple[Any, ...]:
 def summaries(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
     """Return the entries of each cell."""
     found = cells(rows)
+
+    def place(cell: tuple[Any, ...]) -> tuple[Any, ...]:
+        return [*TASKS].index(cell[0]), cell[1:3], cell != usual(cell), str(cell)
+
     return {
-        # A variation without random blocks of its own is held against the usual ones.
-        cell: summary(rules, rules.get("random") or found[usual(cell)]["random"])
-        for cell, rules in list(found.items())
+        # A variation is held against the usual random blocks.
+        cell: summary(rules, found[usual(cell)]["random"])
+        for cell, rules in sorted(found.items(), key=lambda item: place(item[0]))
     }
 
 
@@ -179,7 +188,7 @@ def table(cell: tuple[Any, ...], entries: list[Row], row: Row) -> list[str]:
     for entry in entries:
         losses, differences = ([*entry[n].values()] for n in ("losses", "differences"))
         against = ["", ""]
-        if differences and entry["rule"] != "random":
+        if any(differences):
             lower = sum(difference < 0 for difference in differences)
             against = [spread(differences), f"{lower} of {len(differences)}"]
         cells = [
@@ -196,38 +205,40 @@ def table(cell: tuple[Any, ...], entries: list[Row], row: Row) -> list[str]:
 
 
 def draw(found: dict[tuple[Any, ...], list[Row]], path: Path) -> None:
-    """Draw each seed's difference from random blocks, a panel a cell."""
-    chosen = {
-        cell: entries
-        for cell, entries in found.items()
-        if sum(entry["rule"] in RULES for entry in entries) >= FULL
-    }
-    wide, high = min(3, len(chosen)), -(-len(chosen) // 3)
+    """Draw each seed's difference from random blocks, a panel for each task and density."""
+    panels: dict[tuple[Any, ...], list[tuple[str, Row]]] = defaultdict(list)
+    for cell, entries in found.items():
+        panels[cell[:3]] += [
+            (", ".join([entry["rule"], *variation(cell)]), entry)
+            for entry in entries
+            if entry["rule"] in RULES and any(entry["differences"].values())
+        ]
+    high = -(-len(panels) // 2)
+    rows = [max(map(len, [*panels.values()][2 * k : 2 * k + 2])) for k in range(high)]
     figure, axes = plt.subplots(
-        high, wide, figsize=(4.2 * wide, 3.6 * high), squeeze=False
-    )
-    for axis in axes.flat[len(chosen) :]:
+        high, 2, squeeze=False, figsize=(11, 0.22 * sum(rows) + 1.1 * high),
+        height_ratios=[0.22 * count + 0.1 for count in rows],
+    )  # fmt: skip
+    for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, (cell, entries) in zip(axes.flat, chosen.items(), strict=False):
-        shown = [e for e in entries if e["rule"] in RULES and e["rule"] != "random"]
-        shown.sort(key=lambda e: -statistics.fmean(e["differences"].values()))
-        for y, entry in enumerate(shown):
+    for axis, (panel, entries) in zip(axes.flat, panels.items(), strict=False):
+        entries.sort(key=lambda e: -statistics.fmean(e[1]["differences"].values()))
+        for y, (_, entry) in enumerate(entries):
             values = [*entry["differences"].values()]
-            second = (
-                "Kronecker factors" if entry["rule"].startswith("kfac") else "others"
-            )
+            second = "Kronecker factors" if "kfac" in entry["rule"] else "others"
             colour = COLOURS[second]
             axis.plot(values, [y] * len(values), "o", ms=4, alpha=0.5, color=colour)
-            axis.plot(statistics.fmean(values), y, "|", ms=16, mew=2.5, color=colour)
+            axis.plot(statistics.fmean(values), y, "|", ms=11, mew=2.5, color=colour)
         axis.axvline(0, color="0.4", lw=1)
-        axis.set_yticks(range(len(shown)), [entry["rule"] for entry in shown])
-        axis.set_title(heading(cell).replace(", ", "\n", 1), fontsize=10)
-        axis.set_xlabel("test loss minus that of random blocks")
+        labels = [label for label, _ in entries]
+        axis.set_yticks(range(len(entries)), labels, fontsize=8)
+        axis.set_title(heading((*panel, *USUAL.values())), fontsize=10)
+        axis.set_xlabel("test loss minus that of random blocks", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="0.9")
     for label, colour in COLOURS.items():
         axes[0][0].plot([], [], "o", ms=4, color=colour, label=label)
-    axes[0][0].legend(loc="upper right", fontsize=8, frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower right")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 

@@ -8,12 +8,14 @@ import hypothesis
 import pytest
 import torch
 
+from tests import cupy_like
 from tests.helpers import Library
 
 # Where there is no GPU, Triton's kernels are run step by step; Triton reads this once,
 # when something imports it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    cupy_like.install()
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
 hypothesis.settings.register_profile(
@@ -28,10 +30,13 @@ hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev")
 )
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="CuPy itself is here")
+
 LIBRARIES = [
     Library("numpy"),
     Library("array_api_strict"),
     Library("torch"),
+    pytest.param(Library("cupy"), marks=NO_GPU),
     pytest.param(Library("torch", "cuda"), marks=pytest.mark.gpu),
     pytest.param(Library("cupy", "cuda"), marks=pytest.mark.gpu),
 ]

@@ -420,8 +420,8 @@ def test_levels_without_rank_are_inverted(xp, ranks, symmetric, rng):
             U, V = (xp.asarray(rng.standard_normal((b, m, r))) for _ in range(2))
             yield hm.LowRank(U, xp.asarray(rng.random((b, r))), V)
 
-    leaves = xp.asarray(rng.random((4, 2, 2)) + 9 * np.eye(2))
-    leaves = leaves + leaves.mT
+    leaves = rng.random((4, 2, 2)) + 9 * np.eye(2)
+    leaves = xp.asarray(leaves + leaves.mT)
     upper, lower = tuple(blocks()), tuple(blocks())
     H = hm.HODLR(tree, leaves, upper, None if symmetric else lower, error=0.01)
     exact = np.linalg.inv(dense(H))

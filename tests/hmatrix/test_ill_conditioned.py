@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hmatrix as hm
+from hmatrix._backend import inverse_lower
 from tests.helpers import condition, dense, error_ratio, to_numpy
 from tests.strategies import SEEDS
 
@@ -228,3 +229,14 @@ def test_inverses_of_what_block_inversion_fails_on_are_stored_too(kind, given, r
     assert X.error >= 0
     default = hm.inverse(H)
     assert np.linalg.norm(default.to_dense() - exact) <= 2e-8 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 8, 9, 16, 18, 32])
+def test_inverse_of_triangles(m, xp, rng):
+    # well conditioned ones, and ones whose columns fade to 1e-8, in one batch
+    L = np.tril(rng.standard_normal((9, m, m)), -1) + np.eye(m)
+    L *= 10.0 ** (-np.linspace(0, 1, m) * np.arange(9)[:, None, None])
+    X = to_numpy(inverse_lower(xp.asarray(L)))
+    norms = np.linalg.norm(X, axis=(1, 2)) * np.linalg.norm(L, axis=(1, 2))
+    residual = np.linalg.norm(L @ X - np.eye(m), axis=(1, 2))
+    assert np.all(residual <= 4 * m * EPS["float64"] * norms)

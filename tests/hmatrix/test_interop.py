@@ -3,7 +3,7 @@ import pytest
 from scipy.sparse.linalg import cg, gmres, svds
 
 import hmatrix as hm
-from tests.helpers import assert_close, dense
+from tests.helpers import assert_close, dense, to_numpy
 from tests.strategies import make_samples
 
 
@@ -113,15 +113,23 @@ def test_libraries_share_the_memory_of_the_host(dtype, rng):
 
 
 @pytest.mark.gpu
-def test_libraries_share_the_memory_of_a_device(rng):
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+def test_libraries_share_the_memory_of_a_device(dtype, rng):
     import torch
 
     cupy = pytest.importorskip("cupy")
-    H = hm.from_dense(cupy.asarray(rng.standard_normal((20, 20))), levels=2)
-    T = H.to(like=torch.empty(0, device="cuda"), dtype="float64")
+    A = rng.standard_normal((20, 20)) + 1j * rng.standard_normal((20, 20))
+    A = (A if "complex" in dtype else A.real).astype(dtype)
+    H = hm.from_dense(cupy.asarray(A), levels=2, rtol=0)
+    T = H.to(like=torch.empty(0, device="cuda"), dtype=dtype)
     assert T.leaves.data_ptr() == H.leaves.data.ptr
-    back = T.to(like=cupy.empty(0), dtype="float64")
+    back = T.to(like=cupy.empty(0), dtype=dtype)
     assert back.leaves.data.ptr == H.leaves.data.ptr
+    # adjoints of torch are views that conjugate when they are read
+    for other in (cupy.empty(0), np.empty(0)):
+        N = T.H.to(like=other, dtype=dtype)
+        error = abs(to_numpy(N.to_dense()) - A.conj().T).max()
+        assert error < 1e3 * np.finfo(dtype).eps
 
 
 def test_what_cannot_be_shared_is_copied(rng):

@@ -248,6 +248,7 @@ def test_sparsity_is_one_minus_density(home, tmp_path):
         (["--block-size", "64"], "`--block-size` 64 is larger than"),
         (["--density", "0.001"], "leaves no whole block to train"),
         (["--metric", "beauty"], "`--metric` must be one of"),
+        (["--eval-split", "test"], "or `--eval-split held-out` to hold a tenth"),
     ],
 )
 def test_options_that_cannot_be_used(home, tmp_path, options, words):
@@ -255,6 +256,27 @@ def test_options_that_cannot_be_used(home, tmp_path, options, words):
     base = ["finetune", output, *source(home), *SMALL, *STEPS]
     assert words in told(sylva(*base, *options, code=2))
     assert not list(tmp_path.iterdir())
+
+
+def test_commands_that_write_are_refused_to_several_processes(
+    home, tmp_path, monkeypatch
+):
+    """As under torchrun, where each would write the same output."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    output = tmp_path / "out"
+    for command in ("finetune", "score", "compare"):
+        result = sylva(command, output, *source(home), code=2)
+        assert "(WORLD_SIZE is 2)" in told(result)
+    for command in (["evaluate", home / "run"], ["merge", home / "run", output]):
+        assert "without torchrun" in told(sylva(*command, code=2))
+    assert not list(tmp_path.iterdir())
+    assert "trained" in sylva("inspect", home / "run").stdout
+
+
+def test_a_single_process_may_come_from_torchrun(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    sylva("score", tmp_path / "s.safetensors", *source(home), *SMALL)
+    assert (tmp_path / "s.safetensors").exists()
 
 
 def test_an_unknown_flag_is_an_error_of_usage(tmp_path):

@@ -248,6 +248,44 @@ def test_training_goes_on_from_a_saved_state():
         assert torch.equal(a, b)
 
 
+def turned(tensor):
+    """The same numbers, in memory in another order."""
+    return tensor.mT.contiguous().mT
+
+
+def test_strides_do_not_matter():
+    model, _, _ = make_pair()
+    twin = copy.deepcopy(model)
+    plain, other = (SparseAdamW(m, lr=0.01) for m in (model, twin))
+    train(model, plain, 3)
+    train(twin, other, 3)
+    saved = copy.deepcopy(other.state_dict())
+    for state in saved["state"].values():
+        state |= {name: turned(state[name]) for name in ("exp_avg", "exp_avg_sq")}
+    other.load_state_dict(saved)
+    for each, optimizer in ((model, plain), (twin, other)):
+        loss_of(each, 3).backward()
+        if each is twin:
+            for parameter in optimizer.state:
+                parameter.grad = turned(parameter.grad)
+        optimizer.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_parameter_may_have_gaps_in_memory():
+    model, _, _ = make_pair()
+    memory = random((6, 4))
+    before = memory.clone()
+    model.extra = nn.Parameter(memory[:, :2])
+    optimizer = SparseAdamW(model, lr=0.1, weight_decay=0.0)
+    model.extra.square().sum().backward()
+    optimizer.step()
+    moved = before[:, :2] - 0.1 * before[:, :2].sign()
+    assert torch.equal(memory[:, 2:], before[:, 2:])
+    torch.testing.assert_close(memory[:, :2], moved, rtol=0, atol=1e-6)
+
+
 def test_a_closure_is_evaluated_once():
     model, _, _ = make_pair()
     optimizer = SparseAdamW(model, lr=0.01)

@@ -92,6 +92,23 @@ def test_a_file_has_no_split_to_evaluate(home):
         evaluate_folder(home / "run", {"eval_split": "test"})
 
 
+def test_a_split_of_a_single_file_is_refused_before_training(home, tmp_path):
+    config = task(home, eval_split="test")
+    with pytest.raises(ConfigError, match=r"`eval_split` is 'test'.* `eval_data`"):
+        finetune(config, sylva_config(), training(), tmp_path / "run", **QUIET)
+    assert not (tmp_path / "run").exists()
+    # Scoring evaluates nothing, and other data to evaluate on say it all.
+    assert load_task(config, evaluation=False).held_out is None
+    other = write_data(tmp_path / "other.jsonl", 6, seed=1)
+    made = load_task(task(home, eval_data=str(other), eval_split="test"))
+    assert len(made.held_out) == 6
+
+
+def test_a_tenth_is_held_out_by_name(home):
+    named = load_task(task(home, eval_split="held-out"))
+    assert named.held_out.texts == load_task(task(home)).held_out.texts
+
+
 def test_one_example_is_not_divided(home, tmp_path):
     data = tmp_path / "one.jsonl"
     data.write_text('{"text": "a", "label": "good"}\n')

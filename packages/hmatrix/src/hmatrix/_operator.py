@@ -19,6 +19,7 @@ __all__ = [
     "apply_padded",
     "operation",
     "pad_rows",
+    "places",
     "real_rows",
     "unpad_rows",
 ]
@@ -33,7 +34,7 @@ def pad_rows(x: Array, tree: ClusterTree) -> Array:
     x = space.xp.concat([x, space.zeros(max(missing, 1), *x.shape[1:])], axis=0)
     if tree.plain:
         return x
-    return space.xp.take(x, space.integers(tree.rows), axis=0)
+    return space.xp.take(x, places("rows", tree, space), axis=0)
 
 
 def unpad_rows(y: Array, tree: ClusterTree) -> Array:
@@ -41,12 +42,22 @@ def unpad_rows(y: Array, tree: ClusterTree) -> Array:
     if tree.plain:
         return y[: tree.n, ...]
     space = Space.of(y)
-    return space.xp.take(y, space.integers(tree.slots), axis=0)
+    return space.xp.take(y, places("slots", tree, space), axis=0)
+
+
+def places(name: str, tree: ClusterTree, space: Space) -> Array:
+    """Return ``tree.rows`` or ``tree.slots`` as indices, brought to a device once."""
+    if space.on_host:
+        return space.integers(getattr(tree, name))
+    key = (name, space.library, str(space.device))
+    if key not in tree.moved:
+        tree.moved[key] = space.integers(getattr(tree, name))
+    return tree.moved[key]
 
 
 def real_rows(tree: ClusterTree, space: Space) -> Array:
     """Which padded rows are rows of the matrix, bool (padded,)."""
-    return space.integers(tree.rows) < tree.n
+    return places("rows", tree, space) < tree.n
 
 
 def apply_padded(

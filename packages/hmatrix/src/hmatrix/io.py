@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from hmatrix._backend import Array, Space, dtype_name, to_numpy
+from hmatrix._backend import Array, Space, dtype_name, to_numpy, transpose
 from hmatrix._checks import FileFormatError, HMatrixError, check_kind
 from hmatrix.factor import (
     Factorization,
@@ -133,14 +133,15 @@ def load(
         for name in header.get("complex", ()):
             x = arrays[name]
             arrays[name] = x.view(np.result_type(x.dtype, np.complex64))[..., 0]
-        for name in header.get("transposed", ()):
-            arrays[name] = arrays[name].mT
         tree = _rebuild_tree(header, arrays)
         if like is not None:
             arrays = {
                 name: Space.like(like, dtype_name(x.dtype)).asarray(x)
                 for name, x in arrays.items()
             }
+        # last, since CuPy takes arrays over row by row
+        for name in header.get("transposed", ()):
+            arrays[name] = transpose(arrays[name])
         return _rebuild(metadata["kind"], header, tree, arrays)
     except (KeyError, TypeError, ValueError, HMatrixError) as error:
         msg = f"`path`: {path} is damaged: {type(error).__name__}: {error}"

@@ -241,6 +241,11 @@ class ClusterTree:
         rows[self.slots] = np.arange(self.n)
         return rows
 
+    @cached_property
+    def moved(self) -> dict[Any, Any]:
+        """Integers of this tree that have been brought to a device."""
+        return {}
+
     def _equal_sizes(self) -> np.ndarray:
         m = -(-self.n >> self.levels)
         left = self.n - m * np.arange(self.nodes(self.levels))

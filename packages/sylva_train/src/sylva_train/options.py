@@ -306,7 +306,8 @@ class TaskConfig:
         The same for evaluation. By default another split of ``data``, or, where it is
         one file, a tenth of it that is then not trained on.
     eval_split : str
-        Split to evaluate on, where ``data`` or ``eval_data`` has splits.
+        Split to evaluate on, where ``data`` or ``eval_data`` has splits; ``"held-out"``
+        is a tenth of the training data.
     text_column, label_column, target_column : str or int, optional
         Columns of the data, where their usual names do not tell; two of texts make pairs.
     limit, eval_limit : int, optional

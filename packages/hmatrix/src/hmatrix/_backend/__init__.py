@@ -39,6 +39,7 @@ from .linalg import (
     slogdet,
     solve,
     svd,
+    unscaled_norm,
 )
 from .space import (
     Space,
@@ -89,6 +90,7 @@ __all__ = [
     "svd",
     "to_numpy",
     "transpose",
+    "unscaled_norm",
     "wants_gradient",
     "without_gradients",
 ]

@@ -77,6 +77,10 @@ def to_numpy(x: Array) -> np.ndarray:
     if array_api_compat.is_torch_array(x):
         return np.asarray(x.detach().cpu().resolve_conj())
     if array_api_compat.is_cupy_array(x):
+        if x.ndim > 1 and not x.flags.c_contiguous:
+            turned = x.swapaxes(-2, -1)
+            if turned.flags.c_contiguous:  # `get` would not keep columns in one piece
+                return np.swapaxes(turned.get(), -2, -1)
         return np.asarray(x.get())
     if array_api_compat.is_numpy_array(x):
         return np.asarray(x)

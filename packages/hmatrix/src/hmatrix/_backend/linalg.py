@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import array_api_compat
 import numpy as np
 
 from .arrays import Array, adjoint, namespace
-from .space import Space
+from .batched import householder_qr, in_turn
+from .gradients import wants_gradient
+from .space import Space, contiguous
 from .threads import one_thread_if_small
 
 __all__ = [
@@ -24,18 +26,13 @@ __all__ = [
     "slogdet",
     "solve",
     "svd",
+    "unscaled_norm",
 ]
 
 
 def frobenius(x: Array) -> Array:
     """Return the Frobenius norm of a whole array, as an array; it may overflow."""
-    xp = namespace(x)
-    if array_api_compat.is_numpy_array(x):
-        # vdot needs no array of squares, and an overflow is the caller's to judge
-        with np.errstate(over="ignore", invalid="ignore"):
-            norm = np.sqrt(np.vdot(x, x).real)
-    else:
-        norm = xp.linalg.vector_norm(x)
+    xp, norm = namespace(x), unscaled_norm(x)
     if math.prod(x.shape) and float(norm) < Space.of(x).smallest_norm:
         # Squares of these underflow; and complex division overflows at subnormal numbers,
         # from which a power of two leads away
@@ -45,6 +42,31 @@ def frobenius(x: Array) -> Array:
         if float(largest) > 0:
             norm = largest * xp.linalg.vector_norm(x / largest) / away
     return norm
+
+
+def _eigh(a: Array) -> tuple[Array, Array]:
+    """Eigenvalues, smallest first, and eigenvectors of Hermitian ``a``."""
+    xp = namespace(a)
+    if array_api_compat.is_torch_array(a) and a.is_cuda and not wants_gradient(a):
+        with suppress(ImportError):
+            import cupy
+
+            # torch takes matrices of more than 32 rows in turn, and the host waits
+            found = cupy.linalg.eigh(cupy.from_dlpack(a.detach().resolve_conj()))
+            values, vectors = map(xp.from_dlpack, found)
+            return values, vectors
+    with one_thread_if_small(a):
+        values, vectors = xp.linalg.eigh(a)
+    return values, vectors
+
+
+def unscaled_norm(x: Array) -> Array:
+    """Return `frobenius` where it may underflow too: the host waits for nothing."""
+    if array_api_compat.is_numpy_array(x):
+        # vdot needs no array of squares, and an overflow is the caller's to judge
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.sqrt(np.vdot(x, x).real)
+    return namespace(x).linalg.vector_norm(x)
 
 
 def eigh_descending(a: Array) -> tuple[Array, Array]:
@@ -64,21 +86,56 @@ def eigh_descending(a: Array) -> tuple[Array, Array]:
     a = xp.where(xp.abs(a) < xp.finfo(a.dtype).smallest_normal, xp.zeros_like(a), a)
     if space.on_host:
         a = xp.astype(a, xp.complex128 if space.is_complex else xp.float64)
-    with one_thread_if_small(a):
-        values, vectors = xp.linalg.eigh(a)
+    values, vectors = _eigh(a)
     values = xp.astype(values, space.real.dtype) * scale[..., 0]
     return xp.flip(values, axis=-1), xp.flip(xp.astype(vectors, space.dtype), axis=-1)
 
 
 def svd(a: Array) -> tuple[Array, Array, Array]:
     """Thin singular value decomposition ``a = U diag(S) Vᴴ``: U, S and V."""
+    if in_turn(a, free=32):
+        return svd_by_eigh(a)
     with one_thread_if_small(a):
         U, S, Vh = namespace(a).linalg.svd(a, full_matrices=False)
     return U, S, adjoint(Vh)
 
 
+def svd_by_eigh(a: Array) -> tuple[Array, Array, Array]:
+    """Thin singular value decomposition ``a = U diag(S) Vᴴ``: U, S and V.
+
+    Eigenvectors of ``[[0, A], [Aᴴ, 0]]`` are pairs of singular vectors, backward stable,
+    but orthogonal only in pairs where singular values vanish beside the largest. QR
+    decompositions make them so: that of ``A V`` is diagonal to rounding.
+    """
+    xp, (m, n) = namespace(a), a.shape[-2:]
+    if m < n:
+        V, S, U = svd_by_eigh(adjoint(a))
+        return U, S, V
+    Q, R = householder_qr(a)
+    zero = xp.zeros_like(R)
+    both = xp.concat(
+        [xp.concat([zero, R], axis=-1), xp.concat([adjoint(R), zero], axis=-1)], axis=-2
+    )
+    _, vectors = eigh_descending(both)
+    V, _ = householder_qr(vectors[..., n:, :n])
+    U, R = householder_qr(R @ V)
+    diagonal = xp.linalg.diagonal(R)
+    S = xp.abs(diagonal)
+    sizes = xp.astype(xp.where(S > 0, S, xp.ones_like(S)), a.dtype)
+    signs = xp.where(S > 0, diagonal / sizes, xp.ones_like(diagonal))
+    # in order, which rounding may have changed among the smallest
+    order = xp.flip(xp.argsort(S, axis=-1), axis=-1)
+    columns = xp.broadcast_to(order[..., None, :], V.shape)
+    U, V = (
+        xp.take_along_axis(x, columns, axis=-1) for x in (U * signs[..., None, :], V)
+    )
+    return Q @ U, xp.take_along_axis(S, order, axis=-1), V
+
+
 def qr(a: Array) -> tuple[Array, Array]:
     """Thin QR decomposition of ``a`` (..., m, n)."""
+    if in_turn(a):
+        return householder_qr(a)
     with one_thread_if_small(a):
         Q, R = namespace(a).linalg.qr(a)
     return Q, R
@@ -86,21 +143,31 @@ def qr(a: Array) -> tuple[Array, Array]:
 
 def complete_qr(a: Array) -> tuple[Array, Array]:
     """QR decomposition of ``a`` (..., m, n) with square Q."""
+    if in_turn(a):
+        return householder_qr(a, complete=True)
     with one_thread_if_small(a):
         Q, R = namespace(a).linalg.qr(a, mode="complete")
     return Q, R
 
 
 def solve(a: Array, b: Array) -> Array:
-    """Solve ``a x = b`` for matrices ``a`` (..., m, m), ``b`` (..., m, q)."""
+    """Solve ``a x = b`` for regular ``a`` (..., m, m), ``b`` (..., m, q)."""
+    xp = namespace(a)
     with one_thread_if_small(a):
-        return namespace(a).linalg.solve(a, b)
+        if array_api_compat.is_torch_array(a):
+            return xp.linalg.solve_ex(a, b)[0]  # the host does not wait
+        return xp.linalg.solve(a, b)
 
 
 def inverse(a: Array) -> Array:
-    """Inverse of ``a`` (..., m, m), none of them singular."""
+    """Inverse of ``a`` (..., m, m), no finite numbers where a device finds it singular."""
+    xp = namespace(a)
     with one_thread_if_small(a):
-        return namespace(a).linalg.inv(a)
+        if array_api_compat.is_torch_array(a):
+            # no exception of torch's own, for which the host would wait
+            found, info = xp.linalg.inv_ex(a)
+            return xp.where((info == 0)[..., None, None], found, math.nan)
+        return xp.linalg.inv(a)
 
 
 def slogdet(a: Array) -> tuple[Array, Array]:
@@ -110,15 +177,18 @@ def slogdet(a: Array) -> tuple[Array, Array]:
     return signs, logs
 
 
-def cholesky(a: Array) -> Array | None:
-    """Lower Cholesky factors of ``a`` (..., m, m); None if one does not exist."""
+def cholesky(a: Array, *, sure: bool = False) -> Array | None:
+    """Lower Cholesky factors of ``a`` (..., m, m); None if one does not exist.
+
+    A device is not asked for that, and the host does not wait, if it is ``sure`` to.
+    """
     xp = namespace(a)
     if array_api_compat.is_torch_array(a):
         with one_thread_if_small(a):
             factor, info = xp.linalg.cholesky_ex(a)
-        return None if bool(xp.any(info != 0)) else factor
+        return None if not sure and bool(xp.any(info != 0)) else factor
     try:
-        with _raising(a):
+        with nullcontext() if sure else _raising(a):
             return xp.linalg.cholesky(a)
     except np.linalg.LinAlgError:
         return None
@@ -142,7 +212,9 @@ def inverse_lower(a: Array) -> Array:
         with one_thread_if_small(a):
             return xp.linalg.solve_triangular(a, eye, upper=False)
     m = int(a.shape[-1])
-    if m <= 8 or m % 2:
+    if m <= 4:
+        return _inverse_by_substitution(a)
+    if m % 2:
         return xp.linalg.solve(a, eye)
     # [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹BA⁻¹, C⁻¹]]: products in place of an LU
     # decomposition that does not know of the zeros
@@ -152,3 +224,19 @@ def inverse_lower(a: Array) -> Array:
     low = -(C @ (a[..., h:, :h] @ A))
     top = xp.concat([A, xp.zeros_like(A)], axis=-1)
     return xp.concat([top, xp.concat([low, C], axis=-1)], axis=-2)
+
+
+def _inverse_by_substitution(a: Array) -> Array:
+    """Invert small lower triangular ``a`` (..., m, m), an entry of all at a time.
+
+    A call of LAPACK for each takes several times as long.
+    """
+    xp = namespace(a)
+    a = contiguous(xp.moveaxis(a, (-2, -1), (0, 1)))
+    x = xp.zeros_like(a)
+    for i in range(a.shape[0]):
+        x[i, i, ...] = 1 / a[i, i, ...]
+        for k in range(i):
+            x[i, : k + 1, ...] -= a[i, k, ...] * x[k, : k + 1, ...]
+        x[i, :i, ...] *= x[i, i, ...]
+    return contiguous(xp.moveaxis(x, (0, 1), (-2, -1)))

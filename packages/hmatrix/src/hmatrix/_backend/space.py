@@ -147,7 +147,10 @@ class Space:
         device = x.__dlpack_device__()
         # only devices of their own need DLPack: host memory is shared through NumPy
         if device[0] != 1 and device == self.zeros(0).__dlpack_device__():
-            return self.xp.from_dlpack(detach(x))
+            x = detach(x)
+            if array_api_compat.is_torch_array(x):
+                x = x.resolve_conj()
+            return self.xp.from_dlpack(x)
         host = to_numpy(x)
         if not host.flags.writeable or min(host.strides, default=0) < 0:
             host = host.copy()  # torch has neither read-only nor reversed arrays
@@ -171,8 +174,10 @@ class Space:
                 shape, generator=generator, dtype=self.dtype, device=self.device
             )
         if array_api_compat.is_cupy_namespace(self.xp):
+            random = self.xp.random
             with self.device:
-                generator = self.xp.random.default_rng(int(seed.generate_state(1)[0]))
+                # the states of other generators take longer to set up than what is drawn
+                generator = random.Generator(random.Philox4x3210(seed))
                 return generator.standard_normal(shape, dtype=self.dtype)
         drawn = np.random.default_rng(seed).standard_normal(
             shape, dtype=np.float32 if self.name == "float32" else np.float64

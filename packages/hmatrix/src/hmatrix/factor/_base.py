@@ -24,7 +24,7 @@ from hmatrix._checks import (
     check_float,
     check_int,
 )
-from hmatrix._operator import Operator, apply_padded, pad_rows
+from hmatrix._operator import Operator, apply_padded, pad_rows, places
 from hmatrix.arithmetic import safe_norm
 from hmatrix.factor.symmetric import SymmetricFactor
 from hmatrix.hodlr import HODLR
@@ -351,7 +351,7 @@ def cleared(x: Array, tree: ClusterTree, rows: slice = slice(None)) -> Array:
     if tree.padded == tree.n:
         return x
     space = Space.of(x)
-    real = space.integers(tree.rows[rows]) < tree.n
+    real = places("rows", tree, space)[rows] < tree.n
     return space.xp.where(real[:, None], x, space.xp.zeros_like(x))
 
 
@@ -365,7 +365,8 @@ def shifted_leaves(
     """
     space, leaves = Space.of(leaves), leaves[which, ...]
     xp, m = space.xp, tree.leaf_size
-    real = space.integers(tree.rows.reshape(-1, m)[which]) < tree.n
+    rows = xp.reshape(places("rows", tree, space), (-1, m))
+    real = rows[which, :] < tree.n
     added = xp.full(real.shape, shift, dtype=space.dtype, device=space.device)
     added = xp.where(real, added, xp.ones_like(added))
     return leaves + added[:, :, None] * space.eye(m)

@@ -40,13 +40,15 @@ class HODLRFactorization(Factorization):
         leaves = shifted_leaves(tree, H.leaves, self.shift)
         signs, logs = slogdet(leaves)
         real = xp.reshape(real_rows(tree, self.space), leaves.shape[:2])
-        self._inverse_leaves = _invert(leaves, signs, tree.levels, real)
+        self._conditions: list[tuple[int, bool, Array]] = []
+        self._inverse_leaves = self._invert(leaves, signs, tree.levels, real)
         self._sign = xp.prod(detach(signs))
         self._logdet = xp.sum(xp.astype(logs, xp.float64))
         self._Y: list[Array] = [None] * tree.levels  # D P
         self._E: list[Array] = [None] * tree.levels  # (I + C QᴴD P)⁻¹ C
         if tree.levels:
             self._climb()
+        self._check_conditions()
         limit = self.space.eps**0.25
         self._check_precision(limit, ', or method="orthogonal"')
 
@@ -185,7 +187,52 @@ class HODLRFactorization(Factorization):
         self._sign = self._sign * xp.prod(detach(signs))
         self._logdet = self._logdet + xp.sum(xp.astype(logs, xp.float64))
         C = xp.reshape(scales, (nodes, 1, 2 * width))
-        return _invert(K, signs, level) * C
+        return self._invert(K, signs, level) * C
+
+    def _invert(
+        self, blocks: Array, signs: Array, level: int, real: Array | None = None
+    ) -> Array:
+        """Invert blocks (b, m, m) with these determinant signs.
+
+        Blocks are leaves if ``real`` (b, m) tells which of their rows are no padding. A
+        device is asked after the last level which cannot be inverted, the host here.
+        """
+        xp, real_space = self.space.xp, self.space.real
+        infinite = math.inf * real_space.ones(signs.shape[0])
+        singular = signs == 0
+        on_host = self.space.on_host
+        if on_host and bool(xp.any(singular)):
+            inverses, condition = (
+                blocks,
+                xp.where(singular, infinite, 0 * xp.abs(signs)),
+            )
+        else:
+            inverses = inverse(blocks)
+            condition = _one_norm(blocks, real) * _one_norm(inverses, real)
+            condition = xp.where(singular, infinite, condition)
+        self._conditions.append((level, real is not None, condition))
+        if on_host:
+            self._check_conditions()
+        return inverses
+
+    def _check_conditions(self) -> None:
+        """Raise if a block that was inverted is singular, and say which."""
+        space = self.space
+        for level, leaf, found in self._conditions:
+            condition = to_numpy(found)
+            if bool(np.all(condition < 1 / space.eps)):
+                continue
+            # argmax finds NaN before infinity
+            node = int(np.argmax(condition))
+            where = f"leaf {node}" if leaf else f"node {node} of level {level}"
+            msg = (
+                f"Singular at {where}: condition number {condition[node]:.3g} in "
+                f"{space.name}. Use a `shift`, fewer levels"
+                + (", or float64." if space.name == "float32" else ".")
+            )
+            error = SingularLeafError if leaf else SingularBlockError
+            raise error(msg, level, node)
+        self._conditions.clear()
 
     def _arrays(self) -> dict[str, Array]:
         arrays = {"sign": self._sign, "logdet": self._logdet}
@@ -271,34 +318,6 @@ class HODLRInverse(Operator):
 
     def __repr__(self) -> str:
         return "HODLRInverse(" + repr(self._factorization).partition("(")[2]
-
-
-def _invert(
-    blocks: Array, signs: Array, level: int, real: Array | None = None
-) -> Array:
-    """Invert blocks (b, m, m) with these determinant signs, or say which cannot be.
-
-    Blocks are leaves if ``real`` (b, m) tells which of their rows are no padding.
-    """
-    space = Space.of(blocks)
-    xp = space.xp
-    if not bool(xp.any(signs == 0)):
-        inverses = inverse(blocks)
-        condition = to_numpy(_one_norm(blocks, real) * _one_norm(inverses, real))
-        if bool(np.all(condition < 1 / space.eps)):
-            return inverses
-    else:
-        condition = np.where(to_numpy(signs == 0), np.inf, 0)
-    # argmax finds NaN before infinity
-    node = int(np.argmax(condition))
-    leaf = real is not None
-    where = f"leaf {node}" if leaf else f"node {node} of level {level}"
-    msg = (
-        f"Singular at {where}: condition number {condition[node]:.3g} in {space.name}. "
-        "Use a `shift`, fewer levels"
-        + (", or float64." if space.name == "float32" else ".")
-    )
-    raise (SingularLeafError if leaf else SingularBlockError)(msg, level, node)
 
 
 def _one_norm(blocks: Array, real: Array | None) -> Array:

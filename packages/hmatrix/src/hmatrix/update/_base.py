@@ -15,10 +15,10 @@ from hmatrix._backend import (
     adjoint,
     contiguous,
     detach,
-    frobenius,
     is_array,
     nbytes,
     to_numpy,
+    unscaled_norm,
 )
 from hmatrix._checks import (
     FileFormatError,
@@ -261,8 +261,8 @@ class Streaming(ABC):
         if not pieces:
             return
         xp, dtype = self.space.xp, self.space.dtype
-        norms = [frobenius(xp.astype(piece, dtype, copy=False)) for piece in pieces]
-        norm = float(frobenius(xp.stack(norms)))
+        norms = [unscaled_norm(xp.astype(x, dtype, copy=False)) for x in pieces]
+        norm = float(unscaled_norm(xp.stack(norms)))
         if not norm * norm * weight <= float(xp.finfo(dtype).max):
             raise NonFiniteError(not_finite("Z", Z, self.space.name))
 

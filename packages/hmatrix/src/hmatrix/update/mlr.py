@@ -265,7 +265,7 @@ def _cholesky_qr_twice(Y: Array, noise: Array) -> Array | None:
     Q = Q / xp.where(norms > 0, norms, xp.ones_like(norms))
     Q = Q + level * xp.astype(noise, xp.float64)
     for _ in range(2):
-        L = cholesky(adjoint(Q) @ Q)
+        L = cholesky(adjoint(Q) @ Q, sure=True)  # by the noise
         if L is None:
             return None
         Q = Q @ adjoint(inverse_lower(L))

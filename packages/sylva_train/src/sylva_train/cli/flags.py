@@ -102,7 +102,11 @@ FLAGS: dict[str, Flag] = {
         metavar="DATA",
     ),
     "eval_split": flag(
-        str, TASK, "Split to evaluate on, where there are splits.", metavar="SPLIT"
+        str,
+        TASK,
+        "Split to evaluate on, where there are splits; held-out: a tenth of the training"
+        " data.",
+        metavar="SPLIT",
     ),
     "text_column": flag(
         str | None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any
@@ -34,6 +35,8 @@ __all__ = [
 _NONE = inspect.Parameter.empty
 
 CONFIGS: tuple[type, ...] = (TaskConfig, SylvaOptions, TrainingConfig)
+#: Parameters of commands that write what several processes must not.
+WRITTEN = {"output", "answers"}
 
 
 def names_of(kind: type) -> list[str]:
@@ -164,6 +167,19 @@ def given(config: Any) -> list[str]:
     return found
 
 
+def check_alone() -> None:
+    """Raise `ConfigError` in one of several processes that all write the same output."""
+    size = os.environ.get("WORLD_SIZE", "")
+    if size.isdigit() and int(size) > 1:
+        msg = (
+            f"commands run in one process, and this is one of several (WORLD_SIZE is {size})"
+            " that would write the same output. Run it once, without torchrun and with"
+            " WORLD_SIZE unset; or score and train in Python, with DistributedDataParallel"
+            " ('Several processes' in the guide to large models)."
+        )
+        raise ConfigError(msg)
+
+
 def expand(
     function: Callable[..., None],
     *,
@@ -222,6 +238,9 @@ def expand(
     parameters.append(keyword("context", typer.Context))
 
     def command(*, context: typer.Context, **values: Any) -> None:
+        if WRITTEN & values.keys():
+            check_alone()
+
         def source(name: str) -> int:
             found = context.get_parameter_source(name)
             return {"COMMANDLINE": 2, "DEFAULT_MAP": 1}.get(

@@ -100,7 +100,7 @@ def adamw_(
         values.sub_(distance, alpha=lr * decay)
         size = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
         values.addcdiv_(m, size, value=-lr / (1 - beta1**step))
-        scatter_blocks_(layer.weight, layer.indices.long(), values)
+        scatter_blocks_(layer.weight, layer.indices, values)
         if layer.exp_avg_scale is not None and layer.exp_avg_sq_scale is not None:
             seed = 2 * int(step)
             encode(m, layer.exp_avg, layer.exp_avg_scale, seed)

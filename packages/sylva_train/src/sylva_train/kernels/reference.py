@@ -69,11 +69,23 @@ def gather_blocks(
 def scatter_blocks_(
     weight: torch.Tensor, indices: torch.Tensor, blocks: torch.Tensor
 ) -> None:
-    """Write blocks (k, b, b) into a weight (out, in), in place, rounded to its dtype."""
+    """Write blocks (k, b, b) into a weight (out, in), in place, rounded to its dtype.
+
+    On a CPU, pass the same ``indices`` each time, as to `block_sddmm`.
+    """
     block_size = blocks.shape[-1]
     blocks = blocks.to(weight.dtype)
     if not is_ragged(weight.shape, block_size):
-        interior(weight, block_size)[indices[:, 0], :, indices[:, 1], :] = blocks
+        is_turned = not weight.is_contiguous()
+        lines = weight.T if is_turned else weight
+        # On a GPU a kernel writes the weights, and the places would take its memory.
+        if lines.is_contiguous() and lines.device.type == "cpu":
+            way = "turned" if is_turned else "dense"
+            places = find_runs(indices, way, lines.shape[1] // block_size, block_size)
+            runs = (blocks.mT if is_turned else blocks).reshape(-1, block_size)
+            lines.view(-1, block_size).index_copy_(0, places, runs)
+        else:
+            interior(weight, block_size)[indices[:, 0], :, indices[:, 1], :] = blocks
         return
     rows, columns, inside = elements(weight.shape, indices, block_size)
     weight[rows.expand_as(inside)[inside], columns.expand_as(inside)[inside]] = blocks[
@@ -103,7 +115,7 @@ class Places:
     """A mask's active rows and columns, and its blocks' places among them.
 
     Filled where they are needed: ``by_row``, see `group_by_row`; ``runs``, see
-    `take_blocks`.
+    `find_runs`.
     """
 
     version: int | None
@@ -183,27 +195,47 @@ def choose_way(
     return min(costs, key=lambda way: costs[way])
 
 
-def take_blocks(
-    product: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    block_size: int,
-    runs: dict[tuple[str, int], torch.Tensor],
-    way: str,
+def find_runs(
+    indices: torch.Tensor, way: str, wide: int, block_size: int
 ) -> torch.Tensor:
-    """Copy blocks (k, b, b) out of a contiguous matrix of whole blocks.
+    """Return which runs of ``b`` elements a mask's blocks are in a contiguous matrix.
 
-    Which runs of ``b`` elements they are is kept in ``runs``, by the way and the matrix's
-    width: working it out takes longer than copying them.
+    Parameters
+    ----------
+    indices : torch.Tensor, shape (k, 2)
+        The mask's; the result is kept with it, since working it out takes longer than
+        copying the runs.
+    way : str
+        What the matrix is: ``"dense"``, the (out, in) matrix; ``"turned"``, its
+        transpose; or ``"cartesian"``, its active rows and columns of blocks.
+    wide : int
+        Blocks in a row of the matrix.
+    block_size : int
+        Side ``b`` of a block.
+
+    Returns
+    -------
+    torch.Tensor, shape (k · b,), int64
+        Block by block.
     """
-    wide = product.shape[1] // block_size
+    found = find_places(indices)
     key = way, wide
-    if key not in runs:
-        first = rows[:, None] * block_size + torch.arange(
-            block_size, device=rows.device
-        )
-        runs[key] = (first * wide + columns[:, None]).flatten()
-    found = product.view(-1, block_size).index_select(0, runs[key])
+    if key not in found.runs:
+        rows, columns = found.row_of, found.column_of
+        if way != "cartesian":
+            rows, columns = indices.flip(1).T if way == "turned" else indices.T
+        offset = torch.arange(block_size, device=indices.device)
+        first = (rows[:, None] * block_size + offset) * wide
+        found.runs[key] = (first + columns[:, None]).flatten()
+    return found.runs[key]
+
+
+def take_blocks(
+    product: torch.Tensor, indices: torch.Tensor, block_size: int, way: str
+) -> torch.Tensor:
+    """Copy blocks (k, b, b) out of a contiguous matrix of whole blocks (`find_runs`)."""
+    runs = find_runs(indices, way, product.shape[1] // block_size, block_size)
+    found = product.view(-1, block_size).index_select(0, runs)
     return found.view(-1, block_size, block_size)
 
 
@@ -292,9 +324,7 @@ def from_dense(
     if is_ragged(product.shape, block_size):
         height, width = product.shape
         product = F.pad(product, (0, -width % block_size, 0, -height % block_size))
-    runs = find_places(indices).runs
-    rows, columns = indices.unbind(1)
-    return take_blocks(product, rows, columns, block_size, runs, "dense")
+    return take_blocks(product, indices, block_size, "dense")
 
 
 def from_rectangle(
@@ -305,8 +335,7 @@ def from_rectangle(
     left = in_blocks(dy, block_size).index_select(1, found.rows).flatten(1)
     right = in_blocks(x, block_size).index_select(1, found.columns).flatten(1)
     product = wide_product(left.T, right)
-    places = found.row_of, found.column_of
-    return take_blocks(product, *places, block_size, found.runs, "cartesian")
+    return take_blocks(product, indices, block_size, "cartesian")
 
 
 def from_rows(

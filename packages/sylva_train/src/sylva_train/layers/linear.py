@@ -48,6 +48,19 @@ def check_shape(mask: LayerMask, shape: tuple[int, ...]) -> None:
         raise ConfigError(msg)
 
 
+def snapshot(values: torch.Tensor, weight: torch.Tensor) -> tuple[Any, ...]:
+    """Return what tells whether values or weight changed since the last write."""
+    # The tensor itself is kept, not its id: a new one may come to have the same.
+    return (
+        values,
+        values.data_ptr(),
+        values._version,
+        values.requires_grad,
+        weight.data_ptr(),
+        weight._version,
+    )
+
+
 class SparseEmbeddedLinear(nn.Module):
     """A linear layer some of whose blocks of weights can be trained.
 
@@ -159,19 +172,11 @@ class SparseEmbeddedLinear(nn.Module):
         """Name of the adapter that the weight is to show, or None for the base."""
         return self.embedded
 
-    def snapshot(self) -> tuple[Any, ...]:
-        """Return what tells whether values or weight changed since the last write."""
+    def settle(self, values: torch.Tensor, weight: torch.Tensor) -> None:
+        """Take note that the weight shows the values as they are now."""
         assert self._written is not None
-        values = self.sylva_values[self._written]
-        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
-        # The tensor itself is kept, not its id: a new one may come to have the same.
-        return (
-            values,
-            values.data_ptr(),
-            values._version,
-            weight.data_ptr(),
-            weight._version,
-        )
+        self._seen = snapshot(values, weight)
+        self._readers[self._written].settle(values._version)
 
     def check_indices(self, name: str) -> None:
         """Raise `AdapterError` unless an adapter's indices are blocks of this weight."""
@@ -192,7 +197,6 @@ class SparseEmbeddedLinear(nn.Module):
             self._checked[name] = seen
             self._readers[name] = Reader(table, mask.block_size, self.shape[1])
 
-    @torch.no_grad()
     def sync(self, *, force: bool = False) -> None:
         """Make the dense weight show the wanted adapter's values.
 
@@ -212,20 +216,24 @@ class SparseEmbeddedLinear(nn.Module):
             self.restore_()
         if wanted is None:
             return
-        if wanted == self._written and not force:
-            now = self.snapshot()
-            if self._seen and self._seen[0] is now[0] and self._seen[1:] == now[1:]:
-                return
+        base, values = self.base_layer, self.sylva_values[wanted]
+        weight: torch.Tensor = base.weight  # type: ignore[assignment]
+        now = snapshot(values, weight)
+        is_known = bool(self._seen) and self._seen[0] is values
+        unchanged = is_known and self._seen[1:] == now[1:]
+        if wanted == self._written and unchanged and not force:
+            return
         self.check_indices(wanted)
-        weight = weight_view(self.base_layer)
-        indices, values = self.sylva_indices[wanted].long(), self.sylva_values[wanted]
+        matrix = as_matrix(base, weight.detach())
+        indices, blocks = self._readers[wanted].table, values.detach()
         if self._written is None:
-            self._original = gather_blocks(weight, indices, values.shape[-1]).cpu()
-        scatter_blocks_(weight, indices, values)
-        self._written = wanted
-        self._seen = self.snapshot()
-        self._readers[wanted].settle(values._version)
-        watch(values, self)
+            self._original = gather_blocks(matrix, indices, blocks.shape[-1]).cpu()
+            self._written = wanted
+        scatter_blocks_(matrix, indices, blocks)
+        # A copy of the layer has the same attributes, but its values are elsewhere.
+        if not is_known or (self._seen[1], self._seen[3]) != (now[1], now[3]):
+            watch(values, self)
+        self.settle(values, weight)
 
     def note_written(self) -> None:
         """Take note that a kernel changed the values and wrote them into the weight.
@@ -234,17 +242,19 @@ class SparseEmbeddedLinear(nn.Module):
         """
         assert self._written is not None
         values = self.sylva_values[self._written]
+        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
         torch.autograd.graph.increment_version(values)
-        torch.autograd.graph.increment_version(self.base_layer.weight)  # type: ignore[arg-type]
-        self._seen = self.snapshot()
-        self._readers[self._written].settle(values._version)
+        torch.autograd.graph.increment_version(weight)
+        self.settle(values, weight)
 
     @torch.no_grad()
     def restore_(self) -> None:
         """Put the base weight back, bit for bit."""
         if self._written is not None:
-            indices = self.sylva_indices[self._written].long()
-            scatter_blocks_(weight_view(self.base_layer), indices, self.original())
+            weight = weight_view(self.base_layer)
+            # As they were when they were written, wherever the weight is by now.
+            indices = self._readers[self._written].table.to(weight.device)
+            scatter_blocks_(weight, indices, self.original())
             self._written, self._original = None, None
 
     def check_shown(self, values: torch.Tensor) -> None:

@@ -38,7 +38,9 @@ class Tables(nn.Module):
     """Named buffers: the block indices of each adapter."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.get_buffer(name)
+        table = self._buffers[name]
+        assert table is not None
+        return table
 
     def __setitem__(self, name: str, table: torch.Tensor) -> None:
         self._buffers[name] = table

@@ -20,13 +20,37 @@ from sylva_train.kernels import (
 from sylva_train.layers import SparseEmbeddedLinear
 from sylva_train.targets import weight_view
 
-__all__ = ["KernelStep", "kernel_of", "may_fuse"]
+__all__ = ["KernelStep", "kernel_of", "laid_out_as", "may_fuse", "may_fuse_on_cpu"]
 
 
 def may_fuse(group: dict[str, Any]) -> bool:
     """Whether a group asks for nothing that the kernel does not do."""
     others = group["amsgrad"] or group["differentiable"] or group["foreach"]
     return not others and group["fused"] is not False
+
+
+def may_fuse_on_cpu(parameters: Sequence[torch.Tensor]) -> bool:
+    """Whether PyTorch's fused AdamW can be trusted with parameters, all on a CPU.
+
+    It takes memory as it lies, so that none may have gaps (`laid_out_as`).
+    """
+    return all(
+        p.device.type == "cpu"
+        and p.is_floating_point()
+        and p.stride() == torch.empty_like(p).stride()
+        for p in parameters
+    )
+
+
+def laid_out_as(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with a parameter's strides, copied if it has others.
+
+    PyTorch's fused AdamW does not look at strides on a CPU: elements of one place in
+    memory, not of one index, would be put together.
+    """
+    if tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 def kernel_of(layer: SparseEmbeddedLinear, eight_bit: bool = False) -> Any:

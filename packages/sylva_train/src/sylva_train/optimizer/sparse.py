@@ -11,7 +11,7 @@ from torch import nn
 from sylva_train._checks import ConfigError, check_choice, check_positive
 from sylva_train.layers import SparseEmbeddedLinear, embedded_layers
 
-from .fused import KernelStep, kernel_of, may_fuse
+from .fused import KernelStep, kernel_of, laid_out_as, may_fuse, may_fuse_on_cpu
 
 __all__ = ["SparseAdamW"]
 
@@ -23,8 +23,8 @@ class SparseAdamW(torch.optim.AdamW):
     them alone, and every step ends with the values rounded into the dense weights.
     Schedulers, clipping and gradient scalers work as with any optimizer. On a GPU one
     Triton kernel updates the blocks of all layers; elsewhere, and for whatever is no
-    block, PyTorch's own AdamW does. Both keep the same state, so that a checkpoint of
-    either goes on with the other.
+    block, PyTorch's own AdamW does, fused where it can be. All keep the same state, so
+    that a checkpoint of one goes on with another.
 
     Parameters
     ----------
@@ -73,8 +73,8 @@ class SparseAdamW(torch.optim.AdamW):
         check_choice("moments", moments, ("32bit", "8bit"))
         if max_grad_norm is not None:
             check_positive("max_grad_norm", max_grad_norm)
+        trainable = [p for p in model.parameters() if p.requires_grad]
         if params is None:
-            trainable = [p for p in model.parameters() if p.requires_grad]
             matrices = [p for p in trainable if p.dim() > 1]
             vectors = [p for p in trainable if p.dim() <= 1]
             params = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -100,8 +100,8 @@ class SparseAdamW(torch.optim.AdamW):
                 " `foreach=True` or `fused=False`; leave one of them out."
             )
             raise ConfigError(msg)
-        if plain and any(map(kernel_of, self.layers)):
-            # What is no block takes its step without waiting for the device as well.
+        # On a GPU what is no block takes its step without waiting for the device as well.
+        if plain and (any(map(kernel_of, self.layers)) or may_fuse_on_cpu(trainable)):
             kwargs["fused"] = True
         super().__init__(
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **kwargs
@@ -191,17 +191,22 @@ class SparseAdamW(torch.optim.AdamW):
         if len(groups) == len(state_dict["param_groups"]):
             state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)
-        # PyTorch casts what it loads to the parameters' dtype, which holds all codes.
-        for state in self.state.values():
-            if "exp_avg_scale" in state:
-                state["exp_avg"] = state["exp_avg"].to(torch.int8)
-                state["exp_avg_sq"] = state["exp_avg_sq"].to(torch.uint8)
+        for parameter, state in self.state.items():
+            # PyTorch casts what it loads to the parameters' dtype, which holds all codes.
+            eight_bit = "exp_avg_scale" in state
+            dtypes = (torch.int8, torch.uint8) if eight_bit else (None, None)
+            for name, dtype in zip(("exp_avg", "exp_avg_sq"), dtypes, strict=True):
+                if name in state:
+                    state[name] = laid_out_as(parameter, state[name].to(dtype))
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
         """Leave to PyTorch's AdamW what no kernel updates."""
         rest = [p for p in group["params"] if not self._kernel.takes(p)]
         group = {**group, "params": rest}
         result: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        if group["fused"]:
+            parameters, gradients = lists[:2]
+            gradients[:] = map(laid_out_as, parameters, gradients)
         return result
 
     def decay_to_base(self, layers: list[SparseEmbeddedLinear]) -> None:

@@ -275,6 +275,21 @@ def check_metric(config: TaskConfig) -> None:
         check_libraries(config.metric)
 
 
+def check_split(config: TaskConfig) -> None:
+    """Raise `ConfigError` for a split of a single file, which has none to evaluate on."""
+    if config.eval_data is not None or not is_file(config.data):
+        return
+    # The default cannot be told from what nobody has asked for.
+    if config.eval_split not in {HELD_OUT, TaskConfig.eval_split}:
+        msg = (
+            f"`eval_split` is {config.eval_split!r}, and `data` a single file, which has"
+            f" no splits: {config.data}. Give the file of that split as `eval_data`, a"
+            " folder with a file for each split as `data`, or"
+            f' `eval_split="{HELD_OUT}"` to hold a tenth of the file out.'
+        )
+        raise ConfigError(msg)
+
+
 def limited(dataset: TextDataset, config: TaskConfig, seed: int) -> TextDataset:
     """Keep so many examples to evaluate on; of generation, prompts with all references."""
     if config.metric in GENERATION and dataset.targets:
@@ -305,9 +320,12 @@ def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> 
     ModelError
         If the model cannot be loaded.
     ConfigError
-        If the metric is not one of the task's.
+        If the metric is not one of the task's, or evaluation is to be on a split of a
+        single file.
     """
     check_metric(config)
+    if evaluation:
+        check_split(config)
     training, held_out = read_data(config, seed=seed, evaluation=evaluation)
     assert training is not None
     if held_out is not None:

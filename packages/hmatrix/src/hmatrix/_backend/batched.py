@@ -1,0 +1,66 @@
+"""Factorizations of many small matrices at once, where a device's own take them in turn.
+
+cuSOLVER has a batched singular value decomposition up to 32 rows and columns, and no QR
+decomposition; CuPy and torch loop over the matrices beyond that.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .arrays import Array, adjoint, namespace
+from .gradients import wants_gradient
+from .space import Space
+
+__all__ = ["householder_qr", "in_turn"]
+
+#: Fewer matrices are as fast in turn; wider ones fill a device each.
+MANY, SMALL = 32, 256
+
+
+def in_turn(a: Array, free: int = 0) -> bool:
+    """Tell whether a device would factorize matrices (..., m, n) in turn, for long.
+
+    Up to ``free`` rows and columns it does not.
+    """
+    small = free < max(a.shape[-2:]) and 0 < min(a.shape[-2:]) <= SMALL
+    many = math.prod(a.shape[:-2]) >= MANY
+    return bool(small and many and not Space.of(a).on_host and not wants_gradient(a))
+
+
+def householder_qr(a: Array, *, complete: bool = False) -> tuple[Array, Array]:
+    """QR decomposition of ``a`` (..., m, n), thin or with square Q: one column at a time."""
+    xp, space, (m, n) = namespace(a), Space.of(a), a.shape[-2:]
+    k = min(m, n)
+    R = space.asarray(a, copy=True)
+    reflectors = []
+    for j in range(k):
+        x = _to_one(R[..., j:, j : j + 1])
+        size = xp.linalg.vector_norm(x, axis=-2, keepdims=True)
+        first = x[..., :1, :]
+        absolute = xp.abs(first)
+        none = absolute == 0
+        sign = xp.where(none, xp.ones_like(first), first)
+        sign = sign / xp.astype(xp.where(none, xp.ones_like(size), absolute), a.dtype)
+        # of norm √2: v / ‖v‖ √2, whose first part cannot cancel
+        length = xp.sqrt(size * (size + absolute))
+        length = xp.where(length > 0, length, xp.ones_like(length))
+        head = first + sign * xp.astype(size, a.dtype)
+        v = xp.concat([head, x[..., 1:, :]], axis=-2) / xp.astype(length, a.dtype)
+        reflectors.append(v)
+        R[..., j:, j:] = R[..., j:, j:] - v @ (adjoint(v) @ R[..., j:, j:])
+    width = m if complete else k
+    Q = space.zeros(*a.shape[:-2], m, width)
+    Q[..., :width, :] = space.eye(width)
+    for j, v in reversed(list(enumerate(reflectors))):
+        Q[..., j:, j:] = Q[..., j:, j:] - v @ (adjoint(v) @ Q[..., j:, j:])
+    return Q, xp.triu(R[..., :width, :])
+
+
+def _to_one(x: Array) -> Array:
+    """Bring the largest number of each matrix to 1, and what has no square there to 0."""
+    xp = namespace(x)
+    top = xp.max(xp.abs(x), axis=(-2, -1), keepdims=True)
+    none = top < xp.finfo(x.dtype).smallest_normal
+    top = xp.astype(xp.where(none, xp.ones_like(top), top), x.dtype)
+    return xp.where(none, xp.zeros_like(x), x / top)

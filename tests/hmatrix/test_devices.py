@@ -1,0 +1,182 @@
+"""What devices are spared: waiting hosts, and factorizations of matrices in turn."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import hmatrix as hm
+from hmatrix._backend import batched, cholesky, inverse, linalg, solve
+from tests import cupy_like
+from tests.helpers import Library, to_numpy
+
+CUPY = Library("cupy")
+EPS = {"float32": 1e-6, "float64": 1e-15, "complex64": 1e-6, "complex128": 1e-15}
+
+
+def batch(kind, shape, dtype, rng):
+    """Random matrices of some spectrum."""
+    A = rng.standard_normal(shape) + 1j * rng.standard_normal(shape)
+    if kind == "graded":
+        A = A * 10.0 ** -np.linspace(0, 20, shape[-1])
+    elif kind == "deficient":
+        A = A[..., :3] @ A[..., :3, :]
+    elif kind == "zero":
+        A[::2] = 0
+    return (A if "complex" in dtype else A.real).astype(dtype)
+
+
+def assert_orthonormal(Q, eps):
+    Q = to_numpy(Q)
+    gram = Q.conj().swapaxes(-2, -1) @ Q
+    assert abs(gram - np.eye(gram.shape[-1])).max() < 100 * eps
+
+
+@pytest.mark.parametrize("kind", ["full", "graded", "deficient", "zero"])
+@pytest.mark.parametrize("shape", [(4, 9, 9), (2, 3, 12, 5), (4, 5, 12)])
+def test_many_matrices_are_factorized_at_once(xp, dtype, kind, shape, rng):
+    for name in (
+        dtype,
+        dtype.replace("float32", "complex64").replace("float64", "complex128"),
+    ):
+        if xp.name == "array_api_strict" and "complex" in name:
+            continue
+        A, eps = batch(kind, shape, name, rng), EPS[name]
+        a = xp.asarray(A)
+        for complete in (False, True):
+            Q, R = batched.householder_qr(a, complete=complete)
+            assert_orthonormal(Q, eps)
+            assert distance(to_numpy(Q) @ to_numpy(R), A) < 50 * eps
+            assert np.array_equal(np.triu(to_numpy(R)), to_numpy(R))
+        U, S, V = map(to_numpy, linalg.svd_by_eigh(a))
+        assert_orthonormal(U, eps)
+        assert_orthonormal(V, eps)
+        exact = np.linalg.svd(A.astype(np.complex128), compute_uv=False)
+        assert abs(S - exact).max() <= 50 * eps * exact.max()
+        assert (np.diff(S) <= 0).all()
+        product = (U * S[..., None, :]) @ V.conj().swapaxes(-2, -1)
+        assert distance(product, A) < 100 * eps
+
+
+def distance(actual, expected):
+    """Return the largest error of a batch, relative to its norm."""
+    difference, norm = np.linalg.norm(actual - expected), np.linalg.norm(expected)
+    return difference / norm
+
+
+def kernel_matrix(n, rtol=1e-9):
+    t = np.linspace(0, 1, n)
+    A = 1 / (1 + 9 * abs(t[:, None] - t)) + np.eye(n)
+    return hm.from_dense(CUPY.asarray(A), leaf_size=16, rtol=rtol)
+
+
+needs_stand_in = pytest.mark.skipif(
+    not hasattr(sys.modules.get("cupy"), "stand_in"), reason="CuPy itself is here"
+)
+
+
+@needs_stand_in
+def test_the_host_never_waits_for_products_and_solutions(rng):
+    H = kernel_matrix(200)
+    tree = hm.ClusterTree(200, 3, permutation=rng.permutation(200))
+    stream = hm.StreamingMLR(tree, rank=4, like=H.leaves)
+    stream.update(CUPY.asarray(rng.standard_normal((300, 200))))
+    x = CUPY.asarray(rng.standard_normal((200, 2)))
+    factorizations = [
+        hm.factorize(H, method=method)
+        for method in ("cholesky", "inversion", "orthogonal")
+    ]
+    M = stream.result()
+    factorizations.append(hm.factorize(M, 0.1))
+    cupy_like.seen["waits"] = 0
+    for matrix in (H, M):
+        matrix @ x
+        matrix.rmatmat(x)
+        matrix.diagonal()
+    for F in factorizations:
+        F.solve(x)
+        F.solve(x, adjoint=True)
+        F.inverse_diagonal()
+    factorizations[0].sample(x)
+    factorizations[0].whiten(x)
+    assert cupy_like.seen["waits"] == 0
+
+
+@needs_stand_in
+def test_the_host_waits_for_no_level_of_an_inversion():
+    t = np.linspace(0, 1, 200)
+    A = CUPY.asarray(np.exp(-abs(t[:, None] - t)))
+
+    def waits(levels):
+        H = hm.from_dense(A, levels=levels)
+        cupy_like.seen["waits"] = 0
+        F = hm.factorize(H, method="inversion")
+        assert not F._conditions
+        return cupy_like.seen["waits"] - levels  # conditions of each level, in the end
+
+    assert waits(2) == waits(5)
+    zero = hm.from_dense(CUPY.asarray(np.zeros((8, 8))), levels=1)
+    with pytest.raises(hm.SingularLeafError, match="Singular at leaf 0"):
+        hm.factorize(zero, method="inversion")
+
+
+@needs_stand_in
+@pytest.mark.parametrize("method", ["eigh", "randomized"])
+@pytest.mark.parametrize("levels", [2, 5])
+def test_the_host_waits_once_for_a_batch(method, levels, rng):
+    like = CUPY.asarray(np.empty(0, dtype=np.float32))
+    stream = hm.StreamingMLR(512, levels, 4, like=like, method=method)
+    Z = CUPY.asarray(rng.standard_normal((700, 512)).astype(np.float32))
+    stream.update(Z)
+    cupy_like.seen["waits"] = 0
+    stream.update(Z)
+    assert cupy_like.seen["waits"] == 1  # for whether all numbers are finite
+
+
+@needs_stand_in
+def test_no_large_svd_is_batched(monkeypatch, rng):
+    monkeypatch.setattr(batched, "MANY", 2)
+    cupy_like.seen["svd"] = 0
+    H = kernel_matrix(300, rtol=1e-12)
+    G = hm.from_dense(
+        CUPY.asarray(rng.standard_normal((300, 300))), levels=2, max_rank=40
+    )
+    hm.truncate(G + G, max_rank=30)
+    hm.truncate(H + H, rtol=1e-6, definite=True)
+    stream = hm.StreamingHODLR(300, 2, 30, like=H.leaves)
+    stream.update(CUPY.asarray(rng.standard_normal((100, 300))))
+    assert 0 < cupy_like.seen["svd"] <= cupy_like.BATCHED_SVD
+
+
+@pytest.mark.parametrize(
+    "library", ["torch", pytest.param("cupy", marks=needs_stand_in)]
+)
+def test_singular_matrices_have_no_finite_inverse_and_raise_nothing(library):
+    xp = Library(library)
+    a = xp.asarray(np.array([np.eye(2), np.zeros((2, 2)), [[1.0, 2.0], [2.0, 4.0]]]))
+    found = to_numpy(inverse(a))
+    assert np.array_equal(found[0], np.eye(2))
+    assert not np.isfinite(found[1:]).any()
+    solve(a, a)
+    assert cholesky(a) is None
+    assert np.array_equal(to_numpy(cholesky(a, sure=True))[0], np.eye(2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+@pytest.mark.parametrize("n", [8, 40, 100])
+def test_devices_find_eigenvectors_and_singular_vectors(library, n, dtype, rng):
+    """Of many matrices, by whichever library is to do it."""
+    pytest.importorskip(library)
+    A = rng.standard_normal((50, n, n)).astype(dtype)
+    S, eps = A + A.swapaxes(-2, -1), EPS[dtype]
+    xp = Library(library, "cuda")
+    values, vectors = map(to_numpy, linalg.eigh_descending(xp.asarray(S)))
+    assert type(linalg.eigh_descending(xp.asarray(S))[1]) is type(xp.asarray(S))
+    assert_orthonormal(vectors, eps)
+    assert (np.diff(values) <= 0).all()
+    assert distance(S @ vectors, vectors * values[:, None, :]) < 100 * eps
+    U, sizes, V = map(to_numpy, linalg.svd(xp.asarray(A)))
+    assert_orthonormal(U, eps)
+    assert_orthonormal(V, eps)
+    assert distance((U * sizes[:, None, :]) @ V.swapaxes(-2, -1), A) < 100 * eps
