@@ -110,6 +110,11 @@ class SylvaConfig(SylvaOptions, PeftConfig):
         Most bytes of the statistics of layers that are held while scoring, like
         ``"20GB"``: where they are more, the data is run through in several passes, to
         the same scores. Without it there is one pass.
+    host_budget : int or str, optional
+        Most bytes of main memory for the mean gradients of a model on another device:
+        where ``memory_budget`` asks for several passes and fewer do with the gradients
+        kept there, they are, and come to the device a layer at a time. Without it they
+        stay on the device.
     scope : str
         ``"layer"``: the blocks of a layer compete; ``"model"``: the
         blocks of all layers compete by score relative to their layer's mean;
@@ -176,7 +181,7 @@ class SylvaConfig(SylvaOptions, PeftConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as PEFT writes them to JSON, but for masks and budget.
+        """Return the fields as PEFT writes them to JSON, but for masks and budgets.
 
         The folder of `MINILM` becomes its name, which a new configuration turns back.
         """
@@ -186,8 +191,8 @@ class SylvaConfig(SylvaOptions, PeftConfig):
             fields: dict[str, Any] = super().to_dict()
         finally:
             self.masks = masks
-        # Neither says what an adapter is: the budget is that of the machine it was made on.
-        for name in ("masks", "memory_budget"):
+        # None says what an adapter is: budgets are those of the machine it was made on.
+        for name in ("masks", "memory_budget", "host_budget"):
             fields.pop(name, None)
         base = fields["base_model_name_or_path"]
         # On another machine the package lies elsewhere.

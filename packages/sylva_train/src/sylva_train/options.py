@@ -187,6 +187,7 @@ class SylvaOptions:
     tokens: str = "expand"
     damping: float = 1e-2
     memory_budget: int | str | None = None
+    host_budget: int | str | None = None
     scope: str = "layer"
     max_columns: float = 1.0
     allocation: float | None = None
@@ -208,6 +209,7 @@ class SylvaOptions:
         check_integer("seed", self.seed, 0)
         check_positive("damping", self.damping, zero=True)
         memory_bytes(self.memory_budget)
+        memory_bytes(self.host_budget, "host_budget")
         check_spread(self.spread)
         if self.allocation is not None:
             check_positive("allocation", self.allocation, zero=True)

@@ -254,6 +254,13 @@ FLAGS: dict[str, Flag] = {
         "Most memory for the layers' statistics, like 20GB: more passes over the data.",
         metavar="SIZE",
     ),
+    "host_budget": flag(
+        str | None,
+        SCORING,
+        "Most main memory for gradients, like 64GB, where --memory-budget is too small for"
+        " them on a GPU: fewer passes.",
+        metavar="SIZE",
+    ),
     "checkpoint_minutes": flag(
         float,
         SCORING,

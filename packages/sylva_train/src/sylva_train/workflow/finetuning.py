@@ -50,9 +50,8 @@ CHOICE = (
 def sylva_options(config: SylvaConfig) -> dict[str, Any]:
     """Return Sylva's own options, without PEFT's and the facts of an adapter."""
     names = [field.name for field in dataclasses.fields(SylvaOptions)]
-    # The budget of a machine's memory changes nothing in a run.
-    names.remove("memory_budget")
-    return {name: getattr(config, name) for name in names}
+    # The budgets of a machine's memory change nothing in a run.
+    return {n: getattr(config, n) for n in names if not n.endswith("_budget")}
 
 
 def run_record(
