@@ -10,8 +10,9 @@
   LoRA with as many trainable weights, eager and compiled, and a frozen layer
   (`sylva_train.reproduce.measure_layer`).
 
-Candidates take turns; a timing is of several runs in a row, divided by their number.
-Kernels are tuned and compiled in the runs before. ``--tiny`` shows that it all runs, on
+Candidates take turns; a timing is of several runs in a row, divided by their number:
+fewer of those that take long. Kernels are tuned and compiled in the runs before. What is
+measured is written after every row; ``--parts`` and ``--name`` divide the work. ``--tiny`` shows that it all runs, on
 a CPU with Triton's interpreter (``TRITON_INTERPRET=1``), and writes nothing.
 """
 
@@ -19,7 +20,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,30 +35,43 @@ from sylva_train.kernels.plan import find_plan
 from sylva_train.reproduce import draw_masks, measure_layer
 
 DEVICE = torch.device("cuda")
-#: Runs in a row of one timing.
-ROW = 20
+#: Runs in a row of one timing, and the seconds that they may take if they are several.
+ROW, ROW_SECONDS = 20, 0.1
+#: What there is to measure.
+PARTS = ("gradient", "optimizer", "step")
 Task = Callable[[], Any]
 #: Options of ``--tiny``.
 TINY = {
     "tokens": [32], "shapes": [(64, 64), (96, 64)], "blocks": [16], "densities": [0.25],
-    "layers": 1, "copy_bits": 10, "repeats": 1, "compiled": False,
+    "layers": 1, "copy_bits": 10, "repeats": 1, "compiled": False, "parts": PARTS,
 }  # fmt: skip
 
 
 def measure(repeats: int, *tasks: Task) -> list[dict[str, float]]:
     """Time tasks in turn, each several times in a row, and wait for the device."""
 
-    def in_a_row(task: Task) -> Task:
+    def in_a_row(task: Task, count: int) -> Task:
         def run() -> None:
-            for _ in range(ROW):
+            for _ in range(count):
                 task()
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
 
         return run
 
-    found = interleave(repeats, *map(in_a_row, tasks), warmup=2)
-    return [{name: t / ROW for name, t in times.items()} for times in found]
+    def seconds(task: Task) -> float:
+        start = time.perf_counter()
+        in_a_row(task, 1)()
+        return time.perf_counter() - start
+
+    for task in tasks:
+        task()
+    counts = [max(1, min(ROW, int(ROW_SECONDS / seconds(task)))) for task in tasks]
+    found = interleave(repeats, *map(in_a_row, tasks, counts), warmup=1)
+    return [
+        {name: t / count for name, t in times.items()}
+        for times, count in zip(found, counts, strict=True)
+    ]
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -73,7 +89,10 @@ def rivals(dy: torch.Tensor, x: torch.Tensor, mask: LayerMask) -> dict[str, Task
     b = mask.block_size
     indices = mask.indices.to(DEVICE)
     left, right = dy.T.float().contiguous(), x.float()
-    csr = mask.dense().to(DEVICE, torch.float32).to_sparse_csr()
+    with warnings.catch_warnings():  # torch says once that its layouts are in beta
+        warnings.simplefilter("ignore", UserWarning)
+        csr = mask.dense().to(DEVICE, torch.float32).to_sparse_csr()
+        bsr = mask.dense().to(DEVICE, dy.dtype).to_sparse_bsr(b)
     rows, columns = indices.unbind(1)
 
     def stack() -> torch.Tensor:
@@ -82,8 +101,6 @@ def rivals(dy: torch.Tensor, x: torch.Tensor, mask: LayerMask) -> dict[str, Task
 
     def sampled() -> torch.Tensor:
         return torch.sparse.sampled_addmm(csr, left, right, beta=0.0)
-
-    bsr = mask.dense().to(DEVICE, dy.dtype).to_sparse_bsr(b)
 
     def sampled_bsr() -> torch.Tensor:
         from torch.sparse import _triton_ops
@@ -104,17 +121,22 @@ def running(tasks: dict[str, Task]) -> tuple[dict[str, Task], dict[str, str]]:
     return {n: t for n, t in tasks.items() if n not in problems}, problems
 
 
-def gradient(options: Any) -> list[dict[str, Any]]:
-    from sylva_train.kernels import triton_sddmm
-
-    rows = []
-    for tokens, shape, block, density, kind in itertools.product(
-        options.tokens,
-        options.shapes,
+def settings(options: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield tokens, shape, block, density and kind of mask; the first options first."""
+    for block, density, kind, shape, tokens in itertools.product(
         options.blocks,
         options.densities,
         ("random", "rectangle"),
+        options.shapes,
+        options.tokens,
     ):
+        yield tokens, shape, block, density, kind
+
+
+def gradient(options: Any) -> Iterator[dict[str, Any]]:
+    from sylva_train.kernels import triton_sddmm
+
+    for tokens, shape, block, density, kind in settings(options):
         mask = draw_mask(shape, block, density, kind)
         dy, x = draw(tokens, shape[0]), draw(tokens, shape[1])
         indices = mask.indices.to(DEVICE)
@@ -129,34 +151,27 @@ def gradient(options: Any) -> list[dict[str, Any]]:
             *others.values(),
         )
         useful = 2 * len(mask) * block**2 * tokens
-        rows.append(
-            {
-                "tokens": tokens,
-                "shape": list(shape),
-                "block_size": block,
-                "density": density,
-                "mask": kind,
-                "tile": [plan.rows, plan.columns],
-                "way": plan.way(tokens),
-                "kernel_over_dense": kernel["median"] / dense["median"],
-                "rectangle_over_dense": rectangle["median"] / dense["median"],
-                "chosen_over_dense": chosen["median"] / dense["median"],
-                **{
-                    f"{name}_over_dense": times["median"] / dense["median"]
-                    for name, times in zip(others, theirs, strict=True)
-                },
-                **{f"{name}_over_dense": None for name in problems},
-                "useful_tflops": useful / kernel["median"] / 1e12,
-                "dense_tflops": 2
-                * shape[0]
-                * shape[1]
-                * tokens
-                / dense["median"]
-                / 1e12,
-            }
-        )
-        print(rows[-1], problems, flush=True)
-    return rows
+        row = {
+            "tokens": tokens,
+            "shape": list(shape),
+            "block_size": block,
+            "density": density,
+            "mask": kind,
+            "tile": [plan.rows, plan.columns],
+            "way": plan.way(tokens),
+            "kernel_over_dense": kernel["median"] / dense["median"],
+            "rectangle_over_dense": rectangle["median"] / dense["median"],
+            "chosen_over_dense": chosen["median"] / dense["median"],
+            **{
+                f"{name}_over_dense": times["median"] / dense["median"]
+                for name, times in zip(others, theirs, strict=True)
+            },
+            **{f"{name}_over_dense": None for name in problems},
+            "useful_tflops": useful / kernel["median"] / 1e12,
+            "dense_tflops": 2 * shape[0] * shape[1] * tokens / dense["median"] / 1e12,
+        }
+        print(row, problems, flush=True)
+        yield row
 
 
 def embedded(shape: tuple[int, int], mask: LayerMask) -> nn.Sequential:
@@ -166,7 +181,7 @@ def embedded(shape: tuple[int, int], mask: LayerMask) -> nn.Sequential:
     return model
 
 
-def optimizer(options: Any) -> dict[str, Any]:
+def optimizer(options: Any) -> Iterator[dict[str, Any]]:
     """Time steps of many layers, without a forward pass."""
     shapes = [shape for shape in options.shapes for _ in range(options.layers)]
     density, block = options.densities[0], options.blocks[0]
@@ -204,7 +219,7 @@ def optimizer(options: Any) -> dict[str, Any]:
     # Four reads and three writes of float32, and a write of bfloat16.
     traffic = count * (7 * 4 + 2)
     bandwidth = 2 * big.nbytes / copy["median"]
-    return {
+    yield {
         "layers": len(values),
         "values": count,
         "whole_step_seconds": step,
@@ -215,15 +230,8 @@ def optimizer(options: Any) -> dict[str, Any]:
     }
 
 
-def step(options: Any) -> list[dict[str, Any]]:
-    rows = []
-    for tokens, shape, block, density, kind in itertools.product(
-        options.tokens,
-        options.shapes,
-        options.blocks,
-        options.densities,
-        ("random", "rectangle"),
-    ):
+def step(options: Any) -> Iterator[dict[str, Any]]:
+    for tokens, shape, block, density, kind in settings(options):
         methods = ["full", "frozen", "lora", "sylva"]
         # Compiling takes long, and LoRA does not depend on the blocks.
         if options.compiled and block == options.blocks[0] and kind == "random":
@@ -245,24 +253,22 @@ def step(options: Any) -> list[dict[str, Any]]:
         )
         times = {r["method"]: r["seconds"] for r in found["rows"]}
         own = times["sylva"]["total"]["median"]
-        rows.append(
-            {
-                "tokens": tokens,
-                "shape": list(shape),
-                "block_size": block,
-                "density": density,
-                "mask": kind,
-                **{
-                    f"over_{method}": own / seconds["total"]["median"]
-                    for method, seconds in times.items()
-                    if method != "sylva"
-                },
-                "optimizer_share": times["sylva"]["optimizer"]["median"] / own,
-                **{part: times["sylva"][part] for part in ("forward", "backward")},
-            }
-        )
-        print(rows[-1], flush=True)
-    return rows
+        row = {
+            "tokens": tokens,
+            "shape": list(shape),
+            "block_size": block,
+            "density": density,
+            "mask": kind,
+            **{
+                f"over_{method}": own / seconds["total"]["median"]
+                for method, seconds in times.items()
+                if method != "sylva"
+            },
+            "optimizer_share": times["sylva"]["optimizer"]["median"] / own,
+            **{part: times["sylva"][part] for part in ("forward", "backward")},
+        }
+        print(row, flush=True)
+        yield row
 
 
 def shape_of(text: str) -> tuple[int, int]:
@@ -289,6 +295,7 @@ def main() -> None:
     )
     options.add_argument("--layers", type=int, default=32, help="of each shape")
     options.add_argument("--copy-bits", type=int, default=28, help="log2 of a copy")
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options.add_argument("--name", default="layer_gpu")
     options.add_argument("--tiny", action="store_true", help="on a CPU, as a test")
     chosen = options.parse_args()
@@ -305,14 +312,14 @@ def main() -> None:
         raise SystemExit(
             "\n".join(["Some kernels do not work on this device:", *problems])
         )
-    results = {
-        "setting": setting(DEVICE.type, ("triton", "peft")),
-        "gradient": gradient(chosen),
-        "optimizer": optimizer(chosen),
-        "step": step(chosen),
-    }
-    if not chosen.tiny:
-        print(write(chosen.name, results))
+    results: dict[str, Any] = {"setting": setting(DEVICE.type, ("triton", "peft"))}
+    measures = {"gradient": gradient, "optimizer": optimizer, "step": step}
+    for part in chosen.parts:
+        results[part] = []
+        for row in measures[part](chosen):
+            results[part].append(row)
+            if not chosen.tiny:
+                write(chosen.name, results)
 
 
 if __name__ == "__main__":

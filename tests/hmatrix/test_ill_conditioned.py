@@ -240,3 +240,16 @@ def test_inverse_of_triangles(m, xp, rng):
     norms = np.linalg.norm(X, axis=(1, 2)) * np.linalg.norm(L, axis=(1, 2))
     residual = np.linalg.norm(L @ X - np.eye(m), axis=(1, 2))
     assert np.all(residual <= 4 * m * EPS["float64"] * norms)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_elimination_keeps_no_more_rows_than_there_are_columns(rng, dtype):
+    """Rounding below a full-rank block's last row once passed for rank."""
+    for _ in range(20):
+        U, V = (rng.standard_normal((256, 6)).astype(dtype) for _ in "UV")
+        H = hm.from_low_rank(U, V, levels=3)
+        F = hm.factorize(H, 1.0, method="orthogonal")
+        left = sum(H.ranks)
+        for step, rank in zip(F._steps, H.ranks[::-1], strict=True):
+            assert step.M.shape[1] <= left
+            left -= rank

@@ -1,5 +1,7 @@
 """Positive definite matrices: symmetric factors, and compression that keeps them so."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -177,7 +179,13 @@ def test_ill_conditioned_kernels_keep_more_digits_than_by_inversion():
     exact, b = np.linalg.slogdet(D)[1], np.cos(40 * t)
     residuals, errors = {}, {}
     for method in ("auto", "cholesky", "inversion"):
-        F = hm.factorize(H, method=method)
+        try:
+            F = hm.factorize(H, method=method)
+        except hm.PrecisionError:
+            # which leaves too few digits on some processors
+            assert method == "inversion"
+            residuals[method] = errors[method] = math.inf
+            continue
         residuals[method] = error_ratio(H @ F.solve(b, refine=0), b)
         errors[method] = abs(F.slogdet()[1] / exact - 1)
     assert residuals["auto"] == residuals["cholesky"] < 1e-2 * residuals["inversion"]

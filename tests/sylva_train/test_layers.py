@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from sylva_train.layers import SparseEmbeddedLinear, sync
+from sylva_train.kernels import block_sddmm
+from sylva_train.layers import SparseEmbeddedLinear, accumulating, sync
 from sylva_train.masks import LayerMask
 from sylva_train.targets import weight_view
 from tests.sylva_train.models import DTYPES, dense_blocks, error, layer_masks, random
@@ -225,6 +226,25 @@ def test_the_weight_is_up_to_date_whenever_it_is_looked_at():
     assert bool((layer.weight == 6).all())
 
 
+@pytest.mark.parametrize("how", ["trained from the start", "frozen first", "copied"])
+def test_values_changed_before_the_backward_pass_are_noticed(how):
+    mask = LayerMask((4, 4), 2, torch.tensor([[0, 0], [1, 1]]))
+    _, layer = make_layer(mask)
+    values = layer.sylva_values["default"]
+    values.requires_grad_(how != "frozen first")
+    x = random((3, 4), torch.float32, 1)
+    layer(x)
+    values.requires_grad_(True)
+    if how == "copied":
+        layer = copy.deepcopy(layer)
+        values = layer.sylva_values["default"]
+    y = layer(x)
+    with torch.no_grad():
+        values.add_(1)
+    with pytest.raises(RuntimeError, match="without being written"):
+        y.sum().backward()
+
+
 def test_writing_in_inference_mode():
     mask = LayerMask((4, 4), 2, torch.tensor([[0, 0], [1, 1]]))
     base, layer = make_layer(mask)
@@ -277,3 +297,52 @@ def test_only_the_tables_are_buffers():
     _, layer = make_layer(LayerMask((8, 8), 4, torch.tensor([[0, 0]])))
     layer(random((2, 8)))
     assert [name for name, _ in layer.named_buffers()] == ["sylva_indices.default"]
+
+
+def test_a_gradient_that_is_there_is_added_to_in_place(monkeypatch):
+    mask = LayerMask((40, 40), 16, torch.tensor([[0, 1], [2, 0], [2, 2]]))
+    layer, twin = (make_layer(mask)[1] for _ in range(2))
+    values, others = (each.sylva_values["default"] for each in (layer, twin))
+    targets = []
+
+    def note(*operands, out):
+        targets.append(out)
+        return block_sddmm(*operands, out=out)
+
+    for seed in range(3):
+        x = random((9, 40), seed=seed)
+        twin(twin(x)).square().sum().backward()
+        with monkeypatch.context() as patch:
+            patch.setattr("sylva_train.layers.gradient.block_sddmm", note)
+            with accumulating():
+                loss = layer(layer(x)).square().sum()
+            loss.backward()
+        assert error(values.grad, others.grad, others.grad) <= 1e-6
+    # Both of the layer's uses, but for the first pass.
+    assert targets[:2] == [None, None]
+    assert len(targets) == 6
+    assert all(target is values.grad for target in targets[2:])
+
+
+def test_a_gradient_that_a_hook_looks_at_is_left_to_autograd():
+    mask = LayerMask((40, 40), 16, torch.tensor([[0, 1], [2, 0], [2, 2]]))
+    base, layer = make_layer(mask)
+    values, x = layer.sylva_values["default"], random((9, 40))
+    seen = []
+    for _ in range(2):
+        with accumulating():
+            loss = layer(x).square().sum()
+        hook = values.register_hook(seen.append)
+        loss.backward()
+        hook.remove()
+    base(x).square().sum().backward()
+    for gradient in seen:
+        expected = dense_blocks(base.weight.grad, mask)
+        assert error(gradient, expected, base.weight.grad) <= TOLERANCE[torch.float32]
+    # What sees to it that the weight showed the values is not left out.
+    with accumulating():
+        loss = layer(x).square().sum()
+    with torch.no_grad():
+        values += 1
+    with pytest.raises(RuntimeError, match="without being written"):
+        loss.backward()

@@ -90,7 +90,10 @@ def test_blocks_are_those_of_the_dense_product(
     splits = (-(-tokens // each), each)
 
     def run(out=None):
-        return triton_sddmm.run_plan(plan, dy, x, len(mask), block, out, splits)
+        # Without the search, which would compile each of these kernels several times.
+        return triton_sddmm.run_plan(
+            plan, dy, x, len(mask), block, out, splits, tune=False
+        )
 
     got = run()
     check(got, dy, x, mask)
@@ -155,16 +158,62 @@ def test_stretches_cover_all_tokens_and_none_is_empty(triton_device, programs, t
 
 def test_the_search_leaves_what_fits(triton_device):
     given = {"ROWS": 1, "COLUMNS": 1, "BLOCK": 128, "tokens_per_split": 64}
+    given["PRECISION"] = "ieee"
     given["dy_ptr"] = torch.zeros(1, dtype=torch.bfloat16, device=triton_device)
     every = triton_sddmm.configurations()
     assert 1 < len(every) <= 12
     left = triton_sddmm.prune(every, given)
     assert left
     assert all(c.kwargs["TOKENS"] <= 64 for c in left)
-    # Where nothing fits, the smallest is tried all the same.
     given["dy_ptr"] = given["dy_ptr"].float()
+    assert {c.kwargs["TOKENS"] for c in triton_sddmm.prune(every, given)} == {32}
+    # Where nothing fits, the smallest is tried all the same.
     given["COLUMNS"] = 1000
     assert len(triton_sddmm.prune(every, given)) == 1
+
+
+def test_a_search_is_made_once_and_never_in_a_graph(monkeypatch):
+    if not triton_sddmm.INTERPRETED:
+        pytest.skip("stands in for a GPU by the interpreter")
+    timed = []
+
+    def timer(_, quantiles):
+        timed.append(quantiles)
+        return [1.0 if len(timed) == 2 else 2.0] * 3
+
+    tuned = triton_sddmm.searched(triton_sddmm.sddmm_kernel, do_bench=timer)
+    monkeypatch.setattr(triton_sddmm, "tuned_sddmm_kernel", tuned)
+    monkeypatch.setattr(triton_sddmm, "INTERPRETED", False)
+    monkeypatch.setattr(triton_sddmm, "_found", {})
+    mask = make_mask((70, 90), 16, 0.3, 3)
+    dy, x = (torch.randn(300, n).half() for n in mask.shape)
+    plan = make_plan(mask.indices, mask.shape, 16)
+
+    def run(tokens):
+        operands = dy[:tokens], x[:tokens]
+        got = triton_sddmm.run_plan(plan, *operands, len(mask), 16)
+        check(got, *operands, mask)
+
+    monkeypatch.setattr(triton_sddmm, "is_capturing", lambda _: True)
+    run(300)
+    assert not timed
+    monkeypatch.setattr(triton_sddmm, "is_capturing", lambda _: False)
+    run(300)
+    tried = len(timed)
+    assert 1 < tried <= len(triton_sddmm.configurations())
+    (found,) = triton_sddmm._found.values()
+    best = triton_sddmm.configurations()[1]
+    assert (found["TOKENS"], found["num_warps"]) == (best.kwargs["TOKENS"], 8)
+    run(290)  # the same power of two
+    assert len(timed) == tried
+    run(100)
+    assert len(triton_sddmm._found) == 2
+    torch.use_deterministic_algorithms(True)
+    try:
+        run(30)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(triton_sddmm._found) == 2
 
 
 def test_the_self_check_finds_a_wrong_kernel(triton_device, monkeypatch):

@@ -407,8 +407,9 @@ def _outer_space(U: Array, level: int) -> tuple[int, Array]:
         xp.flip(xp.cumulative_sum(xp.flip(rows**2, axis=-1), axis=-1), axis=-1)
     )
     used = xp.astype(tails > space.eps * tails[:, :1], xp.int64)
-    # one row at least, so that nothing is empty
-    k = max(1, int(xp.max(xp.sum(used, axis=-1))))
+    # No more rows than columns, whose count rounding may exceed in the rows below; and one
+    # row at least, so that nothing is empty
+    k = max(1, min(c, int(xp.max(xp.sum(used, axis=-1)))))
     return m - k, xp.concat([Q[..., k:], Q[..., :k]], axis=-1)
 
 

@@ -7,7 +7,8 @@ tiles and when a dense product is cheaper than any kernel.
 
 from . import adamw
 from .adamw import OPTIONS, BlockState
-from .dispatch import KernelCheck, check_kernels, find_kernel, is_demanded
+from .capture import Mirror
+from .dispatch import KernelCheck, check_kernels, find_kernel, find_mode, is_demanded
 from .operators import block_sddmm
 from .quantize import GROUP
 from .reference import gather_blocks, scatter_blocks_
@@ -17,10 +18,12 @@ __all__ = [
     "OPTIONS",
     "BlockState",
     "KernelCheck",
+    "Mirror",
     "adamw",
     "block_sddmm",
     "check_kernels",
     "find_kernel",
+    "find_mode",
     "gather_blocks",
     "is_demanded",
     "scatter_blocks_",

@@ -18,7 +18,16 @@ import torch
 
 from sylva_train._checks import ConfigError, check_choice
 
-__all__ = ["KernelCheck", "check_kernels", "find_kernel", "give_up", "is_demanded"]
+from .capture import check_not_capturing
+
+__all__ = [
+    "KernelCheck",
+    "check_kernels",
+    "find_kernel",
+    "find_mode",
+    "give_up",
+    "is_demanded",
+]
 
 VARIABLE = "SYLVA_KERNELS"
 MODES = ("auto", "triton", "torch")
@@ -33,9 +42,22 @@ def load(kernel: str) -> ModuleType | None:
         return None
 
 
+def find_mode() -> str:
+    """Return what the environment asks for, one of `MODES`.
+
+    Raises
+    ------
+    ConfigError
+        If it is none of them.
+    """
+    mode = os.environ.get(VARIABLE, "auto")
+    check_choice(VARIABLE, mode, MODES)
+    return mode
+
+
 def is_demanded() -> bool:
     """Whether Triton is to run or to fail."""
-    return os.environ.get(VARIABLE) == "triton"
+    return find_mode() == "triton"
 
 
 def find_kernel(
@@ -53,10 +75,10 @@ def find_kernel(
     Raises
     ------
     ConfigError
-        If ``SYLVA_KERNELS`` has no such choice, or demands Triton where it cannot run.
+        If ``SYLVA_KERNELS`` has no such choice, or demands Triton where it cannot run;
+        or if a kernel would be tried while a CUDA graph is captured.
     """
-    mode = os.environ.get(VARIABLE, "auto")
-    check_choice(VARIABLE, mode, MODES)
+    mode = find_mode()
     if mode == "torch" or (mode == "auto" and device.type != "cuda"):
         return None
     module = load(kernel)
@@ -91,6 +113,7 @@ def find_problem(
     """Try a kernel once on a device, and warn if it fails or computes something else."""
     key = (kernel, device, dtype, block_size)
     if key not in _problems:
+        check_not_capturing(device, f"the kernel `{kernel}` is tried")
         _problems[key] = None
         module = load(kernel)
         assert module is not None

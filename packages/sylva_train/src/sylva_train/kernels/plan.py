@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .capture import check_not_capturing
+
 __all__ = ["Plan", "find_plan", "make_plan"]
 
 # What the cost model rests on. These are data-sheet figures of one H100 (SXM), by bytes
@@ -215,12 +217,16 @@ _PLANS = WeakTensorKeyDictionary()
 
 def find_plan(
     indices: torch.Tensor, shape: tuple[int, int], block: int, itemsize: int
-) -> Plan | None:
+) -> Plan:
     """Return a mask's plan, made at its first use.
 
     It is kept for as long as the table of indices lives, and made again if that is
-    changed. Making it waits for the device, which cannot be done while a CUDA graph is
-    captured: then there is None, unless it was made before.
+    changed. Making it waits for the device.
+
+    Raises
+    ------
+    ConfigError
+        If it would have to be made while a CUDA graph is captured.
     """
     version = 0 if indices.is_inference() else indices._version
     seen, plans = _PLANS.get(indices, (None, {}))
@@ -229,8 +235,7 @@ def find_plan(
         _PLANS[indices] = version, plans
     key = (shape, block, itemsize)
     if key not in plans:
-        if indices.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
+        check_not_capturing(indices.device, "a mask's plan is made")
         plans[key] = make_plan(indices, shape, block, itemsize)
     found: Plan = plans[key]
     return found

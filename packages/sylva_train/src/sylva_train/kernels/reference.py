@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .capture import check_not_capturing
+
 __all__ = ["block_sddmm", "gather_blocks", "scatter_blocks_"]
 
 
@@ -136,6 +138,7 @@ def find_places(indices: torch.Tensor) -> Places:
     version = None if indices.is_inference() else indices._version
     found: Places | None = _places.get(indices)
     if found is None or version is None or found.version != version:
+        check_not_capturing(indices.device, "a mask's rows and columns are found")
         rows, row_of = indices[:, 0].unique(return_inverse=True)
         columns, column_of = indices[:, 1].unique(return_inverse=True)
         found = Places(version, rows, columns, row_of, column_of)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from . import reference
+from .capture import is_capturing
 from .plan import Plan, find_plan, make_plan
 
 __all__ = ["INTERPRETED", "block_sddmm", "run_plan", "self_check", "supports"]
@@ -141,15 +142,19 @@ def configurations() -> list[triton.Config]:
 def prune(
     configs: list[triton.Config], named: dict[str, Any], **rest: Any
 ) -> list[triton.Config]:
-    """Leave out what does not fit into shared memory, or spans all tokens and more."""
+    """Leave out what does not fit into shared memory, or spans all tokens and more.
+
+    Exact products of float32 have no tensor cores: long pieces only take long to compile.
+    """
     given = named | rest
+    exact = given["dy_ptr"].itemsize == 4 and given["PRECISION"] == "ieee"
     sides = (given["ROWS"] + given["COLUMNS"]) * given["BLOCK"]
     memory = shared_memory(given["dy_ptr"].device)
 
     def fits(config: triton.Config) -> bool:
         tokens: int = config.kwargs["TOKENS"]
         size: int = sides * tokens * given["dy_ptr"].itemsize * config.num_stages
-        most: int = max(32, given["tokens_per_split"])
+        most: int = 32 if exact else max(32, given["tokens_per_split"])
         return size <= memory and tokens <= most
 
     return [c for c in configs if fits(c)] or configs[:1]
@@ -164,14 +169,28 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", 1 << 16))
 
 
-# A bucket of tokens is a power of two, so that a new length rarely tunes again. What is
-# added to is put back between trials.
-tuned_sddmm_kernel = triton.autotune(
-    configurations(),
-    key=["BLOCK", "ROWS", "COLUMNS", "ADD", "PRECISION", "token_bucket", "device"],
-    prune_configs_by={"early_config_prune": prune},
-    restore_value=["result_ptr"],
-)(sddmm_kernel)
+def searched(kernel: Any, **options: Any) -> Any:
+    """Return a kernel that times its configurations at the first use of a key.
+
+    A bucket of tokens is a power of two, so that a new length rarely searches again. What
+    is added to is put back between trials. Triton keeps what was found on disk, beside
+    the compiled kernels, for the next process.
+    """
+    key = ["BLOCK", "ROWS", "COLUMNS", "ADD", "PRECISION", "token_bucket", "device"]
+    return triton.autotune(
+        configurations(),
+        key=key,
+        prune_configs_by={"early_config_prune": prune},
+        restore_value=["result_ptr"],
+        cache_results=not INTERPRETED,  # of which Triton 3.4 knows nothing
+        **options,
+    )(kernel)
+
+
+tuned_sddmm_kernel = searched(sddmm_kernel)
+
+#: What was found in this process: looked up in less time than the autotuner takes.
+_found: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
 def precision() -> str:
@@ -190,6 +209,12 @@ def split(programs: int, tokens: int, device: torch.device) -> tuple[int, int]:
     splits = max(1, min(wanted, MOST_SPLITS, tokens // LEAST_TOKENS))
     each = triton.cdiv(triton.cdiv(tokens, splits), 128) * 128
     return triton.cdiv(tokens, each), each
+
+
+def untuned(plan: Plan, block_size: int) -> dict[str, Any]:
+    """Return a configuration that does for every tile, where no search may be made."""
+    area = plan.rows * plan.columns * block_size**2
+    return {"TOKENS": 32, "num_warps": 8 if area > 64 * 128 else 4}
 
 
 def run_plan(
@@ -223,32 +248,37 @@ def run_plan(
         "WIDEN": INTERPRETED and dy.dtype == torch.bfloat16,
         "PRECISION": precision(),
     }
-    kernel = tuned_sddmm_kernel
+    arguments = (
+        dy,
+        x,
+        parts,
+        plan.groups,
+        plan.pairs,
+        plan.slots,
+        tokens,
+        dy.shape[1],
+        x.shape[1],
+        blocks,
+        each,
+        dy.stride(0),
+        dy.stride(1),
+        x.stride(0),
+        x.stride(1),
+        tokens.bit_length(),
+        device.index or 0,
+    )
+    key = (*options.values(), dy.dtype, tokens.bit_length(), device)
+    chosen = _found.get(key)
     if INTERPRETED or not tune or torch.are_deterministic_algorithms_enabled():
-        kernel = sddmm_kernel
-        area = plan.rows * plan.columns * block_size**2
-        options |= {"TOKENS": 32, "num_warps": 8 if area > 64 * 128 else 4}
+        chosen = untuned(plan, block_size)
+    elif chosen is None and is_capturing(device):
+        chosen = untuned(plan, block_size)  # trials wait for the device
     with torch.cuda.device_of(dy):
-        kernel[programs, count](
-            dy,
-            x,
-            parts,
-            plan.groups,
-            plan.pairs,
-            plan.slots,
-            tokens,
-            dy.shape[1],
-            x.shape[1],
-            blocks,
-            each,
-            dy.stride(0),
-            dy.stride(1),
-            x.stride(0),
-            x.stride(1),
-            tokens.bit_length(),
-            device.index or 0,
-            **options,
-        )
+        if chosen is not None:
+            sddmm_kernel[programs, count](*arguments, **options, **chosen)
+        else:
+            tuned_sddmm_kernel[programs, count](*arguments, **options)
+            _found[key] = tuned_sddmm_kernel.best_config.all_kwargs()
         if count > 1:
             grid = (triton.cdiv(out.numel(), 1024),)
             add_splits_kernel[grid](parts, out, out.numel(), count, ADD=add, CHUNK=1024)
@@ -271,9 +301,8 @@ def block_sddmm(
         return reference.block_sddmm(dy, x, indices, block_size, out=out)
     shape = (dy.shape[1], x.shape[1])
     plan = find_plan(indices, shape, block_size, dy.dtype.itemsize)
-    # The dense product needs no plan.
-    way = "dense" if plan is None else plan.way(len(dy))
-    if plan is not None and way == "blocks":
+    way = plan.way(len(dy))
+    if way == "blocks":
         return run_plan(plan, dy, x, len(indices), block_size, out)
     take = reference.from_rectangle if way == "rectangle" else reference.from_dense
     blocks = take(dy, x, indices, block_size)

@@ -17,10 +17,12 @@ from .embedding import (
     sync,
     unload,
 )
+from .gradient import accumulating
 from .linear import SparseEmbeddedLinear, check_embeddable, values_dtype
 
 __all__ = [
     "SparseEmbeddedLinear",
+    "accumulating",
     "check_embeddable",
     "check_masks",
     "check_unembedded",

@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 from sylva_train.kernels import block_sddmm
 
-__all__ = ["BlockGradient"]
+from .storage import check_shown, is_hooked
+
+__all__ = ["BlockGradient", "accumulating"]
+
+_accumulating: ContextVar[bool] = ContextVar("accumulating", default=False)
+
+
+@contextlib.contextmanager
+def accumulating() -> Iterator[None]:
+    """Let backward passes add the blocks of their products to the gradient that is there.
+
+    Autograd would compute a gradient of its own and then add it. Autograd cannot be told
+    from within a backward pass what it is going to do with a gradient, so this is for
+    forward passes in the context that are followed by a plain ``loss.backward()``: not
+    for `torch.autograd.grad`, ``create_graph=True`` or ``inputs=``. Values whose gradient
+    a hook looks at, sharded ones, and compiled passes are left to autograd.
+    """
+    token = _accumulating.set(True)
+    try:
+        yield
+    finally:
+        _accumulating.reset(token)
+
+
+def gradient_of(values: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return the gradient to add blocks to, whose sums are of a dtype, or None."""
+    out = None if values is None else values.grad
+    if values is None or type(out) is not torch.Tensor or is_hooked(values):
+        return None
+    return out if out.dtype == dtype and out.is_contiguous() else None
 
 
 class BlockGradient(torch.autograd.Function):
@@ -34,6 +66,8 @@ class BlockGradient(torch.autograd.Function):
         # Not saved: they are there anyway, and hooks on saved tensors need not see them.
         ctx.indices = indices
         ctx.block_size, ctx.dtype = values.shape[-1], values.dtype
+        in_place = not torch.compiler.is_compiling() and _accumulating.get()
+        ctx.values = values if in_place else None
         # An alias, not `y` itself: autograd would make that a view, and refuse an
         # activation in place after it.
         return y.detach()
@@ -43,10 +77,17 @@ class BlockGradient(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return ``dy`` for ``y``, and the blocks of ``dyᵀ x`` for the values."""
         (x,) = ctx.saved_tensors
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        out = gradient_of(ctx.values, wide)
         gradient = block_sddmm(
             dy.flatten(0, -2) if dy.dim() > 1 else dy[None],
             (x.flatten(0, -2) if x.dim() > 1 else x[None]).to(dy.dtype),
             ctx.indices,
             ctx.block_size,
+            out=out,
         )
+        if out is not None:
+            # Autograd has nothing to add, and does not call the hook after that.
+            check_shown(ctx.values)
+            return dy, None, None, None
         return dy, None, gradient.to(ctx.dtype), None

@@ -172,6 +172,17 @@ class SparseEmbeddedLinear(nn.Module):
         """Name of the adapter that the weight is to show, or None for the base."""
         return self.embedded
 
+    def parts(self, name: str) -> tuple[nn.Parameter, nn.Parameter, torch.Tensor]:
+        """Return an adapter's values, the weight as it is stored, and the indices.
+
+        Not as attributes: a module takes long to find these, and every layer is asked in
+        every forward pass and step.
+        """
+        values = self._modules["sylva_values"]._parameters[name]  # type: ignore[union-attr]
+        weight = self._modules["base_layer"]._parameters["weight"]  # type: ignore[union-attr]
+        indices = self._modules["sylva_indices"]._buffers[name]  # type: ignore[union-attr]
+        return values, weight, indices  # type: ignore[return-value]
+
     def settle(self, values: torch.Tensor, weight: torch.Tensor) -> None:
         """Take note that the weight shows the values as they are now."""
         assert self._written is not None
@@ -241,10 +252,8 @@ class SparseEmbeddedLinear(nn.Module):
         Kernels leave the tensors' versions as they are, by which changes are seen.
         """
         assert self._written is not None
-        values = self.sylva_values[self._written]
-        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
-        torch.autograd.graph.increment_version(values)
-        torch.autograd.graph.increment_version(weight)
+        values, weight, _ = self.parts(self._written)
+        torch.autograd.graph.increment_version((values, weight))
         self.settle(values, weight)
 
     @torch.no_grad()

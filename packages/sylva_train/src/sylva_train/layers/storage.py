@@ -12,7 +12,14 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Masters", "Tables", "watch", "watch_optimizers"]
+__all__ = [
+    "Masters",
+    "Tables",
+    "check_shown",
+    "is_hooked",
+    "watch",
+    "watch_optimizers",
+]
 
 
 class Masters(nn.ParameterDict):
@@ -84,6 +91,13 @@ def watch(values: torch.Tensor, layer: Shower) -> None:
     _shown[values] = weakref.ref(layer)
     if values.requires_grad and values not in _checked:
         _checked[values] = values.register_post_accumulate_grad_hook(check_shown)
+
+
+def is_hooked(values: torch.Tensor) -> bool:
+    """Whether hooks of others look at a parameter's gradient."""
+    own = {_checked[values].id} if values in _checked else set()
+    after = values._post_accumulate_grad_hooks or {}
+    return bool(values._backward_hooks) or not own.issuperset(after)
 
 
 def check_shown(values: torch.Tensor) -> None:

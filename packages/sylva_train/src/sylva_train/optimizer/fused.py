@@ -13,8 +13,10 @@ from sylva_train.kernels import (
     GROUP,
     OPTIONS,
     BlockState,
+    Mirror,
     adamw,
     find_kernel,
+    find_mode,
     is_demanded,
 )
 from sylva_train.layers import SparseEmbeddedLinear
@@ -128,12 +130,14 @@ class KernelStep:
         self.to_base, self.eight_bit = to_base, eight_bit
         self.blocks: list[DeviceBlocks] = []
         self.taken: set[int] = set()
+        #: Layers that are left to PyTorch.
+        self.rest: list[SparseEmbeddedLinear] = []
         self.forget()
 
     def forget(self) -> None:
         """Make tables anew in the next step: the groups changed."""
-        self.key: list[Any] = []
-        self.options: dict[torch.device, tuple[list[list[float]], torch.Tensor]] = {}
+        self.key: list[Any] | None = None
+        self.options: dict[torch.device, Mirror] = {}
 
     def takes(self, values: torch.Tensor | None) -> bool:
         """Whether the kernel updates a parameter in this step."""
@@ -145,27 +149,33 @@ class KernelStep:
         A layer's weight has to show the values of the adapter that is active before, so
         that it does after the step.
         """
-        parameters = (p for g in self.optimizer.param_groups for p in g["params"])
-        # On a CPU it is not worth looking, unless kernels are demanded there.
-        possible = self.eight_bit or is_demanded() or any(p.is_cuda for p in parameters)
-        chosen = self.choose() if possible else []
-        if self.key_of(chosen) != self.key:
+        if self.key is None or self.key_of() != self.key:
+            parameters = (p for g in self.optimizer.param_groups for p in g["params"])
+            # On a CPU it is not worth looking, unless kernels are demanded there.
+            wanted = self.eight_bit or is_demanded()
+            possible = wanted or any(p.is_cuda for p in parameters)
+            chosen = self.choose() if possible else []
             devices = dict.fromkeys(c.values.device for c in chosen)
             self.blocks = [
                 self.make([c for c in chosen if c.values.device == device])
                 for device in devices
             ]
             self.taken = {id(c.values) for c in chosen}
+            mine = {id(c.layer) for c in chosen}
+            self.rest = [layer for layer in self.layers if id(layer) not in mine]
             # After it, since there is new state.
-            self.key = self.key_of(chosen)
+            self.key = self.key_of()
         for blocks in self.blocks:
+            gradients = []
             for c in blocks.chosen:
+                c.layer.sync()
                 if c.values.grad is not None:
                     c.values.grad = c.values.grad.contiguous()
-            blocks.tables.set_gradients([c.values.grad for c in blocks.chosen])
+                gradients.append(c.values.grad)
+            blocks.tables.set_gradients(gradients)
 
     def choose(self) -> list[Chosen]:
-        """Return the layers that the kernel can update, their weights up to date."""
+        """Return the layers that the kernel can update."""
         groups = {
             id(parameter): number
             for number, group in enumerate(self.optimizer.param_groups)
@@ -179,22 +189,35 @@ class KernelStep:
                 continue
             values = layer.sylva_values[name]
             if id(values) in groups:
-                layer.sync()
                 chosen.append(Chosen(layer, name, values, groups[id(values)]))
         return chosen
 
-    def key_of(self, chosen: list[Chosen]) -> list[Any]:
-        """Return what tells whether the tables are still right."""
-        key: list[Any] = []
-        for layer, adapter, values, group in chosen:
-            indices = layer.sylva_indices[adapter]
-            weight = weight_view(layer.base_layer)
-            state = self.optimizer.state[values].values()
-            tensors = [values, weight, indices, *state]
-            if self.to_base:
-                tensors.append(layer.original())
-            places = [t.data_ptr() for t in tensors if isinstance(t, torch.Tensor)]
-            key.append((id(values), group, weight.dtype, indices._version, *places))
+    def key_of(self) -> list[Any]:
+        """Return what tells whether choice and tables are still right.
+
+        For every layer in every step, hence by its cheapest signs alone.
+        """
+        groups = self.optimizer.param_groups
+        key: list[Any] = [
+            find_mode(),
+            *((may_fuse(g), len(g["params"])) for g in groups),
+        ]
+        for layer in self.layers:
+            adapter = layer.wanted()
+            key.append(adapter)
+            if adapter is None:
+                continue
+            values, weight, indices = layer.parts(adapter)
+            key += (
+                id(values),
+                values.data_ptr(),
+                weight.data_ptr(),
+                indices.data_ptr(),
+                indices._version,
+            )
+            state = self.optimizer.state.get(values)
+            if state and id(values) in self.taken:
+                key += (t.data_ptr() for t in state.values())
         return key
 
     def make(self, chosen: list[Chosen]) -> DeviceBlocks:
@@ -280,15 +303,11 @@ class KernelStep:
             [0.0 if isinstance(x, torch.Tensor) else float(x) for x in row]
             for row in columns
         ]
-        known, table = self.options.get(device, ([], None))
-        if table is None:
+        if device not in self.options:
             size = len(rows), len(OPTIONS)
-            table = torch.empty(size, dtype=torch.float64, device=device)
-        if rows != known:
-            cuda = device.type == "cuda"
-            host = torch.tensor(rows, dtype=torch.float64, pin_memory=cuda)
-            table.copy_(host, non_blocking=True)
-            self.options[device] = rows, table
+            self.options[device] = Mirror(size, torch.float64, device)
+        self.options[device].update([number for row in rows for number in row])
+        table = self.options[device].tensor
         # Options that are tensors may change without Python's knowing, in a CUDA graph.
         for i, row in enumerate(columns):
             for j, option in enumerate(row):

@@ -122,20 +122,12 @@ class SparseAdamW(torch.optim.AdamW):
         clip = self.clip(scale) if self.max_grad_norm else None
         super().step()
         self._kernel.update(clip, scale, found_inf)
-        others = self.layers
-        if self._kernel.taken:
-            others = [layer for layer in self.layers if not self.is_taken(layer)]
         if self.decay_towards == "base":
-            self.decay_to_base(others)
+            self.decay_to_base(self._kernel.rest)
         # By force: a fused step does not count as a change of the values.
-        for layer in others:
+        for layer in self._kernel.rest:
             layer.sync(force=True)
         return loss
-
-    def is_taken(self, layer: SparseEmbeddedLinear) -> bool:
-        """Whether the kernel updates a layer, and writes its weight."""
-        name = layer.wanted()
-        return name is not None and self._kernel.takes(layer.sylva_values[name])
 
     def clip(self, scale: torch.Tensor | None) -> torch.Tensor | None:
         """Clip what PyTorch updates; return the factor for what the kernel updates."""

@@ -193,6 +193,16 @@ def run(spec: StepSpec, device: torch.device) -> dict[str, Any] | None:
         if not is_exhaustion(error):
             raise
         return None
+    finally:
+        if spec.memory_limit is not None and device.type == "cuda":
+            set_fraction(device, 1.0)
+
+
+def set_fraction(device: torch.device, fraction: float) -> None:
+    """Set how much of a GPU's memory this process may take."""
+    # PyTorch wants the device's number here.
+    number = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(fraction, number)
 
 
 def measure(spec: StepSpec, device: torch.device) -> dict[str, Any]:
@@ -201,7 +211,7 @@ def measure(spec: StepSpec, device: torch.device) -> dict[str, Any]:
     limit = memory_bytes(spec.memory_limit)
     if limit is not None and device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), device)
+        set_fraction(device, min(1.0, limit / whole))
     memory.reset()
     before = 0 if device.type == "cuda" else memory.bytes()
     model = build_model(spec.model, device, spec.dtype, spec.sequence, spec.seed)

@@ -11,6 +11,7 @@ from torch import nn
 
 from sylva_train._checks import NonFiniteError
 from sylva_train.curvature import damage, loss_units
+from sylva_train.layers import accumulating
 
 __all__ = ["Batch", "Loss", "accumulate_gradient", "clip_gradient", "move"]
 
@@ -51,7 +52,10 @@ def accumulate_gradient(
     for batch, count in zip(batches, units, strict=True):
         # Exactly 1 for a single batch: its gradient is the plain one, bit for bit.
         weight = count / sum(units)
-        value = loss(model, batch) * weight
+        with accumulating():
+            value = loss(model, batch) * weight
+        value.backward()
+        # After it: a GPU would stand still between the two while the number is awaited.
         number = value.item()
         if not math.isfinite(number):
             msg = (
@@ -60,7 +64,6 @@ def accumulate_gradient(
                 " batch without a label that counts, too."
             )
             raise NonFiniteError(msg)
-        value.backward()
         total += number
     return total
 
