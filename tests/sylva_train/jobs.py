@@ -114,7 +114,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def start_process(*arguments) -> subprocess.Popen:
     """Run a command in a process of its own."""
-    code = "from sylva_train.cli import main; main()"
+    code = "from sylva_command import main; main()"
     threads = str(torch.get_num_threads())
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],

@@ -257,8 +257,7 @@ def test_errors_that_were_not_foreseen_are_told_as_such(home, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("the sky fell")
 
-    cli = importlib.import_module("sylva_train.cli.jobs")
-    monkeypatch.setattr(cli, "evaluate_folder", broken)
+    monkeypatch.setattr("sylva_train.workflow.evaluate_folder", broken)
     message = told(sylva("evaluate", home / "run", code=1))
     assert "RuntimeError: the sky fell" in message
     assert "--debug" in message

@@ -18,7 +18,6 @@ import torch
 
 from sylva_train import report
 from sylva_train._checks import ConfigError, DataError, OutputExistsError, SylvaError
-from sylva_train.baselines import METHODS
 from sylva_train.comparison import (
     Comparison,
     Job,
@@ -28,6 +27,7 @@ from sylva_train.comparison import (
 )
 from sylva_train.comparison.process import Processes, start
 from sylva_train.comparison.single import run
+from sylva_train.options import METHODS
 from tests.sylva_train import jobs
 from tests.sylva_train.jobs import (
     contents,

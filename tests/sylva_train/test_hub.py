@@ -19,7 +19,7 @@ MODEL = "models/org/tiny"
 TEXTS = ["a b good", "c d bad"]
 QUICK = (*SHORT, "--max-length", 16, "--quiet")
 JSON = ("--json", "--quiet")
-COMMAND = "from sylva_train.cli import main; main()"
+COMMAND = "from sylva_command import main; main()"
 PREDICT = f"""
 import json, sys, sylva_train
 print(json.dumps(sylva_train.predict(sys.argv[1], {TEXTS})))

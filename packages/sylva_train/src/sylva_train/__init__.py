@@ -6,44 +6,48 @@ optimizer state for the blocks alone. With PEFT: ``peft.get_peft_model(model,
 SylvaConfig(masks=masks))``; importing this package is what registers the tuner there.
 """
 
+import sys
 from importlib.metadata import version
 
-from ._checks import (
-    AdapterError,
-    ConfigError,
-    DataError,
-    ModelError,
-    NonFiniteError,
-    OutputExistsError,
-    SylvaError,
-    TargetError,
-)
-from .checkpoint import CheckpointError
-from .comparison import Comparison, compare, load_results
-from .config import SylvaConfig, TaskConfig, TrainingConfig
-from .config_files import load_config
-from .data import Loader, TextDataset, load_data
-from .evaluation import evaluate
-from .importance import LayerScores, Scores, score
-from .layers import SparseEmbeddedLinear, embed, merge, sync, unload
-from .masks import LayerMask, Masks
-from .optimizer import SparseAdamW
-from .pretrained import PooledClassifier, load_model, load_tokenizer
-from .report import markdown_table, summary_table, write_report
-from .selection import select
-from .targets import shared_inputs
-from .training import TrainResult, train
-from .tuner import SylvaModel, inspect_adapter, load_adapter, save_adapter
-from .workflow import (
-    evaluate_folder,
-    finetune,
-    load_folder,
-    load_task,
-    merge_folder,
-    predict,
-    read_run,
-    score_file,
-)
+# Help and errors of options on the command line need not wait seconds for PyTorch; its
+# commands import what they call. All others get everything, and PEFT gets its tuner.
+if "sylva_command" not in sys.modules:
+    from ._checks import (
+        AdapterError,
+        ConfigError,
+        DataError,
+        ModelError,
+        NonFiniteError,
+        OutputExistsError,
+        SylvaError,
+        TargetError,
+    )
+    from .checkpoint import CheckpointError
+    from .comparison import Comparison, compare, load_results
+    from .config import SylvaConfig, TaskConfig, TrainingConfig
+    from .config_files import load_config
+    from .data import Loader, TextDataset, load_data
+    from .evaluation import evaluate
+    from .importance import LayerScores, Scores, score
+    from .layers import SparseEmbeddedLinear, embed, merge, sync, unload
+    from .masks import LayerMask, Masks
+    from .optimizer import SparseAdamW
+    from .pretrained import PooledClassifier, load_model, load_tokenizer
+    from .report import markdown_table, summary_table, write_report
+    from .selection import select
+    from .targets import shared_inputs
+    from .training import TrainResult, train
+    from .tuner import SylvaModel, inspect_adapter, load_adapter, save_adapter
+    from .workflow import (
+        evaluate_folder,
+        finetune,
+        load_folder,
+        load_task,
+        merge_folder,
+        predict,
+        read_run,
+        score_file,
+    )
 
 __version__ = version("sylva-train")
 

@@ -15,13 +15,15 @@ from collections.abc import Callable, Collection, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from peft import PeftConfig
 
 from ._checks import ConfigError
-from .config import FACTS, SylvaConfig, TaskConfig, TrainingConfig
+from .options import SylvaOptions, TaskConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from .config import SylvaConfig
 
 __all__ = [
     "RATES",
@@ -48,7 +50,7 @@ READERS: dict[str, Callable[[str], Any]] = {
 #: The parts of a file, beside ``about``, a text that says what it is.
 SECTIONS: dict[str, type] = {
     "task": TaskConfig,
-    "sylva": SylvaConfig,
+    "sylva": SylvaOptions,
     "training": TrainingConfig,
 }
 ABOUT = "about"
@@ -202,9 +204,11 @@ def built(
     ConfigError
         As `load_config`.
     """
+    from .config import SylvaConfig
+
     sections = check_sections(name, content)
     found = []
-    for section, kind in SECTIONS.items():
+    for section, kind in (SECTIONS | {"sylva": SylvaConfig}).items():
         try:
             found.append(kind(**sections.get(section, {})))
         except ConfigError as error:
@@ -257,13 +261,8 @@ def check_sections(name: str, content: Mapping[str, Any]) -> dict[str, dict[str,
 
 def fields_of(kind: type) -> dict[str, Any]:
     """Return the fields that a file may set, with their types."""
-    # `Masks` is a name for type checkers only.
-    hints = typing.get_type_hints(kind, localns={"Masks": object})
-    foreign = set(FACTS)
-    if issubclass(kind, PeftConfig):
-        foreign |= {field.name for field in dataclasses.fields(PeftConfig)}
-    names = [field.name for field in dataclasses.fields(kind)]
-    return {name: hints[name] for name in names if name not in foreign}
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def options_of(kind: Any) -> tuple[Any, ...]:

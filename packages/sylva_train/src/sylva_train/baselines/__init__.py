@@ -4,14 +4,13 @@ Each method turns a pretrained model into one whose trainable parameters are its
 the training loop is the same for all of them.
 """
 
-from .adapting import METHODS, Adapted, Method, adapt, parse_method
+from .adapting import Adapted, Method, adapt, parse_method
 from .block_sparse import BlockSparseLinear, make_block_sparse
 from .probing import probe
 from .rivals import lora_config, prune, shira_config, supertuning_config
 from .serial import SerialAdapter, add_serial_adapters
 
 __all__ = [
-    "METHODS",
     "Adapted",
     "BlockSparseLinear",
     "Method",

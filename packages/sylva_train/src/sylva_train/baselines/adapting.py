@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError
-from sylva_train.config import CURVATURES, IMPORTANCES, SylvaConfig
+from sylva_train.config import CURVATURES, IMPORTANCES, METHODS, SylvaConfig
 from sylva_train.importance import Scores, score
 from sylva_train.layers import embed
 from sylva_train.masks import Masks
@@ -21,7 +21,7 @@ from sylva_train.targets import find_targets, matches
 from .rivals import lora_config, prune, shira_config, supertuning_config
 from .serial import add_serial_adapters
 
-__all__ = ["METHODS", "Adapted", "Method", "adapt", "parse_method"]
+__all__ = ["Adapted", "Method", "adapt", "parse_method"]
 
 RULE_LABELS = {
     "kfac-block": "K-FAC decrease of a block",
@@ -36,19 +36,6 @@ RULE_LABELS = {
 }
 CURVATURE_LABELS = {"mlr": "MLR", "hodlr": "HODLR", "dense": "exact factors"}
 
-#: Every method, in the order of a full comparison.
-METHODS = (
-    "frozen",
-    "full",
-    "lora",
-    "adapter",
-    "shira",
-    "supertuning",
-    "kfac-pruner",
-    *(f"sylva:kfac:{curvature}" for curvature in CURVATURES),
-    *(f"sylva:{rule}" for rule in RULE_LABELS),
-)
-
 
 @dataclass(frozen=True)
 class Method:
@@ -57,7 +44,7 @@ class Method:
     Parameters
     ----------
     name : str
-        One of `METHODS`.
+        One of `sylva_train.options.METHODS`.
     label : str
         For people.
     rule, curvature : str or None

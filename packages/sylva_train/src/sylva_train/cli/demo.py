@@ -12,6 +12,7 @@ from sylva_train.workflow import finetune, predict
 
 from . import show
 from .comparing import run_comparison
+from .printing import folder_size, out, prose, say, size, table, written
 
 __all__ = ["SENTENCES", "run_demo"]
 
@@ -47,8 +48,8 @@ def introduce(comparison: Comparison) -> None:
     """Say what will be done, and why."""
     task, training = comparison.task, comparison.training
     ways, seeds = len(comparison.methods), len(comparison.seeds)
-    show.say("1. Compare", "bold")
-    show.prose(
+    say("1. Compare", "bold")
+    prose(
         "The task: which customer rating does a sentence about a restaurant state: high,"
         " average, low or none? One has to read it, since 'high' may be the price and a"
         " rating may be told in stars, marks or words. Accuracy is that on sentences held"
@@ -57,9 +58,9 @@ def introduce(comparison: Comparison) -> None:
     )
     for name in comparison.methods:
         label = parse_method(name).label
-        show.say(f"   {label:<24} {REASONS.get(name, '')}".rstrip())
+        say(f"   {label:<24} {REASONS.get(name, '')}".rstrip())
     again = f", each way with {seeds} seeds, since one run may be lucky"
-    show.prose(
+    prose(
         f"\nThat makes {ways * seeds} runs{again if seeds > 1 else ''}. Each is a process"
         " of its own, so that its memory can be measured.\n"
     )
@@ -85,8 +86,8 @@ def run_demo(
         command=command,
     )
     show.comparison(results)
-    show.say("\n2. Keep", "bold")
-    show.prose("Sylva once more with seed 0, this time to save what it learns.")
+    say("\n2. Keep", "bold")
+    prose("Sylva once more with seed 0, this time to save what it learns.")
     run = finetune(
         comparison.task,
         comparison.sylva,
@@ -96,13 +97,13 @@ def run_demo(
     )
     adapter = output / "finetuned" / "adapter"
     found = run["metrics"]
-    show.prose(
+    prose(
         f"It scores {show.score_text(found['metric'], found['score'])}. The adapter takes"
-        f" {show.size(show.folder_size(adapter))} on disk; the whole model would take"
-        f" {show.size(4 * run['total'])}."
+        f" {size(folder_size(adapter))} on disk; the whole model would take"
+        f" {size(4 * run['total'])}."
     )
-    show.say("\n3. Use", "bold")
-    show.prose(
+    say("\n3. Use", "bold")
+    prose(
         "The adapter is loaded into a fresh copy of the model, which reads sentences that"
         " are in no data set:"
     )
@@ -113,8 +114,8 @@ def run_demo(
         for (text, truth), (answer, probability) in zip(SENTENCES, answers, strict=True)
     ]
     columns = ("sentence", "a reader says", "the model", "sure")
-    show.out().print(show.table(columns, rows, texts=3))
-    show.written(
+    out().print(table(columns, rows, texts=3))
+    written(
         {
             "report": output / "report.html",
             "adapter": adapter,

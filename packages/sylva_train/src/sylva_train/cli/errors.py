@@ -8,7 +8,6 @@ import traceback
 import warnings
 from typing import Any
 
-import torch
 import typer
 import typer.core
 from rich.console import Console
@@ -88,7 +87,8 @@ class Commands(typer.core.TyperGroup):
 
 def spoken(error: Exception, flags: set[str]) -> str:
     """Return an error's message, with options called by their flags."""
-    if isinstance(error, torch.OutOfMemoryError):
+    # By its name: PyTorch is not imported to tell that something else failed.
+    if type(error).__name__ == "OutOfMemoryError":
         return (
             "the GPU's memory is exhausted. Lower --batch-size (and raise --accumulate),"
             " --max-length or --density, or use --device cpu."

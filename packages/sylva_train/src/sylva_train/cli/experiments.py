@@ -6,23 +6,17 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from sylva_train.comparison import (
+from sylva_train.options import (
     DEMO,
     DEMO_STEPS,
     DEMO_TASK,
-    Comparison,
-    demonstration,
-    load_results,
-    suited,
+    SylvaOptions,
+    TaskConfig,
+    TrainingConfig,
 )
-from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 
-from . import show
-from .comparing import publish, run_comparison
-from .demo import run_demo
 from .frame import command, typed
 from .options import multiples, numbers, rates, words
-from .reproducing import is_measurement, make_measurement, make_table
 
 __all__ = ["compare", "demo", "reproduce_command"]
 
@@ -30,14 +24,14 @@ __all__ = ["compare", "demo", "reproduce_command"]
 @command(
     omit={
         "importance", "curvature", "seed", "lr", "save_every", "modules_to_save",
-        "max_columns", "memory_budget",
+        "max_columns", "memory_budget", "host_budget",
     },
     output="Folder for results.json, report.html, table.md.",
 )  # fmt: skip
 def compare(
     output: Path,
     task: TaskConfig,
-    sylva: SylvaConfig,
+    sylva: SylvaOptions,
     training: TrainingConfig,
     methods: str | None = None,
     seeds: str = "0,1,2",
@@ -59,12 +53,18 @@ def compare(
       sylva compare runs/compared --max-length 64 --steps 150
       sylva compare runs/two --methods full,sylva:kfac --seeds 0,1 --data train.csv
     """
+    from sylva_train.comparison import Comparison, load_results, suited
+    from sylva_train.config import SylvaConfig
+
+    from . import show
+    from .comparing import publish, run_comparison
+
     if report_only:
         show.comparison(publish(load_results(output / "results.json"), output), output)
         return
     comparison = Comparison(
         task=task,
-        sylva=sylva,
+        sylva=SylvaConfig(**vars(sylva)),
         training=training,
         methods=suited(task.task) if methods is None else tuple(words(methods) or ()),
         seeds=numbers("seeds", seeds),
@@ -106,6 +106,10 @@ def demo(
       sylva demo
       sylva demo runs/second --seeds 0
     """
+    from sylva_train.comparison import demonstration
+
+    from .demo import run_demo
+
     task = dataclasses.replace(
         DEMO_TASK, model=model, limit=limit, eval_limit=eval_limit
     )
@@ -159,6 +163,8 @@ def reproduce_command(
       sylva reproduce table3 runs/table3 --configs roberta-large-mrpc --data glue/MRPC
       sylva reproduce fig5 runs/fig5
     """
+    from .reproducing import is_measurement, make_measurement, make_table
+
     common: dict[str, Any] = {
         "resume": resume,
         "overwrite": overwrite,

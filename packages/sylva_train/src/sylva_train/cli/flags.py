@@ -9,9 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from sylva_train.baselines import METHODS
-from sylva_train.config import CURVATURES, DTYPES, IMPORTANCES, SCHEDULES
-from sylva_train.evaluation import METRICS
+from sylva_train.options import (
+    CURVATURES,
+    DTYPES,
+    IMPORTANCES,
+    METHODS,
+    METRICS,
+    SCHEDULES,
+)
 
 __all__ = ["FLAGS", "PANELS", "Flag"]
 
@@ -247,6 +252,13 @@ FLAGS: dict[str, Flag] = {
         str | None,
         SCORING,
         "Most memory for the layers' statistics, like 20GB: more passes over the data.",
+        metavar="SIZE",
+    ),
+    "host_budget": flag(
+        str | None,
+        SCORING,
+        "Most main memory for gradients, like 64GB, where --memory-budget is too small for"
+        " them on a GPU: fewer passes.",
         metavar="SIZE",
     ),
     "checkpoint_minutes": flag(

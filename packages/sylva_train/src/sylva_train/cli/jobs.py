@@ -1,4 +1,8 @@
-"""The commands of one job each: options to configurations, results to text."""
+"""The commands of one job each: options to configurations, results to text.
+
+A command imports what it calls when it runs: PyTorch takes seconds, which help and errors
+of options need not wait for.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,9 @@ from pathlib import Path
 
 import typer
 
-from sylva_train.config import GENERATION, SylvaConfig, TaskConfig, TrainingConfig
-from sylva_train.importance import Scores
-from sylva_train.masks import Masks
-from sylva_train.workflow import (
-    diagnose,
-    evaluate_folder,
-    finetune,
-    kind_of,
-    merge_folder,
-    score_file,
-)
+from sylva_train.options import GENERATION, SylvaOptions, TaskConfig, TrainingConfig
 
-from . import show
+from . import printing
 from .frame import command
 from .options import column, columns, given
 
@@ -34,7 +28,7 @@ EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric", *GENERATION}
 def score(
     output: Path,
     task: TaskConfig,
-    sylva: SylvaConfig,
+    sylva: SylvaOptions,
     checkpoint_minutes: float = 10.0,
     device: str = "auto",
     resume: bool = False,
@@ -52,9 +46,14 @@ def score(
       sylva score scores.safetensors --data e2e-rating --samples 256
       sylva score scores.safetensors --model ./bert --data train.csv
     """
+    from sylva_train.config import SylvaConfig
+    from sylva_train.workflow import score_file
+
+    from . import show
+
     scores = score_file(
         task,
-        sylva,
+        SylvaConfig(**vars(sylva)),
         output,
         seed=sylva.seed,
         device=device,
@@ -65,14 +64,14 @@ def score(
     )
     show.scores(scores, sylva.density, sylva.block_size)
     again = shlex.join(["--scores", str(output), *given(task), *given(sylva)])
-    show.written({"scores": output}, f"sylva finetune RUN {again}")
+    printing.written({"scores": output}, f"sylva finetune RUN {again}")
 
 
 @command(output="The folder to write: adapter, masks, scores, results.")
 def finetune_command(
     output: Path,
     task: TaskConfig,
-    sylva: SylvaConfig,
+    sylva: SylvaOptions,
     training: TrainingConfig,
     masks: Path | None = None,
     scores: Path | None = None,
@@ -90,9 +89,16 @@ def finetune_command(
       sylva finetune runs/rating --data e2e-rating --max-length 64
       sylva finetune runs/mine --model ./bert --data train.csv --sparsity 0.9
     """
+    from sylva_train.config import SylvaConfig
+    from sylva_train.importance import Scores
+    from sylva_train.masks import Masks
+    from sylva_train.workflow import finetune
+
+    from . import show
+
     run = finetune(
         task,
-        sylva,
+        SylvaConfig(**vars(sylva)),
         training,
         output,
         masks=None if masks is None else Masks.load(masks),
@@ -102,7 +108,7 @@ def finetune_command(
         progress=not quiet,
     )
     show.run(run, output)
-    show.written(
+    printing.written(
         {"adapter": output / "adapter"}, f"sylva evaluate {shlex.quote(str(output))}"
     )
 
@@ -140,6 +146,10 @@ def evaluate(
       sylva evaluate runs/rating --data new.csv --json
       sylva evaluate runs/nlg --metric bleu --answers answers.jsonl
     """
+    from sylva_train.workflow import evaluate_folder
+
+    from . import show
+
     changes = {
         "eval_data": data,
         "eval_split": split,
@@ -182,8 +192,10 @@ def merge(
     --------
       sylva merge runs/rating rating-model
     """
+    from sylva_train.workflow import merge_folder
+
     merge_folder(run, output, base=model, overwrite=overwrite)
-    show.written({"model": output})
+    printing.written({"model": output})
 
 
 @command(path="What to look into.")
@@ -198,6 +210,10 @@ def inspect_command(path: Path, json: bool = False) -> None:
       sylva inspect runs/rating/adapter
       sylva inspect scores.safetensors
     """
+    from sylva_train.workflow import kind_of
+
+    from . import show
+
     show.inspect(path, kind_of(path), as_json=json)
 
 
@@ -214,7 +230,7 @@ def configs(name: str | None = None) -> None:
       sylva configs roberta-large-stsb > mine.json
       sylva finetune runs/stsb --config mine.json --data glue_data/STS-B
     """
-    show.configs(name)
+    printing.configs(name)
 
 
 @command()
@@ -230,6 +246,10 @@ def doctor(json: bool = False) -> None:
       sylva doctor
       sylva doctor --json
     """
+    from sylva_train.workflow import diagnose
+
+    from . import show
+
     found = diagnose()
     show.diagnosis(found, as_json=json)
     if found["problems"]:

@@ -1,6 +1,6 @@
 """Options that become the fields of configurations.
 
-A parameter of a command whose annotation is `TaskConfig`, `SylvaConfig` or
+A parameter of a command whose annotation is `TaskConfig`, `SylvaOptions` or
 `TrainingConfig` stands for the flags of that class (`expand`).
 """
 
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from sylva_train._checks import ConfigError
-from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
+from sylva_train.options import SylvaOptions, TaskConfig, TrainingConfig
 
 from .files import read_options
 from .flags import FLAGS, PANELS
@@ -34,15 +34,15 @@ __all__ = [
 
 _NONE = inspect.Parameter.empty
 
-CONFIGS: tuple[type, ...] = (TaskConfig, SylvaConfig, TrainingConfig)
+CONFIGS: tuple[type, ...] = (TaskConfig, SylvaOptions, TrainingConfig)
 #: Parameters of commands that write what several processes must not.
 WRITTEN = {"output", "answers"}
 
 
 def names_of(kind: type) -> list[str]:
     """Names of the flags of a configuration class, in order of the table."""
-    fields = {field.name for field in dataclasses.fields(kind)} - {"masks"}
-    if kind is SylvaConfig:
+    fields = {field.name for field in dataclasses.fields(kind)}
+    if kind is SylvaOptions:
         fields.add("sparsity")
     return [name for name in FLAGS if name in fields]
 
@@ -142,7 +142,7 @@ def density(values: dict[str, Any], source: Callable[[str], int]) -> float:
 def build(kind: type, values: dict[str, Any], source: Callable[[str], int]) -> Any:
     """Make a configuration of the flags' values."""
     fields = {name: values[name] for name in names_of(kind) if name in values}
-    if kind is SylvaConfig:
+    if kind is SylvaOptions:
         fields["density"] = density(values, source)
         fields.pop("sparsity", None)
     for name in fields.keys() & {"target_modules", "exclude_modules"}:

@@ -22,7 +22,8 @@ from sylva_train.reproduce import (
 from sylva_train.workflow import Progress
 
 from .comparing import show as show_event
-from .show import out, score_text, written
+from .printing import out, written
+from .show import score_text
 
 __all__ = ["is_measurement", "make_measurement", "make_table"]
 

@@ -1,20 +1,13 @@
-"""What commands print on stdout: tables for people, JSON for programs."""
+"""What commands have found, in words and tables."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from sylva_train.comparison import load_results
 from sylva_train.config import KRONECKER, TaskConfig
-from sylva_train.config_files import config_names, find_config, read_config_file
 from sylva_train.evaluation import key_of
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
@@ -28,22 +21,27 @@ from sylva_train.workflow import (
     read_run,
 )
 
+from .printing import (
+    as_text,
+    count,
+    facts,
+    folder_size,
+    out,
+    prose,
+    say,
+    size,
+    table,
+    written,
+)
+
 __all__ = [
     "comparison",
-    "configs",
     "diagnosis",
-    "facts",
-    "folder_size",
     "inspect",
     "metrics",
-    "out",
-    "prose",
     "run",
     "score_text",
     "scores",
-    "size",
-    "table",
-    "written",
 ]
 
 #: Metrics that are fractions.
@@ -51,73 +49,6 @@ FRACTIONS = {
     "accuracy", "f1", "f1_binary", "token_accuracy", "meteor", "rouge_l", "exact_match",
     "answer", "choice",
 }  # fmt: skip
-#: Columns where the output is not a terminal: nothing should be cut off in a file.
-WIDE = 160
-#: Columns of running text.
-READABLE = 88
-
-
-def out() -> Console:
-    """Return the console of stdout."""
-    console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = WIDE
-    return console
-
-
-def say(text: str, style: str | None = None) -> None:
-    """Print text as it is, wrapped by the terminal only."""
-    out().print(text, markup=False, soft_wrap=True, style=style)
-
-
-def prose(text: str) -> None:
-    """Print sentences, broken between words where lines are easy to read."""
-    console = out()
-    console.width = min(console.width, READABLE)
-    console.print(text, markup=False)
-
-
-def table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1
-) -> Table:
-    """Lay out rows; the first ``texts`` columns are words, the others numbers."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    for number, name in enumerate(columns):
-        grid.add_column(
-            name, justify="left" if number < texts else "right", overflow="fold"
-        )
-    for row in rows:
-        grid.add_row(*row)
-    return grid
-
-
-def facts(pairs: Mapping[str, object]) -> None:
-    """Print names and values, a line each; those without a value are left out."""
-    kept = {name: value for name, value in pairs.items() if value not in (None, "")}
-    width = max(map(len, kept), default=0)
-    for name, value in kept.items():
-        say(f"{name:<{width}}  {value}")
-
-
-def count(number: int) -> str:
-    """Print a number of weights."""
-    for size_, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size_:
-            return f"{number / size_:.3g} {unit}"
-    return str(number)
-
-
-def size(number: int) -> str:
-    """Print a number of bytes."""
-    for size_, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= size_:
-            return f"{number / size_:.3g} {unit}"
-    return f"{number} B"
-
-
-def folder_size(path: Path) -> int:
-    """Return the bytes of a folder's files."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def score_text(metric: str, value: float) -> str:
@@ -140,16 +71,6 @@ def shortened(names: Sequence[str]) -> tuple[str, list[str]]:
     prefix = ".".join(names[0].split(".")[:common]) if common else ""
     title = f"layer in {prefix}" if prefix else "layer"
     return title, [".".join(name.split(".")[common:]) for name in names]
-
-
-def as_text(content: Any) -> None:
-    """Print JSON."""
-    say(json.dumps(content, indent=1, ensure_ascii=False))
-
-
-def written(paths: Mapping[str, Path], command: str | None = None) -> None:
-    """Say where results are, and what to do next."""
-    facts({**paths, "next": command})
 
 
 def scores(found: Scores, density: float = 0.05, block_size: int | None = None) -> None:
@@ -256,16 +177,6 @@ def run(record: Mapping[str, Any], path: Path) -> None:
             "on disk": size(folder_size(path / "adapter")),
         }
     )
-
-
-def configs(name: str | None) -> None:
-    """Print the configurations of the package, or what is in one."""
-    if name is not None:
-        as_text(read_config_file(find_config(name)))
-        return
-    for known in config_names():
-        say(known, style="bold")
-        prose(read_config_file(find_config(known))["about"])
 
 
 def metrics(found: Mapping[str, Any], *, as_json: bool) -> None:

@@ -9,9 +9,6 @@ from .events import Event, Watcher
 from .jobs import Job, check_output, check_same, done, fresh, run_jobs
 from .memory import PeakMemory
 from .plan import (
-    DEMO,
-    DEMO_STEPS,
-    DEMO_TASK,
     LEARNING_RATES,
     Comparison,
     demonstration,
@@ -21,9 +18,6 @@ from .process import worker
 from .results import load_results, made, read_results
 
 __all__ = [
-    "DEMO",
-    "DEMO_STEPS",
-    "DEMO_TASK",
     "LEARNING_RATES",
     "Comparison",
     "Event",

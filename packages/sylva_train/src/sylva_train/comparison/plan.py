@@ -8,17 +8,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sylva_train._checks import ConfigError, check_integer, check_positive
-from sylva_train.baselines import METHODS, parse_method
-from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
+from sylva_train.baselines import parse_method
+from sylva_train.config import SylvaConfig
 from sylva_train.data import LABELLED
 from sylva_train.evaluation import REGRESSION, known_metrics
+from sylva_train.options import (
+    DEMO,
+    DEMO_STEPS,
+    DEMO_TASK,
+    METHODS,
+    TaskConfig,
+    TrainingConfig,
+)
 
 from .jobs import Job
 
 __all__ = [
-    "DEMO",
-    "DEMO_STEPS",
-    "DEMO_TASK",
     "LEARNING_RATES",
     "Comparison",
     "demonstration",
@@ -40,14 +45,6 @@ LEARNING_RATES = {
 
 #: Metrics of predictions alone, without logits: those of a head on frozen features.
 OF_PREDICTIONS = ("accuracy", "f1", "f1-binary", "mcc", *REGRESSION)
-
-#: Methods of the short comparison.
-DEMO = ("frozen", "full", "lora", "sylva:kfac-natural", "sylva:random")
-
-#: Its task: 1920 sentences, which the steps see once, and 400 of the test split.
-DEMO_TASK = TaskConfig(eval_split="test", max_length=64, limit=1920, eval_limit=400)
-#: Its optimizer steps a run: ten minutes in all on two cores.
-DEMO_STEPS = 60
 
 #: Scoring options of `SylvaConfig` that a comparison passes on.
 OPTIONS = (

@@ -25,7 +25,7 @@ from sylva_train.targets import find_targets, input_owners, weight_device
 from .batches import batch_size, default_loss, loss_units, moved, note, truncated
 from .factors import describe
 from .hooks import Collector, LayerCurvature
-from .planning import plan_passes, size_words
+from .planning import Pass, plan_passes, size_words
 from .processes import agree, merge, place, settle
 from .state import Position, Store
 
@@ -118,18 +118,20 @@ class Curvatures(Mapping[str, LayerCurvature]):
             self.layers[name] = taken
         return self.layers[name]
 
-    def collect_nothing(self, names: tuple[str, ...] = ()) -> Collector:
-        """Return a collector of some layers, with nothing in it."""
-        return Collector(self.targets, self.config, self.wanted, names)
+    def collect_nothing(self, part: Pass | None = None) -> Collector:
+        """Return a collector of a pass's layers, or of none, with nothing in it."""
+        names, hosted = (part.names, part.host_bytes > 0) if part else ((), False)
+        return Collector(self.targets, self.config, self.wanted, names, hosted)
 
     def announce(self) -> None:
         """Say how many passes there will be, and what they hold."""
         most, several = max(p.nbytes for p in self.plan), len(self.plan) > 1
-        count = sum(len(p.names) for p in self.plan)
-        self.log(
-            f"Statistics of {count} layers: {size_words(most)}"
-            + (f" at most in each of {len(self.plan)} passes." if several else ".")
-        )
+        hosted = max(p.host_bytes for p in self.plan)
+        words = f"Statistics of {sum(len(p.names) for p in self.plan)} layers:"
+        words += f" {size_words(most)}"
+        words += f" at most in each of {len(self.plan)} passes" if several else ""
+        words += f", and {size_words(hosted)} of main memory" if hosted else ""
+        self.log(f"{words}.")
         if several and iter(self.dataloader) is self.dataloader:
             msg = (
                 f"`memory_budget` asks for {len(self.plan)} passes over the data, but"
@@ -158,7 +160,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
             self.between()
         self.layers.clear()
         # The sums of the pass before go first: both are not to be held together.
-        self.collector = self.collect_nothing(self.plan[self.done].names)
+        self.collector = self.collect_nothing(self.plan[self.done])
         error: Exception | None = None
         data = hashlib.sha256()
         try:
@@ -267,7 +269,7 @@ def collect_curvature(
         Batches of tensors, sample by sample along the first axis, with ``labels``.
     config : SylvaConfig
         ``curvature``, ``levels``, ``rank``, ``tokens``, ``samples``, ``block_size``,
-        ``memory_budget``.
+        ``memory_budget``, ``host_budget``.
     wanted : iterable of str
         Of ``"factors"``, ``"gradient"``, ``"fisher"``, ``"inputs"``.
     **options

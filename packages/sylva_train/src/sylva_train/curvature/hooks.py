@@ -18,7 +18,7 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, NonFiniteError
 from sylva_train.config import SylvaConfig
-from sylva_train.targets import weight_view
+from sylva_train.targets import weight_device, weight_view
 
 from .factors import Factor, accumulator
 
@@ -103,12 +103,15 @@ class Collector:
         Of ``"factors"``, ``"gradient"``, ``"fisher"``, ``"inputs"``.
     names : collection of str
         The layers whose statistics are added up this time.
+    hosted : bool
+        Whether their gradients are summed in main memory.
     """
 
     targets: dict[str, nn.Module]
     config: SylvaConfig
     wanted: frozenset[str]
     names: Collection[str] = ()
+    hosted: bool = False
     sums: dict[str, Accumulators] = field(default_factory=dict)
     # Layers whose inputs are one and the same tensor (query, key, value) share A.
     owner: dict[str, str] = field(default_factory=dict)
@@ -228,7 +231,11 @@ class Collector:
         sums = self.sums.get(name) or self.begin(name, g)
         rows_x, rows_g = x[valid], g[valid]
         if sums.gradient is not None:
-            sums.gradient.addmm_(rows_g.T, rows_x)
+            # One in main memory comes here and goes back, which the host waits for; one
+            # that is here is what `to` returns.
+            gradient = sums.gradient.to(g.device, non_blocking=True)
+            gradient.addmm_(rows_g.T, rows_x)
+            sums.gradient.copy_(gradient)
         if sums.input_squares is not None:
             sums.input_squares += rows_x.square().sum(0)
             sums.rows += len(rows_x)
@@ -251,7 +258,7 @@ class Collector:
         like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         sums = self.sums[name] = Accumulators()
         if "gradient" in self.wanted:
-            sums.gradient = like.new_zeros(out, inputs)
+            sums.gradient = self.placed(like.new_zeros(out, inputs))
         if "fisher" in self.wanted:
             sums.fisher = like.new_zeros(-(-out // size), -(-inputs // size))
         if "inputs" in self.wanted:
@@ -261,6 +268,14 @@ class Collector:
             if self.owner[name] == name:
                 sums.A = accumulator(inputs, like, self.config)
         return sums
+
+    def placed(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return a layer's gradient where it is summed; pinned, a GPU copies it fast."""
+        if not self.hosted or gradient.device.type == "cpu":
+            return gradient
+        pinned = gradient.device.type == "cuda"
+        there = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=pinned)
+        return there.copy_(gradient)
 
     def add_fisher(
         self,
@@ -289,7 +304,8 @@ class Collector:
             If they were taken before.
         """
         sums = self.sums.pop(name)
-        owner = self.owner[name]
+        owner, gradient = self.owner[name], sums.gradient
+        device = weight_device(self.targets[name])
         if "factors" in self.wanted and owner not in self.finished:
             holder = sums if owner == name else self.sums[owner]
             self.finished[owner] = Factor(holder.A.result())
@@ -297,7 +313,7 @@ class Collector:
         return LayerCurvature(
             A=self.finished.get(owner),
             G=Factor(sums.G.result()) if sums.G is not None else None,
-            gradient=None if sums.gradient is None else sums.gradient.div_(terms),
+            gradient=None if gradient is None else gradient.to(device).div_(terms),
             fisher=None if sums.fisher is None else sums.fisher / samples,
             input_squares=None
             if sums.input_squares is None

@@ -11,7 +11,7 @@ from torch import nn
 
 from sylva_train._checks import ConfigError
 from sylva_train.config import SylvaConfig, memory_bytes
-from sylva_train.targets import weight_view
+from sylva_train.targets import weight_device, weight_view
 
 from .factors import accumulator
 
@@ -27,11 +27,15 @@ class Pass:
     names : tuple of str
         The layers.
     nbytes : int
-        Bytes of their accumulators.
+        Bytes of their accumulators on the device, and of the gradient that is there while
+        others are in main memory.
+    host_bytes : int
+        Bytes of their gradients in main memory; 0: they stay on the device.
     """
 
     names: tuple[str, ...]
     nbytes: int
+    host_bytes: int = 0
 
 
 def size_words(size: float) -> str:
@@ -124,7 +128,7 @@ def plan_passes(
     targets : mapping of str to torch.nn.Module
         The layers.
     config : SylvaConfig
-        ``memory_budget`` and the kind of the factors.
+        ``memory_budget``, ``host_budget`` and the kind of the factors.
     wanted : collection of str
         As for `curvature_bytes`.
     shared : callable
@@ -143,27 +147,73 @@ def plan_passes(
     budget = memory_bytes(config.memory_budget)
     if budget is None or total <= budget:
         return [Pass(tuple(sizes), total)]
-    owner = dict(shared()) if "factors" in wanted else {}
-    passes: list[Pass] = []
-    names: list[str] = []
-    held: set[str] = set()
-    filled = 0
     for name, parts in sizes.items():
-        alone, first = sum(parts.values()), owner.get(name, name)
-        if alone > budget:
-            detail = ", ".join(f"{part} {size_words(n)}" for part, n in parts.items())
-            msg = (
-                f"`memory_budget` is {size_words(budget)}, but `{name}` of shape"
-                f" {tuple(weight_view(targets[name]).shape)} needs {alone:,} bytes by"
-                f" itself ({detail}). Raise it, or take more `levels` or a smaller"
-                " `rank`."
-            )
-            raise ConfigError(msg)
-        more = alone - (parts["A"] if first in held else 0)
-        if filled + more > budget:
-            passes.append(Pass(tuple(names), filled))
-            names, held, filled, more = [], set(), 0, alone
-        names.append(name)
-        held.add(first)
-        filled += more
-    return [*passes, Pass(tuple(names), filled)]
+        check_alone(name, targets[name], parts, budget)
+    owner = dict(shared()) if "factors" in wanted else {}
+    passes = fill(sizes, owner, budget)
+    host = memory_bytes(config.host_budget, "host_budget")
+    # Gradients of a model on a CPU are in main memory as it is.
+    elsewhere = any(weight_device(m).type != "cpu" for m in targets.values())
+    if host is None or "gradient" not in wanted or not elsewhere:
+        return passes
+    away = fill(sizes, owner, budget, host)
+    # One gradient alone may be above what there is.
+    fits = max(part.host_bytes for part in away) <= host
+    return away if fits and len(away) < len(passes) else passes
+
+
+def check_alone(
+    name: str, module: nn.Module, parts: Mapping[str, int], budget: int
+) -> None:
+    """Raise `ConfigError` if one layer alone is above the budget."""
+    alone = sum(parts.values())
+    if alone > budget:
+        detail = ", ".join(f"{part} {size_words(n)}" for part, n in parts.items())
+        msg = (
+            f"`memory_budget` is {size_words(budget)}, but `{name}` of shape"
+            f" {tuple(weight_view(module).shape)} needs {alone:,} bytes by itself"
+            f" ({detail}). Raise it, or take more `levels` or a smaller `rank`."
+        )
+        raise ConfigError(msg)
+
+
+def fill(
+    sizes: Mapping[str, Mapping[str, int]],
+    owner: Mapping[str, str],
+    budget: int,
+    host: int = 0,
+) -> list[Pass]:
+    """Fill passes with layers, each as far as the budgets go; ``host``: main memory."""
+    passes: list[Pass] = []
+    part = Pass((), 0)
+    for name in sizes:
+        longer = measured((*part.names, name), sizes, owner, hosted=host > 0)
+        if longer.nbytes > budget or longer.host_bytes > host:
+            passes.append(part)
+            longer = measured((name,), sizes, owner, hosted=host > 0)
+        part = longer
+    return [*passes, part]
+
+
+def measured(
+    names: tuple[str, ...],
+    sizes: Mapping[str, Mapping[str, int]],
+    owner: Mapping[str, str],
+    *,
+    hosted: bool,
+) -> Pass:
+    """Return a pass of some layers; ``hosted``: with their gradients in main memory."""
+    # Layers that read one input share its factor.
+    inputs = {owner.get(name, name): sizes[name].get("A", 0) for name in names}
+    gradients = [sizes[name].get("gradient", 0) for name in names]
+    nbytes = sum(inputs.values()) + sum(
+        size
+        for name in names
+        for part, size in sizes[name].items()
+        if part not in {"A", "gradient"}
+    )
+    if not hosted:
+        return Pass(names, nbytes + sum(gradients))
+    # On the device is the one that is being added to. PyTorch pins powers of two.
+    pinned = sum(1 << (size - 1).bit_length() for size in gradients)
+    return Pass(names, nbytes + max(gradients), pinned)

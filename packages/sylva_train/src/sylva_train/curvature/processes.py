@@ -124,9 +124,13 @@ def add_up(collector: Collector, name: str) -> None:
         like = torch.empty(0, dtype=module.weight.dtype, device=weight_device(module))  # type: ignore[arg-type]
         collector.begin(name, like)
     sums = collector.sums[name]
+    device = weight_device(collector.targets[name])
     for tensor in (sums.gradient, sums.fisher, sums.input_squares):
         if tensor is not None:
-            dist.all_reduce(tensor)
+            # NCCL adds on a GPU, where a gradient in main memory is not.
+            there = tensor.to(device)
+            dist.all_reduce(there)
+            tensor.copy_(there)
     sums.rows = sum(everyone(sums.rows))
     if sums.A is not None:
         sums.A = total(sums.A)

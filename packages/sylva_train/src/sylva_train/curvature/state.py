@@ -163,7 +163,10 @@ class Store:
             sums = collector.sums.setdefault(name, Accumulators())
             sums.rows = header["rows"][name]
             if not rest:
-                setattr(sums, part, tensor.to(devices[name]))
+                there = tensor.to(devices[name])
+                setattr(
+                    sums, part, collector.placed(there) if part == "gradient" else there
+                )
         for key, plain in header["plain"].items():
             name, part = key.split("/")
             head = f"{key}/"

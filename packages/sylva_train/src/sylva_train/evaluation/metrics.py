@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sylva_train.options import METRICS
+
 __all__ = [
     "CHOICE",
     "CLASSIFICATION",
@@ -13,27 +15,6 @@ __all__ = [
     "known_metrics",
 ]
 
-#: Metrics that can be the score, and whether more is better.
-METRICS = {
-    "accuracy": True,
-    "f1": True,
-    "f1-binary": True,
-    "mcc": True,
-    "pearson": True,
-    "spearman": True,
-    "mse": False,
-    "loss": False,
-    "perplexity": False,
-    "token_accuracy": True,
-    "bleu": True,
-    "nist": True,
-    "meteor": True,
-    "rouge-l": True,
-    "cider": True,
-    "exact-match": True,
-    "answer": True,
-    "choice": True,
-}
 #: Of classes; the first is the default.
 CLASSIFICATION = ("accuracy", "f1", "f1-binary", "mcc", "loss")
 #: Of numbers.

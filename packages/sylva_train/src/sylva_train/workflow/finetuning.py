@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
 from torch import nn
 
 from sylva_train._checks import (
@@ -20,7 +19,7 @@ from sylva_train._checks import (
     atomic_write,
 )
 from sylva_train.checkpoint import checkpoints
-from sylva_train.config import FACTS, SylvaConfig, TaskConfig, TrainingConfig
+from sylva_train.config import SylvaConfig, SylvaOptions, TaskConfig, TrainingConfig
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.layers import embed
@@ -50,11 +49,9 @@ CHOICE = (
 
 def sylva_options(config: SylvaConfig) -> dict[str, Any]:
     """Return Sylva's own options, without PEFT's and the facts of an adapter."""
-    foreign = {field.name for field in dataclasses.fields(PeftConfig)} | set(FACTS)
-    # The budget of a machine's memory changes nothing in a run.
-    foreign.add("memory_budget")
-    names = [field.name for field in dataclasses.fields(config)]
-    return {name: getattr(config, name) for name in names if name not in foreign}
+    names = [field.name for field in dataclasses.fields(SylvaOptions)]
+    # The budgets of a machine's memory change nothing in a run.
+    return {n: getattr(config, n) for n in names if not n.endswith("_budget")}
 
 
 def run_record(
