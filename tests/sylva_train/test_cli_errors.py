@@ -261,3 +261,11 @@ def test_errors_that_were_not_foreseen_are_told_as_such(home, monkeypatch):
     message = told(sylva("evaluate", home / "run", code=1))
     assert "RuntimeError: the sky fell" in message
     assert "--debug" in message
+
+
+def test_seeds_and_rates_that_cannot_be_read(tmp_path):
+    base = ["compare", tmp_path / "out"]
+    assert "integers with commas" in told(sylva(*base, "--seeds", "a,b", code=2))
+    wrong = ["--learning-rates", "full"]
+    assert "like full=2e-4" in told(sylva(*base, *wrong, code=2))
+    assert "at least one entry" in told(sylva(*base, "--seeds", "", code=2))

@@ -30,6 +30,7 @@ from sylva_train.comparison.single import run
 from sylva_train.options import METHODS
 from tests.sylva_train import jobs
 from tests.sylva_train.jobs import (
+    children,
     contents,
     kill_when,
     start_process,
@@ -383,18 +384,6 @@ def test_a_killed_comparison_goes_on(home, here, tmp_path):
         time.sleep(0.1)
 
 
-def children(text: str) -> list[int]:
-    """Processes whose command line has a text."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if text in path.read_text(errors="replace"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue  # it ended meanwhile
-    return found
-
-
 # Commands
 
 
@@ -420,14 +409,6 @@ def test_compare_and_report_only(here, home, tmp_path):
     assert "Full fine-tuning" in sylva("inspect", output).stdout
     refused = sylva("compare", output, *options, "--steps", 5, "--resume", code=2)
     assert "`--steps` is 2 there and 5 here" in told(refused)
-
-
-def test_seeds_and_rates_that_cannot_be_read(tmp_path):
-    base = ["compare", tmp_path / "out"]
-    assert "integers with commas" in told(sylva(*base, "--seeds", "a,b", code=2))
-    wrong = ["--learning-rates", "full"]
-    assert "like full=2e-4" in told(sylva(*base, *wrong, code=2))
-    assert "at least one entry" in told(sylva(*base, "--seeds", "", code=2))
 
 
 def test_demo_tells_its_story(here, home, tmp_path):

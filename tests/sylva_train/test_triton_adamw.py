@@ -6,84 +6,28 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from sylva_train._checks import ConfigError
 from sylva_train.kernels import BlockState, adamw
-from sylva_train.layers import embed, embedded_layers
 from sylva_train.optimizer import SparseAdamW
-from sylva_train.targets import weight_view
+from tests.sylva_train.mixed_layers import (
+    MODES,
+    TOLERANCE,
+    assert_weights_show_values,
+    dense_weights,
+    largest_difference,
+    make,
+    set_gradients,
+    trained,
+    twin_of,
+)
 from tests.sylva_train.models import (
-    dense_blocks,
     logits,
     make_batch,
     random,
-    random_masks,
 )
 
 pytest.importorskip("triton")
 from sylva_train.kernels import triton_adamw
-
-#: Of values up to 4 after tens of steps, in float32: a few of their last bits, of which
-#: fused multiplications and a GPU's quick square roots take more than the interpreter.
-TOLERANCE = 4e-6
-MODES = ["torch", "triton"]
-
-
-def make(device, blocks=(16, 4, 4)):
-    """Layers of several shapes and dtypes, one transposed, and a head."""
-    model = nn.Sequential(
-        nn.Linear(70, 50), nn.Linear(33, 20), Conv1D(24, 40), nn.Linear(5, 3)
-    )
-    for seed, parameter in enumerate(model.parameters()):
-        parameter.data = random(parameter.shape, seed=seed)
-    model[1].bfloat16()
-    model[2].half()
-    masks = {}
-    for name, block in zip("012", blocks, strict=True):
-        masks |= random_masks(model, [name], block_size=block)
-    return embed(model.to(device), masks, modules_to_save=["3"]), masks
-
-
-def trained(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def set_gradients(parameters, step, missing=True, scale=1.0):
-    """Random gradients; every third one is missing, another one in each step."""
-    for i, parameter in enumerate(parameters):
-        parameter.grad = None
-        if not (missing and (step + i) % 3 == 0):
-            gradient = random(parameter.shape, seed=1000 * step + i)
-            parameter.grad = (scale * gradient).to(parameter)
-
-
-def twin_of(parameters):
-    return [nn.Parameter(p.detach().clone()) for p in parameters]
-
-
-def largest_difference(first, second):
-    return max(
-        float((a - b).detach().abs().max()) for a, b in zip(first, second, strict=True)
-    )
-
-
-def assert_weights_show_values(model, masks, before):
-    for name, layer in embedded_layers(model).items():
-        weight = weight_view(layer.base_layer).cpu()
-        inside = masks[name].dense()
-        assert torch.equal(weight[~inside], before[name][~inside])
-        ones = dense_blocks(inside, masks[name])
-        values = layer.sylva_values["default"].detach().cpu().to(weight.dtype)
-        assert torch.equal(dense_blocks(weight, masks[name])[ones], values[ones])
-
-
-def dense_weights(model):
-    return {
-        name: weight_view(layer.base_layer).cpu().clone()
-        for name, layer in embedded_layers(model).items()
-    }
 
 
 @pytest.fixture
@@ -395,77 +339,3 @@ def test_a_captured_step_follows_gradients_and_rates():
         plain.step()
     assert largest_difference(ours, theirs) <= TOLERANCE
     assert_weights_show_values(model, masks, before)
-
-
-def eight_bit_pair(device):
-    """The same model twice, with the kernel's and the reference's optimizer."""
-    model, masks = make(device)
-    return model, copy.deepcopy(model), masks
-
-
-def test_8_bit_moments_of_the_kernel_are_the_references(triton_device, monkeypatch):
-    model, twin, masks = eight_bit_pair(triton_device)
-    before = dense_weights(model)
-    options = {"lr": 0.01, "eps": 1e-3, "moments": "8bit", "decay_towards": "base"}
-    ours, theirs = SparseAdamW(model, **options), SparseAdamW(twin, **options)
-    for step in range(5):
-        for each, optimizer, mode in ((model, ours, "triton"), (twin, theirs, "torch")):
-            monkeypatch.setenv("SYLVA_KERNELS", mode)
-            set_gradients(trained(each), step)
-            optimizer.step()
-    for a, b in zip(trained(model)[:3], trained(twin)[:3], strict=True):
-        for name, dtype in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
-            mine, other = ours.state[a][name], theirs.state[b][name]
-            assert mine.dtype == other.dtype == dtype
-            # Where a number is on a level, another rounding may tell it apart.
-            apart = (mine.int() - other.int()).abs()
-            assert int(apart.max()) <= 1
-            assert float(apart.float().mean()) < 1e-2
-    assert largest_difference(trained(model), trained(twin)) <= 1e-4
-    assert_weights_show_values(model, masks, before)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_8_bit_moments_train_like_32_bits(triton_device, monkeypatch, mode):
-    monkeypatch.setenv("SYLVA_KERNELS", mode)
-    model, twin, _ = eight_bit_pair(triton_device)
-    start = [p.detach().clone() for p in trained(model)]
-    for each, moments in ((model, "8bit"), (twin, "32bit")):
-        optimizer = SparseAdamW(each, lr=0.01, moments=moments)
-        for step in range(10):
-            set_gradients(trained(each), step % 4, missing=False)
-            optimizer.step()
-    for a, b, old in zip(trained(model), trained(twin), start, strict=True):
-        path = (b - old).detach().norm()
-        assert float((a - b).detach().norm() / path) < 0.05
-        assert float(path) > 0.05
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_8_bit_states_are_saved_and_go_on(triton_device, monkeypatch, mode):
-    monkeypatch.setenv("SYLVA_KERNELS", mode)
-    model, twin, _ = eight_bit_pair(triton_device)
-    optimizer = SparseAdamW(model, lr=0.01, moments="8bit")
-
-    def run(each, optimizer, steps):
-        for step in steps:
-            set_gradients(trained(each), step, missing=False)
-            optimizer.step()
-
-    run(model, optimizer, range(3))
-    resumed = SparseAdamW(twin, lr=0.5, moments="8bit")
-    with torch.no_grad():
-        for a, b in zip(trained(twin), trained(model), strict=True):
-            a.copy_(b)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    run(model, optimizer, range(3, 5))
-    run(twin, resumed, range(3, 5))
-    assert largest_difference(trained(model), trained(twin)) == 0
-    wide = SparseAdamW(twin, lr=0.01)
-    with pytest.raises(ConfigError, match="another number of bits"):
-        wide.load_state_dict(optimizer.state_dict())
-    run(twin, wide, range(1))
-    with pytest.raises(ConfigError, match="another number of bits"):
-        resumed.load_state_dict(wide.state_dict())
-    with pytest.raises(ConfigError, match="amsgrad"):
-        SparseAdamW(model, moments="8bit", amsgrad=True)
