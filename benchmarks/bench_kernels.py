@@ -7,7 +7,8 @@ is the relative error of x for the right-hand side A·1. Peers are measured wher
 installed (``pip install george celerite2``). celerite2 is exact for the exponential
 kernel at any size, and gives its log-determinant. Bytes are those of the matrix, and of
 the factorization without it; peaks are what NumPy allocates on the way to either, as
-``tracemalloc`` sees it in a run that is not timed. Methods for matrices that are not
+``tracemalloc`` sees it in a run that is not timed; ``overwrite_peak`` is of matrix and
+factor together, the one written over the other. Methods for matrices that are not
 definite are measured on the Gaussian kernel too. Seconds over those of SciPy dense in the
 same run stand beside the same ratios of HODLRlib, which was measured elsewhere.
 
@@ -93,6 +94,7 @@ def ours(library: str, kernel: str, x: np.ndarray, repeats: int) -> dict[str, An
     if library == "numpy" and len(x) <= 2**17:
         row["construct_peak"] = peak(construct)
         row["factor_peak"] = peak(lambda: hm.factorize(H))
+        row["overwrite_peak"] = overwrite_peak(construct)
     row |= {"ranks": list(H.ranks), "error": H.error}
     rows = np.random.default_rng(1).integers(0, len(x), 64)
     exact = KERNELS[kernel](np)(x[rows, None], x).sum(axis=1) + NUGGET
@@ -108,6 +110,17 @@ def peak(run: Callable[[], Any]) -> int:
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return most
+
+
+def overwrite_peak(construct: Callable[[], hm.HODLR]) -> int:
+    """Return the most bytes of a matrix and the factor that is written over it."""
+
+    def run() -> None:
+        H = construct()
+        tracemalloc.reset_peak()
+        hm.factorize(H, overwrite=True)
+
+    return peak(run)
 
 
 def other_methods(kernel: str, x: np.ndarray) -> list[dict[str, Any]]:

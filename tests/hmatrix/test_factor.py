@@ -228,8 +228,8 @@ def test_wrong_arguments_are_refused():
 def test_repr_says_what_it_is():
     F = hm.factorize(hm.from_dense(np.eye(6), levels=1))
     assert repr(F) == "HODLRCholesky(n=6, levels=1, float64, numpy)"
-    # L and its inverse, bases of rank 0, the log-determinant
-    assert F.nbytes == 8 * (2 * 2 * 3 * 3 + 1)
+    # the inverse of L, bases of rank 0, the log-determinant
+    assert F.nbytes == 8 * (2 * 3 * 3 + 1)
     assert repr(F.inverse()) == "HODLRInverse(n=6, levels=1, float64, numpy)"
 
 

@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmatrix import BackendError, LowRank, ShapeError
+from hmatrix._backend import inverse_lower, threads
 from hmatrix.lowrank import compress, recompress
-from tests.helpers import assert_close, dense, to_numpy
+from tests.helpers import assert_close, assert_in, dense, error_ratio, to_numpy
 from tests.strategies import SEEDS
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
@@ -64,3 +65,32 @@ def test_factors_must_fit():
         LowRank(np.ones((3, 2)), np.ones(1), np.ones((4, 2)))
     with pytest.raises(BackendError, match="`U` must be a NumPy"):
         LowRank([[1.0]], np.ones(1), np.ones((4, 1)))
+
+
+@pytest.mark.parametrize("count", [1, 100])
+@pytest.mark.parametrize("m", [0, 1, 7, 32, 45])
+def test_inverses_of_triangles(count, m, xp, dtype, rng):
+    L = np.tril(rng.standard_normal((count, m, m)) / 8) + 2 * np.eye(m)
+    X = inverse_lower(xp.asarray(L, dtype))
+    assert_in(X, xp.asarray(L, dtype))
+    X = to_numpy(X)
+    np.testing.assert_array_equal(np.triu(X, 1), 0)
+    bound = {"float32": 1e-6, "float64": 1e-15}[dtype]
+    assert error_ratio(X @ L, np.broadcast_to(np.eye(m), L.shape)) < bound
+
+
+def test_blas_has_its_threads_back_after_the_last():
+    """Whoever comes and goes in between, in whatever order."""
+
+    def most():
+        return {library["num_threads"] for library in threads._blas().info()}
+
+    with threads._blas().limit(limits=2):
+        first, second = threads.one_blas_thread(), threads.one_blas_thread()
+        for one in (first, second):
+            one.__enter__()
+        assert most() == {1}
+        first.__exit__(None, None, None)
+        assert most() == {1}
+        second.__exit__(None, None, None)
+        assert most() == {2}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import hmatrix as hm
+from hmatrix.factor import symmetric
 from tests.strategies import make_samples
 
 N, LEVELS, RANK = 4096, 6, 8
@@ -78,3 +79,29 @@ def test_a_matrix_takes_the_memory_that_its_ranks_need(kernel, rng):
         rows, columns = block.shape[-2:]
         needed += int((block.ranks * (rows + columns + 1)).sum())
     assert H.nbytes <= 1.1 * 8 * needed
+
+
+def test_factorizing_over_the_matrix_never_holds_both(rng, monkeypatch):
+    """Matrix and factor are as large as each other; a worker's pieces come on top."""
+    monkeypatch.setattr(symmetric, "default_workers", lambda _: 1)
+    points = np.sort(rng.random(2**16))
+    most = {}
+
+    def run(overwrite):
+        H = hm.from_kernel(
+            lambda x, y: np.exp(-50 * (x - y) ** 2),
+            points,
+            nugget=0.01,
+            rtol=1e-8,
+            leaf_size=32,
+        )
+        size = H.nbytes
+        tracemalloc.reset_peak()
+        F = hm.factorize(H, overwrite=overwrite)
+        assert F.nbytes < 1.05 * size
+        most[overwrite] = tracemalloc.get_traced_memory()[1] / size
+
+    for overwrite in (False, True):
+        peak_bytes(lambda which=overwrite: run(which))
+    assert most[False] > 2
+    assert most[True] < 1.5

@@ -29,6 +29,7 @@ __all__ = [
     "HMatrixError",
     "NonFiniteError",
     "NotPositiveDefiniteError",
+    "OverwrittenError",
     "PrecisionError",
     "ShapeError",
     "SingularBlockError",
@@ -102,6 +103,10 @@ class NotPositiveDefiniteError(SingularBlockError):
     level, node
         Where in the cluster tree.
     """
+
+
+class OverwrittenError(HMatrixError, RuntimeError):
+    """A matrix whose memory a factorization has taken over is used."""
 
 
 class PrecisionError(HMatrixError, ArithmeticError):

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
-from hmatrix._backend import NUMBERS, Array, Space, conjugate, to_numpy, transpose
+from hmatrix._backend import (
+    NUMBERS,
+    Array,
+    Space,
+    conjugate,
+    one_blas_thread_if_narrow,
+    to_numpy,
+    transpose,
+)
 from hmatrix._checks import DTypeError, ShapeError, check_operand, check_space
 from hmatrix._entries import Entries
 from hmatrix.tree import ClusterTree
@@ -78,7 +87,10 @@ def apply_padded(
     block = x[:, None] if len(shape) == 1 else x
     if not block.shape[1]:
         return block  # shapes of no numbers cannot be inferred on the way
-    y = unpad_rows(apply(pad_rows(block, tree)), tree)
+    # products with one vector are long enough for several threads, or have one
+    several = block.shape[1] > 1
+    with one_blas_thread_if_narrow(space, block.shape[1]) if several else nullcontext():
+        y = unpad_rows(apply(pad_rows(block, tree)), tree)
     return y[:, 0] if len(shape) == 1 else y
 
 

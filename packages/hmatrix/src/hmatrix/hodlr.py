@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from hmatrix._backend import (
     nbytes,
     transpose,
 )
-from hmatrix._checks import ShapeError, check_space
+from hmatrix._checks import OverwrittenError, ShapeError, check_space
 from hmatrix._operator import StoredOperator, real_rows, unpad_rows
 from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
@@ -132,6 +133,12 @@ class HODLR(StoredOperator):
         )
 
     @property
+    def _widths(self) -> list[int]:
+        """Sizes of the small side of all stored matrices."""
+        blocks = (*self.upper, *(self.lower or ()))
+        return [self.tree.leaf_size, *(block.rank for block in blocks)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the stored numbers."""
         blocks = (*self.upper, *(self.lower or ()))
@@ -182,6 +189,21 @@ class HODLR(StoredOperator):
         return HODLR(
             self.tree, change(self.leaves), mapped(self.upper), lower, self.error
         )
+
+    def _release(self) -> None:
+        """Let go of the arrays, whose memory another object takes over."""
+        for name in ("leaves", "upper", "lower"):
+            object.__delattr__(self, name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("leaves", "upper") and "tree" in vars(self):
+            msg = (
+                "This matrix was overwritten by its factorization. Keep it with "
+                "factorize(H, overwrite=False)."
+            )
+            raise OverwrittenError(msg)
+        msg = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(msg)
 
     def _apply(self, x: Array, top: int = 0) -> Array:
         """Product with a padded block; with ``top``, of the part at and below a level."""
@@ -259,6 +281,8 @@ class HODLR(StoredOperator):
         return xp.reshape(taken, (*places.shape, *x.shape[1:]))
 
     def __repr__(self) -> str:
+        if "leaves" not in vars(self):
+            return f"HODLR(n={self.tree.n}, levels={self.tree.levels}, overwritten)"
         kind = "symmetric" if self.symmetric else "general"
         return self._describe(f"ranks={self.ranks}", kind, nbytes=self.nbytes)
 

@@ -15,6 +15,7 @@ from hmatrix._backend import (
     conjugate,
     inverse_lower,
     namespace,
+    one_blas_thread_if_narrow,
     qr,
     svd,
     to_numpy,
@@ -28,7 +29,6 @@ __all__ = [
     "compress",
     "cut_triplets",
     "kept",
-    "orthonormal",
     "orthonormal_parts",
     "pair",
     "recompress",
@@ -166,11 +166,12 @@ def triplets(block: LowRank) -> tuple[Array, Array, Array]:
     """Return the singular triplets U, S and V of low-rank blocks, S descending."""
     if not block.rank:
         return block.U, block.S, block.V
-    Qu, Ru = qr(block.U)
-    Qv, Rv = qr(block.V)
-    core = _scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
-    U, S, V = svd(core)
-    return Qu @ U, S, Qv @ V
+    with one_blas_thread_if_narrow(Space.of(block.U), block.rank):
+        Qu, Ru = qr(block.U)
+        Qv, Rv = qr(block.V)
+        core = _scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
+        U, S, V = svd(core)
+        return Qu @ U, S, Qv @ V
 
 
 def beside(*blocks: LowRank) -> LowRank:
@@ -197,12 +198,6 @@ def stack(first: LowRank, second: LowRank) -> LowRank:
     parts = ((first.U, second.U), (first.S, second.S), (first.V, second.V))
     paired = (pair(*part) for part in parts)
     return LowRank(*(xp.reshape(x, (2 * x.shape[0], *x.shape[2:])) for x in paired))
-
-
-def orthonormal(X: Array) -> tuple[Array, Array]:
-    """QR decomposition of tall X (b, m, r), as that of `orthonormal_parts`."""
-    Q, T, R = orthonormal_parts(X)
-    return Q @ T, R
 
 
 def orthonormal_parts(X: Array) -> tuple[Array, Array, Array]:

@@ -109,6 +109,11 @@ class MLR(StoredOperator):
         )
 
     @property
+    def _widths(self) -> list[int]:
+        """Sizes of the small side of all stored matrices."""
+        return [self.tree.leaf_size, *(int(F.shape[-1]) for F in self.factors)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the stored numbers."""
         return nbytes(self.leaves, *self.factors)

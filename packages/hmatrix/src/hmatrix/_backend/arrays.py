@@ -19,6 +19,8 @@ __all__ = [
     "detach",
     "dtype_name",
     "is_array",
+    "is_writeable",
+    "multiply_into",
     "namespace",
     "real_part",
     "squares",
@@ -30,6 +32,7 @@ __all__ = [
 Array = Any  # an array of any supported library; the standard has no common type
 Namespace = Any
 _namespaces: dict[type, Namespace] = {}
+_names: dict[tuple[type, object], str] = {}
 
 FLOATS = ("float32", "float64")
 COMPLEX = ("complex64", "complex128")
@@ -61,10 +64,13 @@ def dtype_name(dtype: object) -> str:
     >>> dtype_name(np.dtype("float64")), dtype_name(np.float32), dtype_name("float32")
     ('float64', 'float32', 'float32')
     """
-    if isinstance(dtype, type):
-        return dtype.__name__
-    name = getattr(dtype, "name", None)
-    return name if isinstance(name, str) else str(dtype).rsplit(".", 1)[-1]
+    # by type first: dtypes of two libraries are not to be compared
+    key = type(dtype), dtype
+    if key not in _names:
+        name = getattr(dtype, "__name__" if isinstance(dtype, type) else "name", None)
+        known = isinstance(name, str)
+        _names[key] = str(name) if known else str(dtype).rsplit(".", 1)[-1]
+    return _names[key]
 
 
 def detach(x: Array) -> Array:
@@ -102,6 +108,15 @@ def adjoint(x: Array) -> Array:
     return conjugate(transpose(x))
 
 
+def is_writeable(x: Array) -> bool:
+    """Tell whether every number of ``x`` has a place of its own that may be written to."""
+    if array_api_compat.is_torch_array(x):
+        return bool(x.is_contiguous())
+    if array_api_compat.is_numpy_array(x):
+        return bool(x.flags.c_contiguous and x.flags.writeable)
+    return array_api_compat.is_cupy_array(x) and bool(x.flags.c_contiguous)
+
+
 def squares(x: Array) -> Array:
     """Squares of absolute values, real."""
     if dtype_name(x.dtype) not in COMPLEX:
@@ -121,3 +136,16 @@ def subtract_product(x: Array, a: Array, b: Array) -> Array:
         return x.baddbmm_(a, b, alpha=-1)
     x -= a @ b
     return x
+
+
+def multiply_into(out: Array, a: Array, b: Array) -> None:
+    """Write ``a @ b`` (batches of matrices) into ``out``, which is neither of them."""
+    if type(out) is np.ndarray:
+        np.matmul(a, b, out=out)
+    elif array_api_compat.is_cupy_array(out) or (
+        array_api_compat.is_torch_array(out)
+        and not any(x.requires_grad for x in (out, a, b))
+    ):
+        namespace(out).matmul(a, b, out=out)
+    else:
+        out[...] = a @ b

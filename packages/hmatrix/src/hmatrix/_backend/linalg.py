@@ -9,7 +9,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from .arrays import Array, adjoint, namespace
+from .arrays import Array, adjoint, multiply_into, namespace, transpose
 from .batched import householder_qr, in_turn
 from .gradients import wants_gradient
 from .space import Space, contiguous
@@ -28,6 +28,9 @@ __all__ = [
     "svd",
     "unscaled_norm",
 ]
+
+#: Matrices of a batch from which on a loop over their rows is faster than one over them.
+MANY = 64
 
 
 def frobenius(x: Array) -> Array:
@@ -188,7 +191,7 @@ def cholesky(a: Array, *, sure: bool = False) -> Array | None:
             factor, info = xp.linalg.cholesky_ex(a)
         return None if not sure and bool(xp.any(info != 0)) else factor
     try:
-        with nullcontext() if sure else _raising(a):
+        with one_thread_if_small(a), nullcontext() if sure else _raising(a):
             return xp.linalg.cholesky(a)
     except np.linalg.LinAlgError:
         return None
@@ -207,36 +210,39 @@ def _raising(a: Array) -> AbstractContextManager[Any]:
 def inverse_lower(a: Array) -> Array:
     """Inverse of lower triangular ``a`` (..., m, m)."""
     xp, space = namespace(a), Space.of(a)
-    eye = xp.broadcast_to(space.eye(a.shape[-1]), a.shape)
     if array_api_compat.is_torch_array(a):
+        eye = xp.broadcast_to(space.eye(a.shape[-1]), a.shape)
         with one_thread_if_small(a):
             return xp.linalg.solve_triangular(a, eye, upper=False)
-    m = int(a.shape[-1])
-    if m <= 4:
-        return _inverse_by_substitution(a)
-    if m % 2:
-        return xp.linalg.solve(a, eye)
-    # [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹BA⁻¹, C⁻¹]]: products in place of an LU
-    # decomposition that does not know of the zeros
-    h = m // 2
-    halves = inverse_lower(xp.stack([a[..., :h, :h], a[..., h:, h:]], axis=0))
-    A, C = halves[0, ...], halves[1, ...]
-    low = -(C @ (a[..., h:, :h] @ A))
-    top = xp.concat([A, xp.zeros_like(A)], axis=-1)
-    return xp.concat([top, xp.concat([low, C], axis=-1)], axis=-2)
+    out = space.zeros(*a.shape)
+    with one_thread_if_small(a):
+        _invert_lower(a, out, many=math.prod(a.shape[:-2]) >= MANY)
+    return out
 
 
-def _inverse_by_substitution(a: Array) -> Array:
-    """Invert small lower triangular ``a`` (..., m, m), an entry of all at a time.
-
-    A call of LAPACK for each takes several times as long.
-    """
-    xp = namespace(a)
-    a = contiguous(xp.moveaxis(a, (-2, -1), (0, 1)))
-    x = xp.zeros_like(a)
-    for i in range(a.shape[0]):
-        x[i, i, ...] = 1 / a[i, i, ...]
-        for k in range(i):
-            x[i, : k + 1, ...] -= a[i, k, ...] * x[k, : k + 1, ...]
-        x[i, :i, ...] *= x[i, i, ...]
-    return contiguous(xp.moveaxis(x, (0, 1), (-2, -1)))
+def _invert_lower(a: Array, out: Array, many: bool) -> None:
+    """Write the inverse of ``a`` into ``out``, which is zero."""
+    xp, m = namespace(a), int(a.shape[-1])
+    if m > (8 if many else 32):
+        # [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹BA⁻¹, C⁻¹]]: products in place of an LU
+        # decomposition that does not know of the zeros
+        h = m // 2
+        top, low = out[..., :h, :h], out[..., h:, h:]
+        _invert_lower(a[..., :h, :h], top, many)
+        _invert_lower(a[..., h:, h:], low, many)
+        multiply_into(out[..., h:, :h], low, -(a[..., h:, :h] @ top))
+    elif not many:
+        # an upper triangular one has no pivots to look for, which would cost digits
+        out[...] = transpose(xp.linalg.inv(transpose(a)))
+    else:
+        # row by row for all matrices at once, their numbers next to each other: a call of
+        # LAPACK for each takes four times as long
+        rows = contiguous(xp.moveaxis(a, (-2, -1), (0, 1)))
+        found = xp.moveaxis(out, (-2, -1), (0, 1))
+        x = xp.zeros_like(rows)
+        for i in range(m):
+            x[i, i, ...] = 1 / rows[i, i, ...]
+            if i:
+                known = xp.sum(rows[i, :i, None, ...] * x[:i, :i, ...], axis=0)
+                x[i, :i, ...] = -x[i, i, ...] * known
+        found[...] = x

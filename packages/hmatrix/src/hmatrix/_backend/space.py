@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import array_api_compat
@@ -50,6 +51,8 @@ class Space:
     @classmethod
     def of(cls, x: Array) -> Space:
         """Return the space of an array."""
+        if type(x) is np.ndarray:  # asked thousands of times for a matrix
+            return _of_numpy(x.dtype)
         return cls(namespace(x), x.dtype, array_api_compat.device(x))
 
     @classmethod
@@ -183,6 +186,12 @@ class Space:
             shape, dtype=np.float32 if self.name == "float32" else np.float64
         )
         return self.xp.asarray(drawn, device=self.device)
+
+
+@cache
+def _of_numpy(dtype: Any) -> Space:
+    x = np.empty(0, dtype)
+    return Space(namespace(x), dtype, array_api_compat.device(x))
 
 
 def library(x: Array) -> str:

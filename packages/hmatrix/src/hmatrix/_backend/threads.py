@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from functools import cache
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ __all__ = [
     "default_workers",
     "in_threads",
     "one_blas_thread",
+    "one_blas_thread_if_narrow",
     "one_thread_if_small",
 ]
 
@@ -53,13 +54,47 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
 
 
-def one_blas_thread() -> AbstractContextManager[Any]:
-    """Hold BLAS to one thread, where threads are at work already.
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Hold BLAS and LAPACK of NumPy to one thread.
 
-    OpenBLAS's own would be too many, and spin on the processors that others need.
+    For batches of small or narrow matrices, and where threads of ours are at work.
+    OpenBLAS's meet at a barrier in every product, and wait for it spinning: on two
+    processors that have other work too, H @ B of 20 columns at n = 65536 takes 6 s, by one
+    thread 0.06 s.
     """
-    limited: AbstractContextManager[Any] = _blas().limit(limits=1)
-    return limited
+    # the count is global, and the last to leave gives it back
+    with _held.lock:
+        if not _held.times:
+            _held.limiter = _blas().limit(limits=1)
+        _held.times += 1
+    try:
+        yield
+    finally:
+        with _held.lock:
+            _held.times -= 1
+            if not _held.times:
+                _held.limiter.restore_original_limits()
+
+
+class _Held:
+    """How many hold BLAS to one thread at this time."""
+
+    def __init__(self) -> None:
+        self.lock, self.times, self.limiter = threading.Lock(), 0, None
+
+
+_held: Any = _Held()
+
+
+def one_blas_thread_if_narrow(
+    space: Space, *widths: int
+) -> AbstractContextManager[None]:
+    """Hold BLAS to one thread if NumPy multiplies matrices no wider than these."""
+    small = max(widths, default=0) <= SINGLE_THREAD_SIZE
+    if small and not _held.times and array_api_compat.is_numpy_namespace(space.xp):
+        return one_blas_thread()
+    return nullcontext()
 
 
 def in_threads(
@@ -75,21 +110,24 @@ def in_threads(
         return [finished.result() for finished in runs]
 
 
-@contextmanager
-def one_thread_if_small(x: Array) -> Iterator[None]:
-    """Work on batches of small or narrow matrices on one thread.
+def one_thread_if_small(x: Array) -> AbstractContextManager[None]:
+    """Decompose batches of small or narrow matrices on one thread.
 
     LAPACK meets a barrier at every few columns. On a machine with other work each can
     cost a time slice: 36 ms for the eigenvalues of one 40×40 matrix on two threads of
     torch with MKL, 0.1 ms on one.
     """
-    if not array_api_compat.is_torch_array(x) or x.device.type != "cpu":
-        yield
-        return
-    torch = namespace(x)
+    if not array_api_compat.is_torch_array(x):
+        return one_blas_thread_if_narrow(Space.of(x), min(x.shape[-2:]))
+    small = x.device.type == "cpu" and min(x.shape[-2:]) <= SINGLE_THREAD_SIZE
+    return _one_torch_thread(namespace(x)) if small else nullcontext()
+
+
+@contextmanager
+def _one_torch_thread(torch: Any) -> Iterator[None]:
     with _thread_count_lock:  # the count is global
         threads = torch.get_num_threads()
-        if threads == 1 or min(x.shape[-2:]) > SINGLE_THREAD_SIZE:
+        if threads == 1:
             yield
             return
         torch.set_num_threads(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from hmatrix._backend import Array, adjoint
+from hmatrix._backend import Array, adjoint, one_blas_thread_if_narrow
 from hmatrix._checks import check_kind
 from hmatrix._operator import operation
 from hmatrix.arithmetic.assembly import Terms, assemble, estimate_norm
@@ -65,15 +65,16 @@ def matmul(
     """
     check_kind("H", H, HODLR)
     check_match(H, G)
-    product = assemble(
-        H.tree,
-        H.leaves @ G.leaves,
-        _terms(H, G),
-        size=estimate_norm(lambda x: H._apply(G._apply(x)), H.tree, H.space),
-        rtol=rtol,
-        max_rank=max_rank,
-        symmetric=H is G and H.symmetric,
-    )
+    with one_blas_thread_if_narrow(H.space, *H._widths, *G._widths):
+        product = assemble(
+            H.tree,
+            H.leaves @ G.leaves,
+            _terms(H, G),
+            size=estimate_norm(lambda x: H._apply(G._apply(x)), H.tree, H.space),
+            rtol=rtol,
+            max_rank=max_rank,
+            symmetric=H is G and H.symmetric,
+        )
     return replace(product, error=after(product_error(product, H, G), product.error))
 
 

@@ -6,7 +6,15 @@ import math
 
 import numpy as np
 
-from hmatrix._backend import Array, Space, adjoint, conjugate, frobenius, namespace
+from hmatrix._backend import (
+    Array,
+    Space,
+    adjoint,
+    conjugate,
+    frobenius,
+    namespace,
+    one_blas_thread_if_narrow,
+)
 from hmatrix._checks import ToleranceError, check_norm
 from hmatrix._operator import real_rows
 from hmatrix.construct.blocks import Blocks, Function, masked, pieces
@@ -34,61 +42,65 @@ def build(
     near: list[Near] | None = None,
 ) -> HODLR:
     """Build the matrix of a function of labels, which are in the order of the leaves."""
-    rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
-    real = None
-    if tree.padded > tree.n:
-        real = real_rows(tree, space)
-    leaves = diagonal_blocks(function, labels, real, tree, space)
-    squares = check_norm(float(frobenius(leaves)), space) ** 2
-    if symmetric is None:
-        symmetric = looks_hermitian(function, labels, leaves, seed)
-    # of each side of the diagonal, for each level, batches of blocks with their errors
-    sides: list[list[list[Found]]] = [[] for _ in range(1 if symmetric else 2)]
-    blocks = [
-        blocks_of(function, labels, real, tree, level, space, near)
-        for level in range(tree.levels)
-    ]
-    once = together(blocks)
-    pivots: list[list[Pivots]] = [[] for _ in sides]
-    for level in reversed(range(tree.levels)):
-        # by what is known of the norm so far: too strict at first, and mended at the end
-        known = max(rtol * math.sqrt(squares), atol)
-        if level + 1 == once:
-            tails = [block_tolerance(tree, k, known) / 4 for k in range(once)]
-            pivots[0] = search(blocks[:once], tails, max_rank, seed)
-            if not symmetric:
-                mirrored = [x.lower for x in blocks[:once]]
-                pivots[1] = search(mirrored, tails, max_rank, seed)
-        tolerance = block_tolerance(tree, level, known)
-        both = (blocks[level], blocks[level].lower)
-        for side, which, found in zip(sides, both, pivots, strict=False):
-            first = found[level] if found else None
-            parts = approximate(which, tolerance, max_rank, seed, first)
-            side.insert(0, parts)
-            for block, _ in parts:
-                squares += float(frobenius(block.S)) ** 2 * (2 if symmetric else 1)
-        check_norm(math.sqrt(squares), space)
-    norm = math.sqrt(squares)
-    total = max(rtol * norm, atol)
-    square, trimmed = 0.0, []
-    for side in sides:
-        out = []
-        for level, parts in enumerate(side):
-            block, lost = joined(parts, block_tolerance(tree, level, total), max_rank)
-            parts.clear()
-            out.append(block)
-            square += lost * (2 if symmetric else 1)
-        trimmed.append(tuple(out))
-    reached = math.sqrt(square)
-    if max_rank is None and not reached <= total:
-        msg = (
-            f"The error is {reached / norm:.3g} of the norm by the estimate, "
-            f"{total / norm:.3g} was asked for: entries may be too rough or too noisy for "
-            "low rank. Use a larger `rtol`, another order of the rows, or a `max_rank`."
-        )
-        raise ToleranceError(msg, total / norm, reached / norm)
-    lower = None if symmetric else trimmed[1]
-    return HODLR(tree, leaves, trimmed[0], lower, reached / norm if norm else 0.0)
+    # some blocks at a time, which are small
+    with one_blas_thread_if_narrow(space):
+        rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
+        real = None
+        if tree.padded > tree.n:
+            real = real_rows(tree, space)
+        leaves = diagonal_blocks(function, labels, real, tree, space)
+        squares = check_norm(float(frobenius(leaves)), space) ** 2
+        if symmetric is None:
+            symmetric = looks_hermitian(function, labels, leaves, seed)
+        # of each side of the diagonal, for each level, batches of blocks with their errors
+        sides: list[list[list[Found]]] = [[] for _ in range(1 if symmetric else 2)]
+        blocks = [
+            blocks_of(function, labels, real, tree, level, space, near)
+            for level in range(tree.levels)
+        ]
+        once = together(blocks)
+        pivots: list[list[Pivots]] = [[] for _ in sides]
+        for level in reversed(range(tree.levels)):
+            # by what is known of the norm so far: too strict at first, and mended at the end
+            known = max(rtol * math.sqrt(squares), atol)
+            if level + 1 == once:
+                tails = [block_tolerance(tree, k, known) / 4 for k in range(once)]
+                pivots[0] = search(blocks[:once], tails, max_rank, seed)
+                if not symmetric:
+                    mirrored = [x.lower for x in blocks[:once]]
+                    pivots[1] = search(mirrored, tails, max_rank, seed)
+            tolerance = block_tolerance(tree, level, known)
+            both = (blocks[level], blocks[level].lower)
+            for side, which, found in zip(sides, both, pivots, strict=False):
+                first = found[level] if found else None
+                parts = approximate(which, tolerance, max_rank, seed, first)
+                side.insert(0, parts)
+                for block, _ in parts:
+                    squares += float(frobenius(block.S)) ** 2 * (2 if symmetric else 1)
+            check_norm(math.sqrt(squares), space)
+        norm = math.sqrt(squares)
+        total = max(rtol * norm, atol)
+        square, trimmed = 0.0, []
+        for side in sides:
+            out = []
+            for level, parts in enumerate(side):
+                block, lost = joined(
+                    parts, block_tolerance(tree, level, total), max_rank
+                )
+                parts.clear()
+                out.append(block)
+                square += lost * (2 if symmetric else 1)
+            trimmed.append(tuple(out))
+        reached = math.sqrt(square)
+        if max_rank is None and not reached <= total:
+            msg = (
+                f"The error is {reached / norm:.3g} of the norm by the estimate, "
+                f"{total / norm:.3g} was asked for: entries may be too rough or too noisy for "
+                "low rank. Use a larger `rtol`, another order of the rows, or a `max_rank`."
+            )
+            raise ToleranceError(msg, total / norm, reached / norm)
+        lower = None if symmetric else trimmed[1]
+        return HODLR(tree, leaves, trimmed[0], lower, reached / norm if norm else 0.0)
 
 
 def blocks_of(

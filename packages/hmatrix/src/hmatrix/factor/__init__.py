@@ -7,6 +7,7 @@ small factorization.
 
 from __future__ import annotations
 
+from hmatrix._backend import one_blas_thread_if_narrow
 from hmatrix._checks import (
     NotPositiveDefiniteError,
     check_choice,
@@ -34,7 +35,11 @@ __all__ = [
 
 
 def factorize(
-    H: HODLR | MLR, shift: float = 0.0, *, method: str = "auto"
+    H: HODLR | MLR,
+    shift: float = 0.0,
+    *,
+    method: str = "auto",
+    overwrite: bool = False,
 ) -> Factorization:
     """Factorize ``H + shift·I``.
 
@@ -56,6 +61,13 @@ def factorize(
 
         "auto" takes the first of these that applies and keeps the digits. An `MLR` has
         one method.
+    overwrite : bool
+        Let "cholesky" write the factor over the arrays of ``H``, as SciPy's
+        ``overwrite_a``: matrix and factor are never in memory both. ``H`` raises
+        `OverwrittenError` afterwards, even if the factorization fails; so do
+        refinement, which needs it, and `save`. What shares memory with its leaves is
+        overwritten too. "auto" does not go on to another method then, and other methods
+        leave ``H`` as it is.
 
     Returns
     -------
@@ -80,7 +92,7 @@ def factorize(
         radius below 1 makes its sign right.
     ValueError
         If ``method`` is not one of these, or is "cholesky" for a matrix that is not
-        stored as Hermitian.
+        stored as Hermitian; or if tensors that want gradients are to be overwritten.
 
     Notes
     -----
@@ -121,18 +133,22 @@ def factorize(
     True
     """
     check_kind("H", H, HODLR, MLR)
-    if isinstance(H, MLR):
-        check_choice("method", method, ("auto",))
-        return MLRFactorization(H, shift)
     methods = ("auto", "cholesky", "inversion", "orthogonal")
-    method = check_choice("method", method, methods)
+    check_choice("method", method, methods if isinstance(H, HODLR) else ("auto",))
+    with one_blas_thread_if_narrow(H.space, *H._widths):
+        if isinstance(H, MLR):
+            return MLRFactorization(H, shift)
+        return _factorize(H, shift, method, overwrite)
+
+
+def _factorize(H: HODLR, shift: float, method: str, overwrite: bool) -> Factorization:
     if method == "orthogonal":
         return HODLROrthogonal(H, shift)
     if method == "cholesky" or (method == "auto" and has_cholesky(H)):
         try:
-            return HODLRCholesky(H, shift)
+            return HODLRCholesky(H, shift, overwrite=overwrite)
         except NotPositiveDefiniteError:
-            if method == "cholesky":
+            if method == "cholesky" or overwrite:
                 raise
     if method == "inversion":
         return HODLRFactorization(H, shift)

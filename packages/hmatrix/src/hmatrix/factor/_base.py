@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from functools import wraps
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from hmatrix._backend import (
     Space,
     detach,
     nbytes,
+    one_blas_thread_if_narrow,
     wants_gradient,
     without_gradients,
 )
@@ -31,7 +33,17 @@ from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 from hmatrix.tree import ClusterTree
 
-__all__ = ["Factorization", "cleared", "has_gradients", "shifted_leaves", "take_array"]
+__all__ = [
+    "Factorization",
+    "cleared",
+    "has_gradients",
+    "narrow",
+    "shifted_leaves",
+    "take_array",
+]
+
+Fact = TypeVar("Fact", bound="Factorization")
+Result = TypeVar("Result")
 
 #: Random vectors that an inverse is tried on. Of four, a Frobenius norm of 1 is taken for
 #: 0.02 with a probability of 2e-7, for 1e-4 with one of 1e-17.
@@ -322,6 +334,21 @@ class Factorization(ABC):
         )
 
 
+def narrow(
+    method: Callable[[Fact], Result],
+) -> Callable[[Fact], Result]:
+    """Hold BLAS to one thread in a method, if the factorization is of narrow arrays."""
+
+    @wraps(method)
+    def held(self: Fact) -> Result:
+        arrays = [x for x in self._arrays().values() if len(x.shape) > 1]
+        sides = (min(int(size) for size in x.shape[-2:]) for x in arrays)
+        with one_blas_thread_if_narrow(self.space, *sides):
+            return method(self)
+
+    return held
+
+
 def has_gradients(H: HODLR) -> bool:
     """Tell whether a matrix has tensors that want gradients."""
     parts = (x for b in (*H.upper, *(H.lower or ())) for x in (b.U, b.S, b.V))
@@ -363,10 +390,12 @@ def shifted_leaves(
     Identity in the padded rows keeps them apart from the others and out of the
     determinant.
     """
-    space, leaves = Space.of(leaves), leaves[which, ...]
-    xp, m = space.xp, tree.leaf_size
+    space, m = Space.of(leaves), tree.leaf_size
+    xp, leaves = space.xp, space.asarray(leaves[which, ...], copy=True)
     rows = xp.reshape(places("rows", tree, space), (-1, m))
     real = rows[which, :] < tree.n
     added = xp.full(real.shape, shift, dtype=space.dtype, device=space.device)
     added = xp.where(real, added, xp.ones_like(added))
-    return leaves + added[:, :, None] * space.eye(m)
+    flat = xp.reshape(leaves, (-1, m * m))
+    flat[:, :: m + 1] += added
+    return xp.reshape(flat, leaves.shape)

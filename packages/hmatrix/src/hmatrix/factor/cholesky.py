@@ -12,13 +12,17 @@ from hmatrix._backend import (
     contiguous,
     detach,
     inverse_lower,
+    is_writeable,
     known_gradients,
+    multiply_into,
+    namespace,
 )
 from hmatrix._operator import unpad_rows
 from hmatrix.factor._base import (
     Factorization,
     cleared,
     has_gradients,
+    narrow,
     shifted_leaves,
     take_array,
 )
@@ -30,7 +34,7 @@ from hmatrix.factor.symmetric import (
     logdet_of_cholesky,
 )
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import orthonormal
+from hmatrix.lowrank import LowRank, orthonormal_parts
 
 __all__ = ["HODLRCholesky", "has_cholesky"]
 
@@ -40,61 +44,83 @@ class HODLRCholesky(Factorization):
 
     matrix: HODLR
     _refinements: ClassVar[int] = 0
+    _overwritten = False
 
-    def __init__(self, H: HODLR, shift: float = 0.0) -> None:
+    def __init__(
+        self, H: HODLR, shift: float = 0.0, *, overwrite: bool = False
+    ) -> None:
         super().__init__(H, shift)
         _check(H)
         differentiable = has_gradients(H)
+        if differentiable and overwrite:
+            msg = "`overwrite` must be False for tensors that want gradients; detach them."
+            raise ValueError(msg)
         H = H.map(detach) if differentiable else H
         # what is singular to working precision is left to other methods
         pivot = 10 * self.space.eps
         xp, tree = self.space.xp, self.tree
         eye = self.space.eye
         logs: dict[tuple[int, int], Array] = {}  # by level and first node
-
-        def leaf(which: slice) -> Array:
-            leaves = shifted_leaves(tree, H.leaves, self.shift, which)
-            what, first = (tree.levels, "leaf"), which.start
-            L = checked_cholesky(leaves, *what, self.shift, pivot=pivot, first=first)
-            logs[tree.levels, first] = logdet_of_cholesky(L)
-            return L
+        leaves, upper = H.leaves, [_narrow(block) for block in H.upper]
+        # memory for the factor, which may be that of the matrix
+        halves, bases = leaves, []
+        if not overwrite or not is_writeable(leaves):
+            halves = self.space.zeros(*leaves.shape)
+        if overwrite:
+            H._release()
+            self._overwritten = True
+        for level, block in enumerate(upper):
+            nodes, half, r = block.U.shape
+            if overwrite:  # each level goes before the next is copied
+                pairs = xp.stack([block.U, block.V], axis=1)
+                upper[level] = LowRank(pairs[:, 0, ...], block.S, pairs[:, 1, ...])
+            else:
+                pairs = self.space.zeros(nodes, 2, half, r)
+            bases.append(xp.reshape(pairs, (2 * nodes, half, r)))
+        width = sum(block.rank for block in upper)
 
         def columns(rows: slice) -> Array:
             """Rows of U in the first half of each node, of V in the second."""
-            parts = [rows_of_pair(block.U, block.V, rows) for block in H.upper]
-            if not parts:
-                return self.space.zeros(tree.padded, 0)
-            return cleared(xp.concat(parts, axis=-1), tree, rows)
+            x, done = self.space.zeros(rows.stop - rows.start, width), 0
+            for block in upper:
+                _put_rows(x[:, done : done + block.rank], block, rows)
+                done += block.rank
+            return cleared(x, tree, rows)
 
-        def core(level: int, first: int, columns: Array) -> tuple[Array, Array, Array]:
+        def leaf(which: slice) -> Array:
+            blocks = shifted_leaves(tree, leaves, self.shift, which)
+            what, first = (tree.levels, "leaf"), which.start
+            L = checked_cholesky(blocks, *what, self.shift, pivot=pivot, first=first)
+            logs[tree.levels, first] = logdet_of_cholesky(L)
+            return L
+
+        def core(
+            level: int, first: int, columns: Array, out: Array
+        ) -> tuple[Array, Array, Array]:
             """Factor ``[[I, B], [Bᴴ, I]]``, ``B = Q₁ K Q₂ᴴ``."""
-            half, r = tree.size(level + 1), columns.shape[-1]
-            nodes = columns.shape[0] // (2 * half)
-            halves = xp.reshape(contiguous(columns), (2 * nodes, half, r))
+            nodes, r = columns.shape[0] // 2, columns.shape[-1]
             if not r:
                 none = self.space.zeros(nodes, 0, 0)
-                return halves, none, none
+                return out, none, none
             # Orthonormal bases keep the core as well conditioned as the node, whatever
             # the scales of U and V
-            Q, R = orthonormal(halves)
-            R = xp.reshape(R, (nodes, 2, *R.shape[1:]))
-            S = H.upper[level].S[first : first + nodes, None, :]
-            K = (R[:, 0, :, :] * xp.astype(S, R.dtype, copy=False)) @ adjoint(
-                R[:, 1, :, :]
-            )
-            one = xp.zeros_like(K) + eye(K.shape[-1])
-            top = xp.concat([one, K], axis=-1)
-            bottom = xp.concat([adjoint(K), one], axis=-1)
-            small = xp.concat([top, bottom], axis=-2)
+            Q, T, R = orthonormal_parts(contiguous(columns))
+            multiply_into(out, Q, T)
+            R = xp.reshape(R, (nodes, 2, r, r))
+            S = xp.astype(upper[level].S[first : first + nodes, None, :], R.dtype)
+            K = (R[:, 0, :, :] * S) @ adjoint(R[:, 1, :, :])
+            small = self.space.zeros(nodes, 2 * r, 2 * r) + eye(2 * r)
+            small[:, :r, r:] = K
+            small[:, r:, :r] = adjoint(K)
             M = checked_cholesky(
                 small, level, "node", self.shift, pivot=pivot, first=first
             )
             logs[level, first] = logdet_of_cholesky(M)
-            return Q, M - eye(M.shape[-1]), inverse_lower(M) - eye(M.shape[-1])
+            X, Y = M - eye(2 * r), inverse_lower(M) - eye(2 * r)
+            return out, X, Y
 
-        widths = [block.rank for block in H.upper]
         self._factor = SymmetricFactor.build(
-            tree, self.space, widths, leaf, columns, core
+            tree, halves, bases, columns, leaf, core, sparing=overwrite
         )
         # in an order of its own, whichever thread was first
         self._logdet = sum(logs[key] for key in sorted(logs))
@@ -107,9 +133,10 @@ class HODLRCholesky(Factorization):
         """Return the inverse as an operator; nothing is formed."""
         return HODLRInverse(self)
 
+    @narrow
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,), in ``O(n r² K²)``."""
-        if has_gradients(self.matrix):
+        if self._has_gradients():
             # which has gradients of its own
             return HODLRFactorization(self.matrix, self.shift).inverse_diagonal()
         return unpad_rows(self._factor.inverse_diagonal(), self.tree)
@@ -120,7 +147,7 @@ class HODLRCholesky(Factorization):
         def solve(x: Array) -> Array:
             return factor.solve_adjoint(factor.solve(x))
 
-        if not has_gradients(self.matrix):
+        if not self._has_gradients():
             return solve(x)
         # a step of refinement: dy = A⁻¹ (dx − dA y)
         y = solve(detach(x))
@@ -128,8 +155,11 @@ class HODLRCholesky(Factorization):
         step = solve(detach(residual))
         return y + known_gradients(step, lambda g: [solve(g)], [residual])
 
+    def _has_gradients(self) -> bool:
+        return not self._overwritten and has_gradients(self.matrix)
+
     def _symmetric_factor(self) -> SymmetricFactor:
-        if has_gradients(self.matrix):
+        if self._has_gradients():
             msg = (
                 "The symmetric factor W has gradients to vectors alone, not to the matrix; "
                 "factorize detached tensors (‖W⁻¹x‖² is xᴴ solve(x), which has both)."
@@ -141,7 +171,6 @@ class HODLRCholesky(Factorization):
         factor = self._factor
         arrays = {
             "logdet": self._logdet,
-            "leaves": factor.leaves,
             "inverse_leaves": factor.inverse_leaves,
         }
         for name in ("bases", "cores", "inverse_cores"):
@@ -166,7 +195,6 @@ class HODLRCholesky(Factorization):
             for name in ("cores", "inverse_cores")
         )
         self._factor = SymmetricFactor(
-            take_array(arrays, "leaves", leaf),
             take_array(arrays, "inverse_leaves", leaf),
             bases,
             cores,
@@ -188,16 +216,28 @@ def _check(H: HODLR) -> None:
         raise ValueError(msg)
 
 
-def rows_of_pair(U: Array, V: Array, rows: slice) -> Array:
-    """Return padded rows (rows, r) of a level's blocks, U and V (2**k, half, r).
+def _narrow(block: LowRank) -> LowRank:
+    """Return blocks whose factors have no more columns than rows."""
+    half = int(block.U.shape[1])
+    if block.rank <= half:
+        return block
+    xp, eye = Space.of(block.U).xp, Space.of(block.U).eye(half)
+    S = xp.ones_like(block.S[:, :half])
+    return LowRank(block.to_dense(), S, xp.broadcast_to(eye, block.shape))
+
+
+def _put_rows(x: Array, block: LowRank, rows: slice) -> None:
+    """Write padded rows of a level's blocks into x (rows, r).
 
     The rows are some whole nodes, or lie in one half of a node.
     """
-    half, size = int(U.shape[1]), rows.stop - rows.start
+    half, size = int(block.U.shape[1]), rows.stop - rows.start
     node, begin = divmod(rows.start, 2 * half)
     if size < 2 * half:
         side, begin = divmod(begin, half)
-        return (V if side else U)[node, begin : begin + size, :]
-    nodes = slice(node, node + size // (2 * half))
-    pair = Space.of(U).xp.stack([U[nodes, ...], V[nodes, ...]], axis=1)
-    return Space.of(U).xp.reshape(pair, (size, U.shape[-1]))
+        x[...] = (block.V if side else block.U)[node, begin : begin + size, :]
+    else:
+        nodes = slice(node, node + size // (2 * half))
+        pairs = namespace(x).reshape(x, (size // (2 * half), 2, half, block.rank))
+        pairs[:, 0, ...] = block.U[nodes, ...]
+        pairs[:, 1, ...] = block.V[nodes, ...]

@@ -21,7 +21,13 @@ from hmatrix._backend import (
 from hmatrix._checks import DTypeError, SingularBlockError, SingularLeafError
 from hmatrix._operator import Operator, real_rows, unpad_rows
 from hmatrix.arithmetic import Terms
-from hmatrix.factor._base import Factorization, cleared, shifted_leaves, take_array
+from hmatrix.factor._base import (
+    Factorization,
+    cleared,
+    narrow,
+    shifted_leaves,
+    take_array,
+)
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, pair, stack
 
@@ -87,6 +93,7 @@ class HODLRFactorization(Factorization):
         # that of a Hermitian matrix is real, to rounding
         return math.copysign(1.0, sign.real)
 
+    @narrow
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,), in ``O(n r² K)`` if symmetric.
 

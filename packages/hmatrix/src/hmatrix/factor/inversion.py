@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from hmatrix._backend import one_blas_thread_if_narrow
 from hmatrix._checks import check_kind
 from hmatrix.arithmetic import (
     after,
@@ -118,15 +119,16 @@ def inverse(
         if rtol is None and max_rank is None:
             return X  # type: ignore[no-any-return]
         return truncate(X, rtol=rtol, max_rank=max_rank)  # type: ignore[no-any-return]
-    leaves, terms = F._terms()
-    stored = assemble(
-        F.tree,
-        leaves,
-        terms,
-        size=estimate_norm(F._apply, F.tree, F.space),
-        rtol=rtol,
-        max_rank=max_rank,
-        symmetric=F.symmetric,
-    )
+    with one_blas_thread_if_narrow(F.space, *F.matrix._widths):
+        leaves, terms = F._terms()
+        stored = assemble(
+            F.tree,
+            leaves,
+            terms,
+            size=estimate_norm(F._apply, F.tree, F.space),
+            rtol=rtol,
+            max_rank=max_rank,
+            symmetric=F.symmetric,
+        )
     error = after(inverse_error(stored, F.matrix), stored.error)
     return replace(stored, error=error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 
-from hmatrix._backend import Array, adjoint, inverse_lower
+from hmatrix._backend import Array, adjoint, contiguous, inverse_lower
 from hmatrix._operator import real_rows
 from hmatrix.factor._base import Factorization, shifted_leaves, take_array
 from hmatrix.factor.symmetric import (
@@ -76,6 +76,7 @@ class MLRFactorization(Factorization):
         # made when first asked for: the inverse does not need it
         xp, tree, sign = self.space.xp, self.tree, self.matrix.sign
         parts = self._columns()
+        bases = [self.space.asarray(F, copy=True) for F in self.matrix.factors]
 
         def leaf(which: slice) -> Array:
             leaves = shifted_leaves(tree, self.matrix.leaves, self.shift, which)
@@ -83,25 +84,26 @@ class MLRFactorization(Factorization):
             return checked_cholesky(leaves, *what, self.shift, first=first)
 
         def columns(rows: slice) -> Array:
-            if not parts:
-                return self.space.zeros(tree.padded, 0)
             return xp.concat([part[rows, :] for part in parts], axis=-1)
 
-        def core(level: int, first: int, columns: Array) -> tuple[Array, Array, Array]:
+        def core(
+            level: int, first: int, columns: Array, out: Array
+        ) -> tuple[Array, Array, Array]:
             """Factor ``I ± F Fᴴ`` by ``R Rᴴ = I ± Fᴴ F`` without a QR decomposition.
 
             ``X = ±(I + R)⁻¹`` solves ``X + Xᴴ + X Fᴴ F Xᴴ = ±I``.
             """
-            rows, r = tree.size(level), columns.shape[-1]
-            F = xp.reshape(columns, (columns.shape[0] // rows, rows, r))
+            F = contiguous(columns)
+            out[...] = F
             eye = self.space.eye(F.shape[-1])
             small = eye + sign * (adjoint(F) @ F)
             R = checked_cholesky(small, level, "node", self.shift, first=first)
             X = inverse_lower(eye + R)
             return F, sign * X, -sign * (adjoint(X) @ inverse_lower(R))
 
-        widths = [int(part.shape[1]) for part in parts]
-        return SymmetricFactor.build(tree, self.space, widths, leaf, columns, core)
+        # copies, to be written over: what is recorded stays so
+        memory = self.space.asarray(self.matrix.leaves, copy=True)
+        return SymmetricFactor.build(tree, memory, bases, columns, leaf, core)
 
     def _symmetric_factor(self) -> SymmetricFactor:
         return self._factor

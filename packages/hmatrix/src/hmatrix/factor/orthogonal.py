@@ -26,6 +26,7 @@ from hmatrix.factor._base import (
     Factorization,
     cleared,
     has_gradients,
+    narrow,
     shifted_leaves,
     take_array,
 )
@@ -320,6 +321,7 @@ class HODLROrthogonal(Factorization):
             symmetric=self.matrix.symmetric,
         )
 
+    @narrow
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,), in ``O(n r² K³)``.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from threading import Lock
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from hmatrix._backend import (
     default_workers,
     in_threads,
     inverse_lower,
+    multiply_into,
     namespace,
     one_blas_thread,
     to_numpy,
@@ -28,16 +30,15 @@ from hmatrix.tree import ClusterTree
 
 __all__ = ["SymmetricFactor", "checked_cholesky", "logdet_of_cholesky"]
 
-#: Q, X and Y of some nodes of a level.
-Term = tuple[Array, Array, Array]
-#: From level, number of the first node and columns of some nodes (rows, r) to their terms.
-Core = Callable[[int, int, Array], Term]
+#: From level, number of the first node, columns of some blocks (blocks, rows, r) and an
+#: array that is to hold Q to Q, X and Y of their nodes.
+Core = Callable[[int, int, Array, Array], tuple[Array, Array, Array]]
 #: From numbers of rows or leaves to what belongs to them.
 Part = Callable[[slice], Array]
 #: Bytes of columns, on the host, that stay in the cache, and that are worth a thread.
-CACHE, SMALL = 2**24, 2**20
-#: Bytes of columns that are updated at once.
-PIECE = 2**20
+CACHE, SMALL = 2**23, 2**20
+#: Bytes of columns that are updated, or made of leaves, at once.
+PIECE, LEAVES = 2**20, 2**22
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,15 +47,14 @@ class SymmetricFactor:
 
     Parameters
     ----------
-    leaves, inverse_leaves : array (2**K, m, m)
-        ``L``, lower triangular, and its inverse.
+    inverse_leaves : array (2**K, m, m)
+        ``L⁻¹``, lower triangular.
     bases : tuple of array (2**k or 2**(k+1), rows, r)
         ``Q_k``: one block for each node of level k, or one for each half of it.
     cores, inverse_cores : tuple of array (2**k, s, s)
         ``X_k``, and ``Y_k`` of ``T_k⁻¹ = I + Q_k Y_k Q_kᴴ``.
     """
 
-    leaves: Array
     inverse_leaves: Array
     bases: tuple[Array, ...]
     cores: tuple[Array, ...]
@@ -64,69 +64,122 @@ class SymmetricFactor:
     def build(
         cls,
         tree: ClusterTree,
-        space: Space,
-        widths: Sequence[int],
-        leaf: Part,
+        inverse_leaves: Array,
+        bases: Sequence[Array],
         columns: Part,
+        leaf: Part,
         core: Core,
+        *,
+        sparing: bool = False,
     ) -> SymmetricFactor:
         """Factor from the leaves to the root.
 
         Parameters
         ----------
-        tree, space
-            The halving; library, dtype and device.
-        widths
-            Columns r of each level.
-        leaf
-            Makes the Cholesky factors ``L`` of some leaves.
+        tree
+            The halving.
+        inverse_leaves : array (2**K, m, m)
+            Memory for ``L⁻¹``. What ``leaf`` is made of may lie in it.
+        bases : sequence of array (2**k or 2**(k+1), rows, r)
+            Memory for ``Q_k``. What ``columns`` is made of may lie in it.
         columns
             Gives some padded rows (rows, Σ r) of what the off-diagonal parts of all
             levels are made of.
+        leaf
+            Makes the Cholesky factors ``L`` of some leaves.
         core
             Makes the term of a level from its columns, everything below divided out.
+        sparing
+            Work on half as many rows at once, which takes a little longer.
         """
-        m, levels = tree.leaf_size, tree.levels
-        workers = default_workers(space)
-        top, low = subtrees(tree, sum(widths), space, workers)
-        found = Joined(space)
+        m, levels, space = tree.leaf_size, tree.levels, Space.of(inverse_leaves)
+        xp, widths = space.xp, [int(Q.shape[-1]) for Q in bases]
+        sizes = [Q.shape[0] // tree.nodes(k) * widths[k] for k, Q in enumerate(bases)]
+        cores, inverse_cores = (
+            [space.zeros(tree.nodes(k), s, s) for k, s in enumerate(sizes)]
+            for _ in range(2)
+        )
+        workers, share = default_workers(space), 2 if sparing else 1
+        recorded = any(map(wants_gradient, (inverse_leaves, *bases)))
+        # what is recorded is not worked on piece by piece
+        whole = recorded or not space.on_host
+        top, low = (
+            (0, 0) if whole else subtrees(tree, sum(widths), space, workers, share)
+        )
+        flat = [
+            xp.reshape(Q, (tree.padded, r)) for Q, r in zip(bases, widths, strict=True)
+        ]
 
-        def climb(x: Array, start: int, some: range, piece: int, pieces: int) -> Array:
-            """Take the terms of some levels out of rows x that begin at ``start``."""
+        def piece() -> Array:
+            """Memory for a thread's products, which is used again and again."""
+            return space.zeros(max(PIECE // space.itemsize, sum(widths)))
+
+        def term(level: int, start: int, stop: int, columns: Array | None) -> Any:
+            """Find the terms of a level in some rows, and return Q and Y."""
+            size = tree.size(level)
+            nodes = slice(start // size, stop // size)
+            halves = bases[level].shape[0] // tree.nodes(level)
+            Q = bases[level][nodes.start * halves : nodes.stop * halves, ...]
+            columns = Q if columns is None else xp.reshape(columns, Q.shape)
+            Q, X, Y = core(level, nodes.start, columns, Q)
+            cores[level][nodes, ...] = X
+            inverse_cores[level][nodes, ...] = Y
+            return Q, Y
+
+        def climb(start: int, stop: int, some: range, memory: Array) -> None:
+            """Take the terms of some levels out of rows whose columns lie in ``bases``."""
             for level in reversed(some):
-                rest = x.shape[1] - widths[level]
-                term = core(level, start // tree.size(level), x[:, rest:])
-                found.put(level, term, piece, pieces)
-                x = _update(term[0], term[2], x[:, :rest], owned=True)
-            return x
+                Q, Y = term(level, start, stop, None)
+                for x in flat[:level]:
+                    _add_update(Q, Y, x[start:stop, :], x.shape[1], memory)
 
-        def bottom(piece: int) -> Array:
-            """Factor the levels of one piece that stays in the cache."""
-            size, pieces = tree.size(low), tree.nodes(low)
-            rows = slice(piece * size, (piece + 1) * size)
-            L = leaf(slice(rows.start // m, rows.stop // m))
-            half = inverse_lower(L)
-            found.put(levels, (L, half), piece, pieces)
-            # the columns of all levels above go along: one product a level
-            x = _blocks_times(half, columns(rows))
-            return climb(x, rows.start, range(low, levels), piece, pieces)
+        def bottom(start: int, x: Array, memory: Array) -> None:
+            """Factor the levels of rows that stay in the cache; x is memory for them."""
+            step, width = x.shape[0] // m, x.shape[1]
+            if not whole:
+                most = max(1, LEAVES // (share * m * max(m, width) * space.itemsize))
+                step = min(step, 1 << most.bit_length() - 1)
+            for first in range(0, x.shape[0] // m, step):
+                stop = first + step
+                which = slice(start // m + first, start // m + stop)
+                half = inverse_lower(leaf(which))
+                inverse_leaves[which, ...] = half
+                if width:
+                    # the columns of all levels above go along: one product a level
+                    shape, rows = (stop - first, m, width), slice(first * m, stop * m)
+                    some = columns(slice(start + rows.start, start + rows.stop))
+                    out = xp.reshape(x[rows, :], shape)
+                    multiply_into(out, half, xp.reshape(some, shape))
+            for level in reversed(range(low, levels)):
+                done = sum(widths[:level])
+                own = x[:, done : done + widths[level]]
+                Q, Y = term(level, start, start + x.shape[0], own)
+                if whole:
+                    x = _update(Q, Y, x[:, :done])
+                else:
+                    _add_update(Q, Y, x, done, memory)
+            done = 0
+            for F in flat[:low]:
+                F[start : start + x.shape[0], :] = x[:, done : done + F.shape[1]]
+                done += F.shape[1]
 
-        def subtree(which: int) -> Array:
+        def subtree(which: int) -> None:
             """Factor the levels of one worker's rows."""
-            first, stop = (
-                k * tree.nodes(low) // tree.nodes(top) for k in (which, which + 1)
-            )
-            x = joined_rows([bottom(piece) for piece in range(first, stop)])
-            start = which * tree.size(top)
-            return climb(x, start, range(top, low), which, tree.nodes(top))
+            size, step = tree.size(top), tree.size(low)
+            x, memory = space.zeros(step, sum(widths)), piece()
+            for start in range(which * size, (which + 1) * size, step):
+                bottom(start, x, memory)
+            climb(which * size, (which + 1) * size, range(top, low), memory)
 
         with one_blas_thread() if workers > 1 else nullcontext():
-            x = joined_rows(in_threads(workers, subtree, range(tree.nodes(top))))
-            climb(x, 0, range(top), 0, 1)
-        terms = [found[level] for level in range(levels)]
-        bases, cores, inverses = zip(*terms, strict=True) if terms else ((), (), ())
-        diagonal, halves = found[levels]
-        return cls(diagonal, halves, bases, cores, inverses)
+            in_threads(workers, subtree, range(tree.nodes(top)))
+            climb(0, tree.padded, range(top), piece())
+        return cls(inverse_leaves, tuple(bases), tuple(cores), tuple(inverse_cores))
+
+    @cached_property
+    def leaves(self) -> Array:
+        """``L``, lower triangular, which only `apply` needs."""
+        return inverse_lower(self.inverse_leaves)
 
     def apply(self, x: Array) -> Array:
         """Return ``W x`` of a padded block."""
@@ -185,90 +238,70 @@ class SymmetricFactor:
 
 
 def subtrees(
-    tree: ClusterTree, width: int, space: Space, workers: int
+    tree: ClusterTree, width: int, space: Space, workers: int, share: int
 ) -> tuple[int, int]:
     """Return two levels: whose nodes are a worker's each, and whose fit into the cache.
 
-    ``width`` is that of the rows which are worked on.
+    ``width`` is that of the rows which are worked on; one in ``share`` of those that fit.
     """
     bytes_ = tree.padded * max(width, 1) * space.itemsize
 
     def level(pieces: int) -> int:
         return min(tree.levels, max(pieces - 1, 0).bit_length())
 
-    if not space.on_host:
-        return 0, 0
     top = level(min(workers, bytes_ // SMALL))
-    return top, max(top, level(-(-bytes_ // CACHE)))
+    return top, max(top, level(-(-bytes_ * share // CACHE)))
 
 
-def joined_rows(parts: Sequence[Array]) -> Array:
-    """Join rows (rows, q) that follow each other."""
-    return parts[0] if len(parts) == 1 else namespace(parts[0]).concat(parts, axis=0)
+def _update(Q: Array, X: Array, x: Array) -> Array:
+    """Return ``x + Q X Qᴴ x`` of each node, x (rows, q)."""
+    if not Q.shape[-1] or not x.shape[1]:
+        return x
+    xp = namespace(x)
+    y = xp.reshape(x, (*Q.shape[:2], x.shape[1]))
+    return x + xp.reshape(Q @ _inner(Q, X, y), x.shape)
 
 
-class Joined(dict[int, tuple[Array, ...]]):
-    """Arrays of all nodes of each level, from those of pieces that have equally many."""
+def _add_update(Q: Array, X: Array, x: Array, q: int, memory: Array) -> None:
+    """Add ``Q X Qᴴ x`` of each node to the first q columns of x (rows, width), in place.
 
-    def __init__(self, space: Space) -> None:
-        super().__init__()
-        self._space, self._lock = space, Lock()
-
-    def put(
-        self, level: int, parts: tuple[Array, ...], piece: int, pieces: int
-    ) -> None:
-        """Keep arrays of the nodes of one piece."""
-        if pieces == 1:
-            self[level] = parts
-            return
-        with self._lock:
-            if level not in self:
-                self[level] = tuple(
-                    self._space.zeros(pieces * x.shape[0], *x.shape[1:]) for x in parts
-                )
-        for whole, x in zip(self[level], parts, strict=True):
-            whole[piece * x.shape[0] : (piece + 1) * x.shape[0], ...] = x
-
-
-def _update(Q: Array, X: Array, x: Array, *, owned: bool = False) -> Array:
-    """Return ``x + Q X Qᴴ x`` of each node.
-
-    In the memory of ``x`` if that is ``owned``, on the host piece by piece: a product as
-    large as ``x`` would not stay in the cache, and new memory for it costs as much again.
+    What is in the other columns afterwards is of no use. Piece by piece, in ``memory``,
+    since a product as large as ``x`` would not stay in the cache; and in rows of full
+    width, which are one vector.
     """
-    (blocks, rows, r), q = Q.shape, x.shape[1]
+    (blocks, rows, r), width = Q.shape, x.shape[1]
     if not r or not q:
-        return x
-    space = Space.of(x)
-    xp, nodes = space.xp, X.shape[0]
-    halves = blocks // nodes
-
-    def inner(some: slice) -> Array:
-        """Return ``X Qᴴ x`` of some nodes."""
-        which = slice(some.start * halves, some.stop * halves)
-        y = xp.reshape(x, (blocks, rows, q))[which, ...]
-        small = adjoint(Q[which, ...]) @ y
-        small = X[some, ...] @ xp.reshape(small, (-1, X.shape[1], q))
-        return xp.reshape(small, (-1, r, q))
-
-    if not owned or not space.on_host or wants_gradient(x):
-        return x + xp.reshape(Q @ inner(slice(0, nodes)), x.shape)
-    piece = max(1, PIECE // (q * space.itemsize))
-    if rows < piece:
-        step = max(1, piece // (rows * halves))
-        for start in range(0, nodes, step):
-            some = slice(start, min(start + step, nodes))
+        return
+    xp, halves = namespace(x), blocks // X.shape[0]
+    y = xp.reshape(x[:, :q], (blocks, rows, q))
+    piece = int(memory.shape[0]) // width
+    memory = xp.reshape(memory[: piece * width], (piece, width))
+    if rows * halves <= piece:
+        step = piece // (rows * halves)
+        for node in range(0, X.shape[0], step):
+            some = slice(node, min(node + step, X.shape[0]))
             which = slice(some.start * halves, some.stop * halves)
-            y = Q[which, ...] @ inner(some)
-            x[which.start * rows : which.stop * rows, :] += xp.reshape(y, (-1, q))
-        return x
-    small = inner(slice(0, nodes))
+            part = slice(which.start * rows, which.stop * rows)
+            out = memory[: part.stop - part.start, :]
+            shape = (which.stop - which.start, rows, q)
+            small = _inner(Q[which, ...], X[some, ...], y[which, ...])
+            multiply_into(xp.reshape(out[:, :q], shape), Q[which, ...], small)
+            x[part, :] += out
+        return
+    small = _inner(Q, X, y)
     for block in range(blocks):
         for start in range(0, rows, piece):
             stop = min(start + piece, rows)
-            part = slice(block * rows + start, block * rows + stop)
-            x[part, :] += Q[block, start:stop, :] @ small[block, ...]
-    return x
+            out = memory[: stop - start, :]
+            multiply_into(out[:, :q], Q[block, start:stop, :], small[block, ...])
+            x[block * rows + start : block * rows + stop, :] += out
+
+
+def _inner(Q: Array, X: Array, y: Array) -> Array:
+    """Return ``X Qᴴ y`` of nodes, as rows for their blocks (blocks, r, q)."""
+    xp, (r, q) = namespace(y), (Q.shape[-1], y.shape[-1])
+    small = X @ xp.reshape(adjoint(Q) @ y, (-1, X.shape[1], q))
+    return xp.reshape(small, (-1, r, q))
 
 
 def _blocks_times(blocks: Array, x: Array) -> Array:
