@@ -81,3 +81,14 @@ def assert_in(x, like):
 def condition(A):
     """Return the 2-norm condition number of a dense matrix, at least 1."""
     return max(1.0, float(np.linalg.cond(A))) if A.size else 1.0
+
+
+def definite_matrix(n, rng, *, is_complex=False, smallest=0.3):
+    """Hermitian, eigenvalues from ``smallest``: kernel-like plus random."""
+    t = np.sort(rng.random(n))
+    B = rng.standard_normal((n, 3)) / np.sqrt(n)
+    if is_complex:
+        B = B + 1j * rng.standard_normal((n, 3)) / np.sqrt(n)
+    A = np.exp(-3 * abs(t[:, None] - t)) + B @ B.conj().T
+    A = (A + A.conj().T) / 2
+    return A + (smallest - min(0.0, np.linalg.eigvalsh(A)[0])) * np.eye(n)

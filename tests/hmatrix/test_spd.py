@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import hmatrix as hm
 from hmatrix.factor import symmetric
-from tests.helpers import assert_in, error_ratio, to_numpy
+from tests.helpers import assert_in, definite_matrix, error_ratio, to_numpy
 from tests.strategies import SEEDS, SIZES, make_samples
 
 DTYPES = ("float32", "float64", "complex64", "complex128")
@@ -18,17 +18,6 @@ DTYPES = ("float32", "float64", "complex64", "complex128")
 
 def rounding(dtype):
     return 1e-5 if dtype in ("float32", "complex64") else 1e-13
-
-
-def definite_matrix(n, rng, *, is_complex=False, smallest=0.3):
-    """Hermitian, eigenvalues from ``smallest``: kernel-like plus random."""
-    t = np.sort(rng.random(n))
-    B = rng.standard_normal((n, 3)) / np.sqrt(n)
-    if is_complex:
-        B = B + 1j * rng.standard_normal((n, 3)) / np.sqrt(n)
-    A = np.exp(-3 * abs(t[:, None] - t)) + B @ B.conj().T
-    A = (A + A.conj().T) / 2
-    return A + (smallest - min(0.0, np.linalg.eigvalsh(A)[0])) * np.eye(n)
 
 
 @st.composite
@@ -202,64 +191,6 @@ def test_a_factor_over_its_matrix_is_the_same(case):
     np.testing.assert_array_equal(G.inverse_diagonal(), F.inverse_diagonal())
     assert G.logdet() == F.logdet()
     assert (G.nbytes, G.shape) == (F.nbytes, F.shape)
-
-
-def test_overwriting_takes_the_memory_of_every_library(xp, rng):
-    A = definite_matrix(64, rng)
-    H = hm.from_dense(xp.asarray(A, "float64"), levels=2, rtol=1e-8, symmetric=True)
-    x = xp.asarray(rng.standard_normal(64), "float64")
-    exact = hm.factorize(H).solve(x)
-    leaves, before = H.leaves, to_numpy(H.leaves).copy()
-    F = hm.factorize(H, overwrite=True)
-    assert error_ratio(F.solve(x), to_numpy(exact)) < 1e-12
-    # the standard promises no memory to write to
-    taken = not np.array_equal(to_numpy(leaves), before)
-    assert taken == (xp.name != "array_api_strict")
-
-
-def test_an_overwritten_matrix_refuses_use(tmp_path, rng):
-    H = hm.from_dense(definite_matrix(32, rng), levels=2, symmetric=True)
-    b = rng.standard_normal(32)
-    F = hm.factorize(H, overwrite=True)
-    uses = (
-        lambda: H @ b,
-        lambda: H + H,
-        lambda: H.leaves,
-        lambda: hm.norm(H),
-        lambda: hm.factorize(H),
-        lambda: F.solve(b, refine=1),
-        lambda: F.solve(b, rtol=1e-12),
-        lambda: hm.inverse(F),
-        lambda: hm.save(tmp_path / "F.safetensors", F),
-    )
-    for use in uses:
-        with pytest.raises(hm.OverwrittenError, match="overwrite=False"):
-            use()
-    assert repr(H) == "HODLR(n=32, levels=2, overwritten)"
-    assert not hasattr(H, "no_such_thing")
-
-
-def test_what_cannot_be_overwritten_is_said_or_copied(rng):
-    bad = indefinite_node(0.5)
-    with pytest.raises(hm.NotPositiveDefiniteError):
-        hm.factorize(bad, overwrite=True)  # and not another method, of nothing
-    with pytest.raises(hm.OverwrittenError):
-        bad.diagonal()
-    eye = hm.identity(16, levels=2)
-    eye.leaves.flags.writeable = False
-    F = hm.factorize(eye, 1.0, overwrite=True)
-    assert F.logdet() == pytest.approx(16 * np.log(2))
-    A = rng.standard_normal((16, 16)) + 16 * np.eye(16)
-    H = hm.from_dense(A, levels=2)
-    F = hm.factorize(H, overwrite=True)  # by inversion
-    np.testing.assert_allclose(H @ F.solve(A[0]), A[0], rtol=1e-10)
-    torch = pytest.importorskip("torch")
-    wanting = hm.identity(16, levels=2, like=torch.ones(1)).map(
-        lambda x: x.clone().requires_grad_()
-    )
-    with pytest.raises(ValueError, match="`overwrite` must be False"):
-        hm.factorize(wanting, overwrite=True)
-    wanting.diagonal()
 
 
 def test_blocks_of_more_columns_than_rows_are_factorized(rng):
