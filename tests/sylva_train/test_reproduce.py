@@ -124,11 +124,12 @@ def test_rates_are_chosen_on_training_data_with_a_seed_of_their_own(
 
 def test_options_of_scoring_share_a_rate(home):
     shared = Plan(TABLES["table7"], {"a": setting(home)}, (0.5, 1.0))
-    assert len(shared.tuning()) == 2
+    methods = len(TABLES["table7"].methods)
+    assert len(shared.tuning()) == 2 * methods
     rows = {key: {"score": key[1]} for key in shared.tuning()}
     assert set(shared.rates(rows).values()) == {0.01}
     own = Plan(TABLES["table5"], {"a": setting(home)}, (0.5, 1.0))
-    assert len(own.tuning()) == 2 * 3
+    assert len(own.tuning()) == 2 * 3 * methods
 
 
 def test_lower_is_better_where_it_is(home):

@@ -77,12 +77,14 @@ TABLES = {
         Table(
             name="table5",
             title="Sensitivity to the block size",
+            methods=(SYLVA, NATURAL),
             option="block_size",
             values=(16, 64, 128),
         ),
         Table(
             name="table6",
             title="Sensitivity to the number of levels of the hierarchical factors",
+            methods=(SYLVA, NATURAL),
             option="levels",
             values=(4, 6, 8),
             fixed={"exact_below": 1},
@@ -90,6 +92,7 @@ TABLES = {
         Table(
             name="table7",
             title="Sensitivity to the number of samples that are scored",
+            methods=(SYLVA, NATURAL),
             option="samples",
             values=(128, 256, 1024),
         ),
