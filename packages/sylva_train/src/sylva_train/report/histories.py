@@ -113,7 +113,7 @@ def curve_panel(
         Label and value of methods without a history, drawn as a level.
     """
     names = [curve.label for curve in curves] + [label for label, _ in levels.values()]
-    right = 0.3 + 0.06 * max(len(shorten(name, 28)) for name in names)
+    right = 0.3 + 0.06 * max(len(shorten(name)) for name in names)
     figure, axes = frame(2.75, left=0.42, right=right)
     low, high = _limits(curves, [value for _, value in levels.values()])
     axes.set_ylim(low, high)
@@ -140,7 +140,7 @@ def curve_panel(
             lw=1,
             clip_on=False,
         )
-        axes.text(last * 1.075, height, shorten(label, 28), va="center", fontsize=8)
+        axes.text(last * 1.075, height, shorten(label), va="center", fontsize=8)
     return figure
 
 
