@@ -164,4 +164,4 @@ def test_an_error_in_one_process_stops_all(group):
     errors = list(found["damaged"])
     assert errors.pop(1).startswith("IndexError")
     for error in errors:
-        assert error.startswith("SylvaError: scoring stopped because process 1 failed")
+        assert error.startswith("SylvaError: stopped because process 1 failed")

@@ -37,12 +37,15 @@ def help_text(function: Callable[..., None]) -> str:
 
 
 def command(
-    *, omit: Collection[str] = (), **arguments: str
+    *, omit: Collection[str] = (), shared: bool = False, **arguments: str
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function a command; ``arguments`` are the help of its arguments."""
+    """Make a function a command; ``arguments`` are the help of its arguments.
+
+    Several processes may run one that is ``shared``, together.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        expanded = expand(function, omit=omit, arguments=arguments)
+        expanded = expand(function, omit=omit, shared=shared, arguments=arguments)
         name = function.__name__.removesuffix("_command")
         app.command(name, help=help_text(function))(expanded)
         return function

@@ -16,6 +16,7 @@ from sylva_train.options import GENERATION, SylvaOptions, TaskConfig, TrainingCo
 from . import printing
 from .frame import command
 from .options import column, columns, given
+from .processes import joined
 
 EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric", *GENERATION}
 
@@ -23,6 +24,7 @@ EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric", *GENERATION}
 @command(
     omit=EVALUATION
     | {"modules_to_save", "scope", "allocation", "max_columns", "spread"},
+    shared=True,
     output="The file to write, .safetensors.",
 )
 def score(
@@ -51,23 +53,26 @@ def score(
 
     from . import show
 
-    scores = score_file(
-        task,
-        SylvaConfig(**vars(sylva)),
-        output,
-        seed=sylva.seed,
-        device=device,
-        checkpoint_minutes=checkpoint_minutes,
-        resume=resume,
-        overwrite=overwrite,
-        progress=not quiet,
-    )
+    with joined() as speaks:
+        scores = score_file(
+            task,
+            SylvaConfig(**vars(sylva)),
+            output,
+            seed=sylva.seed,
+            device=device,
+            checkpoint_minutes=checkpoint_minutes,
+            resume=resume,
+            overwrite=overwrite,
+            progress=speaks and not quiet,
+        )
+    if not speaks:
+        return
     show.scores(scores, sylva.density, sylva.block_size)
     again = shlex.join(["--scores", str(output), *given(task), *given(sylva)])
     printing.written({"scores": output}, f"sylva finetune RUN {again}")
 
 
-@command(output="The folder to write: adapter, masks, scores, results.")
+@command(shared=True, output="The folder to write: adapter, masks, scores, results.")
 def finetune_command(
     output: Path,
     task: TaskConfig,
@@ -96,17 +101,20 @@ def finetune_command(
 
     from . import show
 
-    run = finetune(
-        task,
-        SylvaConfig(**vars(sylva)),
-        training,
-        output,
-        masks=None if masks is None else Masks.load(masks),
-        scores=None if scores is None else Scores.load(scores),
-        resume=resume,
-        overwrite=overwrite,
-        progress=not quiet,
-    )
+    with joined() as speaks:
+        run = finetune(
+            task,
+            SylvaConfig(**vars(sylva)),
+            training,
+            output,
+            masks=None if masks is None else Masks.load(masks),
+            scores=None if scores is None else Scores.load(scores),
+            resume=resume,
+            overwrite=overwrite,
+            progress=speaks and not quiet,
+        )
+    if not speaks:
+        return
     show.run(run, output)
     printing.written(
         {"adapter": output / "adapter"}, f"sylva evaluate {shlex.quote(str(output))}"

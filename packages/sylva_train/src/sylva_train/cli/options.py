@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any
@@ -20,6 +19,7 @@ from sylva_train.options import SylvaOptions, TaskConfig, TrainingConfig
 
 from .files import read_options
 from .flags import FLAGS, PANELS
+from .processes import check_alone
 
 __all__ = [
     "column",
@@ -167,23 +167,11 @@ def given(config: Any) -> list[str]:
     return found
 
 
-def check_alone() -> None:
-    """Raise `ConfigError` in one of several processes that all write the same output."""
-    size = os.environ.get("WORLD_SIZE", "")
-    if size.isdigit() and int(size) > 1:
-        msg = (
-            f"commands run in one process, and this is one of several (WORLD_SIZE is {size})"
-            " that would write the same output. Run it once, without torchrun and with"
-            " WORLD_SIZE unset; or score and train in Python, with DistributedDataParallel"
-            " ('Several processes' in the guide to large models)."
-        )
-        raise ConfigError(msg)
-
-
 def expand(
     function: Callable[..., None],
     *,
     omit: Collection[str] = (),
+    shared: bool = False,
     arguments: Mapping[str, str],
 ) -> Callable[..., None]:
     """Return a command whose flags make up the configurations that a function takes.
@@ -195,6 +183,8 @@ def expand(
         others are options of `FLAGS`, or arguments.
     omit : collection of str
         Fields that are not flags.
+    shared : bool
+        Whether several processes may run it together.
     arguments : mapping of str to str
         Help of the parameters that are arguments.
     """
@@ -238,7 +228,7 @@ def expand(
     parameters.append(keyword("context", typer.Context))
 
     def command(*, context: typer.Context, **values: Any) -> None:
-        if WRITTEN & values.keys():
+        if not shared and WRITTEN & values.keys():
             check_alone()
 
         def source(name: str) -> int:

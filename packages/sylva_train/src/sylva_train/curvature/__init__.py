@@ -1,11 +1,11 @@
 """Second-order statistics of a model's layers: the only importer of `hmatrix`."""
 
-from .batches import default_loss, loss_units
+from .batches import default_loss, loss_units, note, some_samples
 from .collect import Curvatures, collect_curvature, damage, describe_factor
 from .factors import Factor
 from .hooks import LayerCurvature, block_sums
 from .planning import curvature_bytes
-from .processes import from_first, place
+from .processes import agree, from_first, place, together
 from .state import Store, settings
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Factor",
     "LayerCurvature",
     "Store",
+    "agree",
     "block_sums",
     "collect_curvature",
     "curvature_bytes",
@@ -21,6 +22,9 @@ __all__ = [
     "describe_factor",
     "from_first",
     "loss_units",
+    "note",
     "place",
     "settings",
+    "some_samples",
+    "together",
 ]

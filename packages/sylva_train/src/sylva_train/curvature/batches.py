@@ -11,7 +11,7 @@ from torch import nn
 
 from sylva_train._checks import DataError
 
-__all__ = ["batch_size", "default_loss", "loss_units", "moved", "note", "truncated"]
+__all__ = ["batch_size", "default_loss", "loss_units", "moved", "note", "some_samples"]
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:
@@ -24,7 +24,7 @@ def batch_size(batch: Mapping[str, Any]) -> int:
 
 
 def loss_units(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """Return how many terms the model's mean loss has.
+    """Return how many terms the model's mean loss has, 0 if no label counts.
 
     Samples for classification and regression; for a language model the tokens that
     count (label not -100), shifted by one for a causal one.
@@ -35,7 +35,7 @@ def loss_units(model: nn.Module, batch: Mapping[str, Any]) -> int:
     if labels.dim() < 2 or labels.is_floating_point():
         return len(labels)
     causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    return max(1, int((labels[:, 1:] if causal else labels).ne(-100).sum()))
+    return int((labels[:, 1:] if causal else labels).ne(-100).sum())
 
 
 def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -50,13 +50,13 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     return loss  # type: ignore[no-any-return]
 
 
-def truncated(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """Return the first samples of a batch."""
+def some_samples(batch: Mapping[str, Any], which: slice) -> dict[str, Any]:
+    """Return some of the samples of a batch."""
     full = batch_size(batch)
     result = dict(batch)
     for name, value in batch.items():
         if isinstance(value, torch.Tensor) and value.dim() and len(value) == full:
-            result[name] = value[:size]
+            result[name] = value[which]
     return result
 
 

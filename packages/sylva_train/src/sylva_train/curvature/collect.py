@@ -22,11 +22,11 @@ from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train.config import SylvaConfig
 from sylva_train.targets import find_targets, input_owners, weight_device
 
-from .batches import batch_size, default_loss, loss_units, moved, note, truncated
+from .batches import batch_size, default_loss, loss_units, moved, note, some_samples
 from .factors import describe
 from .hooks import Collector, LayerCurvature
 from .planning import Pass, plan_passes, size_words
-from .processes import agree, merge, place, settle
+from .processes import agree, merge, place, together
 from .state import Position, Store
 
 __all__ = ["Curvatures", "collect_curvature", "damage", "describe_factor"]
@@ -145,7 +145,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
         first = next(iter(self.dataloader), None)
         if first is None:
             return {}
-        batch = moved(truncated(first, self.config.samples), self.device)
+        batch = moved(some_samples(first, slice(self.config.samples)), self.device)
         with frozen(self.model):
             return input_owners(self.targets, lambda: self.loss(self.model, batch))
 
@@ -161,13 +161,9 @@ class Curvatures(Mapping[str, LayerCurvature]):
         self.layers.clear()
         # The sums of the pass before go first: both are not to be held together.
         self.collector = self.collect_nothing(self.plan[self.done])
-        error: Exception | None = None
         data = hashlib.sha256()
-        try:
+        with together():
             self.run(data)
-        except Exception as failure:  # noqa: BLE001 - other processes must hear of any
-            error = failure
-        settle(error)
         self.check_data(data.hexdigest())
         merge(self.collector)
         self.check_reached()
@@ -182,8 +178,8 @@ class Curvatures(Mapping[str, LayerCurvature]):
         self.samples = self.terms = 0
         with frozen(self.model), collector.attached(), torch.enable_grad():
             for count, full in enumerate(self.dataloader, 1):
-                batch = truncated(full, self.config.samples - self.samples)
-                units = loss_units(self.model, batch)
+                batch = some_samples(full, slice(self.config.samples - self.samples))
+                units = max(1, loss_units(self.model, batch))
                 note(batch, data)
                 self.samples += batch_size(batch)
                 self.terms += units

@@ -1,10 +1,12 @@
-"""Several processes score together: each its share of the batches, then all add up.
+"""Several processes work together: each on its share of the batches, then all add up.
 
 Without an initialised `torch.distributed` there is one process, and nothing is sent.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from sylva_train.targets import weight_device
 from .factors import revive
 from .hooks import Collector
 
-__all__ = ["agree", "everyone", "from_first", "merge", "place", "settle"]
+__all__ = ["agree", "everyone", "from_first", "merge", "place", "settle", "together"]
 
 
 def place() -> tuple[int, int]:
@@ -43,8 +45,19 @@ def settle(error: Exception | None) -> None:
         raise error
     for rank, failure in enumerate(failures):
         if failure is not None:
-            msg = f"scoring stopped because process {rank} failed: {failure}"
+            msg = f"stopped because process {rank} failed: {failure}"
             raise SylvaError(msg)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Let no process go on from what fails in another: all wait here for each other."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as failure:  # noqa: BLE001 - other processes must hear of any
+        error = failure
+    settle(error)
 
 
 def agree(value: Any, what: str) -> None:
@@ -54,8 +67,8 @@ def agree(value: Any, what: str) -> None:
     if differ:
         msg = (
             f"process {differ[0]} has other {what} than process 0. Every process must be"
-            " given the same model, options and batches, in the same order; `score` deals"
-            " the batches out itself, without a DistributedSampler."
+            " given the same model, options and batches, in the same order: they are dealt"
+            " out afterwards, without a DistributedSampler."
         )
         raise ConfigError(msg)
 

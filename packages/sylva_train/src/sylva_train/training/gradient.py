@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sylva_train._checks import NonFiniteError
-from sylva_train.curvature import damage, loss_units
+from sylva_train.curvature import damage, loss_units, place, some_samples
 from sylva_train.layers import accumulating
 
 __all__ = ["Batch", "Loss", "accumulate_gradient", "clip_gradient", "move"]
@@ -35,7 +36,9 @@ def accumulate_gradient(
     """Add up the gradient of the mean loss over all samples of some batches.
 
     Each batch's mean counts by its number of samples (or tokens), so that the sum is
-    the gradient of the one large batch, whatever the sizes.
+    the gradient of the one large batch, whatever the sizes. Under an initialised
+    `torch.distributed` each process takes its share of the samples of each batch, and
+    all end with the same gradient.
 
     Returns
     -------
@@ -47,24 +50,60 @@ def accumulate_gradient(
     NonFiniteError
         If the loss is NaN or infinite.
     """
-    units = [loss_units(model, batch) for batch in batches]
+    rank, processes = place()
+    units = [max(1, loss_units(model, batch)) for batch in batches]
     total = 0.0
-    for batch, count in zip(batches, units, strict=True):
+    for whole, own in zip(batches, units, strict=True):
+        batch, count = whole, own
+        if processes > 1:
+            batch = some_samples(whole, slice(rank, None, processes))
+            count = loss_units(model, batch)
+            if not count:
+                continue
         # Exactly 1 for a single batch: its gradient is the plain one, bit for bit.
         weight = count / sum(units)
         with accumulating():
             value = loss(model, batch) * weight
         value.backward()
         # After it: a GPU would stand still between the two while the number is awaited.
-        number = value.item()
-        if not math.isfinite(number):
-            msg = (
-                f"the loss is {number} in {where};{damage(model)} this step changed no"
-                " weight. Lower `lr`, raise `warmup`, and check the data: NaN comes of a"
-                " batch without a label that counts, too."
-            )
-            raise NonFiniteError(msg)
-        total += number
+        total += value.item()
+        if not math.isfinite(total):
+            break
+    if processes > 1:
+        total = add_up(model, total)
+    if not math.isfinite(total):
+        msg = (
+            f"the loss is {total} in {where};{damage(model)} this step changed no"
+            " weight. Lower `lr`, raise `warmup`, and check the data: NaN comes of a"
+            " batch without a label that counts, too."
+        )
+        raise NonFiniteError(msg)
+    return total
+
+
+def add_up(model: nn.Module, loss: float) -> float:
+    """Add the gradients and the loss of all processes up, to the same bits in each."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    device = trained[0].device
+    numbers = torch.tensor(
+        [loss, *(p.grad is not None for p in trained)], device=device
+    )
+    dist.all_reduce(numbers)
+    total: float
+    total, *owners = numbers.tolist()
+    # One that no process has a gradient for goes without, as in a single process.
+    used = [p for p, count in zip(trained, owners, strict=True) if count]
+    for dtype in sorted({p.dtype for p in used}, key=str):
+        group = [p for p in used if p.dtype == dtype]
+        for p in group:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        # A few messages instead of one for each layer.
+        flat = torch.cat([p.grad.flatten() for p in group if p.grad is not None])
+        dist.all_reduce(flat)
+        pieces = flat.split([p.numel() for p in group])
+        for p, piece in zip(group, pieces, strict=True):
+            p.grad.copy_(piece.view(p.shape))  # type: ignore[union-attr]
     return total
 
 

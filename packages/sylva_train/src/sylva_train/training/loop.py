@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from sylva_train._checks import ConfigError, DataError, OutputExistsError
@@ -27,7 +29,8 @@ from sylva_train.checkpoint import (
     save_checkpoint,
 )
 from sylva_train.config import TrainingConfig
-from sylva_train.curvature import default_loss
+from sylva_train.curvature import agree, default_loss, note, together
+from sylva_train.curvature import place as process
 from sylva_train.evaluation import evaluate as evaluate_model
 from sylva_train.layers import sync
 from sylva_train.optimizer import SparseAdamW
@@ -129,6 +132,7 @@ class Run:
             )
             raise ConfigError(msg)
         self.named = {names[id(p)]: p for p in trained}
+        self.alike = False
 
     @property
     def step(self) -> int:
@@ -152,6 +156,12 @@ class Run:
 
     def advance(self, group: Sequence[Batch]) -> dict[str, float]:
         """Take one optimizer step."""
+        rank, processes = process()
+        if processes > 1:
+            self.compare(group)
+            # Each drops out units of its own, wherever the run was interrupted.
+            state = np.random.SeedSequence([self.config.seed, self.step, rank])
+            seed_everything(int(state.generate_state(1)[0]), self.device)
         first = self.batch - len(group)
         where = f"step {self.step + 1} (epoch {self.epoch}, batch {first})"
         self.model.zero_grad(set_to_none=True)
@@ -162,6 +172,15 @@ class Run:
         self.optimizer.step()
         self.scheduler.step()
         return {"step": self.step + 1, "loss": loss, "lr": rate, "grad_norm": norm}
+
+    def compare(self, group: Sequence[Batch]) -> None:
+        """Raise `ConfigError` unless all processes begin with the same batches."""
+        if not self.alike:
+            digest = hashlib.sha256()
+            for batch in group:
+                note(batch, digest)
+            agree(digest.hexdigest(), "batches")
+            self.alike = True
 
     def evaluate(self, evaluate: Evaluate) -> float:
         """Evaluate the model; training goes on as if nothing had happened."""
@@ -174,7 +193,9 @@ class Run:
         return float(self.metrics["score" if "score" in self.metrics else first])
 
     def save(self, output: str | os.PathLike[str], identity: dict[str, Any]) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; of several processes, which have the same, the first does."""
+        if process()[0] > 0:
+            return
         state = capture(self.model, self.optimizer, self.scheduler, self.device)
         record = {
             "epoch": self.epoch,
@@ -286,12 +307,18 @@ def train(
 
     Notes
     -----
+    Under an initialised `torch.distributed` every process is given the same model, options
+    and batches, takes its share of the samples of each batch, and adds the gradients up:
+    the steps are those of one process to rounding, but for what dropout draws. All
+    evaluate; the first writes the checkpoints. The model is the bare one.
+
     The same seed gives the same weights, bit for bit, on a CPU with the same number of
     threads; evaluation does not change the course of a run. The caller's random
     generators are left as they were.
     """
     config = config or TrainingConfig()
-    check_parts(optimizer, scheduler, output, resume=resume)
+    with together():  # before the first of several processes writes
+        check_parts(model, optimizer, scheduler, output, resume=resume)
     total = number_of_steps(loader, config)
     device = place(model, config.device)
     optimizer = optimizer or SparseAdamW(
@@ -318,6 +345,7 @@ def train(
 
 
 def check_parts(
+    model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     scheduler: LRScheduler | None,
     output: str | os.PathLike[str] | None,
@@ -325,6 +353,12 @@ def check_parts(
     resume: bool,
 ) -> None:
     """Raise `ConfigError` or `OutputExistsError` where arguments contradict."""
+    if process()[1] > 1 and isinstance(model, DistributedDataParallel):
+        msg = (
+            "`model` must be the bare one, without DistributedDataParallel around it: `train`"
+            " adds the gradients of all processes up."
+        )
+        raise ConfigError(msg)
     if scheduler is not None and scheduler.optimizer is not optimizer:
         msg = "`scheduler` must be given together with the `optimizer` it was made for."
         raise ConfigError(msg)
@@ -351,11 +385,14 @@ def run_to_end(
     identity: dict[str, Any] = {}
     if output is not None:
         data = {"batches": len(run.loader)} | getattr(run.loader, "identity", {})
+        if process()[1] > 1:
+            data["processes"] = process()[1]
         identity = identify(run.model, run.optimizer, run.scheduler, run.config, data)
-        checkpoint = load_checkpoint(output, identity) if resume else None
-        if checkpoint is not None:
-            run.load(checkpoint)
-        else:
+        with together():
+            checkpoint = load_checkpoint(output, identity) if resume else None
+            if checkpoint is not None:
+                run.load(checkpoint)
+        if checkpoint is None:
             # The start is kept too: a new head is drawn by whoever made the model.
             run.save(output, identity)
     save_every = run.config.save_every

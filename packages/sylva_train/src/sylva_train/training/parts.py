@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from sylva_train._checks import ConfigError
 from sylva_train.checkpoint import rng_state, set_rng_state
 from sylva_train.config import TrainingConfig
+from sylva_train.curvature import place as process
 
 __all__ = [
     "ProgressBar",
@@ -51,6 +52,9 @@ def pick_device(name: str) -> torch.device:
             f'`device` is {name!r}, but PyTorch {torch.__version__} sees no CUDA; use "cpu"'
             " or a CUDA build of PyTorch."
         )
+        raise ConfigError(msg)
+    if device.index is not None and process()[1] > 1:
+        msg = f'`device` is {name!r}, but each of {process()[1]} processes has its own: give "cuda".'
         raise ConfigError(msg)
     return device
 

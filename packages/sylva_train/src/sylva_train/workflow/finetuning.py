@@ -20,6 +20,7 @@ from sylva_train._checks import (
 )
 from sylva_train.checkpoint import checkpoints
 from sylva_train.config import SylvaConfig, SylvaOptions, TaskConfig, TrainingConfig
+from sylva_train.curvature import agree, place, together
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.layers import embed
@@ -147,17 +148,11 @@ def finetune(
     if given is not None:
         config, source = chosen(config, given), origin(given)
     wanted = run_record(task_config, config, training, source)
-    begun = None
-    if resume and (output / RECORD).exists():
-        begun = read_run(output, finished=False)
-        check_same(begun, wanted, output)
-        if begun["finished"]:
-            return begun
-    elif resume and occupied(output):
-        msg = f"`{output}` has no run to go on with; choose another folder."
-        raise OutputExistsError(msg)
-    else:
-        check_new(output, overwrite=overwrite)
+    with together():  # before the first of several processes writes
+        begun = begun_run(output, wanted, resume=resume, overwrite=overwrite)
+    if begun is not None and begun["finished"]:
+        return begun
+    first = place()[0] == 0
     with Progress(enabled=progress) as bars:
         task = load_task(task_config, seed=training.seed)
         assert task.held_out is not None
@@ -182,21 +177,39 @@ def finetune(
                 )
             masks = choose(task, config, scores)
         total = sum(p.numel() for p in task.model.parameters())
+        agree(masks.digest(), "blocks to train")
         # Masks of another model stop here, before anything is written or replaced.
         embed(task.model, masks, modules_to_save=config.modules_to_save)
-        if begun is None:
-            with atomic_folder(output, overwrite=overwrite) as folder:
-                if scores is not None:
-                    scores.save(folder / "scores.safetensors")
-                masks.save(folder / "masks.safetensors")
-                text = json.dumps(wanted, indent=1)
-                (folder / RECORD).write_text(text, encoding="utf-8")
+        with together():
+            if begun is None and first:
+                with atomic_folder(output, overwrite=overwrite) as folder:
+                    if scores is not None:
+                        scores.save(folder / "scores.safetensors")
+                    masks.save(folder / "masks.safetensors")
+                    text = json.dumps(wanted, indent=1)
+                    (folder / RECORD).write_text(text, encoding="utf-8")
         found = train_blocks(task, config, training, output, masks, resume, bars)
     record = wanted | {"finished": True, **found, "total": total}
-    with atomic_write(output / RECORD) as temporary:
-        temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    if first:
+        with atomic_write(output / RECORD) as temporary:
+            temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return record
+
+
+def begun_run(
+    output: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
+    """Return the record of the run to go on with, None if there is none to be."""
+    if resume and (output / RECORD).exists():
+        begun: dict[str, Any] = read_run(output, finished=False)
+        check_same(begun, wanted, output)
+        return begun
+    if resume and occupied(output):
+        msg = f"`{output}` has no run to go on with; choose another folder."
+        raise OutputExistsError(msg)
+    check_new(output, overwrite=overwrite)
+    return None
 
 
 def choose(task: Task, config: SylvaConfig, scores: Scores) -> Masks:
@@ -289,7 +302,8 @@ def train_blocks(
         progress=False,
         callbacks=[show],
     )
-    save_adapter(task.model, output / "adapter", config=config, overwrite=resume)
+    if place()[0] == 0:
+        save_adapter(task.model, output / "adapter", config=config, overwrite=resume)
     head = sum(
         p.numel()
         for name, p in task.model.named_parameters()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sylva_train._checks import OutputExistsError
 from sylva_train.config import KRONECKER, NEEDS_DATA, SylvaConfig, TaskConfig
+from sylva_train.curvature import place, together
 from sylva_train.importance import Scores, score
 from sylva_train.targets import check_block_size, find_targets
 from sylva_train.training import pick_device
@@ -134,17 +135,21 @@ def score_file(
     SylvaError
         Whatever stops reading, loading or scoring; nothing is written then.
     """
-    check_file(output, overwrite=overwrite)
     unfinished = Path(f"{os.fspath(output)}.unfinished")
-    if unfinished.exists() and not resume:
-        if not overwrite:
+    first = place()[0] == 0
+    with together():
+        check_file(output, overwrite=overwrite)
+        stale = unfinished.exists() and not resume
+        if stale and not overwrite:
             msg = (
                 f"`{unfinished}` has scoring that was interrupted: go on with it"
                 " (`resume=True`, `--resume`), or begin anew (`overwrite=True`,"
                 " `--overwrite`)."
             )
             raise OutputExistsError(msg)
-        shutil.rmtree(unfinished)
+    with together():
+        if stale and first:
+            shutil.rmtree(unfinished)
     with Progress(enabled=progress) as bars:
         task = load_task(located(task_config), seed=seed, evaluation=False)
         check_targets(task, config)
@@ -157,6 +162,7 @@ def score_file(
             checkpoint=unfinished,
             checkpoint_minutes=checkpoint_minutes,
         )
-    scores.save(output)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if first:
+        scores.save(output)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return scores
