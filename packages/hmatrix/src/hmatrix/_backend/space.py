@@ -53,7 +53,7 @@ class Space:
         """Return the space of an array."""
         if type(x) is np.ndarray:  # asked thousands of times for a matrix
             return _of_numpy(x.dtype)
-        return cls(namespace(x), x.dtype, array_api_compat.device(x))
+        return cls(namespace(x), x.dtype, x.device)
 
     @classmethod
     def like(cls, like: Array | None, dtype: object = None) -> Space:
@@ -67,7 +67,7 @@ class Space:
         name = dtype_name(x.dtype if dtype is None else dtype)
         if dtype is None and name in HALVES:
             name = "float32"
-        return cls(xp, getattr(xp, name, None), array_api_compat.device(x))
+        return cls(xp, getattr(xp, name, None), x.device)
 
     @property
     def name(self) -> str:
@@ -191,7 +191,7 @@ class Space:
 @cache
 def _of_numpy(dtype: Any) -> Space:
     x = np.empty(0, dtype)
-    return Space(namespace(x), dtype, array_api_compat.device(x))
+    return Space(namespace(x), dtype, x.device)
 
 
 def library(x: Array) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hmatrix._backend import Array, Space, conjugate, to_numpy, transpose
-from hmatrix.construct.blocks import Blocks, pick
+from hmatrix.construct.blocks import Blocks
 
 __all__ = ["GROUP", "SAMPLE", "Pivots", "dense_at_ends", "gather", "search", "together"]
 
@@ -173,6 +173,14 @@ def cross(
     largest = space.real.zeros(b)
     row = xp.zeros((b,), dtype=xp.int64, device=space.device) + m // 2
     other = blocks.adjoint
+    # in small problems time goes by the number of calls: what all steps use is made once
+    zero, real_zero, no_steps = space.zeros(1), space.real.zeros(1), quiet[:1]
+    first = m * xp.arange(b, device=space.device)
+
+    def chosen(x: Array, places: Array) -> Array:
+        """Return ``x[b, places[b]]`` of x (b, m)."""
+        return xp.take(xp.reshape(x, (-1,)), first + places, axis=0)
+
     for k in range(min(m, limit)):
         if k == U.shape[1]:
             more = space.zeros(b, min(k, m - k), m)
@@ -182,9 +190,9 @@ def cross(
             v = other.at_columns(row[:, None])
             largest = xp.maximum(largest, xp.max(xp.abs(v[:, 0, :]), axis=-1))
             v = (v - conjugate(at(U, k, row)) @ V[:, :k, :])[:, 0, :]
-            size = xp.where(used_columns, xp.zeros_like(largest)[:, None], xp.abs(v))
+            size = xp.where(used_columns, real_zero, xp.abs(v))
             column = xp.argmax(size, axis=-1)
-            pivot = pick(v, column[:, None])[:, 0]
+            pivot = chosen(v, column)
             # what rounding leaves of an entry is no pivot, nor is what would overflow u
             least = space.eps * xp.maximum(8 * largest, tolerance)
             good = alive & (xp.abs(pivot) > least)
@@ -192,25 +200,25 @@ def cross(
             u = (u - conjugate(at(V, k, column)) @ U[:, :k, :])[:, 0, :]
             # a row that is small everywhere (far from a narrow kernel's diagonal, say)
             # has no pivot to divide the column by: go where the column is large
-            size = xp.where(used_rows, xp.zeros_like(largest)[:, None], xp.abs(u))
+            size = xp.where(used_rows, real_zero, xp.abs(u))
             top = xp.argmax(size, axis=-1)
-            high = pick(size, top[:, None])[:, 0]
+            high = chosen(size, top)
             turned = alive & (high > GROWTH * xp.abs(pivot)) & (high > least)
             if turn + 1 == TURNS or not bool(xp.any(turned)):
                 break
             row = xp.where(turned, top, row)
-        used_rows = used_rows | (rows == pick(rows, row[:, None]))
-        same = columns == pick(columns, column[:, None])
+        used_rows = used_rows | (rows == chosen(rows, row)[:, None])
+        same = columns == chosen(columns, column)[:, None]
         used_columns = used_columns | (good[:, None] & same)
-        u = u / xp.where(good, conjugate(pivot), xp.ones_like(pivot))[:, None]
-        u = xp.where(good[:, None], u, xp.zeros_like(u))
-        v = xp.where(good[:, None], v, xp.zeros_like(v))
+        u = u / xp.where(good, conjugate(pivot), zero + 1)[:, None]
+        u = xp.where(good[:, None], u, zero)
+        v = xp.where(good[:, None], v, zero)
         U[:, k, :], V[:, k, :] = u, v
         norm = xp.linalg.vector_norm(u, axis=-1) * xp.linalg.vector_norm(v, axis=-1)
         small = norm <= tolerance
         steps.append((row, column, good))
-        quiet = xp.where(good & small, quiet + 1, xp.zeros_like(quiet))
-        nulls = xp.where(good, xp.zeros_like(nulls), nulls + 1)
+        quiet = xp.where(good & small, quiet + 1, no_steps)
+        nulls = xp.where(good, no_steps, nulls + 1)
         alive = alive & (quiet < QUIET) & (nulls < NULLS)
         if not bool(xp.any(alive)):
             break

@@ -9,7 +9,6 @@ from hmatrix._backend import (
     Array,
     Space,
     adjoint,
-    contiguous,
     detach,
     inverse_lower,
     is_writeable,
@@ -104,7 +103,7 @@ class HODLRCholesky(Factorization):
                 return out, none, none
             # Orthonormal bases keep the core as well conditioned as the node, whatever
             # the scales of U and V
-            Q, T, R = orthonormal_parts(contiguous(columns))
+            Q, T, R = orthonormal_parts(columns)
             multiply_into(out, Q, T)
             R = xp.reshape(R, (nodes, 2, r, r))
             S = xp.astype(upper[level].S[first : first + nodes, None, :], R.dtype)
