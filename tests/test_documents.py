@@ -68,13 +68,12 @@ def test_architecture_page_lists_every_room_in_order(package):
     assert re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE) == ORDER[package].split()
 
 
-@pytest.mark.parametrize("block", ["demo-table", "comparison-table"])
-def test_readme_has_a_place_for_each_table(block, results, tmp_path):
-    script = load_script("readme_tables")
+def test_readme_has_a_place_for_the_table(results, tmp_path):
+    script = load_script("readme_table")
     copy = tmp_path / "README.md"
     before = (ROOT / "README.md").read_text("utf-8")
     copy.write_text(before, encoding="utf-8")
-    script.main([str(results), "--block", block, "--readme", str(copy)])
+    script.main([str(results), "--readme", str(copy)])
     after = copy.read_text("utf-8")
     for fact in (
         "LoRA",
@@ -85,16 +84,16 @@ def test_readme_has_a_place_for_each_table(block, results, tmp_path):
         "2026-01-02",
     ):
         assert fact in after
-    marked = rf"<!-- {block} -->.*<!-- /{block} -->"
+    marked = "<!-- demo-table -->.*<!-- /demo-table -->"
     outside = [re.sub(marked, "", text, flags=re.DOTALL) for text in (before, after)]
     assert outside[0] == outside[1]
 
 
-def test_readme_tables_refuse_a_file_without_marks(results, tmp_path):
-    script = load_script("readme_tables")
+def test_readme_table_refuses_a_file_without_marks(results, tmp_path):
+    script = load_script("readme_table")
     file = tmp_path / "empty.md"
     file.write_text("nothing here", encoding="utf-8")
-    with pytest.raises(SystemExit, match="comparison-table"):
+    with pytest.raises(SystemExit, match="demo-table"):
         script.main([str(results), "--readme", str(file)])
     assert file.read_text("utf-8") == "nothing here"
 

@@ -287,3 +287,12 @@ def test_values_are_of_the_options_type():
         with_values(TABLES["table5"], ["x"])
     with pytest.raises(ConfigError, match="table3 varies none"):
         with_values(TABLES["table3"], ["1"])
+
+
+def test_settings_of_the_benchmarks_can_be_read():
+    files = sorted((Path(__file__).parents[2] / "benchmarks" / "configs").iterdir())
+    settings = load_settings([str(path) for path in files])
+    assert {"llama-e2e-text", "llama-film-text"} <= settings.keys()
+    for setting in settings.values():
+        assert setting.task.task == "causal-lm"
+        assert setting.rate("lora") != setting.rate("sylva:kfac-natural")

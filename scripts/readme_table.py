@@ -1,9 +1,8 @@
-"""Put measured tables into README.md.
+"""Put the demo's table into README.md.
 
-``python scripts/readme_tables.py RESULTS.json`` takes the ``results.json`` of ``sylva
-compare`` or ``sylva demo`` and rewrites what stands between ``<!-- comparison-table -->``
-and ``<!-- /comparison-table -->``: the table, then a line on what it was measured with.
-``--block demo-table`` rewrites the demo's. No number in those blocks is typed by hand.
+``python scripts/readme_table.py RESULTS.json`` takes the ``results.json`` of ``sylva demo``
+and rewrites what stands between ``<!-- demo-table -->`` and ``<!-- /demo-table -->``: the
+table, then a line on what it was measured with. No number there is typed by hand.
 Needs an environment with sylva_train, such as ``.nox/demo``.
 """
 
@@ -17,7 +16,7 @@ from typing import Any
 
 from sylva_train import load_results, markdown_table
 
-BLOCKS = ("demo-table", "comparison-table")
+BLOCK = "demo-table"
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
@@ -37,36 +36,35 @@ def provenance(setup: dict[str, Any]) -> str:
     )
 
 
-def block(name: str, results: dict[str, Any]) -> str:
-    """Return a block with its markers."""
+def block(results: dict[str, Any]) -> str:
+    """Return the block with its markers."""
     table = markdown_table(results).strip()
-    return f"<!-- {name} -->\n\n{table}\n\n{provenance(results['setup'])}\n\n<!-- /{name} -->"
+    return f"<!-- {BLOCK} -->\n\n{table}\n\n{provenance(results['setup'])}\n\n<!-- /{BLOCK} -->"
 
 
-def replace(text: str, name: str, results: dict[str, Any]) -> str:
-    """Return the text with a block rewritten.
+def replace(text: str, results: dict[str, Any]) -> str:
+    """Return the text with the block rewritten.
 
     Raises
     ------
     SystemExit
         If its markers do not stand there exactly once.
     """
-    pattern = re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+    pattern = re.compile(f"<!-- {BLOCK} -->.*?<!-- /{BLOCK} -->", re.DOTALL)
     if len(pattern.findall(text)) != 1:
-        msg = f"expected one <!-- {name} --> … <!-- /{name} --> in the file."
+        msg = f"expected one <!-- {BLOCK} --> … <!-- /{BLOCK} --> in the file."
         raise SystemExit(msg)
-    return pattern.sub(lambda _: block(name, results), text)
+    return pattern.sub(lambda _: block(results), text)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the results and rewrite the file."""
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("results", type=Path, help="results.json of a comparison")
-    options.add_argument("--block", choices=BLOCKS, default="comparison-table")
+    options.add_argument("results", type=Path, help="results.json of a demo")
     options.add_argument("--readme", type=Path, default=README, help="file to rewrite")
     given = options.parse_args(arguments)
     text = given.readme.read_text(encoding="utf-8")
-    text = replace(text, given.block, load_results(given.results))
+    text = replace(text, load_results(given.results))
     given.readme.write_text(text, encoding="utf-8")
 
 
