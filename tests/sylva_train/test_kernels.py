@@ -158,6 +158,17 @@ def test_few_tokens_make_the_dense_product_likelier():
     assert ways == ["dense", "cartesian", "rows"]
 
 
+@pytest.mark.parametrize(("block_size", "way"), [(16, "dense"), (64, "rows")])
+def test_runs_out_of_a_large_input_are_dear(block_size, way):
+    grid = 1024 // block_size, 4096 // block_size
+    blocks = grid[0] * grid[1] // 5
+    ways = [
+        reference.choose_way(blocks, grid, grid, block_size, tokens)
+        for tokens in (512, 2048)
+    ]
+    assert ways == ["rows", way]
+
+
 def test_threads_make_the_dense_product_likelier():
     def way(threads):
         return reference.choose_way(800, (64, 64), (64, 64), 32, 512, threads)

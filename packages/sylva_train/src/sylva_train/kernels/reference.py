@@ -102,9 +102,11 @@ def scatter_blocks_(
 # Beside, for all tokens together, each call of a product costs so much, writing each
 # element of its result, and putting together those of narrow ones. What each thread more
 # makes the dense product faster by, it does not do for narrow ones; these even lose a
-# little, since threads wait for each other.
+# little, since threads wait for each other. Inputs of as many elements are too large for
+# the cache, and each run of a block's row that is copied out of them costs more by this.
 COPY_COST, ROW_COST, RECTANGLE_COST, MARGIN = 34.0, 1.05, 1.15, 0.92
 CALL_COST, WRITE_COST, JOIN_COST, THREAD_COST = 3 << 18, 5.0, 20.0, 1.4
+FAR_ELEMENTS, FAR_COST = 1 << 23, 500.0
 # Elements of gathered activations at a time: pieces that stay in the cache, in memory
 # that is used again. Larger ones cost several times as much, in page faults alone.
 _PIECE_ELEMENTS = 1 << 20
@@ -222,11 +224,13 @@ def choose_way(
     area, b = block_size**2, block_size
     call, write, join = (c / tokens for c in (CALL_COST, WRITE_COST, JOIN_COST))
     narrow = 1 + THREAD_COST * (threads - 1)
+    is_far = tokens * grid[1] * b >= FAR_ELEMENTS
+    copy = COPY_COST * b + (FAR_COST if is_far else 0)
     costs = {
-        "rows": blocks * (narrow * (ROW_COST * area + COPY_COST * b) + join * area)
+        "rows": blocks * (narrow * (ROW_COST * area + copy) + join * area)
         + narrow * active[0] * call,
         "cartesian": active[0] * active[1] * area * (RECTANGLE_COST + write)
-        + threads * (sum(active) * COPY_COST * b + call),
+        + threads * (sum(active) * copy + call),
         "dense": grid[0] * grid[1] * area * (MARGIN + write),
     }
     return min(costs, key=lambda way: costs[way])
