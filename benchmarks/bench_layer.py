@@ -1,9 +1,10 @@
 """Ways to take blocks of ``dyᵀ x`` on a CPU: what the cost model in kernels rests on.
 
 For each shape: the product of the active rows and columns, a product for each block row,
-and what `block_sddmm` chose, all relative to the dense product. Processor time of one
-thread: the ways take turns, and the ratios are of their fastest runs, which other work
-on the machine disturbs least.
+and what `block_sddmm` chose, all relative to the dense gradient that full fine-tuning
+computes: ``dy.T @ x`` in the operands' dtype, into memory of its own. Processor time of
+one thread, or wall time of several: the ways take turns, and the ratios are of their
+fastest runs, which other work on the machine disturbs least.
 """
 
 from __future__ import annotations
@@ -38,34 +39,39 @@ def ways(dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, b: int) -> li
     ]
 
 
+SHAPES = [(384, 384), (384, 1536), (1536, 384), (1024, 4096), (1000, 777)]
+#: Tokens by dtype: few of them, and what a batch has.
+TOKENS = {torch.float32: [8, 64, 512, 2048], torch.bfloat16: [64, 512]}
+
+
 def main() -> None:
     options = parser(__doc__)
     options.set_defaults(threads=1)
     options = options.parse_args()
     torch.set_num_threads(options.threads)
+    clock = time.process_time if options.threads == 1 else time.perf_counter
     generator = torch.Generator().manual_seed(0)
     rows = []
-    shapes = [(384, 384), (1536, 384), (384, 1536), (2048, 2048)]
-    for tokens, (out, inputs), b, density in itertools.product(
-        [512, 2048], shapes, [16, 32, 64], [0.05, 0.2, 0.5]
+    cases = [(dtype, n) for dtype, tokens in TOKENS.items() for n in tokens]
+    for (dtype, tokens), (out, inputs), b, density in itertools.product(
+        cases, SHAPES, [16, 64], [0.05, 0.2, 0.5, 1.0]
     ):
-        dy = torch.randn(tokens, out, generator=generator)
-        x = torch.randn(tokens, inputs, generator=generator)
-        columns = inputs // b
-        blocks = out // b * columns
+        dy = torch.randn(tokens, out, generator=generator).to(dtype)
+        x = torch.randn(tokens, inputs, generator=generator).to(dtype)
+        columns = -(-inputs // b)
+        blocks = -(-out // b) * columns
         flat = torch.randperm(blocks, generator=generator)[: int(density * blocks)]
         flat = flat.sort().values
         indices = torch.stack([flat // columns, flat % columns], 1)
-        times = interleave(
-            options.repeats, *ways(dy, x, indices, b), clock=time.process_time
-        )
+        times = interleave(options.repeats, *ways(dy, x, indices, b), clock=clock)
         dense, rows_, cartesian, chosen = (t["min"] for t in times)
         active = [len(indices[:, i].unique()) for i in (0, 1)]
-        grid = out // b, columns
+        grid = blocks // columns, columns
         way = reference.choose_way(
             len(indices), active, grid, b, tokens, options.threads
         )
         row = {
+            "dtype": str(dtype).removeprefix("torch."),
             "tokens": tokens,
             "shape": [out, inputs],
             "block_size": b,
@@ -80,7 +86,14 @@ def main() -> None:
             {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
         )
         print(rows[-1])
-    print(write("layer", {"setting": setting(), "rows": rows}))
+    worst = [
+        max(
+            (r for r in rows if (r["dtype"], r["tokens"]) == case),
+            key=lambda r: r["chosen"],
+        )
+        for case in dict.fromkeys((r["dtype"], r["tokens"]) for r in rows)
+    ]
+    print(write("layer", {"setting": setting(), "worst": worst, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -98,3 +98,10 @@ def test_bad_matrices_are_refused(A, error, match):
 def test_false_symmetry_is_refused():
     with pytest.raises(ValueError, match="`symmetric` or `definite` is true"):
         hm.from_dense(np.triu(np.ones((8, 8))), levels=1, symmetric=True)
+
+
+def test_parts_of_other_dtypes_are_refused():
+    H = hm.from_dense(np.ones((8, 8)), levels=1)
+    upper = H.to(dtype="float32").upper
+    with pytest.raises(hm.DTypeError, match="`upper` has dtype float32, expected flo"):
+        hm.HODLR(H.tree, H.leaves, upper)

@@ -61,6 +61,22 @@ def test_points_in_any_order_and_dimension(dims, rng):
     assert np.allclose(H.diagonal(), np.diag(A), rtol=1e-14)
 
 
+def test_the_promise_is_on_the_matrix_with_its_nugget(rng):
+    x = np.sort(rng.random(300))
+
+    def kernel(a, b):
+        return 1e6 * (a == b) + np.exp(-abs(a - b))
+
+    A = kernel(x[:, None], x) - (1e6 + 1) * np.eye(300)
+    H = hm.from_kernel(kernel, x, nugget=-1e6 - 1, rtol=1e-4, levels=3)
+    assert error_ratio(dense(H), A) <= 1e-4
+    # nor is it taken for Hermitian without
+    tilted = hm.from_kernel(
+        lambda a, b: kernel(a, b) + 0j, x, nugget=np.full(300, 1j), levels=3
+    )
+    assert not tilted.symmetric
+
+
 def test_every_library_and_dtype(xp, dtype, rng):
     x = xp.asarray(rng.random((300, 2)), dtype)
     tolerance = {"float32": 1e-4, "float64": 1e-9}[dtype]
@@ -280,6 +296,8 @@ def test_bad_functions_are_told_apart():
         hm.from_kernel(lambda a, b: a * b, np.array([0.0, np.nan]))
     with pytest.raises(hm.ShapeError, match="`nugget` must have shape"):
         hm.from_kernel(lambda a, b: a * b, np.arange(4.0), nugget=np.ones(3))
+    with pytest.raises(hm.NonFiniteError, match=r"`nugget` .* 4 NaN"):
+        hm.from_kernel(lambda a, b: a * b, np.arange(4.0), nugget=np.full(4, np.nan))
 
 
 @pytest.mark.parametrize("length", [1e-4, 1e-3, 1e-2])

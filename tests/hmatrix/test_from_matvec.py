@@ -304,6 +304,16 @@ def test_an_operator_that_is_not_square_is_refused():
         hm.from_matvec(aslinearoperator(np.eye(4)), n=5)
 
 
+def test_imaginary_parts_are_neither_dropped_nor_forgotten():
+    A = known("hilbert", 50)
+    with pytest.raises(hm.DTypeError, match="gave complex128 products for a matrix of"):
+        hm.from_matvec(aslinearoperator(1j * A), dtype="float64")
+    for operator in (aslinearoperator(A), hm.from_dense(A, rtol=1e-14)):
+        H = hm.from_matvec(operator, dtype="complex128", levels=2)
+        assert H.space.name == "complex128"
+        assert relative(H, A) <= 1e-7
+
+
 def test_an_operator_without_adjoint_can_be_symmetric():
     A = known("hilbert", 100)
     operator = LinearOperator((100, 100), matvec=A.__matmul__, dtype=A.dtype)

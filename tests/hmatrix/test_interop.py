@@ -24,6 +24,15 @@ def test_it_is_the_operator_scipy_expects(xp, dtype, rng):
     assert_close(operator.rmatvec(x[:, None]), D.T @ x[:, None], (dtype, "exact"))
 
 
+def test_complex_vectors_keep_their_imaginary_parts(rng):
+    H = hm.from_dense(rng.standard_normal((20, 20)), levels=2)
+    operator, D = hm.aslinearoperator(H), dense(H)
+    X = rng.standard_normal((20, 3)) + 1j * rng.standard_normal((20, 3))
+    for x in (X, X[:, 0]):
+        np.testing.assert_allclose(operator @ x, D @ x, rtol=1e-12)
+        np.testing.assert_allclose(operator.H @ x, D.T @ x, rtol=1e-12)
+
+
 def test_the_inverse_preconditions(rng):
     stream = hm.StreamingMLR(200, 3, 8)
     X = make_samples("walk", 400, 200, rng)

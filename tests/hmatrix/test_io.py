@@ -86,6 +86,8 @@ def test_files_of_others_are_refused(tmp_path):
         ({"version": "2"}, "format version 2, this program reads version 1"),
         ({"kind": "H2"}, "damaged: ValueError: unknown kind 'H2'"),
         ({"header": "{}"}, "damaged: KeyError: 'n'"),
+        ({"header": "[]"}, "damaged: (TypeError|AttributeError)"),
+        ({"header": '{"complex": ["scalar"]}'}, "damaged: "),
         ({"header": "nonsense"}, "damaged: JSONDecodeError"),
         ({"header": '{"n": 10, "levels": 2, "sign": 1}'}, "damaged: KeyError"),
         ({"header": '{"n": 12, "levels": 1, "sign": 1}'}, "damaged: ShapeError"),
@@ -100,6 +102,7 @@ def test_tampered_files_are_refused(change, match, tmp_path):
         "header": '{"n": 10, "levels": 1, "sign": 1}',
     }
     arrays = {"leaves": np.ones((2, 5, 5)), "factors.0": np.ones((1, 10, 2))}
+    arrays["scalar"] = np.ones(())
     safetensors.numpy.save_file(arrays, path, metadata={**metadata})
     assert hm.load(path).tree.n == 10
     safetensors.numpy.save_file(arrays, path, metadata={**metadata, **change})

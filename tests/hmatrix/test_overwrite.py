@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import hmatrix as hm
+from hmatrix.factor import symmetric
 from tests.helpers import definite_matrix, error_ratio, to_numpy
 
 
@@ -65,3 +66,30 @@ def test_what_cannot_be_overwritten_is_said_or_copied(rng):
     with pytest.raises(ValueError, match="`overwrite` must be False"):
         hm.factorize(wanting, overwrite=True)
     wanting.diagonal()
+
+
+def in_columns(x):
+    """Copy an array with its first axis next to each other in memory."""
+    return np.array(x, order="F")
+
+
+def test_factors_in_column_order_are_overwritten_alike(rng, monkeypatch):
+    A = definite_matrix(64, rng)
+    H = hm.from_dense(A, levels=4, rtol=1e-8, definite=True)
+    expected = hm.factorize(H).solve(A)
+    # several levels above what is worked on at once
+    monkeypatch.setattr(symmetric, "CACHE", 2**8)
+    F = hm.factorize(H.map(in_columns), overwrite=True)
+    np.testing.assert_allclose(F.solve(A), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_mlr_factors_in_column_order_give_the_same_samples(rng, monkeypatch):
+    tree = hm.ClusterTree(64, 4)
+    factors = tuple(
+        in_columns(rng.standard_normal((tree.nodes(k), tree.size(k), 2)))
+        for k in range(4)
+    )
+    M = hm.MLR(tree, np.broadcast_to(np.eye(4), (16, 4, 4)), factors)
+    monkeypatch.setattr(symmetric, "CACHE", 2**8)
+    W = hm.factorize(M).sample(np.eye(64))
+    assert error_ratio(W @ W.T, M.to_dense()) < 1e-14

@@ -257,6 +257,42 @@ def test_what_is_not_definite_is_named():
     assert hm.factorize(indefinite_node(0.25), 0.5, method="cholesky").logdet() > 0
 
 
+@pytest.mark.parametrize("part", ["leaves", "S", "all"])
+def test_nan_is_found(part, xp):
+    A = definite_matrix(32, np.random.default_rng(0))
+    H = hm.from_dense(xp.asarray(A, "float64"), levels=2, symmetric=True)
+    bad = H.map(lambda x: x * np.nan)
+    upper = {"leaves": H.upper, "all": bad.upper}.get(
+        part,
+        tuple(
+            hm.LowRank(a.U, b.S, a.V) for a, b in zip(H.upper, bad.upper, strict=True)
+        ),
+    )
+    H = hm.HODLR(H.tree, H.leaves if part == "S" else bad.leaves, upper)
+    for method in ("cholesky", "auto"):
+        with pytest.raises(hm.NonFiniteError, match="NaN or infinite values at level"):
+            hm.factorize(H, method=method)
+
+
+def test_the_block_that_fails_is_named_whatever_the_scales():
+    A = np.eye(8) * 1e-20
+    A[:4, :4] = np.ones((4, 4)) + 1e-15 * np.eye(4)
+    H = hm.from_dense(A, levels=1, symmetric=True)
+    with pytest.raises(hm.NotPositiveDefiniteError, match="level 1, leaf 0"):
+        hm.factorize(H, method="cholesky")
+
+
+def test_tiny_columns_need_no_warnings(rng):
+    A = np.eye(32, dtype="complex64")
+    A[:16, 16:] = np.logspace(0, -30, 16) * rng.standard_normal((16, 16)) / 32
+    A[16:, :16] = A[:16, 16:].conj().T
+    tree, B = hm.ClusterTree(32, 1), A[None, :16, 16:]
+    ones, eye = np.ones((1, 16), "float32"), np.eye(16, dtype="complex64")[None]
+    H = hm.HODLR(tree, np.stack([eye[0], eye[0]]), (hm.LowRank(B, ones, eye),))
+    W = hm.factorize(H, method="cholesky").sample(np.eye(32, dtype="complex64"))
+    assert error_ratio_of(W @ W.conj().T, A) < 1e-6
+
+
 def test_auto_inverts_what_is_not_definite(rng):
     F = hm.factorize(indefinite_node(0.25))
     D = to_numpy(F.matrix.to_dense())

@@ -430,6 +430,11 @@ def test_bad_toeplitz_matrices_are_refused(options, error, match):
             hm.NonFiniteError,
             "`U` .* 8 NaN",
         ),
+        (
+            lambda: hm.from_low_rank(np.full((4, 2), 1e100), levels=1),
+            hm.NonFiniteError,
+            "norm of the matrix is inf",
+        ),
     ],
 )
 def test_bad_structured_matrices_are_refused(call, error, match):

@@ -121,6 +121,21 @@ def test_every_way_to_a_product_is_right(monkeypatch, dtype, way, elements):
         check_sddmm(mask, dtype, 33, 5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("way", ["cartesian", "dense"])
+@pytest.mark.parametrize("elements", [0, 256])
+def test_a_product_in_panels_is_right(monkeypatch, dtype, way, elements):
+    monkeypatch.setattr(reference, "choose_way", lambda *_: way)
+    monkeypatch.setattr(reference, "_PANEL_ELEMENTS", elements)
+    rows = torch.tensor([0, 2, 3, 3, 6, 8])  # none in some panels, one cut off
+    for shape in [(36, 20), (33, 18)]:
+        columns = torch.tensor([0, 4, 1, 2, 4, 0])
+        mask = LayerMask(shape, 4, torch.stack([rows, columns], 1))
+        check_sddmm(mask, dtype, 3, 5)
+        object.__setattr__(mask, "indices", mask.indices.flip(0))
+        check_sddmm(mask, dtype, 3, 5)
+
+
 @pytest.mark.parametrize(
     ("blocks", "active", "way"),
     [
@@ -133,6 +148,25 @@ def test_every_way_to_a_product_is_right(monkeypatch, dtype, way, elements):
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 def test_the_way_is_chosen_by_the_mask(blocks, active, way, block_size):
     assert reference.choose_way(blocks, active, (64, 64), block_size, 512) == way
+
+
+def test_few_tokens_make_the_dense_product_likelier():
+    ways = [
+        reference.choose_way(20, (16, 8), (24, 24), 16, tokens)
+        for tokens in (1, 64, 512)
+    ]
+    assert ways == ["dense", "cartesian", "rows"]
+
+
+@pytest.mark.parametrize(("block_size", "way"), [(16, "dense"), (64, "rows")])
+def test_runs_out_of_a_large_input_are_dear(block_size, way):
+    grid = 1024 // block_size, 4096 // block_size
+    blocks = grid[0] * grid[1] // 5
+    ways = [
+        reference.choose_way(blocks, grid, grid, block_size, tokens)
+        for tokens in (512, 2048)
+    ]
+    assert ways == ["rows", way]
 
 
 def test_threads_make_the_dense_product_likelier():

@@ -18,7 +18,7 @@ from hmatrix._backend import (
     nbytes,
     transpose,
 )
-from hmatrix._checks import OverwrittenError, ShapeError, check_space
+from hmatrix._checks import OverwrittenError, ShapeError, check_operand, check_space
 from hmatrix._operator import StoredOperator, real_rows, unpad_rows
 from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
@@ -56,6 +56,8 @@ class HODLR(StoredOperator):
     ------
     ShapeError
         If the parts do not fit the tree.
+    DTypeError, BackendError
+        If they do not have one dtype, library and device.
 
     Examples
     --------
@@ -95,6 +97,8 @@ class HODLR(StoredOperator):
             if shapes != wanted:
                 msg = f"`{name}` must hold blocks of shapes {wanted}, got {shapes}."
                 raise ShapeError(msg)
+            for block in blocks or ():
+                check_operand(name, block.U, self.space)
 
     @property
     def symmetric(self) -> bool:

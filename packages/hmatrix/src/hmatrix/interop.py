@@ -21,7 +21,8 @@ def aslinearoperator(H: Operator) -> Any:
     Parameters
     ----------
     H : HODLR, MLR, or what ``inverse`` returns
-        The matrix, on any device: vectors are copied to it and back.
+        The matrix, on any device: vectors are copied to it and back. Complex ones are
+        multiplied with a real matrix part by part.
 
     Returns
     -------
@@ -57,6 +58,8 @@ def aslinearoperator(H: Operator) -> Any:
 
     def host(product: Callable[[Array], Array]) -> Callable[[np.ndarray], np.ndarray]:
         def apply(x: np.ndarray) -> np.ndarray:
+            if np.iscomplexobj(x) and not H.space.is_complex:
+                return apply(x.real) + 1j * apply(x.imag)
             return to_numpy(product(H.space.asarray(x)))
 
         return apply

@@ -143,7 +143,7 @@ def load(
         for name in header.get("transposed", ()):
             arrays[name] = transpose(arrays[name])
         return _rebuild(metadata["kind"], header, tree, arrays)
-    except (KeyError, TypeError, ValueError, HMatrixError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError, HMatrixError) as error:
         msg = f"`path`: {path} is damaged: {type(error).__name__}: {error}"
         raise FileFormatError(msg) from error
 

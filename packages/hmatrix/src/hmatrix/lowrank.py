@@ -217,7 +217,8 @@ def orthonormal_parts(X: Array) -> tuple[Array, Array, Array]:
     none = squares == 0
     norms = xp.sqrt(xp.where(none, xp.ones_like(squares), squares))
     null = xp.astype(none, X.dtype) * eye
-    first = cholesky(gram / (norms * transpose(norms)) + null)
+    # by one norm at a time: their product may be subnormal, where complex division fails
+    first = cholesky(gram / norms / transpose(norms) + null)
     if first is None:
         return _householder(X)
     Q = X @ (adjoint(inverse_lower(first)) / transpose(norms))

@@ -254,6 +254,7 @@ def subtract(
     max_rank: int | None = None,
 ) -> Matrix:
     """Return ``H − G``; arguments are those of `add`."""
+    check_kind("G", G, HODLR, MLR, LowRank)
     negative = LowRank(G.U, -G.S, G.V) if isinstance(G, LowRank) else scale(G, -1.0)
     return add(H, negative, rtol=rtol, max_rank=max_rank)
 

@@ -162,7 +162,7 @@ def from_kernel(
         not sorted numbers are ordered by a k-d tree; vectors keep the order of
         ``points``.
     nugget : float or array (n,)
-        Added to the diagonal.
+        Added to the diagonal, before norms are taken.
     levels, leaf_size, tree, rtol, atol, max_rank, symmetric, seed
         As of `from_entries`.
 
@@ -215,31 +215,36 @@ def from_kernel(
     near = None
     if not (sorted_ and tree.permutation is None):
         near = near_pairs(to_numpy(points).reshape(n, -1), tree, space)
-    H = build(
-        function, labels, tree, space, rtol, atol, max_rank, symmetric, seed, near
+    added = padded_nugget(nugget, tree, space)
+    return build(
+        function,
+        labels,
+        tree,
+        space,
+        rtol,
+        atol,
+        max_rank,
+        symmetric,
+        seed,
+        near,
+        added,
     )
-    return with_diagonal(H, nugget)
 
 
-def with_diagonal(H: HODLR, nugget: float | Array) -> HODLR:
-    """Add a number or a vector to the diagonal of a matrix just built."""
-    space, tree = H.space, H.tree
+def padded_nugget(
+    nugget: float | Array, tree: ClusterTree, space: Space
+) -> Array | None:
+    """Return a number or a vector (n,) as padded rows, None if it is zero."""
     if is_array(nugget):
         added = check_operand("nugget", nugget, space)
         if tuple(added.shape) != (tree.n,):
             msg = f"`nugget` must have shape ({tree.n},), got {tuple(added.shape)}."
             raise ShapeError(msg)
-        added = pad_rows(added, tree)
-    elif check_float("nugget", nugget) == 0:
-        return H
-    else:
-        added = space.xp.astype(real_rows(tree, space), space.dtype) * nugget
-    # nobody else has these leaves yet: their diagonals change in place
-    count, m = H.leaves.shape[:2]
-    flat = space.xp.reshape(H.leaves, (count, m * m))
-    flat[:, :: m + 1] += space.xp.reshape(added, (count, m))
-    leaves = space.xp.reshape(flat, (count, m, m))
-    return HODLR(tree, leaves, H.upper, H.lower, H.error)
+        check_finite("nugget", added)
+        return pad_rows(added, tree)
+    if check_float("nugget", nugget) == 0:
+        return None
+    return space.xp.astype(real_rows(tree, space), space.dtype) * nugget
 
 
 def checked(function: Function, space: Space, dims: int = 0) -> Function:

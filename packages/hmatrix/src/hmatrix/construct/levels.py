@@ -11,6 +11,7 @@ from hmatrix._backend import (
     Space,
     adjoint,
     conjugate,
+    detach,
     frobenius,
     namespace,
     one_blas_thread_if_narrow,
@@ -40,8 +41,12 @@ def build(
     symmetric: bool | None,
     seed: int,
     near: list[Near] | None = None,
+    nugget: Array | None = None,
 ) -> HODLR:
-    """Build the matrix of a function of labels, which are in the order of the leaves."""
+    """Build the matrix of a function of labels, which are in the order of the leaves.
+
+    ``nugget`` (padded,) is added to the diagonal.
+    """
     # some blocks at a time, which are small
     with one_blas_thread_if_narrow(space):
         rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
@@ -49,7 +54,12 @@ def build(
         if tree.padded > tree.n:
             real = real_rows(tree, space)
         leaves = diagonal_blocks(function, labels, real, tree, space)
-        squares = check_norm(float(frobenius(leaves)), space) ** 2
+        if nugget is not None:
+            count, m = leaves.shape[:2]
+            flat = space.xp.reshape(leaves, (count, m * m))
+            flat[:, :: m + 1] += space.xp.reshape(nugget, (count, m))
+            leaves = space.xp.reshape(flat, (count, m, m))
+        squares = check_norm(float(frobenius(detach(leaves))), space) ** 2
         if symmetric is None:
             symmetric = looks_hermitian(function, labels, leaves, seed)
         # of each side of the diagonal, for each level, batches of blocks with their errors

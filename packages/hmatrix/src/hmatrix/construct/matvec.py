@@ -20,6 +20,7 @@ from hmatrix._backend import (
     qr,
 )
 from hmatrix._checks import (
+    DTypeError,
     ShapeError,
     ToleranceError,
     check_finite,
@@ -402,7 +403,19 @@ def _of_operator(
         own = space
 
     def moved(product: Product) -> Product:
-        return lambda x: space.asarray(product(own.asarray(x)))
+        def apply(x: Array) -> Array:
+            if Space.of(x).is_complex and not own.is_complex:
+                return apply(space.xp.real(x)) + 1j * apply(space.xp.imag(x))
+            y = product(own.asarray(x))
+            if Space.of(y).is_complex and not space.is_complex:
+                msg = (
+                    f"The operator gave {dtype_name(y.dtype)} products for a matrix of "
+                    f"{space.name}; give a complex `dtype`."
+                )
+                raise DTypeError(msg)
+            return space.asarray(y)
+
+        return apply
 
     return moved(A.matmat), moved(A.rmatmat), shape[0], space
 

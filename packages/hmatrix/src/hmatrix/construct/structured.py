@@ -10,6 +10,7 @@ from hmatrix._backend import (
     Space,
     adjoint,
     detach,
+    frobenius,
     namespace,
 )
 from hmatrix._checks import (
@@ -17,6 +18,7 @@ from hmatrix._checks import (
     check_array,
     check_finite,
     check_int,
+    check_norm,
     check_operand,
     check_space,
 )
@@ -143,7 +145,8 @@ def from_low_rank(
     Raises
     ------
     ShapeError, DTypeError, BackendError, NonFiniteError
-        If the parts do not fit each other, or are not finite.
+        If the parts do not fit each other, or are not finite, or squares of the norm
+        overflow or underflow.
 
     Examples
     --------
@@ -200,8 +203,8 @@ def from_low_rank(
     if symmetric:
         leaves = (leaves + adjoint(leaves)) / 2
     blocks = (*upper, *(upper if symmetric else lower))
-    squares = sum(float(xp.sum(recompress(block)[0].S ** 2)) for block in blocks)
-    norm = math.sqrt(squares + float(xp.sum(xp.abs(leaves) ** 2)))
+    parts = (leaves, *(recompress(block)[0].S for block in blocks))
+    norm = check_norm(math.hypot(*(float(frobenius(x)) for x in parts)), space)
     return assemble(
         tree,
         leaves,

@@ -65,8 +65,9 @@ def factorize(
         Let "cholesky" write the factor over the arrays of ``H``, as SciPy's
         ``overwrite_a``: matrix and factor are never in memory both. ``H`` raises
         `OverwrittenError` afterwards, even if the factorization fails; so do
-        refinement, which needs it, and `save`. What shares memory with its leaves is
-        overwritten too. "auto" does not go on to another method then, and other methods
+        refinement, which needs it, and `save`. What shares memory with its leaves (what
+        ``H`` was made of, or what `truncate` or ``to`` made of it, if there is nothing to
+        convert) is overwritten too, without a sign. "auto" does not go on to another method then, and other methods
         leave ``H`` as it is.
 
     Returns
@@ -78,6 +79,8 @@ def factorize(
 
     Raises
     ------
+    NonFiniteError
+        If the matrix holds NaN or infinite values.
     NotPositiveDefiniteError
         If a shifted `MLR`, or a `HODLR` for "cholesky", is not positive definite. Of a
         node's core it names the eigenvalue relative to the node's halves.

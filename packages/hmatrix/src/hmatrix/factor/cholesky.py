@@ -70,11 +70,10 @@ class HODLRCholesky(Factorization):
             self._overwritten = True
         for level, block in enumerate(upper):
             nodes, half, r = block.U.shape
+            pairs = self.space.zeros(nodes, 2, half, r)
             if overwrite:  # each level goes before the next is copied
-                pairs = xp.stack([block.U, block.V], axis=1)
+                pairs[:, 0, ...], pairs[:, 1, ...] = block.U, block.V
                 upper[level] = LowRank(pairs[:, 0, ...], block.S, pairs[:, 1, ...])
-            else:
-                pairs = self.space.zeros(nodes, 2, half, r)
             bases.append(xp.reshape(pairs, (2 * nodes, half, r)))
         width = sum(block.rank for block in upper)
 

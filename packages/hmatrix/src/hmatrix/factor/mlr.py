@@ -76,7 +76,10 @@ class MLRFactorization(Factorization):
         # made when first asked for: the inverse does not need it
         xp, tree, sign = self.space.xp, self.tree, self.matrix.sign
         parts = self._columns()
-        bases = [self.space.asarray(F, copy=True) for F in self.matrix.factors]
+        # copies, to be written over: what is recorded stays so
+        bases = [
+            contiguous(self.space.asarray(F, copy=True)) for F in self.matrix.factors
+        ]
 
         def leaf(which: slice) -> Array:
             leaves = shifted_leaves(tree, self.matrix.leaves, self.shift, which)
@@ -101,7 +104,6 @@ class MLRFactorization(Factorization):
             X = inverse_lower(eye + R)
             return F, sign * X, -sign * (adjoint(X) @ inverse_lower(R))
 
-        # copies, to be written over: what is recorded stays so
         memory = self.space.asarray(self.matrix.leaves, copy=True)
         return SymmetricFactor.build(tree, memory, bases, columns, leaf, core)
 

@@ -25,7 +25,7 @@ from hmatrix._backend import (
     to_numpy,
     wants_gradient,
 )
-from hmatrix._checks import NotPositiveDefiniteError
+from hmatrix._checks import NonFiniteError, NotPositiveDefiniteError
 from hmatrix.tree import ClusterTree
 
 __all__ = ["SymmetricFactor", "checked_cholesky", "logdet_of_cholesky"]
@@ -340,14 +340,22 @@ def checked_cholesky(
     """Cholesky factors of the blocks of a level, or say which has none.
 
     A block has none either if it leaves no more than ``pivot`` of a diagonal entry. The
-    first of them is number ``first`` of its level.
+    first of them is number ``first`` of its level. Of several the one is named whose
+    smallest eigenvalue is lowest beside its entries.
     """
     L = cholesky(blocks)
-    if L is None or (pivot and _smallest_pivot(L, blocks) <= pivot):
+    # NaN is found here: LAPACK may let it pass
+    if L is None or not _smallest_pivot(L, blocks) > pivot:
         double = to_numpy(blocks)
         double = double.astype(np.result_type(double.dtype, np.float64))
+        finite = np.isfinite(double).all(axis=(1, 2))
+        if not finite.all():
+            node = first + int(np.argmin(finite))
+            msg = f"NaN or infinite values at level {level}, {what} {node}."
+            raise NonFiniteError(msg)
         smallest = np.linalg.eigvalsh(double)[:, 0]
-        node = int(np.argmin(smallest))
+        scales = abs(double).max(axis=(1, 2))
+        node = int(np.argmin(smallest / np.where(scales > 0, scales, 1)))
         msg = (
             f"Not positive definite at level {level}, {what} {first + node}: smallest eigenvalue "
             f"{smallest[node]:.3g} with `shift` = {shift:.3g}; use a larger shift."

@@ -98,25 +98,29 @@ def scatter_blocks_(
 # Cost model of the ways on a CPU, in multiply-adds of the dense product for each token
 # (benchmarks/bench_layer.py): copying an active row or column of blocks costs so much for
 # each element; products of block rows and of a rectangle are slower by these factors;
-# and another way must be cheaper than the dense product by this margin to be taken. The
-# products of a block row cost so much beside, for all tokens together. What each thread
-# more makes the dense product faster by, it does not do for narrow ones; these even lose
-# a little, since threads wait for each other.
+# and another way must be cheaper than the dense product by this margin to be taken.
+# Beside, for all tokens together, each call of a product costs so much, writing each
+# element of its result, and putting together those of narrow ones. What each thread more
+# makes the dense product faster by, it does not do for narrow ones; these even lose a
+# little, since threads wait for each other. Inputs of as many elements are too large for
+# the cache, and each run of a block's row that is copied out of them costs more by this.
 COPY_COST, ROW_COST, RECTANGLE_COST, MARGIN = 34.0, 1.05, 1.15, 0.92
-CALL_COST, THREAD_COST = 1 << 19, 1.4
+CALL_COST, WRITE_COST, JOIN_COST, THREAD_COST = 3 << 18, 5.0, 20.0, 1.4
+FAR_ELEMENTS, FAR_COST = 1 << 23, 500.0
 # Elements of gathered activations at a time: pieces that stay in the cache, in memory
 # that is used again. Larger ones cost several times as much, in page faults alone.
 _PIECE_ELEMENTS = 1 << 20
-
-
-ByRow = tuple[list[tuple[int, torch.Tensor]], torch.Tensor | None]
+# Elements of a dense product at a time: they are copied while they are in the cache. But
+# with many tokens copies matter less than that flat products are slower.
+_PANEL_ELEMENTS = 1 << 19
 
 
 @dataclass
 class Places:
     """A mask's active rows and columns, and its blocks' places among them.
 
-    Filled where they are needed: ``by_row``, see `group_by_row`; ``runs``, see
+    ``order`` sorts blocks by row, and is None where they are. Filled where they are
+    needed: ``by_row``, see `group_by_row`; ``panels``, see `find_panels`; ``runs``, see
     `find_runs`.
     """
 
@@ -125,7 +129,11 @@ class Places:
     columns: torch.Tensor
     row_of: torch.Tensor
     column_of: torch.Tensor
-    by_row: ByRow | None = None
+    order: torch.Tensor | None
+    by_row: list[tuple[int, torch.Tensor]] | None = None
+    panels: dict[tuple[str, int], list[tuple[int, int, int, int]]] = field(
+        default_factory=dict
+    )
     runs: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
 
@@ -141,22 +149,48 @@ def find_places(indices: torch.Tensor) -> Places:
         check_not_capturing(indices.device, "a mask's rows and columns are found")
         rows, row_of = indices[:, 0].unique(return_inverse=True)
         columns, column_of = indices[:, 1].unique(return_inverse=True)
-        found = Places(version, rows, columns, row_of, column_of)
+        is_sorted = bool((row_of.diff() >= 0).all())
+        order = None if is_sorted else row_of.argsort(stable=True)
+        found = Places(version, rows, columns, row_of, column_of, order)
         _places[indices] = found
     return found
 
 
-def group_by_row(indices: torch.Tensor, places: Places) -> ByRow:
-    """Return each active row with the columns of its blocks, and which blocks they are.
+def group_by_row(
+    indices: torch.Tensor, places: Places
+) -> list[tuple[int, torch.Tensor]]:
+    """Return each active row with the columns of its blocks."""
+    if places.by_row is None:
+        columns = indices[:, 1] if places.order is None else indices[places.order, 1]
+        parts = columns.split(places.row_of.bincount().tolist())
+        places.by_row = list(zip(places.rows.tolist(), parts, strict=True))
+    return places.by_row
 
-    The latter, taken together, is None where blocks are sorted by row.
+
+def find_panels(
+    places: Places, way: str, height: int
+) -> list[tuple[int, int, int, int]]:
+    """Cut the rows of blocks of a matrix (`find_runs`) into panels of a height.
+
+    Returns
+    -------
+    list of (int, int, int, int)
+        First row and end of each that has blocks; its first block, by row, and their end.
     """
-    order = places.row_of.argsort(stable=True)
-    counts = places.row_of.bincount().tolist()
-    columns = indices[order, 1].split(counts)
-    is_sorted = bool((places.row_of.diff() >= 0).all())
-    rows = list(zip(places.rows.tolist(), columns, strict=True))
-    return rows, None if is_sorted else order.argsort()
+    key = way, height
+    if key not in places.panels:
+        is_dense = way == "dense"
+        rows = places.rows.tolist() if is_dense else list(range(len(places.rows)))
+        ends = places.row_of.bincount().cumsum(0).tolist()
+        panels: list[tuple[int, int, int, int]] = []
+        for row, end in zip(rows, ends, strict=True):
+            if panels and panels[-1][0] // height == row // height:
+                first, _, start, _ = panels.pop()
+            else:
+                first, start = row, panels[-1][3] if panels else 0
+            panels.append((first, row + 1, start, end))
+        places.panels[key] = panels
+    return places.panels[key]
 
 
 def choose_way(
@@ -188,12 +222,16 @@ def choose_way(
         ``"rows"``, ``"cartesian"`` or ``"dense"``.
     """
     area, b = block_size**2, block_size
+    call, write, join = (c / tokens for c in (CALL_COST, WRITE_COST, JOIN_COST))
+    narrow = 1 + THREAD_COST * (threads - 1)
+    is_far = tokens * grid[1] * b >= FAR_ELEMENTS
+    copy = COPY_COST * b + (FAR_COST if is_far else 0)
     costs = {
-        "rows": (1 + THREAD_COST * (threads - 1))
-        * (blocks * (ROW_COST * area + COPY_COST * b) + active[0] * CALL_COST / tokens),
-        "cartesian": RECTANGLE_COST * active[0] * active[1] * area
-        + threads * sum(active) * COPY_COST * b,
-        "dense": MARGIN * grid[0] * grid[1] * area,
+        "rows": blocks * (narrow * (ROW_COST * area + copy) + join * area)
+        + narrow * active[0] * call,
+        "cartesian": active[0] * active[1] * area * (RECTANGLE_COST + write)
+        + threads * (sum(active) * copy + call),
+        "dense": grid[0] * grid[1] * area * (MARGIN + write),
     }
     return min(costs, key=lambda way: costs[way])
 
@@ -233,15 +271,6 @@ def find_runs(
     return found.runs[key]
 
 
-def take_blocks(
-    product: torch.Tensor, indices: torch.Tensor, block_size: int, way: str
-) -> torch.Tensor:
-    """Copy blocks (k, b, b) out of a contiguous matrix of whole blocks (`find_runs`)."""
-    runs = find_runs(indices, way, product.shape[1] // block_size, block_size)
-    found = product.view(-1, block_size).index_select(0, runs)
-    return found.view(-1, block_size, block_size)
-
-
 def block_sddmm(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -276,7 +305,7 @@ def block_sddmm(
     Three ways, chosen by a measured cost model (`choose_way`): for each active block row
     one product with the columns of its blocks; one product of the active rows with the
     active columns, from which the blocks are taken (masks of a rank-one score are nearly
-    cartesian); the dense product.
+    cartesian); the dense product, of which no more than a panel is there at a time.
     """
     count = len(indices)
     if count == 0 or len(dy) == 0:
@@ -301,14 +330,15 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return ``a @ b``, not rounded to half precision."""
-    if a.dtype.itemsize >= 4:
-        return torch.mm(a, b)
-    if a.is_cuda:
+def wide_product(
+    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return ``a @ b``, not rounded to half precision; on a CPU also write it there."""
+    if a.is_cuda and a.dtype.itemsize < 4:
         return torch.mm(a, b, out_dtype=torch.float32)
-    # A CPU has no half-precision matrix product that accumulates in float32.
-    return torch.mm(a.float(), b.float())
+    # A CPU has no product of half precision whose result is float32.
+    dtype = wide(a.dtype)
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
 def in_blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -323,11 +353,7 @@ def from_dense(
     dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int
 ) -> torch.Tensor:
     """Take blocks from the whole product."""
-    product = wide_product(dy.T, x)
-    if is_ragged(product.shape, block_size):
-        height, width = product.shape
-        product = F.pad(product, (0, -width % block_size, 0, -height % block_size))
-    return take_blocks(product, indices, block_size, "dense")
+    return from_panels(dy, x, indices, block_size, "dense")
 
 
 def from_rectangle(
@@ -337,8 +363,48 @@ def from_rectangle(
     found = find_places(indices)
     left = in_blocks(dy, block_size).index_select(1, found.rows).flatten(1)
     right = in_blocks(x, block_size).index_select(1, found.columns).flatten(1)
-    product = wide_product(left.T, right)
-    return take_blocks(product, indices, block_size, "cartesian")
+    return from_panels(left, right, indices, block_size, "cartesian")
+
+
+def from_panels(
+    dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int, way: str
+) -> torch.Tensor:
+    """Take blocks from a product (`find_runs`), on a CPU panel by panel of its rows.
+
+    Panels use one piece of memory in turn, and blocks are copied while they are in the
+    cache: a large product is never there as a whole.
+    """
+    b, found = block_size, find_places(indices)
+    height, width = (-(-side.shape[1] // b) for side in (dy, x))
+    runs = find_runs(indices, way, width, b)
+    rows = max(1, max(_PANEL_ELEMENTS // (width * b), 2 * len(dy)) // b)
+    missing = height * b - dy.shape[1], width * b - x.shape[1]
+    if dy.is_cuda or (rows >= height and not any(missing)):
+        product = wide_product(dy.T, x)
+        if any(missing):
+            product = F.pad(product, (0, missing[1], 0, missing[0]))
+        return product.view(-1, b).index_select(0, runs).view(-1, b, b)
+    dy, x = dy.to(wide(dy.dtype)), x.to(wide(x.dtype))  # once for all panels
+    if found.order is not None:
+        runs = runs.view(-1, b)[found.order].flatten()
+    rows = -(-height // -(-height // rows))  # of about equal height
+    panel = dy.new_empty((rows * b, width * b), dtype=wide(dy.dtype))
+    if missing[1]:
+        panel[:, x.shape[1] :] = 0
+    blocks = panel.new_empty((len(runs), b))
+    for first, last, start, stop in find_panels(found, way, rows):
+        part = dy[:, first * b : last * b].T
+        wide_product(part, x, panel[: len(part), : x.shape[1]])
+        if len(part) < (last - first) * b:
+            panel[len(part) :] = 0
+        places = runs[start * b : stop * b]
+        if first:
+            places = places - first * b * width
+        torch.index_select(
+            panel.view(-1, b), 0, places, out=blocks[start * b : stop * b]
+        )
+    blocks = blocks.view(-1, b, b)
+    return blocks if found.order is None else blocks[found.order.argsort()]
 
 
 def from_rows(
@@ -352,14 +418,13 @@ def from_rows(
     size = max(1, _PIECE_ELEMENTS // (len(dy) * block_size))
     dy, x = in_blocks(dy, block_size), in_blocks(x, block_size)
     places = find_places(indices)
-    if places.by_row is None:
-        places.by_row = group_by_row(indices, places)
-    rows, place_of = places.by_row
     products = [
         wide_product(x.index_select(1, some).flatten(1).T, dy[:, row])
-        for row, columns in rows
+        for row, columns in group_by_row(indices, places)
         for some in columns.split(size)
     ]
     # Faster this way round, (in, out), and turned all at once.
     blocks = torch.cat(products).view(-1, block_size, block_size).transpose(1, 2)
-    return blocks.contiguous() if place_of is None else blocks[place_of].contiguous()
+    if places.order is not None:
+        blocks = blocks[places.order.argsort()]
+    return blocks.contiguous()
