@@ -17,6 +17,7 @@ from hmatrix._backend import (
     cholesky,
     conjugate,
     default_workers,
+    detach,
     in_threads,
     inverse_lower,
     multiply_into,
@@ -324,7 +325,7 @@ def _smallest_pivot(L: Array, blocks: Array) -> float:
     xp = namespace(L)
     if not L.shape[-1]:
         return 1.0
-    pivots, entries = (xp.abs(xp.linalg.diagonal(x)) for x in (L, blocks))
+    pivots, entries = (xp.abs(xp.linalg.diagonal(detach(x))) for x in (L, blocks))
     return float(xp.min(pivots**2 / entries))
 
 
