@@ -1,12 +1,12 @@
 """Scores by hierarchical factors beside those by exact K-FAC, on a real model.
 
 For each layer of MiniLM, scored with 256 samples of the built-in data and the default
-options otherwise: the rank correlation of its weights' scores, the overlap of the best 5%
-of its blocks, the part of the best blocks' exact score that the chosen ones have, and the
-bytes of its two factors as a fraction of the exact ones. How much it matters is told by
-exact K-FAC on other examples of the same data (``exact, other samples``). Processor time
-is that of one scoring each; rule ``gradient`` has the same forward and backward pass and no
-factors.
+options otherwise: the rank correlation of its weights' scores (of those of blocks of 16,
+where a rule keeps no others), the overlap of the best 5% of its blocks, the part of the best
+blocks' exact score that the chosen ones have, and the bytes of its two factors as a fraction
+of the exact ones. How much it matters is told by exact K-FAC on other examples of the same
+data (``exact, other samples``). Processor time is that of one scoring each; rule ``gradient``
+has the same forward and backward pass and no factors.
 """
 
 from __future__ import annotations
@@ -36,10 +36,8 @@ WIDTHS = (384, 768, 1024, 1536, 3072, 4096, 11008)
 
 
 def correlation(one: LayerScores, other: LayerScores) -> float:
-    """Return the rank correlation of two scores of a layer's weights."""
-    assert one.s_out is not None
-    assert other.s_out is not None
-    pair = [torch.outer(s.s_out, s.s_in).flatten().numpy() for s in (one, other)]  # type: ignore[arg-type]
+    """Return the rank correlation of two scores of a layer's weights, or small blocks."""
+    pair = [s.blocks(s.unit).flatten().numpy() for s in (one, other)]
     return float(spearmanr(*pair).statistic)
 
 
@@ -100,6 +98,7 @@ def bytes_ratio(shape: tuple[int, int], config: SylvaConfig) -> float:
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--importance", default="kfac")
     options.add_argument("--samples", type=int, default=256)
     options.add_argument("--levels", type=int, default=SylvaConfig().levels)
     options.add_argument("--rank", type=int, default=SylvaConfig().rank)
@@ -113,11 +112,13 @@ def main() -> None:
     task = load_task(TaskConfig(max_length=options.max_length), evaluation=False)
     settings: dict[str, Any] = {
         name: getattr(options, name)
-        for name in ("levels", "rank", "samples", "tokens", "damping")
+        for name in ("importance", "levels", "rank", "samples", "tokens", "damping")
     }
     configs = {k: SylvaConfig(**kind, **settings) for k, kind in KINDS.items()}
     exact, dense_seconds, _ = scored(task, SylvaConfig(curvature="dense", **settings))
-    _, plain_seconds, _ = scored(task, SylvaConfig(importance="gradient", **settings))
+    _, plain_seconds, _ = scored(
+        task, SylvaConfig(**settings | {"importance": "gradient"})
+    )
     seconds = {"gradient": plain_seconds, "dense": dense_seconds}
     side = SylvaConfig().block_size
     rows: dict[str, dict[str, Any]] = {
