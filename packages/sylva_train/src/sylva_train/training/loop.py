@@ -210,6 +210,15 @@ class Run:
         }
         save_checkpoint(output, Checkpoint(self.step, state, record), identity)
 
+    def acquaint(self) -> None:
+        """Let layers see who reads the same input, as they had when a run was interrupted.
+
+        What they keep of it, and with that how products round, goes by what they have seen.
+        """
+        with preserved_rng(self.device):
+            for batch in itertools.islice(self.loader.epoch(0), 1):
+                self.loss(self.model, move(batch, self.device))
+
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
         restore(
@@ -391,6 +400,8 @@ def run_to_end(
         with together():
             checkpoint = load_checkpoint(output, identity) if resume else None
             if checkpoint is not None:
+                if checkpoint.step:
+                    run.acquaint()
                 run.load(checkpoint)
         if checkpoint is None:
             # The start is kept too: a new head is drawn by whoever made the model.
