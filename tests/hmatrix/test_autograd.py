@@ -132,8 +132,23 @@ def test_orthogonal_elimination_has_gradients(case):
         torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-8)
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.autograd.grad(factored(parts).slogdet()[1], parts, create_graph=True)
-    with pytest.raises(ValueError, match="no gradients"):
-        factored(parts).inverse_diagonal()
+
+
+def test_the_diagonal_of_an_orthogonal_inverse_has_gradients(case, rng):
+    tree, parts, symmetric, _ = case
+    H = build(tree, parts, symmetric)
+    found = hm.factorize(H, 0.3, method="orthogonal").inverse_diagonal()
+    D = build(tree, parts, symmetric).to_dense() + 0.3 * torch.eye(tree.n)
+    expected = torch.linalg.inv(D).diagonal()
+    torch.testing.assert_close(found, expected)
+    weights = torch.asarray(rng.standard_normal(tree.n)).to(found.dtype)
+    if found.is_complex():
+        weights = weights * (0.6 + 0.8j)
+    gradients, exact = (
+        torch.autograd.grad(x, parts, weights) for x in (found, expected)
+    )
+    for one, other in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
 def test_what_inversion_fails_on_is_differentiated_orthogonally():

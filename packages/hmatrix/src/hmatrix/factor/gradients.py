@@ -20,15 +20,20 @@ from hmatrix._backend import (
     real_part,
 )
 from hmatrix._operator import real_rows
+from hmatrix.arithmetic import matmul
+from hmatrix.construct import from_diagonal
 from hmatrix.factor.symmetric import SymmetricFactor
 from hmatrix.hodlr import HODLR
 
-__all__ = ["logdet_with_gradients", "logdet_with_gradients_of"]
+__all__ = [
+    "diagonal_with_gradients_of",
+    "logdet_with_gradients",
+    "logdet_with_gradients_of",
+]
 
 
 def logdet_with_gradients(value: Array, factor: SymmetricFactor, H: HODLR) -> Any:
     """Return ``value``, the log-determinant of ``W Wᴴ = H + shift·I``, differentiable."""
-    parts = [H.leaves, *(part for b in H.upper for part in (b.U, b.S, b.V))]
     fixed = H.map(detach)
 
     def gradients(upstream: Array) -> list[Array]:
@@ -36,7 +41,7 @@ def logdet_with_gradients(value: Array, factor: SymmetricFactor, H: HODLR) -> An
         found = _logdet_gradients(factor, fixed)
         return [xp.astype(upstream, x.dtype) * x for x in found]
 
-    return known_gradients(value, gradients, parts)
+    return known_gradients(value, gradients, _parts(H))
 
 
 def logdet_with_gradients_of(
@@ -46,27 +51,54 @@ def logdet_with_gradients_of(
 
     By its inverse as a stored matrix, which is made when it is asked for.
     """
-    sides = [H.upper] if H.lower is None else [H.upper, H.lower]
-    parts = [H.leaves, *(x for side in sides for b in side for x in (b.U, b.S, b.V))]
     fixed = H.map(detach)
-    blocks = [fixed.upper] if fixed.lower is None else [fixed.upper, fixed.lower]
-    both = 2 if fixed.lower is None else 1
 
     def gradients(upstream: Array) -> list[Array]:
-        X = inverse()
-        found = [adjoint(X.leaves)]
-        for which, side in enumerate(blocks):
-            for level, block in enumerate(side):
-                # tr(A⁻¹ dA) meets the block with the one across the diagonal
-                G = X.blocks(level)[1 - which].H
-                times_V, times_U = G @ block.V, G.H @ block.U
-                S = xp.astype(block.S, times_V.dtype, copy=False)[:, None, :]
-                scale = real_part(xp.sum(conjugate(block.U) * times_V, axis=-2))
-                found += [both * times_V * S, both * scale, both * times_U * S]
+        xp, found = fixed.space.xp, _trace_gradients(inverse(), fixed)
         return [xp.astype(upstream, x.dtype) * x for x in found]
 
-    xp = fixed.space.xp
-    return known_gradients(value, gradients, parts)
+    return known_gradients(value, gradients, _parts(H))
+
+
+def diagonal_with_gradients_of(
+    value: Array, inverse: Callable[[], HODLR], H: HODLR
+) -> Any:
+    """Return ``value``, the diagonal of the inverse ``X``, differentiable alike.
+
+    ``dX = −X dA X``, so that what weights ``g`` make of it is ``−tr(X diag(g) X dA)``.
+    """
+    fixed = H.map(detach)
+
+    def gradients(upstream: Array) -> list[Array]:
+        # those of a Hermitian matrix are real
+        weights = real_part(upstream) if fixed.symmetric else conjugate(upstream)
+        weights = fixed.space.asarray(weights)
+        X = inverse()
+        XGX = matmul(X, matmul(from_diagonal(-weights, tree=fixed.tree), X))
+        return _trace_gradients(XGX, fixed)
+
+    return known_gradients(value, gradients, _parts(H))
+
+
+def _parts(H: HODLR) -> list[Array]:
+    """Return the arrays that a matrix is made of."""
+    blocks = (*H.upper, *(H.lower or ()))
+    return [H.leaves, *(part for b in blocks for part in (b.U, b.S, b.V))]
+
+
+def _trace_gradients(X: HODLR, H: HODLR) -> list[Array]:
+    """Return the gradients of ``tr(X A)`` to the arrays of H, X Hermitian if H is."""
+    xp, found = H.space.xp, [adjoint(X.leaves)]
+    both = 2 if H.symmetric else 1
+    for which, side in enumerate((H.upper, H.lower or ())):
+        for level, block in enumerate(side):
+            # a block meets the one across the diagonal
+            G = X.blocks(level)[1 - which].H
+            times_V, times_U = G @ block.V, G.H @ block.U
+            S = xp.astype(block.S, times_V.dtype, copy=False)[:, None, :]
+            scale = real_part(xp.sum(conjugate(block.U) * times_V, axis=-2))
+            found += [both * times_V * S, both * scale, both * times_U * S]
+    return found
 
 
 def _logdet_gradients(factor: SymmetricFactor, H: HODLR) -> list[Array]:

@@ -30,7 +30,10 @@ from hmatrix.factor._base import (
     shifted_leaves,
     take_array,
 )
-from hmatrix.factor.gradients import logdet_with_gradients_of
+from hmatrix.factor.gradients import (
+    diagonal_with_gradients_of,
+    logdet_with_gradients_of,
+)
 from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, pair
@@ -328,11 +331,9 @@ class HODLROrthogonal(Factorization):
         Columns of the identity, each along the path from its leaf to the root and back.
         """
         if self._plain is not None:
-            msg = (
-                'The diagonal of the inverse has no gradients by method="orthogonal"; '
-                "factorize detached tensors."
+            return diagonal_with_gradients_of(
+                self._plain.inverse_diagonal(), self._plain.stored_inverse, self.matrix
             )
-            raise ValueError(msg)
         xp, (leaves, m) = self.space.xp, self.matrix.leaves.shape[:2]
         x = xp.broadcast_to(self.space.eye(m), (leaves, m, m))
         w, ys = self.space.zeros(leaves, self._width, m), []
