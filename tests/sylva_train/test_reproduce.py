@@ -82,11 +82,12 @@ def test_a_table_of_values_is_written_in_every_form(here, home, tmp_path):
         reproduce(SWEEP, {"tiny": setting(home)}, output)
 
 
-def test_a_table_of_methods_has_a_line_a_setting(here, home, tmp_path):
+def test_a_table_of_methods_has_a_line_a_setting(here, home, tmp_path, monkeypatch):
     table = Table(name="t", title="T", methods=("full", "sylva:random"))
+    monkeypatch.chdir(home)
     settings = {
-        "one": setting(home),
-        "two": setting(home, task=jobs.task(home, metric="loss")),
+        "one": setting(Path()),
+        "two": setting(Path(), task=jobs.task(Path(), metric="loss")),
     }
     found = reproduce(table, settings, tmp_path / "out")
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
@@ -94,6 +95,10 @@ def test_a_table_of_methods_has_a_line_a_setting(here, home, tmp_path):
     (first,) = [line for line in lines if line.startswith("| one | accuracy, % |")]
     (second,) = [line for line in lines if line.startswith("| two | loss |")]
     assert first != second
+    # Files are named as they were given, not by where they are on this machine.
+    for name in ("table.md", "table.csv", "results.json"):
+        assert str(home) not in (tmp_path / "out" / name).read_text()
+    assert "one: `model`, train.jsonl (" in "".join(lines)
     assert {run["value"] for run in found["runs"]} == {None}
 
 

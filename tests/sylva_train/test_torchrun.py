@@ -194,7 +194,7 @@ def ranks(tmp_path_factory):
     """What each of three processes found."""
     folder = tmp_path_factory.mktemp("group")
     torch.multiprocessing.spawn(work, (3, folder), nprocs=3)
-    return [torch.load(f"{folder}/{rank}") for rank in range(3)]
+    return [torch.load(f"{folder}/{rank}", weights_only=True) for rank in range(3)]
 
 
 @pytest.mark.parametrize("case", ["alike", "few"])

@@ -116,7 +116,10 @@ def reproduce(
         rows = run_jobs([job for _, job in runs], output, tell, workers=workers)
     results = gather(plan, tuning, tuned, runs, rows) | {"command": command}
     for name, one in settings.items():  # as it was given, not where it was found
-        results["settings"][name]["task"] = dataclasses.asdict(one.task)
+        results["settings"][name] |= {
+            "task": dataclasses.asdict(one.task),
+            "data": f"{one.task.data} ({evaluated_on(one.task)})",
+        }
     return write_table(results, output)
 
 
@@ -128,10 +131,8 @@ def gather(plan: Plan, tuning: Any, tuned: Any, runs: Any, rows: Any) -> dict[st
             r for (cell, _), r in zip(runs, rows, strict=True) if cell.setting == name
         )
         settings[name] = {
-            "task": dataclasses.asdict(one.task),
             "sylva": one.spec(one.methods[0], 0)["sylva"],
             "training": dataclasses.asdict(one.training),
-            "data": f"{one.task.data} ({evaluated_on(one.task)})",
             "metric": one.metric,
             "train_examples": row["examples"][0],
             "eval_examples": row["examples"][1],
