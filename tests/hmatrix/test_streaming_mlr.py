@@ -215,12 +215,17 @@ def test_states_that_do_not_fit_are_refused(rng):
         ({"version": 2}, "version 2"),
         ({"leaves": None}, "`leaves`, got NoneType"),
         ({"factors.1": np.ones((2, 3))}, r"state\['factors.1'\]"),
+        ({"n": "many"}, "damaged: ValueError"),
+        ({"levels": -1}, "damaged: ShapeError: `levels` must be at least 0"),
+        ({"count": None}, "damaged: DTypeError: `count`"),
+        ({"method": "svd"}, "damaged: ValueError: `method` must be one of"),
     ]:
         with pytest.raises(hm.FileFormatError, match=match):
             hm.StreamingMLR.from_state({**state, **change})
-    del state["seed"]
-    with pytest.raises(hm.FileFormatError, match="lacks 'seed'"):
-        hm.StreamingMLR.from_state(state)
+    for name in ("seed", "count"):
+        less = {key: value for key, value in state.items() if key != name}
+        with pytest.raises(hm.FileFormatError, match=f"lacks '{name}'"):
+            hm.StreamingMLR.from_state(less)
 
 
 def test_batches_may_be_cut_anywhere(rng):

@@ -195,9 +195,13 @@ class Streaming(ABC):
         space = Space.like(leaves if like is None else like, leaves.dtype)
         try:
             self = cls._from_options(state, space.zeros(0))
+            self._count = check_float("count", state["count"], minimum=0.0)
         except KeyError as error:
             msg = f"`state` lacks {error}."
             raise FileFormatError(msg) from None
+        except (TypeError, ValueError) as error:
+            msg = f"`state` is damaged: {type(error).__name__}: {error}"
+            raise FileFormatError(msg) from error
         for name, expected in self._arrays().items():
             found = state.get(name)
             shape = tuple(getattr(found, "shape", ()))
@@ -211,7 +215,6 @@ class Streaming(ABC):
                 Space.of(part).asarray(state[f"{series.lstrip('_')}.{k}"], copy=True)
                 for k, part in enumerate(parts)
             ]
-        self._count = float(state["count"])
         return self
 
     @classmethod
