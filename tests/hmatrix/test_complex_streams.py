@@ -140,3 +140,13 @@ def test_mlr_matrices_against_dense_ones(xp, single_or_double, tree, rng, tmp_pa
     assert distance(F.whiten(F.sample(X)), x) < tolerance
     hm.save(tmp_path / "F.safetensors", F)
     assert distance(hm.load(tmp_path / "F.safetensors").inverse(), inverse) < tolerance
+
+
+@streams
+def test_samples_whose_squares_are_subnormal_need_no_warnings(kind, options, rng):
+    Z = 1e-21 * walk(60, 64, rng)
+    stream = kind(64, 3, 4, dtype="complex64", **options)
+    stream.update(Z.astype("complex64"))
+    exact = np.sum(abs(Z) ** 2, axis=0)
+    # of 1e-42 single precision has three digits
+    np.testing.assert_allclose(stream.result(normalize=False).diagonal(), exact, 1e-2)

@@ -76,21 +76,22 @@ def eigh_descending(a: Array) -> tuple[Array, Array]:
     """Eigenvalues, largest first, and eigenvectors of Hermitian ``a`` (..., m, m).
 
     The matrices are brought to norm 1 and freed of subnormal numbers first; on a CPU,
-    single precision is decomposed in double: MKL's single-precision solver returns NaN,
-    or does not converge, for some matrices of low rank whose rows differ by many orders
-    of magnitude.
+    single precision is scaled and decomposed in double: complex division overflows at
+    subnormal numbers, and MKL's single-precision solver returns NaN, or does not converge,
+    for some matrices of low rank whose rows differ by many orders of magnitude.
     """
     xp, space = namespace(a), Space.of(a)
     if not a.shape[-1]:
         return space.real.zeros(*a.shape[:-1]), a
+    if space.on_host:
+        a = xp.astype(a, xp.complex128 if space.is_complex else xp.float64)
     scale = xp.max(xp.abs(a), axis=(-2, -1), keepdims=True)
     scale = xp.where(scale > 0, scale, xp.ones_like(scale))
     a = a / scale
-    a = xp.where(xp.abs(a) < xp.finfo(a.dtype).smallest_normal, xp.zeros_like(a), a)
-    if space.on_host:
-        a = xp.astype(a, xp.complex128 if space.is_complex else xp.float64)
+    tiny = xp.finfo(space.dtype).smallest_normal
+    a = xp.where(xp.abs(a) < tiny, xp.zeros_like(a), a)
     values, vectors = _eigh(a)
-    values = xp.astype(values, space.real.dtype) * scale[..., 0]
+    values = xp.astype(values * scale[..., 0], space.real.dtype)
     return xp.flip(values, axis=-1), xp.flip(xp.astype(vectors, space.dtype), axis=-1)
 
 

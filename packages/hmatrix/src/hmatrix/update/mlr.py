@@ -21,13 +21,15 @@ from hmatrix._backend import (
     squares,
     subtract_product,
 )
-from hmatrix._checks import check_choice
+from hmatrix._checks import check_choice, check_int
 from hmatrix.mlr import MLR
 from hmatrix.tree import ClusterTree
 from hmatrix.update._base import Streaming
 
 __all__ = ["StreamingMLR"]
 
+#: Ways to find the leading columns of nodes.
+METHODS = ("auto", "eigh", "randomized")
 #: Columns beyond the rank in the randomized range finder.
 OVERSAMPLING = 8
 #: Random vectors that estimate a Frobenius norm too large to compute.
@@ -104,7 +106,7 @@ class StreamingMLR(Streaming):
         method: str = "auto",
     ) -> None:
         super().__init__(n, levels, rank, like=like, dtype=dtype, seed=seed)
-        self.method = check_choice("method", method, ("auto", "eigh", "randomized"))
+        self.method = check_choice("method", method, METHODS)
         self._draws = 0
         self._factors = [
             self.space.zeros(
@@ -141,8 +143,8 @@ class StreamingMLR(Streaming):
     @classmethod
     def _from_options(cls, state: Mapping[str, Any], like: Array) -> Self:
         self = super()._from_options(state, like)
-        self.method = str(state["method"])
-        self._draws = int(state["draws"])
+        self.method = check_choice("method", state["method"], METHODS)
+        self._draws = check_int("draws", state["draws"], 0)
         return self
 
     def _chunk(self, c: int) -> int:
@@ -235,8 +237,10 @@ def _square_root(M: Array) -> Array:
     with one_thread_if_small(G):
         norms = xp.sqrt(real_part(xp.linalg.diagonal(G)))
         scales = xp.where(norms > 0, norms, xp.ones_like(norms))
-        both = xp.astype(scales[:, :, None] * scales[:, None, :], G.dtype, copy=False)
-        values, vectors = eigh_descending(G / both)
+        # one after the other: their product may be subnormal, where complex division fails
+        rows = xp.astype(scales, G.dtype, copy=False)
+        G = G / rows[:, :, None] / rows[:, None, :]
+        values, vectors = eigh_descending(G)
         roots = xp.sqrt(xp.where(values > 0, values, xp.zeros_like(values)))
         weights = norms[:, :, None] * roots[:, None, :]
     return xp.astype(weights, M.dtype, copy=False) * vectors
