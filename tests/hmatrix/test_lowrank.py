@@ -94,3 +94,13 @@ def test_blas_has_its_threads_back_after_the_last():
         assert most() == {1}
         second.__exit__(None, None, None)
         assert most() == {2}
+
+
+@pytest.mark.parametrize(("count", "m"), [(1, 512), (8, 256), (64, 128)])
+def test_large_triangles_are_inverted_as_by_substitution(count, m):
+    t = np.linspace(0, 1, 512)[:m]
+    A = np.exp(-(((t[:, None] - t) / 0.1) ** 2)) + 1e-10 * np.eye(m)
+    L = np.linalg.cholesky(A)
+    X = inverse_lower(np.broadcast_to(L, (count, m, m)).copy())
+    condition = np.linalg.norm(L) * np.linalg.norm(X[0])
+    assert error_ratio(L @ X[0], np.eye(m)) < 1e-16 * condition

@@ -32,6 +32,9 @@ __all__ = [
 #: Matrices of a batch from which on a loop over their rows is faster than one over them.
 MANY = 64
 
+#: Rows up to which triangles are inverted without a step of refinement, for speed.
+STEADY = 64
+
 
 def frobenius(x: Array) -> Array:
     """Return the Frobenius norm of a whole array, as an array; it may overflow."""
@@ -231,7 +234,13 @@ def _invert_lower(a: Array, out: Array, many: bool) -> None:
         top, low = out[..., :h, :h], out[..., h:, h:]
         _invert_lower(a[..., :h, :h], top, many)
         _invert_lower(a[..., h:, h:], low, many)
-        multiply_into(out[..., h:, :h], low, -(a[..., h:, :h] @ top))
+        product = a[..., h:, :h] @ top
+        multiply_into(out[..., h:, :h], low, -product)
+        if m > STEADY:
+            # what is left of BA⁻¹ + C(−C⁻¹BA⁻¹) would grow with the square of the condition
+            # number otherwise: digits that a larger inverse cannot spare
+            rest = product + a[..., h:, h:] @ out[..., h:, :h]
+            out[..., h:, :h] -= low @ rest
     elif not many:
         # an upper triangular one has no pivots to look for, which would cost digits
         out[...] = transpose(xp.linalg.inv(transpose(a)))
