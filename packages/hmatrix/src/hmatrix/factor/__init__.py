@@ -67,8 +67,9 @@ def factorize(
         `OverwrittenError` afterwards, even if the factorization fails; so do
         refinement, which needs it, and `save`. What shares memory with its leaves (what
         ``H`` was made of, or what `truncate` or ``to`` made of it, if there is nothing to
-        convert) is overwritten too, without a sign. "auto" does not go on to another method then, and other methods
-        leave ``H`` as it is.
+        convert) is overwritten too, without a sign. ``sample`` then loses digits of an
+        ill-conditioned matrix: it inverts the leaves' inverse factors. "auto" does not go
+        on to another method then, and other methods leave ``H`` as it is.
 
     Returns
     -------

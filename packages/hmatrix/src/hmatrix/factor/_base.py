@@ -13,6 +13,7 @@ import numpy as np
 from hmatrix._backend import (
     Array,
     Space,
+    cholesky,
     detach,
     nbytes,
     one_blas_thread_if_narrow,
@@ -37,6 +38,7 @@ __all__ = [
     "Factorization",
     "cleared",
     "has_gradients",
+    "leaf_factors",
     "narrow",
     "shifted_leaves",
     "take_array",
@@ -104,7 +106,8 @@ class Factorization(ABC):
         refine : int, optional
             Steps of iterative refinement, each a product and another solve. Default: 1
             by "inversion" and "orthogonal", to make up for inverted leaves and triangles
-            where triangular solves would be backward stable; 0 by "cholesky", which is.
+            where triangular solves would be backward stable; 0 by "cholesky", whose
+            inverted triangles cost the square root of the condition number at most.
         rtol : float, optional
             Go on until ``‖b − (H + shift·I) x‖ ≤ rtol · ‖b‖`` for every right-hand
             side.
@@ -380,6 +383,14 @@ def cleared(x: Array, tree: ClusterTree, rows: slice = slice(None)) -> Array:
     space = Space.of(x)
     real = places("rows", tree, space)[rows] < tree.n
     return space.xp.where(real[:, None], x, space.xp.zeros_like(x))
+
+
+def leaf_factors(tree: ClusterTree, leaves: Array, shift: float) -> Callable[[], Array]:
+    """Return a function that makes the Cholesky factors of shifted leaves.
+
+    They are known to exist: the host does not wait for a device to say so.
+    """
+    return lambda: cholesky(shifted_leaves(tree, leaves, shift), sure=True)
 
 
 def shifted_leaves(

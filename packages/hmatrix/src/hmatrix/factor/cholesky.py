@@ -21,6 +21,7 @@ from hmatrix.factor._base import (
     Factorization,
     cleared,
     has_gradients,
+    leaf_factors,
     narrow,
     shifted_leaves,
     take_array,
@@ -117,8 +118,9 @@ class HODLRCholesky(Factorization):
             X, Y = M - eye(2 * r), inverse_lower(M) - eye(2 * r)
             return out, X, Y
 
+        again = None if overwrite else leaf_factors(tree, leaves, self.shift)
         self._factor = SymmetricFactor.build(
-            tree, halves, bases, columns, leaf, core, sparing=overwrite
+            tree, halves, bases, columns, leaf, core, again=again, sparing=overwrite
         )
         # in an order of its own, whichever thread was first
         self._logdet = sum(logs[key] for key in sorted(logs))
@@ -197,6 +199,7 @@ class HODLRCholesky(Factorization):
             bases,
             cores,
             inverse_cores,
+            leaf_factors(tree, self.matrix.leaves, self.shift),
         )
 
 

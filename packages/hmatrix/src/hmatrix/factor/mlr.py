@@ -7,7 +7,12 @@ from functools import cached_property
 
 from hmatrix._backend import Array, adjoint, contiguous, inverse_lower
 from hmatrix._operator import real_rows
-from hmatrix.factor._base import Factorization, shifted_leaves, take_array
+from hmatrix.factor._base import (
+    Factorization,
+    leaf_factors,
+    shifted_leaves,
+    take_array,
+)
 from hmatrix.factor.symmetric import (
     SymmetricFactor,
     checked_cholesky,
@@ -105,7 +110,10 @@ class MLRFactorization(Factorization):
             return F, sign * X, -sign * (adjoint(X) @ inverse_lower(R))
 
         memory = self.space.asarray(self.matrix.leaves, copy=True)
-        return SymmetricFactor.build(tree, memory, bases, columns, leaf, core)
+        again = leaf_factors(tree, self.matrix.leaves, self.shift)
+        return SymmetricFactor.build(
+            tree, memory, bases, columns, leaf, core, again=again
+        )
 
     def _symmetric_factor(self) -> SymmetricFactor:
         return self._factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -54,12 +55,15 @@ class SymmetricFactor:
         ``Q_k``: one block for each node of level k, or one for each half of it.
     cores, inverse_cores : tuple of array (2**k, s, s)
         ``X_k``, and ``Y_k`` of ``T_k⁻¹ = I + Q_k Y_k Q_kᴴ``.
+    again : callable, optional
+        Makes ``L`` once more. Without it the inverse is inverted, which loses digits.
     """
 
     inverse_leaves: Array
     bases: tuple[Array, ...]
     cores: tuple[Array, ...]
     inverse_cores: tuple[Array, ...]
+    again: Callable[[], Array] | None = None
 
     @classmethod
     def build(
@@ -71,6 +75,7 @@ class SymmetricFactor:
         leaf: Part,
         core: Core,
         *,
+        again: Callable[[], Array] | None = None,
         sparing: bool = False,
     ) -> SymmetricFactor:
         """Factor from the leaves to the root.
@@ -90,6 +95,8 @@ class SymmetricFactor:
             Makes the Cholesky factors ``L`` of some leaves.
         core
             Makes the term of a level from its columns, everything below divided out.
+        again
+            As of the class.
         sparing
             Work on half as many rows at once, which takes a little longer.
         """
@@ -175,12 +182,15 @@ class SymmetricFactor:
         with one_blas_thread() if workers > 1 else nullcontext():
             in_threads(workers, subtree, range(tree.nodes(top)))
             climb(0, tree.padded, range(top), piece())
-        return cls(inverse_leaves, tuple(bases), tuple(cores), tuple(inverse_cores))
+        cored = tuple(cores), tuple(inverse_cores)
+        return cls(inverse_leaves, tuple(bases), *cored, again)
 
     @cached_property
     def leaves(self) -> Array:
         """``L``, lower triangular, which only `apply` needs."""
-        return inverse_lower(self.inverse_leaves)
+        return (
+            inverse_lower(self.inverse_leaves) if self.again is None else self.again()
+        )
 
     def apply(self, x: Array) -> Array:
         """Return ``W x`` of a padded block."""
@@ -206,9 +216,9 @@ class SymmetricFactor:
 
         Of bases of halves: Z (2**(k+1), rows, r), M (2**k, 2r, 2r).
         """
-        space = Space.of(self.leaves)
+        space = Space.of(self.inverse_leaves)
         xp = space.xp
-        x = space.zeros(self.leaves.shape[0] * self.leaves.shape[1], 0)
+        x = space.zeros(math.prod(self.inverse_leaves.shape[:2]), 0)
         for Q, Y in zip(self.bases, self.inverse_cores, strict=True):
             x = _update(Q, adjoint(Y), x)
             x = xp.concat([x, xp.reshape(Q, (x.shape[0], Q.shape[-1]))], axis=-1)
@@ -224,7 +234,7 @@ class SymmetricFactor:
 
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of ``(W Wᴴ)⁻¹`` (padded,), of bases of halves."""
-        space = Space.of(self.leaves)
+        space = Space.of(self.inverse_leaves)
         xp = space.xp
         diagonal = xp.sum(xp.abs(self.inverse_leaves) ** 2, axis=-2)
         diagonal = xp.astype(xp.reshape(diagonal, (-1,)), space.dtype, copy=False)
