@@ -93,3 +93,13 @@ def test_mlr_factors_in_column_order_give_the_same_samples(rng, monkeypatch):
     monkeypatch.setattr(symmetric, "CACHE", 2**8)
     W = hm.factorize(M).sample(np.eye(64))
     assert error_ratio(W @ W.T, M.to_dense()) < 1e-14
+
+
+def test_an_older_factor_of_an_overwritten_matrix_refuses_too(rng):
+    H = hm.from_dense(definite_matrix(64, rng), levels=2, symmetric=True)
+    F, b = hm.factorize(H, method="cholesky"), rng.standard_normal(64)
+    make = F._factor.again  # what samples are drawn by, made from the leaves
+    hm.factorize(H, method="cholesky", overwrite=True)
+    for use in (lambda: F.solve(b), lambda: F.sample(b), make):
+        with pytest.raises(hm.OverwrittenError):
+            use()

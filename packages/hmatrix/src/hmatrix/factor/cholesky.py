@@ -118,7 +118,7 @@ class HODLRCholesky(Factorization):
             X, Y = M - eye(2 * r), inverse_lower(M) - eye(2 * r)
             return out, X, Y
 
-        again = None if overwrite else leaf_factors(tree, leaves, self.shift)
+        again = None if overwrite else leaf_factors(self.matrix, self.shift)
         self._factor = SymmetricFactor.build(
             tree, halves, bases, columns, leaf, core, again=again, sparing=overwrite
         )
@@ -199,7 +199,7 @@ class HODLRCholesky(Factorization):
             bases,
             cores,
             inverse_cores,
-            leaf_factors(tree, self.matrix.leaves, self.shift),
+            leaf_factors(self.matrix, self.shift),
         )
 
 

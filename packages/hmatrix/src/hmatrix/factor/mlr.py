@@ -110,7 +110,7 @@ class MLRFactorization(Factorization):
             return F, sign * X, -sign * (adjoint(X) @ inverse_lower(R))
 
         memory = self.space.asarray(self.matrix.leaves, copy=True)
-        again = leaf_factors(tree, self.matrix.leaves, self.shift)
+        again = leaf_factors(self.matrix, self.shift)
         return SymmetricFactor.build(
             tree, memory, bases, columns, leaf, core, again=again
         )
