@@ -125,20 +125,23 @@ def test_two_processes_score_into_one_file(home, tmp_path):
 class Batches:
     """Some samples of three features, of two classes."""
 
-    def __init__(self, count=5, shift=0.0, nan=None):
+    def __init__(self, count=5, shift=0.0, nan=None, labelled=True):
         self.x = torch.arange(3.0 * count).reshape(count, 3) / 10 + shift
         if nan is not None:
             self.x[nan] = torch.nan
+        self.labels = torch.arange(count)[:, None] % 2
+        if not labelled:
+            self.labels.fill_(-100)
 
     def __len__(self):
         return 1
 
     def epoch(self, *_, **__):
-        yield {"x": self.x, "labels": torch.arange(len(self.x)) % 2}
+        yield {"x": self.x, "labels": self.labels}
 
 
 def cross_entropy(model, batch):
-    return nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
+    return nn.functional.cross_entropy(model(batch["x"]), batch["labels"][:, 0])
 
 
 def little_model():
@@ -166,6 +169,8 @@ def attempt(rank, case):
         batches = Batches(shift=float(rank))
     if case == "nan":
         batches = Batches(nan=1)  # of process 1 alone
+    if case == "unlabelled":
+        batches = Batches(labelled=False)
     if case == "wrapped":
         model = DistributedDataParallel(model, find_unused_parameters=True)
     config = TrainingConfig(steps=3, lr=0.1, device="cpu", weight_decay=0.5)
@@ -184,7 +189,7 @@ def work(rank, size, folder):
     torch.set_num_threads(1)
     group = f"file://{folder}/group"
     dist.init_process_group("gloo", init_method=group, rank=rank, world_size=size)
-    cases = ("alike", "few", "dropout", "other batches", "nan", "wrapped")
+    cases = ("alike", "few", "dropout", "other batches", "nan", "unlabelled", "wrapped")
     torch.save({case: attempt(rank, case) for case in cases}, f"{folder}/{rank}")
     dist.destroy_process_group()
 
@@ -217,5 +222,6 @@ def test_processes_hold_the_same_weights_to_the_bit(ranks, case):
 def test_what_fails_in_one_process_fails_in_all(ranks):
     for found in ranks:
         assert "the loss is nan in step 1" in found["nan"]
+        assert "the loss is nan in step 1" in found["unlabelled"]
         assert "other batches than process 0" in found["other batches"]
         assert "must be the bare one" in found["wrapped"]

@@ -14,7 +14,7 @@ from sylva_train._checks import NonFiniteError
 from sylva_train.curvature import damage, loss_units, place, some_samples
 from sylva_train.layers import accumulating
 
-__all__ = ["Batch", "Loss", "accumulate_gradient", "clip_gradient", "move"]
+__all__ = ["Batch", "Loss", "accumulate_gradient", "clip_gradient", "move", "share"]
 
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
@@ -28,6 +28,12 @@ def move(batch: Batch, device: torch.device) -> dict[str, Any]:
         else value
         for name, value in batch.items()
     }
+
+
+def share(batch: Batch) -> Batch:
+    """Return this process's share of the samples of a batch, which may be none."""
+    rank, processes = place()
+    return some_samples(batch, slice(rank, None, processes)) if processes > 1 else batch
 
 
 def accumulate_gradient(
@@ -50,18 +56,19 @@ def accumulate_gradient(
     NonFiniteError
         If the loss is NaN or infinite.
     """
-    rank, processes = place()
-    units = [max(1, loss_units(model, batch)) for batch in batches]
+    processes = place()[1]
+    counts = [loss_units(model, batch) for batch in batches]
+    units = sum(max(1, count) for count in counts)
+    # Where no label of a batch counts, all processes meet the NaN that comes of it.
+    if shared := processes > 1 and all(counts):
+        batches = [share(batch) for batch in batches]
+        counts = [loss_units(model, batch) for batch in batches]
     total = 0.0
-    for whole, own in zip(batches, units, strict=True):
-        batch, count = whole, own
-        if processes > 1:
-            batch = some_samples(whole, slice(rank, None, processes))
-            count = loss_units(model, batch)
-            if not count:
-                continue
+    for batch, count in zip(batches, counts, strict=True):
+        if shared and not count:
+            continue
         # Exactly 1 for a single batch: its gradient is the plain one, bit for bit.
-        weight = count / sum(units)
+        weight = max(1, count) / units
         with accumulating():
             value = loss(model, batch) * weight
         value.backward()

@@ -29,13 +29,13 @@ from sylva_train.checkpoint import (
     save_checkpoint,
 )
 from sylva_train.config import TrainingConfig
-from sylva_train.curvature import agree, default_loss, note, together
+from sylva_train.curvature import agree, default_loss, loss_units, note, together
 from sylva_train.curvature import place as process
 from sylva_train.evaluation import evaluate as evaluate_model
 from sylva_train.layers import sync
 from sylva_train.optimizer import SparseAdamW
 
-from .gradient import Batch, Loss, accumulate_gradient, clip_gradient, move
+from .gradient import Batch, Loss, accumulate_gradient, clip_gradient, move, share
 from .parts import ProgressBar, make_scheduler, place, preserved_rng, seed_everything
 
 __all__ = ["BatchLoader", "TrainResult", "train"]
@@ -217,7 +217,9 @@ class Run:
         """
         with preserved_rng(self.device):
             for batch in itertools.islice(self.loader.epoch(0), 1):
-                self.loss(self.model, move(batch, self.device))
+                part = share(move(batch, self.device))
+                if loss_units(self.model, part):
+                    self.loss(self.model, part)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
