@@ -5,7 +5,6 @@ from .collect import Curvatures, collect_curvature, damage, describe_factor
 from .factors import Factor
 from .hooks import LayerCurvature, block_sums
 from .planning import curvature_bytes
-from .processes import agree, from_first, place, together
 from .state import Store, settings
 
 __all__ = [
@@ -13,18 +12,14 @@ __all__ = [
     "Factor",
     "LayerCurvature",
     "Store",
-    "agree",
     "block_sums",
     "collect_curvature",
     "curvature_bytes",
     "damage",
     "default_loss",
     "describe_factor",
-    "from_first",
     "loss_units",
     "note",
-    "place",
     "settings",
     "some_samples",
-    "together",
 ]

@@ -20,13 +20,14 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train.config import SylvaConfig
+from sylva_train.processes import agree, rank_and_size, together
 from sylva_train.targets import find_targets, input_owners, weight_device
 
 from .batches import batch_size, default_loss, loss_units, moved, note, some_samples
 from .factors import describe
 from .hooks import Collector, LayerCurvature
+from .merging import merge
 from .planning import Pass, plan_passes, size_words
-from .processes import agree, merge, place, together
 from .state import Position, Store
 
 __all__ = ["Curvatures", "collect_curvature", "damage", "describe_factor"]
@@ -171,7 +172,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
 
     def run(self, data: hashlib._Hash) -> None:
         """Add up what this process's share of the batches tells of some layers."""
-        collector, (rank, processes) = self.collector, place()
+        collector, (rank, processes) = self.collector, rank_and_size()
         start = self.store.load(collector) if self.store else None
         skipped = start.batches if start is not None else 0
         total, count = self.config.samples * len(self.plan), 0

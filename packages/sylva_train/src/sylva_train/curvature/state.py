@@ -15,11 +15,11 @@ from torch import nn
 from sylva_train._checks import ConfigError, check_positive
 from sylva_train._files import read_tensors, write_tensors
 from sylva_train.config import SylvaConfig
+from sylva_train.processes import rank_and_size
 from sylva_train.targets import weight_device, weight_view
 
 from .factors import revive
 from .hooks import Accumulators, Collector
-from .processes import place
 
 __all__ = ["Position", "Store", "settings"]
 
@@ -47,7 +47,7 @@ def settings(
     shapes = {name: list(weight_view(m).shape) for name, m in targets.items()}
     found = {name: getattr(config, name) for name in OPTIONS}
     found |= {"model": digest.hexdigest(), "layers": shapes}
-    return found | {"processes": place()[1]}
+    return found | {"processes": rank_and_size()[1]}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Store:
         self.minutes = minutes
         self.settings = dict(settings)
         self.saved = time.monotonic()
-        self.path = folder / f"sums-{place()[0]}.safetensors"
+        self.path = folder / f"sums-{rank_and_size()[0]}.safetensors"
 
     def check(self, found: Mapping[str, Any]) -> None:
         """Raise `ConfigError` where a file there was made with other settings."""

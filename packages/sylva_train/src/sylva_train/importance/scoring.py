@@ -17,10 +17,9 @@ from sylva_train.curvature import (
     LayerCurvature,
     Store,
     collect_curvature,
-    from_first,
-    place,
     settings,
 )
+from sylva_train.processes import from_first, is_first
 from sylva_train.targets import (
     check_block_size,
     check_weights,
@@ -276,5 +275,5 @@ class Unfinished:
 
     def save(self, scores: Mapping[str, LayerScores], facts: Mapping[str, Any]) -> None:
         """Keep the scores of the layers that are done."""
-        if place()[0] == 0:
+        if is_first():
             Scores(scores, {**facts, "settings": self.store.settings}).save(self.path)

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from sylva_train._checks import NonFiniteError
-from sylva_train.curvature import damage, loss_units, place, some_samples
+from sylva_train.curvature import damage, loss_units, some_samples
 from sylva_train.layers import accumulating
+from sylva_train.processes import rank_and_size
 
 __all__ = ["Batch", "Loss", "accumulate_gradient", "clip_gradient", "move", "share"]
 
@@ -32,7 +33,7 @@ def move(batch: Batch, device: torch.device) -> dict[str, Any]:
 
 def share(batch: Batch) -> Batch:
     """Return this process's share of the samples of a batch, which may be none."""
-    rank, processes = place()
+    rank, processes = rank_and_size()
     return some_samples(batch, slice(rank, None, processes)) if processes > 1 else batch
 
 
@@ -56,7 +57,7 @@ def accumulate_gradient(
     NonFiniteError
         If the loss is NaN or infinite.
     """
-    processes = place()[1]
+    processes = rank_and_size()[1]
     counts = [loss_units(model, batch) for batch in batches]
     units = sum(max(1, count) for count in counts)
     # Where no label of a batch counts, all processes meet the NaN that comes of it.

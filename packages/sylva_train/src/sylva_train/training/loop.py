@@ -29,11 +29,11 @@ from sylva_train.checkpoint import (
     save_checkpoint,
 )
 from sylva_train.config import TrainingConfig
-from sylva_train.curvature import agree, default_loss, loss_units, note, together
-from sylva_train.curvature import place as process
+from sylva_train.curvature import default_loss, loss_units, note
 from sylva_train.evaluation import evaluate as evaluate_model
 from sylva_train.layers import sync
 from sylva_train.optimizer import SparseAdamW
+from sylva_train.processes import agree, is_first, rank_and_size, together
 
 from .gradient import Batch, Loss, accumulate_gradient, clip_gradient, move, share
 from .parts import ProgressBar, make_scheduler, place, preserved_rng, seed_everything
@@ -156,7 +156,7 @@ class Run:
 
     def advance(self, group: Sequence[Batch]) -> dict[str, float]:
         """Take one optimizer step."""
-        rank, processes = process()
+        rank, processes = rank_and_size()
         if processes > 1:
             self.compare(group)
             # Each drops out units of its own, wherever the run was interrupted.
@@ -194,7 +194,7 @@ class Run:
 
     def save(self, output: str | os.PathLike[str], identity: dict[str, Any]) -> None:
         """Write a checkpoint; of several processes, which have the same, the first does."""
-        if process()[0] > 0:
+        if not is_first():
             return
         state = capture(self.model, self.optimizer, self.scheduler, self.device)
         record = {
@@ -364,7 +364,7 @@ def check_parts(
     resume: bool,
 ) -> None:
     """Raise `ConfigError` or `OutputExistsError` where arguments contradict."""
-    if process()[1] > 1 and isinstance(model, DistributedDataParallel):
+    if rank_and_size()[1] > 1 and isinstance(model, DistributedDataParallel):
         msg = (
             "`model` must be the bare one, without DistributedDataParallel around it: `train`"
             " adds the gradients of all processes up."
@@ -396,8 +396,8 @@ def run_to_end(
     identity: dict[str, Any] = {}
     if output is not None:
         data = {"batches": len(run.loader)} | getattr(run.loader, "identity", {})
-        if process()[1] > 1:
-            data["processes"] = process()[1]
+        if rank_and_size()[1] > 1:
+            data["processes"] = rank_and_size()[1]
         identity = identify(run.model, run.optimizer, run.scheduler, run.config, data)
         with together():
             checkpoint = load_checkpoint(output, identity) if resume else None

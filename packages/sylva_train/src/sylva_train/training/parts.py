@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from sylva_train._checks import ConfigError
 from sylva_train.checkpoint import rng_state, set_rng_state
 from sylva_train.config import TrainingConfig
-from sylva_train.curvature import place as process
+from sylva_train.processes import rank_and_size
 
 __all__ = [
     "ProgressBar",
@@ -53,8 +53,8 @@ def pick_device(name: str) -> torch.device:
             " or a CUDA build of PyTorch."
         )
         raise ConfigError(msg)
-    if device.index is not None and process()[1] > 1:
-        msg = f'`device` is {name!r}, but each of {process()[1]} processes has its own: give "cuda".'
+    if device.index is not None and (size := rank_and_size()[1]) > 1:
+        msg = f'`device` is {name!r}, but each of {size} processes has its own: give "cuda".'
         raise ConfigError(msg)
     return device
 

@@ -20,11 +20,11 @@ from sylva_train._checks import (
 )
 from sylva_train.checkpoint import checkpoints
 from sylva_train.config import SylvaConfig, SylvaOptions, TaskConfig, TrainingConfig
-from sylva_train.curvature import agree, place, together
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.layers import embed
 from sylva_train.masks import Masks
+from sylva_train.processes import agree, is_first, together
 from sylva_train.selection import select_as
 from sylva_train.targets import shared_inputs
 from sylva_train.training import number_of_steps, train
@@ -152,7 +152,7 @@ def finetune(
         begun = begun_run(output, wanted, resume=resume, overwrite=overwrite)
     if begun is not None and begun["finished"]:
         return begun
-    first = place()[0] == 0
+    first = is_first()
     with Progress(enabled=progress) as bars:
         task = load_task(task_config, seed=training.seed)
         assert task.held_out is not None
@@ -302,7 +302,7 @@ def train_blocks(
         progress=False,
         callbacks=[show],
     )
-    if place()[0] == 0:
+    if is_first():
         save_adapter(task.model, output / "adapter", config=config, overwrite=resume)
     head = sum(
         p.numel()

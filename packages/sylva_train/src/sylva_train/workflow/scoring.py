@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sylva_train._checks import OutputExistsError
 from sylva_train.config import KRONECKER, NEEDS_DATA, SylvaConfig, TaskConfig
-from sylva_train.curvature import place, together
 from sylva_train.importance import Scores, score
+from sylva_train.processes import is_first, together
 from sylva_train.targets import check_block_size, find_targets
 from sylva_train.training import pick_device
 
@@ -136,7 +136,7 @@ def score_file(
         Whatever stops reading, loading or scoring; nothing is written then.
     """
     unfinished = Path(f"{os.fspath(output)}.unfinished")
-    first = place()[0] == 0
+    first = is_first()
     with together():
         check_file(output, overwrite=overwrite)
         stale = unfinished.exists() and not resume
