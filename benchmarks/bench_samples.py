@@ -139,12 +139,12 @@ def demo(variants: list[dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--sst2", type=Path, help="folder of SST-2")
-    options.add_argument("--draws", type=int, default=3)
-    options.add_argument("--seeds", type=int, default=5)
+    options.add_argument("--draws", type=int, default=2)
+    options.add_argument("--seeds", type=int, default=3)
     options = options.parse_args()
     torch.set_num_threads(options.threads)
     begun = setting(packages=("transformers",))
-    counts = [32, 64, 128, 256, 512, 1024]
+    counts = [32, 64, 128, 256, 512]
     data = ["e2e-rating", *([str(options.sst2)] if options.sst2 else [])]
     rows = []
     for source in data:
