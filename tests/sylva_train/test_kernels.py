@@ -90,7 +90,11 @@ def check_sddmm(mask, dtype, tokens, seed):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert got.dtype == wide
     assert got.shape == expected.shape
-    assert error(got, expected, dense) <= TOLERANCE[dtype]
+    off = (got - expected).abs()
+    if reference.product_dtype(dtype, "cpu") == torch.bfloat16:
+        # Rounded once: by half the spacing of bfloat16 numbers at most.
+        off = (off - 2**-8 * expected.abs()).clamp(min=0)
+    assert error(off, torch.zeros_like(off), dense) <= TOLERANCE[dtype]
     outside = ~dense_blocks(torch.ones(mask.shape, dtype=torch.bool), mask)
     assert not got[outside].any()
 

@@ -7,6 +7,7 @@ edge are stored full-size with zeros outside the weight.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -107,6 +108,8 @@ def scatter_blocks_(
 COPY_COST, ROW_COST, RECTANGLE_COST, MARGIN = 34.0, 1.05, 1.15, 0.92
 CALL_COST, WRITE_COST, JOIN_COST, THREAD_COST = 3 << 18, 5.0, 20.0, 1.4
 FAR_ELEMENTS, FAR_COST = 1 << 23, 500.0
+# Products of bfloat16, where a CPU has them, are faster than of float32 by this factor.
+BFLOAT16_SPEED = 4.0
 # Elements of gathered activations at a time: pieces that stay in the cache, in memory
 # that is used again. Larger ones cost several times as much, in page faults alone.
 _PIECE_ELEMENTS = 1 << 20
@@ -200,6 +203,7 @@ def choose_way(
     block_size: int,
     tokens: int,
     threads: int = 1,
+    speed: float = 1.0,
 ) -> str:
     """Choose the cheapest way to blocks of a product, the dense one when in doubt.
 
@@ -215,6 +219,8 @@ def choose_way(
         Rows of the operands.
     threads : int
         That compute: copies and narrow products gain nothing by more of them.
+    speed : float
+        Of products, relative to float32: calls and writing are as slow as ever.
 
     Returns
     -------
@@ -222,10 +228,12 @@ def choose_way(
         ``"rows"``, ``"cartesian"`` or ``"dense"``.
     """
     area, b = block_size**2, block_size
-    call, write, join = (c / tokens for c in (CALL_COST, WRITE_COST, JOIN_COST))
+    once = CALL_COST, WRITE_COST, JOIN_COST
+    call, write, join = (cost * speed / tokens for cost in once)
     narrow = 1 + THREAD_COST * (threads - 1)
     is_far = tokens * grid[1] * b >= FAR_ELEMENTS
-    copy = COPY_COST * b + (FAR_COST if is_far else 0)
+    # An element of bfloat16 takes half as long to copy.
+    copy = (COPY_COST * b + (FAR_COST if is_far else 0)) * max(speed / 2, 1)
     costs = {
         "rows": blocks * (narrow * (ROW_COST * area + copy) + join * area)
         + narrow * active[0] * call,
@@ -319,6 +327,9 @@ def block_sddmm(
         block_size,
         len(dy),
         torch.get_num_threads(),
+        BFLOAT16_SPEED
+        if product_dtype(dy.dtype, dy.device.type).itemsize == 2
+        else 1.0,
     )
     ways = {"dense": from_dense, "cartesian": from_rectangle, "rows": from_rows}
     blocks = ways[way](dy, x, indices, block_size)
@@ -330,14 +341,25 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@functools.cache
+def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Return the dtype of products of a dtype, all of which are added up in float32.
+
+    A CPU's product of bfloat16, several times as fast as one of float32, is rounded at
+    the end, as PyTorch's own dense gradient is.
+    """
+    if dtype != torch.bfloat16 or device != "cpu":
+        return wide(dtype)
+    return dtype if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
 def wide_product(
     a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return ``a @ b``, not rounded to half precision; on a CPU also write it there."""
+    """Return ``a @ b`` in `product_dtype`; on a CPU also write it there."""
     if a.is_cuda and a.dtype.itemsize < 4:
         return torch.mm(a, b, out_dtype=torch.float32)
-    # A CPU has no product of half precision whose result is float32.
-    dtype = wide(a.dtype)
+    dtype = product_dtype(a.dtype, a.device.type)
     return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
@@ -383,12 +405,14 @@ def from_panels(
         product = wide_product(dy.T, x)
         if any(missing):
             product = F.pad(product, (0, missing[1], 0, missing[0]))
-        return product.view(-1, b).index_select(0, runs).view(-1, b, b)
-    dy, x = dy.to(wide(dy.dtype)), x.to(wide(x.dtype))  # once for all panels
+        blocks = product.view(-1, b).index_select(0, runs)
+        return blocks.view(-1, b, b).to(wide(dy.dtype))
+    dtype = product_dtype(dy.dtype, dy.device.type)
+    dy, x = dy.to(dtype), x.to(dtype)  # once for all panels
     if found.order is not None:
         runs = runs.view(-1, b)[found.order].flatten()
     rows = -(-height // -(-height // rows))  # of about equal height
-    panel = dy.new_empty((rows * b, width * b), dtype=wide(dy.dtype))
+    panel = dy.new_empty((rows * b, width * b))
     if missing[1]:
         panel[:, x.shape[1] :] = 0
     blocks = panel.new_empty((len(runs), b))
@@ -404,7 +428,9 @@ def from_panels(
             panel.view(-1, b), 0, places, out=blocks[start * b : stop * b]
         )
     blocks = blocks.view(-1, b, b)
-    return blocks if found.order is None else blocks[found.order.argsort()]
+    if found.order is not None:
+        blocks = blocks[found.order.argsort()]
+    return blocks.to(wide(dy.dtype))
 
 
 def from_rows(
@@ -427,4 +453,4 @@ def from_rows(
     blocks = torch.cat(products).view(-1, block_size, block_size).transpose(1, 2)
     if places.order is not None:
         blocks = blocks[places.order.argsort()]
-    return blocks.contiguous()
+    return blocks.to(wide(dy.dtype), memory_format=torch.contiguous_format)
