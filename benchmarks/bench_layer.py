@@ -67,10 +67,14 @@ def main() -> None:
         dense, rows_, cartesian, chosen = (t["min"] for t in times)
         active = [len(indices[:, i].unique()) for i in (0, 1)]
         grid = blocks // columns, columns
-        is_fast = reference.product_dtype(dtype, "cpu") == torch.bfloat16
-        speed = reference.BFLOAT16_SPEED if is_fast else 1.0
         way = reference.choose_way(
-            len(indices), active, grid, b, tokens, options.threads, speed
+            len(indices),
+            active,
+            grid,
+            b,
+            tokens,
+            options.threads,
+            reference.speed_of(dy),
         )
         row = {
             "dtype": str(dtype).removeprefix("torch."),

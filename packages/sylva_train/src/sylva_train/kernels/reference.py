@@ -306,7 +306,8 @@ def block_sddmm(
     Returns
     -------
     torch.Tensor, shape (k, b, b), float32 (float64 for float64 inputs)
-        Zero outside the (out, in) weight.
+        Zero outside the (out, in) weight. Sums of bfloat16 products are rounded once on a
+        CPU, as those of PyTorch's own gradient are.
 
     Notes
     -----
@@ -327,9 +328,7 @@ def block_sddmm(
         block_size,
         len(dy),
         torch.get_num_threads(),
-        BFLOAT16_SPEED
-        if product_dtype(dy.dtype, dy.device.type).itemsize == 2
-        else 1.0,
+        speed_of(dy),
     )
     ways = {"dense": from_dense, "cartesian": from_rectangle, "rows": from_rows}
     blocks = ways[way](dy, x, indices, block_size)
@@ -350,7 +349,17 @@ def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """
     if dtype != torch.bfloat16 or device != "cpu":
         return wide(dtype)
-    return dtype if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    fast = (
+        torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return dtype if fast else torch.float32
+
+
+def speed_of(x: torch.Tensor) -> float:
+    """Return the speed of a tensor's products, relative to float32."""
+    half = product_dtype(x.dtype, x.device.type) == torch.bfloat16
+    return BFLOAT16_SPEED if half else 1.0
 
 
 def wide_product(
