@@ -102,7 +102,8 @@ class SylvaConfig(SylvaOptions, PeftConfig):
         Number of sequences to score with.
     tokens : str
         ``"expand"``: every token is a sample of the factors; ``"reduce"``: the mean over
-        each sequence is.
+        each sequence is, in which gradients of attention's keys cancel: not for the
+        natural gradient of a transformer.
     damping : float
         Multiple of a factor's mean eigenvalue that is added to its diagonal, so that
         ``λ_A = damping · tr A / in`` and ``λ_G = damping · tr G / out``.
