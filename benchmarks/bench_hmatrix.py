@@ -37,6 +37,16 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def timed(action: Callable[[], Any], device: str) -> Callable[[], None]:
+    """Return an action that ends when the device is done with it."""
+
+    def run() -> None:
+        action()
+        wait(device)
+
+    return run
+
+
 def accuracy(stream: Any, X: torch.Tensor) -> dict[str, Any]:
     """Error of the mean after one batch, and the bytes that hold it."""
     n = X.shape[1]
@@ -60,18 +70,13 @@ def streaming(n: int, levels: int, device: str, repeats: int) -> dict[str, Any]:
     hodlr = hm.StreamingHODLR(n, levels, RANK, like=X)
     found = {"mlr": accuracy(mlr, X), "hodlr": accuracy(hodlr, few)}
 
-    def timed(action: Callable[[], Any]) -> Callable[[], None]:
-        def run() -> None:
-            action()
-            wait(device)
-
-        return run
-
     dense, one = interleave(
-        repeats, timed(lambda: X.T @ X), timed(lambda: mlr.update(X))
+        repeats, timed(lambda: X.T @ X, device), timed(lambda: mlr.update(X), device)
     )
     small, two = interleave(
-        repeats, timed(lambda: few.T @ few), timed(lambda: hodlr.update(few))
+        repeats,
+        timed(lambda: few.T @ few, device),
+        timed(lambda: hodlr.update(few), device),
     )
     found["mlr"] |= {"seconds": one, "dense_seconds": dense, **_ratio(one, dense)}
     found["hodlr"] |= {"seconds": two, "dense_seconds": small, **_ratio(two, small)}
@@ -110,6 +115,32 @@ def inverting(n: int, levels: int, device: str, repeats: int) -> dict[str, Any]:
     }
 
 
+def many_vectors(n: int, levels: int, device: str, repeats: int) -> dict[str, Any]:
+    """Time products and solves with n vectors at a time beside dense ones."""
+    X = samples(n, device)
+    stream = hm.StreamingMLR(n, levels, RANK, like=X)
+    stream.update(X)
+    H, vectors = stream.result(), torch.randn(n, n, device=device)
+    shift = DAMPING * H.trace() / n
+    A, F = H.to_dense(), hm.factorize(H, shift)
+    L = torch.linalg.cholesky(A + shift * torch.eye(n, device=device))
+
+    base, fast = interleave(
+        repeats, timed(lambda: A @ vectors, device), timed(lambda: H @ vectors, device)
+    )
+    solve, solved = interleave(
+        repeats,
+        timed(lambda: torch.cholesky_solve(vectors, L), device),
+        timed(lambda: F.solve(vectors, refine=0), device),
+    )
+    return {
+        "n": n,
+        "levels": levels,
+        "product": {"seconds": fast, "dense_seconds": base, **_ratio(fast, base)},
+        "solve": {"seconds": solved, "dense_seconds": solve, **_ratio(solved, solve)},
+    }
+
+
 def _ratio(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
     return {
         "times_dense": round(one["min"] / other["min"], 3),
@@ -127,6 +158,7 @@ def main() -> int:
         "bars": {"times_dense at n=1024": TIME_BAR, "of_dense at n=4096": MEMORY_BAR},
         "streaming": [],
         "inverse_diagonal": [],
+        "many_vectors": [],
     }
     for n, levels in SHAPES:
         row = streaming(n, levels, *run)
@@ -143,6 +175,13 @@ def main() -> int:
         results["inverse_diagonal"].append(row)
         print(
             f"n={n:5d}  inverse diagonal {row['times_dense']:5.2f} x dense", flush=True
+        )
+    for n, levels in SHAPES:
+        row = many_vectors(n, levels, *run)
+        results["many_vectors"].append(row)
+        product, solve = (row[name]["times_dense"] for name in ("product", "solve"))
+        print(
+            f"n={n:5d}  {product:.2f} x dense product, {solve:.2f} x solve", flush=True
         )
     by_n = {row["n"]: row["mlr"] for row in results["streaming"]}
     kept = (

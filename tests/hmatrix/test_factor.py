@@ -1,5 +1,8 @@
 """Solve, inverse, its diagonal and log-determinant against dense linear algebra."""
 
+import itertools
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -46,6 +49,30 @@ def test_solve(case, seed):
     assert_close(
         F.solve(D @ X[:, 0]), X[:, 0], ("float64", "solve"), 100 * condition(D)
     )
+
+
+@pytest.mark.parametrize("kind", ["inversion", "orthogonal", "cholesky", "mlr"])
+def test_operands_are_left_alone(kind, xp, rng):
+    # sums are built up in memory, which must be nobody else's
+    Z = rng.standard_normal((80, 64))
+    if kind == "mlr":
+        stream = hm.StreamingMLR(64, 3, 4, like=xp.asarray(Z[:0]))
+        stream.update(xp.asarray(Z))
+        H = stream.result()
+        F = hm.factorize(H, 0.1)
+    else:
+        H = hm.from_dense(xp.asarray(Z.T @ Z), levels=3, symmetric=kind == "cholesky")
+        F = hm.factorize(H, 0.1, method=kind)
+    operations = [H.__matmul__, H.T.__matmul__]
+    for refine, adjoint in itertools.product((0, 1), (False, True)):
+        operations.append(partial(F.solve, refine=refine, adjoint=adjoint))
+    if kind in ("cholesky", "mlr"):
+        operations += [F.sample, F.whiten]
+    X = rng.standard_normal((64, 5))
+    for operation in operations:
+        x = xp.asarray(X.copy())
+        operation(x)
+        np.testing.assert_array_equal(to_numpy(x), X)
 
 
 @given(factored())

@@ -12,6 +12,7 @@ from hmatrix._backend import (
     NUMBERS,
     Array,
     Space,
+    add_product,
     adjoint,
     conjugate,
     namespace,
@@ -294,14 +295,17 @@ class HODLR(StoredOperator):
 def apply_blocks(pairs: Iterable[tuple[LowRank, LowRank]], x: Array, y: Array) -> Array:
     """Return ``y`` plus the product of ``x`` (padded, q) with off-diagonal blocks.
 
+    Computed in the memory of ``y``: large sums of their own cost more than the products.
     ``pairs`` are ``B12`` and ``B21`` of a level each, any number of levels.
     """
     xp, q = namespace(x), x.shape[1]
     for B12, B21 in pairs:
         nodes, _, half = B12.shape
         halves = xp.reshape(x, (nodes, 2, half, q))
-        parts = [B12 @ halves[:, 1, :, :], B21 @ halves[:, 0, :, :]]
-        y = y + xp.reshape(xp.stack(parts, axis=1), x.shape)
+        sums = xp.reshape(y, halves.shape)
+        add_product(sums[:, 0, :, :], B12.U, B12._inner(halves[:, 1, :, :]))
+        add_product(sums[:, 1, :, :], B21.U, B21._inner(halves[:, 0, :, :]))
+        y = xp.reshape(sums, x.shape)
     return y
 
 

@@ -121,7 +121,11 @@ class LowRank:
 
     def __matmul__(self, x: Array) -> Array:
         """Multiply with ``x`` (..., n, q)."""
-        return self.U @ _scaled(adjoint(self.V) @ x, self.S[..., None])
+        return self.U @ self._inner(x)
+
+    def _inner(self, x: Array) -> Array:
+        """Return ``diag(S) Vᴴ x``."""
+        return _scaled(adjoint(self.V) @ x, self.S[..., None])
 
 
 def compress(

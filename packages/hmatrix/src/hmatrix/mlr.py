@@ -11,6 +11,7 @@ from hmatrix._backend import (
     NUMBERS,
     Array,
     Space,
+    add_product,
     adjoint,
     conjugate,
     nbytes,
@@ -165,8 +166,11 @@ class MLR(StoredOperator):
         y = self.leaves @ xp.reshape(x, (*self.leaves.shape[:2], q))
         y = xp.reshape(y, x.shape)
         for F in self.factors:
-            part = F @ (adjoint(F) @ xp.reshape(x, (*F.shape[:2], q)))
-            y = y + self.sign * xp.reshape(part, x.shape)
+            nodes = (*F.shape[:2], q)
+            part = adjoint(F) @ xp.reshape(x, nodes)
+            y = xp.reshape(
+                add_product(xp.reshape(y, nodes), F, part, self.sign), x.shape
+            )
         return y
 
     def _apply_adjoint(self, x: Array) -> Array:

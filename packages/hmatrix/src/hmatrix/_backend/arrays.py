@@ -14,6 +14,7 @@ __all__ = [
     "NUMBERS",
     "Array",
     "Namespace",
+    "add_product",
     "adjoint",
     "conjugate",
     "detach",
@@ -22,9 +23,9 @@ __all__ = [
     "is_writeable",
     "multiply_into",
     "namespace",
+    "plus_product",
     "real_part",
     "squares",
-    "subtract_product",
     "to_numpy",
     "transpose",
 ]
@@ -135,12 +136,31 @@ def real_part(x: Array) -> Array:
     return namespace(x).real(x) if dtype_name(x.dtype) in COMPLEX else x
 
 
-def subtract_product(x: Array, a: Array, b: Array) -> Array:
-    """Return ``x - a @ b`` (batches of matrices), computed in the memory of ``x``."""
+def add_product(x: Array, a: Array, b: Array, sign: int = 1) -> Array:
+    """Return ``x ± a @ b`` (batches of matrices), computed in the memory of ``x``."""
     if array_api_compat.is_torch_array(x):
-        return x.baddbmm_(a, b, alpha=-1)
-    x -= a @ b
+        return x.baddbmm_(a, b, alpha=sign)
+    if sign < 0:
+        x -= a @ b
+    else:
+        x += a @ b
     return x
+
+
+def plus_product(x: Array, a: Array, b: Array, *, own: bool = False) -> Array:
+    """Return ``x + a @ b`` (batches of matrices), which is all the memory it takes.
+
+    It takes that of ``x`` where this is the caller's ``own`` and torch records nothing.
+    """
+    if array_api_compat.is_torch_array(x):
+        if own and not any(t.requires_grad for t in (x, a, b)):
+            return add_product(x, a, b)
+        return x.baddbmm(a, b)
+    if own:
+        return add_product(x, a, b)
+    product = a @ b
+    product += x
+    return product
 
 
 def multiply_into(out: Array, a: Array, b: Array) -> None:

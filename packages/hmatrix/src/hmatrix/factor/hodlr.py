@@ -15,6 +15,7 @@ from hmatrix._backend import (
     contiguous,
     detach,
     inverse,
+    plus_product,
     slogdet,
     to_numpy,
 )
@@ -142,7 +143,7 @@ class HODLRFactorization(Factorization):
     def _apply(self, x: Array) -> Array:
         x = self._solve_leaves(x)
         for level in reversed(range(self.tree.levels)):
-            x = self._step(level, x)
+            x = self._step(level, x, own=True)
         return x
 
     def _apply_adjoint(self, x: Array) -> Array:
@@ -150,7 +151,7 @@ class HODLRFactorization(Factorization):
 
     def _solve_adjoint(self, x: Array, top: int) -> Array:
         """Apply the adjoint inverses of the nodes at level ``top``."""
-        xp = self.space.xp
+        xp, given = self.space.xp, x
         for level in range(top, self.tree.levels):
             if not self._widths[level] or not x.shape[1]:
                 continue
@@ -160,10 +161,10 @@ class HODLRFactorization(Factorization):
             small = adjoint(self._E[level]) @ small
             small = xp.flip(xp.reshape(small, (*Y.shape[:2], -1, x.shape[1])), axis=1)
             Q = self._halves(level, self._Q[level])
-            x = x - xp.reshape(Q @ small, x.shape)
+            x = _less(x, Q, small, own=x is not given)
         return self._leaves_times(adjoint(self._inverse_leaves), x)
 
-    def _step(self, level: int, x: Array) -> Array:
+    def _step(self, level: int, x: Array, *, own: bool = False) -> Array:
         """Turn the children's solutions into the nodes': x − D P E Qᴴ x."""
         xp, width = self.space.xp, self._widths[level]
         if not width or not x.shape[1]:
@@ -174,7 +175,7 @@ class HODLRFactorization(Factorization):
         small = xp.reshape(small, (small.shape[0], 2 * width, x.shape[1]))
         small = xp.reshape(self._E[level] @ small, (-1, 2, width, x.shape[1]))
         Y = self._halves(level, self._Y[level])
-        return x - xp.reshape(Y @ small, x.shape)
+        return _less(x, Y, small, own=own)
 
     def _core(self, level: int, scales: Array) -> Array:
         """Return ``(I + C QᴴD P)⁻¹ C`` of each node and count its determinant."""
@@ -274,6 +275,17 @@ class HODLRFactorization(Factorization):
     def _leaves_times(self, leaves: Array, x: Array) -> Array:
         y = leaves @ self.space.xp.reshape(x, (*leaves.shape[:2], x.shape[1]))
         return self.space.xp.reshape(y, x.shape)
+
+
+def _less(x: Array, Y: Array, small: Array, *, own: bool) -> Array:
+    """Return x (padded, q) less ``Y small`` of halves, (nodes, 2, half, r) and (…, r, q).
+
+    Where x is the caller's ``own``, its memory may be used.
+    """
+    xp, (half, r), q = Space.of(x).xp, Y.shape[2:], x.shape[1]
+    rows, small = xp.reshape(x, (-1, half, q)), xp.reshape(small, (-1, r, q))
+    Y = xp.reshape(Y, (-1, half, r))
+    return xp.reshape(plus_product(rows, Y, -small, own=own), x.shape)
 
 
 class HODLRInverse(Operator):

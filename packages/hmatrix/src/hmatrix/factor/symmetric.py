@@ -24,6 +24,7 @@ from hmatrix._backend import (
     multiply_into,
     namespace,
     one_blas_thread,
+    plus_product,
     to_numpy,
     wants_gradient,
 )
@@ -194,21 +195,23 @@ class SymmetricFactor:
 
     def apply(self, x: Array) -> Array:
         """Return ``W x`` of a padded block."""
+        given = x
         for Q, X in zip(self.bases, self.cores, strict=True):
-            x = _update(Q, X, x)
+            x = _update(Q, X, x, own=x is not given)
         return _blocks_times(self.leaves, x)
 
     def solve(self, x: Array) -> Array:
         """Return ``W⁻¹ x``."""
         x = _blocks_times(self.inverse_leaves, x)
         for Q, Y in zip(self.bases[::-1], self.inverse_cores[::-1], strict=True):
-            x = _update(Q, Y, x)
+            x = _update(Q, Y, x, own=True)
         return x
 
     def solve_adjoint(self, x: Array) -> Array:
         """Return ``W⁻ᴴ x``."""
+        given = x
         for Q, Y in zip(self.bases, self.inverse_cores, strict=True):
-            x = _update(Q, adjoint(Y), x)
+            x = _update(Q, adjoint(Y), x, own=x is not given)
         return _blocks_times(adjoint(self.inverse_leaves), x)
 
     def inverse_terms(self) -> Iterator[tuple[Array, Array]]:
@@ -264,13 +267,13 @@ def subtrees(
     return top, max(top, level(-(-bytes_ * share // CACHE)))
 
 
-def _update(Q: Array, X: Array, x: Array) -> Array:
-    """Return ``x + Q X Qᴴ x`` of each node, x (rows, q)."""
+def _update(Q: Array, X: Array, x: Array, *, own: bool = False) -> Array:
+    """Return ``x + Q X Qᴴ x`` of each node, x (rows, q), which may be the caller's own."""
     if not Q.shape[-1] or not x.shape[1]:
         return x
     xp = namespace(x)
     y = xp.reshape(x, (*Q.shape[:2], x.shape[1]))
-    return x + xp.reshape(Q @ _inner(Q, X, y), x.shape)
+    return xp.reshape(plus_product(y, Q, _inner(Q, X, y), own=own), x.shape)
 
 
 def _add_update(Q: Array, X: Array, x: Array, q: int, memory: Array) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Self
 from hmatrix._backend import (
     Array,
     Space,
+    add_product,
     adjoint,
     cholesky,
     conjugate,
@@ -19,7 +20,6 @@ from hmatrix._backend import (
     qr,
     real_part,
     squares,
-    subtract_product,
 )
 from hmatrix._checks import check_choice, check_int
 from hmatrix.mlr import MLR
@@ -201,7 +201,7 @@ class StreamingMLR(Streaming):
             _, V = eigh_descending(adjoint(MQ) @ MQ)
             V = V[..., :r]
             F, QV = MQ @ V, Q @ V
-        return F, subtract_product(M, F, adjoint(QV))
+        return F, add_product(M, F, adjoint(QV), -1)
 
     def _norm_between_halves(self, E: Array) -> Array:
         """Frobenius norm of ``E₁ E₂ᴴ``, the halves of the rows of E (b, m, w): (b,)."""
