@@ -72,6 +72,8 @@ def test_a_table_of_values_is_written_in_every_form(here, home, tmp_path):
     for words in ("# Densities", "**tiny**", "| LoRA | 0.25 |", "±", "sylva again"):
         assert words in table
     assert "not tuned" in table
+    # The option that the table varies is not a setting of it.
+    assert "examples; blocks of" in table
     rows = list(csv.DictReader((output / "table.csv").read_text().splitlines()))
     assert [float(row["score"]) for row in rows] == [r["score"] for r in found["runs"]]
     assert {row["lr"] for row in rows} == {"0.02", "0.01"}

@@ -151,12 +151,16 @@ def facts(results: Results) -> str:
     seeds = sorted({run["seed"] for run in results["runs"]})
     lines = [f"Mean ± standard deviation over the seeds {', '.join(map(str, seeds))}."]
     for name, about in results["settings"].items():
+        options = {
+            "density": f"density {about['sylva']['density']:g}",
+            "block_size": f"blocks of {about['sylva']['block_size']}",
+        }
+        options.pop(results["option"], None)
         lines.append(
             f"{name}: `{about['task']['model']}`, {about['data']}:"
             f" {about['train_examples']:,} examples to train on, {about['eval_examples']:,}"
             f" to evaluate on; {about['steps']:,} steps of {about['training']['batch_size']}"
-            f" examples; density {about['sylva']['density']:g}, blocks of"
-            f" {about['sylva']['block_size']}."
+            f" examples; {', '.join(options.values())}."
         )
     lines.append(provenance(results))
     return "\n\n".join(lines) + "\n"
