@@ -40,6 +40,9 @@ Found = tuple[LowRank, Array]
 
 #: Entries of each row and column that check a block larger than a sample.
 PASSES = 2
+#: Blocks of points up to this size are checked whole: a few of their pairs may be close,
+#: and what ranks there are costs more than that.
+WHOLE = 512
 #: Blocks up to this size are compressed by the SVD if cross approximation fails.
 DENSE = 2048
 
@@ -183,14 +186,15 @@ def residual(
 ) -> Array:
     """Estimate the Frobenius norms (b,) of blocks less ``U core Vᴴ``.
 
-    A block no larger than the sample is compared whole. Of others, as many rows and
+    A block no larger than the sample, or of at most ``WHOLE`` points in a plane or in
+    space, is compared whole. Of others, as many rows and
     columns as the sample has, others than it has but also dense at the corners, where a
     narrow band or a sharp peak would be; the near pairs; and ``PASSES`` times an entry of
     each row and each column, by chance: a wrong row or column shows every time. The
     largest of the estimates counts.
     """
     space, xp, m, b = blocks.space, blocks.xp, blocks.size, blocks.count
-    if m <= sample:
+    if m <= (sample if blocks.near is None else max(sample, WHOLE)):
         return error_norm(blocks, U, core, V)
     chance = np.random.default_rng((seed, m, b))
     i, j = (

@@ -179,8 +179,9 @@ def from_kernel(
     -----
     As `from_entries`. Where points are not sorted numbers, pivots and check also have up
     to 512 entries of each block that belong to the closest pairs of points in different
-    clusters, out of the 8 nearest neighbours of each. A kernel that peaks elsewhere than
-    where points meet, at a fixed distance say, has no more than what is said there.
+    clusters, out of the 8 nearest neighbours of each, and blocks of up to 512 rows are
+    checked whole. In larger ones a kernel that peaks elsewhere than where points meet, at
+    a fixed distance say, has no more than what is said there.
 
     Examples
     --------
