@@ -23,6 +23,7 @@ __all__ = [
     "input_owners",
     "is_inside",
     "is_supported",
+    "layer_input",
     "loaded_weight",
     "shared_inputs",
     "weight_device",
@@ -54,6 +55,12 @@ def weight_view(module: nn.Module) -> torch.Tensor:
     `torch.nn.Linear` stores that already; GPT-2's ``Conv1D`` stores the transpose.
     """
     return as_matrix(module, module.weight.detach())  # type: ignore[operator]
+
+
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Return what a linear layer was called with, by position or by name."""
+    x: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
 
 
 def weight_device(module: nn.Module) -> torch.device:
@@ -297,16 +304,20 @@ def input_owners(
     inputs: dict[str, torch.Tensor] = {}
     owner: dict[str, str] = {}
 
-    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-            same = (o for o, other in inputs.items() if other is args[0])
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            x = layer_input(args, kwargs)
+            same = (o for o, other in inputs.items() if other is x)
             owner.setdefault(name, next(same, name))
             if owner[name] == name:
-                inputs[name] = args[0]
+                inputs[name] = x
 
         return before
 
-    handles = [m.register_forward_pre_hook(look(n)) for n, m in targets.items()]
+    handles = [
+        module.register_forward_pre_hook(look(name), with_kwargs=True)
+        for name, module in targets.items()
+    ]
     try:
         with torch.no_grad():
             run()
