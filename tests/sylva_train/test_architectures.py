@@ -9,7 +9,7 @@ import transformers as tf
 from torch import nn
 from torch.nn import functional as F
 
-from sylva_train._checks import ConfigError
+from sylva_train._checks import ConfigError, TargetError
 from sylva_train.config import SylvaConfig
 from sylva_train.curvature import loss_units
 from sylva_train.curvature.collect import Collector
@@ -213,3 +213,10 @@ def test_pytorchs_encoder_is_scored_with_padding():
     for name, found in scores.items():
         expected = blocked(model.get_submodule(name).weight.grad.abs().double(), 4)
         torch.testing.assert_close(found.blocks(4), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_weights_in_the_same_memory_are_tied():
+    model = Small(lambda m, x: m.b(m.a(x)))
+    model.b.weight.data = model.a.weight.data
+    with pytest.raises(TargetError, match="shared with"):
+        scored(model)

@@ -161,11 +161,13 @@ def head_names(model: nn.Module) -> set[str]:
 
 def check_tied(model: nn.Module, name: str, module: nn.Module) -> None:
     """Raise `TargetError` if another module uses the same weight."""
-    weight = module.weight
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    memory = weight.data_ptr() or None  # on the meta device 0
     sharers = [
         other
         for other, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter is weight and other != f"{name}.weight"
+        if (parameter is weight or parameter.data_ptr() == memory)
+        and other != f"{name}.weight"
     ]
     if sharers:
         msg = (
