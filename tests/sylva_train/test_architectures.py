@@ -10,11 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from sylva_train._checks import ConfigError, TargetError
-from sylva_train.config import SylvaConfig
+from sylva_train.config import SylvaConfig, TrainingConfig
 from sylva_train.curvature import loss_units
 from sylva_train.curvature.collect import Collector
 from sylva_train.importance import score
 from sylva_train.layers import embed, embedded_layers
+from sylva_train.training import train
+from sylva_train.tuner import load_adapter, save_adapter
 from tests.sylva_train.models import (
     DECODER,
     ENCODER,
@@ -220,3 +222,23 @@ def test_weights_in_the_same_memory_are_tied():
     model.b.weight.data = model.a.weight.data
     with pytest.raises(TargetError, match="shared with"):
         scored(model)
+
+
+def test_running_statistics_are_to_be_kept_with_the_adapter(tmp_path):
+    def make():
+        model = Small(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(8))
+        return model.eval()
+
+    model = make()
+    masks = random_masks(model, ["a"], block_size=4)
+    with pytest.warns(UserWarning, match="running statistics of `norm`, a BatchNorm1d"):
+        embed(make(), masks)
+    with pytest.warns(UserWarning, match="running statistics of `norm`, a BatchNorm1d"):
+        peft.get_peft_model(make(), SylvaConfig(masks=masks))
+    embed(model, masks, modules_to_save=["norm"])
+    train(model, Batches(DATA), TrainingConfig(steps=2, lr=0.1), loss=loss)
+    save_adapter(model, tmp_path / "a")
+    loaded = load_adapter(make(), tmp_path / "a")
+    assert not same(snapshot(make().norm), snapshot(model.norm))
+    with torch.no_grad():
+        assert torch.equal(model(DATA[0]["x"]), loaded(DATA[0]["x"]))
