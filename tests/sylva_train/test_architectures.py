@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import peft
 import pytest
 import torch
@@ -23,6 +25,7 @@ from tests.sylva_train.models import (
     LENGTH,
     VOCABULARY,
     dense_blocks,
+    make_model,
     random,
     random_masks,
     same,
@@ -242,3 +245,19 @@ def test_running_statistics_are_to_be_kept_with_the_adapter(tmp_path):
     assert not same(snapshot(make().norm), snapshot(model.norm))
     with torch.no_grad():
         assert torch.equal(model(DATA[0]["x"]), loaded(DATA[0]["x"]))
+
+
+def test_experts_that_are_no_linear_layers_are_named():
+    options = DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    mixture = tf.MixtralForCausalLM(tf.MixtralConfig(**options))
+    plain = SylvaConfig(importance="magnitude", block_size=4)
+    with pytest.warns(UserWarning, match=r"\d% of .* a MixtralExperts, belong to no"):
+        score(mixture, None, plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        some = SylvaConfig(
+            importance="magnitude", block_size=4, target_modules=["q_proj"]
+        )
+        score(mixture, None, some)
+        for name in ("bert", "gpt2", "llama", "t5"):
+            score(make_model(name), None, plain)

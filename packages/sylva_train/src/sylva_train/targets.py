@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "layer_input",
     "loaded_weight",
     "shared_inputs",
+    "warn_of_others",
     "weight_device",
     "weight_view",
 ]
@@ -177,6 +179,37 @@ def check_tied(model: nn.Module, name: str, module: nn.Module) -> None:
             " (`config.tie_word_embeddings=False`)."
         )
         raise TargetError(msg)
+
+
+def warn_of_others(model: nn.Module) -> None:
+    """Warn where ``"all-linear"`` is the smaller part of a backbone's matrices.
+
+    Experts of a mixture are often stored as stacks of matrices, not as linear layers.
+    """
+    heads, linear = head_names(model), 0
+    others: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if name in heads or isinstance(module, nn.Embedding):
+            continue
+        sizes = {
+            n: p.numel()
+            for n, p in module._parameters.items()
+            if p is not None and p.dim() > 1
+        }
+        if is_supported(module):
+            linear += sum(sizes.values())
+        else:
+            others |= {f"{name}.{n}": size for n, size in sizes.items()}
+    total = linear + sum(others.values())
+    if others and total > 2 * linear:
+        largest = max(others, key=others.__getitem__)
+        kind = type(model.get_submodule(largest.rpartition(".")[0])).__name__
+        warnings.warn(
+            f'"all-linear" is {linear / total:.0%} of the weight matrices of this'
+            f" {type(model).__name__}: the others, like `{largest}` of a {kind}, belong to"
+            " no linear layer and will not be trained.",
+            stacklevel=4,
+        )
 
 
 def find_targets(
