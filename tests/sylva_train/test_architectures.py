@@ -261,3 +261,14 @@ def test_experts_that_are_no_linear_layers_are_named():
         score(mixture, None, some)
         for name in ("bert", "gpt2", "llama", "t5"):
             score(make_model(name), None, plain)
+
+
+def test_blocks_that_no_step_reaches_are_named():
+    model = Small(lambda m, x: F.linear(x, m.a.weight) + m.b(x))
+    embed(model, random_masks(model, ["a", "b"], block_size=4))
+    before = snapshot(model)
+    with pytest.warns(UserWarning, match=r"1 layers, like `a\.sylva_values"):
+        train(model, Batches(DATA), TrainingConfig(steps=2, lr=0.1), loss=loss)
+    after = snapshot(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"b.base_layer.weight", "b.sylva_values.default"}
