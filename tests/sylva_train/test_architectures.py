@@ -17,6 +17,7 @@ from sylva_train.curvature import loss_units
 from sylva_train.curvature.collect import Collector
 from sylva_train.importance import score
 from sylva_train.layers import embed, embedded_layers
+from sylva_train.targets import shared_inputs
 from sylva_train.training import train
 from sylva_train.tuner import load_adapter, save_adapter
 from tests.sylva_train.models import (
@@ -170,6 +171,23 @@ def test_a_layer_that_reads_a_tensor_of_the_model_leaves_it_as_it_was(name):
     sum(loss(model, batch) * 0.5 for batch in DATA).backward()
     expected = blocked(model.b.weight.grad.abs().double(), 4)
     torch.testing.assert_close(scores["b"].blocks(4), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("more", ["a", "b"])
+def test_a_layer_that_is_called_once_more_shares_no_factor(more):
+    """As projections of DeBERTa and LongT5 are, on positions and on global tokens."""
+
+    def run(model, x):
+        y = model.a(x) * model.b(x)
+        return y + getattr(model, more)(model.table)
+
+    options = {"importance": "kfac-natural", "curvature": "dense"}
+    together = scored(Small(run), **options)
+    for name in "ab":
+        alone = scored(Small(run), target_modules=[name], **options)
+        assert torch.equal(alone[name].blocks(4), together[name].blocks(4))
+    groups = shared_inputs(Small(run), {"x": DATA[0]["x"]}, ["a", "b"])
+    assert not groups
 
 
 def test_a_layer_may_be_called_by_the_name_of_its_argument():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -21,8 +22,10 @@ __all__ = [
     "check_weights",
     "find_targets",
     "fingerprint",
+    "first_reader",
     "input_owners",
     "is_inside",
+    "is_same",
     "is_supported",
     "layer_input",
     "loaded_weight",
@@ -63,6 +66,16 @@ def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tenso
     """Return what a linear layer was called with, by position or by name."""
     x: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
+
+
+def is_same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    """Whether two lists hold the same tensors, not only equal ones."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def first_reader(name: str, inputs: Mapping[str, list[torch.Tensor]]) -> str:
+    """Return the first layer that had the same input as another in each of its calls."""
+    return next(n for n, others in inputs.items() if is_same(others, inputs[name]))
 
 
 def weight_device(module: nn.Module) -> torch.device:
@@ -321,7 +334,7 @@ def shared_inputs(
 def input_owners(
     targets: Mapping[str, nn.Module], run: Callable[[], Any]
 ) -> dict[str, str]:
-    """Find layers whose inputs are one and the same tensor: query, key and value.
+    """Find layers whose inputs are the same tensors in all calls: query, key and value.
 
     Parameters
     ----------
@@ -336,16 +349,11 @@ def input_owners(
         For each layer that ran the first one that had its input.
     """
     # the tensors are kept, or another might get the same identity
-    inputs: dict[str, torch.Tensor] = {}
-    owner: dict[str, str] = {}
+    inputs: dict[str, list[torch.Tensor]] = {}
 
     def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            x = layer_input(args, kwargs)
-            same = (o for o, other in inputs.items() if other is x)
-            owner.setdefault(name, next(same, name))
-            if owner[name] == name:
-                inputs[name] = x
+            inputs.setdefault(name, []).append(layer_input(args, kwargs))
 
         return before
 
@@ -359,7 +367,7 @@ def input_owners(
     finally:
         for handle in handles:
             handle.remove()
-    return owner
+    return {name: first_reader(name, inputs) for name in inputs}
 
 
 def check_block_size(targets: dict[str, nn.Module], block_size: int) -> None:

@@ -18,7 +18,13 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, NonFiniteError
 from sylva_train.config import SylvaConfig
-from sylva_train.targets import layer_input, weight_device, weight_view
+from sylva_train.targets import (
+    first_reader,
+    is_same,
+    layer_input,
+    weight_device,
+    weight_view,
+)
 
 from .factors import Factor, accumulator
 
@@ -113,14 +119,14 @@ class Collector:
     names: Collection[str] = ()
     hosted: bool = False
     sums: dict[str, Accumulators] = field(default_factory=dict)
-    # Layers whose inputs are one and the same tensor (query, key, value) share A.
+    # Layers whose inputs are the same tensors (query, key, value) share A.
     owner: dict[str, str] = field(default_factory=dict)
     masks: list[torch.Tensor] = field(default_factory=list)
     units: int = 1
     step: int = 0
     # Factors that layers of one input share, finished.
     finished: dict[str, Factor] = field(default_factory=dict)
-    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     # Inputs that gradients were made to begin at, with the gradients they had.
     leaves: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
 
@@ -211,19 +217,7 @@ class Collector:
             x = layer_input(args, kwargs)
             if not y.requires_grad:  # first pass of reentrant checkpointing
                 return
-            owner = self.owner.get(name)
-            if owner is None:
-                same = (o for o, other in self.inputs.items() if other is x)
-                owner = self.owner[name] = next(same, name)
-            if owner == name:
-                self.inputs[name] = x
-            elif self.inputs.get(owner) is not x:
-                msg = (
-                    f"`{name}` took the same input as `{owner}` in the first batch but"
-                    " another one now; score it in a call of its own"
-                    " (`target_modules`)."
-                )
-                raise ConfigError(msg)
+            self.inputs.setdefault(name, []).append(x)
             x = x.detach()
             y.register_hook(lambda g: self.add(name, x, g.detach()))
 
@@ -255,6 +249,7 @@ class Collector:
         # layer before it is. The loss is a mean: its gradient times the terms is the
         # sum of the samples'.
         x, g = x.to(g.device, wide), g.to(wide) * self.units
+        self.find_owner(name)
         sums = self.sums.get(name) or self.begin(name, g)
         rows_x, rows_g = x[valid], g[valid]
         if sums.gradient is not None:
@@ -277,6 +272,18 @@ class Collector:
             sums.G.update(rows_g)
             if sums.A is not None:
                 sums.A.update(rows_x)
+
+    def find_owner(self, name: str) -> None:
+        """See who reads the same input, call by call, once a batch has run forward."""
+        owner = self.owner.get(name)
+        if owner is None:
+            owner = self.owner[name] = first_reader(name, self.inputs)
+        if not is_same(self.inputs.get(owner, []), self.inputs[name]):
+            msg = (
+                f"`{name}` took the same input as `{owner}` in the first batch but"
+                " another one now; score it in a call of its own (`target_modules`)."
+            )
+            raise ConfigError(msg)
 
     def begin(self, name: str, like: torch.Tensor) -> Accumulators:
         """Make a layer's sums, zero, in single precision at least where ``like`` is."""
