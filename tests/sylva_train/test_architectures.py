@@ -209,6 +209,24 @@ def test_a_layer_may_be_called_by_the_name_of_its_argument():
             torch.testing.assert_close(layer.sylva_values["default"].grad, dense)
 
 
+@pytest.mark.parametrize("tokens", ["expand", "reduce"])
+def test_an_image_is_a_sequence_of_its_pixels(tokens):
+    """ConvNeXt's layers read (samples, height, width, channels)."""
+
+    def run(model, x, *shape):
+        tokens = x[:, None] * torch.linspace(-1, 2, 6)[:, None]
+        return model.a(tokens.unflatten(1, shape)).flatten(1, -2).tanh().sum(1)
+
+    options = {"importance": "kfac-natural", "curvature": "dense", "tokens": tokens}
+    one, two = (
+        scored(
+            Small(lambda m, x, s=shape: run(m, x, *s)), target_modules=["a"], **options
+        )
+        for shape in ((6,), (2, 3))
+    )
+    torch.testing.assert_close(one["a"].blocks(4), two["a"].blocks(4))
+
+
 def test_a_loss_that_no_scored_layer_is_in_is_refused():
     def run(model, x):
         with torch.no_grad():

@@ -264,11 +264,11 @@ class Collector:
         if sums.fisher is not None:
             self.add_fisher(sums.fisher, x, g, valid)
         if sums.G is not None:
-            if self.config.tokens == "reduce" and g.dim() == 3:
-                weight = valid.to(wide)
+            if self.config.tokens == "reduce" and g.dim() > 2:
+                weight = valid.flatten(1).to(wide)
                 weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
-                rows_x = torch.einsum("bt,bti->bi", weight, x)
-                rows_g = torch.einsum("bt,bto->bo", weight, g)
+                rows_x = torch.einsum("bt,bti->bi", weight, x.flatten(1, -2))
+                rows_g = torch.einsum("bt,bto->bo", weight, g.flatten(1, -2))
             sums.G.update(rows_g)
             if sums.A is not None:
                 sums.A.update(rows_x)
