@@ -152,7 +152,7 @@ def test_encoder_decoder_tokens_are_told_apart():
     batch["labels"] = labels.masked_fill(~batch["attention_mask"].flip(0).bool(), -100)
     counts = {}
     collector = Collector({}, SylvaConfig(), frozenset())
-    collector.start(batch, 1)
+    collector.start(batch, 1, seq2seq=True)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
             rows = collector.rows(name, torch.zeros(4, 7, module.out_features))

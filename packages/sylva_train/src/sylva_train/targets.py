@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,11 +22,15 @@ __all__ = [
     "check_weights",
     "find_targets",
     "fingerprint",
+    "first_reader",
     "input_owners",
     "is_inside",
+    "is_same",
     "is_supported",
+    "layer_input",
     "loaded_weight",
     "shared_inputs",
+    "warn_of_others",
     "weight_device",
     "weight_view",
 ]
@@ -54,6 +60,22 @@ def weight_view(module: nn.Module) -> torch.Tensor:
     `torch.nn.Linear` stores that already; GPT-2's ``Conv1D`` stores the transpose.
     """
     return as_matrix(module, module.weight.detach())  # type: ignore[operator]
+
+
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Return what a linear layer was called with, by position or by name."""
+    x: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
+
+
+def is_same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    """Whether two lists hold the same tensors, not only equal ones."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def first_reader(name: str, inputs: Mapping[str, list[torch.Tensor]]) -> str:
+    """Return the first layer that had the same input as another in each of its calls."""
+    return next(n for n, others in inputs.items() if is_same(others, inputs[name]))
 
 
 def weight_device(module: nn.Module) -> torch.device:
@@ -154,11 +176,13 @@ def head_names(model: nn.Module) -> set[str]:
 
 def check_tied(model: nn.Module, name: str, module: nn.Module) -> None:
     """Raise `TargetError` if another module uses the same weight."""
-    weight = module.weight
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    memory = weight.data_ptr() or None  # on the meta device 0
     sharers = [
         other
         for other, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter is weight and other != f"{name}.weight"
+        if (parameter is weight or parameter.data_ptr() == memory)
+        and other != f"{name}.weight"
     ]
     if sharers:
         msg = (
@@ -168,6 +192,37 @@ def check_tied(model: nn.Module, name: str, module: nn.Module) -> None:
             " (`config.tie_word_embeddings=False`)."
         )
         raise TargetError(msg)
+
+
+def warn_of_others(model: nn.Module) -> None:
+    """Warn where ``"all-linear"`` is the smaller part of a backbone's matrices.
+
+    Experts of a mixture are often stored as stacks of matrices, not as linear layers.
+    """
+    heads, linear = head_names(model), 0
+    others: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if name in heads or isinstance(module, nn.Embedding):
+            continue
+        sizes = {
+            n: p.numel()
+            for n, p in module._parameters.items()
+            if p is not None and p.dim() > 1
+        }
+        if is_supported(module):
+            linear += sum(sizes.values())
+        else:
+            others |= {f"{name}.{n}": size for n, size in sizes.items()}
+    total = linear + sum(others.values())
+    if others and total > 2 * linear:
+        largest = max(others, key=others.__getitem__)
+        kind = type(model.get_submodule(largest.rpartition(".")[0])).__name__
+        warnings.warn(
+            f'"all-linear" is {linear / total:.0%} of the weight matrices of this'
+            f" {type(model).__name__}: the others, like `{largest}` of a {kind}, belong to"
+            " no linear layer and will not be trained.",
+            stacklevel=4,
+        )
 
 
 def find_targets(
@@ -279,7 +334,7 @@ def shared_inputs(
 def input_owners(
     targets: Mapping[str, nn.Module], run: Callable[[], Any]
 ) -> dict[str, str]:
-    """Find layers whose inputs are one and the same tensor: query, key and value.
+    """Find layers whose inputs are the same tensors in all calls: query, key and value.
 
     Parameters
     ----------
@@ -294,26 +349,25 @@ def input_owners(
         For each layer that ran the first one that had its input.
     """
     # the tensors are kept, or another might get the same identity
-    inputs: dict[str, torch.Tensor] = {}
-    owner: dict[str, str] = {}
+    inputs: dict[str, list[torch.Tensor]] = {}
 
-    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-            same = (o for o, other in inputs.items() if other is args[0])
-            owner.setdefault(name, next(same, name))
-            if owner[name] == name:
-                inputs[name] = args[0]
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            inputs.setdefault(name, []).append(layer_input(args, kwargs))
 
         return before
 
-    handles = [m.register_forward_pre_hook(look(n)) for n, m in targets.items()]
+    handles = [
+        module.register_forward_pre_hook(look(name), with_kwargs=True)
+        for name, module in targets.items()
+    ]
     try:
         with torch.no_grad():
             run()
     finally:
         for handle in handles:
             handle.remove()
-    return owner
+    return {name: first_reader(name, inputs) for name in inputs}
 
 
 def check_block_size(targets: dict[str, nn.Module], block_size: int) -> None:

@@ -41,9 +41,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     flags = [(p, p.requires_grad) for p in model.parameters()]
     model.eval().requires_grad_(False)
+    # PyTorch's encoder layer would not call its linear layers, having no gradient to take.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes.items():
             module.training = training
         for parameter, flag in flags:
@@ -203,7 +207,9 @@ class Curvatures(Mapping[str, LayerCurvature]):
 
     def add(self, batch: Mapping[str, Any], units: int, step: int) -> None:
         """Run one batch forward and backward under the hooks."""
-        self.collector.start(batch, units, step)
+        model_config = getattr(self.model, "config", None)
+        seq2seq = bool(getattr(model_config, "is_encoder_decoder", False))
+        self.collector.start(batch, units, step, seq2seq=seq2seq)
         value = self.loss(self.model, batch)
         number = float(value.detach())
         if not math.isfinite(number):
@@ -213,6 +219,12 @@ class Curvatures(Mapping[str, LayerCurvature]):
                 " rather than float16."
             )
             raise NonFiniteError(msg)
+        if not value.requires_grad:
+            msg = (
+                "the loss does not depend on any layer that is to be scored, or they ran"
+                " under `torch.no_grad`: name others in `target_modules`."
+            )
+            raise ConfigError(msg)
         value.backward()
 
     def check_data(self, data: str) -> None:
@@ -228,7 +240,8 @@ class Curvatures(Mapping[str, LayerCurvature]):
             msg = (
                 f"no gradient reached {', '.join(f'`{name}`' for name in missing[:5])}"
                 + (f" and {len(missing) - 5} other layers" if len(missing) > 5 else "")
-                + ": the loss does not depend on them. Name them in `exclude_modules`."
+                + ": the loss does not depend on them, or takes their weights without"
+                " calling them. Name them in `exclude_modules`."
             )
             raise ConfigError(msg)
 

@@ -18,7 +18,13 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, NonFiniteError
 from sylva_train.config import SylvaConfig
-from sylva_train.targets import weight_device, weight_view
+from sylva_train.targets import (
+    first_reader,
+    is_same,
+    layer_input,
+    weight_device,
+    weight_view,
+)
 
 from .factors import Factor, accumulator
 
@@ -30,7 +36,7 @@ LARGEST_STACK = 1 << 24
 #: Cross-attention layers that see the encoder's tokens from inside a decoder.
 ENCODER_SIDE = re.compile(
     r".*(encdecattention|encoder_attn|cross_?attn|cross_?attention)"
-    r".*(\bk|\bv|k_proj|v_proj|key|value)",
+    r".*(\bk|\bv|k_proj|v_proj|key|value)(_proj)?",
     re.IGNORECASE,
 )
 
@@ -113,28 +119,41 @@ class Collector:
     names: Collection[str] = ()
     hosted: bool = False
     sums: dict[str, Accumulators] = field(default_factory=dict)
-    # Layers whose inputs are one and the same tensor (query, key, value) share A.
+    # Layers whose inputs are the same tensors (query, key, value) share A.
     owner: dict[str, str] = field(default_factory=dict)
     masks: list[torch.Tensor] = field(default_factory=list)
     units: int = 1
     step: int = 0
     # Factors that layers of one input share, finished.
     finished: dict[str, Factor] = field(default_factory=dict)
-    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    # Inputs that gradients were made to begin at, with the gradients they had.
+    leaves: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
 
-    def start(self, batch: Mapping[str, Any], units: int, step: int = 1) -> None:
-        """Take note of a batch's padding, of the scale of its loss, and its number."""
+    def start(
+        self,
+        batch: Mapping[str, Any],
+        units: int,
+        step: int = 1,
+        *,
+        seq2seq: bool = False,
+    ) -> None:
+        """Take note of a batch's padding, of the scale of its loss, and its number.
+
+        ``seq2seq``: the model shifts its labels into the decoder's input. Other models
+        read tokens that have no label, such as a prompt.
+        """
         names = ("attention_mask", "decoder_attention_mask")
         self.masks = [
             batch[name].bool() for name in names if batch.get(name) is not None
         ]
-        if "decoder_attention_mask" not in batch and "decoder_input_ids" not in batch:
-            # A seq2seq model shifts its labels into the decoder's input.
+        given = "decoder_attention_mask" in batch or "decoder_input_ids" in batch
+        if seq2seq and not given:
             labels = batch.get("labels")
             if isinstance(labels, torch.Tensor) and labels.dim() == 2:
                 self.masks.append(labels.ne(-100))
         self.units = units
-        self.inputs.clear()
+        self.release()
         self.step = step
 
     def rows(self, name: str, g: torch.Tensor) -> torch.Tensor:
@@ -143,10 +162,12 @@ class Collector:
         if len(masks) > 1 and "decoder" in name and not ENCODER_SIDE.fullmatch(name):
             masks = masks[::-1]
         for mask in masks:
-            if g.shape[:-1] == mask.shape:
-                return mask
-            if g.dim() == 2 and g.shape[0] == mask.numel():
-                return mask.flatten()
+            flat = g.dim() == 2 and g.shape[0] == mask.numel()
+            if flat or g.shape[:-1] == mask.shape:
+                rows = (mask.flatten() if flat else mask).to(g.device, copy=True)
+                # What has a gradient is no padding, or the loss depends on it.
+                rows[~rows] = g[~rows].ne(0).any(-1)
+                return rows
         # Without a mask there is no padding; with one, a row for each sample is pooled.
         if not masks or (g.dim() == 2 and len(g) == len(masks[0])):
             return torch.ones(g.shape[:-1], dtype=torch.bool, device=g.device)
@@ -160,43 +181,43 @@ class Collector:
         for name, module in self.targets.items():
             # Of all layers, so that autograd does the same work in every pass: kernels
             # that differ with and without gradients would round differently.
-            handles.append(module.register_forward_pre_hook(self.before))
+            handles.append(
+                module.register_forward_pre_hook(self.before, with_kwargs=True)
+            )
             if name in self.names:
-                handles.append(module.register_forward_hook(self.hook(name)))
+                handles.append(
+                    module.register_forward_hook(self.hook(name), with_kwargs=True)
+                )
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            self.inputs.clear()
+            self.release()
 
-    @staticmethod
-    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def release(self) -> None:
+        """Let go of a batch's inputs; one may be a buffer or a parameter of the model."""
+        for x, gradient in self.leaves:
+            x.requires_grad_(False).grad = gradient
+        self.leaves.clear()
+        self.inputs.clear()
+
+    def before(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         """Let gradients begin here where everything before is frozen."""
-        x = args[0]
+        x = layer_input(args, kwargs)
         if torch.is_grad_enabled() and not x.requires_grad:
+            self.leaves.append((x, x.grad))
+            x.grad = None
             x.requires_grad_(True)
 
-    def hook(self, name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+    def hook(self, name: str) -> Callable[[nn.Module, Any, Any, torch.Tensor], None]:
         """Make the forward hook of a layer, which hooks its output's gradient."""
 
-        def forward(_: nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> None:
-            x = args[0]
+        def forward(_: nn.Module, args: Any, kwargs: Any, y: torch.Tensor) -> None:
+            x = layer_input(args, kwargs)
             if not y.requires_grad:  # first pass of reentrant checkpointing
                 return
-            owner = self.owner.get(name)
-            if owner is None:
-                same = (o for o, other in self.inputs.items() if other is x)
-                owner = self.owner[name] = next(same, name)
-            if owner == name:
-                self.inputs[name] = x
-            elif self.inputs.get(owner) is not x:
-                msg = (
-                    f"`{name}` took the same input as `{owner}` in the first batch but"
-                    " another one now; score it in a call of its own"
-                    " (`target_modules`)."
-                )
-                raise ConfigError(msg)
+            self.inputs.setdefault(name, []).append(x)
             x = x.detach()
             y.register_hook(lambda g: self.add(name, x, g.detach()))
 
@@ -222,12 +243,13 @@ class Collector:
             raise NonFiniteError(msg)
         x = x.unsqueeze(0) if x.dim() == 1 else x
         g = g.unsqueeze(0) if g.dim() == 1 else g
-        valid = self.rows(name, g).to(g.device)
+        valid = self.rows(name, g)
         wide = torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32)
         # The input of a layer that a device map put elsewhere may still be where the
         # layer before it is. The loss is a mean: its gradient times the terms is the
         # sum of the samples'.
         x, g = x.to(g.device, wide), g.to(wide) * self.units
+        self.find_owner(name)
         sums = self.sums.get(name) or self.begin(name, g)
         rows_x, rows_g = x[valid], g[valid]
         if sums.gradient is not None:
@@ -242,14 +264,26 @@ class Collector:
         if sums.fisher is not None:
             self.add_fisher(sums.fisher, x, g, valid)
         if sums.G is not None:
-            if self.config.tokens == "reduce" and g.dim() == 3:
-                weight = valid.to(wide)
+            if self.config.tokens == "reduce" and g.dim() > 2:
+                weight = valid.flatten(1).to(wide)
                 weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
-                rows_x = torch.einsum("bt,bti->bi", weight, x)
-                rows_g = torch.einsum("bt,bto->bo", weight, g)
+                rows_x = torch.einsum("bt,bti->bi", weight, x.flatten(1, -2))
+                rows_g = torch.einsum("bt,bto->bo", weight, g.flatten(1, -2))
             sums.G.update(rows_g)
             if sums.A is not None:
                 sums.A.update(rows_x)
+
+    def find_owner(self, name: str) -> None:
+        """See who reads the same input, call by call, once a batch has run forward."""
+        owner = self.owner.get(name)
+        if owner is None:
+            owner = self.owner[name] = first_reader(name, self.inputs)
+        if not is_same(self.inputs.get(owner, []), self.inputs[name]):
+            msg = (
+                f"`{name}` took the same input as `{owner}` in the first batch but"
+                " another one now; score it in a call of its own (`target_modules`)."
+            )
+            raise ConfigError(msg)
 
     def begin(self, name: str, like: torch.Tensor) -> Accumulators:
         """Make a layer's sums, zero, in single precision at least where ``like`` is."""

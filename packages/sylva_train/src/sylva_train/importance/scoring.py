@@ -25,6 +25,7 @@ from sylva_train.targets import (
     check_weights,
     find_targets,
     loaded_weight,
+    warn_of_others,
 )
 
 from .rules import RULES, Inputs
@@ -164,6 +165,8 @@ def checked_targets(model: nn.Module, config: SylvaConfig) -> dict[str, nn.Modul
     check_weights(model)
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     check_block_size(targets, config.block_size)
+    if config.target_modules in (None, "all-linear"):
+        warn_of_others(model)
     return targets
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 
 from torch import nn
@@ -130,6 +131,17 @@ def check_masks(
     if not layers:
         msg = "`masks` has no active block in any layer; there is nothing to train."
         raise ConfigError(msg)
+    for name, module in modules.items():
+        if getattr(module, "running_mean", None) is not None and not is_inside(
+            name, endings
+        ):
+            warnings.warn(
+                f"training changes the running statistics of `{name}`, a"
+                f" {type(module).__name__}, which an adapter does not hold: name such"
+                " modules in `modules_to_save`, or keep them in evaluation mode.",
+                stacklevel=3,
+            )
+            break
     return layers
 
 

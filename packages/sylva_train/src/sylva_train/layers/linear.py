@@ -11,7 +11,7 @@ from torch import nn
 from sylva_train._checks import AdapterError, ConfigError, TargetError
 from sylva_train.kernels import gather_blocks, scatter_blocks_
 from sylva_train.masks import LayerMask
-from sylva_train.targets import as_matrix, is_supported, weight_view
+from sylva_train.targets import as_matrix, is_supported, layer_input, weight_view
 
 from .gradient import BlockGradient
 from .inputs import Reader
@@ -277,14 +277,15 @@ class SparseEmbeddedLinear(nn.Module):
             )
             raise RuntimeError(msg)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
         self.sync()
-        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        y: torch.Tensor = self.base_layer(*args, **kwargs)
         if self._written is not None and torch.is_grad_enabled():
             values = self.sylva_values[self._written]
             if values.requires_grad and len(values):
                 reader = self._readers[self._written]
+                x = layer_input(args, kwargs)
                 kept, indices = reader.keep(x, y.dtype, values)
                 y = BlockGradient.apply(y, kept, values, indices)  # type: ignore[no-untyped-call]
         return y

@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -133,6 +134,8 @@ class Run:
             raise ConfigError(msg)
         self.named = {names[id(p)]: p for p in trained}
         self.alike = False
+        # Blocks that no step has had a gradient for yet; None before the first one.
+        self.idle: list[str] | None = None
 
     @property
     def step(self) -> int:
@@ -167,6 +170,10 @@ class Run:
         self.model.zero_grad(set_to_none=True)
         batches = [move(batch, self.device) for batch in group]
         loss = accumulate_gradient(self.model, batches, self.loss, where)
+        if self.idle != []:
+            blocks = (n for n in self.named if "sylva_values" in n.split("."))
+            idle = blocks if self.idle is None else self.idle
+            self.idle = [name for name in idle if self.named[name].grad is None]
         norm = clip_gradient(self.named, self.config.max_grad_norm, where)
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
@@ -352,6 +359,13 @@ def train(
         sync(model)
         for module, training in modes.items():
             module.training = training
+    if run.idle:
+        warnings.warn(
+            f"no step had a gradient for the blocks of {len(run.idle)} layers, like"
+            f" `{run.idle[0]}`: the loss does not depend on them, or takes the layers'"
+            " weights without calling them. They are as they were.",
+            stacklevel=2,
+        )
     return run.result()
 
 

@@ -162,10 +162,10 @@ class SylvaLayer(SparseEmbeddedLinear, BaseTunerLayer):  # type: ignore[misc]
             )
             raise AdapterError(msg)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
         if self._written is None and not self._disable_adapters:
             name = self.active()
             if name is not None:
                 self.check_loaded(name)
-        return super().forward(x, *args, **kwargs)
+        return super().forward(*args, **kwargs)

@@ -1,0 +1,310 @@
+"""What models of other architectures do: odd calls, inputs, weights and losses."""
+
+from __future__ import annotations
+
+import warnings
+
+import peft
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from torch.nn import functional as F
+
+from sylva_train._checks import ConfigError, TargetError
+from sylva_train.config import SylvaConfig, TrainingConfig
+from sylva_train.curvature import loss_units
+from sylva_train.curvature.collect import Collector
+from sylva_train.importance import score
+from sylva_train.layers import embed, embedded_layers
+from sylva_train.targets import shared_inputs
+from sylva_train.training import train
+from sylva_train.tuner import load_adapter, save_adapter
+from tests.sylva_train.models import (
+    DECODER,
+    ENCODER,
+    LENGTH,
+    VOCABULARY,
+    dense_blocks,
+    make_model,
+    random,
+    random_masks,
+    same,
+    snapshot,
+)
+from tests.sylva_train.scored import blocked
+
+OPTIONS = {"block_size": 4, "samples": 10, "levels": 1, "rank": 4}
+OPT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "ffn_dim": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "word_embed_proj_dim": 16,
+}
+DISTILBERT = {
+    "vocab_size": VOCABULARY,
+    "dim": 16,
+    "hidden_dim": 28,
+    "n_layers": 2,
+    "n_heads": 2,
+    "max_position_embeddings": 16,
+}
+
+
+class Small(nn.Module):
+    """Two layers and a head of four classes; ``forward`` is each test's own."""
+
+    def __init__(self, run, **parts: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.head = (nn.Linear(8, n) for n in (8, 8, 4))
+        self.register_buffer("table", torch.zeros(5, 8))
+        self.queries = nn.Parameter(torch.zeros(5, 8))
+        self.run = run
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.table.copy_(random((5, 8), seed=99))
+        for seed, parameter in enumerate(self.parameters()):
+            parameter.data = random(parameter.shape, seed=seed) / 2
+
+    def forward(self, x):
+        return self.head(self.run(self, x))
+
+
+DATA = [
+    {"x": random((5, 8), seed=n), "labels": torch.tensor([0, 1, 2, 3, n])}
+    for n in (0, 1)
+]
+
+
+class Batches(list):
+    """Batches for `train`, in one order."""
+
+    def epoch(self, epoch, start=0):  # noqa: ARG002
+        return iter(self[start:])
+
+
+def loss(model, batch):
+    return F.cross_entropy(model(batch["x"]), batch["labels"])
+
+
+def scored(model, batches=DATA, **options):
+    options = {"importance": "gradient"} | OPTIONS | options
+    function = loss if "x" in batches[0] else None
+    return score(model, batches, SylvaConfig(**options), loss=function)
+
+
+def prompted(*, mask):
+    """Sentences of which some tokens have no label, and a padded one."""
+    ids = torch.randint(2, VOCABULARY, (3, LENGTH), generator=torch.manual_seed(1))
+    labels = ids.clone()
+    labels[:, :2], labels[0, -2:] = -100, -100
+    attention = torch.ones_like(ids)
+    attention[0, -2:] = 0
+    batch = {"input_ids": ids, "labels": labels}
+    return [batch | ({"attention_mask": attention} if mask else {})]
+
+
+def question():
+    """Positions of answers; the padding is among what they are chosen from."""
+    (batch,) = prompted(mask=True)
+    del batch["labels"]
+    ends = {"start_positions": torch.arange(3), "end_positions": torch.arange(1, 4)}
+    return [batch | ends]
+
+
+CASES = {
+    # its layers are named after a decoder
+    "opt": (tf.OPTForCausalLM, tf.OPTConfig(**OPT), prompted(mask=True)),
+    "llama": (tf.LlamaForCausalLM, tf.LlamaConfig(**DECODER), prompted(mask=False)),
+    "mlm": (tf.BertForMaskedLM, tf.BertConfig(**ENCODER), prompted(mask=False)),
+    "questions": (
+        tf.DistilBertForQuestionAnswering, tf.DistilBertConfig(**DISTILBERT), question(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_token_that_has_a_gradient_is_taken_for_padding(name):
+    kind, options, batches = CASES[name]
+    torch.manual_seed(0)
+    model = kind(options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # or attention hardly tells one token from another
+    scores = scored(model, batches)
+    model(**batches[0]).loss.backward()
+    assert loss_units(model, batches[0]) > 0
+    for layer, found in scores.items():
+        gradient = model.get_submodule(layer).weight.grad
+        expected = blocked(gradient.abs().double(), 4)
+        scale = float(expected.max())
+        torch.testing.assert_close(
+            found.blocks(4), expected, rtol=1e-3, atol=1e-4 * scale
+        )
+
+
+@pytest.mark.parametrize("name", ["cross_attn.key_proj", "encoder_attn.v_proj"])
+def test_keys_of_cross_attention_are_the_encoders(name):
+    """By what they are called in ProphetNet and in BART."""
+    collector = Collector({}, SylvaConfig(), frozenset())
+    mask = torch.tensor([[1, 1, 0]])
+    batch = {"attention_mask": mask, "labels": torch.tensor([[1, -100, -100]])}
+    collector.start(batch, 1, seq2seq=True)
+    rows = collector.rows(f"decoder.layers.0.{name}", torch.zeros(1, 3, 4))
+    assert torch.equal(rows, mask.bool())
+
+
+@pytest.mark.parametrize("name", ["table", "queries"])
+def test_a_layer_that_reads_a_tensor_of_the_model_leaves_it_as_it_was(name):
+    model = Small(lambda m, x: m.a(x) * m.b(getattr(m, name)))
+    tensor = getattr(model, name)
+    flag, before = tensor.requires_grad, snapshot(model)
+    model.queries.grad = torch.ones(5, 8)
+    scores = scored(model)
+    assert tensor.requires_grad is flag
+    assert model.table.grad is None
+    assert torch.equal(model.queries.grad, torch.ones(5, 8))
+    assert same(before, snapshot(model))
+    sum(loss(model, batch) * 0.5 for batch in DATA).backward()
+    expected = blocked(model.b.weight.grad.abs().double(), 4)
+    torch.testing.assert_close(scores["b"].blocks(4), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("more", ["a", "b"])
+def test_a_layer_that_is_called_once_more_shares_no_factor(more):
+    """As projections of DeBERTa and LongT5 are, on positions and on global tokens."""
+
+    def run(model, x):
+        y = model.a(x) * model.b(x)
+        return y + getattr(model, more)(model.table)
+
+    options = {"importance": "kfac-natural", "curvature": "dense"}
+    together = scored(Small(run), **options)
+    for name in "ab":
+        alone = scored(Small(run), target_modules=[name], **options)
+        assert torch.equal(alone[name].blocks(4), together[name].blocks(4))
+    groups = shared_inputs(Small(run), {"x": DATA[0]["x"]}, ["a", "b"])
+    assert not groups
+
+
+def test_a_layer_may_be_called_by_the_name_of_its_argument():
+    model = Small(lambda m, x: m.b(input=m.a(input=x).tanh()))
+    plain = Small(lambda m, x: m.b(m.a(x).tanh()))
+    scores, expected = scored(model), scored(plain)
+    for name, layer in expected.items():
+        assert torch.equal(scores[name].blocks(4), layer.blocks(4))
+    masks = random_masks(model, ["a", "b"], block_size=4)
+    loss(plain, DATA[0]).backward()
+    wrapped = peft.get_peft_model(
+        Small(lambda m, x: m.b(input=m.a(input=x).tanh())), SylvaConfig(masks=masks)
+    )
+    for embedded in (embed(model, masks), wrapped):
+        loss(embedded, DATA[0]).backward()
+        for name, layer in embedded_layers(embedded).items():
+            own = name.rpartition(".")[2]
+            dense = dense_blocks(plain.get_submodule(own).weight.grad, masks[own])
+            torch.testing.assert_close(layer.sylva_values["default"].grad, dense)
+
+
+@pytest.mark.parametrize("tokens", ["expand", "reduce"])
+def test_an_image_is_a_sequence_of_its_pixels(tokens):
+    """ConvNeXt's layers read (samples, height, width, channels)."""
+
+    def run(model, x, *shape):
+        tokens = x[:, None] * torch.linspace(-1, 2, 6)[:, None]
+        return model.a(tokens.unflatten(1, shape)).flatten(1, -2).tanh().sum(1)
+
+    options = {"importance": "kfac-natural", "curvature": "dense", "tokens": tokens}
+    one, two = (
+        scored(
+            Small(lambda m, x, s=shape: run(m, x, *s)), target_modules=["a"], **options
+        )
+        for shape in ((6,), (2, 3))
+    )
+    torch.testing.assert_close(one["a"].blocks(4), two["a"].blocks(4))
+
+
+def test_a_loss_that_no_scored_layer_is_in_is_refused():
+    def run(model, x):
+        with torch.no_grad():
+            return model.a(x)
+
+    with pytest.raises(ConfigError, match="does not depend on any layer"):
+        scored(Small(run), target_modules=["a"])
+
+
+def test_pytorchs_encoder_is_scored_with_padding():
+    """Its fast path does not call the layers, and is left as it was."""
+    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    def run(model, x):
+        padding = torch.tensor([[False, False, True]]).expand(len(x), -1)
+        tokens = x[:, None] * torch.tensor([1.0, -1.0, 2.0])[:, None]
+        return model.encoder(tokens, src_key_padding_mask=padding)[:, 0]
+
+    model = Small(run, encoder=nn.TransformerEncoder(block, 2)).eval()
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    scores = scored(model, target_modules=["linear1", "linear2"])
+    assert torch.backends.mha.get_fastpath_enabled() is enabled
+    model.train()
+    sum(loss(model, batch) * 0.5 for batch in DATA).backward()
+    for name, found in scores.items():
+        expected = blocked(model.get_submodule(name).weight.grad.abs().double(), 4)
+        torch.testing.assert_close(found.blocks(4), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_weights_in_the_same_memory_are_tied():
+    model = Small(lambda m, x: m.b(m.a(x)))
+    model.b.weight.data = model.a.weight.data
+    with pytest.raises(TargetError, match="shared with"):
+        scored(model)
+
+
+def test_running_statistics_are_to_be_kept_with_the_adapter(tmp_path):
+    def make():
+        model = Small(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(8))
+        return model.eval()
+
+    model = make()
+    masks = random_masks(model, ["a"], block_size=4)
+    with pytest.warns(UserWarning, match="running statistics of `norm`, a BatchNorm1d"):
+        embed(make(), masks)
+    with pytest.warns(UserWarning, match="running statistics of `norm`, a BatchNorm1d"):
+        peft.get_peft_model(make(), SylvaConfig(masks=masks))
+    embed(model, masks, modules_to_save=["norm"])
+    train(model, Batches(DATA), TrainingConfig(steps=2, lr=0.1), loss=loss)
+    save_adapter(model, tmp_path / "a")
+    loaded = load_adapter(make(), tmp_path / "a")
+    assert not same(snapshot(make().norm), snapshot(model.norm))
+    with torch.no_grad():
+        assert torch.equal(model(DATA[0]["x"]), loaded(DATA[0]["x"]))
+
+
+def test_experts_that_are_no_linear_layers_are_named():
+    options = DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    mixture = tf.MixtralForCausalLM(tf.MixtralConfig(**options))
+    plain = SylvaConfig(importance="magnitude", block_size=4)
+    with pytest.warns(UserWarning, match=r"\d% of .* a MixtralExperts, belong to no"):
+        score(mixture, None, plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        some = SylvaConfig(
+            importance="magnitude", block_size=4, target_modules=["q_proj"]
+        )
+        score(mixture, None, some)
+        for name in ("bert", "gpt2", "llama", "t5"):
+            score(make_model(name), None, plain)
+
+
+def test_blocks_that_no_step_reaches_are_named():
+    model = Small(lambda m, x: F.linear(x, m.a.weight) + m.b(x))
+    embed(model, random_masks(model, ["a", "b"], block_size=4))
+    before = snapshot(model)
+    with pytest.warns(UserWarning, match=r"1 layers, like `a\.sylva_values"):
+        train(model, Batches(DATA), TrainingConfig(steps=2, lr=0.1), loss=loss)
+    after = snapshot(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"b.base_layer.weight", "b.sylva_values.default"}
