@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import math
 from typing import Any
 
@@ -50,6 +51,11 @@ __all__ = [
 
 class HMatrixError(Exception):
     """Base of every exception that this package defines."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # copies, another process's too, are not made by `__init__`, which asks for more
+        # than the message
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class ShapeError(HMatrixError, ValueError):

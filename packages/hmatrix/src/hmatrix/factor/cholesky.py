@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 from hmatrix._backend import (
@@ -118,7 +119,7 @@ class HODLRCholesky(Factorization):
             X, Y = M - eye(2 * r), inverse_lower(M) - eye(2 * r)
             return out, X, Y
 
-        again = None if overwrite else leaf_factors(self.matrix, self.shift)
+        again = None if overwrite else partial(leaf_factors, self.matrix, self.shift)
         self._factor = SymmetricFactor.build(
             tree, halves, bases, columns, leaf, core, again=again, sparing=overwrite
         )
@@ -199,7 +200,7 @@ class HODLRCholesky(Factorization):
             bases,
             cores,
             inverse_cores,
-            leaf_factors(self.matrix, self.shift),
+            partial(leaf_factors, self.matrix, self.shift),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
 from hmatrix._backend import Array, adjoint, contiguous, inverse_lower
 from hmatrix._operator import real_rows
@@ -110,7 +110,7 @@ class MLRFactorization(Factorization):
             return F, sign * X, -sign * (adjoint(X) @ inverse_lower(R))
 
         memory = self.space.asarray(self.matrix.leaves, copy=True)
-        again = leaf_factors(self.matrix, self.shift)
+        again = partial(leaf_factors, self.matrix, self.shift)
         return SymmetricFactor.build(
             tree, memory, bases, columns, leaf, core, again=again
         )
