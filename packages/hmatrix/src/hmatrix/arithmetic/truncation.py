@@ -94,7 +94,7 @@ def truncate(
             losses.append(safe_norm(lost) * (math.sqrt(2) if H.symmetric else 1))
     if guard is not None:
         leaves, added = guard.finish()
-        losses.append(math.sqrt(added))
+        losses.append(added)
     error = math.hypot(*losses) / size if size else 0.0
     below, error_after = None if H.symmetric else tuple(lower), after(H.error, error)
     return clear_padding(HODLR(H.tree, leaves, tuple(upper), below, error_after))
