@@ -149,3 +149,5 @@ def test_what_does_not_match_is_refused():
         TypeError, match="`G` must be a HODLR or MLR or LowRank, got int"
     ):
         H - 1
+    with pytest.raises(TypeError, match="`G` must be a HODLR, got ndarray"):
+        np.eye(8) + H

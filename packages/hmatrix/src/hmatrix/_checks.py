@@ -189,7 +189,7 @@ def check_kind(name: str, value: object, *kinds: type) -> None:
 
 def check_space(space: Space, dtypes: tuple[str, ...] = FLOATS) -> Space:
     """Return ``space`` if its dtype is one of ``dtypes``."""
-    if space.dtype is None or space.name not in dtypes:
+    if space.name not in dtypes:
         msg = f"`dtype` must be one of {', '.join(dtypes)}, got {space.name}."
         raise DTypeError(msg)
     return space

@@ -134,7 +134,11 @@ class Entries(ABC):
 
     def __getitem__(self, key: Any) -> Array:
         """Return what a dense array would: entries, or a block where there is a slice."""
-        rows, columns = key if isinstance(key, tuple) else (key, slice(None))
+        indices = key if isinstance(key, tuple) else (key,)
+        if len(indices) > 2:
+            msg = f"A matrix takes two indices at most, got {len(indices)}."
+            raise EntryError(msg)
+        rows, columns = (*indices, slice(None), slice(None))[:2]
         if not (isinstance(rows, slice) or isinstance(columns, slice)):
             return self.entries(rows, columns)
         rows, columns = (

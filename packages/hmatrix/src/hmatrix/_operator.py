@@ -239,6 +239,8 @@ class StoredOperator(Entries, Operator):
     def __add__(self, other: object) -> Any:
         return _operations["add"](self, other)
 
+    __radd__ = __add__  # an array's own `+` says nothing of use
+
     def __sub__(self, other: object) -> Any:
         return _operations["subtract"](self, other)
 

@@ -68,7 +68,8 @@ class Space:
         name = dtype_name(x.dtype if dtype is None else dtype)
         if dtype is None and name in HALVES:
             name = "float32"
-        return cls(xp, getattr(xp, name, None), x.device)
+        # an unknown name stays a name, for messages
+        return cls(xp, getattr(xp, name, name), x.device)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # modules cannot be pickled, nor can what holds a space: their names can

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from hmatrix._backend import Array, Space, frobenius, namespace
-from hmatrix._checks import ShapeError, check_float, check_int
+from hmatrix._checks import ShapeError, check_float, check_int, check_kind
 from hmatrix._operator import real_rows
 from hmatrix.lowrank import LowRank, cut_triplets
 from hmatrix.tree import ClusterTree
@@ -112,6 +112,7 @@ def make_tree(
         msg = "Give one of `levels`, `leaf_size` and `tree`, not several."
         raise ShapeError(msg)
     if tree is not None:
+        check_kind("tree", tree, ClusterTree)
         if tree.n != n:
             msg = f"`tree` is of {tree.n} rows, the matrix has {n}."
             raise ShapeError(msg)
