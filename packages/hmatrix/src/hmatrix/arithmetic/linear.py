@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, TypeVar
 
-from hmatrix._backend import Array, Space, dtype_name, is_array
+from hmatrix._backend import Array, Space, dtype_name, in_own_precision, is_array
 from hmatrix._checks import (
     DTypeError,
     ShapeError,
@@ -127,6 +127,7 @@ def _check_number(name: str, value: Any, space: Space) -> float | complex:
 
 
 @operation
+@in_own_precision
 def add(
     H: Matrix,
     G: Matrix | LowRank,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
-from hmatrix._backend import Space
+from hmatrix._backend import Space, in_own_precision
 from hmatrix._checks import check_float, check_int
 from hmatrix.arithmetic.error import after
 from hmatrix.arithmetic.norms import norm, safe_norm
@@ -30,6 +30,7 @@ def check_rtol(space: Space, rtol: float | None) -> float:
     return check_float("rtol", rtol, minimum=0.0)
 
 
+@in_own_precision
 def truncate(
     H: Matrix,
     *,

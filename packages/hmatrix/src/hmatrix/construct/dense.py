@@ -12,6 +12,7 @@ from hmatrix._backend import (
     contiguous,
     detach,
     frobenius,
+    in_own_precision,
     namespace,
     svd,
     transpose,
@@ -37,6 +38,7 @@ from hmatrix.tree import ClusterTree
 __all__ = ["from_dense"]
 
 
+@in_own_precision
 def from_dense(
     A: Array,
     *,

@@ -13,6 +13,7 @@ from hmatrix._backend import (
     conjugate,
     detach,
     frobenius,
+    in_own_precision,
     namespace,
     one_blas_thread_if_narrow,
 )
@@ -30,6 +31,7 @@ from hmatrix.tree import ClusterTree
 __all__ = ["build"]
 
 
+@in_own_precision
 def build(
     function: Function,
     labels: Array,

@@ -16,6 +16,7 @@ from hmatrix._backend import (
     detach,
     dtype_name,
     frobenius,
+    in_own_precision,
     namespace,
     qr,
 )
@@ -53,14 +54,12 @@ CUT_SHARE = 0.7
 #: Of the relative errors that are asked for, the smallest that products can show, in
 #: units of epsilon.
 ROUNDING = 100
-NO_ADJOINT = (
-    "`rmatvec`, products of the adjoint, is needed; pass `symmetric=True` for a "
-    "matrix that equals its adjoint."
-)
+NO_ADJOINT = "`rmatvec`, products of the adjoint, is needed, or else `symmetric=True`."
 # First words of the keys of random numbers.
 _PROBE, _SKETCH, _SIGN = 1, 2, 3
 
 
+@in_own_precision
 def from_matvec(
     matvec: Any,
     rmatvec: Product | None = None,

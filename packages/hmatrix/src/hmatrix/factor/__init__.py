@@ -7,7 +7,7 @@ small factorization.
 
 from __future__ import annotations
 
-from hmatrix._backend import one_blas_thread_if_narrow
+from hmatrix._backend import in_own_precision, one_blas_thread_if_narrow
 from hmatrix._checks import (
     NotPositiveDefiniteError,
     check_choice,
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 
+@in_own_precision
 def factorize(
     H: HODLR | MLR,
     shift: float = 0.0,

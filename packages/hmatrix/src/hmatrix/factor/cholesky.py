@@ -11,6 +11,7 @@ from hmatrix._backend import (
     Space,
     adjoint,
     detach,
+    in_own_precision,
     inverse_lower,
     is_writeable,
     known_gradients,
@@ -135,6 +136,7 @@ class HODLRCholesky(Factorization):
         return HODLRInverse(self)
 
     @narrow
+    @in_own_precision
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,), in ``O(n r² K²)``."""
         if self._has_gradients():

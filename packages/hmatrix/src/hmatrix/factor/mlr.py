@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property, partial
 
-from hmatrix._backend import Array, adjoint, contiguous, inverse_lower
+from hmatrix._backend import Array, adjoint, contiguous, in_own_precision, inverse_lower
 from hmatrix._operator import real_rows
 from hmatrix.factor._base import (
     Factorization,
@@ -64,6 +64,7 @@ class MLRFactorization(Factorization):
         """Return the inverse, an `MLR` matrix with the other sign."""
         return self._inverse
 
+    @in_own_precision
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,)."""
         return self._inverse.diagonal()
