@@ -9,6 +9,7 @@ from hmatrix._backend import Array, Space, dtype_name, in_own_precision, is_arra
 from hmatrix._checks import (
     DTypeError,
     ShapeError,
+    check_array,
     check_finite,
     check_float,
     check_kind,
@@ -229,7 +230,7 @@ def add_low_rank(
     True
     """
     check_kind("H", H, HODLR)
-    U = check_operand("U", U, H.space)
+    U = check_array("U", check_operand("U", U, H.space), ndim=2)
     if S is None:
         S = H.space.real.ones(int(U.shape[-1]))
     return add(H, LowRank(U, S, U if V is None else V), rtol=rtol, max_rank=max_rank)
