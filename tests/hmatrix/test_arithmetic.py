@@ -149,3 +149,21 @@ def test_what_does_not_match_is_refused():
         TypeError, match="`G` must be a HODLR or MLR or LowRank, got int"
     ):
         H - 1
+    with pytest.raises(TypeError, match="`G` must be a HODLR, got ndarray"):
+        np.eye(8) + H
+    with pytest.raises(hm.ShapeError, match="`U` must have 2 axes"):
+        hm.add_low_rank(H, np.ones(8))
+
+
+@pytest.mark.parametrize("where", ["leaves", "U", "S"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_not_finite_is_neither_truncated_nor_factorized(rng, where, value):
+    H = hm.from_dense(rng.standard_normal((40, 40)), levels=2)
+    array = H.leaves if where == "leaves" else getattr(H.lower[1], where)
+    array[1, ..., 2] = value
+    with pytest.raises(hm.NonFiniteError, match="holds NaN or infinite values"):
+        hm.truncate(H, rtol=1e-3)
+    for method in ("auto", "inversion", "orthogonal"):
+        with pytest.raises(hm.NonFiniteError, match="holds NaN or infinite values"):
+            hm.factorize(H, method=method)

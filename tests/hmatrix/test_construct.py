@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import sparse
 
 import hmatrix as hm
 from tests.helpers import assert_close, assert_in, dense, error_ratio
@@ -30,6 +31,20 @@ def test_max_rank_is_kept_and_the_error_reported_is_true(case, max_rank):
     H = hm.from_dense(A, levels=levels, max_rank=max_rank)
     assert all(rank <= max_rank for rank in H.ranks)
     assert abs(error_ratio(H.to_dense(), A) - H.error) <= 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("float32", 1e-25), ("float64", 1e-200)])
+@pytest.mark.parametrize("way", ["dense", "definite", "sparse"])
+def test_errors_whose_squares_underflow_are_told(way, dtype, scale):
+    t = np.linspace(0, 1, 64)
+    A = (scale / (1 + 100 * (t[:, None] - t) ** 2)).astype(dtype)
+    if way == "sparse":
+        H = hm.from_sparse(sparse.csr_array(A), levels=3, rtol=1e-2)
+    else:
+        H = hm.from_dense(A, levels=3, rtol=1e-2, definite=way == "definite")
+    error = error_ratio(H.to_dense() / scale, A / scale)
+    assert 1e-4 < error <= 1e-2
+    assert abs(error - H.error) <= 1e-3 * error
 
 
 @given(matrices_with_trees())

@@ -298,6 +298,25 @@ def test_bad_functions_are_told_apart():
         hm.from_kernel(lambda a, b: a * b, np.arange(4.0), nugget=np.ones(3))
     with pytest.raises(hm.NonFiniteError, match=r"`nugget` .* 4 NaN"):
         hm.from_kernel(lambda a, b: a * b, np.arange(4.0), nugget=np.full(4, np.nan))
+    with pytest.raises(hm.DTypeError, match=r"`dtype` must be one of .*, got float\."):
+        hm.from_entries(lambda i, j: i + j, 4, dtype=float)
+    with pytest.raises(hm.ShapeError, match="`seed` must be an integer, got NoneType"):
+        hm.from_entries(lambda i, j: i + j, 4, seed=None)
+    with pytest.raises(TypeError, match="`tree` must be a ClusterTree, got int"):
+        hm.from_entries(lambda i, j: i + j, 4, tree=4)
+
+
+def test_symmetry_is_not_believed_against_the_leaves():
+    def decay(i, j):
+        return np.exp((j - i) / 100)
+
+    with pytest.raises(ValueError, match="differ from their adjoints by"):
+        hm.from_entries(decay, 200, symmetric=True)
+    # what the tolerance allows, in kernels that round differently, is no reason
+    H = hm.from_entries(
+        lambda i, j: 1 / (1 + abs(i - j) + 1e-11 * (i > j)), 200, symmetric=True
+    )
+    assert H.symmetric
 
 
 @pytest.mark.parametrize("length", [1e-4, 1e-3, 1e-2])

@@ -126,6 +126,9 @@ def test_wrong_indices_are_refused(H):
         H.entries([1, 2, 3], [1, 2])
     with pytest.raises(hm.ShapeError, match="must be vectors"):
         H.block(1, [1, 2])
+    with pytest.raises(hm.EntryError, match="two indices at most, got 3"):
+        H[0, 1, 2]
+    assert np.array_equal(to_numpy(H[0,]), to_numpy(H[0]))
 
 
 def error_ratio_complex(actual, expected):

@@ -279,6 +279,7 @@ def test_atol_allows_more_than_rtol():
     [
         ({"n": None}, hm.ShapeError, "`n`, the number of rows"),
         ({"n": 0}, hm.ShapeError, "`n` must be at least 1"),
+        ({"matvec": np.eye(9)}, TypeError, "a function or operator, got ndarray"),
         ({"rmatvec": None}, ValueError, "`rmatvec`, products of the adjoint"),
         ({"matvec": lambda x: x[:, 0]}, hm.ShapeError, r"`matvec\(x\)` must have"),
         ({"matvec": lambda x: x * np.nan}, hm.NonFiniteError, r"`matvec\(x\)` .* NaN"),
@@ -318,6 +319,15 @@ def test_an_operator_without_adjoint_can_be_symmetric():
     A = known("hilbert", 100)
     operator = LinearOperator((100, 100), matvec=A.__matmul__, dtype=A.dtype)
     H = hm.from_matvec(operator, symmetric=True, rtol=1e-6)
+    assert relative(H, A) <= 1e-6
+    with pytest.raises(ValueError, match="products of the adjoint, is needed"):
+        hm.from_matvec(operator)
+
+
+def test_an_adjoint_beside_an_operator_is_used():
+    A = np.triu(known("hilbert", 100))
+    operator = LinearOperator((100, 100), matvec=A.__matmul__, dtype=A.dtype)
+    H = hm.from_matvec(operator, A.T.__matmul__, rtol=1e-6)
     assert relative(H, A) <= 1e-6
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import math
 from typing import Any
 
@@ -50,6 +51,11 @@ __all__ = [
 
 class HMatrixError(Exception):
     """Base of every exception that this package defines."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # copies, another process's too, are not made by `__init__`, which asks for more
+        # than the message
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class ShapeError(HMatrixError, ValueError):
@@ -183,7 +189,7 @@ def check_kind(name: str, value: object, *kinds: type) -> None:
 
 def check_space(space: Space, dtypes: tuple[str, ...] = FLOATS) -> Space:
     """Return ``space`` if its dtype is one of ``dtypes``."""
-    if space.dtype is None or space.name not in dtypes:
+    if space.name not in dtypes:
         msg = f"`dtype` must be one of {', '.join(dtypes)}, got {space.name}."
         raise DTypeError(msg)
     return space

@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from hmatrix._backend import Array, Space, conjugate, is_array, to_numpy
+from hmatrix._backend import (
+    Array,
+    Space,
+    conjugate,
+    in_own_precision,
+    is_array,
+    to_numpy,
+)
 from hmatrix._checks import EntryError, ShapeError
 from hmatrix.tree import ClusterTree
 
@@ -88,6 +95,7 @@ class Entries(ABC):
         values = self._entries(slots[i.ravel()], slots[j.ravel()])
         return self.space.xp.reshape(values, i.shape)
 
+    @in_own_precision
     def block(self, rows: Any, columns: Any) -> Array:
         """Return the dense block of some rows and columns.
 
@@ -119,6 +127,7 @@ class Entries(ABC):
             raise ShapeError(msg)
         return self._block(self.tree.slots[i], self.tree.slots[j])
 
+    @in_own_precision
     def row(self, i: int) -> Array:
         """Return row ``i`` (n,), at the cost ``O(n r)``; ``i`` as in `entries`."""
         if np.ndim(i):
@@ -134,7 +143,11 @@ class Entries(ABC):
 
     def __getitem__(self, key: Any) -> Array:
         """Return what a dense array would: entries, or a block where there is a slice."""
-        rows, columns = key if isinstance(key, tuple) else (key, slice(None))
+        indices = key if isinstance(key, tuple) else (key,)
+        if len(indices) > 2:
+            msg = f"A matrix takes two indices at most, got {len(indices)}."
+            raise EntryError(msg)
+        rows, columns = (*indices, slice(None), slice(None))[:2]
         if not (isinstance(rows, slice) or isinstance(columns, slice)):
             return self.entries(rows, columns)
         rows, columns = (

@@ -14,6 +14,7 @@ from hmatrix._backend import (
     Array,
     Space,
     conjugate,
+    in_own_precision,
     one_blas_thread_if_narrow,
     to_numpy,
     transpose,
@@ -69,6 +70,7 @@ def real_rows(tree: ClusterTree, space: Space) -> Array:
     return places("rows", tree, space) < tree.n
 
 
+@in_own_precision
 def apply_padded(
     name: str,
     x: Array,
@@ -149,6 +151,7 @@ class Operator(ABC):
         """Multiply the adjoint with a block ``x`` (n, q)."""
         return self._product(x, self._apply_adjoint, 2)
 
+    @in_own_precision
     def to_dense(self) -> Array:
         """Return the matrix as one array (n, n). For tests and small n."""
         eye = pad_rows(self.space.eye(self.tree.n), self.tree)
@@ -238,6 +241,8 @@ class StoredOperator(Entries, Operator):
 
     def __add__(self, other: object) -> Any:
         return _operations["add"](self, other)
+
+    __radd__ = __add__  # an array's own `+` says nothing of use
 
     def __sub__(self, other: object) -> Any:
         return _operations["subtract"](self, other)

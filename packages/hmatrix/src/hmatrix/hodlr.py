@@ -15,6 +15,7 @@ from hmatrix._backend import (
     add_product,
     adjoint,
     conjugate,
+    in_own_precision,
     namespace,
     nbytes,
     transpose,
@@ -165,6 +166,7 @@ class HODLR(StoredOperator):
         total = self.space.xp.sum(self.diagonal())
         return complex(total) if self.space.is_complex else float(total)
 
+    @in_own_precision
     def to_dense(self) -> Array:
         """Return the matrix as one array (n, n). For tests and small n."""
         xp = self.space.xp

@@ -14,6 +14,7 @@ from hmatrix._backend import (
     add_product,
     adjoint,
     conjugate,
+    in_own_precision,
     nbytes,
     squares,
     to_numpy,
@@ -137,6 +138,7 @@ class MLR(StoredOperator):
         """Return the sum of the diagonal, which is real."""
         return complex(self.space.xp.sum(self.diagonal())).real
 
+    @in_own_precision
     def to_dense(self) -> Array:
         """Return the matrix as one array (n, n). For tests and small n."""
         xp = self.space.xp

@@ -44,6 +44,7 @@ from .linalg import (
     svd,
     unscaled_norm,
 )
+from .precision import in_own_precision
 from .space import (
     Space,
     contiguous,
@@ -76,6 +77,7 @@ __all__ = [
     "dtype_name",
     "eigh_descending",
     "frobenius",
+    "in_own_precision",
     "in_threads",
     "inverse",
     "inverse_lower",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import array_api_compat
@@ -67,7 +68,12 @@ class Space:
         name = dtype_name(x.dtype if dtype is None else dtype)
         if dtype is None and name in HALVES:
             name = "float32"
-        return cls(xp, getattr(xp, name, None), x.device)
+        # an unknown name stays a name, for messages
+        return cls(xp, getattr(xp, name, name), x.device)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # modules cannot be pickled, nor can what holds a space: their names can
+        return _named, (self.xp.__name__, self.name, self.device)
 
     @property
     def name(self) -> str:
@@ -186,6 +192,11 @@ class Space:
             shape, dtype=np.float32 if self.name == "float32" else np.float64
         )
         return self.xp.asarray(drawn, device=self.device)
+
+
+def _named(xp: str, dtype: str, device: Any) -> Space:
+    module = import_module(xp)
+    return Space(module, getattr(module, dtype), device)
 
 
 @cache

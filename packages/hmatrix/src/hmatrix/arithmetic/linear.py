@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any, TypeVar
 
-from hmatrix._backend import Array, Space, dtype_name, is_array
+from hmatrix._backend import Array, Space, dtype_name, in_own_precision, is_array
 from hmatrix._checks import (
     DTypeError,
     ShapeError,
+    check_array,
     check_finite,
     check_float,
     check_kind,
@@ -127,6 +128,7 @@ def _check_number(name: str, value: Any, space: Space) -> float | complex:
 
 
 @operation
+@in_own_precision
 def add(
     H: Matrix,
     G: Matrix | LowRank,
@@ -228,7 +230,7 @@ def add_low_rank(
     True
     """
     check_kind("H", H, HODLR)
-    U = check_operand("U", U, H.space)
+    U = check_array("U", check_operand("U", U, H.space), ndim=2)
     if S is None:
         S = H.space.real.ones(int(U.shape[-1]))
     return add(H, LowRank(U, S, U if V is None else V), rtol=rtol, max_rank=max_rank)

@@ -9,6 +9,7 @@ from hmatrix._backend import (
     adjoint,
     conjugate,
     frobenius,
+    in_own_precision,
     namespace,
     qr,
     squares,
@@ -27,6 +28,7 @@ STEPS = 200
 RESIDUAL = 1e-6
 
 
+@in_own_precision
 def norm(H: Operator, kind: str | int = "fro") -> float:
     """Return the Frobenius norm or the 2-norm, without forming the matrix.
 

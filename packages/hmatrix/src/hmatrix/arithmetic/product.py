@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from hmatrix._backend import Array, adjoint, one_blas_thread_if_narrow
+from hmatrix._backend import Array, adjoint, in_own_precision, one_blas_thread_if_narrow
 from hmatrix._checks import check_kind
 from hmatrix._operator import operation
 from hmatrix.arithmetic.assembly import Terms, assemble, estimate_norm
@@ -18,6 +18,7 @@ __all__ = ["matmul"]
 
 
 @operation
+@in_own_precision
 def matmul(
     H: HODLR, G: HODLR, *, rtol: float | None = None, max_rank: int | None = None
 ) -> HODLR:

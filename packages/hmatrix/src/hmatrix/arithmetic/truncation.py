@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
-from hmatrix._backend import Space
-from hmatrix._checks import check_float, check_int
+from hmatrix._backend import Space, in_own_precision
+from hmatrix._checks import NonFiniteError, check_float, check_int
 from hmatrix.arithmetic.error import after
 from hmatrix.arithmetic.norms import norm, safe_norm
 from hmatrix.construct import Guard, block_tolerance
@@ -30,6 +30,7 @@ def check_rtol(space: Space, rtol: float | None) -> float:
     return check_float("rtol", rtol, minimum=0.0)
 
 
+@in_own_precision
 def truncate(
     H: Matrix,
     *,
@@ -58,6 +59,8 @@ def truncate(
     ValueError
         If ``rtol`` or ``definite`` is given for an `MLR`, or ``max_rank`` is not; or
         ``definite`` for a matrix that is not stored as Hermitian.
+    NonFiniteError
+        If a `HODLR` holds NaN or infinite values.
     """
     if max_rank is not None:
         max_rank = check_int("max_rank", max_rank, 1 if isinstance(H, MLR) else 0)
@@ -73,6 +76,9 @@ def truncate(
         leaves = H.leaves + H.sign * held.leaves
         return MLR(H.tree, leaves, held.factors, H.sign)
     rtol, size = check_rtol(H.space, rtol), norm(H)
+    if not math.isfinite(size):
+        msg = f"`H` holds NaN or infinite values: its norm is {size}."
+        raise NonFiniteError(msg)
     if definite and not H.symmetric:
         msg = "`definite` is true, but `H` is not stored as Hermitian (H.symmetric)."
         raise ValueError(msg)
@@ -94,7 +100,7 @@ def truncate(
             losses.append(safe_norm(lost) * (math.sqrt(2) if H.symmetric else 1))
     if guard is not None:
         leaves, added = guard.finish()
-        losses.append(math.sqrt(added))
+        losses.append(added)
     error = math.hypot(*losses) / size if size else 0.0
     below, error_after = None if H.symmetric else tuple(lower), after(H.error, error)
     return clear_padding(HODLR(H.tree, leaves, tuple(upper), below, error_after))

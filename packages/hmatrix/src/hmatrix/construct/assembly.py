@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from hmatrix._backend import Array, Space, namespace
+from hmatrix._backend import Array, Space, frobenius
 from hmatrix._operator import real_rows
 from hmatrix.construct.budget import block_tolerance
 from hmatrix.hodlr import HODLR
@@ -44,16 +44,17 @@ def assemble(
     HODLR
         Its ``error`` is what the cut lost.
     """
-    xp = namespace(leaves)
-    squares = 0.0
+    losses: list[float] = []
     sides: tuple[list[LowRank], list[LowRank]] = ([], [])
     for first, blocks in enumerate((upper, lower or ())):
         for level, block in enumerate(blocks):
             tolerance = block_tolerance(tree, level, total)
             cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
             sides[first].append(_real(cut, tree, level, first))
-            squares += float(xp.sum(lost**2)) * (2 if lower is None else 1)
-    error = math.sqrt(squares) / norm if norm else 0.0
+            losses.append(
+                float(frobenius(lost)) * (math.sqrt(2) if lower is None else 1)
+            )
+    error = math.hypot(*losses) / norm if norm else 0.0
     return HODLR(
         tree, leaves, tuple(sides[0]), None if lower is None else tuple(sides[1]), error
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from hmatrix._backend import Array, Space, namespace
-from hmatrix._checks import ShapeError, check_float, check_int
+from hmatrix._backend import Array, Space, frobenius, namespace
+from hmatrix._checks import ShapeError, check_float, check_int, check_kind
 from hmatrix._operator import real_rows
 from hmatrix.lowrank import LowRank, cut_triplets
 from hmatrix.tree import ClusterTree
@@ -72,14 +72,14 @@ class Guard:
         return block, lost
 
     def finish(self) -> tuple[Array, float]:
-        """Return the leaves with the additions, and the squares of these."""
+        """Return the leaves with the additions, and the Frobenius norm of these."""
         space = Space.of(self._leaves)
         xp, m = space.xp, self.tree.leaf_size
         real = xp.astype(real_rows(self.tree, space), self._added.dtype)
         added = self._added[:, None] * xp.reshape(real, (-1, m))
-        squares = float(xp.sum(added**2))
+        norm = float(frobenius(added))
         added = xp.astype(added, space.dtype, copy=False)
-        return self._leaves + added[:, :, None] * space.eye(m), squares
+        return self._leaves + added[:, :, None] * space.eye(m), norm
 
 
 def check_tolerances(
@@ -112,6 +112,7 @@ def make_tree(
         msg = "Give one of `levels`, `leaf_size` and `tree`, not several."
         raise ShapeError(msg)
     if tree is not None:
+        check_kind("tree", tree, ClusterTree)
         if tree.n != n:
             msg = f"`tree` is of {tree.n} rows, the matrix has {n}."
             raise ShapeError(msg)

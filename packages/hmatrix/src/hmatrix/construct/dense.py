@@ -12,6 +12,7 @@ from hmatrix._backend import (
     contiguous,
     detach,
     frobenius,
+    in_own_precision,
     namespace,
     svd,
     transpose,
@@ -37,6 +38,7 @@ from hmatrix.tree import ClusterTree
 __all__ = ["from_dense"]
 
 
+@in_own_precision
 def from_dense(
     A: Array,
     *,
@@ -101,7 +103,7 @@ def from_dense(
     """
     A = detach(check_array("A", A, ndim=2))
     space = check_space(Space.of(A), NUMBERS)
-    xp, n = space.xp, int(A.shape[0])
+    n = int(A.shape[0])
     if A.shape[1] != n:
         msg = f"`A` must be square, got shape {tuple(A.shape)}."
         raise ShapeError(msg)
@@ -116,7 +118,7 @@ def from_dense(
     guard = Guard(tree, leaves, total) if definite else None
     upper: list[LowRank] = []
     lower: list[LowRank] = []
-    squares = 0.0
+    losses: list[float] = []
     for level in range(tree.levels):
         nodes, half = _diagonal_blocks(A, tree, level), tree.size(level + 1)
         tolerance = block_tolerance(tree, level, total)
@@ -129,11 +131,11 @@ def from_dense(
             else:
                 block, lost = guard.cut(level, *svd(blocks), max_rank)
             side.append(block)
-            squares += float(xp.sum(lost**2)) * (2 if symmetric else 1)
+            losses.append(float(frobenius(lost)) * (math.sqrt(2) if symmetric else 1))
     if guard is not None:
         leaves, added = guard.finish()
-        squares += added
-    error = math.sqrt(squares) / norm if norm else 0.0
+        losses.append(added)
+    error = math.hypot(*losses) / norm if norm else 0.0
     below = None if symmetric else tuple(lower)
     return clear_padding(HODLR(tree, leaves, tuple(upper), below, error))
 

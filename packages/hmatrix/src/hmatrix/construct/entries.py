@@ -77,7 +77,8 @@ def from_entries(
         ``H.error`` is the estimate of the relative error.
     symmetric : bool, optional
         Store one of the two off-diagonal blocks. Default: whether the leaves, and eight
-        other entries of each row and column, are Hermitian.
+        other entries of each row and column, are Hermitian. If true, it is believed of
+        all but the leaves.
     seed : int
         Of the checks.
 
@@ -93,6 +94,9 @@ def from_entries(
         If the function gives no finite array of the shape of its arguments, or one so
         large or small that squares overflow or underflow; or complex entries of a real
         matrix.
+    ValueError
+        If ``symmetric=True`` and the leaves differ from their adjoints beyond the
+        tolerance.
 
     Notes
     -----
@@ -172,7 +176,7 @@ def from_kernel(
 
     Raises
     ------
-    ToleranceError, ShapeError, BackendError, DTypeError, NonFiniteError
+    ToleranceError, ShapeError, BackendError, DTypeError, NonFiniteError, ValueError
         As `from_entries`.
 
     Notes

@@ -13,10 +13,11 @@ from hmatrix._backend import (
     conjugate,
     detach,
     frobenius,
+    in_own_precision,
     namespace,
     one_blas_thread_if_narrow,
 )
-from hmatrix._checks import ToleranceError, check_norm
+from hmatrix._checks import ToleranceError, check_int, check_norm
 from hmatrix._operator import real_rows
 from hmatrix.construct.blocks import Blocks, Function, masked, pieces
 from hmatrix.construct.budget import block_tolerance, check_tolerances
@@ -30,6 +31,7 @@ from hmatrix.tree import ClusterTree
 __all__ = ["build"]
 
 
+@in_own_precision
 def build(
     function: Function,
     labels: Array,
@@ -59,9 +61,12 @@ def build(
             flat = space.xp.reshape(leaves, (count, m * m))
             flat[:, :: m + 1] += space.xp.reshape(nugget, (count, m))
             leaves = space.xp.reshape(flat, (count, m, m))
+        seed = check_int("seed", seed, 0)
         squares = check_norm(float(frobenius(detach(leaves))), space) ** 2
         if symmetric is None:
             symmetric = looks_hermitian(function, labels, leaves, seed)
+        elif symmetric:
+            check_leaves(leaves, max(rtol * math.sqrt(squares), atol))
         # of each side of the diagonal, for each level, batches of blocks with their errors
         sides: list[list[list[Found]]] = [[] for _ in range(1 if symmetric else 2)]
         blocks = [
@@ -194,6 +199,18 @@ def diagonal_blocks(
         return leaves
     masks = xp.reshape(real, (count, m))
     return masked(leaves, masks[:, :, None], masks[:, None, :])
+
+
+def check_leaves(leaves: Array, allowed: float) -> None:
+    """Raise if a matrix said to be Hermitian cannot be, by its leaves."""
+    difference = float(frobenius(detach(leaves - adjoint(leaves))))
+    norm = float(frobenius(detach(leaves)))
+    if difference > max(allowed, 100 * Space.of(leaves).eps * norm):
+        msg = (
+            "`symmetric` is true, but the function's diagonal blocks differ from their "
+            f"adjoints by {difference / norm:.3g} of their norm; leave `symmetric` out."
+        )
+        raise ValueError(msg)
 
 
 def looks_hermitian(

@@ -16,6 +16,7 @@ from hmatrix._backend import (
     detach,
     dtype_name,
     frobenius,
+    in_own_precision,
     namespace,
     qr,
 )
@@ -53,10 +54,12 @@ CUT_SHARE = 0.7
 #: Of the relative errors that are asked for, the smallest that products can show, in
 #: units of epsilon.
 ROUNDING = 100
+NO_ADJOINT = "`rmatvec`, products of the adjoint, is needed, or else `symmetric=True`."
 # First words of the keys of random numbers.
 _PROBE, _SKETCH, _SIGN = 1, 2, 3
 
 
+@in_own_precision
 def from_matvec(
     matvec: Any,
     rmatvec: Product | None = None,
@@ -85,7 +88,8 @@ def from_matvec(
         ``scipy.sparse.linalg.LinearOperator``, whose products are copied from and to
         the host, or a matrix or inverse of this package.
     rmatvec : callable, optional
-        The products of the adjoint alike. Not needed with ``symmetric=True``.
+        The products of the adjoint alike. Default: those of an operator. Not needed
+        with ``symmetric=True``.
     n : int, optional
         Rows of the matrix; an operator knows it.
     like, dtype
@@ -125,8 +129,9 @@ def from_matvec(
     ShapeError, DTypeError, BackendError, NonFiniteError
         If a product has the wrong shape, dtype, library or device, or NaN; if ``n`` is
         missing; if squares of the norm overflow or underflow.
-    ValueError
-        If ``rmatvec`` is missing and ``symmetric`` is false.
+    TypeError, ValueError
+        If ``matvec`` is neither a function nor an operator; if products of the adjoint
+        are missing and ``symmetric`` is false.
 
     Notes
     -----
@@ -157,7 +162,10 @@ def from_matvec(
     (True, True, (1, 1, 1))
     """
     if hasattr(matvec, "matmat") and hasattr(matvec, "shape"):
-        matvec, rmatvec, n, space = _of_operator(matvec, like, dtype, n)
+        matvec, rmatvec, n, space = _of_operator(matvec, rmatvec, like, dtype, n)
+    elif not callable(matvec):
+        msg = f"`matvec` must be a function or operator, got {type(matvec).__name__}."
+        raise TypeError(msg)
     else:
         space = check_space(Space.like(like, dtype), NUMBERS)
     if n is None:
@@ -166,11 +174,7 @@ def from_matvec(
     if symmetric:
         rmatvec = matvec
     elif rmatvec is None:
-        msg = (
-            "`rmatvec`, products of the adjoint, is needed; pass `symmetric=True` for a "
-            "matrix that equals its adjoint."
-        )
-        raise ValueError(msg)
+        raise ValueError(NO_ADJOINT)
     tree = make_tree(n, levels, leaf_size, tree)
     rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
     step = check_int("oversampling", oversampling, 1)
@@ -381,7 +385,7 @@ class _Peeling:
 
 
 def _of_operator(
-    A: Any, like: Array | None, dtype: object, n: int | None
+    A: Any, rmatvec: Product | None, like: Array | None, dtype: object, n: int | None
 ) -> tuple[Product, Product, int, Space]:
     """Return products of both sides, the rows and the space of the result."""
     from scipy.sparse.linalg import LinearOperator
@@ -417,7 +421,13 @@ def _of_operator(
 
         return apply
 
-    return moved(A.matmat), moved(A.rmatmat), shape[0], space
+    def rmatmat(x: Array) -> Array:
+        try:
+            return A.rmatmat(x)
+        except (TypeError, NotImplementedError) as error:  # SciPy's, without `rmatvec`
+            raise ValueError(NO_ADJOINT) from error
+
+    return moved(A.matmat), moved(rmatvec or rmatmat), shape[0], space
 
 
 def _checked(name: str, product: Product, space: Space) -> Product:

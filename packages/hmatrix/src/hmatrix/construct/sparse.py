@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hmatrix._backend import NUMBERS, Array, Space, frobenius
+from hmatrix._backend import NUMBERS, Array, Space, frobenius, in_own_precision
 from hmatrix._checks import (
     BackendError,
     DTypeError,
@@ -24,6 +24,7 @@ from hmatrix.tree import ClusterTree
 __all__ = ["from_sparse"]
 
 
+@in_own_precision
 def from_sparse(
     A: Any,
     *,

@@ -11,6 +11,7 @@ from hmatrix._backend import (
     adjoint,
     detach,
     frobenius,
+    in_own_precision,
     namespace,
 )
 from hmatrix._checks import (
@@ -108,6 +109,7 @@ def from_diagonal(
     return HODLR(tree, _diagonal_leaves(diagonal, tree), blocks, lower, 0.0)
 
 
+@in_own_precision
 def from_low_rank(
     U: Array,
     V: Array | None = None,

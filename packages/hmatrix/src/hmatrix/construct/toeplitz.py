@@ -12,6 +12,7 @@ from hmatrix._backend import (
     contiguous,
     detach,
     frobenius,
+    in_own_precision,
     namespace,
 )
 from hmatrix._checks import (
@@ -38,6 +39,7 @@ STEP = 8
 _SKETCH = 4  # first word of the keys of random numbers
 
 
+@in_own_precision
 def from_toeplitz(
     column: Array,
     row: Array | None = None,

@@ -7,12 +7,18 @@ small factorization.
 
 from __future__ import annotations
 
-from hmatrix._backend import one_blas_thread_if_narrow
+import math
+
+from hmatrix._backend import in_own_precision, one_blas_thread_if_narrow
 from hmatrix._checks import (
+    NonFiniteError,
     NotPositiveDefiniteError,
+    PrecisionError,
+    SingularBlockError,
     check_choice,
     check_kind,
 )
+from hmatrix.arithmetic import norm
 from hmatrix.factor._base import Factorization
 from hmatrix.factor.cholesky import HODLRCholesky, has_cholesky
 from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
@@ -34,6 +40,7 @@ __all__ = [
 ]
 
 
+@in_own_precision
 def factorize(
     H: HODLR | MLR,
     shift: float = 0.0,
@@ -142,7 +149,15 @@ def factorize(
     with one_blas_thread_if_narrow(H.space, *H._widths):
         if isinstance(H, MLR):
             return MLRFactorization(H, shift)
-        return _factorize(H, shift, method, overwrite)
+        try:
+            return _factorize(H, shift, method, overwrite)
+        except NotPositiveDefiniteError:
+            raise  # Cholesky looks for NaN itself
+        except (SingularBlockError, PrecisionError):
+            if math.isfinite(norm(H)):
+                raise
+            msg = "The matrix holds NaN or infinite values."
+            raise NonFiniteError(msg) from None
 
 
 def _factorize(H: HODLR, shift: float, method: str, overwrite: bool) -> Factorization:

@@ -385,13 +385,13 @@ def cleared(x: Array, tree: ClusterTree, rows: slice = slice(None)) -> Array:
     return space.xp.where(real[:, None], x, space.xp.zeros_like(x))
 
 
-def leaf_factors(H: HODLR | MLR, shift: float) -> Callable[[], Array]:
-    """Return a function that makes the Cholesky factors of shifted leaves.
+def leaf_factors(H: HODLR | MLR, shift: float) -> Array:
+    """Return the Cholesky factors of shifted leaves.
 
     They are known to exist: the host does not wait for a device to say so. A matrix that
     was overwritten by then raises `OverwrittenError`.
     """
-    return lambda: cholesky(shifted_leaves(H.tree, H.leaves, shift), sure=True)
+    return cholesky(shifted_leaves(H.tree, H.leaves, shift), sure=True)
 
 
 def shifted_leaves(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 from hmatrix._backend import (
@@ -10,6 +11,7 @@ from hmatrix._backend import (
     Space,
     adjoint,
     detach,
+    in_own_precision,
     inverse_lower,
     is_writeable,
     known_gradients,
@@ -118,7 +120,7 @@ class HODLRCholesky(Factorization):
             X, Y = M - eye(2 * r), inverse_lower(M) - eye(2 * r)
             return out, X, Y
 
-        again = None if overwrite else leaf_factors(self.matrix, self.shift)
+        again = None if overwrite else partial(leaf_factors, self.matrix, self.shift)
         self._factor = SymmetricFactor.build(
             tree, halves, bases, columns, leaf, core, again=again, sparing=overwrite
         )
@@ -134,6 +136,7 @@ class HODLRCholesky(Factorization):
         return HODLRInverse(self)
 
     @narrow
+    @in_own_precision
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,), in ``O(n r² K²)``."""
         if self._has_gradients():
@@ -199,7 +202,7 @@ class HODLRCholesky(Factorization):
             bases,
             cores,
             inverse_cores,
-            leaf_factors(self.matrix, self.shift),
+            partial(leaf_factors, self.matrix, self.shift),
         )
 
 

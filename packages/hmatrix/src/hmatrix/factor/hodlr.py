@@ -14,6 +14,7 @@ from hmatrix._backend import (
     conjugate,
     contiguous,
     detach,
+    in_own_precision,
     inverse,
     plus_product,
     slogdet,
@@ -95,6 +96,7 @@ class HODLRFactorization(Factorization):
         return math.copysign(1.0, sign.real)
 
     @narrow
+    @in_own_precision
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,), in ``O(n r² K)`` if symmetric.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from hmatrix._backend import one_blas_thread_if_narrow
+from hmatrix._backend import in_own_precision, one_blas_thread_if_narrow
 from hmatrix._checks import check_kind
 from hmatrix.arithmetic import (
     after,
@@ -25,6 +25,7 @@ from hmatrix.mlr import MLR
 __all__ = ["inverse"]
 
 
+@in_own_precision
 def inverse(
     H: HODLR | MLR | Factorization,
     *,

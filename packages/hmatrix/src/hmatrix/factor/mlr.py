@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
-from hmatrix._backend import Array, adjoint, contiguous, inverse_lower
+from hmatrix._backend import Array, adjoint, contiguous, in_own_precision, inverse_lower
 from hmatrix._operator import real_rows
 from hmatrix.factor._base import (
     Factorization,
@@ -64,6 +64,7 @@ class MLRFactorization(Factorization):
         """Return the inverse, an `MLR` matrix with the other sign."""
         return self._inverse
 
+    @in_own_precision
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,)."""
         return self._inverse.diagonal()
@@ -110,7 +111,7 @@ class MLRFactorization(Factorization):
             return F, sign * X, -sign * (adjoint(X) @ inverse_lower(R))
 
         memory = self.space.asarray(self.matrix.leaves, copy=True)
-        again = leaf_factors(self.matrix, self.shift)
+        again = partial(leaf_factors, self.matrix, self.shift)
         return SymmetricFactor.build(
             tree, memory, bases, columns, leaf, core, again=again
         )

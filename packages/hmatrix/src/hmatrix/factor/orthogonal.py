@@ -14,6 +14,7 @@ from hmatrix._backend import (
     complete_qr,
     contiguous,
     detach,
+    in_own_precision,
     inverse_lower,
     known_gradients,
     slogdet,
@@ -325,6 +326,7 @@ class HODLROrthogonal(Factorization):
         )
 
     @narrow
+    @in_own_precision
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,), in ``O(n r² K³)``.
 

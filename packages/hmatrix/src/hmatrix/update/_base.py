@@ -15,6 +15,7 @@ from hmatrix._backend import (
     adjoint,
     contiguous,
     detach,
+    in_own_precision,
     is_array,
     nbytes,
     to_numpy,
@@ -91,6 +92,7 @@ class Streaming(ABC):
         """Bytes of the arrays held between updates."""
         return nbytes(*self._arrays().values())
 
+    @in_own_precision
     def update(self, Z: Array, weight: float = 1.0) -> None:
         """Add ``weight · ZᴴZ``, of real samples ``ZᵀZ``.
 
@@ -102,7 +104,8 @@ class Streaming(ABC):
         Z : array (c, n)
             Samples, one a row, in the library and on the device of the accumulator.
             float16 and bfloat16 (and float32 into a float64 accumulator) are
-            converted before anything is summed. Large batches are taken in pieces.
+            converted before anything is summed, under ``torch.autocast`` too. Large
+            batches are taken in pieces.
         weight : float
             Weight of each sample, not negative.
 
@@ -131,6 +134,7 @@ class Streaming(ABC):
             self._add(pad_rows(E, self.tree))
         self._count += weight * int(Z.shape[0])
 
+    @in_own_precision
     def merge(self, other: Self) -> None:
         """Add what ``other`` holds; both keep working afterwards.
 

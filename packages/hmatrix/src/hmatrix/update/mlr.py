@@ -15,6 +15,7 @@ from hmatrix._backend import (
     conjugate,
     contiguous,
     eigh_descending,
+    in_own_precision,
     inverse_lower,
     one_thread_if_small,
     qr,
@@ -117,6 +118,7 @@ class StreamingMLR(Streaming):
             for k in range(self.tree.levels)
         ]
 
+    @in_own_precision
     def add_factors(self, factors: Sequence[Array]) -> None:
         """Add ``Σ_k blkdiag(E_k E_kᴴ)``; it counts as no sample.
 
