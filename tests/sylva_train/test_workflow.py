@@ -124,7 +124,9 @@ def test_one_example_is_not_divided(home, tmp_path):
         load_task(limited)
 
 
-def test_a_tokenizer_of_another_model_is_refused_before_anything_is_done(home, tmp_path):
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_done(
+    home, tmp_path
+):
     path = save_folder(tmp_path / "other", BertConfig(**TINY | {"vocab_size": 10}))
     for rule in ("magnitude", "gradient"):
         with pytest.raises(ModelError, match=r"number \d+, the model vectors for 10"):
