@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
+import shutil
 import warnings
 from pathlib import Path
 
@@ -57,6 +58,13 @@ def test_scores_say_how_to_train_with_them(home, tmp_path):
     assert f"sylva finetune RUN --scores {tmp_path / 's.safetensors'} --model" in line
     again = shlex.split(line.partition(" RUN ")[2])
     sylva("finetune", tmp_path / "run", *again, *STEPS)
+
+
+def test_scores_are_known_by_their_content(home, tmp_path):
+    shutil.copy(home / "scores.safetensors", tmp_path / "scores")
+    assert "layer in backbone" in sylva("inspect", tmp_path / "scores").stdout
+    (tmp_path / "text").write_text("not scores")
+    assert "is none of these" in told(sylva("inspect", tmp_path / "text", code=2))
 
 
 def test_score_by_curvature_shows_progress_apart_from_results(home, tmp_path):
@@ -244,7 +252,10 @@ def test_sparsity_is_one_minus_density(home, tmp_path):
         (["--importance", "luck"], "`--importance` must be one of 'kfac'"),
         (["--lr", "nan"], "`--lr` must be a finite number above 0"),
         (["--device", "abacus"], "`--device` must be"),
+        (["--device", "meta"], "`--device` must be"),
         (["--target-modules", "nothing"], "its linear layers end in"),
+        (["--target-modules", "("], "'(' is not a regular expression"),
+        (["--exclude-modules", "attention"], "matches no linear layer"),
         (["--block-size", "64"], "`--block-size` 64 is larger than"),
         (["--density", "0.001"], "leaves no whole block to train"),
         (["--metric", "beauty"], "`--metric` must be one of"),
