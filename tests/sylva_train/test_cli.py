@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import shlex
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 import sylva_train
+from sylva_train.cli import main
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.pretrained import load_model
@@ -65,6 +68,17 @@ def test_scores_are_known_by_their_content(home, tmp_path):
     assert "layer in backbone" in sylva("inspect", tmp_path / "scores").stdout
     (tmp_path / "text").write_text("not scores")
     assert "is none of these" in told(sylva("inspect", tmp_path / "text", code=2))
+
+
+def test_any_encoding_has_tables(home, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["sylva", "inspect", str(home / "run/adapter")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    sys.stdout.flush()
+    assert end.value.code == 0
+    assert b"48 ? 32" in shown.getvalue()
 
 
 def test_score_by_curvature_shows_progress_apart_from_results(home, tmp_path):
