@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import shlex
+import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 import sylva_train
+from sylva_train.cli import main
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.pretrained import load_model
@@ -57,6 +61,24 @@ def test_scores_say_how_to_train_with_them(home, tmp_path):
     assert f"sylva finetune RUN --scores {tmp_path / 's.safetensors'} --model" in line
     again = shlex.split(line.partition(" RUN ")[2])
     sylva("finetune", tmp_path / "run", *again, *STEPS)
+
+
+def test_scores_are_known_by_their_content(home, tmp_path):
+    shutil.copy(home / "scores.safetensors", tmp_path / "scores")
+    assert "layer in backbone" in sylva("inspect", tmp_path / "scores").stdout
+    (tmp_path / "text").write_text("not scores")
+    assert "is none of these" in told(sylva("inspect", tmp_path / "text", code=2))
+
+
+def test_any_encoding_has_tables(home, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["sylva", "inspect", str(home / "run/adapter")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    sys.stdout.flush()
+    assert end.value.code == 0
+    assert b"48 ? 32" in shown.getvalue()
 
 
 def test_score_by_curvature_shows_progress_apart_from_results(home, tmp_path):
@@ -244,7 +266,10 @@ def test_sparsity_is_one_minus_density(home, tmp_path):
         (["--importance", "luck"], "`--importance` must be one of 'kfac'"),
         (["--lr", "nan"], "`--lr` must be a finite number above 0"),
         (["--device", "abacus"], "`--device` must be"),
+        (["--device", "meta"], "`--device` must be"),
         (["--target-modules", "nothing"], "its linear layers end in"),
+        (["--target-modules", "("], "'(' is not a regular expression"),
+        (["--exclude-modules", "attention"], "matches no linear layer"),
         (["--block-size", "64"], "`--block-size` 64 is larger than"),
         (["--density", "0.001"], "leaves no whole block to train"),
         (["--metric", "beauty"], "`--metric` must be one of"),

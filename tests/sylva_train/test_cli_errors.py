@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -261,6 +263,24 @@ def test_errors_that_were_not_foreseen_are_told_as_such(home, monkeypatch):
     message = told(sylva("evaluate", home / "run", code=1))
     assert "RuntimeError: the sky fell" in message
     assert "--debug" in message
+
+
+def test_a_full_disk_is_told_as_such(home, tmp_path):
+    code = (
+        "import resource, sys; from sylva_command import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); main()"
+    )
+    command = ["score", tmp_path / "s.safetensors", *source(home), *SMALL]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert "not foreseen" not in done.stderr
+    assert not (tmp_path / "s.safetensors").exists()
 
 
 def test_seeds_and_rates_that_cannot_be_read(tmp_path):

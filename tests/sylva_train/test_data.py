@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
 
@@ -145,6 +146,21 @@ BAD = {
     "jsonl-float": ("x.jsonl", '{"text": "a", "label": 0.5}\n', ":1: expected a label"),
     "json-comma": ("x.json", '[{"text": "a", "label": 1}\n {}]', ":2: expected `,`"),
     "json-open": ("x.json", '[{"text": "a", "label": 1},\n\n', ":3: "),
+    "json-more": (
+        "x.json",
+        '[{"text": "a", "label": 1}]\n[{}]',
+        ":1: expected nothing",
+    ),
+    "json-deep": (
+        "x.jsonl",
+        '{"text": "a", "label": ' + "[" * 9**5,
+        ":1: expected one",
+    ),
+    "json-digits": (
+        "x.json",
+        "[{}, " + "9" * 5000,
+        ":1: the JSON array cannot be read",
+    ),
     "json-value": ("x.json", '\n[\n{"text": "a", "label": 1},\n{"text" 1}]', ":4: "),
     "encoding": ("x.csv", b"sentence,label\na,1\n\xff,0\n", ":3: expected UTF-8"),
     "parquet": ("x.parquet", b"PAR1 nothing", ": the Parquet file cannot be read"),
@@ -164,6 +180,56 @@ def test_bad_rows_are_refused_with_file_and_line(tmp_path, case):
     path = write(tmp_path / name, content)
     with pytest.raises(DataError, match=re.escape(f"{path}{message}")):
         load_data(path)
+
+
+def test_texts_may_be_of_any_length_and_quotes_must_close(tmp_path):
+    text = "a b " * 50_000
+    path = write(tmp_path / "x.csv", f'sentence,label\n"{text}",1\nb,0\n')
+    assert load_data(path).texts == [text, "b"]
+    write(path, f'sentence,label\n"{text},1\nb,0\n')
+    with pytest.raises(DataError, match=":2: a quote that opens here is never closed"):
+        load_data(path)
+
+
+def test_a_number_beyond_all_floats_is_refused(tmp_path):
+    path = write(tmp_path / "x.jsonl", f'{{"text": "a", "score": {"9" * 400}}}\n')
+    with pytest.raises(DataError, match=":1: expected a finite number"):
+        load_data(path, task="regression")
+
+
+def test_a_column_is_not_text_and_label_at_once(tmp_path):
+    path = write_rows(tmp_path / "x.csv")
+    with pytest.raises(
+        ConfigError, match="'sentence' cannot be text and label at once"
+    ):
+        load_data(path, label_column="sentence")
+
+
+def test_a_class_without_a_name_is_refused(tmp_path):
+    names = {"label": {"_type": "ClassLabel", "names": ["neg", "pos"]}}
+    metadata = {"huggingface": json.dumps({"info": {"features": names}})}
+    arrow, parquet = pytest.importorskip("pyarrow"), "pyarrow.parquet"
+    table = arrow.table({"text": ["a", "b", "c"], "label": [0, 1, 2]})
+    table = table.replace_schema_metadata(metadata)
+    path = tmp_path / "x.parquet"
+    pytest.importorskip(parquet).write_table(table, path)
+    with pytest.raises(
+        DataError, match=r"x\.parquet:3: expected one of 2 classes.*got 2"
+    ):
+        load_data(path)
+
+
+def test_a_missing_shard_is_told(tmp_path):
+    for number in (0, 2):
+        name = f"train-{number:05}-of-00003.csv.gz"
+        write(tmp_path / name, gzip.compress(b"text,label\na,0\nb,1\n"))
+    with pytest.raises(DataError, match="'train' has 2 of 3 numbered files"):
+        load_data(tmp_path)
+    write(
+        tmp_path / "train-00001-of-00003.csv.gz",
+        gzip.compress(b"text,label\nc,0\nd,1\n"),
+    )
+    assert load_data(tmp_path).texts == ["a", "b", "c", "d", "a", "b"]
 
 
 def test_another_separator_is_told_where_no_column_is_known(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import copy
+import json
 
 import numpy as np
 import peft
@@ -276,6 +277,34 @@ def test_language_models_load_by_task(tmp_path):
 def test_weights_that_would_be_random_are_refused(folder):
     with pytest.raises(ModelError, match=r"lacks \d+ weights of BertLMHeadModel"):
         load_model(folder, task="causal-lm")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "native"])
+def test_weights_of_another_shape_are_refused(folder, pooling):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    with pytest.raises(ModelError, match=r"of other shapes.*instead of \(.*64"):
+        load_model(folder, labels=LABELS, pooling=pooling)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (BertForSequenceClassification, BertConfig(**TINY)),
+        (GPT2LMHeadModel, GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)),
+        (T5ForConditionalGeneration, T5Config(vocab_size=9, d_model=8, num_layers=1)),
+    ],
+)
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, kind, config):
+    kind(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"has no words.*tokenizer\.save_pretrained"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_configuration_of_another_kind_is_refused(folder):
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(folder, labels=LABELS)
 
 
 def test_dtype_and_dropout_are_what_was_asked_for(folder):

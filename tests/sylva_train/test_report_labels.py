@@ -163,6 +163,23 @@ def test_labels_of_one_side_are_clear_and_lead_to_their_points():
     assert not named
 
 
+@pytest.mark.parametrize("most", [2400, 2800, 9000, 80_000, 22_000_000])
+def test_trained_weights_have_a_scale(most):
+    weights = {"lora": most, "sylva:kfac:mlr": 2300}
+    found = results(dict.fromkeys(weights, 0.9), trainable=weights)
+    rows = summary_rows(found)
+    figure = figures.trade_off(rows, metric_of(found), looks(weights))
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    shown = [
+        label.get_text()
+        for place, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        if low <= place <= high
+    ]
+    assert len(set(shown)) == len(shown) >= 2
+
+
 @pytest.mark.parametrize("levels", [2, 4])
 def test_names_of_spectra_are_clear_of_each_other_and_of_the_curves(levels):
     dense = np.geomspace(20, 1e-4, 384).tolist()

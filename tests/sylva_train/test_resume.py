@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from sylva_train.checkpoint import state
+from sylva_train._checks import OutputExistsError
+from sylva_train.checkpoint import claimed, state
 from sylva_train.config import TrainingConfig
 from sylva_train.curvature import default_loss
 from sylva_train.optimizer import SparseAdamW
 from sylva_train.training import train
+from tests.sylva_train.jobs import contents
 from tests.sylva_train.toy import (
     CONFIG,
     HaltError,
@@ -47,6 +49,16 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path, whole, step):
     model, result = resume(tmp_path)
     assert identical(weights(model), whole[0])
     assert same_course(result, whole[1])
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, whole):
+    interrupt(tmp_path, 5)
+    before = contents(tmp_path)
+    words = "another process is training"
+    with claimed(tmp_path), pytest.raises(OutputExistsError, match=words):
+        resume(tmp_path)
+    assert contents(tmp_path) == before
+    assert identical(weights(resume(tmp_path)[0]), whole[0])
 
 
 @settings(max_examples=8, deadline=None)

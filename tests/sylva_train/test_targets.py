@@ -111,6 +111,20 @@ def test_a_pattern_that_finds_nothing_says_what_there_is():
         find_targets(nn.Sequential(nn.ReLU()))
 
 
+@pytest.mark.parametrize("pattern", [["pooler"], "pooler", "all-linear"])
+def test_leaving_out_what_is_not_there_is_refused(pattern):
+    model = make_model("bert")
+    assert "pooler.dense" in str(list(find_targets(model)))
+    with pytest.raises(TargetError, match="matches no linear layer"):
+        find_targets(model, exclude_modules=pattern)
+    assert "pooler" not in str(list(find_targets(model, exclude_modules=r".*pooler.*")))
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused():
+    with pytest.raises(ConfigError, match=r"'\(a' is not a regular expression"):
+        find_targets(nested(), "(a")
+
+
 def test_a_match_that_cannot_hold_blocks_is_named():
     with pytest.raises(TargetError, match=r"word_embeddings`, a Embedding"):
         find_targets(make_model("bert"), ["word_embeddings"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig
 
 from sylva_train import (
     AdapterError,
@@ -16,6 +17,7 @@ from sylva_train import (
     DataError,
     LayerScores,
     Masks,
+    ModelError,
     OutputExistsError,
     Scores,
     TargetError,
@@ -38,7 +40,7 @@ from sylva_train.workflow import (
 from sylva_train.workflow.task import located, read_data
 from tests.sylva_train.jobs import contents, sylva_config, task, training, write_data
 from tests.sylva_train.models import same, snapshot
-from tests.sylva_train.words import save_folder
+from tests.sylva_train.words import TINY, save_folder
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,29 @@ def test_one_example_is_not_divided(home, tmp_path):
     limited = task(home, data=str(tmp_path / "two.jsonl"), limit=1)
     with pytest.raises(ConfigError, match="eval_data"):
         load_task(limited)
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_done(
+    home, tmp_path
+):
+    path = save_folder(tmp_path / "other", BertConfig(**TINY | {"vocab_size": 10}))
+    for rule in ("magnitude", "gradient"):
+        with pytest.raises(ModelError, match=r"number \d+, the model vectors for 10"):
+            finetune(
+                task(home, model=str(path)),
+                sylva_config(importance=rule),
+                training(),
+                tmp_path / "run",
+            )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_length_that_the_tokenizer_does_not_take_is_refused_first(home, tmp_path):
+    with pytest.raises(ConfigError, match="at most 512"):
+        finetune(
+            task(home, max_length=600), sylva_config(), training(), tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_splits_of_a_folder_are_read(home, tmp_path):

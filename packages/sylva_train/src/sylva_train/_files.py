@@ -63,7 +63,7 @@ def read_tensors(
     Raises
     ------
     AdapterError
-        If the file is damaged, was changed, or is not of this format.
+        If the file is missing, damaged, was changed, or is not of this format.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -72,6 +72,10 @@ def read_tensors(
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, ValueError) as error:
         msg = f"the {what} file `{path}` is damaged ({error}); make it again."
+        raise AdapterError(msg) from error
+    except OSError as error:
+        # safetensors' own errors do not name a folder.
+        msg = f"the {what} file `{path}` cannot be read ({error})."
         raise AdapterError(msg) from error
     found = header.get("format") if isinstance(header, dict) else None
     known = (file_formats,) if isinstance(file_formats, str) else file_formats

@@ -146,7 +146,11 @@ def matches(name: str, patterns: str | Iterable[str] | None) -> bool:
     if patterns is None:
         return False
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        try:
+            return re.fullmatch(patterns, name) is not None
+        except re.error as error:
+            msg = f"{patterns!r} is not a regular expression: {error}."
+            raise ConfigError(msg) from error
     return any(name == p or name.endswith(f".{p}") for p in patterns)
 
 
@@ -250,14 +254,18 @@ def find_targets(
     Raises
     ------
     TargetError
-        If nothing matches, a match is not a linear layer with a dense weight, or its
-        weight is tied to another module's.
+        If nothing matches, or no linear layer is excluded where some should be, a match
+        is not a linear layer with a dense weight, or its weight is tied to another
+        module's.
+    ConfigError
+        If a regular expression is none.
     """
     everything = target_modules is None or target_modules == "all-linear"
     heads = head_names(model) if everything else set()
-    found = {}
+    found, excluded = {}, False
     for name, module in model.named_modules():
         if matches(name, exclude_modules):
+            excluded |= is_supported(module)
             continue
         if everything:
             if is_supported(module) and name not in heads:
@@ -271,10 +279,16 @@ def find_targets(
                 )
                 raise TargetError(msg)
             found[name] = module
-    if not found:
-        endings = sorted(
-            {n.rpartition(".")[2] for n, m in model.named_modules() if is_supported(m)}
+    endings = sorted(
+        {n.rpartition(".")[2] for n, m in model.named_modules() if is_supported(m)}
+    )
+    if exclude_modules and found and not excluded:
+        msg = (
+            f"`exclude_modules`={exclude_modules!r} matches no linear layer of this"
+            f" {type(model).__name__}; they end in {', '.join(map(repr, endings))}."
         )
+        raise TargetError(msg)
+    if not found:
         msg = (
             f"no layer of this {type(model).__name__} matches"
             f" `target_modules`={target_modules!r}"

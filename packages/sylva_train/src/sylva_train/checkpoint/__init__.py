@@ -4,6 +4,7 @@ from .files import (
     Checkpoint,
     CheckpointError,
     checkpoints,
+    claimed,
     load_checkpoint,
     save_checkpoint,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointError",
     "capture",
     "checkpoints",
+    "claimed",
     "identify",
     "load_checkpoint",
     "restore",

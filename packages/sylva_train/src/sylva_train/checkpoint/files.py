@@ -9,13 +9,14 @@ find.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sylva_train._checks import ConfigError, SylvaError, atomic_folder
+from sylva_train._checks import (
+    ConfigError,
+    OutputExistsError,
+    SylvaError,
+    atomic_folder,
+)
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "checkpoints",
+    "claimed",
     "load_checkpoint",
     "save_checkpoint",
 ]
@@ -123,6 +130,42 @@ def checkpoints(output: str | os.PathLike[str]) -> dict[int, Path]:
         if match and path.is_dir():
             found[int(match[1])] = path
     return dict(sorted(found.items(), reverse=True))
+
+
+@contextlib.contextmanager
+def claimed(output: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep a folder of checkpoints to one process, which others cannot claim meanwhile.
+
+    The claim ends with the process, however that ends. There is none where the system
+    or the file system knows no locks.
+
+    Raises
+    ------
+    OutputExistsError
+        If another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            msg = (
+                f"another process is training in `{folder}`: wait for its end, or choose"
+                " another folder."
+            )
+            raise OutputExistsError(msg) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def save_checkpoint(

@@ -94,7 +94,9 @@ def spoken(error: Exception, flags: set[str]) -> str:
             " --max-length or --density, or use --device cpu."
         )
     message = str(error) or type(error).__name__
-    if not isinstance(error, SylvaError | OSError):
+    # What safetensors raises is about a file too: a full disk above all.
+    written = type(error).__name__ == "SafetensorError"
+    if not written and not isinstance(error, SylvaError | OSError):
         return (
             f"{type(error).__name__}: {message}. This was not foreseen; `--debug` shows"
             " where it arose."

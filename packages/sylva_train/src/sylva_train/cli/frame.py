@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import shlex
 import sys
 from collections.abc import Callable, Collection
@@ -74,6 +75,10 @@ def root(
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Not every encoding has what tables are drawn with.
+            stream.reconfigure(errors="replace")
     app(prog_name="sylva")
 
 

@@ -103,7 +103,7 @@ def number_in(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
@@ -159,7 +159,7 @@ def choose_columns(
     DataError
         If a column that the task needs is not found.
     ConfigError
-        If a column is asked for that the task has no use for.
+        If a column is asked for that the task has no use for, or one for two uses.
     """
     if task in LABELLED and target is not None:
         msg = '`target_column` is for `task` "causal-lm" and "seq2seq".'
@@ -200,6 +200,12 @@ def choose_columns(
                 " is no header)."
             )
             raise DataError(msg + other_separator(table.columns or ["", ""]))
+    if label is not None and label in text_columns:
+        msg = (
+            f"{table.name}: the column {label!r} cannot be text and label at once; name"
+            " both: `text_column`, `label_column`."
+        )
+        raise ConfigError(msg)
     if label is not None and guessed:
         check_guess(table, label)
     return text_columns, label, target

@@ -147,7 +147,13 @@ def other_separator(first: Sequence[str]) -> str:
 def read_delimited(name: str, data: bytes, is_header: HeaderTest, suffix: str) -> Table:
     """Read comma- or tab-separated values."""
     delimiter = "," if suffix == ".csv" else "\t"
-    rows = list(delimited_rows(name, decode(name, data), delimiter))
+    text = decode(name, data)
+    # No document is too long, and a quote that is never closed is told as such.
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    try:
+        rows = list(delimited_rows(name, text, delimiter))
+    finally:
+        csv.field_size_limit(limit)
     columns: tuple[str, ...] = ()
     if rows and is_header(rows[0][1], suffix):
         columns = tuple(rows.pop(0)[1])
@@ -161,6 +167,11 @@ def read_delimited(name: str, data: bytes, is_header: HeaderTest, suffix: str) -
         for line, fields in rows
     ]
     return Table(name, columns, width, named)
+
+
+def json_reason(error: Exception) -> str:
+    """Say why a value cannot be read: no JSON, a number too long, or nested too deep."""
+    return getattr(error, "msg", None) or str(error).partition(";")[0]
 
 
 def json_values(name: str, text: str) -> Iterator[tuple[int, Any]]:
@@ -177,9 +188,10 @@ def json_values(name: str, text: str) -> Iterator[tuple[int, Any]]:
             if part.strip():
                 try:
                     yield line, json.loads(part)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     msg = (
-                        f"{name}:{line}: expected one JSON object a line; {error.msg}."
+                        f"{name}:{line}: expected one JSON object a line;"
+                        f" {json_reason(error)}."
                     )
                     raise DataError(msg) from None
         return
@@ -193,6 +205,9 @@ def json_values(name: str, text: str) -> Iterator[tuple[int, Any]]:
         seen = position
         mark = text[position : position + 1]
         if mark == "]":
+            if text[position + 1 :].strip():
+                msg = f"{name}:{line}: expected nothing after the JSON array."
+                raise DataError(msg)
             return
         if expected == "a comma":
             if mark != ",":
@@ -202,8 +217,8 @@ def json_values(name: str, text: str) -> Iterator[tuple[int, Any]]:
             continue
         try:
             value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            msg = f"{name}:{line}: the JSON array cannot be read; {error.msg}."
+        except (ValueError, RecursionError) as error:
+            msg = f"{name}:{line}: the JSON array cannot be read; {json_reason(error)}."
             raise DataError(msg) from None
         yield line, value
         expected = "a comma"
@@ -254,16 +269,29 @@ def named_table(
     records: Iterable[Row],
     classes: Mapping[str | int, Sequence[str]],
 ) -> Table:
-    """Return records as a table, their classes by name; rows are counted from 1."""
+    """Return records as a table, their classes by name; rows are counted from 1.
 
-    def named(column: str | int, value: Any) -> Any:
+    Raises
+    ------
+    DataError
+        If a record has a class that has no name.
+    """
+
+    def named(number: int, column: str | int, value: Any) -> Any:
         if column not in classes or value is None:
             return value
+        names = classes[column]
+        if value >= len(names):
+            msg = (
+                f"{name}:{number}: expected one of {len(names)} classes by its number from"
+                f" 0, in column {column!r}; got {value}."
+            )
+            raise DataError(msg)
         # Unlabelled test sets have -1.
-        return classes[column][value] if value >= 0 else None
+        return names[value] if value >= 0 else None
 
     rows: list[tuple[int, Row]] = [
-        (number, {column: named(column, value) for column, value in record.items()})
+        (number, {key: named(number, key, value) for key, value in record.items()})
         for number, record in enumerate(records, start=1)
     ]
     order = tuple(next(iter(classes.values()))) if len(classes) == 1 else ()

@@ -36,7 +36,7 @@ SPLITS = (
     ("test", "testset_w_refs", "msr_paraphrase_test"),
 )
 # Ending of one of several files of a split, before the suffix.
-SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?$")
+SHARD = re.compile(r"-\d{5}-of-(\d{5})(-[0-9a-f]{16})?$")
 
 
 @functools.cache
@@ -124,7 +124,12 @@ def joined(tables: Sequence[Table]) -> Table:
 
 def stem_of(name: str) -> str:
     """Return a data file's name without its endings."""
-    return SHARD.sub("", Path(name.removesuffix(".gz")).stem)
+    return SHARD.sub("", bare(name))
+
+
+def bare(name: str) -> str:
+    """Return a data file's name without the suffixes of its format."""
+    return Path(name.removesuffix(".gz")).stem
 
 
 def names_of(split: str) -> tuple[str, ...]:
@@ -149,7 +154,7 @@ def find_split(
     Raises
     ------
     DataError
-        If the folder has none, or more than one.
+        If the folder has none, more than one, or not all that are numbered.
     """
     names = names_of(split)
     every = files_in(folder)
@@ -161,9 +166,15 @@ def find_split(
         found = [e for e in files_in(part) if data_suffix(e.name) == ".arrow"]
     if not found and "data" in inner:
         return find_split(inner["data"], split, f"{name}/data")
-    numbered = len({stem_of(entry.name) for entry in found}) == 1 and all(
-        SHARD.search(Path(entry.name).stem) for entry in found
-    )
+    shards = [SHARD.search(bare(entry.name)) for entry in found]
+    counts = {int(shard[1]) for shard in shards if shard}
+    numbered = len({stem_of(entry.name) for entry in found}) == 1 and all(shards)
+    if numbered and counts != {len(found)}:
+        msg = (
+            f"{name}: the split {split!r} has {len(found)} of {max(counts)} numbered"
+            " files; get the others too."
+        )
+        raise DataError(msg)
     if len(found) == 1 or numbered:
         return sorted(found, key=lambda entry: entry.name)
     problem = "several files" if found else "no file"

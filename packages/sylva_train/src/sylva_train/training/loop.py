@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -24,6 +25,7 @@ from sylva_train.checkpoint import (
     Checkpoint,
     capture,
     checkpoints,
+    claimed,
     identify,
     load_checkpoint,
     restore,
@@ -319,7 +321,8 @@ def train(
     DataError
         If there is no batch, or the model returns no loss.
     OutputExistsError
-        If ``output`` has checkpoints and ``resume`` is False.
+        If ``output`` has checkpoints and ``resume`` is False, or another process trains
+        in it.
     CheckpointError
         If the checkpoint is of another run, or none is whole.
 
@@ -351,7 +354,10 @@ def train(
     modes = {module: module.training for module in model.modules()}
     model.train()
     try:
-        with preserved_rng(device):
+        with contextlib.ExitStack() as kept, preserved_rng(device):
+            with together():
+                if output is not None and is_first():
+                    kept.enter_context(claimed(output))
             seed_everything(config.seed, device)
             run_to_end(run, evaluate, output, callbacks, resume, progress)
     finally:

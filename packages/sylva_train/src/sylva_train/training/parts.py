@@ -44,14 +44,22 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if cuda else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        msg = f'`device` must be "auto", "cpu", "cuda" or "cuda:<n>"; got {name!r}.'
+        if device.type != "cuda":
+            torch.empty(1, device=device).item()  # not of every kind that has a name
+    except (RuntimeError, NotImplementedError) as error:
+        msg = (
+            '`device` must be "auto", "cpu", "cuda" or "cuda:<n>", or another one that'
+            f" this PyTorch has; got {name!r}."
+        )
         raise ConfigError(msg) from error
     if device.type == "cuda" and not cuda:
         msg = (
             f'`device` is {name!r}, but PyTorch {torch.__version__} sees no CUDA; use "cpu"'
             " or a CUDA build of PyTorch."
         )
+        raise ConfigError(msg)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        msg = f"`device` is {name!r}, but there are {torch.cuda.device_count()} GPUs."
         raise ConfigError(msg)
     if device.index is not None and (size := rank_and_size()[1]) > 1:
         msg = f'`device` is {name!r}, but each of {size} processes has its own: give "cuda".'

@@ -15,7 +15,7 @@ from sylva_train.importance import score
 from sylva_train.layers import check_masks, find_saved
 from sylva_train.masks import LayerMask, Masks
 from sylva_train.selection import select_as
-from sylva_train.targets import is_inside, matches
+from sylva_train.targets import is_inside, is_supported, matches
 
 from .base import check_base
 from .files import read_adapter
@@ -46,7 +46,9 @@ def choose_masks(model: nn.Module, config: SylvaConfig) -> Mapping[str, LayerMas
     if config.modules_to_save:
         config = copy.copy(config)
         whole = [
-            n for n, _ in model.named_modules() if is_inside(n, config.modules_to_save)
+            n
+            for n, module in model.named_modules()
+            if is_supported(module) and is_inside(n, config.modules_to_save)
         ]
         exclude = config.exclude_modules or []
         if isinstance(exclude, str):

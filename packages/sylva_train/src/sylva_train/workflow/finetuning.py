@@ -20,6 +20,7 @@ from sylva_train._checks import (
 )
 from sylva_train.checkpoint import checkpoints
 from sylva_train.config import SylvaConfig, SylvaOptions, TaskConfig, TrainingConfig
+from sylva_train.data import Loader
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.layers import embed
@@ -160,6 +161,9 @@ def finetune(
             f"{len(task.train):,} examples to train on ({task.train.name}),"
             f" {len(task.held_out):,} to evaluate on."
         )
+        # What the data and the tokenizer do not allow is found before anything is scored.
+        loader = task.loader(training, progress=bars.stage("tokenizing"))
+        eval_loader = task.eval_loader(progress=bars.stage("tokenizing"))
         if config.modules_to_save is None:
             config = dataclasses.replace(config)
             config.modules_to_save = heads(task.model, task_config.task)
@@ -188,7 +192,10 @@ def finetune(
                     masks.save(folder / "masks.safetensors")
                     text = json.dumps(wanted, indent=1)
                     (folder / RECORD).write_text(text, encoding="utf-8")
-        found = train_blocks(task, config, training, output, masks, resume, bars)
+        loaders = loader, eval_loader
+        found = train_blocks(
+            task, loaders, config, training, output, masks, resume, bars
+        )
     record = wanted | {"finished": True, **found, "total": total}
     if first:
         with atomic_write(output / RECORD) as temporary:
@@ -258,6 +265,7 @@ def check_new(output: Path, *, overwrite: bool) -> None:
 
 def train_blocks(
     task: Task,
+    loaders: tuple[Loader, Loader],
     config: SylvaConfig,
     training: TrainingConfig,
     output: Path,
@@ -266,8 +274,7 @@ def train_blocks(
     bars: Progress,
 ) -> dict[str, Any]:
     """Train embedded blocks, evaluate them and save the adapter."""
-    loader = task.loader(training, progress=bars.stage("tokenizing"))
-    eval_loader = task.eval_loader(progress=bars.stage("tokenizing"))
+    loader, eval_loader = loaders
     steps = number_of_steps(loader, training)
     blocks, none = sum(map(len, masks.values())), sum(not m for m in masks.values())
     bars.say(

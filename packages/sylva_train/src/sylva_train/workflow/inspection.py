@@ -52,8 +52,13 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         kind = next((k for name, k in FOLDERS.items() if (path / name).is_file()), None)
     elif path.suffix == ".json":
         kind = "comparison"
-    elif path.suffix == ".safetensors":
-        kind = FILES.get(format_of(path).partition("/")[0])
+    else:
+        try:
+            kind = FILES.get(format_of(path).partition("/")[0])
+        except AdapterError:
+            # Scores and masks are found under any name; others may be of any kind.
+            if path.suffix == ".safetensors":
+                raise
     if kind is None:
         msg = (
             f"`{path}` is none of these: the folder of a fine-tuning, of a comparison or"

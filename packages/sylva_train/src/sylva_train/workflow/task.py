@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from sylva_train._checks import ConfigError, DataError, check_choice
+from sylva_train._checks import ConfigError, DataError, ModelError, check_choice
 from sylva_train.config import MINILM, TaskConfig, TrainingConfig
 from sylva_train.data import (
     LABELLED,
@@ -74,7 +74,7 @@ class Task:
         self, training: TrainingConfig, *, progress: Report | None = None
     ) -> Loader:
         """Return the training batches, in the order of the seed."""
-        return Loader(
+        loader = Loader(
             self.train,
             self.tokenizer,
             training.batch_size,
@@ -84,6 +84,8 @@ class Task:
             bucket=training.bucket,
             progress=progress,
         )
+        check_ids(loader, self.model)
+        return loader
 
     def score_loader(self, samples: int, seed: int, batch_size: int = 32) -> Loader:
         """Return batches of as many training examples as are scored, and no more.
@@ -92,13 +94,15 @@ class Task:
         """
         count = len(self.train)
         order = np.random.default_rng((seed, 0)).permutation(count)[:samples]
-        return Loader(
+        loader = Loader(
             self.train.subset(order.tolist()),
             self.tokenizer,
             batch_size,
             max_length=self.config.max_length,
             bucket=16,
         )
+        check_ids(loader, self.model)
+        return loader
 
     def eval_loader(
         self, batch_size: int = 64, *, progress: Report | None = None
@@ -120,6 +124,21 @@ class Task:
             batch_size,
             progress=progress,
         )
+
+
+def check_ids(loader: Loader, model: nn.Module) -> None:
+    """Raise `ModelError` for a token, or a padding, that the model has no vector of."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    rows = len(embedding.weight)
+    most = max(max(example["input_ids"]) for example in loader.examples)
+    most = max(most, loader.tokenizer.pad_token_id)
+    if most >= rows:
+        msg = (
+            f"the tokenizer has a token of number {most}, the model vectors for {rows}"
+            " tokens: they do not belong together, or tokens were added without"
+            " `resize_token_embeddings`."
+        )
+        raise ModelError(msg)
 
 
 def evaluation_loader(
@@ -255,7 +274,8 @@ def divide(examples: TextDataset, seed: int) -> tuple[TextDataset, TextDataset]:
     order = np.random.default_rng(seed).permutation(len(texts))
     held = max(1, round(HOLDOUT * len(texts)))
     if held >= len(texts):
-        msg = f"{examples.name} has one example: give `eval_data` to evaluate on."
+        what = "prompt" if whole else "example"
+        msg = f"{examples.name} has one {what}: give `eval_data` to evaluate on."
         raise ConfigError(msg)
     parts = [sorted(part.tolist()) for part in (order[held:], order[:held])]
     if whole:
