@@ -9,6 +9,7 @@ process to the next; `torch.use_deterministic_algorithms` fixes it.)
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -194,6 +195,8 @@ tuned_sddmm_kernel = searched(sddmm_kernel)
 
 #: What was found in this process: looked up in less time than the autotuner takes.
 _found: dict[tuple[Any, ...], dict[str, Any]] = {}
+#: Each GPU's backward pass has a thread of its own, and the autotuner is one for all.
+_searching = threading.Lock()
 
 
 def precision() -> str:
@@ -280,8 +283,9 @@ def run_plan(
         if chosen is not None:
             sddmm_kernel[programs, count](*arguments, **options, **chosen)
         else:
-            tuned_sddmm_kernel[programs, count](*arguments, **options)
-            _found[key] = tuned_sddmm_kernel.best_config.all_kwargs()
+            with _searching:
+                tuned_sddmm_kernel[programs, count](*arguments, **options)
+                _found[key] = tuned_sddmm_kernel.best_config.all_kwargs()
         if count > 1:
             grid = (triton.cdiv(out.numel(), 1024),)
             add_splits_kernel[grid](parts, out, out.numel(), count, ADD=add, CHUNK=1024)
