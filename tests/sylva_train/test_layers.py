@@ -13,10 +13,23 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from sylva_train.kernels import block_sddmm
-from sylva_train.layers import SparseEmbeddedLinear, accumulating, sync
+from sylva_train.layers import (
+    SparseEmbeddedLinear,
+    accumulating,
+    embed,
+    embedded_layers,
+    sync,
+)
 from sylva_train.masks import LayerMask
 from sylva_train.targets import weight_view
-from tests.sylva_train.models import DTYPES, dense_blocks, error, layer_masks, random
+from tests.sylva_train.models import (
+    DTYPES,
+    dense_blocks,
+    error,
+    layer_masks,
+    random,
+    two_layers,
+)
 
 #: largest error over the size of the gradient: the inputs' own rounding
 TOLERANCE = {
@@ -346,3 +359,26 @@ def test_a_gradient_that_a_hook_looks_at_is_left_to_autograd():
         values += 1
     with pytest.raises(RuntimeError, match="without being written"):
         loss.backward()
+
+
+def test_replicas_of_data_parallel_show_the_values_and_give_their_gradient():
+    model, masks = two_layers()
+    embed(model, masks)
+    layer = next(iter(embedded_layers(model).values()))
+    values = layer.sylva_values["default"]
+    # As `torch.nn.parallel.replicate` does: tensors are copied first, values by autograd.
+    weight, copied = layer.base_layer.weight.detach().clone(), values * 1
+    with torch.no_grad():
+        values += 1.0
+        copied += 1.0
+    replica = layer._replicate_for_data_parallel()
+    for name in ("base_layer", "sylva_values", "sylva_indices"):
+        setattr(replica, name, getattr(layer, name)._replicate_for_data_parallel())
+    replica.base_layer.weight, replica.base_layer.bias = weight, layer.bias
+    replica.sylva_values.default = copied
+    x = random((5, layer.in_features))
+    y = replica(x)
+    assert torch.equal(y, layer(x))
+    (found,) = torch.autograd.grad(y.square().sum(), values)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), values)
+    assert torch.equal(found, expected)

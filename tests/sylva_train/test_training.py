@@ -2,6 +2,7 @@
 
 import copy
 import random
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -375,6 +376,29 @@ def test_devices_that_are_not_there_are_named():
         assert pick_device("auto") == torch.device("cpu")
         with pytest.raises(ConfigError, match="sees no CUDA"):
             pick_device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("found", "name", "inputs", "moved"),
+    [
+        (["cpu"], "cuda", "cuda", "cuda"),
+        (["cuda:1"], "cuda", "cuda:1", None),
+        (["cuda:1"], "auto", "cuda:1", None),
+        (["cuda:0"], "cuda:1", "cuda:1", "cuda:1"),
+        (["cuda:1", "cuda:0"], "cuda", "cuda:1", None),
+        (["cuda:0", "cuda:1"], "cuda:1", "cuda:1", None),
+        (["cuda:0", "cpu"], "cuda:1", "cuda:1", "cuda:1"),
+        (["cpu"], "cpu", "cpu", None),
+    ],
+)
+def test_inputs_go_where_the_model_is(monkeypatch, found, name, inputs, moved):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = Mock()
+    model.parameters.return_value = [Mock(device=torch.device(d)) for d in found]
+    assert parts.place(model, name) == torch.device(inputs)
+    assert [c.args for c in model.to.mock_calls] == (
+        [(torch.device(moved),)] if moved else []
+    )
 
 
 @pytest.mark.parametrize(("terminal", "progress"), [(1, True), (0, True), (1, False)])

@@ -6,6 +6,8 @@ products in float32, in any order.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -175,6 +177,27 @@ def test_the_search_leaves_what_fits(triton_device):
     # Where nothing fits, the smallest is tried all the same.
     given["COLUMNS"] = 1000
     assert len(triton_sddmm.prune(every, given)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("block", triton_sddmm.BLOCKS)
+def test_every_tile_fits_into_a_small_gpu(monkeypatch, block, dtype, precision):
+    memory = 101_376  # of compute capability 8.6, 8.9 and 12.0
+    monkeypatch.setattr(triton_sddmm, "shared_memory", lambda _: memory)
+    given = {"BLOCK": block, "tokens_per_split": 4096, "PRECISION": precision}
+    given["dy_ptr"] = torch.zeros(1, dtype=dtype)
+    for rows, columns in tiles(block):
+        given |= {"ROWS": rows, "COLUMNS": columns}
+        plan = SimpleNamespace(rows=rows, columns=columns)
+        configs = triton_sddmm.prune(triton_sddmm.configurations(), given)
+        untuned = triton_sddmm.untuned(plan, block)
+        for tokens, stages in (
+            *((c.kwargs["TOKENS"], c.num_stages) for c in configs),
+            (untuned["TOKENS"], untuned["num_stages"]),
+        ):
+            size = (rows + columns) * block * tokens * stages * dtype.itemsize
+            assert size <= memory
 
 
 def test_a_search_is_made_once_and_never_in_a_graph(monkeypatch):

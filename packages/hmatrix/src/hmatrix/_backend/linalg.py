@@ -58,8 +58,9 @@ def _eigh(a: Array) -> tuple[Array, Array]:
             import cupy
 
             # torch takes matrices of more than 32 rows in turn, and the host waits
-            found = cupy.linalg.eigh(cupy.from_dlpack(a.detach().resolve_conj()))
-            values, vectors = map(xp.from_dlpack, found)
+            with cupy.cuda.Device(a.device.index):  # which need not be the current one
+                found = cupy.linalg.eigh(cupy.from_dlpack(a.detach().resolve_conj()))
+                values, vectors = map(xp.from_dlpack, found)
             return values, vectors
     with one_thread_if_small(a):
         values, vectors = xp.linalg.eigh(a)

@@ -9,6 +9,7 @@ process to the next; `torch.use_deterministic_algorithms` fixes it.)
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -131,8 +132,11 @@ def supports(dtype: torch.dtype, block_size: int) -> bool:
 
 
 def configurations() -> list[triton.Config]:
-    """Return what the autotuner may choose from: few, since each is compiled."""
-    choices = ((32, 4, 4), (32, 4, 8), (64, 3, 4), (64, 3, 8), (64, 4, 8), (128, 2, 8))
+    """Return what the autotuner may choose from: few, since each is compiled.
+
+    The first fits into the 99 KB of shared memory of a consumer's GPU whatever the tile.
+    """
+    choices = ((32, 2, 4), (32, 4, 8), (64, 3, 4), (64, 3, 8), (64, 4, 8), (128, 2, 8))
     return [
         triton.Config({"TOKENS": tokens}, num_stages=stages, num_warps=warps)
         for tokens, stages, warps in choices
@@ -191,6 +195,8 @@ tuned_sddmm_kernel = searched(sddmm_kernel)
 
 #: What was found in this process: looked up in less time than the autotuner takes.
 _found: dict[tuple[Any, ...], dict[str, Any]] = {}
+#: Each GPU's backward pass has a thread of its own, and the autotuner is one for all.
+_searching = threading.Lock()
 
 
 def precision() -> str:
@@ -214,7 +220,7 @@ def split(programs: int, tokens: int, device: torch.device) -> tuple[int, int]:
 def untuned(plan: Plan, block_size: int) -> dict[str, Any]:
     """Return a configuration that does for every tile, where no search may be made."""
     area = plan.rows * plan.columns * block_size**2
-    return {"TOKENS": 32, "num_warps": 8 if area > 64 * 128 else 4}
+    return {"TOKENS": 32, "num_stages": 2, "num_warps": 8 if area > 64 * 128 else 4}
 
 
 def run_plan(
@@ -277,8 +283,9 @@ def run_plan(
         if chosen is not None:
             sddmm_kernel[programs, count](*arguments, **options, **chosen)
         else:
-            tuned_sddmm_kernel[programs, count](*arguments, **options)
-            _found[key] = tuned_sddmm_kernel.best_config.all_kwargs()
+            with _searching:
+                tuned_sddmm_kernel[programs, count](*arguments, **options)
+                _found[key] = tuned_sddmm_kernel.best_config.all_kwargs()
         if count > 1:
             grid = (triton.cdiv(out.numel(), 1024),)
             add_splits_kernel[grid](parts, out, out.numel(), count, ADD=add, CHUNK=1024)

@@ -229,6 +229,12 @@ class SparseEmbeddedLinear(nn.Module):
             return
         base, values = self.base_layer, self.sylva_values[wanted]
         weight: torch.Tensor = base.weight  # type: ignore[assignment]
+        if getattr(self, "_is_replica", False):
+            # One pass long: a copy of the weight as it was before the layer's own `sync`.
+            if weight.data_ptr() != self._seen[4]:
+                matrix, table = as_matrix(base, weight.detach()), self.sylva_indices
+                scatter_blocks_(matrix, table[wanted], values.detach())
+            return
         now = snapshot(values, weight)
         is_known = bool(self._seen) and self._seen[0] is values
         unchanged = is_known and self._seen[1:] == now[1:]
@@ -289,6 +295,11 @@ class SparseEmbeddedLinear(nn.Module):
                 kept, indices = reader.keep(x, y.dtype, values)
                 y = BlockGradient.apply(y, kept, values, indices)  # type: ignore[no-untyped-call]
         return y
+
+    def _replicate_for_data_parallel(self) -> Self:
+        """Let the copies that `torch.nn.DataParallel` makes know what is written."""
+        self.sync()
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call, no-any-return]
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, and write again if it changes, so that evaluation is exact."""

@@ -68,12 +68,20 @@ def pick_device(name: str) -> torch.device:
 
 
 def place(model: nn.Module, name: str) -> torch.device:
-    """Move a model to the device of that name, unless ``"auto"`` finds it on one."""
-    devices = {p.device for p in model.parameters()}
-    if name == "auto" and all(device.type != "cpu" for device in devices):
-        return next(model.parameters()).device
+    """Move a model to the device of that name, and return where its inputs go.
+
+    A model stays where ``"auto"`` or a name without a number finds it on devices of that
+    kind, and one that is spread over several of them always does.
+    """
+    first, *others = dict.fromkeys(p.device for p in model.parameters())
+    if name == "auto" and all(found.type != "cpu" for found in (first, *others)):
+        return first
     device = pick_device(name)
-    if any(found.type != device.type for found in devices):
+    if any(found.type != device.type for found in (first, *others)):
+        model.to(device)
+    elif device.index is None:
+        return first  # which need not be the current one
+    elif not others:
         model.to(device)
     return device
 
