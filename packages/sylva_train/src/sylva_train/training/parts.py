@@ -79,7 +79,7 @@ def place(model: nn.Module, name: str) -> torch.device:
     device = pick_device(name)
     if any(found.type != device.type for found in (first, *others)):
         model.to(device)
-    elif device.index is None:
+    elif ":" not in name:
         return first  # which need not be the current one
     elif not others:
         model.to(device)
