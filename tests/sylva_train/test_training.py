@@ -393,6 +393,7 @@ def test_devices_that_are_not_there_are_named():
 )
 def test_inputs_go_where_the_model_is(monkeypatch, found, name, inputs, moved):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     model = Mock()
     model.parameters.return_value = [Mock(device=torch.device(d)) for d in found]
     assert parts.place(model, name) == torch.device(inputs)
