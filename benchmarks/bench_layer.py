@@ -15,7 +15,7 @@ import time
 import torch
 from _common import interleave, parser, setting, write
 
-from sylva_train.kernels import reference
+from sylva_train.kernels import cost, reference
 
 
 def ways(dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, b: int) -> list:
@@ -67,14 +67,14 @@ def main() -> None:
         dense, rows_, cartesian, chosen = (t["min"] for t in times)
         active = [len(indices[:, i].unique()) for i in (0, 1)]
         grid = blocks // columns, columns
-        way = reference.choose_way(
+        way = cost.choose_way(
             len(indices),
             active,
             grid,
             b,
             tokens,
             options.threads,
-            reference.speed_of(dy),
+            cost.speed_of(dy),
         )
         row = {
             "dtype": str(dtype).removeprefix("torch."),

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sylva_train.kernels import block_sddmm, gather_blocks, reference, scatter_blocks_
+from sylva_train.kernels import (
+    block_sddmm,
+    cost,
+    gather_blocks,
+    reference,
+    scatter_blocks_,
+)
 from sylva_train.masks import LayerMask
 from tests.sylva_train.models import dense_blocks, error, layer_masks
 
@@ -91,7 +97,7 @@ def check_sddmm(mask, dtype, tokens, seed):
     assert got.dtype == wide
     assert got.shape == expected.shape
     off = (got - expected).abs()
-    if reference.product_dtype(dtype, "cpu") == torch.bfloat16:
+    if cost.product_dtype(dtype, "cpu") == torch.bfloat16:
         # Rounded once: by half the spacing of bfloat16 numbers at most.
         off = (off - 2**-8 * expected.abs()).clamp(min=0)
     assert error(off, torch.zeros_like(off), dense) <= TOLERANCE[dtype]
@@ -151,13 +157,12 @@ def test_a_product_in_panels_is_right(monkeypatch, dtype, way, elements):
 )
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 def test_the_way_is_chosen_by_the_mask(blocks, active, way, block_size):
-    assert reference.choose_way(blocks, active, (64, 64), block_size, 512) == way
+    assert cost.choose_way(blocks, active, (64, 64), block_size, 512) == way
 
 
 def test_few_tokens_make_the_dense_product_likelier():
     ways = [
-        reference.choose_way(20, (16, 8), (24, 24), 16, tokens)
-        for tokens in (1, 64, 512)
+        cost.choose_way(20, (16, 8), (24, 24), 16, tokens) for tokens in (1, 64, 512)
     ]
     assert ways == ["dense", "cartesian", "rows"]
 
@@ -167,7 +172,7 @@ def test_runs_out_of_a_large_input_are_dear(block_size, way):
     grid = 1024 // block_size, 4096 // block_size
     blocks = grid[0] * grid[1] // 5
     ways = [
-        reference.choose_way(blocks, grid, grid, block_size, tokens)
+        cost.choose_way(blocks, grid, grid, block_size, tokens)
         for tokens in (512, 2048)
     ]
     assert ways == ["rows", way]
@@ -175,7 +180,7 @@ def test_runs_out_of_a_large_input_are_dear(block_size, way):
 
 def test_threads_make_the_dense_product_likelier():
     def way(threads):
-        return reference.choose_way(800, (64, 64), (64, 64), 32, 512, threads)
+        return cost.choose_way(800, (64, 64), (64, 64), 32, 512, threads)
 
     assert [way(threads) for threads in (1, 2, 4)] == ["rows", "dense", "dense"]
 
@@ -185,9 +190,9 @@ def test_another_way_is_taken_only_with_a_margin(rows, columns, data):
     grid = data.draw(st.integers(rows, 64)), data.draw(st.integers(columns, 64))
     blocks = data.draw(st.integers(max(rows, columns), rows * columns))
     b = data.draw(st.sampled_from([1, 16, 64]))
-    way = reference.choose_way(blocks, (rows, columns), grid, b, 512)
+    way = cost.choose_way(blocks, (rows, columns), grid, b, 512)
     work = {"rows": blocks, "cartesian": rows * columns}
-    assert way == "dense" or work[way] <= reference.MARGIN * grid[0] * grid[1]
+    assert way == "dense" or work[way] <= cost.MARGIN * grid[0] * grid[1]
 
 
 def test_indices_that_change_in_place_are_looked_at_again():

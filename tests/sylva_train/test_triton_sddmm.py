@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sylva_train.kernels import reference
+from sylva_train.kernels import cost
 from sylva_train.kernels.plan import make_plan, tiles
 from sylva_train.masks import LayerMask
 from tests.sylva_train.models import dense_blocks, error
@@ -57,7 +57,7 @@ def check(got, dy, x, mask, before=0.0):
     assert got.shape == expected.shape
     assert got.device == dy.device
     off = (got.cpu() - expected).abs()
-    if reference.product_dtype(dy.dtype, dy.device.type) == torch.bfloat16:
+    if cost.product_dtype(dy.dtype, dy.device.type) == torch.bfloat16:
         # Blocks out of a dense product on a CPU are rounded once.
         off = (off - 2**-8 * (expected - before).abs()).clamp(min=0)
     assert error(off, torch.zeros_like(off), dense) <= TOLERANCE

@@ -8,14 +8,12 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import BertConfig
 
 from sylva_train import (
     AdapterError,
     ConfigError,
     DataError,
-    LayerScores,
     Masks,
     ModelError,
     OutputExistsError,
@@ -31,8 +29,6 @@ from sylva_train import (
     select,
 )
 from sylva_train.workflow import (
-    describe_masks,
-    describe_scores,
     load_task,
     score_file,
     score_task,
@@ -429,42 +425,3 @@ def test_a_causal_model_is_finetuned_and_evaluated(tmp_path):
     assert found["perplexity"] == pytest.approx(record["metrics"]["perplexity"])
     with pytest.raises(ConfigError, match="not classification"):
         predict(tmp_path / "run", ["a"])
-
-
-# Descriptions
-
-
-def layer(grid: list[list[float]]) -> LayerScores:
-    values = torch.tensor(grid, dtype=torch.float64)
-    rows, columns = values.shape
-    return LayerScores((rows * 2, columns * 2), grid=values, unit=2)
-
-
-def test_scores_that_are_all_alike_use_every_block():
-    scores = Scores({"a": layer([[3.0, 3.0], [3.0, 3.0]])}, {"importance": "magnitude"})
-    about = describe_scores(scores, density=0.25)["layers"]["a"]
-    assert about["effective"] == pytest.approx(1.0)
-    assert about["top_share"] == pytest.approx(0.25)
-
-
-def test_scores_in_one_block_use_one():
-    scores = Scores(
-        {"a": layer([[0.0, 0.0], [5.0, -1.0]])}, {"importance": "magnitude"}
-    )
-    about = describe_scores(scores, density=0.25)["layers"]["a"]
-    assert about["effective"] == pytest.approx(0.25)
-    assert about["top_share"] == 1.0
-
-
-def test_scores_of_zero_say_nothing():
-    scores = Scores({"a": layer([[0.0, 0.0]])}, {"importance": "magnitude"})
-    about = describe_scores(scores, density=0.5)["layers"]["a"]
-    assert (about["effective"], about["top_share"]) == (1.0, 0.5)
-
-
-def test_masks_are_described_by_their_own_numbers(home):
-    masks = Masks.load(home / "run" / "masks.safetensors")
-    about = describe_masks(masks)
-    assert about["trainable"] == sum(x["trainable"] for x in about["layers"].values())
-    assert about["density"] == masks.density
-    json.dumps(about)

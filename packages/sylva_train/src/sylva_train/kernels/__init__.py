@@ -1,8 +1,9 @@
 """Block-sparse operations on dense weights; the only place that chooses a kernel.
 
-`reference` is plain PyTorch and right everywhere. On a GPU, Triton kernels of the same
-signatures take its place: `dispatch` says when, `plan` how the blocks of a mask share
-tiles and when a dense product is cheaper than any kernel.
+`reference` is plain PyTorch and right everywhere; on a CPU `cost` tells it the cheapest
+way. On a GPU, Triton kernels of the same signatures take its place: `dispatch` says when,
+`plan` how the blocks of a mask share tiles and when a dense product is cheaper than any
+kernel.
 """
 
 from . import adamw

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import reference
+from .cost import wide
 from .dispatch import find_kernel, give_up, is_demanded
 
 __all__ = ["block_sddmm"]
@@ -73,7 +74,7 @@ def _(
     block_size: int,
 ) -> torch.Tensor:
     shape = (indices.shape[0], block_size, block_size)
-    return dy.new_empty(shape, dtype=reference.wide(dy.dtype))
+    return dy.new_empty(shape, dtype=wide(dy.dtype))
 
 
 @torch.library.custom_op("sylva::add_block_sddmm", mutates_args=("out",))

@@ -7,7 +7,6 @@ edge are stored full-size with zeros outside the weight.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .capture import check_not_capturing
+from .cost import choose_way, product_dtype, speed_of, wide
 
 __all__ = ["block_sddmm", "gather_blocks", "scatter_blocks_"]
 
@@ -96,20 +96,6 @@ def scatter_blocks_(
     ]
 
 
-# Cost model of the ways on a CPU, in multiply-adds of the dense product for each token
-# (benchmarks/bench_layer.py): copying an active row or column of blocks costs so much for
-# each element; products of block rows and of a rectangle are slower by these factors;
-# and another way must be cheaper than the dense product by this margin to be taken.
-# Beside, for all tokens together, each call of a product costs so much, writing each
-# element of its result, and putting together those of narrow ones. What each thread more
-# makes the dense product faster by, it does not do for narrow ones; these even lose a
-# little, since threads wait for each other. Inputs of as many elements are too large for
-# the cache, and each run of a block's row that is copied out of them costs more by this.
-COPY_COST, ROW_COST, RECTANGLE_COST, MARGIN = 34.0, 1.05, 1.15, 0.92
-CALL_COST, WRITE_COST, JOIN_COST, THREAD_COST = 3 << 18, 5.0, 20.0, 1.4
-FAR_ELEMENTS, FAR_COST = 1 << 23, 500.0
-# Products of bfloat16, where a CPU has them, are faster than of float32 by this factor.
-BFLOAT16_SPEED = 4.0
 # Elements of gathered activations at a time: pieces that stay in the cache, in memory
 # that is used again. Larger ones cost several times as much, in page faults alone.
 _PIECE_ELEMENTS = 1 << 20
@@ -196,54 +182,6 @@ def find_panels(
     return places.panels[key]
 
 
-def choose_way(
-    blocks: int,
-    active: tuple[int, int],
-    grid: tuple[int, int],
-    block_size: int,
-    tokens: int,
-    threads: int = 1,
-    speed: float = 1.0,
-) -> str:
-    """Choose the cheapest way to blocks of a product, the dense one when in doubt.
-
-    Parameters
-    ----------
-    blocks : int
-        Number of active blocks.
-    active, grid : (int, int)
-        Active and existing rows and columns of blocks.
-    block_size : int
-        Side of a block.
-    tokens : int
-        Rows of the operands.
-    threads : int
-        That compute: copies and narrow products gain nothing by more of them.
-    speed : float
-        Of products, relative to float32: calls and writing are as slow as ever.
-
-    Returns
-    -------
-    str
-        ``"rows"``, ``"cartesian"`` or ``"dense"``.
-    """
-    area, b = block_size**2, block_size
-    once = CALL_COST, WRITE_COST, JOIN_COST
-    call, write, join = (cost * speed / tokens for cost in once)
-    narrow = 1 + THREAD_COST * (threads - 1)
-    is_far = tokens * grid[1] * b >= FAR_ELEMENTS
-    # An element of bfloat16 takes half as long to copy.
-    copy = (COPY_COST * b + (FAR_COST if is_far else 0)) * max(speed / 2, 1)
-    costs = {
-        "rows": blocks * (narrow * (ROW_COST * area + copy) + join * area)
-        + narrow * active[0] * call,
-        "cartesian": active[0] * active[1] * area * (RECTANGLE_COST + write)
-        + threads * (sum(active) * copy + call),
-        "dense": grid[0] * grid[1] * area * (MARGIN + write),
-    }
-    return min(costs, key=lambda way: costs[way])
-
-
 def find_runs(
     indices: torch.Tensor, way: str, wide: int, block_size: int
 ) -> torch.Tensor:
@@ -311,7 +249,7 @@ def block_sddmm(
 
     Notes
     -----
-    Three ways, chosen by a measured cost model (`choose_way`): for each active block row
+    Three ways, chosen by a measured cost model (`cost.choose_way`): for each active block row
     one product with the columns of its blocks; one product of the active rows with the
     active columns, from which the blocks are taken (masks of a rank-one score are nearly
     cartesian); the dense product, of which no more than a panel is there at a time.
@@ -333,33 +271,6 @@ def block_sddmm(
     ways = {"dense": from_dense, "cartesian": from_rectangle, "rows": from_rows}
     blocks = ways[way](dy, x, indices, block_size)
     return blocks if out is None else out.add_(blocks)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which products of a dtype are added up."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@functools.cache
-def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """Return the dtype of products of a dtype, all of which are added up in float32.
-
-    A CPU's product of bfloat16, several times as fast as one of float32, is rounded at
-    the end, as PyTorch's own dense gradient is.
-    """
-    if dtype != torch.bfloat16 or device != "cpu":
-        return wide(dtype)
-    fast = (
-        torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    return dtype if fast else torch.float32
-
-
-def speed_of(x: torch.Tensor) -> float:
-    """Return the speed of a tensor's products, relative to float32."""
-    half = product_dtype(x.dtype, x.device.type) == torch.bfloat16
-    return BFLOAT16_SPEED if half else 1.0
 
 
 def wide_product(

@@ -1,0 +1,99 @@
+"""What ways to blocks of a product cost on a CPU, and in which dtype it multiplies."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+__all__ = ["choose_way", "product_dtype", "speed_of", "wide"]
+
+# Cost model of the ways on a CPU, in multiply-adds of the dense product for each token
+# (benchmarks/bench_layer.py): copying an active row or column of blocks costs so much for
+# each element; products of block rows and of a rectangle are slower by these factors;
+# and another way must be cheaper than the dense product by this margin to be taken.
+# Beside, for all tokens together, each call of a product costs so much, writing each
+# element of its result, and putting together those of narrow ones. What each thread more
+# makes the dense product faster by, it does not do for narrow ones; these even lose a
+# little, since threads wait for each other. Inputs of as many elements are too large for
+# the cache, and each run of a block's row that is copied out of them costs more by this.
+COPY_COST, ROW_COST, RECTANGLE_COST, MARGIN = 34.0, 1.05, 1.15, 0.92
+CALL_COST, WRITE_COST, JOIN_COST, THREAD_COST = 3 << 18, 5.0, 20.0, 1.4
+FAR_ELEMENTS, FAR_COST = 1 << 23, 500.0
+# Products of bfloat16, where a CPU has them, are faster than of float32 by this factor.
+BFLOAT16_SPEED = 4.0
+
+
+def choose_way(
+    blocks: int,
+    active: tuple[int, int],
+    grid: tuple[int, int],
+    block_size: int,
+    tokens: int,
+    threads: int = 1,
+    speed: float = 1.0,
+) -> str:
+    """Choose the cheapest way to blocks of a product, the dense one when in doubt.
+
+    Parameters
+    ----------
+    blocks : int
+        Number of active blocks.
+    active, grid : (int, int)
+        Active and existing rows and columns of blocks.
+    block_size : int
+        Side of a block.
+    tokens : int
+        Rows of the operands.
+    threads : int
+        That compute: copies and narrow products gain nothing by more of them.
+    speed : float
+        Of products, relative to float32: calls and writing are as slow as ever.
+
+    Returns
+    -------
+    str
+        ``"rows"``, ``"cartesian"`` or ``"dense"``.
+    """
+    area, b = block_size**2, block_size
+    once = CALL_COST, WRITE_COST, JOIN_COST
+    call, write, join = (cost * speed / tokens for cost in once)
+    narrow = 1 + THREAD_COST * (threads - 1)
+    is_far = tokens * grid[1] * b >= FAR_ELEMENTS
+    # An element of bfloat16 takes half as long to copy.
+    copy = (COPY_COST * b + (FAR_COST if is_far else 0)) * max(speed / 2, 1)
+    costs = {
+        "rows": blocks * (narrow * (ROW_COST * area + copy) + join * area)
+        + narrow * active[0] * call,
+        "cartesian": active[0] * active[1] * area * (RECTANGLE_COST + write)
+        + threads * (sum(active) * copy + call),
+        "dense": grid[0] * grid[1] * area * (MARGIN + write),
+    }
+    return min(costs, key=lambda way: costs[way])
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which products of a dtype are added up."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@functools.cache
+def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Return the dtype of products of a dtype, all of which are added up in float32.
+
+    A CPU's product of bfloat16, several times as fast as one of float32, is rounded at
+    the end, as PyTorch's own dense gradient is.
+    """
+    if dtype != torch.bfloat16 or device != "cpu":
+        return wide(dtype)
+    fast = (
+        torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return dtype if fast else torch.float32
+
+
+def speed_of(x: torch.Tensor) -> float:
+    """Return the speed of a tensor's products, relative to float32."""
+    half = product_dtype(x.dtype, x.device.type) == torch.bfloat16
+    return BFLOAT16_SPEED if half else 1.0
