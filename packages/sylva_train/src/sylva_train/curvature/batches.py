@@ -26,16 +26,17 @@ def batch_size(batch: Mapping[str, Any]) -> int:
 def loss_units(model: nn.Module, batch: Mapping[str, Any]) -> int:
     """Return how many terms the model's mean loss has, 0 if no label counts.
 
-    Samples for classification and regression; for a language model the tokens that
-    count (label not -100), shifted by one for a causal one.
+    Samples for regression, else labels that count (not -100): of samples, or of a
+    language model's tokens, shifted by one for a causal one.
     """
     labels = batch.get("labels")
     if not isinstance(labels, torch.Tensor):
         return batch_size(batch)
-    if labels.dim() < 2 or labels.is_floating_point():
+    if labels.is_floating_point():
         return len(labels)
     causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    return int((labels[:, 1:] if causal else labels).ne(-100).sum())
+    shifted = causal and labels.dim() > 1
+    return int((labels[:, 1:] if shifted else labels).ne(-100).sum())
 
 
 def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -225,7 +225,9 @@ class Curvatures(Mapping[str, LayerCurvature]):
                 " under `torch.no_grad`: name others in `target_modules`."
             )
             raise ConfigError(msg)
+        self.collector.count_calls()
         value.backward()
+        self.collector.finish()
 
     def check_data(self, data: str) -> None:
         """Raise `ConfigError` unless all passes and processes had the same batches."""

@@ -7,6 +7,7 @@ For a layer ``y = W x`` with output gradient ``g``: ``A = Σ x xᵀ`` (in, in), 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from sylva_train.targets import (
     weight_view,
 )
 
+from .batches import batch_size
 from .factors import Factor, accumulator
 
 __all__ = ["Accumulators", "Collector", "LayerCurvature", "block_sums"]
@@ -124,11 +126,19 @@ class Collector:
     masks: list[torch.Tensor] = field(default_factory=list)
     units: int = 1
     step: int = 0
+    # Samples of the batch, and the first two axes of its tensors: samples, their parts.
+    samples: int = 1
+    parts: set[tuple[int, int]] = field(default_factory=set)
     # Factors that layers of one input share, finished.
     finished: dict[str, Factor] = field(default_factory=dict)
     inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     # Inputs that gradients were made to begin at, with the gradients they had.
     leaves: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
+    # How often each layer was called, and inputs and gradients of those called again.
+    calls: dict[str, int] = field(default_factory=dict)
+    waiting: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = field(
+        default_factory=dict
+    )
 
     def start(
         self,
@@ -152,6 +162,12 @@ class Collector:
             labels = batch.get("labels")
             if isinstance(labels, torch.Tensor) and labels.dim() == 2:
                 self.masks.append(labels.ne(-100))
+        self.samples = batch_size(batch)
+        self.parts = {
+            (len(value), value.shape[1])
+            for value in batch.values()
+            if isinstance(value, torch.Tensor) and value.dim() > 1
+        }
         self.units = units
         self.release()
         self.step = step
@@ -162,9 +178,8 @@ class Collector:
         if len(masks) > 1 and "decoder" in name and not ENCODER_SIDE.fullmatch(name):
             masks = masks[::-1]
         for mask in masks:
-            flat = g.dim() == 2 and g.shape[0] == mask.numel()
-            if flat or g.shape[:-1] == mask.shape:
-                rows = (mask.flatten() if flat else mask).to(g.device, copy=True)
+            if g.shape[:-1] == mask.shape:
+                rows = mask.to(g.device, copy=True)
                 # What has a gradient is no padding, or the loss depends on it.
                 rows[~rows] = g[~rows].ne(0).any(-1)
                 return rows
@@ -173,6 +188,20 @@ class Collector:
             return torch.ones(g.shape[:-1], dtype=torch.bool, device=g.device)
         # Some other arrangement of tokens: padding gets no gradient.
         return g.ne(0).any(-1)
+
+    def by_samples(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a layer's tensor (…, n) with the samples along its first axis.
+
+        Some models call a layer with the tokens of all samples in a row, others with the
+        time before the samples.
+        """
+        if len(x) == self.samples:
+            return x
+        for shape in self.parts:
+            if len(x) == math.prod(shape):
+                return x.unflatten(0, shape)  # type: ignore[no-any-return]
+        time_first = x.dim() > 2 and x.shape[1] == self.samples
+        return x.transpose(0, 1) if time_first else x
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -201,6 +230,23 @@ class Collector:
             x.requires_grad_(False).grad = gradient
         self.leaves.clear()
         self.inputs.clear()
+        self.calls.clear()
+        self.waiting.clear()
+
+    def count_calls(self) -> None:
+        """Take note of how often each layer ran, between forward and backward."""
+        self.calls = {name: len(inputs) for name, inputs in self.inputs.items()}
+
+    def finish(self) -> None:
+        """Add what had to wait for the end of the backward pass."""
+        for name, calls in self.waiting.items():
+            fisher = self.sums[name].fisher
+            assert fisher is not None
+            for samples in {len(x) for x, _ in calls}:
+                same = [pair for pair in calls if len(pair[0]) == samples]
+                x, g = (torch.cat(tensors, 1) for tensors in zip(*same, strict=True))
+                self.add_fisher(fisher, x, g)
+        self.waiting.clear()
 
     def before(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         """Let gradients begin here where everything before is frozen."""
@@ -218,8 +264,14 @@ class Collector:
             if not y.requires_grad:  # first pass of reentrant checkpointing
                 return
             self.inputs.setdefault(name, []).append(x)
-            x = x.detach()
-            y.register_hook(lambda g: self.add(name, x, g.detach()))
+            x, shape = x.detach(), y.shape
+            # An activation in place takes a view's hooks away, but not its base's.
+            base = y if y._base is None else y._base
+            whole = base.numel() == y.numel()
+            plain = whole and base.is_contiguous() and y.is_contiguous()
+            (base if plain else y).register_hook(
+                lambda g: self.add(name, x, g.detach().reshape(shape))
+            )
 
         return forward
 
@@ -243,6 +295,7 @@ class Collector:
             raise NonFiniteError(msg)
         x = x.unsqueeze(0) if x.dim() == 1 else x
         g = g.unsqueeze(0) if g.dim() == 1 else g
+        x, g = self.by_samples(x), self.by_samples(g)
         valid = self.rows(name, g)
         wide = torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32)
         # The input of a layer that a device map put elsewhere may still be where the
@@ -262,7 +315,16 @@ class Collector:
             sums.input_squares += rows_x.square().sum(0)
             sums.rows += len(rows_x)
         if sums.fisher is not None:
-            self.add_fisher(sums.fisher, x, g, valid)
+            counted = [tensor * valid[..., None] for tensor in (x, g)]
+            parts_x, parts_g = (
+                tensor.flatten(1, -2) if tensor.dim() > 2 else tensor[:, None]
+                for tensor in counted
+            )
+            if self.calls.get(name) == 1:
+                self.add_fisher(sums.fisher, parts_x, parts_g)
+            else:
+                # A sample's gradient is the sum of all the calls'.
+                self.waiting.setdefault(name, []).append((parts_x, parts_g))
         if sums.G is not None:
             if self.config.tokens == "reduce" and g.dim() > 2:
                 weight = valid.flatten(1).to(wide)
@@ -312,18 +374,13 @@ class Collector:
         return there.copy_(gradient)
 
     def add_fisher(
-        self,
-        fisher: torch.Tensor,
-        x: torch.Tensor,
-        g: torch.Tensor,
-        valid: torch.Tensor,
+        self, fisher: torch.Tensor, x: torch.Tensor, g: torch.Tensor
     ) -> None:
-        """Add squared gradients of each sample, summed over blocks."""
-        x, g = x * valid[..., None], g * valid[..., None]
-        if x.dim() == 2:
+        """Add squared gradients of samples (samples, parts, …), summed over blocks."""
+        if x.shape[1] == 1:
+            x, g = x[:, 0], g[:, 0]
             fisher += block_sums(g.square().T @ x.square(), self.config.block_size)
             return
-        x, g = x.flatten(1, -2), g.flatten(1, -2)
         size = max(1, LARGEST_STACK // (x.shape[-1] * g.shape[-1]))
         for some_x, some_g in zip(x.split(size), g.split(size), strict=True):
             squares = torch.bmm(some_g.mT, some_x).square().sum(0)
