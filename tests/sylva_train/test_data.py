@@ -109,6 +109,14 @@ def test_labels_have_a_stable_order(tmp_path):
     assert load_data(path, labels=["pos", "neg"]).labels == [0, 1, 0]
 
 
+def test_classes_that_differ_in_case_alone_are_told(tmp_path):
+    rows = [("one", "True"), ("two", "no"), ("three", "true")]
+    path = write_rows(tmp_path / "cases.csv", rows)
+    with pytest.warns(UserWarning, match="'True', 'true' in column 'label' differ in"):
+        data = load_data(path)
+    assert data.label_names == ["True", "no", "true"]
+
+
 def test_evaluation_knows_the_labels_of_training_only(tmp_path):
     path = write_rows(tmp_path / "dev.csv", [*ROWS, ("a", "mixed")])
     with pytest.raises(DataError, match=r"dev\.csv:5: the label 'mixed'.*neg.*pos"):

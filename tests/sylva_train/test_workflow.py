@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import BertConfig
 
 from sylva_train import (
@@ -28,12 +29,13 @@ from sylva_train import (
     score,
     select,
 )
+from sylva_train.pretrained import load_model
 from sylva_train.workflow import (
     load_task,
     score_file,
     score_task,
 )
-from sylva_train.workflow.task import located, read_data
+from sylva_train.workflow.task import head_order, located, read_data
 from tests.sylva_train.jobs import contents, sylva_config, task, training, write_data
 from tests.sylva_train.models import same, snapshot
 from tests.sylva_train.words import TINY, save_folder
@@ -73,6 +75,44 @@ def test_a_tenth_of_a_single_file_is_held_out(home):
     labels = parts[0].label_names
     _, alone = read_data(task(home), seed=3, labels=labels, training=False)
     assert alone.texts == parts[1].texts
+
+
+def test_no_text_is_both_trained_on_and_held_out(home, tmp_path):
+    rows = (home / "train.jsonl").read_text().splitlines()
+    path = tmp_path / "doubled.jsonl"
+    path.write_text("\n".join(rows[:20] * 2))
+    rest, tenth = read_data(task(home, data=str(path)), seed=0)
+    assert not set(rest.texts) & set(tenth.texts)
+    assert (len(rest), len(tenth)) == (36, 4)
+
+
+@pytest.mark.parametrize("upper", [False, True])
+def test_data_takes_the_order_of_a_head_that_knows_its_classes(home, tmp_path, upper):
+    begun = load_task(task(home))
+    names = begun.train.label_names
+    model, tokenizer = load_model(home / "model", labels=names[::-1])
+    if upper:
+        model.config.id2label = {i: n.upper() for i, n in enumerate(names[::-1])}
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "saved")
+    found = load_task(task(home, model=str(tmp_path / "saved")))
+    assert torch.equal(found.model.classifier.weight, model.classifier.weight)
+    assert found.model.config.id2label == dict(enumerate(names[::-1]))
+    for ours, theirs in (
+        (found.train, begun.train),
+        (found.held_out, begun.held_out),
+    ):
+        assert ours.label_names == names[::-1]
+        assert [names[::-1][i] for i in ours.labels] == [
+            names[i] for i in theirs.labels
+        ]
+
+
+def test_data_of_other_classes_keeps_its_order(home):
+    names = load_task(task(home)).train.label_names
+    assert head_order(names, ["LABEL_0", "LABEL_1"]) == names
+    assert head_order(names, [*names[::-1], "other"]) == names
+    assert head_order(names, []) == names
 
 
 def test_a_limit_holds_for_a_held_out_tenth(home):

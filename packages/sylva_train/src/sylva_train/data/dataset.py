@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,6 +92,12 @@ class TextDataset:
             groups=pick(self.groups),
             shorter=pick(self.shorter),
         )
+
+    def relabelled(self, names: Sequence[str]) -> TextDataset:
+        """Return the examples with the same classes in another order."""
+        index = {name: number for number, name in enumerate(names)}
+        labels = [index[self.label_names[int(label)]] for label in self.labels]
+        return replace(self, labels=labels, label_names=list(names))
 
     def sample(self, limit: int | None, seed: int = 0) -> TextDataset:
         """Return at most ``limit`` examples: a random choice, in their order."""
@@ -333,6 +341,11 @@ def build(
     ------
     DataError
         If a row cannot be used, or all labels are the same and none were expected.
+
+    Warns
+    -----
+    UserWarning
+        If classes differ in their case alone.
     """
     texts: list[Text] = []
     for line, row in table.rows:
@@ -355,6 +368,15 @@ def build(
             f" {names!r} in column {label_column!r}."
         )
         raise DataError(msg)
+    written = Counter(name.casefold() for name in names)
+    alike = [name for name in names if written[name.casefold()] > 1]
+    if labels is None and alike:
+        warnings.warn(
+            f"{table.name}: the classes {', '.join(map(repr, alike))} in column"
+            f" {label_column!r} differ in their case alone; write those that are one the"
+            " same way.",
+            stacklevel=2,
+        )
     index = {name: number for number, name in enumerate(names)}
     for (line, _), label in zip(table.rows, found, strict=True):
         if label not in index:

@@ -1,6 +1,6 @@
 """Pretrained models and tokenizers, and a classifier on top of bare ones."""
 
-from .loading import DTYPES, POOLINGS, load_model, load_tokenizer, quiet
+from .loading import DTYPES, POOLINGS, load_model, load_tokenizer, quiet, saved_labels
 from .pooled import PooledClassifier, mean_pool, pooled_features
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "mean_pool",
     "pooled_features",
     "quiet",
+    "saved_labels",
 ]

@@ -29,7 +29,14 @@ from sylva_train.data import LABELLED, TASKS
 
 from .pooled import PooledClassifier, backbone_class, read_config
 
-__all__ = ["DTYPES", "POOLINGS", "load_model", "load_tokenizer", "quiet"]
+__all__ = [
+    "DTYPES",
+    "POOLINGS",
+    "load_model",
+    "load_tokenizer",
+    "quiet",
+    "saved_labels",
+]
 
 #: How a text's hidden states become one vector.
 POOLINGS = ("auto", "mean", "native")
@@ -145,6 +152,21 @@ def load_tokenizer(name_or_path: str | Path = MINILM) -> Any:
     return tokenizer
 
 
+def saved_labels(name_or_path: str | Path) -> list[str]:
+    """Return the classes that a checkpoint's head tells apart, in order; [] without one.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot be found, reached or read.
+    """
+    source = resolve(name_or_path)
+    with readable("model", source):
+        config = read_config(source)
+    pooled, native = saved_heads(config)
+    return [name for _, name in sorted(config.id2label.items())] * (pooled or native)
+
+
 def load_model(
     name_or_path: str | Path = MINILM,
     *,
@@ -166,8 +188,8 @@ def load_model(
         ``"classification"``, ``"regression"``, ``"causal-lm"`` or ``"seq2seq"``. A
         regression's head has one output and the mean squared error as its loss.
     labels : sequence of str, optional
-        Classes of the new head. A head that the checkpoint has is kept if it has as many
-        classes; without ``labels`` it must be there.
+        Classes of the new head. A head that the checkpoint has is kept, output by output,
+        if it has as many classes; without ``labels`` it must be there.
     pooling : str
         ``"mean"``: `PooledClassifier`; ``"native"``: the model's own class for sequence
         classification; ``"auto"``: native where the checkpoint has such a head for as
@@ -244,6 +266,13 @@ def check_labels(labels: Sequence[str], task: str) -> None:
         raise ConfigError(msg)
 
 
+def saved_heads(config: Any) -> tuple[bool, bool]:
+    """Whether a checkpoint is a `PooledClassifier`, or has a native head."""
+    kinds = config.architectures or []
+    native = any(kind.endswith("ForSequenceClassification") for kind in kinds)
+    return PooledClassifier.__name__ in kinds, native
+
+
 def load_classifier(
     source: str,
     config: Any,
@@ -253,9 +282,7 @@ def load_classifier(
     seed: int,
 ) -> Any:
     """Load a model with a classification head, saved or new."""
-    kinds = config.architectures or []
-    pooled = PooledClassifier.__name__ in kinds
-    native = any(kind.endswith("ForSequenceClassification") for kind in kinds)
+    pooled, native = saved_heads(config)
     if pooling == "auto":
         encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING
         mean = pooled or (encoder and not config.is_encoder_decoder)

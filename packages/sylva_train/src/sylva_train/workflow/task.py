@@ -26,7 +26,7 @@ from sylva_train.evaluation import (
     check_prompts,
     known_metrics,
 )
-from sylva_train.pretrained import load_model
+from sylva_train.pretrained import load_model, saved_labels
 
 from .progress import Report
 
@@ -268,22 +268,16 @@ def divide(examples: TextDataset, seed: int) -> tuple[TextDataset, TextDataset]:
     ConfigError
         If there is one example only.
     """
-    # Of prompts all rows of some: a held-out prompt must not have been trained on.
-    whole = bool(examples.targets)
-    texts = list(dict.fromkeys(examples.texts)) if whole else examples.texts
+    # All rows of some texts: a held-out text must not have been trained on.
+    texts = list(dict.fromkeys(examples.texts))
     order = np.random.default_rng(seed).permutation(len(texts))
     held = max(1, round(HOLDOUT * len(texts)))
     if held >= len(texts):
-        what = "prompt" if whole else "example"
-        msg = f"{examples.name} has one {what}: give `eval_data` to evaluate on."
+        msg = f"{examples.name} has one text: give `eval_data` to evaluate on."
         raise ConfigError(msg)
-    parts = [sorted(part.tolist()) for part in (order[held:], order[:held])]
-    if whole:
-        kept = {texts[i] for i in parts[1]}
-        sides = [text in kept for text in examples.texts]
-        parts = [
-            [i for i, s in enumerate(sides) if s == side] for side in (False, True)
-        ]
+    kept = {texts[i] for i in order[:held].tolist()}
+    sides = [text in kept for text in examples.texts]
+    parts = [[i for i, s in enumerate(sides) if s == side] for side in (False, True)]
     rest, held_out = (examples.subset(part) for part in parts)
     return rest, dataclasses.replace(held_out, name=f"{examples.name} ({TENTH})")
 
@@ -308,6 +302,17 @@ def check_split(config: TaskConfig) -> None:
             f' `eval_split="{HELD_OUT}"` to hold a tenth of the file out.'
         )
         raise ConfigError(msg)
+
+
+def head_order(names: Sequence[str], saved: Sequence[str]) -> list[str]:
+    """Return classes in the order of a head that knows them, whatever their case.
+
+    Such a head is kept output by output: MNLI's classes are not alphabetical everywhere.
+    """
+    place = {name.casefold(): number for number, name in enumerate(saved)}
+    if len(place) != len(saved) or {name.casefold() for name in names} != place.keys():
+        return list(names)
+    return sorted(names, key=lambda name: place[name.casefold()])
 
 
 def limited(dataset: TextDataset, config: TaskConfig, seed: int) -> TextDataset:
@@ -348,6 +353,11 @@ def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> 
         check_split(config)
     training, held_out = read_data(config, seed=seed, evaluation=evaluation)
     assert training is not None
+    if training.label_names:
+        names = head_order(training.label_names, saved_labels(config.model))
+        training = training.relabelled(names)
+        if held_out is not None:
+            held_out = held_out.relabelled(names)
     if held_out is not None:
         check_prompts(held_out, config.metric)
     if config.metric == "f1-binary" and len(training.label_names) != 2:
