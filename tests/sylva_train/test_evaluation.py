@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
     T5Config,
@@ -208,6 +210,38 @@ def test_tokens_of_prompts_do_not_count():
     answers = evaluate(model, Loader(data, tokenizer, 4))
     everything = evaluate(model, Loader(whole, tokenizer, 4))
     assert answers["loss"] != pytest.approx(everything["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForTokenClassification])
+def test_labels_of_each_token_are_not_shifted(kind):
+    torch.manual_seed(0)
+    model = kind(BertConfig(**TINY, num_labels=3)).eval()
+    labels = torch.randint(3, (4, 6)).masked_fill(torch.rand(4, 6) < 0.3, -100)
+    batch = {"input_ids": torch.randint(2, VOCABULARY, (4, 6)), "labels": labels}
+    found = evaluate(model, [batch])
+    with torch.no_grad():
+        output = model(**batch)
+    assert found["loss"] == pytest.approx(float(output.loss), rel=1e-6)
+    hits = output.logits.argmax(-1).eq(labels).sum() / labels.ne(-100).sum()
+    assert found["token_accuracy"] == pytest.approx(float(hits))
+
+
+def test_classes_that_do_not_count_are_left_out():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 1.0]])
+    model, batches = fixed(logits, [0, -100, 1, -100], size=2)
+    expected = evaluate(*fixed(logits[[0, 2]], [0, 1]))
+    found = evaluate(model, batches)
+    for name in ("accuracy", "f1", "f1_binary", "mcc", "loss"):
+        assert found[name] == pytest.approx(expected[name])
+    with pytest.raises(DataError, match="no label counts"):
+        evaluate(*fixed(logits, [-100] * 4))
+
+
+def test_several_classes_at_once_are_refused():
+    model = Fixed(torch.zeros(4, 3))
+    batch = {"input_ids": torch.arange(4)[:, None], "labels": torch.ones(4, 3)}
+    with pytest.raises(ConfigError, match="several classes at once"):
+        evaluate(model, [batch])
 
 
 def test_infinite_logits_are_an_error():

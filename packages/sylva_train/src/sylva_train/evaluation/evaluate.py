@@ -40,7 +40,7 @@ def evaluate(
         around it.
     loader : Loader or iterable of batches
         Labels of shape (batch,) are classes, or numbers if they are floating point; of
-        shape (batch, length) they are tokens, with −100 where none counts. To write or to
+        shape (batch, length) they are tokens; −100 where none counts. To write or to
         choose, a `Loader` of prompts with targets.
     metric : str, optional
         The ``score``, one of ``METRICS``; by default ``"accuracy"`` for classes,

@@ -140,6 +140,12 @@ def class_part(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def labels_each_token(model: nn.Module) -> bool:
+    """Whether a model says something of each token, not of the one that follows it."""
+    kind = type(getattr(model, "get_base_model", lambda: model)()).__name__
+    return kind.endswith(("ForMaskedLM", "ForTokenClassification"))
+
+
 def language_part(
     model: nn.Module, logits: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, Any]:
@@ -153,9 +159,20 @@ def language_part(
         Scores of each next token.
     labels : torch.Tensor, shape (batch, length)
         Tokens, −100 where none counts.
+
+    Raises
+    ------
+    ConfigError
+        If the labels are numbers.
     """
+    if labels.is_floating_point():
+        msg = (
+            "`labels` of several numbers a sample, as of several classes at once, are not"
+            f" evaluated; got {tuple(labels.shape)} of {labels.dtype}."
+        )
+        raise ConfigError(msg)
     examples = len(labels)
-    if not is_encoder_decoder(model):
+    if not (is_encoder_decoder(model) or labels_each_token(model)):
         logits, labels = logits[:, :-1], labels[:, 1:]
     counted = labels.ne(-100)
     # Only positions that count: padding may have any logits, and most memory is here.
@@ -171,9 +188,20 @@ def language_part(
 
 
 def class_metrics(parts: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the metrics of a classifier."""
+    """Return the metrics of a classifier.
+
+    Raises
+    ------
+    DataError
+        If no label counts.
+    """
     logits = torch.cat([part["logits"] for part in parts])
     labels = torch.cat([part["labels"] for part in parts])
+    counted = labels.ne(-100)
+    if not counted.any():
+        msg = "`loader`: no label counts, all are -100."
+        raise DataError(msg)
+    logits, labels = logits[counted], labels[counted]
     guess, classes = logits.argmax(-1).numpy(), logits.shape[-1]
     loss = float(F.cross_entropy(logits.double(), labels))
     return prediction_metrics(labels.numpy(), guess, classes) | {"loss": loss}
