@@ -108,6 +108,17 @@ def test_absolute_scores_share_the_budget_out_by_what_they_are():
     assert len(masks["layer.1"]) == 9
 
 
+def test_a_layer_whose_scores_are_below_zero_on_average_keeps_their_order():
+    low = torch.tensor([[-8.0, 1.0], [-4.0, -2.0]])
+    high = torch.tensor([[4.0, 3.0], [2.0, 0.0]])
+    masks = select(make_scores(low, high), 0.5, 1, scope="model")
+    assert chosen(masks["layer.0"]) == {1}
+    assert chosen(masks["layer.1"]) == {0, 1, 2}
+    masks = select(make_scores(low, high), 0.5, 1, scope="model", max_columns=0.5)
+    for mask in masks.values():
+        assert len(mask.indices[:, 1].unique()) == 1
+
+
 def greedy(grid, row_cap, column_cap):
     """The plain rule: the best block first, then the next that has room."""
     columns = grid.shape[1]

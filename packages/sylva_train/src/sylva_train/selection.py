@@ -290,7 +290,8 @@ def select(
         competing = []
         for name, block in blocks.items():
             mean = whole[name].mean() if scope == "model" else torch.tensor(1.0)
-            competing.append((block / mean if mean != 0 else block).flatten())
+            # A mean below zero must not turn the order round.
+            competing.append((block / mean.abs() if mean != 0 else block).flatten())
         competitors = torch.cat(competing) if competing else torch.zeros(0)
         marks = [mark.flatten() for mark in preferred.values() if mark is not None]
         top = top_blocks(
