@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sylva_train import SylvaConfig
-from sylva_train._checks import ConfigError
+from sylva_train._checks import ConfigError, NonFiniteError
 from sylva_train.config import SCOPES, SUITABLE
 from sylva_train.importance import LayerScores, Scores
 from sylva_train.selection import select, select_as, share_out, spread_out
@@ -99,6 +99,12 @@ def test_one_huge_layer_cannot_take_the_whole_budget():
     masks = select(make_scores(small, 1e6 * small), 0.5, 1, scope="model")
     assert chosen(masks["layer.0"]) == {5, 6, 7, 8} | ({4} & chosen(masks["layer.0"]))
     assert len(masks["layer.1"]) in (4, 5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_refused(bad):
+    with pytest.raises(NonFiniteError, match=r"`layer\.1` are NaN or infinite"):
+        select(make_scores(torch.ones(2, 2), torch.tensor([[1.0, bad]])), 0.5, 1)
 
 
 def test_absolute_scores_share_the_budget_out_by_what_they_are():

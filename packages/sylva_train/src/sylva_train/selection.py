@@ -10,6 +10,7 @@ import torch
 
 from ._checks import (
     ConfigError,
+    NonFiniteError,
     check_choice,
     check_columns,
     check_density,
@@ -240,6 +241,8 @@ def select(
     ConfigError
         If an option cannot be used, a layer is smaller than a block, or the density is
         too small for a single block.
+    NonFiniteError
+        If a block's score is NaN or infinite.
     """
     check_density(density)
     check_integer("block_size", block_size, 1)
@@ -258,6 +261,10 @@ def select(
         )
         raise ConfigError(msg)
     blocks = {name: layer.blocks(block_size) for name, layer in scores.items()}
+    for name, block in blocks.items():
+        if not bool(block.isfinite().all()):
+            msg = f"`scores` of `{name}` are NaN or infinite: none are the highest."
+            raise NonFiniteError(msg)
     whole = dict(blocks)
     if max_columns < 1:
         blocks = concentrate(blocks, density, max_columns, together)
