@@ -149,7 +149,7 @@ def test_letters_that_a_tokenizer_does_not_know_are_refused(home, tmp_path):
 
 
 def test_texts_without_targets_stop_before_anything_is_done(home, tmp_path):
-    file = write_rows(tmp_path / "texts.jsonl", [{"text": "a b"}] * 20)
+    file = write_rows(tmp_path / "texts.jsonl", [{"text": f"a {i}"} for i in range(20)])
     config = TaskConfig(
         model="nowhere", task="causal-lm", data=str(file), metric="choice"
     )

@@ -173,6 +173,25 @@ def test_tokens_in_a_row_give_the_scores_of_tokens_by_sample(tokens):
         torch.testing.assert_close(one[name].blocks(BLOCK), other[name].blocks(BLOCK))
 
 
+@pytest.mark.parametrize("rule", ["fisher-diag", "gradient", "kfac-natural"])
+def test_statistics_are_not_rounded_under_autocast(rule):
+    """Of a model that keeps autocast out, as of a mixed one, they are the same."""
+    torch.manual_seed(0)
+    model = Calls("again")
+    batch = {"x": torch.randn(4, 5, 8), "labels": torch.randint(8, (4,))}
+    options = SylvaConfig(block_size=BLOCK, samples=4, importance=rule, tokens="reduce")
+
+    def plain(model, batch):
+        with torch.autocast("cpu", enabled=False):
+            return loss(model, batch)
+
+    one = score(model, [batch], options, loss=plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        other = score(model, [batch], options, loss=plain)
+    for name in one:
+        assert torch.equal(one[name].blocks(BLOCK), other[name].blocks(BLOCK))
+
+
 def test_labels_that_do_not_count_weigh_nothing():
     """The mean over all labels that count, whatever batch they are in."""
     torch.manual_seed(0)

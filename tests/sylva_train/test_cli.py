@@ -52,7 +52,7 @@ def test_score_writes_scores_and_shows_the_layers(home):
 
 
 def test_scores_say_how_to_train_with_them(home, tmp_path):
-    rows = ["note,kind", *(f"a b,{k}" for k in ("x", "y") * 5)]
+    rows = ["note,kind", *(f"{'a b ' * (i + 1)},{'xy'[i % 2]}" for i in range(10))]
     (tmp_path / "own.csv").write_text("\n".join(rows))
     columns = ["--text-column", "note", "--label-column", "kind", "--max-length", 16]
     data = ["--model", home / "model", "--data", tmp_path / "own.csv", *columns]

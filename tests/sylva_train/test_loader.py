@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sylva_train._checks import ConfigError, DataError
-from sylva_train.data import Loader, TextDataset, load_data
+from sylva_train.data import Loader, TextDataset, ending, load_data
 from tests.sylva_train.words import word_tokenizer
 
 
@@ -181,6 +181,22 @@ def test_only_the_answer_to_a_prompt_has_labels(tmp_path):
     batch = next(iter(Loader(data, word_tokenizer("decoder"), 1)))
     assert batch["input_ids"].tolist() == [ids("a b c d") + END]
     assert batch["labels"].tolist() == [[-100] * 3 + ids("d") + END]
+
+
+def test_long_prompts_keep_the_token_that_texts_begin_with():
+    tokenizer = word_tokenizer("encoder", bos_token="[CLS]")
+    start, sep = tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]"])
+    prompt = [start, 5, 6, 7, sep]
+    assert ending(prompt, 5, tokenizer) == prompt
+    assert ending(prompt, 3, tokenizer) == [start, 7, sep]
+    assert ending(prompt, 2, tokenizer) == [start, sep]
+    assert ending(prompt, 1, tokenizer) == [sep]
+    assert ending(prompt[1:], 2, tokenizer) == [7, sep]
+    data = TextDataset("toy", "causal-lm", ["a b c d"], targets=["good"])
+    (example,) = Loader(data, tokenizer, 1, max_length=4).examples
+    assert example["labels"][:3] == [-100] * 3
+    words = tokenizer.convert_ids_to_tokens(example["input_ids"])
+    assert words == ["[CLS]", "d", "[SEP]", "good"]
 
 
 def test_long_prompts_lose_their_beginning():

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sylva_train import SylvaConfig
-from sylva_train._checks import ConfigError
+from sylva_train._checks import ConfigError, NonFiniteError
 from sylva_train.config import SCOPES, SUITABLE
 from sylva_train.importance import LayerScores, Scores
 from sylva_train.selection import select, select_as, share_out, spread_out
@@ -101,11 +101,28 @@ def test_one_huge_layer_cannot_take_the_whole_budget():
     assert len(masks["layer.1"]) in (4, 5)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_refused(bad):
+    with pytest.raises(NonFiniteError, match=r"`layer\.1` are NaN or infinite"):
+        select(make_scores(torch.ones(2, 2), torch.tensor([[1.0, bad]])), 0.5, 1)
+
+
 def test_absolute_scores_share_the_budget_out_by_what_they_are():
     small = torch.arange(1.0, 10).reshape(3, 3)
     masks = select(make_scores(small, 100 * small), 0.5, 1, scope="absolute")
     assert len(masks["layer.0"]) == 0
     assert len(masks["layer.1"]) == 9
+
+
+def test_a_layer_whose_scores_are_below_zero_on_average_keeps_their_order():
+    low = torch.tensor([[-8.0, 1.0], [-4.0, -2.0]])
+    high = torch.tensor([[4.0, 3.0], [2.0, 0.0]])
+    masks = select(make_scores(low, high), 0.5, 1, scope="model")
+    assert chosen(masks["layer.0"]) == {1}
+    assert chosen(masks["layer.1"]) == {0, 1, 2}
+    masks = select(make_scores(low, high), 0.5, 1, scope="model", max_columns=0.5)
+    for mask in masks.values():
+        assert len(mask.indices[:, 1].unique()) == 1
 
 
 def greedy(grid, row_cap, column_cap):

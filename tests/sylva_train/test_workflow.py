@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -410,6 +411,18 @@ def test_predictions_are_the_models(home):
         logits = model(**tokenizer([text], return_tensors="pt")).logits[0].detach()
         assert label == record["labels"][int(logits.argmax())]
         assert probability == pytest.approx(float(logits.softmax(0).max()), rel=1e-5)
+
+
+def test_predictions_do_not_depend_on_the_side_a_tokenizer_pads(home, tmp_path):
+    texts = ["a b c good d a", "b", "bad c"]
+    base = tmp_path / "base"
+    shutil.copytree(home / "model", base)
+    options = json.loads((base / "tokenizer_config.json").read_text())
+    options["padding_side"] = "left"
+    (base / "tokenizer_config.json").write_text(json.dumps(options))
+    found = predict(home / "run", texts, base=str(base))
+    for (label, p), (other, q) in zip(predict(home / "run", texts), found, strict=True):
+        assert (label, p) == (other, pytest.approx(q, rel=1e-6))
 
 
 def test_predictions_come_in_batches_of_any_number(home, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 
 from ._checks import (
     ConfigError,
+    NonFiniteError,
     check_choice,
     check_columns,
     check_density,
@@ -240,6 +241,8 @@ def select(
     ConfigError
         If an option cannot be used, a layer is smaller than a block, or the density is
         too small for a single block.
+    NonFiniteError
+        If a block's score is NaN or infinite.
     """
     check_density(density)
     check_integer("block_size", block_size, 1)
@@ -258,6 +261,10 @@ def select(
         )
         raise ConfigError(msg)
     blocks = {name: layer.blocks(block_size) for name, layer in scores.items()}
+    for name, block in blocks.items():
+        if not bool(block.isfinite().all()):
+            msg = f"`scores` of `{name}` are NaN or infinite: none are the highest."
+            raise NonFiniteError(msg)
     whole = dict(blocks)
     if max_columns < 1:
         blocks = concentrate(blocks, density, max_columns, together)
@@ -290,7 +297,8 @@ def select(
         competing = []
         for name, block in blocks.items():
             mean = whole[name].mean() if scope == "model" else torch.tensor(1.0)
-            competing.append((block / mean if mean != 0 else block).flatten())
+            # A mean below zero must not turn the order round.
+            competing.append((block / mean.abs() if mean != 0 else block).flatten())
         competitors = torch.cat(competing) if competing else torch.zeros(0)
         marks = [mark.flatten() for mark in preferred.values() if mark is not None]
         top = top_blocks(

@@ -222,12 +222,15 @@ class Curvatures(Mapping[str, LayerCurvature]):
         if not value.requires_grad:
             msg = (
                 "the loss does not depend on any layer that is to be scored, or they ran"
-                " under `torch.no_grad`: name others in `target_modules`."
+                " under `torch.no_grad` or `torch.inference_mode`: name others in"
+                " `target_modules`."
             )
             raise ConfigError(msg)
         self.collector.count_calls()
-        value.backward()
-        self.collector.finish()
+        # The products of the statistics are not to be rounded to 16 bits.
+        with torch.autocast(self.device.type, enabled=False):
+            value.backward()
+            self.collector.finish()
 
     def check_data(self, data: str) -> None:
         """Raise `ConfigError` unless all passes and processes had the same batches."""

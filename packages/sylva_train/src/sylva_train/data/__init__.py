@@ -1,7 +1,7 @@
 """Data sets from files, and batches of them in an order that can be repeated."""
 
 from .dataset import LABELLED, TASKS, TextDataset, load_data
-from .loader import Loader, prompt_ids, spaced
+from .loader import Loader, ending, prompt_ids, spaced
 from .sources import builtin_names
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Loader",
     "TextDataset",
     "builtin_names",
+    "ending",
     "load_data",
     "prompt_ids",
     "spaced",

@@ -17,7 +17,7 @@ from sylva_train._checks import ConfigError, DataError, check_integer
 
 from .dataset import LABELLED, Text, TextDataset
 
-__all__ = ["Loader"]
+__all__ = ["Loader", "ending"]
 
 #: Label of the positions that do not count in the loss.
 IGNORED = -100
@@ -44,7 +44,8 @@ class Loader:
         Texts in a batch.
     max_length : int
         Tokens after which a text is cut, if it has no shorter form (``dataset.shorter``)
-        that fits. Of a prompt with a target the beginning is cut.
+        that fits. Of a prompt with a target the beginning is cut, but for the
+        beginning-of-sequence token.
     shuffle : bool
         Whether each epoch has an order of its own, or the data set's.
     seed : int
@@ -336,7 +337,8 @@ def encode_prompts(
     """Join prompts and targets for a causal language model; only targets have labels.
 
     Where neither has a space between them, one is put there. What is too long is cut at
-    the prompt's beginning, and only then at the target's end.
+    the prompt's beginning, after the beginning-of-sequence token, and only then at the
+    target's end.
     """
     texts = [str(text) for text in dataset.texts]
     targets = [
@@ -350,7 +352,7 @@ def encode_prompts(
         # One prompt token at least: the first position has no prediction.
         answer_ids = with_end(answer, tokenizer)[: max_length - 1]
         room = max_length - len(answer_ids)
-        kept = prompt[-room:]
+        kept = ending(prompt, room, tokenizer)
         labels = [IGNORED] * len(kept) + answer_ids
         examples.append({"input_ids": kept + answer_ids, "labels": labels})
     return examples
@@ -365,6 +367,12 @@ def prompt_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Return the token ids of prompts, whole, for a causal language model to go on."""
     found = tokenizer(list(texts), verbose=False)["input_ids"]
     return [without_end(ids, tokenizer) for ids in found]
+
+
+def ending(ids: list[int], room: int, tokenizer: Any) -> list[int]:
+    """Return the end of a prompt, behind the token that all of the model's texts begin with."""
+    start = ids[:1] if ids[:1] == [tokenizer.bos_token_id] and room > 1 else []
+    return ids if len(ids) <= room else start + ids[len(ids) - room + len(start) :]
 
 
 def without_end(ids: list[int], tokenizer: Any) -> list[int]:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from sylva_train._checks import ConfigError
-from sylva_train.data import Loader, prompt_ids
+from sylva_train.data import Loader, ending, prompt_ids
 
 __all__ = ["cut", "generated", "is_encoder_decoder", "options", "source_ids", "write"]
 
@@ -151,7 +151,7 @@ def cut(
             " more, where the model has room."
         )
         warnings.warn(msg, stacklevel=2)
-    return [prompt[-most:] for prompt in prompts]
+    return [ending(prompt, most, loader.tokenizer) for prompt in prompts]
 
 
 def write(

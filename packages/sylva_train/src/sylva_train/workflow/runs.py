@@ -305,6 +305,7 @@ def predict(
         batch = tokenizer(
             list(texts[start : start + BATCH]),
             padding=True,
+            padding_side="right",  # as in training, whatever the tokenizer would
             truncation=True,
             max_length=run["task"]["max_length"],
             return_tensors="pt",
