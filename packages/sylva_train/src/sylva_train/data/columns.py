@@ -178,7 +178,7 @@ def choose_columns(
         texts = [] if first is None else [first]
     found = [pick_column(table, "text_column", text, (), None) for text in texts]
     text_columns = [column for column in found if column is not None]
-    guessed = label is None and not info and task == "classification"
+    named = label is not None
     if task in LABELLED:
         label = info.get("label_column") if label is None else label
         label = pick_column(table, "label_column", label, NAMES[task], label_number)
@@ -213,15 +213,25 @@ def choose_columns(
             " both: `text_column`, `label_column`."
         )
         raise ConfigError(msg)
-    if label is not None and guessed:
-        check_guess(table, label)
+    if label is not None and not info and task == "classification":
+        check_classes(table, label, named=named)
     return text_columns, label, target
 
 
-def check_guess(table: Table, column: str | int) -> None:
-    """Raise `DataError` if a column taken for the labels is more likely the texts."""
+def check_classes(table: Table, column: str | int, *, named: bool) -> None:
+    """Raise `DataError` if the labels are more likely numbers, or, if not named, texts."""
     values = {str(row.get(column)) for _, row in table.rows}
-    if len(table.rows) >= 20 and 2 * len(values) > len(table.rows):
+    if len(table.rows) < 20 or 2 * len(values) <= len(table.rows):
+        return
+    numbers = [number_in(value) for value in values]
+    if all(n is not None for n in numbers) and any(n != int(n) for n in numbers if n):
+        msg = (
+            f"{table.name}: the labels in column {column!r} are {len(values)} different"
+            f" numbers in {len(table.rows)} rows; to predict numbers instead of classes,"
+            ' `task` is "regression".'
+        )
+        raise DataError(msg)
+    if not named:
         msg = (
             f"{table.name}: the column {column!r}, taken for the labels, has"
             f" {len(values)} different values in {len(table.rows)} rows; say which it"
