@@ -93,7 +93,9 @@ def test_numbers_are_no_classes(tmp_path, column):
     path = tmp_path / "rated.csv"
     lines = [f"text {n},{n / 8 + 0.3:.3f}" for n in range(24)]
     path.write_text("\n".join(["text,label", *lines]))
-    with pytest.raises(DataError, match=r'24 different numbers.*`task` is "regression"'):
+    with pytest.raises(
+        DataError, match=r'24 different numbers.*`task` is "regression"'
+    ):
         load_data(path, label_column=column)
     # A scale with few values may well be classes.
     path.write_text(

@@ -359,10 +359,16 @@ def load_whole(
         raise ModelError(msg)
     missing = sorted(name for name in info["missing_keys"] if name.startswith(inside))
     if missing:
+        wrapped = any(".base_layer." in name for name in info["unexpected_keys"])
+        why = (
+            "it was saved with an adapter inside: `sylva_train.merge` the model before"
+            " `save_pretrained`"
+            if wrapped
+            else "it is incomplete, or of another architecture or task"
+        )
         msg = (
             f"the checkpoint `{source}` lacks {len(missing)} weights of"
-            f" {type(model).__name__}, such as `{missing[0]}`; it is incomplete, or of"
-            " another architecture or task."
+            f" {type(model).__name__}, such as `{missing[0]}`; {why}."
         )
         raise ModelError(msg)
     return model
