@@ -317,6 +317,12 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, kind, config):
         load_tokenizer(tmp_path)
 
 
+def test_a_saved_classifier_needs_its_tokenizer(tiny, tmp_path):
+    tiny[0].save_pretrained(tmp_path / "whole")
+    with pytest.raises(ModelError, match=r"beside it \(`tokenizer\.save_pretrained`\)"):
+        load_model(tmp_path / "whole")
+
+
 def test_a_configuration_of_another_kind_is_refused(folder):
     (folder / "config.json").write_text("[]")
     with pytest.raises(ModelError, match="cannot be loaded"):

@@ -100,15 +100,14 @@ def readable(what: str, source: str) -> Iterator[None]:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         advice = (
-            "Check that the folder holds a transformers model."
+            "Check that the folder holds a transformers model, and its tokenizer beside it"
+            " (`tokenizer.save_pretrained`)."
             if Path(source).is_dir()
             else "A name is looked up in the local cache and on the model hub, which may"
             " be out of reach (no network, or HF_HUB_OFFLINE is set); pass the path of a"
             f' folder, or "{MINILM}".'
         )
-        msg = (
-            f"the {what} of `{source}` cannot be loaded: {reason.rstrip('.')}. {advice}"
-        )
+        msg = f"the {what} of `{source}` cannot be loaded: {reason.rstrip('.:')}. {advice}"
         raise ModelError(msg) from error
 
 
