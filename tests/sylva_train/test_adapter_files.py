@@ -9,8 +9,9 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from sylva_train._checks import ConfigError, OutputExistsError, TargetError
+from sylva_train._checks import ConfigError, ModelError, OutputExistsError, TargetError
 from sylva_train.config import SylvaConfig
 from sylva_train.importance import score
 from sylva_train.layers import embed, embedded_layers, unload
@@ -35,6 +36,7 @@ from tests.sylva_train.models import (
     train_step,
     trainable,
 )
+from tests.sylva_train.words import TINY, save_folder, word_tokenizer
 
 
 def test_a_saved_adapter_holds_active_blocks_and_head_alone(saved):
@@ -271,6 +273,23 @@ def test_a_frozen_head_that_was_trained_is_saved(tmp_path):
     save_adapter(model, tmp_path / "a")
     loaded = load_adapter(make_model(), tmp_path / "a")
     assert torch.equal(logits(loaded, make_batch()), logits(model, make_batch()))
+
+
+def test_pefts_auto_classes_load_base_and_adapter(tmp_path):
+    config = LlamaConfig(**TINY, num_key_value_heads=2)
+    tokenizer = word_tokenizer("decoder")
+    save_folder(tmp_path / "base", config, LlamaForCausalLM, tokenizer)
+    model, _ = load_model(tmp_path / "base", task="causal-lm")
+    options = SylvaConfig(importance="magnitude", block_size=16)
+    embed(model, select(score(model, config=options), 0.2, 16))
+    save_adapter(model, tmp_path / "adapter", config=options)
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    ids = torch.arange(4)[None]
+    assert torch.equal(found(ids).logits, model(ids).logits)
+    model.save_pretrained(tmp_path / "whole")
+    tokenizer.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ModelError, match="merge` the model before"):
+        load_model(tmp_path / "whole", task="causal-lm")
 
 
 def test_what_an_adapter_cannot_hold_is_said(tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -17,7 +19,7 @@ from sylva_train._checks import ConfigError, DataError
 from sylva_train.config import TaskConfig
 from sylva_train.evaluation import texts
 from sylva_train.workflow import evaluate_folder, finetune
-from sylva_train.workflow.task import read_data
+from sylva_train.workflow.task import Task, read_data
 from tests.sylva_train.jobs import (
     SMALL,
     STEPS,
@@ -182,6 +184,11 @@ def test_a_limit_counts_prompts(home):
     assert len(train) == 7
     assert len(set(held_out.texts)) == 5
     assert len(held_out) > 20
+    assert Task(config, nn.Module(), None, train, held_out).eval_examples == 5
+    other = dataclasses.replace(config, metric=None)
+    assert Task(other, nn.Module(), None, train, held_out).eval_examples == len(
+        held_out
+    )
 
 
 @pytest.mark.parametrize(

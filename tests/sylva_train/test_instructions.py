@@ -144,7 +144,35 @@ def test_damaged_archives_and_rows_are_named(tmp_path):
         load_data(path, task="causal-lm")
 
 
-# MetaMathQA and GSM8K
+# Alpaca, MetaMathQA and GSM8K
+
+
+def test_an_instruction_keeps_its_input(tmp_path):
+    rows = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Say yes.", "input": "", "output": "yes"},
+    ]
+    path = tmp_path / "alpaca.json"
+    path.write_text(json.dumps(rows))
+    data = load_data(path, task="causal-lm")
+    first, second = data.texts
+    assert first.endswith(
+        "task, paired with an input that provides further context. Write a response that"
+        " appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n"
+        "1 and 2\n\n### Response:"
+    )
+    assert second == (
+        "Below is an instruction that describes a task. Write a response that appropriately"
+        " completes the request.\n\n### Instruction:\nSay yes.\n\n### Response:"
+    )
+    assert data.targets == ["3", "yes"]
+
+
+def test_conversations_of_messages_are_told_to_be_prompts(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}))
+    with pytest.raises(DataError, match="prompts and completions first"):
+        load_data(path, task="causal-lm")
 
 
 def test_metamath_is_asked_as_in_pefts_comparison(tmp_path):

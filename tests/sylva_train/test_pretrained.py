@@ -274,6 +274,22 @@ def test_language_models_load_by_task(tmp_path):
     assert model(**next(iter(Loader(data, tokenizer, 5)))).loss.isfinite()
 
 
+@pytest.mark.parametrize(
+    ("kind", "config", "task", "other"),
+    [
+        (T5ForConditionalGeneration, T5Config(vocab_size=VOCABULARY, d_model=8, d_kv=4,
+            d_ff=8, num_layers=1, num_heads=2), "causal-lm", "seq2seq"),
+        (GPT2LMHeadModel, GPT2Config(**GPT2), "seq2seq", "causal-lm"),
+    ],
+)  # fmt: skip
+def test_a_model_that_writes_otherwise_names_its_task(
+    tmp_path, kind, config, task, other
+):
+    path = save_folder(tmp_path, config, kind)
+    with pytest.raises(ConfigError, match=f'for `task` "{other}"; got "{task}"'):
+        load_model(path, task=task)
+
+
 def test_weights_that_would_be_random_are_refused(folder):
     with pytest.raises(ModelError, match=r"lacks \d+ weights of BertLMHeadModel"):
         load_model(folder, task="causal-lm")
@@ -299,6 +315,12 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, kind, config):
     kind(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"has no words.*tokenizer\.save_pretrained"):
         load_tokenizer(tmp_path)
+
+
+def test_a_saved_classifier_needs_its_tokenizer(tiny, tmp_path):
+    tiny[0].save_pretrained(tmp_path / "whole")
+    with pytest.raises(ModelError, match=r"beside it \(`tokenizer\.save_pretrained`\)"):
+        load_model(tmp_path / "whole")
 
 
 def test_a_configuration_of_another_kind_is_refused(folder):

@@ -88,6 +88,27 @@ def test_a_first_row_with_a_number_is_no_header(tmp_path):
     assert data.labels == [0.5, 2.0]
 
 
+@pytest.mark.parametrize("column", [None, "label"])
+def test_numbers_are_no_classes(tmp_path, column):
+    path = tmp_path / "rated.csv"
+    lines = [f"text {n},{n / 8 + 0.3:.3f}" for n in range(24)]
+    path.write_text("\n".join(["text,label", *lines]))
+    with pytest.raises(
+        DataError, match=r'24 different numbers.*`task` is "regression"'
+    ):
+        load_data(path, label_column=column)
+    # A scale with few values may well be classes.
+    path.write_text(
+        "\n".join(["text,label", *(f"text {n},{n % 4 / 2}" for n in range(24))])
+    )
+    assert load_data(path, label_column=column).label_names == [
+        "0.0",
+        "0.5",
+        "1.0",
+        "1.5",
+    ]
+
+
 @pytest.mark.parametrize("value", ['"high"', "true", "null", "NaN", '"inf"', "[1]"])
 def test_what_is_no_finite_number_is_refused_with_its_line(tmp_path, value):
     path = tmp_path / "x.jsonl"

@@ -363,6 +363,10 @@ def test_parts_that_do_not_fit_are_named():
         run(model, scheduler=make_scheduler(foreign, CONFIG, 8))
     with pytest.raises(ConfigError, match="`resume` needs `output`"):
         run(model, resume=True)
+    with pytest.raises(
+        ConfigError, match=r"`epoch\(epoch, start\)`.*got one of type list"
+    ):
+        run(model, list(ToyLoader()))
     with pytest.raises(DataError, match="`loader` has no batch"):
         run(model, ToyLoader(samples=0))
     with pytest.raises(ConfigError, match="no parameter that requires a gradient"):

@@ -476,5 +476,7 @@ def test_a_causal_model_is_finetuned_and_evaluated(tmp_path):
     assert record["head"] == 0
     found = evaluate_folder(tmp_path / "run")
     assert found["perplexity"] == pytest.approx(record["metrics"]["perplexity"])
-    with pytest.raises(ConfigError, match="not classification"):
+    with pytest.raises(
+        ConfigError, match="not classification; call the model that `load_folder`"
+    ):
         predict(tmp_path / "run", ["a"])

@@ -201,7 +201,8 @@ def select(
     scores : Scores
         From `sylva_train.score`.
     density : float
-        Fraction of the blocks to train, in (0, 1]; rounded down to whole blocks.
+        Fraction of the blocks to train, in (0, 1]; rounded down to whole blocks, in each
+        layer unless they all compete.
     block_size : int
         Side of a block.
     scope : str

@@ -137,7 +137,7 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
         "score_memory_bytes": None,
         "history": [],
         "total": total,
-        "examples": [len(task.train), len(task.held_out)],
+        "examples": [len(task.train), task.eval_examples],
         "labels": task.train.label_names,
     }
     memory.reset()

@@ -41,6 +41,8 @@ LABEL_NAMES = ("label", "labels", "class", "gold_label", "is_duplicate", "qualit
 NUMBER_NAMES = ("score", "label", "labels")
 NAMES = {"classification": LABEL_NAMES, "regression": NUMBER_NAMES}
 TARGET_NAMES = ("target", "output", "completion", "response", "answer")
+# Columns that hold whole conversations.
+CHATS = {"messages", "conversations"}
 # Files without a header: GLUE's SST-2 is label, sentence; CoLA is source, label, mark,
 # sentence.
 HEADERLESS = {1: (0, None), 2: (1, 0), 4: (3, 1)}
@@ -176,7 +178,7 @@ def choose_columns(
         texts = [] if first is None else [first]
     found = [pick_column(table, "text_column", text, (), None) for text in texts]
     text_columns = [column for column in found if column is not None]
-    guessed = label is None and not info and task == "classification"
+    named = label is not None
     if task in LABELLED:
         label = info.get("label_column") if label is None else label
         label = pick_column(table, "label_column", label, NAMES[task], label_number)
@@ -194,10 +196,15 @@ def choose_columns(
             have = (
                 ", ".join(map(repr, table.columns)) or f"{table.width}, without names"
             )
+            advice = (
+                f"Name it: `{option}` (by number from 0 where there is no header)."
+                if CHATS.isdisjoint(table.columns)
+                else "Write conversations as prompts and completions first, with the chat"
+                " template of the model's tokenizer (docs/how-to/own-data.md)."
+            )
             msg = (
                 f"{table.name}: no column is known to be the {option.split('_')[0]}; the"
-                f" columns are {have}. Name it: `{option}` (by number from 0 where there"
-                " is no header)."
+                f" columns are {have}. {advice}"
             )
             raise DataError(msg + other_separator(table.columns or ["", ""]))
     if label is not None and label in text_columns:
@@ -206,15 +213,25 @@ def choose_columns(
             " both: `text_column`, `label_column`."
         )
         raise ConfigError(msg)
-    if label is not None and guessed:
-        check_guess(table, label)
+    if label is not None and not info and task == "classification":
+        check_classes(table, label, named=named)
     return text_columns, label, target
 
 
-def check_guess(table: Table, column: str | int) -> None:
-    """Raise `DataError` if a column taken for the labels is more likely the texts."""
+def check_classes(table: Table, column: str | int, *, named: bool) -> None:
+    """Raise `DataError` if the labels are more likely numbers, or, if not named, texts."""
     values = {str(row.get(column)) for _, row in table.rows}
-    if len(table.rows) >= 20 and 2 * len(values) > len(table.rows):
+    if len(table.rows) < 20 or 2 * len(values) <= len(table.rows):
+        return
+    numbers = [number_in(value) for value in values]
+    if all(n is not None for n in numbers) and any(n != int(n) for n in numbers if n):
+        msg = (
+            f"{table.name}: the labels in column {column!r} are {len(values)} different"
+            f" numbers in {len(table.rows)} rows; to predict numbers instead of classes,"
+            ' `task` is "regression".'
+        )
+        raise DataError(msg)
+    if not named:
         msg = (
             f"{table.name}: the column {column!r}, taken for the labels, has"
             f" {len(values)} different values in {len(table.rows)} rows; say which it"

@@ -161,7 +161,8 @@ def load_data(
         Column of the targets; by default the first of `TARGET_NAMES`. A causal language
         model is trained on whole texts where there is none. A list of targets (JSON)
         stands for a row each. Where neither it nor the texts' is given, OASST1's
-        conversations, MetaMathQA and GSM8K become prompts and targets.
+        conversations, Alpaca's instructions, MetaMathQA and GSM8K become prompts and
+        targets.
     labels : sequence of str or int, optional
         The classes in order, those of the training set above all. By default the order
         that the source states, else numbers by value or strings by alphabet.

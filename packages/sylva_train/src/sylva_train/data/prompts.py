@@ -1,7 +1,8 @@
-"""Tables of conversations and of questions with answers, as prompts with targets.
+"""Tables of conversations, instructions and questions, as prompts with targets.
 
 OpenAssistant Conversations (A. Köpf et al., NeurIPS 2023,
-<https://arxiv.org/abs/2304.07327>), MetaMathQA (L. Yu et al., ICLR 2024,
+<https://arxiv.org/abs/2304.07327>), Alpaca (R. Taori et al. 2023,
+<https://github.com/tatsu-lab/stanford_alpaca>), MetaMathQA (L. Yu et al., ICLR 2024,
 <https://arxiv.org/abs/2309.12284>) and GSM8K (K. Cobbe et al. 2021,
 <https://arxiv.org/abs/2110.14168>).
 """
@@ -23,6 +24,12 @@ __all__ = ["as_prompts"]
 SPEAKERS = {"prompter": "### Human:", "assistant": "### Assistant:"}
 #: The prompt of PEFT's comparison on MetaMathQA and GSM8K.
 QUESTION = "Question: {} Think step by step.\nAnswer:"
+#: Alpaca's prompts, which tell whether there is an input.
+INSTRUCTION = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately"
+    " completes the request.\n\n### Instruction:\n{}\n\n{}### Response:"
+)
+PAIRED = ", paired with an input that provides further context"
 #: Characters of a query and its response at most, as that comparison has them.
 METAMATH_LENGTH = 1300
 
@@ -61,11 +68,24 @@ def form_of(table: Table) -> Callable[[Numbered], Numbered] | None:
         return conversations
     if columns >= {"message_tree_id", "prompt"}:
         return trees
+    if columns >= {"instruction", "output"}:
+        return alpaca
     if columns >= {"query", "response", "type", "original_question"}:
         return metamath
     if columns == {"question", "answer"} and "####" in str(table.rows[0][1]["answer"]):
         return gsm8k
     return None
+
+
+def alpaca(rows: Numbered) -> Numbered:
+    """Return instructions, each with its input if it has one, and their outputs."""
+    found: Numbered = []
+    for number, row in rows:
+        given = row.get("input")
+        inputs = (PAIRED, f"### Input:\n{given}\n\n") if given else ("", "")
+        prompt = INSTRUCTION.format(inputs[0], row["instruction"], inputs[1])
+        found.append((number, {"prompt": prompt, "target": row["output"]}))
+    return found
 
 
 def metamath(rows: Numbered) -> Numbered:

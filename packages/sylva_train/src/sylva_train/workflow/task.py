@@ -70,6 +70,14 @@ class Task:
     train: TextDataset
     held_out: TextDataset | None
 
+    @property
+    def eval_examples(self) -> int:
+        """How many examples an evaluation counts: of generation, different prompts."""
+        if self.held_out is None:
+            return 0
+        counted = self.held_out.texts
+        return len(set(counted) if writes(self.config, self.held_out) else counted)
+
     def loader(
         self, training: TrainingConfig, *, progress: Report | None = None
     ) -> Loader:
@@ -315,9 +323,14 @@ def head_order(names: Sequence[str], saved: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: place[name.casefold()])
 
 
+def writes(config: TaskConfig, dataset: TextDataset) -> bool:
+    """Whether answers are written, of which a prompt has one for all its references."""
+    return config.metric in GENERATION and bool(dataset.targets)
+
+
 def limited(dataset: TextDataset, config: TaskConfig, seed: int) -> TextDataset:
     """Keep so many examples to evaluate on; of generation, prompts with all references."""
-    if config.metric in GENERATION and dataset.targets:
+    if writes(config, dataset):
         return dataset.sample_texts(config.eval_limit, seed)
     return dataset.sample(config.eval_limit, seed)
 
