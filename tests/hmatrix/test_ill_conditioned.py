@@ -152,6 +152,23 @@ def test_lost_digits_are_an_error_with_numbers(rng):
     assert type(hm.factorize(H)).__name__ == "HODLROrthogonal"
 
 
+@pytest.mark.parametrize("seed", [7, 8, 12])
+def test_auto_keeps_digits_of_what_is_not_refined(seed):
+    """A leading half that is close to singular, of a well-conditioned matrix.
+
+    Block inversion passes, since refinement converges; its diagonal is all wrong.
+    """
+    rng = np.random.default_rng(seed)
+    A = rng.standard_normal((40, 40))
+    A[:20, :20] = 1e-7 * A[:20, :20] + np.outer(A[:20, 0], A[0, :20])
+    assert condition(A) < 1e4
+    H, exact = hm.from_dense(A, leaf_size=10, rtol=0), np.linalg.inv(A)
+    F = hm.factorize(H)
+    assert error_ratio(F.inverse_diagonal(), np.diag(exact)) <= 1e-9
+    assert error_ratio(F.inverse() @ np.eye(40), exact) <= 1e-9
+    assert error_ratio(hm.inverse(H, rtol=1e-8).to_dense(), exact) <= 1e-8
+
+
 def test_many_small_errors_are_no_lost_digits():
     """Of a large well-conditioned matrix in float32, the Frobenius norm alone is large."""
     n = 2**14

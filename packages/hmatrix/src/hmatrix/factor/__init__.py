@@ -66,8 +66,11 @@ def factorize(
         * "orthogonal" is elimination by unitary transformations, of any matrix: as
           accurate as dense LU with pivots, at a small multiple of the cost.
 
-        "auto" takes the first of these that applies and keeps the digits. An `MLR` has
-        one method.
+        "auto" takes the first of these that applies and keeps the digits: "inversion" if
+        the Frobenius norm of its ``E`` (see `PrecisionError` below) is at most
+        ``sqrt(eps)``. One step of refinement mends solutions above that, but
+        ``inverse`` and ``inverse_diagonal`` are not refined and can be far off. An `MLR`
+        has one method.
     overwrite : bool
         Let "cholesky" write the factor over the arrays of ``H``, as SciPy's
         ``overwrite_a``: matrix and factor are never in memory both. ``H`` raises

@@ -71,6 +71,7 @@ class Factorization(ABC):
     """
 
     _logdet: Array  # float64 ()
+    _lost: float  # estimate of the Frobenius norm that `_check_precision` is about
     _refinements: ClassVar[int] = 1
 
     def __init__(self, H: HODLR | MLR, shift: float) -> None:
@@ -201,7 +202,7 @@ class Factorization(ABC):
         with without_gradients(space.xp), np.errstate(all="ignore"):
             z = space.normal((tree.n, PROBES), tree.n, PROBES)
             first = error(pad_rows(z, tree))
-            found = safe_norm(first) / math.sqrt(PROBES)
+            found = self._lost = safe_norm(first) / math.sqrt(PROBES)
             if found > limit and math.isfinite(found):
                 found = min(found, safe_norm(error(first / found)) / math.sqrt(PROBES))
         if not found <= limit:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from hmatrix._backend import in_own_precision, one_blas_thread_if_narrow
-from hmatrix._checks import check_kind
+from hmatrix._checks import PrecisionError, SingularBlockError, check_kind
 from hmatrix.arithmetic import (
     after,
     assemble,
@@ -105,6 +106,9 @@ def inverse(
     elif isinstance(H, MLR):
         F = MLRFactorization(H, shift)
     assert isinstance(F, Factorization)
+    if isinstance(F, HODLROrthogonal) and H is not F and has_gradients(F.matrix):
+        with suppress(SingularBlockError, PrecisionError):
+            F = HODLRFactorization(F.matrix, F.shift)
     if isinstance(F, HODLROrthogonal):
         if has_gradients(F.matrix):
             msg = (

@@ -182,6 +182,7 @@ class HODLROrthogonal(Factorization):
         """Take over the factors of the detached matrix, with its gradients."""
         self._plain, self._steps, self._root = plain, plain._steps, plain._root
         self._scale, self._sign = plain._scale, plain._sign
+        self._lost = plain._lost
         self._logdet = logdet_with_gradients_of(
             plain._logdet, plain.stored_inverse, self.matrix
         )
@@ -376,16 +377,27 @@ class HODLROrthogonal(Factorization):
 
 
 def inversion_or_orthogonal(H: HODLR, shift: float) -> Factorization:
-    """Factorize by inversion, or orthogonally where that fails or loses digits."""
+    """Factorize by inversion, or orthogonally where that fails or loses digits.
+
+    The diagonal of an inverse is not refined and can lose far more of them than products
+    with it show: what `HODLRFactorization` lets pass by itself is too much here.
+    """
     try:
-        return HODLRFactorization(H, shift)
+        first = HODLRFactorization(H, shift)
     except (PrecisionError, SingularBlockError) as error:
         try:
             return HODLROrthogonal(H, shift)
         except (PrecisionError, SingularBlockError) as hopeless:
             # that of a block says more, if there is one
-            first = error if isinstance(error, SingularBlockError) else hopeless
-            raise first from None
+            cause = error if isinstance(error, SingularBlockError) else hopeless
+            raise cause from None
+    if first._lost <= math.sqrt(H.space.eps):
+        return first
+    try:
+        second = HODLROrthogonal(H, shift)
+    except (PrecisionError, SingularBlockError):
+        return first
+    return second if second._lost < first._lost else first
 
 
 def _balanced(block: LowRank) -> tuple[Array, Array]:
