@@ -417,3 +417,24 @@ def test_narrow_bands_and_sharp_peaks_are_seen(seed, n, width):
     H = hm.from_entries(lambda i, j: hat[i, j], n, rtol=1e-8, leaf_size=16, seed=seed)
     if n <= 256:  # every block is compared whole
         assert relative(H, hat) <= 1e-8
+
+
+def test_one_entry_of_a_small_matrix_is_seen():
+    """Its mirror image is none: the matrix is not symmetric."""
+    A = np.zeros((129, 129))
+    A[18, 103] = 1
+    H = hm.from_entries(lambda i, j: A[i, j], 129, leaf_size=16)
+    assert not H.symmetric
+    np.testing.assert_allclose(H.to_dense(), A, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["entries", "matvec"])
+@pytest.mark.parametrize("max_rank", [0, 1])
+def test_the_error_of_a_cap_is_relative_to_the_whole_matrix(how, max_rank, rng):
+    A = rng.standard_normal((200, 200))
+    options = {"levels": 3, "max_rank": max_rank}
+    if how == "entries":
+        H = hm.from_entries(lambda i, j: A[i, j], 200, **options)
+    else:
+        H = hm.from_matvec(lambda x: A @ x, lambda x: A.T @ x, n=200, **options)
+    assert 0.8 <= H.error / relative(H, A) <= 1.5

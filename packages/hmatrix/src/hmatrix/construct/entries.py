@@ -77,8 +77,8 @@ def from_entries(
         ``H.error`` is the estimate of the relative error.
     symmetric : bool, optional
         Store one of the two off-diagonal blocks. Default: whether the leaves, and eight
-        other entries of each row and column, are Hermitian. If true, it is believed of
-        all but the leaves.
+        other entries of each row and column (all entries of up to 256 rows), are
+        Hermitian. If true, it is believed of all but the leaves.
     seed : int
         Of the checks.
 
