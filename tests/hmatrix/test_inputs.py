@@ -1,0 +1,68 @@
+"""What arrays may be besides plain ones, and what is said of what is no array."""
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+import hmatrix as hm
+
+
+@pytest.fixture
+def A():
+    t = np.linspace(0, 1, 40)
+    return np.exp(-abs(t[:, None] - t)) + np.diag(t)
+
+
+@pytest.mark.parametrize("kind", ["memmap", "recarray", "big-endian", "read-only"])
+def test_subclasses_and_byte_orders_are_arrays_like_others(kind, A, tmp_path):
+    def made(x):
+        if kind == "memmap":
+            x.tofile(tmp_path / "x")
+            return np.memmap(tmp_path / "x", dtype=x.dtype, mode="r", shape=x.shape)
+        if kind == "read-only":
+            return np.broadcast_to(x, x.shape)
+        return x.view(np.recarray) if kind == "recarray" else x.astype(">f8")
+
+    x = np.cos(np.arange(40.0))
+    for H in (hm.from_dense(made(A), levels=2), hm.from_dense(A, levels=2)):
+        assert H.dtype == np.float64
+        assert H.dtype.isnative
+        np.testing.assert_allclose(H @ made(x), A @ x)
+        np.testing.assert_allclose(made(x) @ H, x @ A)
+        F = hm.factorize(hm.shift(H, made(x * x)))
+        np.testing.assert_allclose(F.solve(made(x)), np.linalg.solve(A + np.diag(x * x), x))
+    assert hm.from_diagonal(made(x)).trace() == pytest.approx(x.sum())
+    K = hm.from_kernel(lambda a, b: np.exp(-abs(a - b)), made(x))
+    np.testing.assert_allclose(K, np.exp(-abs(np.subtract.outer(x, x))), atol=1e-7)
+
+
+def test_what_is_masked_is_not_taken_for_numbers(A):
+    masked = np.ma.masked_array(A, mask=A > 1)
+    for make in (
+        lambda: hm.from_dense(masked),
+        lambda: hm.from_diagonal(masked[0]),
+        lambda: hm.from_dense(A) @ masked[0],
+        lambda: hm.StreamingMLR(40, levels=1).update(masked),
+    ):
+        with pytest.raises(hm.BackendError, match="got MaskedArray; .*`filled`"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda A, H: hm.from_dense(sparse.csr_array(A)), "`from_sparse`"),
+        (lambda A, H: hm.from_dense(A.astype(int)), "got int64; convert"),
+        (lambda A, H: H @ np.arange(40), "has dtype int64.*; cast it.$"),
+        (lambda A, H: H + 1, "got int; `shift`"),
+        (lambda A, H: H + A, "got ndarray; `from_dense`"),
+        (lambda A, H: A - H, "got ndarray; `from_dense`"),
+        (lambda A, H: hm.factorize(A), "got ndarray; `from_dense`"),
+        (lambda A, H: H @ hm.factorize(H), r"`inverse\(\)`"),
+        (lambda A, H: H @ hm.factorize(H).inverse(), "`hmatrix.inverse`"),
+        (lambda A, H: hm.add(hm.LowRank(A, A[0], A), H), "`H` must be a HODLR"),
+    ],
+)
+def test_messages_say_what_to_do(wrong, words, A):
+    with pytest.raises((TypeError, ValueError), match=words):
+        wrong(A, hm.from_dense(A, levels=2))
