@@ -1,5 +1,7 @@
 """What arrays may be besides plain ones, and what is said of what is no array."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -30,7 +32,9 @@ def test_subclasses_and_byte_orders_are_arrays_like_others(kind, A, tmp_path):
         np.testing.assert_allclose(H @ made(x), A @ x)
         np.testing.assert_allclose(made(x) @ H, x @ A)
         F = hm.factorize(hm.shift(H, made(x * x)))
-        np.testing.assert_allclose(F.solve(made(x)), np.linalg.solve(A + np.diag(x * x), x))
+        np.testing.assert_allclose(
+            F.solve(made(x)), np.linalg.solve(A + np.diag(x * x), x)
+        )
     assert hm.from_diagonal(made(x)).trace() == pytest.approx(x.sum())
     K = hm.from_kernel(lambda a, b: np.exp(-abs(a - b)), made(x))
     np.testing.assert_allclose(K, np.exp(-abs(np.subtract.outer(x, x))), atol=1e-7)
@@ -44,25 +48,26 @@ def test_what_is_masked_is_not_taken_for_numbers(A):
         lambda: hm.from_dense(A) @ masked[0],
         lambda: hm.StreamingMLR(40, levels=1).update(masked),
     ):
-        with pytest.raises(hm.BackendError, match="got MaskedArray; .*`filled`"):
+        with pytest.raises(hm.BackendError, match=r"got MaskedArray; .*`filled`"):
             make()
 
 
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        (lambda A, H: hm.from_dense(sparse.csr_array(A)), "`from_sparse`"),
-        (lambda A, H: hm.from_dense(A.astype(int)), "got int64; convert"),
-        (lambda A, H: H @ np.arange(40), "has dtype int64.*; cast it.$"),
-        (lambda A, H: H + 1, "got int; `shift`"),
-        (lambda A, H: H + A, "got ndarray; `from_dense`"),
-        (lambda A, H: A - H, "got ndarray; `from_dense`"),
-        (lambda A, H: hm.factorize(A), "got ndarray; `from_dense`"),
-        (lambda A, H: H @ hm.factorize(H), r"`inverse\(\)`"),
-        (lambda A, H: H @ hm.factorize(H).inverse(), "`hmatrix.inverse`"),
-        (lambda A, H: hm.add(hm.LowRank(A, A[0], A), H), "`H` must be a HODLR"),
-    ],
-)
-def test_messages_say_what_to_do(wrong, words, A):
+WRONG = {
+    "`from_sparse`": lambda given: hm.from_dense(sparse.csr_array(given.A)),
+    "got int64; .* convert the array": lambda given: hm.from_dense(given.A.astype(int)),
+    "has dtype int64.*; cast it[.]$": lambda given: given.H @ np.arange(40),
+    "got int; `shift`": lambda given: given.H + 1,
+    "got ndarray; `from_dense`": lambda given: given.H + given.A,
+    "or LowRank, got ndarray; `from_dense`": lambda given: given.A - given.H,
+    "or MLR, got ndarray; `from_dense`": lambda given: hm.factorize(given.A),
+    "a `matrix`, and `inverse[(][)]`": lambda given: given.H @ hm.factorize(given.H),
+    "`hmatrix.inverse`": lambda given: given.H @ hm.factorize(given.H).inverse(),
+    "`H` must be a HODLR or MLR": lambda given: hm.add(given.A, given.H),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_messages_say_what_to_do(words, A):
+    given = SimpleNamespace(A=A, H=hm.from_dense(A, levels=2))
     with pytest.raises((TypeError, ValueError), match=words):
-        wrong(A, hm.from_dense(A, levels=2))
+        WRONG[words](given)

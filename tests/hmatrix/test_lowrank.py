@@ -62,7 +62,9 @@ def test_products_and_transpose(xp, dtype, rng):
 
 
 def test_products_with_vectors_and_from_the_right(xp, dtype, rng):
-    block = LowRank(*(xp.asarray(rng.standard_normal(s), dtype) for s in ((5, 2), 2, (4, 2))))
+    block = LowRank(
+        *(xp.asarray(rng.standard_normal(s), dtype) for s in ((5, 2), 2, (4, 2)))
+    )
     for shape in ((4,), (4, 3), (4, 0)):
         x = xp.asarray(rng.standard_normal(shape), dtype)
         assert_close(block @ x, dense(block) @ to_numpy(x), (dtype, "exact"))
@@ -81,7 +83,10 @@ def test_products_with_matrices_stay_of_low_rank(complex_, rank, rng):
         for s in ((n, rank), (n, rank), (n, n))
     )
     U, V, A = (x if complex_ else x.real for x in (U, V, A))
-    block, H = LowRank(U, np.arange(1.0, rank + 1), V), hm.from_dense(A, levels=2, rtol=0)
+    block, H = (
+        LowRank(U, np.arange(1.0, rank + 1), V),
+        hm.from_dense(A, levels=2, rtol=0),
+    )
     D = block.to_dense()
     other = LowRank(V[:, :2], np.ones(min(rank, 2)), U[:, :2])
     found = {

@@ -194,8 +194,8 @@ def check_space(space: Space, dtypes: tuple[str, ...] = FLOATS) -> Space:
     """Return ``space`` if its dtype is one of ``dtypes``."""
     if space.name not in dtypes:
         msg = (
-            f"`dtype` must be one of {', '.join(dtypes)}, got {space.name}; convert the "
-            "array first."
+            f"`dtype` must be one of {', '.join(dtypes)}, got {space.name}; name "
+            "one of these, or convert the array."
         )
         raise DTypeError(msg)
     return space
@@ -212,7 +212,9 @@ def remedy(x: object, otherwise: str = "") -> str:
     if hasattr(x, "inverse_diagonal"):
         return "; it has a `matrix`, and `inverse()` is an operator"
     if hasattr(x, "rmatmat"):
-        return "; `matmul` is for stored matrices, and `hmatrix.inverse` stores an inverse"
+        return (
+            "; `matmul` is for stored matrices, and `hmatrix.inverse` stores an inverse"
+        )
     return otherwise
 
 

@@ -55,7 +55,8 @@ def namespace(x: Array) -> Namespace:
     if kind not in _namespaces:
         # NumPy itself is the standard since 2.1, and what compat puts before it costs a
         # twentieth of the time of small matrices
-        bare = issubclass(kind, np.ndarray) and hasattr(np, "cumulative_sum")
+        numpys = issubclass(kind, np.ndarray | np.generic)
+        bare = numpys and hasattr(np, "cumulative_sum")
         _namespaces[kind] = array_api_compat.array_namespace(
             x, use_compat=False if bare else None
         )

@@ -106,4 +106,3 @@ def _apply_below(
     y = H._apply(xp.reshape(x, (H.tree.padded, x.shape[-1])), level + 1)
     y = xp.reshape(y, x.shape)
     return y[:, 0, :, : first.shape[-1]], y[:, 1, :, : second.shape[-1]]
-

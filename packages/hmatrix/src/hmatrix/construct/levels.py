@@ -229,9 +229,10 @@ def looks_hermitian(
     if leaves.shape[0] == 1:
         return True
     chance = np.random.default_rng(seed)
-    pairs: list[tuple[np.ndarray, ...]] = [np.tril_indices(n, -1)]
     if n > 2 * SAMPLE:
         pairs = [(np.arange(n), chance.permutation(n)) for _ in range(8)]
+    else:
+        pairs = [np.tril_indices(n, -1)]
     for pair in pairs:
         a, b = (xp.take(labels, space.integers(i), axis=0) for i in pair)
         if not bool(xp.all(function(a, b) == conjugate(function(b, a)))):
