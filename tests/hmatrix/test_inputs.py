@@ -62,12 +62,14 @@ WRONG = {
     "or MLR, got ndarray; `from_dense`": lambda given: hm.factorize(given.A),
     "a `matrix`, and `inverse[(][)]`": lambda given: given.H @ hm.factorize(given.H),
     "`hmatrix.inverse`": lambda given: given.H @ hm.factorize(given.H).inverse(),
+    "got MLR; `from_matvec` makes": lambda given: given.H + given.M,
     "`H` must be a HODLR or MLR": lambda given: hm.add(given.A, given.H),
 }
 
 
 @pytest.mark.parametrize("words", WRONG)
 def test_messages_say_what_to_do(words, A):
-    given = SimpleNamespace(A=A, H=hm.from_dense(A, levels=2))
+    M = hm.StreamingMLR(40, levels=2).result()
+    given = SimpleNamespace(A=A, H=hm.from_dense(A, levels=2), M=M)
     with pytest.raises((TypeError, ValueError), match=words):
         WRONG[words](given)

@@ -211,7 +211,9 @@ def remedy(x: object, otherwise: str = "") -> str:
         return "; `from_sparse` compresses it, `toarray` makes it dense"
     if hasattr(x, "inverse_diagonal"):
         return "; it has a `matrix`, and `inverse()` is an operator"
-    if hasattr(x, "rmatmat"):
+    if hasattr(x, "factors"):
+        return "; `from_matvec` makes a HODLR of an MLR"
+    if hasattr(x, "rmatmat") and not hasattr(x, "leaves"):
         return (
             "; `matmul` is for stored matrices, and `hmatrix.inverse` stores an inverse"
         )

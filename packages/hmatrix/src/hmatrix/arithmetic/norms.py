@@ -119,8 +119,8 @@ def _largest_singular_value(H: Operator) -> float:
     v = v / frobenius(v)
     # brought to about 1, so that squares stay in range
     scale = safe_norm(H._apply(v))
-    if not scale:
-        return 0.0
+    if not scale or not math.isfinite(scale):
+        return scale
     before, off = space.xp.zeros_like(v), 0.0
     diagonal: list[float] = []
     offs: list[float] = []

@@ -7,19 +7,13 @@ small factorization.
 
 from __future__ import annotations
 
-import math
-
 from hmatrix._backend import in_own_precision, one_blas_thread_if_narrow
 from hmatrix._checks import (
-    NonFiniteError,
     NotPositiveDefiniteError,
-    PrecisionError,
-    SingularBlockError,
     check_choice,
     check_kind,
 )
-from hmatrix.arithmetic import norm
-from hmatrix.factor._base import Factorization
+from hmatrix.factor._base import Factorization, telling_nan
 from hmatrix.factor.cholesky import HODLRCholesky, has_cholesky
 from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
 from hmatrix.factor.inversion import inverse
@@ -152,15 +146,8 @@ def factorize(
     with one_blas_thread_if_narrow(H.space, *H._widths):
         if isinstance(H, MLR):
             return MLRFactorization(H, shift)
-        try:
+        with telling_nan(H):
             return _factorize(H, shift, method, overwrite)
-        except NotPositiveDefiniteError:
-            raise  # Cholesky looks for NaN itself
-        except (SingularBlockError, PrecisionError):
-            if math.isfinite(norm(H)):
-                raise
-            msg = "The matrix holds NaN or infinite values."
-            raise NonFiniteError(msg) from None
 
 
 def _factorize(H: HODLR, shift: float, method: str, overwrite: bool) -> Factorization:

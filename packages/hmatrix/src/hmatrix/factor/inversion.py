@@ -15,7 +15,7 @@ from hmatrix.arithmetic import (
     inverse_error,
     truncate,
 )
-from hmatrix.factor._base import Factorization, has_gradients
+from hmatrix.factor._base import Factorization, has_gradients, telling_nan
 from hmatrix.factor.cholesky import HODLRCholesky
 from hmatrix.factor.hodlr import HODLRFactorization
 from hmatrix.factor.mlr import MLRFactorization
@@ -64,6 +64,8 @@ def inverse(
     ------
     SingularLeafError, SingularBlockError, NotPositiveDefiniteError
         As `factorize`.
+    NonFiniteError
+        If the matrix holds NaN or infinite values.
     PrecisionError
         If a `HODLR` is singular to working precision.
     ToleranceError
@@ -102,7 +104,8 @@ def inverse(
         # W Wᴴ does not have the terms; inversion of the matrix behind it has
         F = inversion_or_orthogonal(H.matrix, H.shift)
     elif isinstance(H, HODLR):
-        F = inversion_or_orthogonal(H, shift)
+        with telling_nan(H):
+            F = inversion_or_orthogonal(H, shift)
     elif isinstance(H, MLR):
         F = MLRFactorization(H, shift)
     assert isinstance(F, Factorization)
