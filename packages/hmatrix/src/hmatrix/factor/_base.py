@@ -40,6 +40,7 @@ from hmatrix.mlr import MLR
 from hmatrix.tree import ClusterTree
 
 __all__ = [
+    "PROBES",
     "Factorization",
     "cleared",
     "has_gradients",

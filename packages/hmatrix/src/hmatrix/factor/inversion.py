@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import math
 from dataclasses import replace
 from typing import Any
 
 from hmatrix._backend import in_own_precision, one_blas_thread_if_narrow
-from hmatrix._checks import PrecisionError, SingularBlockError, check_kind
+from hmatrix._checks import check_kind
 from hmatrix.arithmetic import (
     after,
     assemble,
     estimate_norm,
     inverse_error,
+    safe_norm,
     truncate,
 )
-from hmatrix.factor._base import Factorization, has_gradients, telling_nan
+from hmatrix.factor._base import PROBES, Factorization, has_gradients, telling_nan
 from hmatrix.factor.cholesky import HODLRCholesky
 from hmatrix.factor.hodlr import HODLRFactorization
 from hmatrix.factor.mlr import MLRFactorization
@@ -79,7 +80,7 @@ def inverse(
     Each level of the recursive block inversion subtracts ``D P E Qᴴ D`` (see
     `factorize`): its off-diagonal parts are blocks of low rank, its diagonal parts reach
     into all levels below. Cost ``O(n r² K²)``. Where that fails or loses digits (see
-    `factorize`), or ``H`` is a factorization by "orthogonal", it is found from solutions,
+    `factorize`), or the result differs from solutions with random vectors, or ``H`` is a factorization by "orthogonal", it is found from solutions,
     as `from_matvec` does.
 
     Examples
@@ -102,16 +103,13 @@ def inverse(
     F = H
     if isinstance(H, HODLRCholesky):
         # W Wᴴ does not have the terms; inversion of the matrix behind it has
-        F = inversion_or_orthogonal(H.matrix, H.shift)
+        F = inversion_or_orthogonal(H.matrix, H.shift, strict=False)
     elif isinstance(H, HODLR):
         with telling_nan(H):
-            F = inversion_or_orthogonal(H, shift)
+            F = inversion_or_orthogonal(H, shift, strict=False)
     elif isinstance(H, MLR):
         F = MLRFactorization(H, shift)
     assert isinstance(F, Factorization)
-    if isinstance(F, HODLROrthogonal) and H is not F and has_gradients(F.matrix):
-        with suppress(SingularBlockError, PrecisionError):
-            F = HODLRFactorization(F.matrix, F.shift)
     if isinstance(F, HODLROrthogonal):
         if has_gradients(F.matrix):
             msg = (
@@ -138,5 +136,24 @@ def inverse(
             max_rank=max_rank,
             symmetric=F.symmetric,
         )
+    if not has_gradients(F.matrix) and _is_off(stored, F, rtol):
+        elimination = HODLROrthogonal(F.matrix, F.shift)
+        stored = elimination.stored_inverse(rtol, max_rank)
     error = after(inverse_error(stored, F.matrix), stored.error)
     return replace(stored, error=error)
+
+
+def _is_off(X: HODLR, F: HODLRFactorization, rtol: float | None) -> bool:
+    """Tell whether the stored inverse differs from solutions by more than it may.
+
+    They are refined and its terms are not: where inverses of halves are large beside
+    that of the whole they cancel, and digits are lost that products with F do not lose.
+    """
+    space = F.space
+    z = space.normal((F.tree.n, PROBES), F.tree.n, PROBES)
+    x = F.solve(z)
+    size, off = safe_norm(x), safe_norm(X @ z - x)
+    # of the inverse and of the matrix, in the Frobenius norm
+    condition = size * safe_norm(F.matrix @ z + F.shift * z) / PROBES
+    rounding = max(math.sqrt(space.eps), 10 * space.eps * condition)
+    return not off <= 2 * ((X.error or 0.0) + max(rtol or 0.0, rounding)) * size

@@ -376,11 +376,13 @@ class HODLROrthogonal(Factorization):
             self._steps.append(_Step(*parts))
 
 
-def inversion_or_orthogonal(H: HODLR, shift: float) -> Factorization:
+def inversion_or_orthogonal(
+    H: HODLR, shift: float, *, strict: bool = True
+) -> Factorization:
     """Factorize by inversion, or orthogonally where that fails or loses digits.
 
     The diagonal of an inverse is not refined and can lose far more of them than products
-    with it show: what `HODLRFactorization` lets pass by itself is too much here.
+    with it show: what `HODLRFactorization` lets pass by itself is too much if ``strict``.
     """
     try:
         first = HODLRFactorization(H, shift)
@@ -391,7 +393,7 @@ def inversion_or_orthogonal(H: HODLR, shift: float) -> Factorization:
             # that of a block says more, if there is one
             cause = error if isinstance(error, SingularBlockError) else hopeless
             raise cause from None
-    if first._lost <= math.sqrt(H.space.eps):
+    if not strict or first._lost <= math.sqrt(H.space.eps):
         return first
     try:
         second = HODLROrthogonal(H, shift)
