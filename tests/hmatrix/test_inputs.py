@@ -73,3 +73,8 @@ def test_messages_say_what_to_do(words, A):
     given = SimpleNamespace(A=A, H=hm.from_dense(A, levels=2), M=M)
     with pytest.raises((TypeError, ValueError), match=words):
         WRONG[words](given)
+
+
+def test_matrices_are_summed(A):
+    H = hm.from_dense(A, levels=2)
+    np.testing.assert_allclose(sum([H, H, H]), 3 * A, atol=1e-6)

@@ -247,7 +247,10 @@ class StoredOperator(Entries, Operator):
     def __add__(self, other: object) -> Any:
         return _operations["add"](self, other)
 
-    __radd__ = __add__  # an array's own `+` says nothing of use
+    def __radd__(self, other: object) -> Any:
+        if isinstance(other, int) and other == 0:
+            return self  # what `sum` begins with
+        return self + other  # an array's own `+` says nothing of use
 
     def __sub__(self, other: object) -> Any:
         return _operations["subtract"](self, other)
