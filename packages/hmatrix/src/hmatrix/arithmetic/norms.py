@@ -8,6 +8,7 @@ from hmatrix._backend import (
     Array,
     adjoint,
     conjugate,
+    detach,
     frobenius,
     in_own_precision,
     namespace,
@@ -80,7 +81,7 @@ def norm(H: Operator, kind: str | int = "fro") -> float:
 
 def safe_norm(x: Array) -> float:
     """Return the Frobenius norm of a whole array, whose squares may leave the range."""
-    xp = namespace(x)
+    xp, x = namespace(x), detach(x)
     if not math.prod(x.shape):
         return 0.0
     top = float(xp.max(xp.abs(x)))

@@ -6,7 +6,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from hmatrix._backend import in_own_precision, one_blas_thread_if_narrow
+from hmatrix._backend import (
+    in_own_precision,
+    one_blas_thread_if_narrow,
+    without_gradients,
+)
 from hmatrix._checks import check_kind
 from hmatrix.arithmetic import (
     after,
@@ -111,15 +115,7 @@ def inverse(
         F = MLRFactorization(H, shift)
     assert isinstance(F, Factorization)
     if isinstance(F, HODLROrthogonal):
-        if has_gradients(F.matrix):
-            msg = (
-                "The stored inverse of an ill-conditioned matrix has no gradients; pass "
-                "detached tensors."
-            )
-            raise ValueError(msg)
-        stored = F.stored_inverse(rtol, max_rank)
-        error = after(inverse_error(stored, F.matrix), stored.error)
-        return replace(stored, error=error)
+        return _from_solutions(F, rtol, max_rank)
     if not isinstance(F, HODLRFactorization):
         X: Any = F.inverse()
         if rtol is None and max_rank is None:
@@ -136,9 +132,24 @@ def inverse(
             max_rank=max_rank,
             symmetric=F.symmetric,
         )
-    if not has_gradients(F.matrix) and _is_off(stored, F, rtol):
-        elimination = HODLROrthogonal(F.matrix, F.shift)
-        stored = elimination.stored_inverse(rtol, max_rank)
+    with without_gradients(F.space.xp):
+        off = _is_off(stored, F, rtol)
+    if off:
+        return _from_solutions(HODLROrthogonal(F.matrix, F.shift), rtol, max_rank)
+    error = after(inverse_error(stored, F.matrix), stored.error)
+    return replace(stored, error=error)
+
+
+def _from_solutions(
+    F: HODLROrthogonal, rtol: float | None, max_rank: int | None
+) -> HODLR:
+    if has_gradients(F.matrix):
+        msg = (
+            "The stored inverse of an ill-conditioned matrix has no gradients; pass "
+            "detached tensors."
+        )
+        raise ValueError(msg)
+    stored = F.stored_inverse(rtol, max_rank)
     error = after(inverse_error(stored, F.matrix), stored.error)
     return replace(stored, error=error)
 
