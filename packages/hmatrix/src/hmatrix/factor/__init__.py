@@ -16,9 +16,9 @@ from hmatrix._checks import (
 from hmatrix.factor._base import Factorization, telling_nan
 from hmatrix.factor.cholesky import HODLRCholesky, has_cholesky
 from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
-from hmatrix.factor.inversion import inverse
+from hmatrix.factor.inversion import inverse, inversion_or_orthogonal
 from hmatrix.factor.mlr import MLRFactorization
-from hmatrix.factor.orthogonal import HODLROrthogonal, inversion_or_orthogonal
+from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 

@@ -11,7 +11,7 @@ from hmatrix._backend import (
     one_blas_thread_if_narrow,
     without_gradients,
 )
-from hmatrix._checks import check_kind
+from hmatrix._checks import PrecisionError, SingularBlockError, check_kind
 from hmatrix.arithmetic import (
     after,
     assemble,
@@ -24,11 +24,11 @@ from hmatrix.factor._base import PROBES, Factorization, has_gradients, telling_n
 from hmatrix.factor.cholesky import HODLRCholesky
 from hmatrix.factor.hodlr import HODLRFactorization
 from hmatrix.factor.mlr import MLRFactorization
-from hmatrix.factor.orthogonal import HODLROrthogonal, inversion_or_orthogonal
+from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 
-__all__ = ["inverse"]
+__all__ = ["inverse", "inversion_or_orthogonal"]
 
 
 @in_own_precision
@@ -138,6 +138,32 @@ def inverse(
         return _from_solutions(HODLROrthogonal(F.matrix, F.shift), rtol, max_rank)
     error = after(inverse_error(stored, F.matrix), stored.error)
     return replace(stored, error=error)
+
+
+def inversion_or_orthogonal(
+    H: HODLR, shift: float, *, strict: bool = True
+) -> Factorization:
+    """Factorize by inversion, or orthogonally where that fails or loses digits.
+
+    The diagonal of an inverse is not refined and can lose far more of them than products
+    with it show: what `HODLRFactorization` lets pass by itself is too much if ``strict``.
+    """
+    try:
+        first = HODLRFactorization(H, shift)
+    except (PrecisionError, SingularBlockError) as error:
+        try:
+            return HODLROrthogonal(H, shift)
+        except (PrecisionError, SingularBlockError) as hopeless:
+            # that of a block says more, if there is one
+            cause = error if isinstance(error, SingularBlockError) else hopeless
+            raise cause from None
+    if not strict or first._lost <= math.sqrt(H.space.eps):
+        return first
+    try:
+        second = HODLROrthogonal(H, shift)
+    except (PrecisionError, SingularBlockError):
+        return first
+    return second if second._lost < first._lost else first
 
 
 def _from_solutions(

@@ -20,7 +20,7 @@ from hmatrix._backend import (
     slogdet,
     solve,
 )
-from hmatrix._checks import PrecisionError, SingularBlockError
+from hmatrix._checks import SingularBlockError
 from hmatrix._operator import unpad_rows
 from hmatrix.construct import from_matvec
 from hmatrix.factor._base import (
@@ -35,11 +35,11 @@ from hmatrix.factor.gradients import (
     diagonal_with_gradients_of,
     logdet_with_gradients_of,
 )
-from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
+from hmatrix.factor.hodlr import HODLRInverse
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, pair
 
-__all__ = ["HODLROrthogonal", "inversion_or_orthogonal"]
+__all__ = ["HODLROrthogonal"]
 
 Apply = Callable[[Array], Array]
 
@@ -374,32 +374,6 @@ class HODLROrthogonal(Factorization):
             shape = (self.tree.nodes(self.tree.levels - k), None, None)
             parts = (take_array(arrays, f"{name}.{k}", shape) for name in names)
             self._steps.append(_Step(*parts))
-
-
-def inversion_or_orthogonal(
-    H: HODLR, shift: float, *, strict: bool = True
-) -> Factorization:
-    """Factorize by inversion, or orthogonally where that fails or loses digits.
-
-    The diagonal of an inverse is not refined and can lose far more of them than products
-    with it show: what `HODLRFactorization` lets pass by itself is too much if ``strict``.
-    """
-    try:
-        first = HODLRFactorization(H, shift)
-    except (PrecisionError, SingularBlockError) as error:
-        try:
-            return HODLROrthogonal(H, shift)
-        except (PrecisionError, SingularBlockError) as hopeless:
-            # that of a block says more, if there is one
-            cause = error if isinstance(error, SingularBlockError) else hopeless
-            raise cause from None
-    if not strict or first._lost <= math.sqrt(H.space.eps):
-        return first
-    try:
-        second = HODLROrthogonal(H, shift)
-    except (PrecisionError, SingularBlockError):
-        return first
-    return second if second._lost < first._lost else first
 
 
 def _balanced(block: LowRank) -> tuple[Array, Array]:
