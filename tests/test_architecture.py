@@ -12,7 +12,7 @@ PACKAGES = Path(__file__).parents[1] / "packages"
 
 # A module (or folder) may import only from those to its left.
 ORDER = {
-    "hmatrix": "_backend _checks tree _entries _operator lowrank hodlr mlr construct update "
+    "hmatrix": "_backend _checks tree _entries lowrank _operator hodlr mlr construct update "
     "arithmetic factor interop io plot",
     "sylva_train": "_checks _files processes options config config_files targets kernels masks curvature importance selection layers "
     "optimizer tuner checkpoint data pretrained evaluation training baselines "

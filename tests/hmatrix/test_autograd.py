@@ -388,3 +388,20 @@ def test_a_gaussian_process_learns_its_length_scale_and_noise():
     # a minimum of the dense likelihood
     final = torch.autograd.grad(dense(*torch.exp(logs)), logs)[0]
     assert torch.linalg.norm(final) < 1e-3 * torch.linalg.norm(exact_gradient)
+
+
+def test_stored_inverses_have_gradients_or_say_so(rng):
+    A = rng.standard_normal((40, 40))
+    A[:20, :20] = 1e-7 * A[:20, :20] + np.outer(A[:20, 0], A[0, :20])
+    for D, regular in ((A, False), (A + 20 * np.eye(40), True)):
+        H = hm.from_dense(torch.asarray(D), leaf_size=10, rtol=0)
+        leaves = H.leaves.clone().requires_grad_()
+        H = hm.HODLR(H.tree, leaves, H.upper, H.lower)
+        if regular:
+            (found,) = torch.autograd.grad(hm.inverse(H).diagonal().sum(), leaves)
+            X = np.linalg.inv(D)
+            exact = [-(X @ X).T[i : i + 10, i : i + 10] for i in range(0, 40, 10)]
+            np.testing.assert_allclose(found, exact, atol=1e-12)
+        else:
+            with pytest.raises(ValueError, match="ill-conditioned matrix has no grad"):
+                hm.inverse(H)

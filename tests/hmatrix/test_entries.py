@@ -298,7 +298,7 @@ def test_bad_functions_are_told_apart():
         hm.from_kernel(lambda a, b: a * b, np.arange(4.0), nugget=np.ones(3))
     with pytest.raises(hm.NonFiniteError, match=r"`nugget` .* 4 NaN"):
         hm.from_kernel(lambda a, b: a * b, np.arange(4.0), nugget=np.full(4, np.nan))
-    with pytest.raises(hm.DTypeError, match=r"`dtype` must be one of .*, got float\."):
+    with pytest.raises(hm.DTypeError, match=r"`dtype` must be one of .*, got float;"):
         hm.from_entries(lambda i, j: i + j, 4, dtype=float)
     with pytest.raises(hm.ShapeError, match="`seed` must be an integer, got NoneType"):
         hm.from_entries(lambda i, j: i + j, 4, seed=None)
@@ -417,3 +417,56 @@ def test_narrow_bands_and_sharp_peaks_are_seen(seed, n, width):
     H = hm.from_entries(lambda i, j: hat[i, j], n, rtol=1e-8, leaf_size=16, seed=seed)
     if n <= 256:  # every block is compared whole
         assert relative(H, hat) <= 1e-8
+
+
+def test_one_entry_of_a_small_matrix_is_seen():
+    """Its mirror image is none: the matrix is not symmetric."""
+    A = np.zeros((129, 129))
+    A[18, 103] = 1
+    H = hm.from_entries(lambda i, j: A[i, j], 129, leaf_size=16)
+    assert not H.symmetric
+    np.testing.assert_allclose(H.to_dense(), A, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["entries", "matvec"])
+@pytest.mark.parametrize("max_rank", [0, 1])
+def test_the_error_of_a_cap_is_relative_to_the_whole_matrix(how, max_rank, rng):
+    A = rng.standard_normal((200, 200))
+    options = {"levels": 3, "max_rank": max_rank}
+    if how == "entries":
+        H = hm.from_entries(lambda i, j: A[i, j], 200, **options)
+    else:
+        H = hm.from_matvec(lambda x: A @ x, lambda x: A.T @ x, n=200, **options)
+    assert 0.8 <= H.error / relative(H, A) <= 1.5
+
+
+@pytest.mark.parametrize(
+    "number", [np.float64(0.5), np.float32(0.5), np.array(0.5), 1 / 2]
+)
+def test_a_nugget_is_any_real_number(number):
+    t = np.linspace(0, 1, 50)
+    H = hm.from_kernel(lambda x, y: np.exp(-abs(x - y)), t, nugget=number, levels=1)
+    np.testing.assert_allclose(H.diagonal(), 1.5)
+
+
+def test_a_kernel_may_give_integers():
+    t = np.linspace(0, 1, 50)
+    H = hm.from_kernel(lambda x, y: abs(x - y) < 0.1, t, levels=2)
+    assert H.dtype == np.float64
+    np.testing.assert_allclose(H, abs(t[:, None] - t) < 0.1, atol=1e-12)
+
+
+def test_compression_is_not_differentiated():
+    torch = pytest.importorskip("torch")
+    t = torch.linspace(0, 1, 60, dtype=torch.float64, requires_grad=True)
+    rate = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+
+    def kernel(x, y):
+        return torch.exp(-rate * abs(x - y))
+
+    for H in (
+        hm.from_kernel(kernel, t, nugget=rate * torch.ones_like(t), leaf_size=10),
+        hm.from_entries(lambda i, j: kernel(t[i], t[j]), 60, like=t, leaf_size=10),
+    ):
+        assert not H.leaves.requires_grad
+        assert not H.upper[0].U.requires_grad

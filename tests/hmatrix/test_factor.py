@@ -349,3 +349,22 @@ def test_padding_does_not_mind_the_scale_of_the_matrix(xp, sizes, dtype, scale, 
     assert F.logdet() == pytest.approx(logdet, rel=rounding)
     x = to_numpy(F.solve(xp.asarray(t.astype(dtype)))).astype(np.float64) * scale
     assert error_ratio(A @ x, t) <= rounding
+
+
+def test_nan_is_told_apart_from_singular_blocks():
+    H = hm.from_dense(np.eye(40) + np.ones((40, 40)), levels=2)
+    leaves = H.leaves.copy()
+    leaves[1, 0, 0] = np.nan
+    H = hm.HODLR(H.tree, leaves, H.upper)
+    with np.errstate(invalid="ignore"):
+        for act in (hm.factorize, hm.inverse):
+            with pytest.raises(hm.NonFiniteError, match="NaN or infinite"):
+                act(H)
+    assert np.isnan(hm.norm(H))
+    assert np.isnan(hm.norm(H, 2))
+
+
+@pytest.mark.parametrize("shift", [np.ones(9), 1j, [1.0]])
+def test_shifts_that_factorize_does_not_take(shift):
+    with pytest.raises(hm.DTypeError, match=r"real number, got .* `hmatrix\.shift`"):
+        hm.factorize(hm.identity(9, levels=1), shift)

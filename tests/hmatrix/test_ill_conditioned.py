@@ -152,6 +152,34 @@ def test_lost_digits_are_an_error_with_numbers(rng):
     assert type(hm.factorize(H)).__name__ == "HODLROrthogonal"
 
 
+@pytest.mark.parametrize("seed", [7, 8, 12])
+def test_auto_keeps_digits_of_what_is_not_refined(seed):
+    """A leading half that is close to singular, of a well-conditioned matrix.
+
+    Block inversion passes, since refinement converges; its diagonal is all wrong.
+    """
+    rng = np.random.default_rng(seed)
+    A = rng.standard_normal((40, 40))
+    A[:20, :20] = 1e-7 * A[:20, :20] + np.outer(A[:20, 0], A[0, :20])
+    assert condition(A) < 1e4
+    H, exact = hm.from_dense(A, leaf_size=10, rtol=0), np.linalg.inv(A)
+    F = hm.factorize(H)
+    assert error_ratio(F.inverse_diagonal(), np.diag(exact)) <= 1e-9
+    assert error_ratio(F.inverse() @ np.eye(40), exact) <= 1e-9
+    assert error_ratio(hm.inverse(H, rtol=1e-8).to_dense(), exact) <= 1e-8
+    G = hm.factorize(H, method="inversion")
+    assert error_ratio(hm.inverse(G, rtol=1e-8).to_dense(), exact) <= 1e-8
+
+
+def test_stored_inverses_of_ill_conditioned_matrices_need_no_elimination(rng):
+    """What is lost is the matrix's own fault: no tolerance is broken."""
+    t = np.sort(rng.random(150))
+    A = np.exp(-(((t[:, None] - t) / 0.1) ** 2)) + 1e-7 * np.eye(150)
+    X = hm.inverse(hm.from_dense(A, leaf_size=40, rtol=0))
+    tolerance = FACTOR * EPS["float64"] * condition(A)
+    assert error_ratio(X.to_dense(), np.linalg.inv(A)) <= tolerance
+
+
 def test_many_small_errors_are_no_lost_digits():
     """Of a large well-conditioned matrix in float32, the Frobenius norm alone is large."""
     n = 2**14

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import hmatrix as hm
 from hmatrix import BackendError, LowRank, ShapeError
 from hmatrix._backend import inverse_lower, threads
 from hmatrix.lowrank import compress, recompress
@@ -58,6 +59,49 @@ def test_products_and_transpose(xp, dtype, rng):
     assert_close(block @ xp.asarray(x, dtype), dense(block) @ x, (dtype, "exact"))
     transposed = to_numpy(block.T.to_dense()).swapaxes(-1, -2)
     assert_close(transposed, dense(block), (dtype, "exact"))
+
+
+def test_products_with_vectors_and_from_the_right(xp, dtype, rng):
+    block = LowRank(
+        *(xp.asarray(rng.standard_normal(s), dtype) for s in ((5, 2), 2, (4, 2)))
+    )
+    for shape in ((4,), (4, 3), (4, 0)):
+        x = xp.asarray(rng.standard_normal(shape), dtype)
+        assert_close(block @ x, dense(block) @ to_numpy(x), (dtype, "exact"))
+    for shape in ((5,), (3, 5)):
+        x = xp.asarray(rng.standard_normal(shape), dtype)
+        product = block.__rmatmul__(x)  # array-api-strict knows no other operands
+        assert_close(product, to_numpy(x) @ dense(block), (dtype, "exact"))
+
+
+@pytest.mark.parametrize("complex_", [False, True])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_products_with_matrices_stay_of_low_rank(complex_, rank, rng):
+    n = 30
+    U, V, A = (
+        rng.standard_normal(s) + 1j * complex_ * rng.standard_normal(s)
+        for s in ((n, rank), (n, rank), (n, n))
+    )
+    U, V, A = (x if complex_ else x.real for x in (U, V, A))
+    block, H = (
+        LowRank(U, np.arange(1.0, rank + 1), V),
+        hm.from_dense(A, levels=2, rtol=0),
+    )
+    D = block.to_dense()
+    other = LowRank(V[:, :2], np.ones(min(rank, 2)), U[:, :2])
+    found = {
+        "block @ H": (block @ H, D @ A),
+        "H @ block": (H @ block, A @ D),
+        "block @ block": (block @ other, D @ other.to_dense()),
+        "inverse @ block": (hm.factorize(H).inverse() @ block, np.linalg.solve(A, D)),
+    }
+    for product, exact in found.values():
+        assert isinstance(product, LowRank)
+        assert product.rank <= rank
+        difference = np.linalg.norm(product.to_dense() - exact)
+        assert difference < 1e-9 * np.linalg.norm(exact)
+    np.testing.assert_allclose((block - H).to_dense(), D - A, atol=1e-12)
+    np.testing.assert_array_equal(np.asarray(block), D)
 
 
 def test_factors_must_fit():

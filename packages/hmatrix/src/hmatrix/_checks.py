@@ -12,6 +12,7 @@ from hmatrix._backend import (
     COMPLEX,
     FLOATS,
     HALVES,
+    NUMBERS,
     Array,
     Space,
     detach,
@@ -46,6 +47,7 @@ __all__ = [
     "check_operand",
     "check_space",
     "not_finite",
+    "remedy",
 ]
 
 
@@ -183,26 +185,54 @@ def check_kind(name: str, value: object, *kinds: type) -> None:
     """Raise unless ``value`` is an instance of one of ``kinds``."""
     if not isinstance(value, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
-        msg = f"`{name}` must be a {expected}, got {type(value).__name__}."
+        got = type(value).__name__
+        msg = f"`{name}` must be a {expected}, got {got}{remedy(value)}."
         raise TypeError(msg)
 
 
 def check_space(space: Space, dtypes: tuple[str, ...] = FLOATS) -> Space:
     """Return ``space`` if its dtype is one of ``dtypes``."""
     if space.name not in dtypes:
-        msg = f"`dtype` must be one of {', '.join(dtypes)}, got {space.name}."
+        msg = (
+            f"`dtype` must be one of {', '.join(dtypes)}, got {space.name}; name "
+            "one of these, or convert the array."
+        )
         raise DTypeError(msg)
     return space
 
 
+def remedy(x: object, otherwise: str = "") -> str:
+    """Return what to do with something that was not expected, as the end of a message."""
+    if isinstance(x, np.ma.MaskedArray):
+        return "; fill in what is masked, with its `filled` say"
+    if is_array(x):
+        return "; `from_dense` compresses an array"
+    if hasattr(x, "tocsr"):
+        return "; `from_sparse` compresses it, `toarray` makes it dense"
+    if hasattr(x, "inverse_diagonal"):
+        return "; it has a `matrix`, and `inverse()` is an operator"
+    if hasattr(x, "factors"):
+        return "; `from_matvec` makes a HODLR of an MLR"
+    if hasattr(x, "rmatmat") and not hasattr(x, "leaves"):
+        return (
+            "; `matmul` is for stored matrices, and `hmatrix.inverse` stores an inverse"
+        )
+    return otherwise
+
+
 def check_array(name: str, x: object, ndim: int | None = None) -> Array:
-    """Return ``x``, an array of a supported library with ``ndim`` axes."""
+    """Return ``x``, an array of a supported library with ``ndim`` axes.
+
+    NumPy's subclasses and foreign byte orders, those of mapped files say, become plain.
+    """
     if not is_array(x):
         msg = (
             f"`{name}` must be a NumPy, PyTorch or CuPy array, "
-            f"got {type(x).__name__}; convert it, with numpy.asarray say."
+            f"got {type(x).__name__}{remedy(x, '; convert it, with numpy.asarray say')}."
         )
         raise BackendError(msg)
+    if isinstance(x, np.ndarray) and not (type(x) is np.ndarray and x.dtype.isnative):
+        x = np.asarray(x, dtype=x.dtype.newbyteorder("="))
     shape = tuple(x.shape)  # type: ignore[attr-defined]
     if ndim is not None and len(shape) != ndim:
         msg = f"`{name}` must have {ndim} axes, got shape {shape}."
@@ -233,9 +263,10 @@ def check_operand(
     if narrower and expected not in COMPLEX:
         allowed = (*FLOATS[: FLOATS.index(expected) + 1], *HALVES)
     if arrived not in allowed:
+        other = f", or use a matrix of dtype {arrived}" if arrived in NUMBERS else ""
         msg = (
             f"`{name}` has dtype {arrived}, expected {' or '.join(allowed)}; "
-            f"cast it, or use a matrix of dtype {arrived}."
+            f"cast it{other}."
         )
         raise DTypeError(msg)
     return array

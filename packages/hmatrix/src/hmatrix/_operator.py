@@ -21,6 +21,7 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import DTypeError, ShapeError, check_operand, check_space
 from hmatrix._entries import Entries
+from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
 
 __all__ = [
@@ -184,10 +185,14 @@ class Operator(ABC):
     def _product(self, x: Array, apply: Callable[[Array], Array], *ndims: int) -> Array:
         return apply_padded("x", x, self.tree, self.space, apply, ndims or (1, 2))
 
-    def __matmul__(self, x: Array) -> Array:
+    def __matmul__(self, x: Any) -> Any:
+        if isinstance(x, LowRank):
+            return LowRank(self.matmat(x.U), x.S, x.V)
         return self._product(x, self._apply)
 
-    def __rmatmul__(self, x: Array) -> Array:
+    def __rmatmul__(self, x: Any) -> Any:
+        if isinstance(x, LowRank):
+            return LowRank(x.U, x.S, self.rmatmat(x.V))
         # x A = conj(Aᴴ conj(xᵀ))ᵀ
         x = conjugate(check_operand("x", x, self.space))
         if len(x.shape) == 2:
@@ -242,10 +247,16 @@ class StoredOperator(Entries, Operator):
     def __add__(self, other: object) -> Any:
         return _operations["add"](self, other)
 
-    __radd__ = __add__  # an array's own `+` says nothing of use
+    def __radd__(self, other: object) -> Any:
+        if isinstance(other, int) and other == 0:
+            return self  # what `sum` begins with
+        return self + other  # an array's own `+` says nothing of use
 
     def __sub__(self, other: object) -> Any:
         return _operations["subtract"](self, other)
+
+    def __rsub__(self, other: object) -> Any:
+        return _operations["scale"](self - other, -1.0)
 
     def __neg__(self) -> Any:
         return _operations["scale"](self, -1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from hmatrix._backend import (
     cholesky,
     conjugate,
     inverse_lower,
+    is_array,
     namespace,
     one_blas_thread_if_narrow,
     qr,
@@ -119,9 +121,42 @@ class LowRank:
         """Return the blocks as an array (..., m, n)."""
         return self.scaled @ adjoint(self.V)
 
-    def __matmul__(self, x: Array) -> Array:
-        """Multiply with ``x`` (..., n, q)."""
+    # NumPy must leave ``array @ block`` to ``block.__rmatmul__``.
+    __array_ufunc__: ClassVar[None] = None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return the blocks as a NumPy array, as `numpy.asarray` asks for it."""
+        if copy is False:
+            msg = "A dense array of low-rank blocks is always a new one."
+            raise ValueError(msg)
+        return to_numpy(self.to_dense()).astype(dtype or self.U.dtype, copy=False)
+
+    def __matmul__(self, x: Any) -> Any:
+        """Multiply with ``x`` (n,) or (..., n, q), or with blocks: `LowRank` again.
+
+        Products with a `HODLR` or an `MLR` matrix, from both sides, are `LowRank` too.
+        """
+        if isinstance(x, LowRank):
+            check_operand("x", x.U, Space.of(self.U))
+            # as wide as the narrower of the two
+            if self.rank <= x.rank:
+                return LowRank(self.U, self.S, x.V @ (adjoint(x.scaled) @ self.V))
+            return LowRank(self.scaled @ (adjoint(self.V) @ x.U), x.S, x.V)
+        if not is_array(x):
+            return NotImplemented  # a matrix knows what to do
+        x = check_operand("x", x, Space.of(self.U))
+        if len(x.shape) == 1:
+            return (self @ x[:, None])[..., 0]
         return self.U @ self._inner(x)
+
+    def __rmatmul__(self, x: Any) -> Any:
+        """Multiply from the right: ``x`` (m,) or (..., q, m)."""
+        if not is_array(x):
+            return NotImplemented
+        x = check_operand("x", x, Space.of(self.U))
+        if len(x.shape) == 1:
+            return self.__rmatmul__(x[None, :])[..., 0, :]
+        return _scaled(x @ self.U, self.S[..., None, :]) @ adjoint(self.V)
 
     def _inner(self, x: Array) -> Array:
         """Return ``diag(S) Vᴴ x``."""

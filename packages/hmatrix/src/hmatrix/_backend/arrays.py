@@ -43,7 +43,9 @@ HALVES = ("float16", "bfloat16")
 
 def is_array(x: object) -> bool:
     """Tell whether ``x`` is an array of a supported library."""
-    return bool(array_api_compat.is_array_api_obj(x))
+    # of a masked array the hidden numbers would be taken for what they are
+    masked = isinstance(x, np.ma.MaskedArray)
+    return not masked and bool(array_api_compat.is_array_api_obj(x))
 
 
 def namespace(x: Array) -> Namespace:
@@ -53,7 +55,8 @@ def namespace(x: Array) -> Namespace:
     if kind not in _namespaces:
         # NumPy itself is the standard since 2.1, and what compat puts before it costs a
         # twentieth of the time of small matrices
-        bare = kind is np.ndarray and hasattr(np, "cumulative_sum")
+        numpys = issubclass(kind, np.ndarray | np.generic)
+        bare = numpys and hasattr(np, "cumulative_sum")
         _namespaces[kind] = array_api_compat.array_namespace(
             x, use_compat=False if bare else None
         )

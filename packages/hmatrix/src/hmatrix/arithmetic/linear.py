@@ -14,6 +14,7 @@ from hmatrix._checks import (
     check_float,
     check_kind,
     check_operand,
+    remedy,
 )
 from hmatrix._operator import operation, pad_rows
 from hmatrix.arithmetic.error import with_error_of_sum
@@ -159,6 +160,7 @@ def add(
     TypeError, ShapeError, DTypeError, BackendError
         If the two do not match.
     """
+    check_kind("H", H, HODLR, MLR)
     if isinstance(H, HODLR) and isinstance(G, LowRank):
         G = _spread(G, H)
     check_match(H, G)
@@ -239,7 +241,10 @@ def add_low_rank(
 def check_match(H: Matrix, G: object) -> None:
     """Raise unless two matrices are of one kind, tree, library, dtype and device."""
     if type(H) is not type(G):
-        msg = f"`G` must be a {type(H).__name__}, got {type(G).__name__}."
+        kind, got = type(H).__name__, type(G).__name__
+        msg = f"`G` must be a {kind}, got {got}{remedy(G)}."
+        if isinstance(G, int | float | complex):
+            msg = f"{msg[:-1]}; `shift` adds a number to the diagonal."
         raise TypeError(msg)
     if H.tree != G.tree:
         msg = f"`G` must have {H.tree}, got {G.tree}."

@@ -8,6 +8,7 @@ from hmatrix._backend import (
     Array,
     adjoint,
     conjugate,
+    detach,
     frobenius,
     in_own_precision,
     namespace,
@@ -80,7 +81,7 @@ def norm(H: Operator, kind: str | int = "fro") -> float:
 
 def safe_norm(x: Array) -> float:
     """Return the Frobenius norm of a whole array, whose squares may leave the range."""
-    xp = namespace(x)
+    xp, x = namespace(x), detach(x)
     if not math.prod(x.shape):
         return 0.0
     top = float(xp.max(xp.abs(x)))
@@ -119,8 +120,8 @@ def _largest_singular_value(H: Operator) -> float:
     v = v / frobenius(v)
     # brought to about 1, so that squares stay in range
     scale = safe_norm(H._apply(v))
-    if not scale:
-        return 0.0
+    if not scale or not math.isfinite(scale):
+        return scale
     before, off = space.xp.zeros_like(v), 0.0
     diagonal: list[float] = []
     offs: list[float] = []

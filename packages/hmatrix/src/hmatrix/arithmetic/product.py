@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from hmatrix._backend import Array, adjoint, in_own_precision, one_blas_thread_if_narrow
+from hmatrix._backend import Array, in_own_precision, one_blas_thread_if_narrow
 from hmatrix._checks import check_kind
 from hmatrix._operator import operation
 from hmatrix.arithmetic.assembly import Terms, assemble, estimate_norm
@@ -89,7 +89,7 @@ def _terms(A: HODLR, B: HODLR) -> Iterator[Terms]:
             right21, right12 = left12, left21
         else:
             right21, right12 = _apply_below(B.H, level, A21.V, A12.V)
-        first, second = _chain(A12, B21), _chain(A21, B12)
+        first, second = A12 @ B21, A21 @ B12
         yield (
             beside(LowRank(left12, B12.S, B12.V), LowRank(A12.U, A12.S, right12)),
             beside(LowRank(left21, B21.S, B21.V), LowRank(A21.U, A21.S, right21)),
@@ -106,10 +106,3 @@ def _apply_below(
     y = H._apply(xp.reshape(x, (H.tree.padded, x.shape[-1])), level + 1)
     y = xp.reshape(y, x.shape)
     return y[:, 0, :, : first.shape[-1]], y[:, 1, :, : second.shape[-1]]
-
-
-def _chain(a: LowRank, b: LowRank) -> LowRank:
-    """Return the product ``a b``, as wide as the narrower of the two."""
-    if a.rank <= b.rank:
-        return LowRank(a.U, a.S, b.V @ (adjoint(b.scaled) @ a.V))
-    return LowRank(a.scaled @ (adjoint(a.V) @ b.U), b.S, b.V)

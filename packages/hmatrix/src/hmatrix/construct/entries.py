@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from hmatrix._backend import (
     NUMBERS,
     Array,
     Space,
+    detach,
     dtype_name,
     is_array,
     namespace,
@@ -62,7 +64,8 @@ def from_entries(
     ----------
     function : callable
         ``function(i, j)`` gives entries for integer arrays of rows and columns that
-        broadcast against each other, all entries of a block in one call.
+        broadcast against each other, all entries of a block in one call. torch tensors are
+        detached.
     n : int
         Rows and columns.
     like : array, optional
@@ -77,8 +80,8 @@ def from_entries(
         ``H.error`` is the estimate of the relative error.
     symmetric : bool, optional
         Store one of the two off-diagonal blocks. Default: whether the leaves, and eight
-        other entries of each row and column, are Hermitian. If true, it is believed of
-        all but the leaves.
+        other entries of each row and column (all entries of up to 256 rows), are
+        Hermitian. If true, it is believed of all but the leaves.
     seed : int
         Of the checks.
 
@@ -161,6 +164,7 @@ def from_kernel(
     kernel : callable
         ``kernel(x, y)`` gives entries for points x and y that broadcast against each
         other: arrays (...) of numbers for points (n,), arrays (..., d) for points (n, d).
+        torch tensors are detached.
     points : array (n,) or (n, d)
         The points, of any library and device; the matrix has theirs. Points that are
         not sorted numbers are ordered by a k-d tree; vectors keep the order of
@@ -198,7 +202,7 @@ def from_kernel(
     >>> H
     HODLR(n=2000, levels=5, ranks=(14, 10, 9, 6, 6), symmetric, float64, numpy, 1.74 MB, 0.054 of dense)
     """
-    points = check_array("points", points)
+    points = detach(check_array("points", points))
     if len(points.shape) not in (1, 2) or not math.prod(points.shape):
         msg = f"`points` must have shape (n,) or (n, d), got {tuple(points.shape)}."
         raise ShapeError(msg)
@@ -213,7 +217,8 @@ def from_kernel(
         leaf_size = None
     tree = make_tree(n, levels, leaf_size, tree)
     probe = kernel(points[:1, ...], points[:1, ...])
-    if is_array(probe):  # a kernel may be complex where points are real
+    # a kernel may be complex where points are real; it may also be one of integers
+    if is_array(probe) and dtype_name(probe.dtype) in NUMBERS:
         space = check_space(Space.of(probe), NUMBERS)
     labels = xp.take(points, space.integers(np.minimum(tree.rows, n - 1)), axis=0)
     function = checked(kernel, space, dims=len(points.shape) - 1)
@@ -236,20 +241,19 @@ def from_kernel(
     )
 
 
-def padded_nugget(
-    nugget: float | Array, tree: ClusterTree, space: Space
-) -> Array | None:
+def padded_nugget(nugget: Any, tree: ClusterTree, space: Space) -> Array | None:
     """Return a number or a vector (n,) as padded rows, None if it is zero."""
-    if is_array(nugget):
-        added = check_operand("nugget", nugget, space)
+    if is_array(nugget) and len(nugget.shape):
+        added = detach(check_operand("nugget", nugget, space))
         if tuple(added.shape) != (tree.n,):
             msg = f"`nugget` must have shape ({tree.n},), got {tuple(added.shape)}."
             raise ShapeError(msg)
         check_finite("nugget", added)
         return pad_rows(added, tree)
-    if check_float("nugget", nugget) == 0:
+    number = check_float("nugget", nugget)
+    if number == 0:
         return None
-    return space.xp.astype(real_rows(tree, space), space.dtype) * nugget
+    return space.xp.astype(real_rows(tree, space), space.dtype) * number
 
 
 def checked(function: Function, space: Space, dims: int = 0) -> Function:
@@ -281,6 +285,7 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
                 f"shapes {tuple(a.shape)} and {tuple(b.shape)}, got {tuple(x.shape)}."
             )
             raise ShapeError(msg)
+        x = detach(x)
         # a sum is faster, and finite if all entries are, unless it overflows
         if not bool(xp.isfinite(xp.sum(x))) and not bool(xp.all(xp.isfinite(x))):
             msg = "The function gave NaN or infinite entries; it must be finite everywhere."

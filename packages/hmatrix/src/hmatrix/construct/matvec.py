@@ -29,6 +29,7 @@ from hmatrix._checks import (
     check_norm,
     check_operand,
     check_space,
+    remedy,
 )
 from hmatrix._operator import Operator, pad_rows, real_rows, unpad_rows
 from hmatrix.construct.assembly import assemble
@@ -164,7 +165,8 @@ def from_matvec(
     if hasattr(matvec, "matmat") and hasattr(matvec, "shape"):
         matvec, rmatvec, n, space = _of_operator(matvec, rmatvec, like, dtype, n)
     elif not callable(matvec):
-        msg = f"`matvec` must be a function or operator, got {type(matvec).__name__}."
+        got = type(matvec).__name__
+        msg = f"`matvec` must be a function or operator, got {got}{remedy(matvec)}."
         raise TypeError(msg)
     else:
         space = check_space(Space.like(like, dtype), NUMBERS)

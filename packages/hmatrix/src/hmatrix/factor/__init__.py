@@ -7,24 +7,18 @@ small factorization.
 
 from __future__ import annotations
 
-import math
-
 from hmatrix._backend import in_own_precision, one_blas_thread_if_narrow
 from hmatrix._checks import (
-    NonFiniteError,
     NotPositiveDefiniteError,
-    PrecisionError,
-    SingularBlockError,
     check_choice,
     check_kind,
 )
-from hmatrix.arithmetic import norm
-from hmatrix.factor._base import Factorization
+from hmatrix.factor._base import Factorization, telling_nan
 from hmatrix.factor.cholesky import HODLRCholesky, has_cholesky
 from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
-from hmatrix.factor.inversion import inverse
+from hmatrix.factor.inversion import inverse, inversion_or_orthogonal
 from hmatrix.factor.mlr import MLRFactorization
-from hmatrix.factor.orthogonal import HODLROrthogonal, inversion_or_orthogonal
+from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 
@@ -66,8 +60,11 @@ def factorize(
         * "orthogonal" is elimination by unitary transformations, of any matrix: as
           accurate as dense LU with pivots, at a small multiple of the cost.
 
-        "auto" takes the first of these that applies and keeps the digits. An `MLR` has
-        one method.
+        "auto" takes the first of these that applies and keeps the digits: "inversion" if
+        the Frobenius norm of its ``E`` (see `PrecisionError` below) is at most
+        ``sqrt(eps)``. One step of refinement mends solutions above that, but
+        ``inverse`` and ``inverse_diagonal`` are not refined and can be far off. An `MLR`
+        has one method.
     overwrite : bool
         Let "cholesky" write the factor over the arrays of ``H``, as SciPy's
         ``overwrite_a``: matrix and factor are never in memory both. ``H`` raises
@@ -149,15 +146,8 @@ def factorize(
     with one_blas_thread_if_narrow(H.space, *H._widths):
         if isinstance(H, MLR):
             return MLRFactorization(H, shift)
-        try:
+        with telling_nan(H):
             return _factorize(H, shift, method, overwrite)
-        except NotPositiveDefiniteError:
-            raise  # Cholesky looks for NaN itself
-        except (SingularBlockError, PrecisionError):
-            if math.isfinite(norm(H)):
-                raise
-            msg = "The matrix holds NaN or infinite values."
-            raise NonFiniteError(msg) from None
 
 
 def _factorize(H: HODLR, shift: float, method: str, overwrite: bool) -> Factorization:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -21,20 +22,25 @@ from hmatrix._backend import (
     without_gradients,
 )
 from hmatrix._checks import (
+    DTypeError,
+    NonFiniteError,
+    NotPositiveDefiniteError,
     PrecisionError,
     ShapeError,
+    SingularBlockError,
     ToleranceError,
     check_float,
     check_int,
 )
 from hmatrix._operator import Operator, apply_padded, pad_rows, places
-from hmatrix.arithmetic import safe_norm
+from hmatrix.arithmetic import norm, safe_norm
 from hmatrix.factor.symmetric import SymmetricFactor
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 from hmatrix.tree import ClusterTree
 
 __all__ = [
+    "PROBES",
     "Factorization",
     "cleared",
     "has_gradients",
@@ -42,6 +48,7 @@ __all__ = [
     "narrow",
     "shifted_leaves",
     "take_array",
+    "telling_nan",
 ]
 
 Fact = TypeVar("Fact", bound="Factorization")
@@ -71,12 +78,19 @@ class Factorization(ABC):
     """
 
     _logdet: Array  # float64 ()
+    _lost: float  # estimate of the Frobenius norm that `_check_precision` is about
     _refinements: ClassVar[int] = 1
 
     def __init__(self, H: HODLR | MLR, shift: float) -> None:
         self.matrix = H
         self.tree = H.tree
         self.space = H.space
+        if isinstance(shift, complex) or np.ndim(shift):
+            msg = (
+                f"`shift` must be a real number, got {type(shift).__name__}; add vectors "
+                "and complex numbers with `hmatrix.shift`."
+            )
+            raise DTypeError(msg)
         self.shift = check_float("shift", shift)
 
     @property
@@ -201,7 +215,7 @@ class Factorization(ABC):
         with without_gradients(space.xp), np.errstate(all="ignore"):
             z = space.normal((tree.n, PROBES), tree.n, PROBES)
             first = error(pad_rows(z, tree))
-            found = safe_norm(first) / math.sqrt(PROBES)
+            found = self._lost = safe_norm(first) / math.sqrt(PROBES)
             if found > limit and math.isfinite(found):
                 found = min(found, safe_norm(error(first / found)) / math.sqrt(PROBES))
         if not found <= limit:
@@ -350,6 +364,20 @@ def narrow(
             return method(self)
 
     return held
+
+
+@contextmanager
+def telling_nan(H: HODLR) -> Iterator[None]:
+    """Say so where a factorization fails because the matrix has NaN."""
+    try:
+        yield
+    except NotPositiveDefiniteError:
+        raise  # Cholesky looks for NaN itself
+    except (SingularBlockError, PrecisionError):
+        if math.isfinite(norm(H)):
+            raise
+        msg = "The matrix holds NaN or infinite values."
+        raise NonFiniteError(msg) from None
 
 
 def has_gradients(H: HODLR) -> bool:

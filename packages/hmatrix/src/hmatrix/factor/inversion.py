@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
-from hmatrix._backend import in_own_precision, one_blas_thread_if_narrow
-from hmatrix._checks import check_kind
+from hmatrix._backend import (
+    in_own_precision,
+    one_blas_thread_if_narrow,
+    without_gradients,
+)
+from hmatrix._checks import PrecisionError, SingularBlockError, check_kind
 from hmatrix.arithmetic import (
     after,
     assemble,
     estimate_norm,
     inverse_error,
+    safe_norm,
     truncate,
 )
-from hmatrix.factor._base import Factorization, has_gradients
+from hmatrix.factor._base import PROBES, Factorization, has_gradients, telling_nan
 from hmatrix.factor.cholesky import HODLRCholesky
 from hmatrix.factor.hodlr import HODLRFactorization
 from hmatrix.factor.mlr import MLRFactorization
-from hmatrix.factor.orthogonal import HODLROrthogonal, inversion_or_orthogonal
+from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 
-__all__ = ["inverse"]
+__all__ = ["inverse", "inversion_or_orthogonal"]
 
 
 @in_own_precision
@@ -63,6 +69,8 @@ def inverse(
     ------
     SingularLeafError, SingularBlockError, NotPositiveDefiniteError
         As `factorize`.
+    NonFiniteError
+        If the matrix holds NaN or infinite values.
     PrecisionError
         If a `HODLR` is singular to working precision.
     ToleranceError
@@ -76,7 +84,7 @@ def inverse(
     Each level of the recursive block inversion subtracts ``D P E Qᴴ D`` (see
     `factorize`): its off-diagonal parts are blocks of low rank, its diagonal parts reach
     into all levels below. Cost ``O(n r² K²)``. Where that fails or loses digits (see
-    `factorize`), or ``H`` is a factorization by "orthogonal", it is found from solutions,
+    `factorize`), or the result differs from solutions with random vectors, or ``H`` is a factorization by "orthogonal", it is found from solutions,
     as `from_matvec` does.
 
     Examples
@@ -99,22 +107,15 @@ def inverse(
     F = H
     if isinstance(H, HODLRCholesky):
         # W Wᴴ does not have the terms; inversion of the matrix behind it has
-        F = inversion_or_orthogonal(H.matrix, H.shift)
+        F = inversion_or_orthogonal(H.matrix, H.shift, strict=False)
     elif isinstance(H, HODLR):
-        F = inversion_or_orthogonal(H, shift)
+        with telling_nan(H):
+            F = inversion_or_orthogonal(H, shift, strict=False)
     elif isinstance(H, MLR):
         F = MLRFactorization(H, shift)
     assert isinstance(F, Factorization)
     if isinstance(F, HODLROrthogonal):
-        if has_gradients(F.matrix):
-            msg = (
-                "The stored inverse of an ill-conditioned matrix has no gradients; pass "
-                "detached tensors."
-            )
-            raise ValueError(msg)
-        stored = F.stored_inverse(rtol, max_rank)
-        error = after(inverse_error(stored, F.matrix), stored.error)
-        return replace(stored, error=error)
+        return _from_solutions(F, rtol, max_rank)
     if not isinstance(F, HODLRFactorization):
         X: Any = F.inverse()
         if rtol is None and max_rank is None:
@@ -131,5 +132,65 @@ def inverse(
             max_rank=max_rank,
             symmetric=F.symmetric,
         )
+    with without_gradients(F.space.xp):
+        off = _is_off(stored, F, rtol)
+    if off:
+        return _from_solutions(HODLROrthogonal(F.matrix, F.shift), rtol, max_rank)
     error = after(inverse_error(stored, F.matrix), stored.error)
     return replace(stored, error=error)
+
+
+def inversion_or_orthogonal(
+    H: HODLR, shift: float, *, strict: bool = True
+) -> Factorization:
+    """Factorize by inversion, or orthogonally where that fails or loses digits.
+
+    The diagonal of an inverse is not refined and can lose far more of them than products
+    with it show: what `HODLRFactorization` lets pass by itself is too much if ``strict``.
+    """
+    try:
+        first = HODLRFactorization(H, shift)
+    except (PrecisionError, SingularBlockError) as error:
+        try:
+            return HODLROrthogonal(H, shift)
+        except (PrecisionError, SingularBlockError) as hopeless:
+            # that of a block says more, if there is one
+            cause = error if isinstance(error, SingularBlockError) else hopeless
+            raise cause from None
+    if not strict or first._lost <= math.sqrt(H.space.eps):
+        return first
+    try:
+        second = HODLROrthogonal(H, shift)
+    except (PrecisionError, SingularBlockError):
+        return first
+    return second if second._lost < first._lost else first
+
+
+def _from_solutions(
+    F: HODLROrthogonal, rtol: float | None, max_rank: int | None
+) -> HODLR:
+    if has_gradients(F.matrix):
+        msg = (
+            "The stored inverse of an ill-conditioned matrix has no gradients; pass "
+            "detached tensors."
+        )
+        raise ValueError(msg)
+    stored = F.stored_inverse(rtol, max_rank)
+    error = after(inverse_error(stored, F.matrix), stored.error)
+    return replace(stored, error=error)
+
+
+def _is_off(X: HODLR, F: HODLRFactorization, rtol: float | None) -> bool:
+    """Tell whether the stored inverse differs from solutions by more than it may.
+
+    They are refined and its terms are not: where inverses of halves are large beside
+    that of the whole they cancel, and digits are lost that products with F do not lose.
+    """
+    space = F.space
+    z = space.normal((F.tree.n, PROBES), F.tree.n, PROBES)
+    x = F.solve(z)
+    size, off = safe_norm(x), safe_norm(X @ z - x)
+    # of the inverse and of the matrix, in the Frobenius norm
+    condition = size * safe_norm(F.matrix @ z + F.shift * z) / PROBES
+    rounding = max(math.sqrt(space.eps), 10 * space.eps * condition)
+    return not off <= 2 * ((X.error or 0.0) + max(rtol or 0.0, rounding)) * size

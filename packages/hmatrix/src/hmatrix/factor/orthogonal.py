@@ -20,7 +20,7 @@ from hmatrix._backend import (
     slogdet,
     solve,
 )
-from hmatrix._checks import PrecisionError, SingularBlockError
+from hmatrix._checks import SingularBlockError
 from hmatrix._operator import unpad_rows
 from hmatrix.construct import from_matvec
 from hmatrix.factor._base import (
@@ -35,11 +35,11 @@ from hmatrix.factor.gradients import (
     diagonal_with_gradients_of,
     logdet_with_gradients_of,
 )
-from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
+from hmatrix.factor.hodlr import HODLRInverse
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, pair
 
-__all__ = ["HODLROrthogonal", "inversion_or_orthogonal"]
+__all__ = ["HODLROrthogonal"]
 
 Apply = Callable[[Array], Array]
 
@@ -182,6 +182,7 @@ class HODLROrthogonal(Factorization):
         """Take over the factors of the detached matrix, with its gradients."""
         self._plain, self._steps, self._root = plain, plain._steps, plain._root
         self._scale, self._sign = plain._scale, plain._sign
+        self._lost = plain._lost
         self._logdet = logdet_with_gradients_of(
             plain._logdet, plain.stored_inverse, self.matrix
         )
@@ -373,19 +374,6 @@ class HODLROrthogonal(Factorization):
             shape = (self.tree.nodes(self.tree.levels - k), None, None)
             parts = (take_array(arrays, f"{name}.{k}", shape) for name in names)
             self._steps.append(_Step(*parts))
-
-
-def inversion_or_orthogonal(H: HODLR, shift: float) -> Factorization:
-    """Factorize by inversion, or orthogonally where that fails or loses digits."""
-    try:
-        return HODLRFactorization(H, shift)
-    except (PrecisionError, SingularBlockError) as error:
-        try:
-            return HODLROrthogonal(H, shift)
-        except (PrecisionError, SingularBlockError) as hopeless:
-            # that of a block says more, if there is one
-            first = error if isinstance(error, SingularBlockError) else hopeless
-            raise first from None
 
 
 def _balanced(block: LowRank) -> tuple[Array, Array]:

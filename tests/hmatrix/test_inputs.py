@@ -1,0 +1,80 @@
+"""What arrays may be besides plain ones, and what is said of what is no array."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+import hmatrix as hm
+
+
+@pytest.fixture
+def A():
+    t = np.linspace(0, 1, 40)
+    return np.exp(-abs(t[:, None] - t)) + np.diag(t)
+
+
+@pytest.mark.parametrize("kind", ["memmap", "recarray", "big-endian", "read-only"])
+def test_subclasses_and_byte_orders_are_arrays_like_others(kind, A, tmp_path):
+    def made(x):
+        if kind == "memmap":
+            x.tofile(tmp_path / "x")
+            return np.memmap(tmp_path / "x", dtype=x.dtype, mode="r", shape=x.shape)
+        if kind == "read-only":
+            return np.broadcast_to(x, x.shape)
+        return x.view(np.recarray) if kind == "recarray" else x.astype(">f8")
+
+    x = np.cos(np.arange(40.0))
+    for H in (hm.from_dense(made(A), levels=2), hm.from_dense(A, levels=2)):
+        assert H.dtype == np.float64
+        assert H.dtype.isnative
+        np.testing.assert_allclose(H @ made(x), A @ x)
+        np.testing.assert_allclose(made(x) @ H, x @ A)
+        F = hm.factorize(hm.shift(H, made(x * x)))
+        np.testing.assert_allclose(
+            F.solve(made(x)), np.linalg.solve(A + np.diag(x * x), x)
+        )
+    assert hm.from_diagonal(made(x)).trace() == pytest.approx(x.sum())
+    K = hm.from_kernel(lambda a, b: np.exp(-abs(a - b)), made(x))
+    np.testing.assert_allclose(K, np.exp(-abs(np.subtract.outer(x, x))), atol=1e-7)
+
+
+def test_what_is_masked_is_not_taken_for_numbers(A):
+    masked = np.ma.masked_array(A, mask=A > 1)
+    for make in (
+        lambda: hm.from_dense(masked),
+        lambda: hm.from_diagonal(masked[0]),
+        lambda: hm.from_dense(A) @ masked[0],
+        lambda: hm.StreamingMLR(40, levels=1).update(masked),
+    ):
+        with pytest.raises(hm.BackendError, match=r"got MaskedArray; .*`filled`"):
+            make()
+
+
+WRONG = {
+    "`from_sparse`": lambda given: hm.from_dense(sparse.csr_array(given.A)),
+    "got int64; .* convert the array": lambda given: hm.from_dense(given.A.astype(int)),
+    "has dtype int64.*; cast it[.]$": lambda given: given.H @ np.arange(40),
+    "got int; `shift`": lambda given: given.H + 1,
+    "got ndarray; `from_dense`": lambda given: given.H + given.A,
+    "or LowRank, got ndarray; `from_dense`": lambda given: given.A - given.H,
+    "or MLR, got ndarray; `from_dense`": lambda given: hm.factorize(given.A),
+    "a `matrix`, and `inverse[(][)]`": lambda given: given.H @ hm.factorize(given.H),
+    "`hmatrix.inverse`": lambda given: given.H @ hm.factorize(given.H).inverse(),
+    "got MLR; `from_matvec` makes": lambda given: given.H + given.M,
+    "`H` must be a HODLR or MLR": lambda given: hm.add(given.A, given.H),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_messages_say_what_to_do(words, A):
+    M = hm.StreamingMLR(40, levels=2).result()
+    given = SimpleNamespace(A=A, H=hm.from_dense(A, levels=2), M=M)
+    with pytest.raises((TypeError, ValueError), match=words):
+        WRONG[words](given)
+
+
+def test_matrices_are_summed(A):
+    H = hm.from_dense(A, levels=2)
+    np.testing.assert_allclose(sum([H, H, H]), 3 * A, atol=1e-6)
