@@ -84,8 +84,8 @@ def inverse(
     Each level of the recursive block inversion subtracts ``D P E Qᴴ D`` (see
     `factorize`): its off-diagonal parts are blocks of low rank, its diagonal parts reach
     into all levels below. Cost ``O(n r² K²)``. Where that fails or loses digits (see
-    `factorize`), or the result differs from solutions with random vectors, or ``H`` is a factorization by "orthogonal", it is found from solutions,
-    as `from_matvec` does.
+    `factorize`), or the result differs from solutions with random vectors, or ``H`` is a
+    factorization by "orthogonal", it is found from solutions, as `from_matvec` does.
 
     Examples
     --------
