@@ -119,6 +119,14 @@ def check_masks(
             )
             raise ConfigError(msg)
         check_embeddable(modules[name])
+        holder = modules[name.rpartition(".")[0]]
+        if getattr(holder, "base_layer", None) is modules[name]:
+            msg = (
+                f"`masks` has blocks in `{name}`, the base of a {type(holder).__name__}:"
+                " merging that would be undone in the blocks. Merge it into the model"
+                " first (`merge_and_unload`)."
+            )
+            raise TargetError(msg)
         check_tied(model, name, modules[name])
         shape = tuple(weight_view(modules[name]).shape)
         if mask.shape != shape:

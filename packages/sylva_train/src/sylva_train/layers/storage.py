@@ -17,6 +17,7 @@ __all__ = [
     "Tables",
     "check_shown",
     "is_hooked",
+    "shower",
     "watch",
     "watch_optimizers",
 ]
@@ -89,8 +90,13 @@ _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def watch(values: torch.Tensor, layer: Shower) -> None:
     """Remember which layer shows values, and check in backward that it did."""
     _shown[values] = weakref.ref(layer)
-    if values.requires_grad and values not in _checked:
+    if values.requires_grad and values.is_leaf and values not in _checked:
         _checked[values] = values.register_post_accumulate_grad_hook(check_shown)
+
+
+def shower(parameter: torch.Tensor) -> Shower | None:
+    """Return the layer whose weight shows a parameter, if there is one."""
+    return _shown[parameter]() if parameter in _shown else None
 
 
 def is_hooked(values: torch.Tensor) -> bool:
@@ -102,7 +108,7 @@ def is_hooked(values: torch.Tensor) -> bool:
 
 def check_shown(values: torch.Tensor) -> None:
     """Let the layer check that its forward pass used these values."""
-    layer = _shown[values]()
+    layer = shower(values)
     if layer is not None:
         layer.check_shown(values)
 
@@ -115,6 +121,8 @@ def watch_optimizers() -> None:
     their version, and the dense weights would stay as they were for good.
     """
 
+    # Compiled, a layer would not look whether its values changed.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if getattr(optimizer, "writes_through", False):
             return
@@ -123,7 +131,7 @@ def watch_optimizers() -> None:
         inside = torch._C._current_graph_task_id() != -1
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                layer = _shown[parameter]() if parameter in _shown else None
+                layer = shower(parameter)
                 if layer is not None:
                     torch.autograd.graph.increment_version(parameter)
                     if not inside:
