@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from sylva_train._checks import AdapterError, TargetError
+from sylva_train.config import SylvaConfig
 from sylva_train.layers import embed, embedded_layers, unload
 from sylva_train.masks import LayerMask
 from sylva_train.targets import weight_view
@@ -160,6 +165,67 @@ def test_looking_at_a_model_before_the_backward_pass_changes_nothing(between):
         assert error(layer.sylva_values["default"].grad, expected, whole) < 1e-6
 
 
+@pytest.fixture(params=["none", "another"])
+def reference(request):
+    """A model with an adapter, what shows another one for a while, and dense twins."""
+    bare, masks = two_layers()
+    dense, other = copy.deepcopy(bare), copy.deepcopy(bare)
+    model = peft.get_peft_model(bare, SylvaConfig(masks=masks))
+    if request.param == "none":
+        return model, model.disable_adapter, dense, other, masks
+    model.add_adapter("other", SylvaConfig(masks=masks))
+    with torch.no_grad():
+        for name, mask in masks.items():
+            layer = model.base_model.model.get_submodule(name)
+            layer.sylva_values["other"].mul_(2)
+            other.get_submodule(name).weight[mask.dense()] *= 2
+
+    @contextlib.contextmanager
+    def shown():
+        model.set_adapter("other")
+        yield
+        model.set_adapter("default")
+
+    return model, shown, dense, other, masks
+
+
+def test_a_reference_between_a_forward_and_its_backward_pass(reference):
+    """Preference optimization computes it there."""
+    model, shown, dense, other, masks = reference
+    x = random((4, 10))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for _ in range(3):
+        y = model(x)
+        with shown(), torch.no_grad():
+            target = model(x)
+        (y - target - 1).square().mean().backward()
+        (dense(x) - other(x).detach() - 1).square().mean().backward()
+        for name, mask in masks.items():
+            whole = dense.get_submodule(name).weight.grad
+            layer = model.base_model.model.get_submodule(name)
+            got = layer.sylva_values["default"].grad
+            assert error(got, dense_blocks(whole, mask), whole) < 1e-5
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for name, mask in masks.items():
+                weight = dense.get_submodule(name).weight
+                weight -= 0.1 * weight.grad * mask.dense()
+        dense.zero_grad()
+
+
+def test_a_backward_pass_over_other_weights_than_the_forward_pass(reference):
+    model, shown = reference[:2]
+    x = random((4, 10))
+    y = model(x)
+    with shown(), pytest.raises(RuntimeError, match="modified by an inplace"):
+        y.sum().backward()
+    with shown():
+        y = model(x.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        y.sum().backward()
+
+
 def test_functional_calls_with_computed_values():
     model, masks = two_layers()
     embed(model, masks)
@@ -191,6 +257,28 @@ def test_a_base_layer_that_lost_its_weight_is_named(how):
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["0.base_layer"]))
     with pytest.raises(TargetError, match="merge"):
         model(x)
+
+
+def shard(model, version):
+    mesh = init_device_mesh("cpu", (1,))
+    if version == 2:
+        return fully_shard(model, mesh=mesh)
+    cpu = torch.device("cpu")
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=cpu)
+
+
+@pytest.mark.filterwarnings("ignore")  # of a group of one process
+@pytest.mark.parametrize("version", [1, 2])
+def test_sharding_is_refused(version, tmp_path):
+    model, masks = two_layers()
+    embed(model, masks)
+    where = f"file://{tmp_path / 'group'}"
+    dist.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    try:
+        with pytest.raises(TargetError, match="FSDP"):
+            shard(model, version)(random((4, 10)))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_base_of_a_lora_layer_is_refused():

@@ -17,7 +17,14 @@ from sylva_train.targets import as_matrix, is_supported, layer_input, weight_vie
 
 from .gradient import BlockGradient, WeightGradient, is_product
 from .inputs import Reader
-from .storage import Masters, Tables, watch, watch_optimizers
+from .storage import (
+    Masters,
+    Tables,
+    holds_blocks,
+    own_weight,
+    watch,
+    watch_optimizers,
+)
 
 __all__ = ["SparseEmbeddedLinear", "check_embeddable", "check_shape", "values_dtype"]
 
@@ -65,35 +72,6 @@ def snapshot(values: torch.Tensor, weight: torch.Tensor) -> tuple[Any, ...]:
     )
 
 
-def own_weight(layer: nn.Module) -> torch.Tensor:
-    """Return a base layer's weight, which values are written into.
-
-    Raises
-    ------
-    TargetError
-        If it is no parameter of the layer any more: written values would be lost.
-    """
-    weight = layer._parameters.get("weight")
-    if weight is None:
-        msg = (
-            f"the `base_layer` of embedded blocks, a {type(layer).__name__}, has no"
-            " parameter `weight` any more: it was wrapped (LoRA), pruned or parametrized"
-            " (weight norm) after blocks were embedded. Call `sylva_train.merge` or"
-            " `sylva_train.unload` before that."
-        )
-        raise TargetError(msg)
-    return weight
-
-
-def holds_blocks(
-    matrix: torch.Tensor, indices: torch.Tensor, blocks: torch.Tensor
-) -> bool:
-    """Whether a weight (out, in) has blocks (k, b, b) in it already, rounded, bit for bit."""
-    shown = gather_blocks(matrix, indices, blocks.shape[-1])
-    bits = [t.to(matrix.dtype).contiguous().view(torch.uint8) for t in (shown, blocks)]
-    return torch.equal(*bits)
-
-
 class SparseEmbeddedLinear(nn.Module):
     """A linear layer some of whose blocks of weights can be trained.
 
@@ -137,6 +115,9 @@ class SparseEmbeddedLinear(nn.Module):
         self._written: str | None = None
         self._seen: tuple[Any, ...] = ()
         self._due = False
+        # Versions of the weight by what it showed, and its last one.
+        self._versions: dict[tuple[Any, ...], int] = {}
+        self._stamp: tuple[int, int] | None = None
         self._checked: dict[str, tuple[int, int]] = {}
         self._readers: dict[str, Reader] = {}
         self.embedded: str | None = None
@@ -226,8 +207,31 @@ class SparseEmbeddedLinear(nn.Module):
     def settle(self, values: torch.Tensor, weight: torch.Tensor) -> None:
         """Take note that the weight shows the values as they are now."""
         assert self._written is not None
+        self.mark(weight, (self._written, values.data_ptr(), values._version))
         self._seen, self._due = snapshot(values, weight), False
         self._readers[self._written].settle(values._version)
+
+    def begin(self, weight: torch.Tensor) -> None:
+        """Forget, before a write, the versions of a weight that others changed."""
+        if self._stamp != (weight.data_ptr(), weight._version):
+            self._versions = {}
+        if self._written is None:
+            self._versions.setdefault((None,), weight._version)
+
+    def mark(self, weight: torch.Tensor, content: tuple[Any, ...]) -> None:
+        """Give the weight the version that it had when it showed the same.
+
+        Autograd goes by it: a backward pass may follow although an adapter was disabled
+        in between, as for the reference of preference optimization.
+        """
+        known = self._versions
+        new = max([weight._version, *(version + 1 for version in known.values())])
+        version = known.get(content, new)
+        if version != weight._version:
+            torch._C._autograd._unsafe_set_version_counter((weight,), (version,))
+        others = {c: v for c, v in known.items() if c[0] != content[0]}
+        self._versions = {**others, content: version}
+        self._stamp = (weight.data_ptr(), version)
 
     def check_indices(self, name: str) -> None:
         """Raise `AdapterError` unless an adapter's indices are blocks of this weight."""
@@ -292,6 +296,7 @@ class SparseEmbeddedLinear(nn.Module):
         if wanted == self._written and unchanged and not (force or self._due):
             return
         self.check_indices(wanted)
+        self.begin(weight)
         matrix = as_matrix(base, weight.detach())
         indices, blocks = self._readers[wanted].table, values.detach()
         if self._written is None:
@@ -323,7 +328,9 @@ class SparseEmbeddedLinear(nn.Module):
             weight = weight_view(self.base_layer)
             # As they were when they were written, wherever the weight is by now.
             indices = self._readers[self._written].table.to(weight.device)
+            self.begin(self.base_layer.weight)  # type: ignore[arg-type]
             scatter_blocks_(weight, indices, self.original())
+            self.mark(self.base_layer.weight, (None,))  # type: ignore[arg-type]
             self._written, self._original = None, None
 
     def check_shown(self, values: torch.Tensor) -> None:

@@ -12,11 +12,16 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sylva_train._checks import TargetError
+from sylva_train.kernels import gather_blocks
+
 __all__ = [
     "Masters",
     "Tables",
     "check_shown",
+    "holds_blocks",
     "is_hooked",
+    "own_weight",
     "shower",
     "watch",
     "watch_optimizers",
@@ -29,6 +34,17 @@ class Masters(nn.ParameterDict):
     ``model.to(torch.bfloat16)`` moves and casts every floating-point tensor; steps of a
     fine-tuning would vanish in bfloat16 values. Cast as integers, they only move.
     """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse sharded values, which FSDP puts here: dense weights would stay behind."""
+        if hasattr(value, "device_mesh"):
+            msg = (
+                "embedded blocks cannot be sharded (FSDP): their values are written into"
+                " dense weights of another layout. Use `sylva_train.train` under"
+                " torchrun, or DistributedDataParallel."
+            )
+            raise TargetError(msg)
+        super().__setattr__(name, value)
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
@@ -68,6 +84,35 @@ class Tables(nn.Module):
     def keys(self) -> Iterator[str]:
         """Return the adapters' names, as PEFT asks for them."""
         return iter(self._buffers)
+
+
+def own_weight(layer: nn.Module) -> torch.Tensor:
+    """Return a base layer's weight, which values are written into.
+
+    Raises
+    ------
+    TargetError
+        If it is no matrix of the layer's own any more: written values would be lost.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or weight.grad_fn is not None:
+        msg = (
+            f"the `base_layer` of embedded blocks, a {type(layer).__name__}, has no weight"
+            " of its own any more: it was wrapped (LoRA), pruned, parametrized (weight"
+            " norm) or sharded (FSDP, DeepSpeed) after blocks were embedded. Call"
+            " `sylva_train.merge` or `sylva_train.unload` before that."
+        )
+        raise TargetError(msg)
+    return weight
+
+
+def holds_blocks(
+    matrix: torch.Tensor, indices: torch.Tensor, blocks: torch.Tensor
+) -> bool:
+    """Whether a weight (out, in) has blocks (k, b, b) in it already, rounded, bit for bit."""
+    shown = gather_blocks(matrix, indices, blocks.shape[-1])
+    bits = [t.to(matrix.dtype).contiguous().view(torch.uint8) for t in (shown, blocks)]
+    return torch.equal(*bits)
 
 
 class Shower(Protocol):
