@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sylva_train._checks import ConfigError
-from sylva_train.layers import embed, embedded_layers
+from sylva_train.layers import embed, embedded_layers, merge, unload
 from sylva_train.masks import LayerMask
 from sylva_train.optimizer import SparseAdamW
 from sylva_train.targets import weight_view
@@ -21,6 +21,7 @@ from tests.sylva_train.models import (
     dense_blocks,
     make_batch,
     make_model,
+    make_peft,
     random_masks,
 )
 
@@ -466,3 +467,24 @@ def test_parameters_in_the_place_of_the_model_are_refused():
     model, _, _ = make_pair()
     with pytest.raises(TypeError, match=r"SparseAdamW\(model, params\)"):
         SparseAdamW([p for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("end", [merge, unload])
+@pytest.mark.parametrize("tuner", [False, True])
+def test_a_step_after_the_blocks_are_taken_out_touches_no_weight(end, tuner):
+    """For another mask, say: the weights are the new layers' or the model's own then."""
+    if tuner:
+        model = make_peft()
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+    else:
+        model, _, _ = make_pair()
+        loss_of(model, 0).backward()
+    optimizer = SparseAdamW(model, lr=0.1)
+    optimizer.step()
+    bare = end(model)
+    before = {name: p.detach().clone() for name, p in bare.named_parameters()}
+    with pytest.raises(ConfigError, match="new optimizer"):
+        optimizer.step()
+    for name, p in bare.named_parameters():
+        assert torch.equal(p, before[name])

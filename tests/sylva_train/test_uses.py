@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -130,6 +131,22 @@ def test_every_use_of_a_weight_has_autograds_gradient(name):
         for each, inputs in ((model, x), (dense, y)):
             checkpoint(each, inputs, use_reentrant=reentrant).sum().backward()
         assert_same_gradients(model, dense, masks)
+
+
+def test_threads_that_share_a_layer_do_not_meet_its_other_weight():
+    model, dense, masks = twins("output")
+    inputs = [random((4, 10), torch.float64, seed) for seed in range(4)]
+
+    def work(x):
+        for _ in range(10):
+            model(x).square().sum().backward()
+
+    with ThreadPoolExecutor(len(inputs)) as threads:
+        list(threads.map(work, inputs))
+    for x in inputs * 10:
+        dense(x).square().sum().backward()
+    assert_same_gradients(model, dense, masks)
+    assert isinstance(model[1].base_layer.weight, nn.Parameter)
 
 
 @pytest.mark.parametrize("name", ["subclass", "read"])

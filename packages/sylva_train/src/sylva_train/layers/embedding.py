@@ -237,6 +237,7 @@ def take_out(model: nn.Module) -> nn.Module:
     """Replace embedded layers by their base layers."""
     for name, layer in embedded_layers(model).items():
         replace_module(model, name, layer.base_layer)
+        layer.let_go()
     if hasattr(model, "sylva_modules_to_save"):
         del model.sylva_modules_to_save
     return model

@@ -121,6 +121,7 @@ class SparseEmbeddedLinear(nn.Module):
         self._checked: dict[str, tuple[int, int]] = {}
         self._readers: dict[str, Reader] = {}
         self.embedded: str | None = None
+        self.is_out = False
 
     @property
     def weight(self) -> torch.Tensor:
@@ -289,7 +290,8 @@ class SparseEmbeddedLinear(nn.Module):
                 matrix, table = as_matrix(base, weight.detach()), self.sylva_indices
                 scatter_blocks_(matrix, table[wanted], values.detach())
             return
-        weight = own_weight(base)
+        with _exchange:
+            weight = own_weight(base)
         now = snapshot(values, weight)
         is_known = bool(self._seen) and self._seen[0] is values
         unchanged = is_known and self._seen[1:] == now[1:]
@@ -333,6 +335,11 @@ class SparseEmbeddedLinear(nn.Module):
             self.mark(self.base_layer.weight, (None,))  # type: ignore[arg-type]
             self._written, self._original = None, None
 
+    def let_go(self) -> None:
+        """Leave the base layer, which is taken out, as it is from now on."""
+        self.embedded, self._written, self._original = None, None, None
+        self.is_out = True
+
     def check_shown(self, values: torch.Tensor) -> None:
         """Raise RuntimeError if values were not in the weight that forward used."""
         if self._seen and self._seen[0] is values and self._seen[2] != values._version:
@@ -363,9 +370,9 @@ class SparseEmbeddedLinear(nn.Module):
         self.sync()
         values, base = self.trained(), self.base_layer
         if values is not None and not is_product(base):
-            weights = {"weight": self.differentiable(values)}
             alone = not torch.compiler.is_compiling()
             with _exchange if alone else contextlib.nullcontext():
+                weights = {"weight": self.differentiable(values)}
                 return functional_call(base, weights, args, kwargs)  # type: ignore[no-any-return]
         y: torch.Tensor = base(*args, **kwargs)
         if values is not None:

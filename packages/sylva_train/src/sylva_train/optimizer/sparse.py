@@ -139,7 +139,19 @@ class SparseAdamW(torch.optim.AdamW):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step and write the new values into the dense weights."""
+        """Take one step and write the new values into the dense weights.
+
+        Raises
+        ------
+        ConfigError
+            If all blocks were merged or unloaded.
+        """
+        if self.layers and all(layer.is_out for layer in self.layers):
+            msg = (
+                "the blocks that this optimizer trains were merged or unloaded; make a"
+                " new optimizer for the model as it is."
+            )
+            raise ConfigError(msg)
         loss = None
         if closure is not None:
             with torch.enable_grad():
