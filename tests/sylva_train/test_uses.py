@@ -21,9 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from sylva_train._checks import AdapterError, TargetError
 from sylva_train.config import SylvaConfig
+from sylva_train.importance import score
 from sylva_train.layers import embed, embedded_layers, unload
 from sylva_train.masks import LayerMask
-from sylva_train.targets import weight_view
+from sylva_train.targets import find_targets, is_supported, weight_view
 from tests.sylva_train.models import (
     dense_blocks,
     error,
@@ -98,7 +99,8 @@ def twins(name):
         if change:
             change(model[1])
         models.append(model)
-    masks = random_masks(models[0], block_size=4)
+    layers = [n for n, m in models[0].named_modules() if is_supported(m)]
+    masks = random_masks(models[0], layers, block_size=4)
     return embed(models[0], masks), models[1], masks
 
 
@@ -131,6 +133,17 @@ def test_every_use_of_a_weight_has_autograds_gradient(name):
         for each, inputs in ((model, x), (dense, y)):
             checkpoint(each, inputs, use_reentrant=reentrant).sum().backward()
         assert_same_gradients(model, dense, masks)
+
+
+def test_layers_with_a_forward_pass_of_their_own_are_left_to_choice():
+    model = nn.Sequential(nn.Linear(8, 8), Squashed(8, 8), nn.Linear(8, 2))
+    assert list(find_targets(model)) == ["0", "2"]
+    named = SylvaConfig(importance="magnitude", target_modules=["1"], block_size=4)
+    assert list(score(model, config=named)) == ["1"]
+    batches = [{"input": torch.ones(2, 8), "labels": torch.tensor([0, 1])}]
+    needy = SylvaConfig(importance="wanda", target_modules=["1"], block_size=4)
+    with pytest.raises(TargetError, match="forward pass of its own"):
+        score(model, batches, needy)
 
 
 def test_threads_that_share_a_layer_do_not_meet_its_other_weight():

@@ -9,17 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from sylva_train.kernels import block_sddmm, gather_blocks
+from sylva_train.targets import is_plain
 
 from .storage import check_shown, is_hooked
 
 __all__ = ["BlockGradient", "WeightGradient", "accumulating", "is_product"]
-
-#: Forward passes that are ``x Wᵀ + bias``, and classes that have such a one of their own.
-PRODUCTS = (nn.Linear.forward, Conv1D.forward)
-PRODUCT_CLASSES = {"FalconLinear"}
 
 _accumulating: ContextVar[bool] = ContextVar("accumulating", default=False)
 
@@ -55,9 +51,9 @@ def is_product(layer: nn.Module) -> bool:
     A subclass may compute something else, and hooks may change what goes in, what comes
     out or the gradient that comes back.
     """
-    kind, own = type(layer), "forward" in layer.__dict__
+    own = "forward" in layer.__dict__
     return (
-        (kind.forward in PRODUCTS or kind.__name__ in PRODUCT_CLASSES)
+        is_plain(layer)
         and (not own or hasattr(layer, "_hf_hook"))  # accelerate's moves tensors only
         and not layer._forward_pre_hooks
         and not layer._forward_hooks
