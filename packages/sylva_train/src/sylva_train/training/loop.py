@@ -373,8 +373,8 @@ def train(
     if run.idle:
         warnings.warn(
             f"no step had a gradient for the blocks of {len(run.idle)} layers, like"
-            f" `{run.idle[0]}`: the loss does not depend on them, or takes the layers'"
-            " weights without calling them. They are as they were.",
+            f" `{run.idle[0]}`: the loss does not depend on them, or takes the weights of"
+            " the base layers. They are as they were.",
             stacklevel=2,
         )
     return run.result()
