@@ -300,7 +300,7 @@ def test_experts_that_are_no_linear_layers_are_named():
 
 
 def test_blocks_that_no_step_reaches_are_named():
-    model = Small(lambda m, x: F.linear(x, m.a.weight) + m.b(x))
+    model = Small(lambda m, x: F.linear(x, m.a.weight.detach()) + m.b(x))
     embed(model, random_masks(model, ["a", "b"], block_size=4))
     before = snapshot(model)
     with pytest.warns(UserWarning, match=r"1 layers, like `a\.sylva_values"):

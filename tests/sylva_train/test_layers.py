@@ -361,10 +361,13 @@ def test_a_gradient_that_a_hook_looks_at_is_left_to_autograd():
         loss.backward()
 
 
-def test_replicas_of_data_parallel_show_the_values_and_give_their_gradient():
+@pytest.mark.parametrize("hooked", [False, True])
+def test_replicas_of_data_parallel_show_the_values_and_give_their_gradient(hooked):
     model, masks = two_layers()
     embed(model, masks)
     layer = next(iter(embedded_layers(model).values()))
+    if hooked:
+        layer.base_layer.register_forward_hook(lambda _, __, y: 2 * y)
     values = layer.sylva_values["default"]
     # As `torch.nn.parallel.replicate` does: tensors are copied first, values by autograd.
     weight, copied = layer.base_layer.weight.detach().clone(), values * 1

@@ -130,18 +130,36 @@ def test_batches_of_any_size_add_up_to_the_large_one():
     assert not close(gradient(model, [large, *cut(large, [9, 9, 4])[:1]]), wanted)
 
 
-def test_a_language_model_weighs_batches_by_tokens_that_count():
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler itself
+@pytest.mark.parametrize("wrapped", ["no", "peft", "compiled"])
+def test_a_language_model_weighs_batches_by_tokens_that_count(wrapped):
     config = transformers.GPT2Config(
         vocab_size=16, n_embd=16, n_layer=1, n_head=2, n_positions=8,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(config)
+    if wrapped == "peft":
+        # Without a task, whose wrapper would be named after it.
+        model = get_peft_model(
+            model, LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True)
+        )
+    elif wrapped == "compiled":
+        model = torch.compile(model, backend="eager")
     ids = torch.randint(16, (5, 8), generator=torch.Generator().manual_seed(0))
     labels = ids.masked_fill(
         torch.arange(8) >= torch.tensor([8, 2, 3, 5, 2])[:, None], -100
     )
     large = {"input_ids": ids, "labels": labels}
     assert close(gradient(model, cut(large, [1, 2, 2])), gradient(model, [large]))
+    with pytest.raises(DataError, match="for each token"):
+        gradient(model, [{"input_ids": ids, "labels": torch.ones(5).long()}])
+
+
+def test_samples_without_a_label_do_not_count():
+    model = toy_model(dropout=0.0).train()
+    (large,) = ToyLoader(batch_size=22).epoch(0)
+    large["labels"][:8] = -100
+    assert close(gradient(model, cut(large, [9, 9, 4])), gradient(model, [large]))
 
 
 def test_a_run_with_accumulation_follows_the_run_with_large_batches():
@@ -361,6 +379,12 @@ def test_parts_that_do_not_fit_are_named():
         run(model, optimizer=foreign)
     with pytest.raises(ConfigError, match="`scheduler` must be given together"):
         run(model, scheduler=make_scheduler(foreign, CONFIG, 8))
+    own = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(own)
+    with pytest.raises(ConfigError, match="needs a metric"):
+        run(model, optimizer=own, scheduler=plateau)
+    with pytest.raises(ConfigError, match="LBFGS"):
+        run(model, optimizer=torch.optim.LBFGS(own.param_groups[0]["params"]))
     with pytest.raises(ConfigError, match="`resume` needs `output`"):
         run(model, resume=True)
     with pytest.raises(

@@ -25,6 +25,7 @@ __all__ = [
     "first_reader",
     "input_owners",
     "is_inside",
+    "is_plain",
     "is_same",
     "is_supported",
     "layer_input",
@@ -47,6 +48,17 @@ def is_supported(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     # Quantized linear layers subclass nn.Linear but keep packed integers.
     return weight is not None and weight.dim() == 2 and weight.is_floating_point()
+
+
+#: Forward passes that are ``x Wᵀ + bias``, and classes that have such a one of their own.
+PRODUCTS = (nn.Linear.forward, Conv1D.forward)
+PRODUCT_CLASSES = {"FalconLinear"}
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer's class computes a product alone, and not a router's choice."""
+    kind = type(module)
+    return kind.forward in PRODUCTS or kind.__name__ in PRODUCT_CLASSES
 
 
 def as_matrix(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
@@ -213,7 +225,7 @@ def warn_of_others(model: nn.Module) -> None:
             for n, p in module._parameters.items()
             if p is not None and p.dim() > 1
         }
-        if is_supported(module):
+        if is_supported(module) and is_plain(module):
             linear += sum(sizes.values())
         else:
             others |= {f"{name}.{n}": size for n, size in sizes.items()}
@@ -242,7 +254,8 @@ def find_targets(
         Any model; `transformers` models tell their head from their backbone.
     target_modules : list of str or str
         Names or name endings, a regular expression on whole names, or
-        ``"all-linear"``: every `torch.nn.Linear` and ``Conv1D`` of the backbone.
+        ``"all-linear"``: every `torch.nn.Linear` and ``Conv1D`` of the backbone, but
+        subclasses with a forward pass of their own.
     exclude_modules : list of str or str, optional
         Layers to leave out, in the same form.
 
@@ -268,7 +281,7 @@ def find_targets(
             excluded |= is_supported(module)
             continue
         if everything:
-            if is_supported(module) and name not in heads:
+            if is_supported(module) and is_plain(module) and name not in heads:
                 found[name] = module
         elif matches(name, target_modules):
             if not is_supported(module):

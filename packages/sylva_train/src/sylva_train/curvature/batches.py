@@ -23,6 +23,13 @@ def batch_size(batch: Mapping[str, Any]) -> int:
     raise DataError(msg)
 
 
+def is_causal(model: nn.Module) -> bool:
+    """Whether a model predicts each token from those before it, as its class's name says."""
+    model = getattr(model, "_orig_mod", model)  # `torch.compile` wraps it
+    base = getattr(model, "get_base_model", lambda: model)()  # and PEFT
+    return type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
 def loss_units(model: nn.Module, batch: Mapping[str, Any]) -> int:
     """Return how many terms the model's mean loss has, 0 if no label counts.
 
@@ -34,13 +41,27 @@ def loss_units(model: nn.Module, batch: Mapping[str, Any]) -> int:
         return batch_size(batch)
     if labels.is_floating_point():
         return len(labels)
-    causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    shifted = causal and labels.dim() > 1
+    shifted = labels.dim() > 1 and is_causal(model)
     return int((labels[:, 1:] if shifted else labels).ne(-100).sum())
 
 
 def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Return the loss that a `transformers` model computes from a batch with labels."""
+    """Return the loss that a `transformers` model computes from a batch with labels.
+
+    Raises
+    ------
+    DataError
+        If the model returns none, or labels are of samples and a causal language model's
+        should be of tokens.
+    """
+    labels = batch.get("labels")
+    if isinstance(labels, torch.Tensor) and labels.dim() == 1 and is_causal(model):
+        msg = (
+            "batches have one label for each sample, of a class, but the model is a causal"
+            " language model, which needs one for each token: load the model for"
+            " classification, or data for generation."
+        )
+        raise DataError(msg)
     loss = getattr(model(**batch), "loss", None)
     if loss is None:
         msg = (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sylva_train._checks import ConfigError, check_choice
+from sylva_train._checks import ConfigError, TargetError, check_choice
 from sylva_train.config import IMPORTANCES, KRONECKER, NEEDS_DATA, SylvaConfig
 from sylva_train.curvature import (
     LayerCurvature,
@@ -24,6 +24,7 @@ from sylva_train.targets import (
     check_block_size,
     check_weights,
     find_targets,
+    is_plain,
     loaded_weight,
     warn_of_others,
 )
@@ -197,6 +198,14 @@ def run_rules(
             kept.save(done, {"samples": seen, "indefinite": bad, "data": data})
 
     needy = [rule for rule in rules if rule in NEEDS_DATA]
+    odd = [name for name, module in targets.items() if not is_plain(module)]
+    if needy and odd:
+        msg = (
+            f"`{odd[0]}`, a {type(targets[odd[0]]).__name__}, has a forward pass of its own,"
+            f" of which `importance={needy[0]!r}` knows nothing: leave it out"
+            ' (`exclude_modules`), or choose its blocks with "magnitude".'
+        )
+        raise TargetError(msg)
     if needy:
         if dataloader is None:
             msg = (

@@ -19,6 +19,7 @@ from .embedding import (
 )
 from .gradient import accumulating
 from .linear import SparseEmbeddedLinear, check_embeddable, values_dtype
+from .storage import shower
 
 __all__ = [
     "SparseEmbeddedLinear",
@@ -31,6 +32,7 @@ __all__ = [
     "find_saved",
     "merge",
     "replace_module",
+    "shower",
     "sync",
     "unload",
     "values_dtype",

@@ -119,6 +119,14 @@ def check_masks(
             )
             raise ConfigError(msg)
         check_embeddable(modules[name])
+        holder = modules[name.rpartition(".")[0]]
+        if getattr(holder, "base_layer", None) is modules[name]:
+            msg = (
+                f"`masks` has blocks in `{name}`, the base of a {type(holder).__name__}:"
+                " merging that would be undone in the blocks. Merge it into the model"
+                " first (`merge_and_unload`)."
+            )
+            raise TargetError(msg)
         check_tied(model, name, modules[name])
         shape = tuple(weight_view(modules[name]).shape)
         if mask.shape != shape:
@@ -229,6 +237,7 @@ def take_out(model: nn.Module) -> nn.Module:
     """Replace embedded layers by their base layers."""
     for name, layer in embedded_layers(model).items():
         replace_module(model, name, layer.base_layer)
+        layer.let_go()
     if hasattr(model, "sylva_modules_to_save"):
         del model.sylva_modules_to_save
     return model

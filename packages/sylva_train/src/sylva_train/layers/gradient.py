@@ -8,12 +8,14 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import nn
 
-from sylva_train.kernels import block_sddmm
+from sylva_train.kernels import block_sddmm, gather_blocks
+from sylva_train.targets import is_plain
 
 from .storage import check_shown, is_hooked
 
-__all__ = ["BlockGradient", "accumulating"]
+__all__ = ["BlockGradient", "WeightGradient", "accumulating", "is_product"]
 
 _accumulating: ContextVar[bool] = ContextVar("accumulating", default=False)
 
@@ -41,6 +43,69 @@ def gradient_of(values: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor
     if values is None or type(out) is not torch.Tensor or is_hooked(values):
         return None
     return out if out.dtype == dtype and out.is_contiguous() else None
+
+
+def is_product(layer: nn.Module) -> bool:
+    """Whether a layer's output is its product with the input it is called with.
+
+    A subclass may compute something else, and hooks may change what goes in, what comes
+    out or the gradient that comes back.
+    """
+    own = "forward" in layer.__dict__
+    return (
+        is_plain(layer)
+        and (not own or hasattr(layer, "_hf_hook"))  # accelerate's moves tensors only
+        and not layer._forward_pre_hooks
+        and not layer._forward_hooks
+        and not layer._backward_pre_hooks
+    )
+
+
+class Refusal(torch.autograd.Function):
+    """Pass a gradient through, and raise if it is differentiated."""
+
+    @staticmethod
+    def forward(_: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Return an alias of the gradient."""
+        return gradient.detach()
+
+    @staticmethod
+    def backward(_: Any, *__: torch.Tensor) -> torch.Tensor:
+        """Raise RuntimeError."""
+        msg = (
+            "second derivatives through embedded blocks are not computed"
+            " (`create_graph=True`, gradient penalties): the weight that the input gradient"
+            " is a product with is frozen, and they would come out wrong."
+        )
+        raise RuntimeError(msg)
+
+
+class WeightGradient(torch.autograd.Function):
+    """Pass a dense weight through, and give its blocks their part of its gradient.
+
+    For whatever else than a plain product is made of a weight: its gradient is computed
+    as a whole, by autograd.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: torch.Tensor,
+        values: torch.Tensor,
+        indices: torch.Tensor,
+        is_turned: bool,
+    ) -> torch.Tensor:
+        """Return ``weight``, which is stored as (in, out) if ``is_turned``."""
+        ctx.indices, ctx.is_turned = indices, is_turned
+        ctx.block_size, ctx.dtype = values.shape[-1], values.dtype
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dw: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the blocks (k, b, b) of ``dw`` for the values."""
+        matrix = dw.t() if ctx.is_turned else dw
+        blocks = gather_blocks(matrix, ctx.indices, ctx.block_size)
+        return None, blocks.to(ctx.dtype), None, None
 
 
 class BlockGradient(torch.autograd.Function):
@@ -73,9 +138,21 @@ class BlockGradient(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return ``dy`` for ``y``, and the blocks of ``dyᵀ x`` for the values."""
+        gradients = BlockGradient.first(ctx, dy)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return gradients
+        # Also where ``dy`` depends on nothing: the base layer's input gradient would.
+        return tuple(
+            g if g is None else Refusal.apply(g.detach().requires_grad_())  # type: ignore[no-untyped-call]
+            for g in gradients
+        )
+
+    @staticmethod
+    @torch.no_grad()
+    def first(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the first derivatives."""
         (x,) = ctx.saved_tensors
         wide = torch.promote_types(dy.dtype, torch.float32)
         out = gradient_of(ctx.values, wide)

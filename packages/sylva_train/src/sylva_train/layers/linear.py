@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from sylva_train._checks import AdapterError, ConfigError, TargetError
 from sylva_train.kernels import gather_blocks, scatter_blocks_
 from sylva_train.masks import LayerMask
 from sylva_train.targets import as_matrix, is_supported, layer_input, weight_view
 
-from .gradient import BlockGradient
+from .gradient import BlockGradient, WeightGradient, is_product
 from .inputs import Reader
-from .storage import Masters, Tables, watch, watch_optimizers
+from .storage import (
+    Masters,
+    Tables,
+    holds_blocks,
+    own_weight,
+    watch,
+    watch_optimizers,
+)
 
 __all__ = ["SparseEmbeddedLinear", "check_embeddable", "check_shape", "values_dtype"]
 
 
 #: Dtypes of weights that can hold trained values.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# While a layer has another weight for a pass, of which other threads must know nothing.
+_exchange = threading.RLock()
 
 
 def values_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -103,15 +114,26 @@ class SparseEmbeddedLinear(nn.Module):
         self._original: torch.Tensor | None = None
         self._written: str | None = None
         self._seen: tuple[Any, ...] = ()
+        self._due = False
+        # Versions of the weight by what it showed, and its last one.
+        self._versions: dict[tuple[Any, ...], int] = {}
+        self._stamp: tuple[int, int] | None = None
         self._checked: dict[str, tuple[int, int]] = {}
         self._readers: dict[str, Reader] = {}
         self.embedded: str | None = None
+        self.is_out = False
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight as the base layer stores it, up to date."""
+        """The dense weight as the base layer stores it, up to date.
+
+        What is computed with it has a gradient for the blocks' values.
+        """
         self.sync()
-        return self.base_layer.weight  # type: ignore[return-value]
+        values = self.trained()
+        if values is None:
+            return self.base_layer.weight  # type: ignore[return-value]
+        return self.differentiable(values)
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -186,14 +208,47 @@ class SparseEmbeddedLinear(nn.Module):
     def settle(self, values: torch.Tensor, weight: torch.Tensor) -> None:
         """Take note that the weight shows the values as they are now."""
         assert self._written is not None
-        self._seen = snapshot(values, weight)
+        self.mark(weight, (self._written, values.data_ptr(), values._version))
+        self._seen, self._due = snapshot(values, weight), False
         self._readers[self._written].settle(values._version)
+
+    def begin(self, weight: torch.Tensor) -> None:
+        """Forget, before a write, the versions of a weight that others changed."""
+        if self._stamp != (weight.data_ptr(), weight._version):
+            self._versions = {}
+        if self._written is None:
+            self._versions.setdefault((None,), weight._version)
+
+    def mark(self, weight: torch.Tensor, content: tuple[Any, ...]) -> None:
+        """Give the weight the version that it had when it showed the same.
+
+        Autograd goes by it: a backward pass may follow although an adapter was disabled
+        in between, as for the reference of preference optimization.
+        """
+        known = self._versions
+        new = max([weight._version, *(version + 1 for version in known.values())])
+        version = known.get(content, new)
+        if version != weight._version:
+            torch._C._autograd._unsafe_set_version_counter((weight,), (version,))
+        others = {c: v for c, v in known.items() if c[0] != content[0]}
+        self._versions = {**others, content: version}
+        self._stamp = (weight.data_ptr(), version)
 
     def check_indices(self, name: str) -> None:
         """Raise `AdapterError` unless an adapter's indices are blocks of this weight."""
         table = self.sylva_indices[name]
         seen = (table.data_ptr(), table._version)
         if self._checked.get(name) != seen:
+            if name == self._written:
+                known = self._readers[name].table.to(table.device)
+                if not torch.equal(known, table.long()):
+                    msg = (
+                        f"the block indices of adapter `{name}` changed while its blocks"
+                        " were in the weight. For another mask, `sylva_train.unload` and"
+                        " embed again; an average of weights must leave buffers out"
+                        " (`use_buffers=False`), since it rounds integers down."
+                    )
+                    raise AdapterError(msg)
             try:
                 mask = LayerMask(self.shape, self.sylva_values[name].shape[-1], table)
                 sound = torch.equal(mask.indices, table.cpu().long())
@@ -228,25 +283,31 @@ class SparseEmbeddedLinear(nn.Module):
         if wanted is None:
             return
         base, values = self.base_layer, self.sylva_values[wanted]
-        weight: torch.Tensor = base.weight  # type: ignore[assignment]
         if getattr(self, "_is_replica", False):
+            weight: torch.Tensor = base.weight  # type: ignore[assignment]
             # One pass long: a copy of the weight as it was before the layer's own `sync`.
             if weight.data_ptr() != self._seen[4]:
                 matrix, table = as_matrix(base, weight.detach()), self.sylva_indices
                 scatter_blocks_(matrix, table[wanted], values.detach())
             return
+        with _exchange:
+            weight = own_weight(base)
         now = snapshot(values, weight)
         is_known = bool(self._seen) and self._seen[0] is values
         unchanged = is_known and self._seen[1:] == now[1:]
-        if wanted == self._written and unchanged and not force:
+        if wanted == self._written and unchanged and not (force or self._due):
             return
         self.check_indices(wanted)
+        self.begin(weight)
         matrix = as_matrix(base, weight.detach())
         indices, blocks = self._readers[wanted].table, values.detach()
         if self._written is None:
             self._original = gather_blocks(matrix, indices, blocks.shape[-1]).cpu()
             self._written = wanted
-        scatter_blocks_(matrix, indices, blocks)
+        # The same bits again would make backward passes under way fail.
+        untouched = is_known and self._seen[2] == now[2]
+        if not (untouched and holds_blocks(matrix, indices, blocks)):
+            scatter_blocks_(matrix, indices, blocks)
         # A copy of the layer has the same attributes, but its values are elsewhere.
         if not is_known or (self._seen[1], self._seen[3]) != (now[1], now[3]):
             watch(values, self)
@@ -269,8 +330,15 @@ class SparseEmbeddedLinear(nn.Module):
             weight = weight_view(self.base_layer)
             # As they were when they were written, wherever the weight is by now.
             indices = self._readers[self._written].table.to(weight.device)
+            self.begin(self.base_layer.weight)  # type: ignore[arg-type]
             scatter_blocks_(weight, indices, self.original())
+            self.mark(self.base_layer.weight, (None,))  # type: ignore[arg-type]
             self._written, self._original = None, None
+
+    def let_go(self) -> None:
+        """Leave the base layer, which is taken out, as it is from now on."""
+        self.embedded, self._written, self._original = None, None, None
+        self.is_out = True
 
     def check_shown(self, values: torch.Tensor) -> None:
         """Raise RuntimeError if values were not in the weight that forward used."""
@@ -283,17 +351,34 @@ class SparseEmbeddedLinear(nn.Module):
             )
             raise RuntimeError(msg)
 
+    def trained(self) -> torch.Tensor | None:
+        """Return the values that the weight shows, if they are to have a gradient."""
+        if self._written is None or not torch.is_grad_enabled():
+            return None
+        values = self.sylva_values[self._written]
+        return values if values.requires_grad and len(values) else None
+
+    def differentiable(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the weight as the base layer stores it, as a function of its values."""
+        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
+        indices = self._readers[str(self._written)].table.to(weight.device)
+        is_turned = as_matrix(self.base_layer, weight) is not weight
+        return WeightGradient.apply(weight, values, indices, is_turned)  # type: ignore[no-untyped-call, no-any-return]
+
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
         self.sync()
-        y: torch.Tensor = self.base_layer(*args, **kwargs)
-        if self._written is not None and torch.is_grad_enabled():
-            values = self.sylva_values[self._written]
-            if values.requires_grad and len(values):
-                reader = self._readers[self._written]
-                x = layer_input(args, kwargs)
-                kept, indices = reader.keep(x, y.dtype, values)
-                y = BlockGradient.apply(y, kept, values, indices)  # type: ignore[no-untyped-call]
+        values, base = self.trained(), self.base_layer
+        if values is not None and not is_product(base):
+            alone = not torch.compiler.is_compiling()
+            with _exchange if alone else contextlib.nullcontext():
+                weights = {"weight": self.differentiable(values)}
+                return functional_call(base, weights, args, kwargs)  # type: ignore[no-any-return]
+        y: torch.Tensor = base(*args, **kwargs)
+        if values is not None:
+            reader = self._readers[str(self._written)]
+            kept, indices = reader.keep(layer_input(args, kwargs), y.dtype, values)
+            y = BlockGradient.apply(y, kept, values, indices)  # type: ignore[no-untyped-call]
         return y
 
     def _replicate_for_data_parallel(self) -> Self:
@@ -305,7 +390,7 @@ class SparseEmbeddedLinear(nn.Module):
         """Set the mode, and write again if it changes, so that evaluation is exact."""
         if mode != self.training and self._written is not None:
             self.sync()
-            self._seen = ()
+            self._due = True
         return super().train(mode)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

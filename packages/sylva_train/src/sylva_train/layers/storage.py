@@ -12,11 +12,17 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sylva_train._checks import TargetError
+from sylva_train.kernels import gather_blocks
+
 __all__ = [
     "Masters",
     "Tables",
     "check_shown",
+    "holds_blocks",
     "is_hooked",
+    "own_weight",
+    "shower",
     "watch",
     "watch_optimizers",
 ]
@@ -28,6 +34,17 @@ class Masters(nn.ParameterDict):
     ``model.to(torch.bfloat16)`` moves and casts every floating-point tensor; steps of a
     fine-tuning would vanish in bfloat16 values. Cast as integers, they only move.
     """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse sharded values, which FSDP puts here: dense weights would stay behind."""
+        if hasattr(value, "device_mesh"):
+            msg = (
+                "embedded blocks cannot be sharded (FSDP): their values are written into"
+                " dense weights of another layout. Use `sylva_train.train` under"
+                " torchrun, or DistributedDataParallel."
+            )
+            raise TargetError(msg)
+        super().__setattr__(name, value)
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
@@ -69,6 +86,35 @@ class Tables(nn.Module):
         return iter(self._buffers)
 
 
+def own_weight(layer: nn.Module) -> torch.Tensor:
+    """Return a base layer's weight, which values are written into.
+
+    Raises
+    ------
+    TargetError
+        If it is no matrix of the layer's own any more: written values would be lost.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or weight.grad_fn is not None:
+        msg = (
+            f"the `base_layer` of embedded blocks, a {type(layer).__name__}, has no weight"
+            " of its own any more: it was wrapped (LoRA), pruned, parametrized (weight"
+            " norm) or sharded (FSDP, DeepSpeed) after blocks were embedded. Call"
+            " `sylva_train.merge` or `sylva_train.unload` before that."
+        )
+        raise TargetError(msg)
+    return weight
+
+
+def holds_blocks(
+    matrix: torch.Tensor, indices: torch.Tensor, blocks: torch.Tensor
+) -> bool:
+    """Whether a weight (out, in) has blocks (k, b, b) in it already, rounded, bit for bit."""
+    shown = gather_blocks(matrix, indices, blocks.shape[-1])
+    bits = [t.to(matrix.dtype).contiguous().view(torch.uint8) for t in (shown, blocks)]
+    return torch.equal(*bits)
+
+
 class Shower(Protocol):
     """A layer whose dense weight shows values."""
 
@@ -89,8 +135,13 @@ _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def watch(values: torch.Tensor, layer: Shower) -> None:
     """Remember which layer shows values, and check in backward that it did."""
     _shown[values] = weakref.ref(layer)
-    if values.requires_grad and values not in _checked:
+    if values.requires_grad and values.is_leaf and values not in _checked:
         _checked[values] = values.register_post_accumulate_grad_hook(check_shown)
+
+
+def shower(parameter: torch.Tensor) -> Shower | None:
+    """Return the layer whose weight shows a parameter, if there is one."""
+    return _shown[parameter]() if parameter in _shown else None
 
 
 def is_hooked(values: torch.Tensor) -> bool:
@@ -102,7 +153,7 @@ def is_hooked(values: torch.Tensor) -> bool:
 
 def check_shown(values: torch.Tensor) -> None:
     """Let the layer check that its forward pass used these values."""
-    layer = _shown[values]()
+    layer = shower(values)
     if layer is not None:
         layer.check_shown(values)
 
@@ -115,6 +166,8 @@ def watch_optimizers() -> None:
     their version, and the dense weights would stay as they were for good.
     """
 
+    # Compiled, a layer would not look whether its values changed.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if getattr(optimizer, "writes_through", False):
             return
@@ -123,7 +176,7 @@ def watch_optimizers() -> None:
         inside = torch._C._current_graph_task_id() != -1
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                layer = _shown[parameter]() if parameter in _shown else None
+                layer = shower(parameter)
                 if layer is not None:
                     torch.autograd.graph.increment_version(parameter)
                     if not inside:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError, check_choice, check_positive
-from sylva_train.layers import SparseEmbeddedLinear, embedded_layers
+from sylva_train.layers import SparseEmbeddedLinear, embedded_layers, shower
 
 from .fused import KernelStep, kernel_of, laid_out_as, may_fuse, may_fuse_on_cpu
 
@@ -44,7 +44,8 @@ class SparseAdamW(torch.optim.AdamW):
         Clip the gradient of all parameters together to this norm in each step.
     moments : str
         ``"32bit"``, or ``"8bit"``: the blocks' two moments take 2 bytes of each value
-        instead of 8, with levels a few percent apart (`kernels.quantize`).
+        instead of 8, with levels a few percent apart (`kernels.quantize`). Blocks of
+        float64 weights, and what is no block, keep theirs as they are.
     **kwargs
         Other options of `torch.optim.AdamW`. With ``amsgrad``, ``differentiable``,
         ``foreach=True`` or ``fused=False`` PyTorch's own AdamW takes every step.
@@ -53,6 +54,8 @@ class SparseAdamW(torch.optim.AdamW):
     ------
     ConfigError
         If nothing in the model requires a gradient, or an option cannot be used.
+    TypeError
+        If ``model`` is no model.
     """
 
     def __init__(
@@ -69,6 +72,13 @@ class SparseAdamW(torch.optim.AdamW):
         moments: str = "32bit",
         **kwargs: Any,
     ) -> None:
+        if not isinstance(cast("object", model), nn.Module):
+            msg = (
+                "`model` must be the torch.nn.Module with embedded blocks, whose dense"
+                f" weights each step writes; got a {type(model).__name__}. Parameters or"
+                " groups of them go into `params`: `SparseAdamW(model, params)`."
+            )
+            raise TypeError(msg)
         check_choice("decay_towards", decay_towards, ("zero", "base"))
         check_choice("moments", moments, ("32bit", "8bit"))
         if max_grad_norm is not None:
@@ -90,8 +100,7 @@ class SparseAdamW(torch.optim.AdamW):
         self.decay_towards, self.max_grad_norm = decay_towards, max_grad_norm
         self.layers: list[SparseEmbeddedLinear] = list(embedded_layers(model).values())
         self.moments, eight_bit = moments, moments == "8bit"
-        to_base = decay_towards == "base"
-        self._kernel = KernelStep(self, self.layers, to_base, eight_bit)
+        self._kernel = self.make_kernel()
         defaults = {"amsgrad": False, "differentiable": False}
         plain = may_fuse({"foreach": None, "fused": None} | defaults | kwargs)
         if eight_bit and not plain:
@@ -107,12 +116,42 @@ class SparseAdamW(torch.optim.AdamW):
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **kwargs
         )
 
+    def make_kernel(self) -> KernelStep:
+        """Return what takes the kernel's part of steps."""
+        to_base, eight_bit = self.decay_towards == "base", self.moments == "8bit"
+        return KernelStep(self, self.layers, to_base, eight_bit)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs; its layers are copies of these, as parameters are."""
+        names = ("decay_towards", "max_grad_norm", "moments", "layers")
+        return {**super().__getstate__(), **{n: getattr(self, n) for n in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what another left, or only the state of the parameters."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "layers" in state:
+            self._kernel = self.make_kernel()
+
     #: Its own steps end in the dense weights; nothing is left to write before a forward.
     writes_through = True
 
+    # Compiled, a layer would not look whether its values changed.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step and write the new values into the dense weights."""
+        """Take one step and write the new values into the dense weights.
+
+        Raises
+        ------
+        ConfigError
+            If all blocks were merged or unloaded.
+        """
+        if self.layers and all(layer.is_out for layer in self.layers):
+            msg = (
+                "the blocks that this optimizer trains were merged or unloaded; make a"
+                " new optimizer for the model as it is."
+            )
+            raise ConfigError(msg)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -124,9 +163,11 @@ class SparseAdamW(torch.optim.AdamW):
         self._kernel.update(clip, scale, found_inf)
         if self.decay_towards == "base":
             self.decay_to_base(self._kernel.rest)
-        # By force: a fused step does not count as a change of the values.
         for layer in self._kernel.rest:
-            layer.sync(force=True)
+            if (name := layer.wanted()) is not None:
+                # A fused step does not count as a change of the values.
+                torch.autograd.graph.increment_version(layer.sylva_values[name])
+                layer.sync()
         return loss
 
     def clip(self, scale: torch.Tensor | None) -> torch.Tensor | None:
@@ -152,8 +193,12 @@ class SparseAdamW(torch.optim.AdamW):
         return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, as with any optimizer."""
+        """Add a group of parameters, as with any optimizer, also of another model."""
         super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            layer = shower(parameter)
+            if isinstance(layer, SparseEmbeddedLinear) and layer not in self.layers:
+                self.layers.append(layer)
         self._kernel.forget()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -172,9 +217,17 @@ class SparseAdamW(torch.optim.AdamW):
                 state_dict["param_groups"], self.param_groups, strict=False
             )
         ]
-        saved_state = state_dict["state"]
-        kept = "8bit" if any("exp_avg_scale" in s for s in saved_state.values()) else ""
-        if saved_state and (kept or self.moments == "8bit") and kept != self.moments:
+        eight_bit = self.moments == "8bit"
+        # What no kernel updates, a new head for one, has no moments in 8 bits.
+        coded = {id(c.values) for c in self._kernel.choose()} if eight_bit else set()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        saved_states = [state_dict["state"].get(i, {}) for i in numbers]
+        if any(
+            "exp_avg" in saved
+            and (id(p) in coded if "exp_avg_scale" not in saved else not eight_bit)
+            for p, saved in zip(parameters, saved_states, strict=False)
+        ):
             msg = (
                 "`state_dict` has moments in another number of bits than this"
                 f" optimizer, which was made with `moments={self.moments!r}`."
@@ -219,7 +272,7 @@ class SparseAdamW(torch.optim.AdamW):
             rate = rates.get(id(layer.sylva_values[name]), 0.0) if name else 0.0
             if name and rate:
                 layer.sync()
-                base = layer.original().float() * rate
+                base = layer.original().to(layer.sylva_values[name].dtype) * rate
                 if found_inf is not None:
                     base = base * (found_inf.to(base.device) == 0)
                 values.append(layer.sylva_values[name])

@@ -17,14 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
-from sylva_train._checks import ConfigError, DataError, OutputExistsError
+from sylva_train._checks import ConfigError, DataError
 from sylva_train.checkpoint import (
     Checkpoint,
     capture,
-    checkpoints,
     claimed,
     identify,
     load_checkpoint,
@@ -39,7 +37,14 @@ from sylva_train.optimizer import SparseAdamW
 from sylva_train.processes import agree, is_first, rank_and_size, together
 
 from .gradient import Batch, Loss, accumulate_gradient, clip_gradient, move, share
-from .parts import ProgressBar, make_scheduler, place, preserved_rng, seed_everything
+from .parts import (
+    ProgressBar,
+    check_parts,
+    make_scheduler,
+    place,
+    preserved_rng,
+    seed_everything,
+)
 
 __all__ = ["BatchLoader", "TrainResult", "train"]
 
@@ -378,40 +383,11 @@ def train(
     if run.idle:
         warnings.warn(
             f"no step had a gradient for the blocks of {len(run.idle)} layers, like"
-            f" `{run.idle[0]}`: the loss does not depend on them, or takes the layers'"
-            " weights without calling them. They are as they were.",
+            f" `{run.idle[0]}`: the loss does not depend on them, or takes the weights of"
+            " the base layers. They are as they were.",
             stacklevel=2,
         )
     return run.result()
-
-
-def check_parts(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    scheduler: LRScheduler | None,
-    output: str | os.PathLike[str] | None,
-    *,
-    resume: bool,
-) -> None:
-    """Raise `ConfigError` or `OutputExistsError` where arguments contradict."""
-    if rank_and_size()[1] > 1 and isinstance(model, DistributedDataParallel):
-        msg = (
-            "`model` must be the bare one, without DistributedDataParallel around it: `train`"
-            " adds the gradients of all processes up."
-        )
-        raise ConfigError(msg)
-    if scheduler is not None and scheduler.optimizer is not optimizer:
-        msg = "`scheduler` must be given together with the `optimizer` it was made for."
-        raise ConfigError(msg)
-    if resume and output is None:
-        msg = "`resume` needs `output`, the folder with the checkpoints."
-        raise ConfigError(msg)
-    if output is not None and not resume and checkpoints(output):
-        msg = (
-            f"`output` `{output}` has checkpoints of another run; nothing was changed."
-            " Go on with it (`resume=True`, `--resume`), or choose another folder."
-        )
-        raise OutputExistsError(msg)
 
 
 def run_to_end(

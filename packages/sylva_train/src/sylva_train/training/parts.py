@@ -1,9 +1,10 @@
-"""What surrounds the loop: device, learning-rate schedule, seeds, progress bar."""
+"""What surrounds the loop: checks, device, learning-rate schedule, seeds, progress bar."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -11,15 +12,17 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from sylva_train._checks import ConfigError
-from sylva_train.checkpoint import rng_state, set_rng_state
+from sylva_train._checks import ConfigError, OutputExistsError
+from sylva_train.checkpoint import checkpoints, rng_state, set_rng_state
 from sylva_train.config import TrainingConfig
 from sylva_train.processes import rank_and_size
 
 __all__ = [
     "ProgressBar",
+    "check_parts",
     "make_scheduler",
     "pick_device",
     "place",
@@ -29,6 +32,47 @@ __all__ = [
 
 #: Seconds after which a run shows its progress.
 PATIENCE = 2.0
+
+
+def check_parts(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: LRScheduler | None,
+    output: str | os.PathLike[str] | None,
+    *,
+    resume: bool,
+) -> None:
+    """Raise `ConfigError` or `OutputExistsError` where arguments contradict."""
+    if rank_and_size()[1] > 1 and isinstance(model, DistributedDataParallel):
+        msg = (
+            "`model` must be the bare one, without DistributedDataParallel around it: `train`"
+            " adds the gradients of all processes up."
+        )
+        raise ConfigError(msg)
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        msg = "`scheduler` must be given together with the `optimizer` it was made for."
+        raise ConfigError(msg)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        msg = (
+            "`scheduler` is a ReduceLROnPlateau, which needs a metric at each step; give"
+            " one that goes by the number of steps."
+        )
+        raise ConfigError(msg)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        msg = (
+            "`optimizer` is an LBFGS, which computes the gradient itself, several times a"
+            " step; give one that takes the gradient as it is."
+        )
+        raise ConfigError(msg)
+    if resume and output is None:
+        msg = "`resume` needs `output`, the folder with the checkpoints."
+        raise ConfigError(msg)
+    if output is not None and not resume and checkpoints(output):
+        msg = (
+            f"`output` `{output}` has checkpoints of another run; nothing was changed."
+            " Go on with it (`resume=True`, `--resume`), or choose another folder."
+        )
+        raise OutputExistsError(msg)
 
 
 def pick_device(name: str) -> torch.device:

@@ -146,7 +146,13 @@ class SylvaLayer(SparseEmbeddedLinear, BaseTunerLayer):  # type: ignore[misc]
             self.merged_adapters = []
         if not self.merged_adapters:
             self.restore_()
+        self.let_go()
         return self.base_layer
+
+    def let_go(self) -> None:
+        """Leave the base layer, which is taken out, as it is from now on."""
+        super().let_go()
+        self.merged_adapters, self._active_adapter = [], []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:  # noqa: ARG002
         """Say no: blocks are not low rank."""
