@@ -183,7 +183,8 @@ def demonstration(
     """
     return Comparison(
         task=task or DEMO_TASK,
-        sylva=SylvaConfig(density=0.05, block_size=32, samples=128),
+        # As accurate there as by 128, at a third of the cost (benchmarks/bench_samples.py).
+        sylva=SylvaConfig(density=0.05, block_size=32, samples=32),
         training=TrainingConfig(steps=steps),
         methods=methods,
         seeds=seeds,
