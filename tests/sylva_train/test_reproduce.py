@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sylva_train._checks import ConfigError, OutputExistsError
+from sylva_train._checks import ConfigError, NonFiniteError, OutputExistsError
+from sylva_train.cli.reproducing import score
 from sylva_train.comparison import Comparison
 from sylva_train.reproduce import TABLES, Table, load_table, reproduce
 from sylva_train.reproduce.quality import TUNING_SEED, Plan
@@ -127,6 +128,23 @@ def test_rates_are_chosen_on_training_data_with_a_seed_of_their_own(
         ]  # fmt: skip
         assert row["lr"] in tied, (rate, row)
     assert "1e-06, 1 times" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_rate_at_which_a_method_diverges_is_not_chosen(here, home, tmp_path):
+    settings = {"tiny": setting(home, training=jobs.training(steps=4))}
+    table = dataclasses.replace(SWEEP, methods=("full",), values=(0.25,))
+    told = []
+    found = reproduce(
+        table, settings, tmp_path / "out", tune=(1e30, 1.0), watch=told.append
+    )
+    high, low = found["tuning"]
+    assert (high["score"], low["score"] is None) == (None, False)
+    assert "NaN" in high["diverged"] or "nan" in high["diverged"]
+    assert [run["lr"] for run in found["runs"]] == [low["lr"]]
+    texts = [score(event.row) for event in told if event.kind == "end"]
+    assert [text == "diverged" for text in texts] == [True, False, False]
+    with pytest.raises(NonFiniteError, match=r"diverged at every rate .* smaller"):
+        reproduce(table, settings, tmp_path / "other", tune=(1e30,))
 
 
 def test_options_of_scoring_share_a_rate(home):

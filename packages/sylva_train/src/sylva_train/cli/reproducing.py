@@ -71,6 +71,8 @@ def make_table(
 
 def score(row: dict[str, Any]) -> str:
     """Print a run's score with its name."""
+    if row["score"] is None:
+        return "diverged"
     return score_text(row["metrics"].get("metric", "score"), row["score"])
 
 

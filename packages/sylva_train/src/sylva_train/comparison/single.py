@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from sylva_train._checks import NonFiniteError
 from sylva_train.baselines import (
     Adapted,
     Method,
@@ -204,6 +205,21 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
         row["masks"] = mask_entries(adapted.masks)
         row["scores"] = score_entries(adapted.scores, adapted.masks)
     return row
+
+
+def try_rate(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
+    """As `run`, but a run that diverges is one without a score: its rate is too high."""
+    try:
+        return run(spec, tell)
+    except NonFiniteError as error:
+        return {
+            "method": spec["method"],
+            "seed": spec["training"]["seed"],
+            "lr": spec["training"]["lr"],
+            "score": None,
+            "metrics": {},
+            "diverged": str(error),
+        }
 
 
 def mask_entries(masks: Masks) -> dict[str, Any]:

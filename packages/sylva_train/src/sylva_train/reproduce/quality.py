@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sylva_train._checks import ConfigError, check_positive
+from sylva_train._checks import ConfigError, NonFiniteError, check_positive
 from sylva_train.baselines import parse_method
 from sylva_train.comparison import Comparison, Job
 from sylva_train.data import LABELLED
@@ -19,6 +20,8 @@ __all__ = ["TABLES", "TUNING_SEED", "Cell", "Plan", "Table"]
 
 #: Seed to choose learning rates with, which no reported run has.
 TUNING_SEED = 100
+#: What does a run that chooses one.
+TRY_RATE = "sylva_train.comparison.single:try_rate"
 #: The paper's rule with factors that stay definite, and the rule that is the default.
 SYLVA, NATURAL = "sylva:kfac:mlr", "sylva:kfac-natural"
 #: Options of scoring alone: what one of them is changes nothing of how to train.
@@ -248,13 +251,14 @@ class Plan:
                     seeds=(TUNING_SEED,),
                     learning_rates={cell.method: rate},
                 )
-                found[cell, rate] = self.job(
+                job = self.job(
                     cell,
                     one,
                     TUNING_SEED,
                     f"tune-{cell.name}-{rate:g}",
                     f"rate {rate:g}",
                 )
+                found[cell, rate] = dataclasses.replace(job, function=TRY_RATE)
         return found
 
     def tuning_metric(self, cell: Cell) -> str:
@@ -276,13 +280,29 @@ class Plan:
     def rates(
         self, rows: Mapping[tuple[Cell, float], Mapping[str, Any]]
     ) -> dict[Cell, float]:
-        """Return the learning rate of each cell that scored best when it was tuned."""
+        """Return the learning rate of each cell that scored best when it was tuned.
+
+        Raises
+        ------
+        NonFiniteError
+            If a method diverged at every rate.
+        """
         best: dict[Cell, tuple[float, float]] = {}
         for (cell, rate), row in rows.items():
+            if row["score"] is None or not math.isfinite(row["score"]):
+                continue
             sign = 1 if METRICS[self.tuning_metric(cell)] else -1
             score = sign * row["score"]
             if cell not in best or score > best[cell][0]:
                 best[cell] = score, rate
+        for (cell, rate), row in rows.items():
+            if cell not in best:
+                msg = (
+                    f"{cell.label} diverged at every rate that was tried, {rate:g} among"
+                    f" them ({row.get('diverged', 'its score is not finite')}). Give"
+                    " smaller multiples to `tune`, in another folder."
+                )
+                raise NonFiniteError(msg)
         return {cell: best[self.tuned(cell)][1] for cell in self.cells if best}
 
     def runs(self, rates: Mapping[Cell, float]) -> list[tuple[Cell, Job]]:
