@@ -92,3 +92,8 @@ def definite_matrix(n, rng, *, is_complex=False, smallest=0.3):
     A = np.exp(-3 * abs(t[:, None] - t)) + B @ B.conj().T
     A = (A + A.conj().T) / 2
     return A + (smallest - min(0.0, np.linalg.eigvalsh(A)[0])) * np.eye(n)
+
+
+def relative(H, A):
+    """Return the relative error of a matrix in the Frobenius norm."""
+    return np.linalg.norm(to_numpy(H.to_dense()) - A) / (np.linalg.norm(A) or 1.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -13,84 +12,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sylva_train._checks import ConfigError
-from sylva_train.layers import embed, embedded_layers, merge, unload
+from sylva_train.layers import embed, embedded_layers
 from sylva_train.masks import LayerMask
 from sylva_train.optimizer import SparseAdamW
 from sylva_train.targets import weight_view
-from tests.sylva_train.models import (
-    dense_blocks,
-    make_batch,
-    make_model,
-    make_peft,
-    random_masks,
+from tests.sylva_train.models import dense_blocks, make_batch, make_model, random_masks
+from tests.sylva_train.pairs import (
+    assert_same_blocks,
+    loss_of,
+    make_pair,
+    random,
+    train,
 )
-
-
-def random(shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator)
-
-
-class MaskedLinear(nn.Linear):
-    """A dense weight of which only the masked part is trained: the plain oracle."""
-
-    def __init__(self, base, mask):
-        super().__init__(base.in_features, base.out_features)
-        self.load_state_dict(base.state_dict())
-        self.bias.requires_grad_(False)
-        self.inside = mask.dense()
-        self.start = base.weight.detach().clone()
-
-    def forward(self, x):
-        # Weight decay reaches the whole parameter, but what is outside has no effect.
-        weight = torch.where(self.inside, self.weight, self.start)
-        return nn.functional.linear(x, weight, self.bias)
-
-
-def make_pair(block=3, seed=0, dtype=torch.float32):
-    """The same network twice: embedded, and with masked dense weights."""
-    base = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 4))
-    for i, parameter in enumerate(base.parameters()):
-        parameter.data = random(parameter.shape, seed + i)
-    masks = random_masks(base, block_size=block, seed=seed)
-    dense = copy.deepcopy(base)
-    dense[0] = MaskedLinear(base[0], masks["0"])
-    dense[2] = MaskedLinear(base[2], masks["2"])
-    return embed(base.to(dtype), masks), dense, masks
-
-
-def loss_of(model, step, dtype=torch.float32):
-    x, y = random((8, 7), 100 + step).to(dtype), random((8, 4), 200 + step)
-    return (model(x).float() - y).square().mean()
-
-
-def train(model, optimizer, steps, accumulate=1, clip=None, schedule=None):
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    rates = []
-    scheduler = None
-    if schedule:
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    for step in range(steps):
-        for part in range(accumulate):
-            (loss_of(model, accumulate * step + part) / accumulate).backward()
-        if clip:
-            torch.nn.utils.clip_grad_norm_(trained, clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        rates.append(optimizer.param_groups[0]["lr"])
-        if scheduler:
-            scheduler.step()
-    return rates
-
-
-def assert_same_blocks(model, dense, masks, tolerance=1e-6):
-    for name, layer in embedded_layers(model).items():
-        expected = dense_blocks(dense[int(name)].weight.detach(), masks[name])
-        values = layer.sylva_values["default"].detach()
-        assert float((values - expected).abs().max()) <= tolerance
-        assert torch.equal(
-            dense_blocks(weight_view(layer.base_layer), masks[name]), values
-        )
 
 
 @settings(max_examples=12)
@@ -357,134 +290,3 @@ def test_what_cannot_be_trained_is_said():
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="requires a gradient"):
         SparseAdamW(model)
-
-
-def test_blocks_of_another_model_reach_its_dense_weights():
-    """Of two models in one optimizer, as the towers of a retriever are."""
-    model, _, _ = make_pair()
-    other, dense, masks = make_pair(seed=5)
-    values = [p for p in other.parameters() if p.requires_grad]
-    optimizer = SparseAdamW(model, lr=0.01, weight_decay=0.1)
-    optimizer.add_param_group({"params": values})
-    plain = torch.optim.AdamW(
-        [dense[0].weight, dense[2].weight], lr=0.01, weight_decay=0.1
-    )
-    for step in range(3):
-        for each, optimizer_of in ((other, optimizer), (dense, plain)):
-            loss_of(each, step).backward()
-            optimizer_of.step()
-            optimizer_of.zero_grad()
-    assert_same_blocks(other, dense, masks)
-
-
-@pytest.mark.parametrize("how", ["copied", "pickled"])
-@pytest.mark.parametrize("moments", ["32bit", "8bit"])
-def test_copies_of_model_and_optimizer_train_on_alike(how, moments):
-    model, _, _ = make_pair()
-    options = {"lr": 0.01, "decay_towards": "base", "max_grad_norm": 0.1}
-    optimizer = SparseAdamW(model, moments=moments, **options)
-    train(model, optimizer, 2)
-    both = model, optimizer
-    twin, other = (
-        copy.deepcopy(both) if how == "copied" else pickle.loads(pickle.dumps(both))  # noqa: S301
-    )
-    for each, its in (both, (twin, other)):
-        train(each, its, 2)
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(a, b)
-        assert a is not b
-
-
-def test_a_compiled_step_writes_as_any_other():
-    model, _, _ = make_pair()
-    twin = copy.deepcopy(model)
-    optimizers = [SparseAdamW(m, lr=0.01) for m in (model, twin)]
-    compiled = torch.compile(optimizers[0].step, backend="eager")
-    for each, step in ((model, compiled), (twin, optimizers[1].step)):
-        loss_of(each, 0).backward()
-        step()
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler itself
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, SparseAdamW])
-def test_a_compiled_loop_is_the_plain_one(kind):
-    model, _, _ = make_pair()
-    twin = copy.deepcopy(model)
-
-    def steps_of(each):
-        values = [p for p in each.parameters() if p.requires_grad]
-        optimizer = kind(each if kind is SparseAdamW else values, lr=0.01)
-
-        def step(number):
-            optimizer.zero_grad()
-            loss_of(each, number).backward()
-            optimizer.step()
-
-        return step
-
-    run, compiled = steps_of(twin), torch.compile(steps_of(model), backend="eager")
-    for number in range(3):
-        run(number)
-        compiled(number)
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_moments_in_8_bits_are_loaded_beside_others():
-    """What no kernel updates has moments of its own dtype: vectors, float64 values."""
-    model, _, _ = make_pair()
-    model.head = nn.Parameter(torch.zeros(4))
-    optimizer = SparseAdamW(model, moments="8bit")
-    model.head.sum().backward()
-    optimizer.step()  # no block has moments yet
-    optimizer.load_state_dict(optimizer.state_dict())
-    train(model, optimizer, 1)
-    optimizer.load_state_dict(optimizer.state_dict())
-    wide, _, _ = make_pair(dtype=torch.float64)
-    optimizer = SparseAdamW(wide, moments="8bit")
-    loss_of(wide, 0, torch.float64).backward()
-    optimizer.step()
-    optimizer.load_state_dict(optimizer.state_dict())
-
-
-def test_decay_towards_a_float64_base_keeps_its_digits():
-    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.float64))
-    with torch.no_grad():
-        model[0].weight.fill_(1 / 3)
-    embed(model, random_masks(model, block_size=4, fraction=1.0))
-    values = model[0].sylva_values["default"]
-    optimizer = SparseAdamW(model, lr=0.5, weight_decay=1.0, decay_towards="base")
-    values.grad = torch.zeros_like(values)
-    optimizer.step()
-    torch.testing.assert_close(
-        values.detach(), torch.full_like(values, 1 / 3), rtol=0, atol=1e-15
-    )
-
-
-def test_parameters_in_the_place_of_the_model_are_refused():
-    model, _, _ = make_pair()
-    with pytest.raises(TypeError, match=r"SparseAdamW\(model, params\)"):
-        SparseAdamW([p for p in model.parameters() if p.requires_grad])
-
-
-@pytest.mark.parametrize("end", [merge, unload])
-@pytest.mark.parametrize("tuner", [False, True])
-def test_a_step_after_the_blocks_are_taken_out_touches_no_weight(end, tuner):
-    """For another mask, say: the weights are the new layers' or the model's own then."""
-    if tuner:
-        model = make_peft()
-        for p in model.parameters():
-            p.grad = torch.ones_like(p) if p.requires_grad else None
-    else:
-        model, _, _ = make_pair()
-        loss_of(model, 0).backward()
-    optimizer = SparseAdamW(model, lr=0.1)
-    optimizer.step()
-    bare = end(model)
-    before = {name: p.detach().clone() for name, p in bare.named_parameters()}
-    with pytest.raises(ConfigError, match="new optimizer"):
-        optimizer.step()
-    for name, p in bare.named_parameters():
-        assert torch.equal(p, before[name])

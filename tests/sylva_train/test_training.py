@@ -19,7 +19,6 @@ from sylva_train.layers import embedded_layers
 from sylva_train.optimizer import SparseAdamW
 from sylva_train.targets import weight_view
 from sylva_train.training import make_scheduler, parts, pick_device, train
-from sylva_train.training.gradient import accumulate_gradient
 from tests.sylva_train.toy import ToyLoader, identical, toy_base, toy_model, weights
 
 CONFIG = TrainingConfig(lr=1e-2, steps=8)
@@ -105,82 +104,6 @@ def test_data_to_evaluate_on_is_enough_to_evaluate():
 
 
 # ---------------------------------------------------------------------------- one step
-
-
-def gradient(model, batches):
-    model.zero_grad()
-    accumulate_gradient(model, batches, default_loss, "the test")
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-
-
-def cut(batch, sizes):
-    parts = {name: tensor.split(sizes) for name, tensor in batch.items()}
-    return [{k: v[i] for k, v in parts.items()} for i in range(len(sizes))]
-
-
-def close(found, wanted):
-    return (found - wanted).norm() <= 1e-5 * wanted.norm()
-
-
-def test_batches_of_any_size_add_up_to_the_large_one():
-    model = toy_model(dropout=0.0).train()
-    (large,) = ToyLoader(batch_size=22).epoch(0)
-    wanted = gradient(model, [large])
-    assert close(gradient(model, cut(large, [9, 9, 4])), wanted)
-    assert not close(gradient(model, [large, *cut(large, [9, 9, 4])[:1]]), wanted)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler itself
-@pytest.mark.parametrize("wrapped", ["no", "peft", "compiled"])
-def test_a_language_model_weighs_batches_by_tokens_that_count(wrapped):
-    config = transformers.GPT2Config(
-        vocab_size=16, n_embd=16, n_layer=1, n_head=2, n_positions=8,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = transformers.GPT2LMHeadModel(config)
-    if wrapped == "peft":
-        # Without a task, whose wrapper would be named after it.
-        model = get_peft_model(
-            model, LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True)
-        )
-    elif wrapped == "compiled":
-        model = torch.compile(model, backend="eager")
-    ids = torch.randint(16, (5, 8), generator=torch.Generator().manual_seed(0))
-    labels = ids.masked_fill(
-        torch.arange(8) >= torch.tensor([8, 2, 3, 5, 2])[:, None], -100
-    )
-    large = {"input_ids": ids, "labels": labels}
-    assert close(gradient(model, cut(large, [1, 2, 2])), gradient(model, [large]))
-    with pytest.raises(DataError, match="for each token"):
-        gradient(model, [{"input_ids": ids, "labels": torch.ones(5).long()}])
-
-
-def test_samples_without_a_label_do_not_count():
-    model = toy_model(dropout=0.0).train()
-    (large,) = ToyLoader(batch_size=22).epoch(0)
-    large["labels"][:8] = -100
-    assert close(gradient(model, cut(large, [9, 9, 4])), gradient(model, [large]))
-
-
-def test_a_run_with_accumulation_follows_the_run_with_large_batches():
-    finals = []
-    for batch_size, accumulate in ((4, 3), (12, 1)):
-        model = toy_model(dropout=0.0)
-        optimizer = torch.optim.SGD(
-            [p for p in model.parameters() if p.requires_grad], 0.1
-        )
-        loader = ToyLoader(batch_size=batch_size)
-        _, result = run(
-            model,
-            loader,
-            optimizer=optimizer,
-            accumulate=accumulate,
-            steps=None,
-            epochs=2,
-        )
-        assert result.steps == 4
-        finals.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert close(*finals)
 
 
 @pytest.mark.parametrize("limit", [1e-3, 0.0, 1e3])

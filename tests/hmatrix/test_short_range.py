@@ -1,0 +1,119 @@
+"""Blocks that are zero but for a few entries, which samples could miss."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hmatrix as hm
+from tests.helpers import relative
+from tests.strategies import SEEDS
+
+
+@pytest.mark.parametrize("length", [1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("kind", ["gaussian", "exponential", "rational"])
+def test_kernels_much_narrower_than_the_blocks(kind, length, rng):
+    """Most rows of a block are zeros but for rounding: no pivots to divide by."""
+    x = np.sort(rng.random(1100))
+
+    def kernel(a, b):
+        d = abs(a - b) / length
+        return {
+            "gaussian": lambda: np.exp(-(d**2)),
+            "exponential": lambda: np.exp(-d),
+            "rational": lambda: 1 / (1 + d**2),
+        }[kind]()
+
+    for rtol in (1e-4, 1e-9):
+        H = hm.from_kernel(kernel, x, rtol=rtol, leaf_size=16)
+        assert relative(H, kernel(x[:, None], x)) <= rtol
+
+
+NARROW = {
+    "hat": lambda d: np.maximum(1 - d, 0.0),
+    "exponential": lambda d: np.exp(-d),
+    "inverse square": lambda d: 1 / (d**2 + 1),
+}
+
+
+def touching(order, kind, length, dims, half, rtol, skew, seed):
+    """Return the relative error for pairs of points that almost touch."""
+    rng = np.random.default_rng(seed)
+    y = rng.random((half, dims))
+    x = np.concatenate([y, y + 1e-6 * rng.standard_normal(y.shape)])
+    x = x[rng.permutation(2 * half)]
+
+    def kernel(a, b):
+        near = NARROW[kind](np.sqrt(((a - b) ** 2).sum(axis=-1)) / length)
+        return near * (1 + skew * a[..., 0])
+
+    tree = {"leaf_size": 32} if order == "tree" else {"levels": 3}
+    H = hm.from_kernel(kernel, x, rtol=rtol, seed=seed, **tree)
+    assert H.symmetric == (not skew)
+    return relative(H, kernel(x[:, None], x))
+
+
+@given(
+    kind=st.sampled_from(sorted(NARROW)),
+    length=st.sampled_from([1e-4, 1e-3, 1e-2]),
+    dims=st.integers(1, 3),
+    half=st.integers(150, 250),
+    rtol=st.sampled_from([1e-3, 1e-8]),
+    skew=st.sampled_from([0.0, 0.5]),
+    seed=SEEDS,
+)
+@pytest.mark.parametrize("order", ["tree", "given"])
+def test_points_that_almost_touch_across_clusters(
+    order, kind, length, dims, half, rtol, skew, seed
+):
+    """A few entries of a block are all there is, anywhere in it."""
+    assert touching(order, kind, length, dims, half, rtol, skew, seed) <= rtol
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("kind", sorted(NARROW))
+@pytest.mark.parametrize("order", ["tree", "given"])
+def test_points_that_almost_touch_in_blocks_too_large_to_check_whole(order, kind, dims):
+    # The estimate may be a few times too low; a pair that is missed is a thousand times.
+    assert touching(order, kind, 1e-3, dims, 550, 1e-8, 0.0, 0) <= 1e-7
+
+
+def test_a_short_range_shows_in_the_corners_of_large_blocks():
+    """Of neighbours alone, in blocks with thousands of rows between two of a sample."""
+    n = 2**14
+    x = np.arange(n) / n
+
+    def hat(a, b):
+        return np.maximum(1 - abs(a - b) * n / 4, 0.0)
+
+    H = hm.from_kernel(hat, x, rtol=1e-10)
+    assert set(H.ranks) == {3}
+    middle = slice(n // 2 - 8, n // 2 + 8)
+    np.testing.assert_allclose(
+        H[middle, middle], hat(x[middle, None], x[middle]), atol=1e-14
+    )
+
+
+@given(seed=SEEDS, n=st.integers(65, 400), width=st.integers(1, 5))
+def test_narrow_bands_and_sharp_peaks_are_seen(seed, n, width):
+    """Blocks are zero but for a corner, which no row or entry by chance would meet."""
+    rng = np.random.default_rng(seed)
+    band = rng.random(2 * n) + 1.0
+    i = np.arange(n)
+    A = np.where(abs(i[:, None] - i) <= width, band[i[:, None] + i], 0.0)
+    H = hm.from_entries(lambda i, j: A[i, j], n, rtol=1e-8, leaf_size=16, seed=seed)
+    assert relative(H, A) <= 1e-8
+    x = rng.integers(0, n // 5, n) / n  # many of them several times
+    hat = np.maximum(1 - 20 * abs(x[:, None] - x), 0.0)
+    H = hm.from_entries(lambda i, j: hat[i, j], n, rtol=1e-8, leaf_size=16, seed=seed)
+    if n <= 256:  # every block is compared whole
+        assert relative(H, hat) <= 1e-8
+
+
+def test_one_entry_of_a_small_matrix_is_seen():
+    """Its mirror image is none: the matrix is not symmetric."""
+    A = np.zeros((129, 129))
+    A[18, 103] = 1
+    H = hm.from_entries(lambda i, j: A[i, j], 129, leaf_size=16)
+    assert not H.symmetric
+    np.testing.assert_allclose(H.to_dense(), A, atol=1e-12)
