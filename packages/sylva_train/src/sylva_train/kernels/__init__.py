@@ -8,7 +8,7 @@ kernel.
 
 from . import adamw
 from .adamw import OPTIONS, BlockState
-from .capture import Mirror
+from .capture import Mirror, is_capturing
 from .dispatch import KernelCheck, check_kernels, find_kernel, find_mode, is_demanded
 from .operators import block_sddmm
 from .quantize import GROUP
@@ -26,6 +26,7 @@ __all__ = [
     "find_kernel",
     "find_mode",
     "gather_blocks",
+    "is_capturing",
     "is_demanded",
     "scatter_blocks_",
 ]

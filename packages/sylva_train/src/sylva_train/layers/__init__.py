@@ -19,7 +19,7 @@ from .embedding import (
 )
 from .gradient import accumulating
 from .linear import SparseEmbeddedLinear, check_embeddable, values_dtype
-from .storage import shower
+from .storage import layer_showing
 
 __all__ = [
     "SparseEmbeddedLinear",
@@ -30,9 +30,9 @@ __all__ = [
     "embed",
     "embedded_layers",
     "find_saved",
+    "layer_showing",
     "merge",
     "replace_module",
-    "shower",
     "sync",
     "unload",
     "values_dtype",

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sylva_train._checks import TargetError
-from sylva_train.kernels import gather_blocks
+from sylva_train.kernels import gather_blocks, is_capturing
 
 __all__ = [
     "Masters",
@@ -21,8 +21,8 @@ __all__ = [
     "check_shown",
     "holds_blocks",
     "is_hooked",
+    "layer_showing",
     "own_weight",
-    "shower",
     "watch",
     "watch_optimizers",
 ]
@@ -109,13 +109,18 @@ def own_weight(layer: nn.Module) -> torch.Tensor:
 def holds_blocks(
     matrix: torch.Tensor, indices: torch.Tensor, blocks: torch.Tensor
 ) -> bool:
-    """Whether a weight (out, in) has blocks (k, b, b) in it already, rounded, bit for bit."""
+    """Whether a weight (out, in) is known to have blocks (k, b, b), rounded, bit for bit.
+
+    To know it the host waits for the device, which no graph under capture lets it.
+    """
+    if is_capturing(matrix.device):
+        return False
     shown = gather_blocks(matrix, indices, blocks.shape[-1])
     bits = [t.to(matrix.dtype).contiguous().view(torch.uint8) for t in (shown, blocks)]
     return torch.equal(*bits)
 
 
-class Shower(Protocol):
+class ShowsValues(Protocol):
     """A layer whose dense weight shows values."""
 
     def sync(self) -> None:
@@ -132,14 +137,14 @@ _shown: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def watch(values: torch.Tensor, layer: Shower) -> None:
+def watch(values: torch.Tensor, layer: ShowsValues) -> None:
     """Remember which layer shows values, and check in backward that it did."""
     _shown[values] = weakref.ref(layer)
     if values.requires_grad and values.is_leaf and values not in _checked:
         _checked[values] = values.register_post_accumulate_grad_hook(check_shown)
 
 
-def shower(parameter: torch.Tensor) -> Shower | None:
+def layer_showing(parameter: torch.Tensor) -> ShowsValues | None:
     """Return the layer whose weight shows a parameter, if there is one."""
     return _shown[parameter]() if parameter in _shown else None
 
@@ -153,7 +158,7 @@ def is_hooked(values: torch.Tensor) -> bool:
 
 def check_shown(values: torch.Tensor) -> None:
     """Let the layer check that its forward pass used these values."""
-    layer = shower(values)
+    layer = layer_showing(values)
     if layer is not None:
         layer.check_shown(values)
 
@@ -176,7 +181,7 @@ def watch_optimizers() -> None:
         inside = torch._C._current_graph_task_id() != -1
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                layer = shower(parameter)
+                layer = layer_showing(parameter)
                 if layer is not None:
                     torch.autograd.graph.increment_version(parameter)
                     if not inside:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError, check_choice, check_positive
-from sylva_train.layers import SparseEmbeddedLinear, embedded_layers, shower
+from sylva_train.layers import SparseEmbeddedLinear, embedded_layers, layer_showing
 
 from .fused import KernelStep, kernel_of, laid_out_as, may_fuse, may_fuse_on_cpu
 
@@ -196,7 +196,7 @@ class SparseAdamW(torch.optim.AdamW):
         """Add a group of parameters, as with any optimizer, also of another model."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
-            layer = shower(parameter)
+            layer = layer_showing(parameter)
             if isinstance(layer, SparseEmbeddedLinear) and layer not in self.layers:
                 self.layers.append(layer)
         self._kernel.forget()
