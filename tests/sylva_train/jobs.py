@@ -26,6 +26,14 @@ STEPS = ("--steps", "4", "--lr", "0.01", "--batch-size", "8")
 SHORT = (*SMALL, "--density", "0.2", *STEPS)
 
 
+def new_home(factory) -> Path:
+    """Make a folder with a small model and data, of pytest's ``tmp_path_factory``."""
+    path = factory.mktemp("home")
+    save_folder(path / "model")
+    write_data(path / "train.jsonl")
+    return path
+
+
 def write_data(path: Path, count: int = 40, seed: int = 0) -> Path:
     """Sentences of three letters and a word that tells their label."""
     choose = random.Random(seed)

@@ -33,10 +33,10 @@ from tests.sylva_train.jobs import (
     children,
     contents,
     kill_when,
+    new_home,
     start_process,
     sylva,
     told,
-    write_data,
     write_pairs,
 )
 from tests.sylva_train.words import save_folder
@@ -65,10 +65,7 @@ def quick():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("home")
-    save_folder(path / "model")
-    write_data(path / "train.jsonl")
-    return path
+    return new_home(tmp_path_factory)
 
 
 @pytest.fixture

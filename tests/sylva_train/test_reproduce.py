@@ -16,7 +16,6 @@ from sylva_train.comparison import Comparison
 from sylva_train.reproduce import TABLES, Table, load_table, reproduce
 from sylva_train.reproduce.quality import TUNING_SEED, Plan
 from tests.sylva_train import jobs
-from tests.sylva_train.words import save_folder
 
 module = importlib.import_module("sylva_train.comparison.jobs")
 SWEEP = Table(
@@ -30,10 +29,7 @@ SWEEP = Table(
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("home")
-    save_folder(path / "model")
-    jobs.write_data(path / "train.jsonl")
-    return path
+    return jobs.new_home(tmp_path_factory)
 
 
 @pytest.fixture

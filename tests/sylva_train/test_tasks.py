@@ -12,17 +12,14 @@ from sylva_train import ConfigError, DataError, ModelError, TrainingConfig, fine
 from sylva_train.pretrained import load_model
 from sylva_train.workflow import load_task
 from sylva_train.workflow.task import head_order, located, read_data
-from tests.sylva_train.jobs import sylva_config, task, training, write_data
+from tests.sylva_train.jobs import new_home, sylva_config, task, training, write_data
 from tests.sylva_train.words import TINY, save_folder
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """A model and data; not to be changed."""
-    path = tmp_path_factory.mktemp("home")
-    save_folder(path / "model")
-    write_data(path / "train.jsonl")
-    return path
+    return new_home(tmp_path_factory)
 
 
 QUIET = {"progress": False}

@@ -28,7 +28,14 @@ from sylva_train import (
 )
 from sylva_train.workflow import load_task, score_file, score_task
 from sylva_train.workflow.task import read_data
-from tests.sylva_train.jobs import contents, sylva_config, task, training, write_data
+from tests.sylva_train.jobs import (
+    contents,
+    new_home,
+    sylva_config,
+    task,
+    training,
+    write_data,
+)
 from tests.sylva_train.models import same, snapshot
 from tests.sylva_train.words import TINY, save_folder
 
@@ -36,9 +43,7 @@ from tests.sylva_train.words import TINY, save_folder
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """A model, data, and a finished run; not to be changed."""
-    path = tmp_path_factory.mktemp("home")
-    save_folder(path / "model")
-    write_data(path / "train.jsonl")
+    path = new_home(tmp_path_factory)
     run(path, path / "run")
     return path
 
