@@ -5,14 +5,17 @@ options otherwise: the rank correlation of its weights' scores (of those of bloc
 where a rule keeps no others), the overlap of the best 5% of its blocks, the part of the best
 blocks' exact score that the chosen ones have, and the bytes of its two factors as a fraction
 of the exact ones. How much it matters is told by exact K-FAC on other examples of the same
-data (``exact, other samples``). Processor time is that of one scoring each; rule ``gradient``
-has the same forward and backward pass and no factors.
+data (``exact, other samples``), and how well as many bytes could do by what a factor keeps
+instead of a hierarchy: its leading eigenvectors, and the diagonal of the rest (``eigenvectors``).
+Processor time is that of one scoring each; rule ``gradient`` has the same forward and backward
+pass and no factors.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,9 @@ from _common import parser, setting, write
 from scipy.stats import spearmanr
 
 from sylva_train import LayerScores, Scores, SylvaConfig, TaskConfig, load_task, score
-from sylva_train.curvature import curvature_bytes
+from sylva_train.curvature import Factor, collect_curvature, curvature_bytes
+from sylva_train.importance.rules import RULES, Inputs
+from sylva_train.targets import find_targets
 
 #: Factors of every size, hierarchical from `SylvaConfig.exact_below` rows on or always.
 KINDS = {
@@ -96,6 +101,39 @@ def bytes_ratio(shape: tuple[int, int], config: SylvaConfig) -> float:
     return float(f"{size / (4 * (shape[0] ** 2 + shape[1] ** 2)):.3g}")
 
 
+def leading(factor: Factor, config: SylvaConfig) -> Factor:
+    """Keep the leading eigenvectors of a large factor, and the diagonal of the rest.
+
+    In as many bytes as its hierarchy takes; the best of low rank that there is.
+    """
+    matrix = factor.matrix.double()
+    n = len(matrix)
+    if n < config.exact_below:
+        return factor
+    rank = int(bytes_ratio((n, n), config) * n) - 1
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = (vectors[:, -rank:] * values[-rank:]) @ vectors[:, -rank:].T
+    return Factor(kept + (matrix - kept).diagonal().diag())
+
+
+def by_eigenvectors(task: Any, config: SylvaConfig) -> dict[str, LayerScores]:
+    """Score with factors that `leading` has cut, of the size of ``config``'s."""
+    rule, wanted = RULES[config.importance]
+    targets = find_targets(task.model)
+    loader = task.score_loader(config.samples, 0)
+    exact = replace(config, curvature="dense")
+    layers, _ = collect_curvature(task.model, targets, loader, exact, wanted)
+    found = {}
+    for name, module in targets.items():
+        layer = layers[name]
+        assert layer.A is not None
+        assert layer.G is not None
+        cut = replace(layer, A=leading(layer.A, config), G=leading(layer.G, config))
+        weight = module.weight.detach()
+        found[name] = rule(Inputs(weight, cut, exact, torch.Generator()))
+    return found
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--importance", default="kfac")
@@ -132,6 +170,9 @@ def main() -> None:
     other, _, _ = scored(task, SylvaConfig(curvature="dense", **settings), seed=1)
     noise = [against(layer, other[name], side) for name, layer in exact.items()]
     summary = [summarised("exact, other samples", noise, 0)]
+    cut = by_eigenvectors(task, configs["mlr"])
+    cuts = [against(layer, cut[name], side) for name, layer in exact.items()]
+    summary.append(summarised("eigenvectors", cuts, 0))
     for kind, config in configs.items():
         scores, seconds[kind], bad = scored(task, config)
         found = {}
