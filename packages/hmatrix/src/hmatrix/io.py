@@ -81,7 +81,7 @@ def save(path: str | os.PathLike[str], H: HODLR | MLR | Factorization) -> None:
     for name in header["transposed"]:
         numbers[name] = numbers[name].mT
     numbers = {name: _as_real(x) for name, x in numbers.items()}
-    header["crc32"] = {name: zlib.crc32(x) for name, x in numbers.items()}
+    header["crc32"] = {name: zlib.crc32(x.data) for name, x in numbers.items()}
     data = safetensors.numpy.save(
         numbers,
         metadata={
