@@ -297,6 +297,18 @@ def badly_conditioned():
     return hm.from_dense(A, levels=3, rtol=1e-13), np.stack([t, np.cos(40 * t)], axis=1)
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+def test_rounding_does_not_make_a_determinant_complex(dtype, rng):
+    # Hermitian to rounding, as a product of two arrays is: not stored as such
+    Z = rng.standard_normal((40, 40)) + 1j * rng.standard_normal((40, 40))
+    A = (Z @ Z.conj().T + 40 * np.eye(40)).astype(dtype)
+    F = hm.factorize(hm.from_dense(A, levels=2, rtol=0, symmetric=False))
+    assert F.logdet() == pytest.approx(np.linalg.slogdet(A)[1], rel=1e-5)
+    F = hm.factorize(hm.from_dense(A * np.exp(0.1j), levels=2, rtol=0))
+    with pytest.raises(ValueError, match="no real log"):
+        F.logdet()
+
+
 def test_refinement_goes_on_until_the_residual_is_small(xp):
     H, b = badly_conditioned()
     H, b = H.to(like=xp.asarray(b)), xp.asarray(b)

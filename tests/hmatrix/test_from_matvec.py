@@ -299,7 +299,7 @@ def test_bad_arguments_are_refused(options, error, match):
 
 
 def test_an_operator_that_is_not_square_is_refused():
-    with pytest.raises(hm.ShapeError, match=r"\(n, n\) .* got \(3, 4\)"):
+    with pytest.raises(hm.ShapeError, match=r"shape \(n, n\), got \(3, 4\)"):
         hm.from_matvec(aslinearoperator(np.ones((3, 4))))
     with pytest.raises(hm.ShapeError, match="n = 5, got"):
         hm.from_matvec(aslinearoperator(np.eye(4)), n=5)

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import hmatrix as hm
-from hmatrix._backend import inverse_lower
+from hmatrix._backend import inverse_lower, namespace
 from tests.helpers import condition, dense, error_ratio, to_numpy
 from tests.strategies import SEEDS
 
@@ -281,3 +282,17 @@ def test_elimination_keeps_no_more_rows_than_there_are_columns(rng, dtype):
         for step, rank in zip(F._steps, H.ranks[::-1], strict=True):
             assert step.M.shape[1] <= left
             left -= rank
+
+
+@pytest.mark.parametrize("library", [np, torch], ids=["numpy", "torch"])
+def test_an_svd_that_does_not_converge_is_done_otherwise(library, monkeypatch, rng):
+    """LAPACK's gesdd gives up on some finite blocks, those of a thin shell on a grid."""
+    A = library.asarray(rng.standard_normal((100, 100)))
+    expected = dense(hm.from_dense(A, leaf_size=30, max_rank=3))
+
+    def fails(*args, **kwargs):
+        raise library.linalg.LinAlgError("SVD did not converge")
+
+    monkeypatch.setattr(namespace(A).linalg, "svd", fails)
+    H = hm.from_dense(A, leaf_size=30, max_rank=3)
+    assert np.allclose(dense(H), expected, atol=1e-12)

@@ -78,3 +78,9 @@ def test_messages_say_what_to_do(words, A):
 def test_matrices_are_summed(A):
     H = hm.from_dense(A, levels=2)
     np.testing.assert_allclose(sum([H, H, H]), 3 * A, atol=1e-6)
+
+
+def test_types_of_python_are_those_of_double_precision(xp):
+    for dtype, name in ((float, "float64"), (complex, "complex128")):
+        H = hm.identity(5, like=xp.asarray(np.ones(1, np.float32)), dtype=dtype)
+        assert H.space.name == name

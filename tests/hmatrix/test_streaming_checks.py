@@ -83,6 +83,26 @@ def test_values_that_are_not_finite_add_nothing(kind, bad, rng):
     assert stream.count == 40
 
 
+@pytest.mark.parametrize("size", [1e-14, 1e9])
+@pytest.mark.parametrize("method", ["eigh", "randomized"])
+@pytest.mark.parametrize("levels", [1, 3])
+def test_losses_of_very_small_and_large_samples_are_counted(
+    kind, xp, size, method, levels, rng
+):
+    """Their moments are float32 numbers, the squares of these are not."""
+    options = {"method": method} if kind is hm.StreamingMLR else {}
+    Z = rng.standard_normal((60, 96)).astype(np.float32) * np.float32(size)
+    stream = kind(96, levels, 2, like=xp.asarray(Z), **options)
+    for batch in np.split(Z, 3):
+        stream.update(xp.asarray(batch))
+    exact = Z.T.astype(float) @ Z
+    held = stream.result(normalize=False)
+    error = np.linalg.norm(dense(held) - exact)
+    # randomized losses are estimates
+    assert error / 2 < stream.discarded < 10 * np.linalg.norm(exact)
+    assert hm.norm(held) == pytest.approx(np.linalg.norm(dense(held)), rel=1e-4)
+
+
 def test_squares_that_overflow_are_refused(kind):
     stream = kind(4, 1, 2, dtype="float32")
     with pytest.raises(hm.NonFiniteError, match=r"values too large .* float32"):

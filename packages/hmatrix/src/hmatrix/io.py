@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,10 @@ def save(path: str | os.PathLike[str], H: HODLR | MLR | Factorization) -> None:
     header["transposed"] = [name for name, x in numbers.items() if _is_transposed(x)]
     for name in header["transposed"]:
         numbers[name] = numbers[name].mT
+    numbers = {name: _as_real(x) for name, x in numbers.items()}
+    header["crc32"] = {name: zlib.crc32(x.data) for name, x in numbers.items()}
     data = safetensors.numpy.save(
-        {name: _as_real(x) for name, x in numbers.items()},
+        numbers,
         metadata={
             "format": "hmatrix",
             "version": str(FORMAT_VERSION),
@@ -114,7 +117,8 @@ def load(
     FileNotFoundError
         If there is no such file.
     FileFormatError
-        If it is truncated, damaged, of another format or of a newer version.
+        If it is truncated, damaged (each array has a checksum), of another format or of
+        a newer version.
     """
     path = Path(path)
     if not path.exists():
@@ -130,6 +134,10 @@ def load(
         raise FileFormatError(msg) from error
     try:
         header = json.loads(metadata["header"])
+        for name, checksum in header.get("crc32", {}).items():
+            if zlib.crc32(arrays[name]) != checksum:
+                msg = f"{name} does not hold the numbers that were written"
+                raise ValueError(msg)
         for name in header.get("complex", ()):
             x = arrays[name]
             arrays[name] = x.view(np.result_type(x.dtype, np.complex64))[..., 0]

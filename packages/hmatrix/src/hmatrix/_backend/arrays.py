@@ -72,7 +72,11 @@ def dtype_name(dtype: object) -> str:
     >>> from hmatrix._backend import dtype_name
     >>> dtype_name(np.dtype("float64")), dtype_name(np.float32), dtype_name("float32")
     ('float64', 'float32', 'float32')
+    >>> dtype_name(float), dtype_name(complex)  # as NumPy takes them; torch.float is single
+    ('float64', 'complex128')
     """
+    if dtype is float or dtype is complex:
+        dtype = np.dtype(dtype)
     # by type first: dtypes of two libraries are not to be compared
     key = type(dtype), dtype
     if key not in _names:

@@ -99,16 +99,25 @@ def _frobenius(H: HODLR | MLR) -> float:
                 _, Rv = qr(block.V)
                 parts.append(safe_norm(LowRank(Ru, block.S, Rv).to_dense()))
         return math.hypot(*parts)
-    total = float(xp.sum(squares(H.leaves)))
-    for k, F in enumerate(H.factors):
+    # brought to about 1, so that squares of products stay in range
+    tops = [
+        float(xp.max(xp.abs(x))) for x in (H.leaves, *H.factors) if math.prod(x.shape)
+    ]
+    scale = max(tops[0], *(top**2 for top in tops[1:]), 0.0)
+    if not scale:
+        return 0.0
+    leaves = H.leaves / scale
+    factors = [F / math.sqrt(scale) for F in H.factors]
+    total = float(xp.sum(squares(leaves)))
+    for k, F in enumerate(factors):
         # ⟨G Gᴴ, F Fᴴ⟩ = ‖Gᴴ F‖² node by node, for the levels G above and at F
-        for j, G in enumerate(H.factors[: k + 1]):
+        for j, G in enumerate(factors[: k + 1]):
             inner = adjoint(xp.reshape(G, (*F.shape[:2], G.shape[-1]))) @ F
             total += float(xp.sum(squares(inner))) * (1 if j == k else 2)
-        part = xp.reshape(F, (*H.leaves.shape[:2], F.shape[-1]))
-        inner = complex(xp.sum(conjugate(part) * (H.leaves @ part))).real
+        part = xp.reshape(F, (*leaves.shape[:2], F.shape[-1]))
+        inner = complex(xp.sum(conjugate(part) * (leaves @ part))).real
         total += 2 * H.sign * inner
-    return math.sqrt(max(total, 0.0))
+    return scale * math.sqrt(max(total, 0.0))
 
 
 def _largest_singular_value(H: Operator) -> float:

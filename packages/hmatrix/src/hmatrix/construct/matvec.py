@@ -394,7 +394,8 @@ def _of_operator(
 
     shape = tuple(A.shape)
     if len(shape) != 2 or shape[0] != shape[1] or n not in {None, shape[0]}:
-        msg = f"The operator must have shape (n, n) with n = {n}, got {shape}."
+        given = "" if n is None else f" with n = {n}"
+        msg = f"The operator must have shape (n, n){given}, got {shape}."
         raise ShapeError(msg)
     if isinstance(A, Operator):
         own = A.space

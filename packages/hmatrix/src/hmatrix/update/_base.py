@@ -84,8 +84,9 @@ class Streaming(ABC):
         different blocks are orthogonal. A bound on ``‖exact − held‖_F``, to rounding,
         except where randomized updates of `StreamingMLR` estimate their part.
         """
-        xp = self.space.xp
-        return math.sqrt(sum(2 * float(xp.sum(lost**2)) for lost in self._lost))
+        # of Python's numbers, since squares of float32 can leave the range
+        lost = itertools.chain(*(to_numpy(x).tolist() for x in self._lost))
+        return math.sqrt(2) * math.hypot(*lost)
 
     @property
     def nbytes(self) -> int:

@@ -109,4 +109,7 @@ class StreamingHODLR(Streaming):
         small = xp.stack([U[..., :r], V[..., :r]], axis=1)
         self._bases[k] = Q @ small
         self._scales[k] = contiguous(S[..., :r])
-        self._lost[k] = self._lost[k] + xp.linalg.vector_norm(S[..., r:], axis=-1)
+        # beside the largest, which has a square where small ones have none
+        top = xp.where(S[..., :1] > 0, S[..., :1], xp.ones_like(S[..., :1]))
+        lost = xp.linalg.vector_norm(S[..., r:] / top, axis=-1) * top[..., 0]
+        self._lost[k] = self._lost[k] + lost

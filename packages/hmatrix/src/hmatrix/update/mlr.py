@@ -17,6 +17,7 @@ from hmatrix._backend import (
     eigh_descending,
     in_own_precision,
     inverse_lower,
+    namespace,
     one_thread_if_small,
     qr,
     real_part,
@@ -210,22 +211,36 @@ class StreamingMLR(Streaming):
         xp, half, w = self.space.xp, int(E.shape[-2]) // 2, int(E.shape[-1])
         upper, lower = E[..., :half, :], E[..., half:, :]
         sketch = self.rank + OVERSAMPLING
+        # squares of what is squared already leave the range of float32: it is scaled to 1
         if half <= 2 * sketch:
-            product = upper @ adjoint(lower)
+            product, top = _to_one(upper @ adjoint(lower))
             squared = xp.sum(squares(product), axis=(-2, -1))
         elif w <= 4 * sketch or self.method == "eigh":
             # ‖E₁E₂ᴴ‖² = ⟨E₁ᴴE₁, E₂ᴴE₂⟩; rounding may push zero below zero
-            grams = (adjoint(upper) @ upper) * conjugate(adjoint(lower) @ lower)
-            squared = xp.sum(real_part(grams), axis=(-2, -1))
+            (first, a), (second, b) = (_to_one(adjoint(x) @ x) for x in (upper, lower))
+            squared = xp.sum(real_part(first * conjugate(second)), axis=(-2, -1))
             squared = xp.where(squared > 0, squared, xp.zeros_like(squared))
+            top = xp.sqrt(a) * xp.sqrt(b)
         else:
-            probed = upper @ (adjoint(lower) @ self._normal(half, PROBES))
+            probes = self._normal(half, PROBES)
+            probed, top = _to_one(upper @ (adjoint(lower) @ probes))
             squared = xp.sum(squares(probed), axis=(-2, -1)) / PROBES
-        return xp.sqrt(squared)
+        return xp.sqrt(squared) * top
 
     def _normal(self, *shape: int) -> Array:
         self._draws += 1
         return self.space.normal(shape, self.seed, self._draws)
+
+
+def _to_one(x: Array) -> tuple[Array, Array]:
+    """Divide matrices x (b, m, w) by their largest numbers; return those as well: (b,)."""
+    xp, space = namespace(x), Space.of(x)
+    if not x.shape[-1]:
+        return x, space.real.ones(x.shape[0])
+    top = xp.max(xp.abs(x), axis=(-2, -1))
+    normal = top >= xp.finfo(x.dtype).smallest_normal
+    top = xp.where(normal, top, xp.ones_like(top))
+    return x / xp.astype(top, x.dtype, copy=False)[:, None, None], top
 
 
 def _square_root(M: Array) -> Array:
