@@ -11,7 +11,15 @@ from torch import nn
 
 from sylva_train._checks import DataError
 
-__all__ = ["batch_size", "default_loss", "loss_units", "moved", "note", "some_samples"]
+__all__ = [
+    "batch_size",
+    "default_loss",
+    "kind_of",
+    "loss_units",
+    "moved",
+    "note",
+    "some_samples",
+]
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:
@@ -23,11 +31,16 @@ def batch_size(batch: Mapping[str, Any]) -> int:
     raise DataError(msg)
 
 
-def is_causal(model: nn.Module) -> bool:
-    """Whether a model predicts each token from those before it, as its class's name says."""
+def kind_of(model: nn.Module) -> str:
+    """Return the name of a model's class, whatever wraps it: it tells what labels are of."""
     model = getattr(model, "_orig_mod", model)  # `torch.compile` wraps it
     base = getattr(model, "get_base_model", lambda: model)()  # and PEFT
-    return type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return type(base).__name__
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a model predicts each token from those before it."""
+    return kind_of(model).endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def loss_units(model: nn.Module, batch: Mapping[str, Any]) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
+from sylva_train.curvature import kind_of
 from sylva_train.data import Loader
 
 from .generation import is_encoder_decoder
@@ -142,8 +143,7 @@ def class_part(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
 
 def labels_each_token(model: nn.Module) -> bool:
     """Whether a model says something of each token, not of the one that follows it."""
-    kind = type(getattr(model, "get_base_model", lambda: model)()).__name__
-    return kind.endswith(("ForMaskedLM", "ForTokenClassification"))
+    return kind_of(model).endswith(("ForMaskedLM", "ForTokenClassification"))
 
 
 def language_part(
