@@ -364,7 +364,7 @@ def test_nan_is_told_apart_from_singular_blocks():
     assert np.isnan(hm.norm(H, 2))
 
 
-@pytest.mark.parametrize("shift", [np.ones(9), 1j, [1.0]])
+@pytest.mark.parametrize("shift", [np.ones(9), np.ones(1), 1j, np.complex64(1j), [1.0]])
 def test_shifts_that_factorize_does_not_take(shift):
     with pytest.raises(hm.DTypeError, match=r"real number, got .* `hmatrix\.shift`"):
         hm.factorize(hm.identity(9, levels=1), shift)
