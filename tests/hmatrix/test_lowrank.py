@@ -72,6 +72,8 @@ def test_products_with_vectors_and_from_the_right(xp, dtype, rng):
         x = xp.asarray(rng.standard_normal(shape), dtype)
         product = block.__rmatmul__(x)  # array-api-strict knows no other operands
         assert_close(product, to_numpy(x) @ dense(block), (dtype, "exact"))
+    assert np.asarray(block).dtype == dtype
+    assert np.asarray(block, dtype="float32").dtype == "float32"
 
 
 @pytest.mark.parametrize("complex_", [False, True])

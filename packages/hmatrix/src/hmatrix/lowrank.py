@@ -14,6 +14,7 @@ from hmatrix._backend import (
     adjoint,
     cholesky,
     conjugate,
+    in_own_precision,
     inverse_lower,
     is_array,
     namespace,
@@ -117,6 +118,7 @@ class LowRank:
         """Left factors times scales, ``U diag(S)``."""
         return _scaled(self.U, self.S[..., None, :])
 
+    @in_own_precision
     def to_dense(self) -> Array:
         """Return the blocks as an array (..., m, n)."""
         return self.scaled @ adjoint(self.V)
@@ -129,8 +131,9 @@ class LowRank:
         if copy is False:
             msg = "A dense array of low-rank blocks is always a new one."
             raise ValueError(msg)
-        return to_numpy(self.to_dense()).astype(dtype or self.U.dtype, copy=False)
+        return np.asarray(to_numpy(self.to_dense()), dtype=dtype)
 
+    @in_own_precision
     def __matmul__(self, x: Any) -> Any:
         """Multiply with ``x`` (n,) or (..., n, q), or with blocks: `LowRank` again.
 
@@ -149,6 +152,7 @@ class LowRank:
             return (self @ x[:, None])[..., 0]
         return self.U @ self._inner(x)
 
+    @in_own_precision
     def __rmatmul__(self, x: Any) -> Any:
         """Multiply from the right: ``x`` (m,) or (..., q, m)."""
         if not is_array(x):
