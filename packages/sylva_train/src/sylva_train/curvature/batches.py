@@ -14,6 +14,7 @@ from sylva_train._checks import DataError
 __all__ = [
     "batch_size",
     "default_loss",
+    "is_encoder_decoder",
     "kind_of",
     "loss_units",
     "moved",
@@ -41,6 +42,12 @@ def kind_of(model: nn.Module) -> str:
 def is_causal(model: nn.Module) -> bool:
     """Whether a model predicts each token from those before it."""
     return kind_of(model).endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model makes its decoder's input from the labels, shifted."""
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def loss_units(model: nn.Module, batch: Mapping[str, Any]) -> int:

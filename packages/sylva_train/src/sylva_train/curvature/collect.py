@@ -23,7 +23,15 @@ from sylva_train.config import SylvaConfig
 from sylva_train.processes import agree, rank_and_size, together
 from sylva_train.targets import find_targets, input_owners, weight_device
 
-from .batches import batch_size, default_loss, loss_units, moved, note, some_samples
+from .batches import (
+    batch_size,
+    default_loss,
+    is_encoder_decoder,
+    loss_units,
+    moved,
+    note,
+    some_samples,
+)
 from .factors import describe
 from .hooks import Collector, LayerCurvature
 from .merging import merge
@@ -207,8 +215,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
 
     def add(self, batch: Mapping[str, Any], units: int, step: int) -> None:
         """Run one batch forward and backward under the hooks."""
-        model_config = getattr(self.model, "config", None)
-        seq2seq = bool(getattr(model_config, "is_encoder_decoder", False))
+        seq2seq = is_encoder_decoder(self.model)
         self.collector.start(batch, units, step, seq2seq=seq2seq)
         value = self.loss(self.model, batch)
         number = float(value.detach())

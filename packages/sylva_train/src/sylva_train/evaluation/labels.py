@@ -12,10 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
-from sylva_train.curvature import kind_of
+from sylva_train.curvature import is_encoder_decoder, kind_of
 from sylva_train.data import Loader
 
-from .generation import is_encoder_decoder
 from .metrics import CHOICE, CLASSIFICATION, GENERATION, LANGUAGE, REGRESSION, key_of
 
 __all__ = ["label_metrics", "number_metrics", "prediction_metrics"]
