@@ -326,9 +326,8 @@ def describe_factor(
     name: str,
     dataloader: Iterable[Mapping[str, Any]],
     config: SylvaConfig,
-    side: str = "in",
 ) -> dict[str, Any]:
-    """Hold one layer's hierarchical Kronecker factor against the exact one.
+    """Hold a layer's hierarchical Kronecker factor of its inputs against the exact one.
 
     Parameters
     ----------
@@ -336,13 +335,11 @@ def describe_factor(
         As for `collect_curvature`.
     name : str
         The layer.
-    side : str
-        ``"in"`` for A, ``"out"`` for G.
 
     Returns
     -------
     dict
-        JSON for the report: ``layer``, ``side``, and what `describe` gives.
+        JSON for the report: ``layer``, ``side`` ("in"), and what `describe` gives.
     """
     targets = find_targets(model, [name])
     both = []
@@ -353,8 +350,8 @@ def describe_factor(
         layers, _ = collect_curvature(
             model, {name: targets[name]}, dataloader, options, ["factors"]
         )
-        both.append(layers[name].A if side == "in" else layers[name].G)
+        both.append(layers[name].A)
     approximate, exact = both
     assert approximate is not None
     assert exact is not None
-    return {"layer": name, "side": side} | describe(approximate, exact)
+    return {"layer": name, "side": "in"} | describe(approximate, exact)
