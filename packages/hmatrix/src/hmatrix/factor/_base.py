@@ -368,7 +368,8 @@ def narrow(
 def telling_nan(H: HODLR) -> Iterator[None]:
     """Say so where a factorization fails because the matrix has NaN."""
     try:
-        yield
+        with np.errstate(invalid="ignore"):  # of what NumPy would warn is raised
+            yield
     except NotPositiveDefiniteError:
         raise  # Cholesky looks for NaN itself
     except (SingularBlockError, PrecisionError):
