@@ -25,7 +25,7 @@ __all__ = [
 
 def batch_size(batch: Mapping[str, Any]) -> int:
     """Return the number of samples in a batch."""
-    for value in batch.values():
+    for value in batch.values() if isinstance(batch, Mapping) else ():
         if isinstance(value, torch.Tensor) and value.dim():
             return len(value)
     msg = "a batch must be a mapping with at least one tensor, its first axis samples."

@@ -218,6 +218,13 @@ class Curvatures(Mapping[str, LayerCurvature]):
         seq2seq = is_encoder_decoder(self.model)
         self.collector.start(batch, units, step, seq2seq=seq2seq)
         value = self.loss(self.model, batch)
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            got = getattr(value, "shape", None)
+            msg = (
+                "`loss` must return the mean loss, a tensor of one number; got"
+                f" {type(value).__name__ if got is None else tuple(got)}."
+            )
+            raise ConfigError(msg)
         number = float(value.detach())
         if not math.isfinite(number):
             msg = (
