@@ -61,6 +61,13 @@ def test_constructors_products_and_sums_keep_theirs(lower, A):
         ]
         products = [G @ A for G, _ in made]
         norm = hm.norm(H)
+        block = hm.LowRank(A[:, :3], t[:3], A[:, 3:6])
+        whole = block.to_dense()
+        low_rank = [block @ A, A @ block, (block @ block).to_dense()]
+    D = block.U.double() * block.S @ block.V.double().T
+    exact = [D, D @ A.double(), A.double() @ D, D @ D]
+    for found, expected in zip([whole, *low_rank], exact, strict=True):
+        assert error_ratio(found, expected) < 1e-5
     for (G, expected), product in zip(made, products, strict=True):
         assert product.dtype == torch.float32
         assert error_ratio(G.to_dense(), expected) < 1e-3

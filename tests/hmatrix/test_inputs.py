@@ -58,7 +58,8 @@ WRONG = {
     "has dtype int64.*; cast it[.]$": lambda given: given.H @ np.arange(40),
     "got int; `shift`": lambda given: given.H + 1,
     "got ndarray; `from_dense`": lambda given: given.H + given.A,
-    "or LowRank, got ndarray; `from_dense`": lambda given: given.A - given.H,
+    "`G` .* HODLR, got ndarray; `from_dense`": lambda given: given.A - given.H,
+    "`H` .* HODLR, got MLR; `from_matvec`": lambda given: given.M - given.M,
     "or MLR, got ndarray; `from_dense`": lambda given: hm.factorize(given.A),
     "a `matrix`, and `inverse[(][)]`": lambda given: given.H @ hm.factorize(given.H),
     "`hmatrix.inverse`": lambda given: given.H @ hm.factorize(given.H).inverse(),
@@ -73,6 +74,22 @@ def test_messages_say_what_to_do(words, A):
     given = SimpleNamespace(A=A, H=hm.from_dense(A, levels=2), M=M)
     with pytest.raises((TypeError, ValueError), match=words):
         WRONG[words](given)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda A: hm.scale(A, 2.0),
+        lambda A: hm.shift(A, 1.0),
+        hm.truncate,
+        lambda A: hm.matmul(A, A),
+    ],
+)
+def test_arrays_are_no_matrices(act, A):
+    with pytest.raises(
+        TypeError, match=r"`H` .*, got ndarray; `from_dense` compresses"
+    ):
+        act(A)
 
 
 def test_matrices_are_summed(A):

@@ -72,6 +72,16 @@ def test_products_with_vectors_and_from_the_right(xp, dtype, rng):
         x = xp.asarray(rng.standard_normal(shape), dtype)
         product = block.__rmatmul__(x)  # array-api-strict knows no other operands
         assert_close(product, to_numpy(x) @ dense(block), (dtype, "exact"))
+    for shape in ((), (5,), (5, 4)):
+        with pytest.raises(ShapeError, match=r"`x` must have shape \(4,\) or"):
+            block @ xp.asarray(np.ones(shape), dtype)
+    for shape in ((4,), (5, 4)):
+        with pytest.raises(ShapeError, match=r"or \(\.\.\., q, 5\), got"):
+            block.__rmatmul__(xp.asarray(np.ones(shape), dtype))
+    with pytest.raises(ShapeError, match=r"`x` must have shape \(4,\)"):
+        block @ block
+    assert np.asarray(block).dtype == dtype
+    assert np.asarray(block, dtype="float32").dtype == "float32"
 
 
 @pytest.mark.parametrize("complex_", [False, True])

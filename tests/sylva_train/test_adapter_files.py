@@ -86,6 +86,17 @@ def test_every_door_opens_every_file(name, how, tmp_path):
     assert same(own, {k: v for k, v in untouched.items() if not k.startswith(head)})
 
 
+@pytest.mark.parametrize("make", [make_plain, make_trained])
+def test_saving_leaves_the_weights_as_they_are(make, tmp_path):
+    """Graphs that were captured read them, and so does a backward pass under way."""
+    model = make("bert")
+    loss = model(**make_batch("bert")).loss
+    shown = {name: p.detach().clone() for name, p in model.named_parameters()}
+    save_adapter(model, tmp_path / "a")
+    assert same(dict(model.named_parameters()), shown)
+    loss.backward()
+
+
 def test_saving_again_gives_the_same_bytes(saved, tmp_path):
     path, _ = saved
     models = [

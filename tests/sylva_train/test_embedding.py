@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from sylva_train._checks import AdapterError, ConfigError, TargetError
+from sylva_train.config import SylvaConfig
+from sylva_train.importance import score
 from sylva_train.layers import embed, embedded_layers, merge, unload
 from sylva_train.masks import LayerMask
 from sylva_train.optimizer import SparseAdamW
@@ -279,6 +281,8 @@ def test_masks_that_do_not_fit_are_refused_before_anything_is_changed():
     refused(TargetError, "Tanh", model, masks | {"1": one})
     empty = LayerMask(one.shape, 4, torch.zeros((0, 2)))
     refused(ConfigError, "nothing to train", model, {"0": empty})
+    scores = score(model, config=SylvaConfig(importance="magnitude", block_size=4))
+    refused(ConfigError, "got a LayerScores for `0`.*select", model, scores)
     refused(TargetError, "`modules_to_save`", model, masks, modules_to_save=["head"])
     refused(ConfigError, "trains whole", model, masks, modules_to_save=["0"])
 

@@ -219,6 +219,7 @@ def test_labels_of_each_token_are_not_shifted(kind):
     labels = torch.randint(3, (4, 6)).masked_fill(torch.rand(4, 6) < 0.3, -100)
     batch = {"input_ids": torch.randint(2, VOCABULARY, (4, 6)), "labels": labels}
     found = evaluate(model, [batch])
+    assert evaluate(torch.compile(model, backend="eager"), [batch]) == found
     with torch.no_grad():
         output = model(**batch)
     assert found["loss"] == pytest.approx(float(output.loss), rel=1e-6)

@@ -202,6 +202,15 @@ def test_what_is_missing_is_said():
     unlabelled = [{k: v for k, v in b.items() if k != "labels"} for b in batches()]
     with pytest.raises(DataError, match="labels"):
         score(bert(), unlabelled, config())
+    pairs = [tuple(batch.values()) for batch in batches()]
+    with pytest.raises(DataError, match="must be a mapping"):
+        score(bert(), pairs, config())
+    for loss, got in (
+        (lambda m, b: m(**b).logits, r"\(\d+, 3\)"),
+        (lambda *_: 1.0, "float"),
+    ):
+        with pytest.raises(ConfigError, match=f"`loss` must return .* got {got}"):
+            score(bert(), batches(), config(), loss=loss)
     with pytest.raises(ConfigError, match="larger than"):
         score(bert(), batches(), config(block_size=64))
     scores = score(bert(), None, config(importance="random"))

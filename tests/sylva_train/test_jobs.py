@@ -36,6 +36,14 @@ def test_jobs_side_by_side_share_their_fate(tmp_path):
     assert not {"long.json", "bad.json"} & names
 
 
+def test_a_process_that_starts_too_late_is_ended_too():
+    processes = Processes()
+    processes.kill()
+    code = "import time; time.sleep(60)"
+    with processes.child([sys.executable, "-c", code]) as process:
+        assert process.wait(timeout=30) != 0
+
+
 def echo(spec, tell):
     """What a job's process does in the test above."""
     if "error" in spec:

@@ -258,6 +258,19 @@ def test_values_changed_before_the_backward_pass_are_noticed(how):
         y.sum().backward()
 
 
+@pytest.mark.parametrize("how", ["force", "mode"])
+def test_writing_uncounted_changes_before_the_backward_pass_is_noticed(how):
+    mask = LayerMask((4, 4), 2, torch.tensor([[0, 0], [1, 1]]))
+    _, layer = make_layer(mask)
+    y = layer(random((3, 4)).requires_grad_())
+    layer.sylva_values["default"].data.add_(1)
+    if how == "mode":
+        layer.eval()
+    layer.sync(force=how == "force")
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        y.sum().backward()
+
+
 def test_writing_in_inference_mode():
     mask = LayerMask((4, 4), 2, torch.tensor([[0, 0], [1, 1]]))
     base, layer = make_layer(mask)

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import BertConfig
 
 from sylva_train import ConfigError, DataError, ModelError, TrainingConfig, finetune
+from sylva_train.data import Loader, TextDataset
 from sylva_train.pretrained import load_model
 from sylva_train.workflow import load_task
-from sylva_train.workflow.task import head_order, located, read_data
+from sylva_train.workflow.task import check_ids, head_order, located, read_data
 from tests.sylva_train.jobs import new_home, sylva_config, task, training, write_data
-from tests.sylva_train.words import TINY, save_folder
+from tests.sylva_train.words import TINY, VOCABULARY, save_folder, word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,18 @@ def test_a_tokenizer_of_another_model_is_refused_before_anything_is_done(
                 tmp_path / "run",
             )
     assert not (tmp_path / "run").exists()
+
+
+def test_tokens_of_targets_must_be_the_models_too():
+    tokenizer = word_tokenizer("seq2seq")
+    data = TextDataset("toy", "seq2seq", ["a b"], targets=["z not"])
+    loader = Loader(data, tokenizer, 1)
+    model = nn.Module()
+    model.get_input_embeddings = lambda: nn.Embedding(VOCABULARY, 1)
+    check_ids(loader, model)
+    model.get_input_embeddings = lambda: nn.Embedding(VOCABULARY - 1, 1)
+    with pytest.raises(ModelError, match=f"number {VOCABULARY - 1}, the model vectors"):
+        check_ids(loader, model)
 
 
 def test_a_length_that_the_tokenizer_does_not_take_is_refused_first(home, tmp_path):

@@ -160,10 +160,14 @@ def check_int(name: str, value: object, minimum: int) -> int:
 def check_float(name: str, value: Any, *, minimum: float = -math.inf) -> float:
     """Return ``value`` as a finite float of at least ``minimum``."""
     try:
-        number = float(value)
+        # `float` drops the imaginary part of NumPy's numbers, and takes arrays of one
+        given = None if np.ndim(value) else complex(value)
     except (TypeError, ValueError):
-        msg = f"`{name}` must be a number, got {type(value).__name__}."
-        raise DTypeError(msg) from None
+        given = None
+    if given is None or given.imag:
+        msg = f"`{name}` must be a real number, got {type(value).__name__}."
+        raise DTypeError(msg)
+    number = given.real
     if not math.isfinite(number):
         msg = f"`{name}` must be finite, got {number}."
         raise NonFiniteError(msg)

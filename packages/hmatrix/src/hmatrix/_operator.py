@@ -163,7 +163,7 @@ class Operator(ABC):
         if copy is False:
             msg = "A dense array of a hierarchical matrix is always a new one."
             raise ValueError(msg)
-        return to_numpy(self.to_dense()).astype(dtype or self.space.name, copy=False)
+        return np.asarray(to_numpy(self.to_dense()), dtype=dtype)
 
     def _describe(self, *words: str, nbytes: int) -> str:
         """Text of ``repr``: sizes, what the subclass adds, and where it lives."""

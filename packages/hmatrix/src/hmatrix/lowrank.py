@@ -14,6 +14,7 @@ from hmatrix._backend import (
     adjoint,
     cholesky,
     conjugate,
+    in_own_precision,
     inverse_lower,
     is_array,
     namespace,
@@ -117,6 +118,7 @@ class LowRank:
         """Left factors times scales, ``U diag(S)``."""
         return _scaled(self.U, self.S[..., None, :])
 
+    @in_own_precision
     def to_dense(self) -> Array:
         """Return the blocks as an array (..., m, n)."""
         return self.scaled @ adjoint(self.V)
@@ -129,34 +131,47 @@ class LowRank:
         if copy is False:
             msg = "A dense array of low-rank blocks is always a new one."
             raise ValueError(msg)
-        return to_numpy(self.to_dense()).astype(dtype or self.U.dtype, copy=False)
+        return np.asarray(to_numpy(self.to_dense()), dtype=dtype)
 
+    @in_own_precision
     def __matmul__(self, x: Any) -> Any:
         """Multiply with ``x`` (n,) or (..., n, q), or with blocks: `LowRank` again.
 
         Products with a `HODLR` or an `MLR` matrix, from both sides, are `LowRank` too.
         """
+        n = self.V.shape[-2]
         if isinstance(x, LowRank):
-            check_operand("x", x.U, Space.of(self.U))
+            self._operand(x.U, n)
             # as wide as the narrower of the two
             if self.rank <= x.rank:
                 return LowRank(self.U, self.S, x.V @ (adjoint(x.scaled) @ self.V))
             return LowRank(self.scaled @ (adjoint(self.V) @ x.U), x.S, x.V)
         if not is_array(x):
             return NotImplemented  # a matrix knows what to do
-        x = check_operand("x", x, Space.of(self.U))
+        x = self._operand(x, n)
         if len(x.shape) == 1:
             return (self @ x[:, None])[..., 0]
         return self.U @ self._inner(x)
 
+    @in_own_precision
     def __rmatmul__(self, x: Any) -> Any:
         """Multiply from the right: ``x`` (m,) or (..., q, m)."""
         if not is_array(x):
             return NotImplemented
-        x = check_operand("x", x, Space.of(self.U))
+        x = self._operand(x, self.U.shape[-2], axis=-1)
         if len(x.shape) == 1:
             return self.__rmatmul__(x[None, :])[..., 0, :]
         return _scaled(x @ self.U, self.S[..., None, :]) @ adjoint(self.V)
+
+    def _operand(self, x: Array, size: int, axis: int = -2) -> Array:
+        """Return ``x``, a vector (size,) or with so many rows or columns."""
+        x = check_operand("x", x, Space.of(self.U))
+        shape = tuple(x.shape)
+        if not shape or shape[axis if len(shape) > 1 else 0] != size:
+            expected = f"(..., {size}, q)" if axis == -2 else f"(..., q, {size})"
+            msg = f"`x` must have shape ({size},) or {expected}, got {shape}."
+            raise ShapeError(msg)
+        return x
 
     def _inner(self, x: Array) -> Array:
         """Return ``diag(S) Vᴴ x``."""

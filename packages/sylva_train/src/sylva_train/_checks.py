@@ -25,7 +25,6 @@ __all__ = [
     "check_density",
     "check_integer",
     "check_positive",
-    "prepare_output",
 ]
 
 

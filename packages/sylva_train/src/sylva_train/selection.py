@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -183,6 +183,21 @@ def share_out(
     return counts
 
 
+def best_of_all(
+    blocks: Mapping[str, torch.Tensor],
+    density: float,
+    preferred: Mapping[str, torch.Tensor | None],
+) -> dict[str, torch.Tensor]:
+    """Return the flat indices of the best blocks of all layers together, by layer."""
+    scores = torch.cat([torch.zeros(0), *(b.flatten() for b in blocks.values())])
+    marks = [mark.flatten() for mark in preferred.values() if mark is not None]
+    count = math.floor(density * len(scores) + 1e-9)
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    kept[top_blocks(scores, count, torch.cat(marks) if marks else None)] = True
+    parts = kept.split([block.numel() for block in blocks.values()])
+    return {n: part.nonzero()[:, 0] for n, part in zip(blocks, parts, strict=True)}
+
+
 def select(
     scores: Scores,
     density: float = 0.05,
@@ -295,24 +310,11 @@ def select(
             for name, block in blocks.items()
         }
     else:
-        competing = []
-        for name, block in blocks.items():
-            mean = whole[name].mean() if scope == "model" else torch.tensor(1.0)
+        if scope == "model":
             # A mean below zero must not turn the order round.
-            competing.append((block / mean.abs() if mean != 0 else block).flatten())
-        competitors = torch.cat(competing) if competing else torch.zeros(0)
-        marks = [mark.flatten() for mark in preferred.values() if mark is not None]
-        top = top_blocks(
-            competitors,
-            math.floor(density * len(competitors) + 1e-9),
-            torch.cat(marks) if marks else None,
-        )
-        kept = torch.zeros(len(competitors), dtype=torch.bool)
-        kept[top] = True
-        parts = kept.split([block.numel() for block in blocks.values()])
-        chosen = {
-            name: part.nonzero()[:, 0] for name, part in zip(blocks, parts, strict=True)
-        }
+            typical = {name: block.mean().abs() for name, block in whole.items()}
+            blocks = {n: b / (typical[n] or 1) for n, b in blocks.items()}
+        chosen = best_of_all(blocks, density, preferred)
     if not any(len(flat) for flat in chosen.values()):
         sizes = [block.numel() for block in blocks.values()]
         has = (

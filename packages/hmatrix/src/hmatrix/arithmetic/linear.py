@@ -47,6 +47,7 @@ def scale(H: Matrix, factor: complex) -> Matrix:
     ValueError
         If it is negative, for an `MLR`.
     """
+    check_kind("H", H, HODLR, MLR)
     number = _check_number("factor", factor, H.space)
     if isinstance(H, MLR):
         root = math.sqrt(check_float("factor", number, minimum=0.0))
@@ -83,6 +84,7 @@ def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
     ShapeError, DTypeError, BackendError, NonFiniteError
         If ``diagonal`` does not fit.
     """
+    check_kind("H", H, HODLR, MLR)
     space, tree = H.space, H.tree
     xp = space.xp
     vector: Any = diagonal
@@ -254,14 +256,16 @@ def check_match(H: Matrix, G: object) -> None:
 
 @operation
 def subtract(
-    H: Matrix,
-    G: Matrix | LowRank,
+    H: HODLR,
+    G: HODLR | LowRank,
     *,
     rtol: float | None = None,
     max_rank: int | None = None,
-) -> Matrix:
-    """Return ``H − G``; arguments are those of `add`."""
-    check_kind("G", G, HODLR, MLR, LowRank)
+) -> HODLR:
+    """Return ``H − G``; arguments are those of `add`, but that no `MLR` is a difference."""
+    check_kind("H", H, HODLR)
+    if not isinstance(G, LowRank):
+        check_match(H, G)
     negative = LowRank(G.U, -G.S, G.V) if isinstance(G, LowRank) else scale(G, -1.0)
     return add(H, negative, rtol=rtol, max_rank=max_rank)
 

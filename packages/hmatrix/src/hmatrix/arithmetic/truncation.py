@@ -6,7 +6,7 @@ import math
 from typing import TypeVar
 
 from hmatrix._backend import Space, in_own_precision
-from hmatrix._checks import NonFiniteError, check_float, check_int
+from hmatrix._checks import NonFiniteError, check_float, check_int, check_kind
 from hmatrix.arithmetic.error import after
 from hmatrix.arithmetic.norms import norm, safe_norm
 from hmatrix.construct import Guard, block_tolerance
@@ -62,6 +62,7 @@ def truncate(
     NonFiniteError
         If a `HODLR` holds NaN or infinite values.
     """
+    check_kind("H", H, HODLR, MLR)
     if max_rank is not None:
         max_rank = check_int("max_rank", max_rank, 1 if isinstance(H, MLR) else 0)
     if isinstance(H, MLR):

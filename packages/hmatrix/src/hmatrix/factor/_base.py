@@ -85,13 +85,11 @@ class Factorization(ABC):
         self.matrix = H
         self.tree = H.tree
         self.space = H.space
-        if isinstance(shift, complex) or np.ndim(shift):
-            msg = (
-                f"`shift` must be a real number, got {type(shift).__name__}; add vectors "
-                "and complex numbers with `hmatrix.shift`."
-            )
-            raise DTypeError(msg)
-        self.shift = check_float("shift", shift)
+        try:
+            self.shift = check_float("shift", shift)
+        except DTypeError as error:
+            msg = f"{error} Vectors and complex numbers are added by `hmatrix.shift`."
+            raise DTypeError(msg) from None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -372,7 +370,8 @@ def narrow(
 def telling_nan(H: HODLR) -> Iterator[None]:
     """Say so where a factorization fails because the matrix has NaN."""
     try:
-        yield
+        with np.errstate(invalid="ignore"):  # of what NumPy would warn is raised
+            yield
     except NotPositiveDefiniteError:
         raise  # Cholesky looks for NaN itself
     except (SingularBlockError, PrecisionError):

@@ -48,6 +48,7 @@ class Processes:
             threads = max(1, (os.cpu_count() or 1) // workers)
             self.environment.setdefault("OMP_NUM_THREADS", str(threads))
         self.alive: set[subprocess.Popen[str]] = set()
+        self.ended = False
 
     @contextlib.contextmanager
     def child(self, command: list[Any]) -> Iterator[subprocess.Popen[str]]:
@@ -65,6 +66,8 @@ class Processes:
             start_new_session=True,
         )
         self.alive.add(process)
+        if self.ended:  # while another thread was about to start this one
+            process.kill()
         try:
             yield process
         finally:
@@ -75,7 +78,8 @@ class Processes:
                 pass
 
     def kill(self) -> None:
-        """End all of them."""
+        """End all of them, and those that are yet to start."""
+        self.ended = True
         for process in list(self.alive):
             process.kill()
 

@@ -34,7 +34,7 @@ from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.pretrained import pooled_features, quiet
 from sylva_train.targets import find_targets
-from sylva_train.training import pick_device, train
+from sylva_train.training import number_of_steps, pick_device, train
 from sylva_train.tuner import save_adapter
 from sylva_train.workflow import Report, Task, evaluation_loader, heads, load_task
 
@@ -179,7 +179,7 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
         memory.reset()
         return metrics
 
-    steps = training.steps or training.epochs * -(-len(loader) // training.accumulate)
+    steps = number_of_steps(loader, training)
     result = train(
         adapted.model,
         loader,

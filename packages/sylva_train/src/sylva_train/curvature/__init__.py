@@ -1,6 +1,13 @@
 """Second-order statistics of a model's layers: the only importer of `hmatrix`."""
 
-from .batches import default_loss, loss_units, note, some_samples
+from .batches import (
+    default_loss,
+    is_encoder_decoder,
+    kind_of,
+    loss_units,
+    note,
+    some_samples,
+)
 from .collect import Curvatures, collect_curvature, damage, describe_factor
 from .factors import Factor
 from .hooks import LayerCurvature, block_sums
@@ -18,6 +25,8 @@ __all__ = [
     "damage",
     "default_loss",
     "describe_factor",
+    "is_encoder_decoder",
+    "kind_of",
     "loss_units",
     "note",
     "settings",

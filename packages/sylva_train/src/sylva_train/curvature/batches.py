@@ -11,23 +11,43 @@ from torch import nn
 
 from sylva_train._checks import DataError
 
-__all__ = ["batch_size", "default_loss", "loss_units", "moved", "note", "some_samples"]
+__all__ = [
+    "batch_size",
+    "default_loss",
+    "is_encoder_decoder",
+    "kind_of",
+    "loss_units",
+    "moved",
+    "note",
+    "some_samples",
+]
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:
     """Return the number of samples in a batch."""
-    for value in batch.values():
+    for value in batch.values() if isinstance(batch, Mapping) else ():
         if isinstance(value, torch.Tensor) and value.dim():
             return len(value)
     msg = "a batch must be a mapping with at least one tensor, its first axis samples."
     raise DataError(msg)
 
 
-def is_causal(model: nn.Module) -> bool:
-    """Whether a model predicts each token from those before it, as its class's name says."""
+def kind_of(model: nn.Module) -> str:
+    """Return the name of a model's class, whatever wraps it: it tells what labels are of."""
     model = getattr(model, "_orig_mod", model)  # `torch.compile` wraps it
     base = getattr(model, "get_base_model", lambda: model)()  # and PEFT
-    return type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return type(base).__name__
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a model predicts each token from those before it."""
+    return kind_of(model).endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model makes its decoder's input from the labels, shifted."""
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def loss_units(model: nn.Module, batch: Mapping[str, Any]) -> int:

@@ -23,7 +23,15 @@ from sylva_train.config import SylvaConfig
 from sylva_train.processes import agree, rank_and_size, together
 from sylva_train.targets import find_targets, input_owners, weight_device
 
-from .batches import batch_size, default_loss, loss_units, moved, note, some_samples
+from .batches import (
+    batch_size,
+    default_loss,
+    is_encoder_decoder,
+    loss_units,
+    moved,
+    note,
+    some_samples,
+)
 from .factors import describe
 from .hooks import Collector, LayerCurvature
 from .merging import merge
@@ -207,10 +215,16 @@ class Curvatures(Mapping[str, LayerCurvature]):
 
     def add(self, batch: Mapping[str, Any], units: int, step: int) -> None:
         """Run one batch forward and backward under the hooks."""
-        model_config = getattr(self.model, "config", None)
-        seq2seq = bool(getattr(model_config, "is_encoder_decoder", False))
+        seq2seq = is_encoder_decoder(self.model)
         self.collector.start(batch, units, step, seq2seq=seq2seq)
         value = self.loss(self.model, batch)
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            got = getattr(value, "shape", None)
+            msg = (
+                "`loss` must return the mean loss, a tensor of one number; got"
+                f" {type(value).__name__ if got is None else tuple(got)}."
+            )
+            raise ConfigError(msg)
         number = float(value.detach())
         if not math.isfinite(number):
             msg = (
@@ -319,9 +333,8 @@ def describe_factor(
     name: str,
     dataloader: Iterable[Mapping[str, Any]],
     config: SylvaConfig,
-    side: str = "in",
 ) -> dict[str, Any]:
-    """Hold one layer's hierarchical Kronecker factor against the exact one.
+    """Hold a layer's hierarchical Kronecker factor of its inputs against the exact one.
 
     Parameters
     ----------
@@ -329,13 +342,11 @@ def describe_factor(
         As for `collect_curvature`.
     name : str
         The layer.
-    side : str
-        ``"in"`` for A, ``"out"`` for G.
 
     Returns
     -------
     dict
-        JSON for the report: ``layer``, ``side``, and what `describe` gives.
+        JSON for the report: ``layer``, ``side`` ("in"), and what `describe` gives.
     """
     targets = find_targets(model, [name])
     both = []
@@ -346,8 +357,8 @@ def describe_factor(
         layers, _ = collect_curvature(
             model, {name: targets[name]}, dataloader, options, ["factors"]
         )
-        both.append(layers[name].A if side == "in" else layers[name].G)
+        both.append(layers[name].A)
     approximate, exact = both
     assert approximate is not None
     assert exact is not None
-    return {"layer": name, "side": side} | describe(approximate, exact)
+    return {"layer": name, "side": "in"} | describe(approximate, exact)

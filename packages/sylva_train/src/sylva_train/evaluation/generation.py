@@ -8,24 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from sylva_train._checks import ConfigError
+from sylva_train.curvature import is_encoder_decoder
 from sylva_train.data import Loader, ending, prompt_ids
 
-__all__ = ["cut", "generated", "is_encoder_decoder", "options", "source_ids", "write"]
+__all__ = ["cut", "generated", "options", "source_ids", "write"]
 
 #: Tokens that a model writes at most, where nothing is said.
 MAX_NEW_TOKENS = 64
 Report = Callable[[int, int], None]
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the model's logits are aligned with its labels, not one ahead of them."""
-    config = getattr(model, "config", None)
-    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def options(

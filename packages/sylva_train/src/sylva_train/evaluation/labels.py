@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
+from sylva_train.curvature import is_encoder_decoder, kind_of
 from sylva_train.data import Loader
 
-from .generation import is_encoder_decoder
 from .metrics import CHOICE, CLASSIFICATION, GENERATION, LANGUAGE, REGRESSION, key_of
 
 __all__ = ["label_metrics", "number_metrics", "prediction_metrics"]
@@ -142,8 +142,7 @@ def class_part(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
 
 def labels_each_token(model: nn.Module) -> bool:
     """Whether a model says something of each token, not of the one that follows it."""
-    kind = type(getattr(model, "get_base_model", lambda: model)()).__name__
-    return kind.endswith(("ForMaskedLM", "ForTokenClassification"))
+    return kind_of(model).endswith(("ForMaskedLM", "ForTokenClassification"))
 
 
 def language_part(

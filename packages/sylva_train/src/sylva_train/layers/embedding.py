@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 from torch import nn
 
@@ -107,6 +108,12 @@ def check_masks(
     modules = dict(model.named_modules())
     layers = {}
     for name, mask in masks.items():
+        if not isinstance(cast("object", mask), LayerMask):
+            msg = (
+                f"`masks` must have a LayerMask for each layer; got a {type(mask).__name__}"
+                f" for `{name}`. `sylva_train.select` makes masks of scores."
+            )
+            raise ConfigError(msg)
         if name not in modules:
             msg = f"`masks` names a layer `{name}` that the model does not have."
             raise TargetError(msg)

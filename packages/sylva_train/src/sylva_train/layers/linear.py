@@ -301,13 +301,18 @@ class SparseEmbeddedLinear(nn.Module):
         self.begin(weight)
         matrix = as_matrix(base, weight.detach())
         indices, blocks = self._readers[wanted].table, values.detach()
-        if self._written is None:
+        shown = self._written is not None
+        if not shown:
             self._original = gather_blocks(matrix, indices, blocks.shape[-1]).cpu()
             self._written = wanted
         # The same bits again would make backward passes under way fail.
         untouched = is_known and self._seen[2] == now[2]
         if not (untouched and holds_blocks(matrix, indices, blocks)):
             scatter_blocks_(matrix, indices, blocks)
+            if shown and untouched:
+                # Changed through `.data`: that version of the values is not what it was,
+                # and backward passes under way must fail.
+                self._versions = {}
         # A copy of the layer has the same attributes, but its values are elsewhere.
         if not is_known or (self._seen[1], self._seen[3]) != (now[1], now[3]):
             watch(values, self)

@@ -31,12 +31,10 @@ OVERLAY = 6
 ROW = 0.27
 
 
-def _rows_frame(
-    labels: Sequence[str], *, right: float, bottom: float = 0.42
-) -> tuple[Figure, Axes]:
+def _rows_frame(labels: Sequence[str], *, right: float) -> tuple[Figure, Axes]:
     """Return a chart with one labelled line a method, the first on top."""
     labels = [shorten(label) for label in labels]
-    left = 0.18 + 0.064 * max(map(len, labels))
+    left, bottom = 0.18 + 0.064 * max(map(len, labels)), 0.42
     height = ROW * len(labels) + bottom + 0.1
     figure, axes = frame(height, left=left, right=right, top=0.1, bottom=bottom)
     axes.set_ylim(len(labels) - 0.5, -0.5)

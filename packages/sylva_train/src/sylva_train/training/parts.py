@@ -90,7 +90,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type != "cuda":
             torch.empty(1, device=device).item()  # not of every kind that has a name
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         msg = (
             '`device` must be "auto", "cpu", "cuda" or "cuda:<n>", or another one that'
             f" this PyTorch has; got {name!r}."

@@ -24,9 +24,12 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
         for name, module in model.named_modules()
         if isinstance(module, SparseEmbeddedLinear | AuxiliaryTrainingWrapper)
     ]
+    shown = []
     try:
         for name, module in wrapped:
             if isinstance(module, SparseEmbeddedLinear):
+                if module._written is not None:
+                    shown.append(module)
                 module.restore_()
                 replace_module(model, name, module.base_layer)
             else:
@@ -35,6 +38,9 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
     finally:
         for name, module in wrapped:
             replace_module(model, name, module)
+        # Graphs that were captured go on with the weights, and do not look.
+        for module in shown:
+            module.sync()
 
 
 def base_fingerprint(model: nn.Module, modules_to_save: list[str] | None) -> str:

@@ -314,8 +314,7 @@ def predict(
             max_length=run["task"]["max_length"],
             return_tensors="pt",
         )
-        with torch.no_grad():
-            best = model(**batch).logits.float().softmax(-1).max(-1)
+        best = model(**batch).logits.float().softmax(-1).max(-1)
         answers += [
             (run["labels"][int(i)], float(p))
             for p, i in zip(best.values, best.indices, strict=True)
