@@ -45,6 +45,19 @@ def test_a_row_that_cannot_be_read_is_named(home, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_lines_and_names_are_no_pictures(home, tmp_path):
+    """Rich would print a hundred points for the line 100, and a cat for the folder."""
+    (tmp_path / ":cat:").mkdir()
+    path = tmp_path / ":cat:" / "a.csv"
+    path.write_text("\n".join(["text,label", *["a,good"] * 98, "b,"]))
+    command = ["score", tmp_path / "s.safetensors", *source(home)[:2], "--data", path]
+    assert f"{path}:100: expected a label" in told(sylva(*command, code=1))
+    data = path.with_name("new.csv")
+    data.write_text("text\n[bold]a :100:\n")
+    shown = sylva("predict", home / "run", "--data", data).stdout
+    assert json.loads(shown)["text"] == "[bold]a :100:"
+
+
 @pytest.mark.parametrize("content", ["", "text,label\n"])
 def test_an_empty_data_set_is_refused(home, tmp_path, content):
     data = tmp_path / "empty.csv"

@@ -32,7 +32,7 @@ ARGUMENTS = "sylva.arguments"
 
 def fail(message: str) -> None:
     """Print one red line on stderr."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     line = " ".join(message.split())
     console.print(f"Error: {line}", style="red", markup=False)
 
@@ -46,7 +46,7 @@ def warn(
     """
     if not issubclass(category, UserWarning):
         return
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     line = " ".join(str(message).split())
     console.print(f"Warning: {line}", style="yellow", markup=False)
 

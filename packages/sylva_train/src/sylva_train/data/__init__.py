@@ -3,6 +3,7 @@
 from .dataset import LABELLED, TASKS, TextDataset, load_data
 from .loader import Loader, ending, prompt_ids, spaced
 from .sources import builtin_names
+from .unlabelled import load_texts
 
 __all__ = [
     "LABELLED",
@@ -12,6 +13,7 @@ __all__ = [
     "builtin_names",
     "ending",
     "load_data",
+    "load_texts",
     "prompt_ids",
     "spaced",
 ]

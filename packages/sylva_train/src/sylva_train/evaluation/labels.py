@@ -17,7 +17,7 @@ from sylva_train.data import Loader
 from .generation import is_encoder_decoder
 from .metrics import CHOICE, CLASSIFICATION, GENERATION, LANGUAGE, REGRESSION, key_of
 
-__all__ = ["label_metrics", "number_metrics", "prediction_metrics"]
+__all__ = ["label_logits", "label_metrics", "number_metrics", "prediction_metrics"]
 
 
 def label_metrics(
@@ -85,10 +85,7 @@ def run(
         if labels is None:
             msg = f"`loader`: batch {number} has no `labels` to evaluate against."
             raise DataError(msg)
-        inputs = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
+        inputs = on(device, batch)
         labels = inputs["labels"]
         tokens = labels.ndim > 1
         # An encoder-decoder makes its decoder's input from the labels; a loss that a
@@ -101,18 +98,66 @@ def run(
         else:
             parts.append(class_part(logits, labels))
         if not parts[-1].pop("finite"):
-            msg = (
-                f"the logits of batch {number} are NaN or infinite: training diverged or"
-                " the weights are damaged. Lower the learning rate, or go back to an"
-                " earlier checkpoint."
-            )
-            raise NonFiniteError(msg)
+            raise not_finite(number)
         if progress is not None:
             progress(number + 1, max(total, number + 1))
     if not parts:
         msg = "`loader` has no batch: there is nothing to evaluate on."
         raise DataError(msg)
     return parts
+
+
+def on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch on a device."""
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def not_finite(number: int) -> NonFiniteError:
+    """Return the error of a batch whose logits are not finite."""
+    return NonFiniteError(
+        f"the logits of batch {number} are NaN or infinite: training diverged or the"
+        " weights are damaged. Lower the learning rate, or go back to an earlier"
+        " checkpoint."
+    )
+
+
+@torch.no_grad()
+def label_logits(
+    model: nn.Module, loader: Loader, progress: Callable[[int, int], None] | None
+) -> torch.Tensor:
+    """Return a classifier's logits in the order of the data set, without labels.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        In evaluation mode.
+    loader : Loader
+        The texts.
+    progress : callable, optional
+        Called with (batches done, batches in all).
+
+    Returns
+    -------
+    torch.Tensor, shape (texts, classes), float32
+        On the CPU.
+
+    Raises
+    ------
+    NonFiniteError
+        If a logit is NaN or infinite.
+    """
+    device = next(model.parameters()).device
+    parts = []
+    for number, batch in enumerate(loader):
+        parts.append(model(**on(device, batch)).logits.float().cpu())
+        if not bool(torch.isfinite(parts[-1]).all()):
+            raise not_finite(number)
+        if progress is not None:
+            progress(number + 1, len(loader))
+    return torch.cat(parts)[loader.positions()]
 
 
 def class_part(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
