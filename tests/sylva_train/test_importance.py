@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -19,6 +20,8 @@ from sylva_train._files import write_tensors
 from sylva_train.config import NEEDS_DATA, SylvaConfig
 from sylva_train.curvature import describe_factor
 from sylva_train.curvature.collect import Collector
+from sylva_train.data import TextDataset
+from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores, score
 from sylva_train.selection import select
 from tests.sylva_train.scored import LAYER, batches, bert, blocked, config
@@ -207,6 +210,49 @@ def test_what_is_missing_is_said():
     scores = score(bert(), None, config(importance="random"))
     with pytest.raises(ConfigError, match="multiple of 8"):
         scores[LAYER].blocks(12)
+
+
+class Rows(Dataset):
+    """A data set of two samples, by their number."""
+
+    def __init__(self):
+        self.rows = batches((2,))[0]
+
+    def __getitem__(self, number):
+        return {name: value[[0, 1][number]] for name, value in self.rows.items()}
+
+
+def pair(number):
+    return torch.ones(3), torch.tensor(number)
+
+
+@pytest.mark.parametrize("use", [score, evaluate])
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        (TextDataset("x", "classification", ["a"], [0]), "none out of a TextDataset"),
+        (Rows(), "a single sample out of a Rows"),
+        (DataLoader([pair(0), pair(1)]), "a list out of a DataLoader"),
+        ([{"labels": [1]}], "a mapping without such a tensor out of a list"),
+        (batches()[0], "a str out of a dict"),
+    ],
+)
+def test_what_gives_no_batches_is_told_as_such(use, given, got):
+    with pytest.raises(
+        DataError, match=f"loader` must give batches.*got {got}. Texts go"
+    ):
+        use(bert(), given)
+
+
+def test_streams_and_data_sets_without_a_length_are_batched():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([Rows()[0], Rows()[1]])
+
+    loader = DataLoader(Stream(), batch_size=2)
+    assert evaluate(bert(), loader)["examples"] == 2
+    found, expected = (score(bert(), d, config()) for d in (loader, [Rows().rows]))
+    torch.testing.assert_close(found[LAYER].blocks(8), expected[LAYER].blocks(8))
 
 
 def test_a_layer_that_gets_no_gradient_is_named():

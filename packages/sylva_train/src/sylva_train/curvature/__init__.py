@@ -1,6 +1,6 @@
 """Second-order statistics of a model's layers: the only importer of `hmatrix`."""
 
-from .batches import default_loss, loss_units, note, some_samples
+from .batches import batches_of, default_loss, loss_units, note, some_samples
 from .collect import Curvatures, collect_curvature, damage, describe_factor
 from .factors import Factor
 from .hooks import LayerCurvature, block_sums
@@ -12,6 +12,7 @@ __all__ = [
     "Factor",
     "LayerCurvature",
     "Store",
+    "batches_of",
     "block_sums",
     "collect_curvature",
     "curvature_bytes",

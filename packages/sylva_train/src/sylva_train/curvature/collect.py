@@ -23,7 +23,15 @@ from sylva_train.config import SylvaConfig
 from sylva_train.processes import agree, rank_and_size, together
 from sylva_train.targets import find_targets, input_owners, weight_device
 
-from .batches import batch_size, default_loss, loss_units, moved, note, some_samples
+from .batches import (
+    batch_size,
+    batches_of,
+    default_loss,
+    loss_units,
+    moved,
+    note,
+    some_samples,
+)
 from .factors import describe
 from .hooks import Collector, LayerCurvature
 from .merging import merge
@@ -147,7 +155,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
 
     def shared_inputs(self) -> dict[str, str]:
         """Run the first batch forward to see which layers share an input."""
-        first = next(iter(self.dataloader), None)
+        first = next(batches_of("dataloader", self.dataloader), None)
         if first is None:
             return {}
         batch = moved(some_samples(first, slice(self.config.samples)), self.device)
@@ -182,7 +190,8 @@ class Curvatures(Mapping[str, LayerCurvature]):
         total, count = self.config.samples * len(self.plan), 0
         self.samples = self.terms = 0
         with frozen(self.model), collector.attached(), torch.enable_grad():
-            for count, full in enumerate(self.dataloader, 1):
+            given = batches_of("dataloader", self.dataloader)
+            for count, full in enumerate(given, 1):
                 batch = some_samples(full, slice(self.config.samples - self.samples))
                 units = max(1, loss_units(self.model, batch))
                 note(batch, data)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sized
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
+from sylva_train.curvature import batches_of
 from sylva_train.data import Loader
 
 from .generation import is_encoder_decoder
@@ -78,9 +80,10 @@ def run(
         If a logit that counts is NaN or infinite.
     """
     device = next(model.parameters()).device
-    total = len(loader) if isinstance(loader, Sized) else 0
+    # A DataLoader of a stream has a method for its length, which fails.
+    total = operator.length_hint(loader)
     parts: list[dict[str, Any]] = []
-    for number, batch in enumerate(loader):
+    for number, batch in enumerate(batches_of("loader", loader)):
         labels = batch.get("labels")
         if labels is None:
             msg = f"`loader`: batch {number} has no `labels` to evaluate against."
