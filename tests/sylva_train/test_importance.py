@@ -216,7 +216,7 @@ class Rows(Dataset):
     """A data set of two samples, by their number."""
 
     def __init__(self):
-        self.rows = batches((2,))[0]
+        self.rows = batches((2,), (6,))[0]
 
     def __getitem__(self, number):
         return {name: value[[0, 1][number]] for name, value in self.rows.items()}
