@@ -185,6 +185,14 @@ def test_a_run_is_found_from_elsewhere(home, tmp_path, monkeypatch):
 # Outputs that exist
 
 
+def test_a_folder_may_be_called_as_an_option(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    message = told(sylva("evaluate", "model", code=1))
+    assert "`model` is not the folder of a fine-tuning" in message
+    message = told(sylva("evaluate", "run", "--model", "data", code=1))
+    assert "`data` cannot be loaded" in message
+
+
 def test_an_output_that_exists_is_kept(home, tmp_path):
     before = contents(home / "run")
     for arguments in (

@@ -298,4 +298,6 @@ def kind_name(kind: Any) -> str:
 def nearest(name: str, known: Collection[str]) -> str:
     """Return the end of a message: the known name that is meant, or all if none is like it."""
     near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}."
+    return (
+        f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}."
+    )

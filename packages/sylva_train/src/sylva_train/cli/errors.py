@@ -74,7 +74,8 @@ class Commands(typer.core.TyperGroup):
         except Exception as error:  # noqa: BLE001 told in a line; `--debug` shows all of it
             if "--debug" in arguments:
                 traceback.print_exc()
-            fail(spoken(error, self.flags(arguments)))
+            # What was typed is no option's name: a folder may be called "model".
+            fail(spoken(error, self.flags(arguments).difference(arguments)))
             raise typer.Exit(2 if isinstance(error, USAGE) else 1) from None
 
     def flags(self, arguments: list[str]) -> set[str]:
