@@ -255,6 +255,12 @@ def test_streams_and_data_sets_without_a_length_are_batched():
     torch.testing.assert_close(found[LAYER].blocks(8), expected[LAYER].blocks(8))
 
 
+@pytest.mark.parametrize("value", [torch.ones(3), (torch.ones(()),), 1.0])
+def test_a_loss_is_one_number(value):
+    with pytest.raises(ConfigError, match="`loss` must return a batch's mean loss"):
+        score(bert(), batches(), config(), loss=lambda *_: value)
+
+
 def test_a_layer_that_gets_no_gradient_is_named():
     model = bert()
     model.unused = nn.Linear(32, 32)

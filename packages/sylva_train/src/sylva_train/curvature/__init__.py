@@ -1,6 +1,13 @@
 """Second-order statistics of a model's layers: the only importer of `hmatrix`."""
 
-from .batches import batches_of, default_loss, loss_units, note, some_samples
+from .batches import (
+    batches_of,
+    class_name,
+    default_loss,
+    loss_units,
+    note,
+    some_samples,
+)
 from .collect import Curvatures, collect_curvature, damage, describe_factor
 from .factors import Factor
 from .hooks import LayerCurvature, block_sums
@@ -14,6 +21,7 @@ __all__ = [
     "Store",
     "batches_of",
     "block_sums",
+    "class_name",
     "collect_curvature",
     "curvature_bytes",
     "damage",

@@ -14,6 +14,7 @@ from sylva_train._checks import DataError
 __all__ = [
     "batch_size",
     "batches_of",
+    "class_name",
     "default_loss",
     "loss_units",
     "moved",
@@ -63,11 +64,16 @@ def batch_size(batch: Mapping[str, Any]) -> int:
     return next(len(tensor) for tensor in tensors if tensor.dim())
 
 
-def is_causal(model: nn.Module) -> bool:
-    """Whether a model predicts each token from those before it, as its class's name says."""
+def class_name(model: nn.Module) -> str:
+    """Return the name of a model's own class, which tells what its labels are."""
     model = getattr(model, "_orig_mod", model)  # `torch.compile` wraps it
     base = getattr(model, "get_base_model", lambda: model)()  # and PEFT
-    return type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return type(base).__name__
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a model predicts each token from those before it, as its class's name says."""
+    return class_name(model).endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def loss_units(model: nn.Module, batch: Mapping[str, Any]) -> int:

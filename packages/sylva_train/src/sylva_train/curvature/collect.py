@@ -220,6 +220,10 @@ class Curvatures(Mapping[str, LayerCurvature]):
         seq2seq = bool(getattr(model_config, "is_encoder_decoder", False))
         self.collector.start(batch, units, step, seq2seq=seq2seq)
         value = self.loss(self.model, batch)
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            got = getattr(value, "shape", type(value).__name__)
+            msg = f"`loss` must return a batch's mean loss, a tensor of one number; got {got}."
+            raise ConfigError(msg)
         number = float(value.detach())
         if not math.isfinite(number):
             msg = (

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
-from sylva_train.curvature import batches_of
+from sylva_train.curvature import batches_of, class_name
 from sylva_train.data import Loader
 
 from .generation import is_encoder_decoder
@@ -85,8 +85,11 @@ def run(
     parts: list[dict[str, Any]] = []
     for number, batch in enumerate(batches_of("loader", loader)):
         labels = batch.get("labels")
-        if labels is None:
-            msg = f"`loader`: batch {number} has no `labels` to evaluate against."
+        if not isinstance(labels, torch.Tensor):
+            msg = (
+                f"`loader`: batch {number} has no `labels` to evaluate against, which must"
+                " be a tensor."
+            )
             raise DataError(msg)
         inputs = on(device, batch)
         labels = inputs["labels"]
@@ -95,7 +98,7 @@ def run(
         # model computes of its own would only be computed twice elsewhere.
         if not (tokens and is_encoder_decoder(model)):
             inputs.pop("labels")
-        logits = model(**inputs).logits
+        logits = logits_of(model, inputs)
         if tokens:
             parts.append(language_part(model, logits, labels))
         else:
@@ -116,6 +119,25 @@ def on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
     }
+
+
+def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Return what a model makes of a batch.
+
+    Raises
+    ------
+    ConfigError
+        If that has no ``logits``.
+    """
+    output = model(**inputs)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        msg = (
+            "`model` must return an object with a tensor `logits`, as those of transformers"
+            f" do; {type(model).__name__} returned a {type(output).__name__}."
+        )
+        raise ConfigError(msg)
+    return logits
 
 
 def not_finite(number: int) -> NonFiniteError:
@@ -155,7 +177,7 @@ def label_logits(
     device = next(model.parameters()).device
     parts = []
     for number, batch in enumerate(loader):
-        parts.append(model(**on(device, batch)).logits.float().cpu())
+        parts.append(logits_of(model, on(device, batch)).float().cpu())
         if not bool(torch.isfinite(parts[-1]).all()):
             raise not_finite(number)
         if progress is not None:
@@ -190,8 +212,7 @@ def class_part(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
 
 def labels_each_token(model: nn.Module) -> bool:
     """Whether a model says something of each token, not of the one that follows it."""
-    kind = type(getattr(model, "get_base_model", lambda: model)()).__name__
-    return kind.endswith(("ForMaskedLM", "ForTokenClassification"))
+    return class_name(model).endswith(("ForMaskedLM", "ForTokenClassification"))
 
 
 def language_part(
@@ -211,12 +232,18 @@ def language_part(
     Raises
     ------
     ConfigError
-        If the labels are numbers.
+        If the labels are numbers, or the logits are not of tokens.
     """
     if labels.is_floating_point():
         msg = (
             "`labels` of several numbers a sample, as of several classes at once, are not"
             f" evaluated; got {tuple(labels.shape)} of {labels.dtype}."
+        )
+        raise ConfigError(msg)
+    if logits.shape[:-1] != labels.shape:
+        msg = (
+            f"`labels` of shape {tuple(labels.shape)} are of tokens, which logits of shape"
+            f" {tuple(logits.shape)} are not; labels of samples have one axis."
         )
         raise ConfigError(msg)
     examples = len(labels)
@@ -241,7 +268,7 @@ def class_metrics(parts: list[dict[str, Any]]) -> dict[str, float]:
     Raises
     ------
     DataError
-        If no label counts.
+        If no label counts, or one is of no class.
     """
     logits = torch.cat([part["logits"] for part in parts])
     labels = torch.cat([part["labels"] for part in parts])
@@ -249,7 +276,13 @@ def class_metrics(parts: list[dict[str, Any]]) -> dict[str, float]:
     if not counted.any():
         msg = "`loader`: no label counts, all are -100."
         raise DataError(msg)
-    logits, labels = logits[counted], labels[counted]
+    logits, labels = logits[counted], labels[counted].long()
+    if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
+        msg = (
+            f"`loader`: labels must be classes from 0 to {logits.shape[-1] - 1}, the"
+            f" model's; got {int(labels.min())} to {int(labels.max())}."
+        )
+        raise DataError(msg)
     guess, classes = logits.argmax(-1).numpy(), logits.shape[-1]
     loss = float(F.cross_entropy(logits.double(), labels))
     return prediction_metrics(labels.numpy(), guess, classes) | {"loss": loss}
@@ -274,9 +307,18 @@ def prediction_metrics(
 
 
 def regression_metrics(parts: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the metrics of a regression."""
+    """Return the metrics of a regression.
+
+    Raises
+    ------
+    DataError
+        If a label is NaN or infinite.
+    """
     logits = torch.cat([part["logits"] for part in parts])
     labels = torch.cat([part["labels"] for part in parts])
+    if not torch.isfinite(labels).all():
+        msg = "`loader`: labels are NaN or infinite; leave these samples out."
+        raise DataError(msg)
     return number_metrics(labels.numpy(), logits.squeeze(-1).numpy())
 
 
