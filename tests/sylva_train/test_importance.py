@@ -15,7 +15,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from sylva_train._checks import AdapterError, ConfigError, DataError, NonFiniteError
+from sylva_train._checks import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    TargetError,
+)
 from sylva_train._files import write_tensors
 from sylva_train.config import NEEDS_DATA, SylvaConfig
 from sylva_train.curvature import describe_factor
@@ -23,6 +29,7 @@ from sylva_train.curvature.collect import Collector
 from sylva_train.data import TextDataset
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores, score
+from sylva_train.layers import embed, merge
 from sylva_train.selection import select
 from tests.sylva_train.scored import LAYER, batches, bert, blocked, config
 
@@ -253,6 +260,17 @@ def test_streams_and_data_sets_without_a_length_are_batched():
     assert evaluate(bert(), loader)["examples"] == 2
     found, expected = (score(bert(), d, config()) for d in (loader, [Rows().rows]))
     torch.testing.assert_close(found[LAYER].blocks(8), expected[LAYER].blocks(8))
+
+
+def test_a_model_with_an_adapter_is_scored_without_it():
+    model = bert()
+    scores = score(model, batches(), config())
+    embed(model, select(scores, 0.2, 8))
+    with pytest.raises(TargetError, match=r"base_layer` is inside an adapter's layer"):
+        score(model, batches(), config())
+    found = score(merge(model), batches(), config())
+    for name, layer in scores.items():
+        torch.testing.assert_close(found[name].blocks(8), layer.blocks(8))
 
 
 @pytest.mark.parametrize("value", [torch.ones(3), (torch.ones(()),), 1.0])
