@@ -17,6 +17,7 @@ from transformers import (
 
 from sylva_train._checks import ConfigError, DataError
 from sylva_train.config import TaskConfig
+from sylva_train.data import load_data, load_texts
 from sylva_train.evaluation import texts
 from sylva_train.workflow import evaluate_folder, finetune
 from sylva_train.workflow.task import Task, read_data
@@ -114,6 +115,33 @@ def test_answers_are_written_to_a_file(home, tmp_path, name):
     sylva(*command, "--overwrite", "--eval-limit", 3)
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["causal-lm", "seq2seq"])
+def test_prompts_without_targets_get_the_same_answers(home, tmp_path, name):
+    command = ["evaluate", home / f"run-{name}", "--data", home / "train.jsonl"]
+    sylva(*command, "--metric", "bleu", "--answers", tmp_path / "answers.jsonl")
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    answers = {row["prompt"]: row["answer"] for row in map(json.loads, lines)}
+    prompts = [*answers, "a f"]  # a prompt may stand twice
+    rows = [{"id": number, "prompt": text} for number, text in enumerate(prompts)]
+    data = write_rows(tmp_path / "new.jsonl", rows)
+    shown = sylva("predict", home / f"run-{name}", "--data", data, "-q").stdout
+    found = [json.loads(line) for line in shown.splitlines()]
+    assert found == [row | {"prediction": answers[row["prompt"]]} for row in rows]
+    short = ["--max-new-tokens", 1]
+    shown = sylva("predict", home / f"run-{name}", "--data", data, *short).stdout
+    texts = [json.loads(line)["prediction"] for line in shown.splitlines()]
+    assert all(len(text.split()) <= 1 for text in texts)
+
+
+def test_instructions_without_answers_are_prompts_as_in_training(home, tmp_path):
+    row = {"instruction": "a b", "input": "c"}
+    data = write_rows(tmp_path / "new.jsonl", [row])
+    found, _ = load_texts(data, task="causal-lm")
+    write_rows(data, [row | {"output": "d"}])
+    assert found.texts == load_data(data, task="causal-lm").texts
+    assert "### Response:" in found.texts[0]
 
 
 def test_answers_need_a_metric_of_answers(home, tmp_path):

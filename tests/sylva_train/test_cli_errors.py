@@ -45,6 +45,19 @@ def test_a_row_that_cannot_be_read_is_named(home, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_lines_and_names_are_no_pictures(home, tmp_path):
+    """Rich would print a hundred points for the line 100, and a cat for the folder."""
+    (tmp_path / ":cat:").mkdir()
+    path = tmp_path / ":cat:" / "a.csv"
+    path.write_text("\n".join(["text,label", *["a,good"] * 98, "b,"]))
+    command = ["score", tmp_path / "s.safetensors", *source(home)[:2], "--data", path]
+    assert f"{path}:100: expected a label" in told(sylva(*command, code=1))
+    data = path.with_name("new.csv")
+    data.write_text("text\n[bold]a :100:\n")
+    shown = sylva("predict", home / "run", "--data", data).stdout
+    assert json.loads(shown)["text"] == "[bold]a :100:"
+
+
 @pytest.mark.parametrize("content", ["", "text,label\n"])
 def test_an_empty_data_set_is_refused(home, tmp_path, content):
     data = tmp_path / "empty.csv"
@@ -170,6 +183,14 @@ def test_a_run_is_found_from_elsewhere(home, tmp_path, monkeypatch):
 
 
 # Outputs that exist
+
+
+def test_a_folder_may_be_called_as_an_option(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    message = told(sylva("evaluate", "model", code=1))
+    assert "`model` is not the folder of a fine-tuning" in message
+    message = told(sylva("evaluate", "run", "--model", "data", code=1))
+    assert "`data` cannot be loaded" in message
 
 
 def test_an_output_that_exists_is_kept(home, tmp_path):

@@ -316,6 +316,12 @@ def test_a_run_depends_on_its_seed_alone(home, method):
     assert losses[0] == losses[1]
 
 
+def test_no_run_counts_twice(home):
+    found = plan(home, methods=("lora", "lora"), seeds=(1, 0, 1))
+    assert (found.methods, found.seeds) == (("lora",), (1, 0))
+    assert len({job.name for job in found.jobs()}) == len(found.jobs()) == 2
+
+
 def test_names_are_made_whole_and_unknown_ones_refused(home):
     assert plan(home, methods=("sylva:kfac", "sylva:kfac:mlr")).methods == (
         "sylva:kfac:mlr",

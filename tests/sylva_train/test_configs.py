@@ -173,7 +173,7 @@ WRONG = {
     "section": ({"tasks": {}, "about": ""}, "no section 'tasks'; did you mean 'task'?"),
     "field": (
         {"training": {"learning_rate": 1}},
-        "section 'training' has no field 'learning_rate'; did you mean",
+        "section 'training' has no field 'learning_rate'; known are epochs, steps,",
     ),
     "fact": ({"sylva": {"masks": "x"}}, "section 'sylva' has no field 'masks'"),
     "peft": ({"sylva": {"inference_mode": True}}, "has no field 'inference_mode'"),
@@ -213,6 +213,7 @@ def test_errors_name_file_section_and_field(tmp_path, case):
     ("name", "words"),
     [
         ("roberta-large-rtee", "did you mean 'roberta-large-rte'?"),
+        ("sst2", "there is no 'sst2'; known are gpt2-large-e2e, llama-3.2-3b"),
         ("nowhere.json", "there is no such file"),
         ("x.txt", "expected one of the suffixes"),
         ("bad.json", "not valid JSON"),

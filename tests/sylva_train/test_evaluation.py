@@ -251,6 +251,52 @@ def test_infinite_logits_are_an_error():
         evaluate(model, batches)
 
 
+def test_what_a_model_returns_has_logits():
+    class Pairs(Fixed):
+        def forward(self, input_ids):
+            return (super().forward(input_ids).logits,)
+
+    batch = {"input_ids": torch.arange(4)[:, None], "labels": torch.tensor([0] * 4)}
+    with pytest.raises(ConfigError, match=r"`logits`.*; Pairs returned a tuple"):
+        evaluate(Pairs(torch.zeros(4, 3)), [batch])
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "words"),
+    [
+        (torch.tensor([0, 3, 1, 1]), DataError, "from 0 to 2, the model's; got 0 to 3"),
+        (torch.tensor([0, -1, 1, 1]), DataError, "got -1 to 1"),
+        (
+            torch.zeros(4, 1, dtype=torch.int64),
+            ConfigError,
+            "labels of samples have one",
+        ),
+        ([0] * 4, DataError, "batch 0 has no `labels` .* must be a tensor"),
+    ],
+)
+def test_labels_that_cannot_be_the_models_are_refused(labels, error, words):
+    batch = {"input_ids": torch.arange(4)[:, None], "labels": labels}
+    with pytest.raises(error, match=words):
+        evaluate(Fixed(torch.zeros(4, 3)), [batch])
+
+
+def test_labels_are_integers_of_any_size():
+    logits = torch.tensor([[0.0, 1], [1, 0], [0, 1]])
+    for kind in (torch.int32, torch.bool, torch.uint8):
+        labels = torch.tensor([1, 0, 0]).to(kind)
+        batch = {"input_ids": torch.arange(3)[:, None], "labels": labels}
+        assert evaluate(Fixed(logits), [batch])["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_a_number_to_predict_is_finite():
+    batch = {
+        "input_ids": torch.arange(3)[:, None],
+        "labels": torch.tensor([1, math.nan, 2]),
+    }
+    with pytest.raises(DataError, match="labels are NaN"):
+        evaluate(Fixed(torch.ones(3, 1)), [batch])
+
+
 def test_bad_arguments_are_refused():
     model, batches = fixed(np.eye(2), [0, 1])
     with pytest.raises(ConfigError, match="`metric` must be one of"):

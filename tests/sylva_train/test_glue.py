@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from sylva_train import DataError, Loader, load_data
+from sylva_train import ConfigError, DataError, Loader, TaskConfig, load_data
+from sylva_train.workflow.task import read_data
 from tests.sylva_train.layouts import GLUE, QUOTED, write_e2e, write_glue
 from tests.sylva_train.words import word_tokenizer
 
@@ -149,3 +150,20 @@ def test_e2e_is_read_as_it_is_downloaded(tmp_path):
         data = load_data(folder, split=split, **columns)
         assert data.texts[0].startswith("name[Blue Spice]")
         assert data.targets[0] == 'Blue Spice, a "coffee shop", is here.'
+
+
+def test_one_data_set_that_was_saved_has_no_splits(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    names = datasets.ClassLabel(names=["yes", "no"])
+    rows = {"text": [f"row {n}" for n in range(20)], "label": [0, 1] * 10}
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    data = datasets.Dataset.from_dict(rows, features=features)
+    data.save_to_disk(tmp_path / "saved", num_shards=2)
+    found = load_data(tmp_path / "saved")
+    assert (found.texts, found.labels) == (rows["text"], rows["label"])
+    assert found.label_names == ["yes", "no"]
+    with pytest.raises(ConfigError, match="`split` must not be given"):
+        load_data(tmp_path / "saved", split="test")
+    train, held_out = read_data(TaskConfig(data=str(tmp_path / "saved")), seed=0)
+    assert set(train.texts) | set(held_out.texts) == set(rows["text"])
+    assert not set(train.texts) & set(held_out.texts)

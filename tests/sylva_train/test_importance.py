@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -14,12 +15,21 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from sylva_train._checks import AdapterError, ConfigError, DataError, NonFiniteError
+from sylva_train._checks import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    TargetError,
+)
 from sylva_train._files import write_tensors
 from sylva_train.config import NEEDS_DATA, SylvaConfig
 from sylva_train.curvature import describe_factor
 from sylva_train.curvature.collect import Collector
+from sylva_train.data import TextDataset
+from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores, score
+from sylva_train.layers import embed, merge
 from sylva_train.selection import select
 from tests.sylva_train.scored import LAYER, batches, bert, blocked, config
 
@@ -202,20 +212,71 @@ def test_what_is_missing_is_said():
     unlabelled = [{k: v for k, v in b.items() if k != "labels"} for b in batches()]
     with pytest.raises(DataError, match="labels"):
         score(bert(), unlabelled, config())
-    pairs = [tuple(batch.values()) for batch in batches()]
-    with pytest.raises(DataError, match="must be a mapping"):
-        score(bert(), pairs, config())
-    for loss, got in (
-        (lambda m, b: m(**b).logits, r"\(\d+, 3\)"),
-        (lambda *_: 1.0, "float"),
-    ):
-        with pytest.raises(ConfigError, match=f"`loss` must return .* got {got}"):
-            score(bert(), batches(), config(), loss=loss)
     with pytest.raises(ConfigError, match="larger than"):
         score(bert(), batches(), config(block_size=64))
     scores = score(bert(), None, config(importance="random"))
     with pytest.raises(ConfigError, match="multiple of 8"):
         scores[LAYER].blocks(12)
+
+
+class Rows(Dataset):
+    """A data set of two samples, by their number."""
+
+    def __init__(self):
+        self.rows = batches((2,), (6,))[0]
+
+    def __getitem__(self, number):
+        return {name: value[[0, 1][number]] for name, value in self.rows.items()}
+
+
+def pair(number):
+    return torch.ones(3), torch.tensor(number)
+
+
+@pytest.mark.parametrize("use", [score, evaluate])
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        (TextDataset("x", "classification", ["a"], [0]), "none out of a TextDataset"),
+        (Rows(), "a single sample out of a Rows"),
+        (DataLoader([pair(0), pair(1)]), "a list out of a DataLoader"),
+        ([{"labels": [1]}], "a mapping without such a tensor out of a list"),
+        (batches()[0], "a str out of a dict"),
+    ],
+)
+def test_what_gives_no_batches_is_told_as_such(use, given, got):
+    with pytest.raises(
+        DataError, match=f"loader` must give batches.*got {got}. Texts go"
+    ):
+        use(bert(), given)
+
+
+def test_streams_and_data_sets_without_a_length_are_batched():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([Rows()[0], Rows()[1]])
+
+    loader = DataLoader(Stream(), batch_size=2)
+    assert evaluate(bert(), loader)["examples"] == 2
+    found, expected = (score(bert(), d, config()) for d in (loader, [Rows().rows]))
+    torch.testing.assert_close(found[LAYER].blocks(8), expected[LAYER].blocks(8))
+
+
+def test_a_model_with_an_adapter_is_scored_without_it():
+    model = bert()
+    scores = score(model, batches(), config())
+    embed(model, select(scores, 0.2, 8))
+    with pytest.raises(TargetError, match=r"base_layer` is inside an adapter's layer"):
+        score(model, batches(), config())
+    found = score(merge(model), batches(), config())
+    for name, layer in scores.items():
+        torch.testing.assert_close(found[name].blocks(8), layer.blocks(8))
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), (torch.ones(()),), 1.0])
+def test_a_loss_is_one_number(value):
+    with pytest.raises(ConfigError, match="`loss` must return a batch's mean loss"):
+        score(bert(), batches(), config(), loss=lambda *_: value)
 
 
 def test_a_layer_that_gets_no_gradient_is_named():

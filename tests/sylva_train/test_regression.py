@@ -238,8 +238,8 @@ def test_a_whole_job_from_scores_to_the_merged_model(home, tmp_path):
     batch = next(iter(Loader(data, tokenizer, 8)))
     batch.pop("labels")
     torch.testing.assert_close(merged(**batch).logits, model(**batch).logits)
-    with pytest.raises(ConfigError, match="fine-tuned for regression"):
-        predict(tmp_path / "run", ["a"])
+    found = predict(tmp_path / "run", data.texts[:8])
+    assert found == pytest.approx(merged(**batch).logits[:, 0].tolist(), rel=1e-5)
 
 
 def test_a_metric_of_another_task_is_refused_before_any_work(home, tmp_path):

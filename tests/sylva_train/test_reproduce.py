@@ -15,6 +15,7 @@ from sylva_train.cli.reproducing import score
 from sylva_train.comparison import Comparison
 from sylva_train.reproduce import TABLES, Table, load_table, reproduce
 from sylva_train.reproduce.quality import TUNING_SEED, Plan
+from sylva_train.reproduce.settings import with_values
 from tests.sylva_train import jobs
 
 module = importlib.import_module("sylva_train.comparison.jobs")
@@ -151,6 +152,18 @@ def test_options_of_scoring_share_a_rate(home):
     assert set(shared.rates(rows).values()) == {0.01}
     own = Plan(TABLES["table5"], {"a": setting(home)}, (0.5, 1.0))
     assert len(own.tuning()) == 2 * 3 * methods
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "values"),
+    [
+        ("table5", ["16", "32", "16"], (16, 32)),  # none counts twice
+        ("allocation", ["1", "0.5"], (1.0, 0.5)),  # by default none of a type
+        ("tokens", ["reduce"], ("reduce",)),
+    ],
+)
+def test_values_are_of_their_options_type(name, texts, values):
+    assert with_values(TABLES[name], texts).values == values
 
 
 def test_lower_is_better_where_it_is(home):

@@ -45,6 +45,7 @@ if "sylva_command" not in sys.modules:
         load_task,
         merge_folder,
         predict,
+        predict_file,
         read_run,
         score_file,
     )
@@ -94,6 +95,7 @@ __all__ = [
     "merge",
     "merge_folder",
     "predict",
+    "predict_file",
     "read_run",
     "save_adapter",
     "score",

@@ -150,7 +150,7 @@ def find_config(name_or_path: str | Path) -> Path | Traversable:
         raise ConfigError(msg)
     msg = (
         f"`config` must be a file or the name of one that comes with the package; there is"
-        f" no {str(name_or_path)!r}{nearest(str(name_or_path), known)} `sylva configs`"
+        f" no {str(name_or_path)!r}{nearest(str(name_or_path), sorted(known))} `sylva configs`"
         " lists them."
     )
     raise ConfigError(msg)
@@ -296,6 +296,8 @@ def kind_name(kind: Any) -> str:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """Return the end of a message: which known name is meant, if there is one."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"; did you mean {near[0]!r}?" if near else "."
+    """Return the end of a message: the known name that is meant, or all if none is like it."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return (
+        f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}."
+    )

@@ -32,7 +32,7 @@ ARGUMENTS = "sylva.arguments"
 
 def fail(message: str) -> None:
     """Print one red line on stderr."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     line = " ".join(message.split())
     console.print(f"Error: {line}", style="red", markup=False)
 
@@ -46,7 +46,7 @@ def warn(
     """
     if not issubclass(category, UserWarning):
         return
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     line = " ".join(str(message).split())
     console.print(f"Warning: {line}", style="yellow", markup=False)
 
@@ -74,7 +74,8 @@ class Commands(typer.core.TyperGroup):
         except Exception as error:  # noqa: BLE001 told in a line; `--debug` shows all of it
             if "--debug" in arguments:
                 traceback.print_exc()
-            fail(spoken(error, self.flags(arguments)))
+            # What was typed is no option's name: a folder may be called "model".
+            fail(spoken(error, self.flags(arguments).difference(arguments)))
             raise typer.Exit(2 if isinstance(error, USAGE) else 1) from None
 
     def flags(self, arguments: list[str]) -> set[str]:

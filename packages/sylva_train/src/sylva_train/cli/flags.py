@@ -381,6 +381,13 @@ FLAGS: dict[str, Flag] = {
         "Write prompts, references and answers to this file, a line of JSON each.",
         metavar="FILE",
     ),
+    "out": flag(
+        Path | None,
+        OUTPUT,
+        "Write the rows with their predictions to this file, .jsonl or .csv; without it"
+        " they are printed, a line of JSON each.",
+        metavar="FILE",
+    ),
     "json": flag(bool, OUTPUT, "Print JSON.", "--json"),
     "quiet": flag(bool, OUTPUT, "Show no progress.", "--quiet", "-q"),
     "config_file": flag(

@@ -185,6 +185,62 @@ def evaluate(
     show.metrics(found, as_json=json)
 
 
+@command(run="Folder of a fine-tuning.")
+def predict(
+    run: Path,
+    data: str,
+    split: str | None = None,
+    text_column: str | None = None,
+    max_length: int | None = None,
+    max_new_tokens: int | None = None,
+    num_beams: int | None = None,
+    length_penalty: float | None = None,
+    no_repeat_ngram_size: int | None = None,
+    model: str | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+    out: Path | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Predict what new rows are: their class, their number, or the answer to their prompt.
+
+    Labels need not be there. To each row `prediction` is added, and the `probability` of
+    a class.
+
+    Examples
+    --------
+      sylva predict runs/rating --data new.csv
+      sylva predict runs/rating --data new.csv --out predicted.csv
+    """
+    from sylva_train.workflow import predict_file
+
+    changes = {
+        "text_column": columns(text_column),
+        "max_length": max_length,
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+    }
+    rows = predict_file(
+        run,
+        data,
+        out,
+        {name: value for name, value in changes.items() if value is not None},
+        split=split,
+        base=model,
+        batch_size=batch_size,
+        device=device,
+        overwrite=overwrite,
+        progress=not quiet,
+    )
+    if out is None:
+        printing.lines(rows)
+    else:
+        printing.written({f"{len(rows)} predictions": out})
+
+
 @command(run="Folder of a fine-tuning.", output="Folder for the whole model.")
 def merge(
     run: Path,

@@ -36,7 +36,7 @@ _NONE = inspect.Parameter.empty
 
 CONFIGS: tuple[type, ...] = (TaskConfig, SylvaOptions, TrainingConfig)
 #: Parameters of commands that write what several processes must not.
-WRITTEN = {"output", "answers"}
+WRITTEN = {"output", "answers", "out"}
 
 
 def names_of(kind: type) -> list[str]:

@@ -20,6 +20,7 @@ __all__ = [
     "count",
     "facts",
     "folder_size",
+    "lines",
     "out",
     "prose",
     "say",
@@ -36,7 +37,9 @@ READABLE = 88
 
 def out() -> Console:
     """Return the console of stdout."""
-    console = Console(highlight=False)
+    # Names and texts are the user's: ":100:" of a file and line is no picture, nor
+    # "[metrics]" a style.
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDE
     return console
@@ -44,14 +47,14 @@ def out() -> Console:
 
 def say(text: str, style: str | None = None) -> None:
     """Print text as it is, wrapped by the terminal only."""
-    out().print(text, markup=False, soft_wrap=True, style=style)
+    out().print(text, soft_wrap=True, style=style)
 
 
 def prose(text: str) -> None:
     """Print sentences, broken between words where lines are easy to read."""
     console = out()
     console.width = min(console.width, READABLE)
-    console.print(text, markup=False)
+    console.print(text)
 
 
 def table(
@@ -100,6 +103,11 @@ def folder_size(path: Path) -> int:
 def as_text(content: Any) -> None:
     """Print JSON."""
     say(json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def lines(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Print rows, a line of JSON each."""
+    say("\n".join(json.dumps(row, ensure_ascii=False, default=str) for row in rows))
 
 
 def written(paths: Mapping[str, Path], command: str | None = None) -> None:

@@ -92,6 +92,8 @@ class Comparison:
     def __post_init__(self) -> None:
         names = tuple(dict.fromkeys(parse_method(name).name for name in self.methods))
         object.__setattr__(self, "methods", names)
+        # A run that counted twice would make the deviation wrong.
+        object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
         if not names or not self.seeds:
             msg = "`methods` and `seeds` must each have at least one entry."
             raise ConfigError(msg)

@@ -1,9 +1,10 @@
 """Second-order statistics of a model's layers: the only importer of `hmatrix`."""
 
 from .batches import (
+    batches_of,
+    class_name,
     default_loss,
     is_encoder_decoder,
-    kind_of,
     loss_units,
     note,
     some_samples,
@@ -19,14 +20,15 @@ __all__ = [
     "Factor",
     "LayerCurvature",
     "Store",
+    "batches_of",
     "block_sums",
+    "class_name",
     "collect_curvature",
     "curvature_bytes",
     "damage",
     "default_loss",
     "describe_factor",
     "is_encoder_decoder",
-    "kind_of",
     "loss_units",
     "note",
     "settings",

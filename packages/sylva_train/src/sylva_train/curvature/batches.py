@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from sylva_train._checks import DataError
 
 __all__ = [
     "batch_size",
+    "batches_of",
+    "class_name",
     "default_loss",
     "is_encoder_decoder",
-    "kind_of",
     "loss_units",
     "moved",
     "note",
@@ -23,25 +24,57 @@ __all__ = [
 ]
 
 
+def batches_of(name: str, loader: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    """Yield the batches of the argument ``name``.
+
+    Raises
+    ------
+    DataError
+        If it is none that can be run through, or gives something else: a data set gives
+        single samples.
+    """
+    try:
+        found = iter(loader)
+    except TypeError:
+        raise not_batches(name, loader, "none") from None
+    for batch in found:
+        if not isinstance(batch, Mapping):
+            raise not_batches(name, loader, f"a {type(batch).__name__}")
+        tensors = [v for v in batch.values() if isinstance(v, torch.Tensor)]
+        labels = batch.get("labels")
+        if isinstance(labels, torch.Tensor) and not labels.dim():
+            raise not_batches(name, loader, "a single sample")
+        if not any(tensor.dim() for tensor in tensors):
+            raise not_batches(name, loader, "a mapping without such a tensor")
+        yield batch
+
+
+def not_batches(name: str, loader: Any, got: str) -> DataError:
+    """Return the error of an argument that gives something else than batches."""
+    return DataError(
+        f"`{name}` must give batches, mappings of names to tensors whose first axis is"
+        f" samples; got {got} out of a {type(loader).__name__}. Texts go into a"
+        " `sylva_train.Loader`, another data set into a `torch.utils.data.DataLoader` with"
+        " a collator that makes such mappings."
+    )
+
+
 def batch_size(batch: Mapping[str, Any]) -> int:
-    """Return the number of samples in a batch."""
-    for value in batch.values() if isinstance(batch, Mapping) else ():
-        if isinstance(value, torch.Tensor) and value.dim():
-            return len(value)
-    msg = "a batch must be a mapping with at least one tensor, its first axis samples."
-    raise DataError(msg)
+    """Return the number of samples in a batch, one of `batches_of`."""
+    tensors = (value for value in batch.values() if isinstance(value, torch.Tensor))
+    return next(len(tensor) for tensor in tensors if tensor.dim())
 
 
-def kind_of(model: nn.Module) -> str:
-    """Return the name of a model's class, whatever wraps it: it tells what labels are of."""
+def class_name(model: nn.Module) -> str:
+    """Return the name of a model's own class, which tells what its labels are."""
     model = getattr(model, "_orig_mod", model)  # `torch.compile` wraps it
     base = getattr(model, "get_base_model", lambda: model)()  # and PEFT
     return type(base).__name__
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether a model predicts each token from those before it."""
-    return kind_of(model).endswith(("ForCausalLM", "LMHeadModel"))
+    """Whether a model predicts each token from those before it, as its class's name says."""
+    return class_name(model).endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from sylva_train.targets import find_targets, input_owners, weight_device
 
 from .batches import (
     batch_size,
+    batches_of,
     default_loss,
     is_encoder_decoder,
     loss_units,
@@ -155,7 +156,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
 
     def shared_inputs(self) -> dict[str, str]:
         """Run the first batch forward to see which layers share an input."""
-        first = next(iter(self.dataloader), None)
+        first = next(batches_of("dataloader", self.dataloader), None)
         if first is None:
             return {}
         batch = moved(some_samples(first, slice(self.config.samples)), self.device)
@@ -190,7 +191,8 @@ class Curvatures(Mapping[str, LayerCurvature]):
         total, count = self.config.samples * len(self.plan), 0
         self.samples = self.terms = 0
         with frozen(self.model), collector.attached(), torch.enable_grad():
-            for count, full in enumerate(self.dataloader, 1):
+            given = batches_of("dataloader", self.dataloader)
+            for count, full in enumerate(given, 1):
                 batch = some_samples(full, slice(self.config.samples - self.samples))
                 units = max(1, loss_units(self.model, batch))
                 note(batch, data)
@@ -221,7 +223,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             got = getattr(value, "shape", None)
             msg = (
-                "`loss` must return the mean loss, a tensor of one number; got"
+                "`loss` must return a batch's mean loss, a tensor of one number; got"
                 f" {type(value).__name__ if got is None else tuple(got)}."
             )
             raise ConfigError(msg)

@@ -2,7 +2,8 @@
 
 from .dataset import LABELLED, TASKS, TextDataset, load_data
 from .loader import Loader, ending, prompt_ids, spaced
-from .sources import builtin_names
+from .sources import builtin_names, is_single
+from .unlabelled import load_texts
 
 __all__ = [
     "LABELLED",
@@ -11,7 +12,9 @@ __all__ = [
     "TextDataset",
     "builtin_names",
     "ending",
+    "is_single",
     "load_data",
+    "load_texts",
     "prompt_ids",
     "spaced",
 ]

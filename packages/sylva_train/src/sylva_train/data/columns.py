@@ -16,6 +16,7 @@ __all__ = [
     "LABELLED",
     "TASKS",
     "choose_columns",
+    "choose_texts",
     "columns_of",
     "header_test",
     "number_in",
@@ -146,6 +147,45 @@ def pair_of(table: Table) -> list[str | int]:
     return [plain[name] for name in next(found, ())]
 
 
+def unknown_column(table: Table, option: str) -> DataError:
+    """Return the error of a table of whose columns none is known to be the one needed."""
+    have = ", ".join(map(repr, table.columns)) or f"{table.width}, without names"
+    advice = (
+        f"Name it: `{option}` (by number from 0 where there is no header)."
+        if CHATS.isdisjoint(table.columns)
+        else "Write conversations as prompts and completions first, with the chat"
+        " template of the model's tokenizer (docs/how-to/own-data.md)."
+    )
+    msg = (
+        f"{table.name}: no column is known to be the {option.partition('_')[0]}; the"
+        f" columns are {have}. {advice}"
+    )
+    return DataError(msg + other_separator(table.columns or ["", ""]))
+
+
+def choose_texts(
+    table: Table, texts: Sequence[str | int], task: str, info: dict[str, Any]
+) -> list[str | int]:
+    """Return the columns of the texts.
+
+    Raises
+    ------
+    DataError
+        If they are not found.
+    """
+    if not texts and "text_column" not in info and task in LABELLED:
+        texts = pair_of(table)
+    if not texts:
+        default = info.get("text_column")
+        number, _ = HEADERLESS.get(table.width, (None, None))
+        first = pick_column(table, "text_column", default, TEXT_NAMES, number)
+        texts = [] if first is None else [first]
+    found = [pick_column(table, "text_column", text, (), None) for text in texts]
+    if not found:
+        raise unknown_column(table, "text_column")
+    return [column for column in found if column is not None]
+
+
 def choose_columns(
     table: Table,
     texts: Sequence[str | int],
@@ -169,44 +209,23 @@ def choose_columns(
     if task not in LABELLED and label is not None:
         msg = f"`label_column` is for `task` {' and '.join(LABELLED)}; got {task!r}."
         raise ConfigError(msg)
-    number, label_number = HEADERLESS.get(table.width, (None, None))
-    if not texts and "text_column" not in info and task in LABELLED:
-        texts = pair_of(table)
-    if not texts:
-        default = info.get("text_column")
-        first = pick_column(table, "text_column", default, TEXT_NAMES, number)
-        texts = [] if first is None else [first]
-    found = [pick_column(table, "text_column", text, (), None) for text in texts]
-    text_columns = [column for column in found if column is not None]
+    text_columns = choose_texts(table, texts, task, info)
     named = label is not None
     if task in LABELLED:
         label = info.get("label_column") if label is None else label
-        label = pick_column(table, "label_column", label, NAMES[task], label_number)
+        _, number = HEADERLESS.get(table.width, (None, None))
+        label = pick_column(table, "label_column", label, NAMES[task], number)
         target = None
     else:
         label = None
         target = pick_column(table, "target_column", target, TARGET_NAMES, None)
     needed = {
-        "text_column": bool(text_columns),
         "label_column": task not in LABELLED or label is not None,
         "target_column": task != "seq2seq" or target is not None,
     }
     for option, there in needed.items():
         if not there:
-            have = (
-                ", ".join(map(repr, table.columns)) or f"{table.width}, without names"
-            )
-            advice = (
-                f"Name it: `{option}` (by number from 0 where there is no header)."
-                if CHATS.isdisjoint(table.columns)
-                else "Write conversations as prompts and completions first, with the chat"
-                " template of the model's tokenizer (docs/how-to/own-data.md)."
-            )
-            msg = (
-                f"{table.name}: no column is known to be the {option.split('_')[0]}; the"
-                f" columns are {have}. {advice}"
-            )
-            raise DataError(msg + other_separator(table.columns or ["", ""]))
+            raise unknown_column(table, option)
     if label is not None and label in text_columns:
         msg = (
             f"{table.name}: the column {label!r} cannot be text and label at once; name"

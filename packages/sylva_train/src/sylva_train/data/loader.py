@@ -73,7 +73,8 @@ class Loader:
     A batch is a dict of ``input_ids`` and ``attention_mask``, int64 of shape (batch,
     length), ``token_type_ids`` alike if the tokenizer has them, and ``labels``: of shape
     (batch,) for classification (int64) and regression (float32), else int64 of shape
-    (batch, length) with −100 where no loss is due. The labels of a causal language model
+    (batch, length) with −100 where no loss is due; of texts alone (``load_texts``) only a
+    causal language model has some. The labels of a causal language model
     are its input ids, which the model shifts; those of a prompt with a target are the
     target's ids and the end-of-sequence token.
 
@@ -307,16 +308,16 @@ def encode(
         dict(zip(names, values, strict=True))
         for values in zip(*(found[name] for name in names), strict=True)
     ]
-    if dataset.task in LABELLED:
+    if dataset.labels:
         for example, label in zip(examples, dataset.labels, strict=True):
             example["labels"] = label
-    elif dataset.task == "seq2seq":
+    elif dataset.targets:
         targets = tokenizer(
             text_target=dataset.targets, truncation=True, max_length=max_length
         )
         for example, ids in zip(examples, targets["input_ids"], strict=True):
             example["labels"] = ids
-    else:
+    elif dataset.task == "causal-lm":
         for example in examples:
             ids = with_end(example["input_ids"], tokenizer)
             ids = ids if whole else ids[:max_length]

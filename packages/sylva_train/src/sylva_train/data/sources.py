@@ -25,7 +25,7 @@ from .files import (
 from .instructions import is_instructions, read_instructions
 from .mmlu import is_mmlu, read_mmlu
 
-__all__ = ["builtin_names", "find_table"]
+__all__ = ["builtin_names", "find_table", "is_single"]
 
 # Names under which folders keep the same split; GLUE's MNLI, MRPC and E2E have their own.
 SPLITS = (
@@ -91,7 +91,7 @@ def find_table(
     if is_instructions(path):
         names = names_of(split or "train")
         return read_instructions(path, names, per_task=per_task, seed=seed), {}
-    if path.is_dir():
+    if path.is_dir() and not is_single(path):
         sources = find_split(path, split or "train", str(path))
         return joined([read_table(source, is_header) for source in sources]), {}
     if path.exists():
@@ -101,7 +101,8 @@ def find_table(
                 f" `{path}`. Pass the file of that split, or the folder."
             )
             raise ConfigError(msg)
-        return read_table(path, is_header), {}
+        parts = sorted(path.glob("*.arrow")) if path.is_dir() else [path]
+        return joined([read_table(part, is_header) for part in parts]), {}
     looks_like_path = data_suffix(path.name) in SUFFIXES or str(spec)[:1] in {
         "/",
         ".",
@@ -111,6 +112,11 @@ def find_table(
         msg = f"{spec}: there is no such file or folder."
         raise DataError(msg)
     return read_datasets(spec, split or "train"), {}
+
+
+def is_single(path: Path) -> bool:
+    """Whether a path has no splits: a file, or one data set that `datasets` saved."""
+    return path.is_file() or (path / "state.json").is_file()
 
 
 def joined(tables: Sequence[Table]) -> Table:

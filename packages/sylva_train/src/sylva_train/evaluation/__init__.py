@@ -1,7 +1,8 @@
 """Metrics of classes, of tokens, of texts that a model writes and of chosen options."""
 
 from .evaluate import check_prompts, evaluate
-from .labels import number_metrics, prediction_metrics
+from .generation import write
+from .labels import label_logits, number_metrics, prediction_metrics
 from .metrics import (
     CHOICE,
     CLASSIFICATION,
@@ -26,7 +27,9 @@ __all__ = [
     "evaluate",
     "key_of",
     "known_metrics",
+    "label_logits",
     "number_metrics",
     "prediction_metrics",
     "score_texts",
+    "write",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sized
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
-from sylva_train.curvature import is_encoder_decoder, kind_of
+from sylva_train.curvature import batches_of, class_name, is_encoder_decoder
 from sylva_train.data import Loader
 
 from .metrics import CHOICE, CLASSIFICATION, GENERATION, LANGUAGE, REGRESSION, key_of
 
-__all__ = ["label_metrics", "number_metrics", "prediction_metrics"]
+__all__ = ["label_logits", "label_metrics", "number_metrics", "prediction_metrics"]
 
 
 def label_metrics(
@@ -78,41 +79,109 @@ def run(
         If a logit that counts is NaN or infinite.
     """
     device = next(model.parameters()).device
-    total = len(loader) if isinstance(loader, Sized) else 0
+    # A DataLoader of a stream has a method for its length, which fails.
+    total = operator.length_hint(loader)
     parts: list[dict[str, Any]] = []
-    for number, batch in enumerate(loader):
+    for number, batch in enumerate(batches_of("loader", loader)):
         labels = batch.get("labels")
-        if labels is None:
-            msg = f"`loader`: batch {number} has no `labels` to evaluate against."
+        if not isinstance(labels, torch.Tensor):
+            msg = (
+                f"`loader`: batch {number} has no `labels` to evaluate against, which must"
+                " be a tensor."
+            )
             raise DataError(msg)
-        inputs = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
+        inputs = on(device, batch)
         labels = inputs["labels"]
         tokens = labels.ndim > 1
         # An encoder-decoder makes its decoder's input from the labels; a loss that a
         # model computes of its own would only be computed twice elsewhere.
         if not (tokens and is_encoder_decoder(model)):
             inputs.pop("labels")
-        logits = model(**inputs).logits
+        logits = logits_of(model, inputs)
         if tokens:
             parts.append(language_part(model, logits, labels))
         else:
             parts.append(class_part(logits, labels))
         if not parts[-1].pop("finite"):
-            msg = (
-                f"the logits of batch {number} are NaN or infinite: training diverged or"
-                " the weights are damaged. Lower the learning rate, or go back to an"
-                " earlier checkpoint."
-            )
-            raise NonFiniteError(msg)
+            raise not_finite(number)
         if progress is not None:
             progress(number + 1, max(total, number + 1))
     if not parts:
         msg = "`loader` has no batch: there is nothing to evaluate on."
         raise DataError(msg)
     return parts
+
+
+def on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch on a device."""
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Return what a model makes of a batch.
+
+    Raises
+    ------
+    ConfigError
+        If that has no ``logits``.
+    """
+    output = model(**inputs)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        msg = (
+            "`model` must return an object with a tensor `logits`, as those of transformers"
+            f" do; {type(model).__name__} returned a {type(output).__name__}."
+        )
+        raise ConfigError(msg)
+    return logits
+
+
+def not_finite(number: int) -> NonFiniteError:
+    """Return the error of a batch whose logits are not finite."""
+    return NonFiniteError(
+        f"the logits of batch {number} are NaN or infinite: training diverged or the"
+        " weights are damaged. Lower the learning rate, or go back to an earlier"
+        " checkpoint."
+    )
+
+
+@torch.no_grad()
+def label_logits(
+    model: nn.Module, loader: Loader, progress: Callable[[int, int], None] | None
+) -> torch.Tensor:
+    """Return a classifier's logits in the order of the data set, without labels.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        In evaluation mode.
+    loader : Loader
+        The texts.
+    progress : callable, optional
+        Called with (batches done, batches in all).
+
+    Returns
+    -------
+    torch.Tensor, shape (texts, classes), float32
+        On the CPU.
+
+    Raises
+    ------
+    NonFiniteError
+        If a logit is NaN or infinite.
+    """
+    device = next(model.parameters()).device
+    parts = []
+    for number, batch in enumerate(loader):
+        parts.append(logits_of(model, on(device, batch)).float().cpu())
+        if not bool(torch.isfinite(parts[-1]).all()):
+            raise not_finite(number)
+        if progress is not None:
+            progress(number + 1, len(loader))
+    return torch.cat(parts)[loader.positions()]
 
 
 def class_part(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
@@ -142,7 +211,7 @@ def class_part(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
 
 def labels_each_token(model: nn.Module) -> bool:
     """Whether a model says something of each token, not of the one that follows it."""
-    return kind_of(model).endswith(("ForMaskedLM", "ForTokenClassification"))
+    return class_name(model).endswith(("ForMaskedLM", "ForTokenClassification"))
 
 
 def language_part(
@@ -162,12 +231,18 @@ def language_part(
     Raises
     ------
     ConfigError
-        If the labels are numbers.
+        If the labels are numbers, or the logits are not of tokens.
     """
     if labels.is_floating_point():
         msg = (
             "`labels` of several numbers a sample, as of several classes at once, are not"
             f" evaluated; got {tuple(labels.shape)} of {labels.dtype}."
+        )
+        raise ConfigError(msg)
+    if logits.shape[:-1] != labels.shape:
+        msg = (
+            f"`labels` of shape {tuple(labels.shape)} are of tokens, which logits of shape"
+            f" {tuple(logits.shape)} are not; labels of samples have one axis."
         )
         raise ConfigError(msg)
     examples = len(labels)
@@ -192,7 +267,7 @@ def class_metrics(parts: list[dict[str, Any]]) -> dict[str, float]:
     Raises
     ------
     DataError
-        If no label counts.
+        If no label counts, or one is of no class.
     """
     logits = torch.cat([part["logits"] for part in parts])
     labels = torch.cat([part["labels"] for part in parts])
@@ -200,7 +275,13 @@ def class_metrics(parts: list[dict[str, Any]]) -> dict[str, float]:
     if not counted.any():
         msg = "`loader`: no label counts, all are -100."
         raise DataError(msg)
-    logits, labels = logits[counted], labels[counted]
+    logits, labels = logits[counted], labels[counted].long()
+    if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
+        msg = (
+            f"`loader`: labels must be classes from 0 to {logits.shape[-1] - 1}, the"
+            f" model's; got {int(labels.min())} to {int(labels.max())}."
+        )
+        raise DataError(msg)
     guess, classes = logits.argmax(-1).numpy(), logits.shape[-1]
     loss = float(F.cross_entropy(logits.double(), labels))
     return prediction_metrics(labels.numpy(), guess, classes) | {"loss": loss}
@@ -225,9 +306,18 @@ def prediction_metrics(
 
 
 def regression_metrics(parts: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the metrics of a regression."""
+    """Return the metrics of a regression.
+
+    Raises
+    ------
+    DataError
+        If a label is NaN or infinite.
+    """
     logits = torch.cat([part["logits"] for part in parts])
     labels = torch.cat([part["labels"] for part in parts])
+    if not torch.isfinite(labels).all():
+        msg = "`loader`: labels are NaN or infinite; leave these samples out."
+        raise DataError(msg)
     return number_metrics(labels.numpy(), logits.squeeze(-1).numpy())
 
 

@@ -76,8 +76,8 @@ def score(
     Raises
     ------
     TargetError
-        If no layer matches, one that matches cannot be used, or the model is quantized or
-        has weights that were never loaded.
+        If no layer matches, one that matches cannot be used or is in an adapter, or the
+        model is quantized or has weights that were never loaded.
     ConfigError
         If a layer is smaller than a block or above the memory budget, the rule needs data
         and got none, passes or processes are given different batches, or ``checkpoint``
@@ -165,6 +165,13 @@ def checked_targets(model: nn.Module, config: SylvaConfig) -> dict[str, nn.Modul
     """Return the layers to score, all of them good."""
     check_weights(model)
     targets = find_targets(model, config.target_modules, config.exclude_modules)
+    wrapped = next((name for name in targets if name.endswith(".base_layer")), None)
+    if wrapped is not None:
+        msg = (
+            f"`{wrapped}` is inside an adapter's layer, and its scores would be of a name"
+            " that the base model does not have: `merge` or `unload` the adapter first."
+        )
+        raise TargetError(msg)
     check_block_size(targets, config.block_size)
     if config.target_modules in (None, "all-linear"):
         warn_of_others(model)

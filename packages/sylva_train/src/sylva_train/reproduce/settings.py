@@ -9,7 +9,6 @@ from typing import Any
 
 from sylva_train._checks import ConfigError
 from sylva_train.comparison import LEARNING_RATES, Comparison
-from sylva_train.config import SylvaConfig
 from sylva_train.config_files import load_config, load_rates
 
 from .quality import Table
@@ -91,9 +90,10 @@ def with_values(table: Table, values: Sequence[str]) -> Table:
     if table.option is None:
         msg = f"`values` are of an option, and {table.name} varies none."
         raise ConfigError(msg)
-    kind = type(getattr(SylvaConfig(), table.option))
+    kind = type(table.values[0])
     try:
-        return dataclasses.replace(table, values=tuple(kind(text) for text in values))
+        read = dict.fromkeys(kind(text) for text in values)  # none counts twice
+        return dataclasses.replace(table, values=tuple(read))
     except ValueError:
         msg = f"`values` of {table.option!r} must be {kind.__name__}s; got {values!r}."
         raise ConfigError(msg) from None

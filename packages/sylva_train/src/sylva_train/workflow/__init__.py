@@ -9,12 +9,12 @@ from .diagnosis import diagnose
 from .finetuning import finetune
 from .inspection import describe_masks, describe_scores, kind_of
 from .outputs import check_folder
+from .prediction import predict, predict_file
 from .progress import Progress, Report, duration
 from .runs import (
     evaluate_folder,
     load_folder,
     merge_folder,
-    predict,
     read_run,
 )
 from .scoring import score_file, score_task
@@ -49,6 +49,7 @@ __all__ = [
     "located",
     "merge_folder",
     "predict",
+    "predict_file",
     "read_run",
     "score_file",
     "score_task",

@@ -71,7 +71,9 @@ class Progress:
 
     def __init__(self, *, enabled: bool = True) -> None:
         self.enabled = enabled
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Console(
+            stderr=True, highlight=False, soft_wrap=True, emoji=False
+        )
         self.live = enabled and self.console.is_interactive
         self.bars = Bars(
             TextColumn("{task.description}", markup=False),

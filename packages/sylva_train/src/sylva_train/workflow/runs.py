@@ -1,14 +1,13 @@
-"""The folder of a fine-tuning: read, evaluated, merged, used."""
+"""The folder of a fine-tuning: read, evaluated, merged."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sylva_train._checks import (
@@ -34,15 +33,12 @@ __all__ = [
     "evaluate_folder",
     "load_folder",
     "merge_folder",
-    "predict",
     "read_run",
 ]
 
 FORMAT = "sylva-run/1"
 #: What a run was asked for and, once it is finished, what came of it.
 RECORD = "sylva.json"
-#: Texts that `predict` has in memory together.
-BATCH = 64
 
 
 def read_run(
@@ -264,59 +260,3 @@ def merge_folder(
         merged: Any = merge(model)
         merged.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-
-
-@torch.no_grad()
-def predict(
-    folder: str | os.PathLike[str],
-    texts: Sequence[str | tuple[str, str]],
-    *,
-    base: str | None = None,
-) -> list[tuple[str, float]]:
-    """Classify texts with a fine-tuned model, its adapter loaded into a fresh base.
-
-    Parameters
-    ----------
-    folder : path
-        From `finetune`.
-    texts : sequence of str or of (str, str)
-        What to classify: texts, or pairs of them where the model was trained on pairs.
-    base : str, optional
-        The base model, where it is not where it was.
-
-    Returns
-    -------
-    list of (str, float)
-        The most probable class of each text, and its probability.
-
-    Raises
-    ------
-    ConfigError
-        If the model is no classifier, or ``texts`` is a single string.
-    """
-    if isinstance(texts, str):
-        msg = f"`texts` must be a list of texts; got one: pass [{texts[:40]!r}]."
-        raise ConfigError(msg)
-    model, tokenizer, run = load_folder(folder, base=base)
-    if run["task"]["task"] != "classification":
-        msg = (
-            f"`{folder}` was fine-tuned for {run['task']['task']}, not classification; call"
-            " the model that `load_folder` returns with its tokenizer."
-        )
-        raise ConfigError(msg)
-    answers = []
-    for start in range(0, len(texts), BATCH):
-        batch = tokenizer(
-            list(texts[start : start + BATCH]),
-            padding=True,
-            padding_side="right",  # as in training, whatever the tokenizer would
-            truncation=True,
-            max_length=run["task"]["max_length"],
-            return_tensors="pt",
-        )
-        best = model(**batch).logits.float().softmax(-1).max(-1)
-        answers += [
-            (run["labels"][int(i)], float(p))
-            for p, i in zip(best.values, best.indices, strict=True)
-        ]
-    return answers

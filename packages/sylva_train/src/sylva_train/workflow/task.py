@@ -18,6 +18,7 @@ from sylva_train.data import (
     Loader,
     TextDataset,
     builtin_names,
+    is_single,
     load_data,
 )
 from sylva_train.evaluation import (
@@ -188,7 +189,7 @@ def located(config: TaskConfig) -> TaskConfig:
 
 def is_file(spec: str) -> bool:
     """Whether data is a single file, which has no splits."""
-    return spec not in builtin_names() and Path(spec).expanduser().is_file()
+    return spec not in builtin_names() and is_single(Path(spec).expanduser())
 
 
 def evaluated_on(config: TaskConfig) -> str:
