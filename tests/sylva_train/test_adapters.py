@@ -251,6 +251,28 @@ def test_an_adapter_may_have_a_modules_name(name, tmp_path):
         assert torch.equal(logits(loaded, make_batch()), expected)
 
 
+@pytest.mark.parametrize("name", ["v1.2", "train", "keys"])
+def test_a_name_that_parameters_cannot_have_is_refused(name):
+    base = make_model()
+    config = SylvaConfig(masks=random_masks(base))
+    model = peft.get_peft_model(base, config)
+    with pytest.raises(ConfigError, match=name):
+        model.add_adapter(name, config)
+    model.add_adapter("second", config)
+    model.delete_adapter("second")
+
+
+def test_adapters_by_sample_are_refused(pair):
+    model, expected, _ = pair
+    batch = make_batch()
+    size = len(batch["input_ids"])
+    for names in (["default"] * (size - 1) + ["other"], ["other"] * size):
+        with pytest.raises(ConfigError, match="set_adapter"):
+            model(**batch, adapter_names=names)
+    named = model(**batch, adapter_names=["default"] * size)
+    assert torch.equal(named.logits, expected["default"])
+
+
 def test_peft_reports_on_the_model(pair):
     model, _, _ = pair
     status = model.get_model_status()

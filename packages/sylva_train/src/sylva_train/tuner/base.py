@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -43,6 +44,35 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
             module.sync()
 
 
+@contextlib.contextmanager
+def replaced(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let a model have other weights for a while.
+
+    Raises
+    ------
+    AdapterError
+        If it has none of such a name and shape.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, weight in weights.items():
+        found = tuple(own[name].shape) if name in own else None
+        if found != tuple(weight.shape):
+            msg = (
+                f"the adapter comes with `{name}` of shape {tuple(weight.shape)}, of a base"
+                f" whose vocabulary was resized, but the model has {found or 'none'}: call"
+                f" `model.resize_token_embeddings({len(weight)})` before it is loaded."
+            )
+            raise AdapterError(msg)
+    before = {name: own[name].data for name in weights}
+    try:
+        for name, weight in weights.items():
+            own[name].data = weight.to(before[name])
+        yield
+    finally:
+        for name, data in before.items():
+            own[name].data = data
+
+
 def base_fingerprint(model: nn.Module, modules_to_save: list[str] | None) -> str:
     """Identify the base of a model that may have adapters in it."""
     with base_in_place(model):
@@ -54,7 +84,11 @@ def base_name(model: nn.Module) -> str | None:
     return getattr(model, "name_or_path", None) or None
 
 
-def check_base(model: nn.Module, config: SylvaConfig) -> None:
+def check_base(
+    model: nn.Module,
+    config: SylvaConfig,
+    embeddings: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Raise `AdapterError` unless an adapter was made for this model's weights.
 
     Parameters
@@ -63,11 +97,15 @@ def check_base(model: nn.Module, config: SylvaConfig) -> None:
         Without adapters.
     config : SylvaConfig
         Of the adapter, with its layers' shapes and its base's fingerprint.
+    embeddings : mapping of str to torch.Tensor, optional
+        Weights that come with the adapter and are going to replace the model's: new rows
+        of a resized vocabulary are random.
     """
     theirs = config.base_fingerprint
     known = f"`{config.base_model_name_or_path}` ({str(theirs)[:12]}…)"
     if theirs is not None:
-        ours = fingerprint(model, config.modules_to_save)
+        with replaced(model, embeddings or {}):
+            ours = fingerprint(model, config.modules_to_save)
         if ours != theirs:
             msg = (
                 f"the adapter was made for the base model {known}, but this one is"

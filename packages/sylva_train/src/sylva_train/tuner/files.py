@@ -4,7 +4,8 @@
 base model's identity; ``adapter_model.safetensors`` holds, for each layer,
 ``base_model.model.<layer>.sylva_values`` (k, b, b) float32 and ``.sylva_indices`` (k, 2)
 int32, and the modules that were trained whole. That is PEFT's layout, and PEFT's own
-functions write and read it as well.
+functions write and read it as well. They add the embeddings of a base whose vocabulary was
+resized, which are none of the adapter's own tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ from sylva_train.config import KRONECKER, SylvaConfig, SylvaType
 from sylva_train.masks import LayerMask
 from sylva_train.targets import is_inside
 
-__all__ = ["Adapter", "checksum", "inspect_adapter", "read_adapter", "write_adapter"]
+__all__ = [
+    "Adapter",
+    "checksum",
+    "inspect_adapter",
+    "own_tensors",
+    "read_adapter",
+    "write_adapter",
+]
 
 #: What PEFT puts before a module's name in the base model.
 PREFIX = "base_model.model."
@@ -51,12 +59,15 @@ class Adapter:
         (k, b, b) float32 for each layer.
     modules : dict of str to torch.Tensor
         Parameters and buffers of ``modules_to_save``, by name in the base model.
+    embeddings : dict of str to torch.Tensor
+        Frozen weights of the base, by name, whose vocabulary was resized.
     """
 
     config: SylvaConfig
     masks: dict[str, LayerMask]
     values: dict[str, torch.Tensor]
     modules: dict[str, torch.Tensor]
+    embeddings: dict[str, torch.Tensor]
 
 
 def checksum(tensors: Mapping[str, torch.Tensor], config: SylvaConfig) -> str:
@@ -148,6 +159,31 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     return verify(tensors, config, str(path))
 
 
+def own_tensors(
+    tensors: Mapping[str, torch.Tensor], config: SylvaConfig
+) -> dict[str, torch.Tensor]:
+    """Return an adapter's own tensors by name in the base model.
+
+    Left out are embeddings that PEFT adds, frozen ones and those of ``modules_to_save``
+    a second and third time, as their wrappers name them.
+    """
+    plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    return {
+        name: tensor
+        for name, tensor in plain.items()
+        if name.endswith((VALUES, INDICES))
+        or (
+            is_inside(name.rpartition(".")[0], config.modules_to_save)
+            and not is_repeated(name)
+        )
+    }
+
+
+def is_repeated(name: str) -> bool:
+    """Whether PEFT's wrapper of a module that is trained whole gave a tensor this name."""
+    return not {"original_module", "modules_to_save"}.isdisjoint(name.split("."))
+
+
 def verify(
     tensors: Mapping[str, torch.Tensor], config: SylvaConfig, origin: str
 ) -> Adapter:
@@ -158,8 +194,14 @@ def verify(
     AdapterError
         If a tensor is missing, too many, of another shape, or changed.
     """
-    rest = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    rest = own_tensors(tensors, config)
     digest = checksum(rest, config)
+    plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    embeddings = {
+        name: tensor
+        for name, tensor in plain.items()
+        if name not in rest and not is_repeated(name)
+    }
     assert config.block_counts is not None
     assert config.layer_shapes is not None
     masks, values = {}, {}
@@ -190,10 +232,9 @@ def verify(
             msg = f"the adapter `{origin}` is damaged: the block indices of `{name}`."
             raise AdapterError(msg)
         masks[name], values[name] = mask, value
-    for name in rest:
-        owner = name.rpartition(".")[0]
-        if not is_inside(owner, config.modules_to_save) or name.endswith(
-            (VALUES, INDICES)
+    for name in rest | embeddings:
+        if name.endswith((VALUES, INDICES)) or (
+            name in embeddings and not name.endswith((".weight", ".bias"))
         ):
             msg = (
                 f"the adapter `{origin}` has a tensor `{name}` that belongs to no layer"
@@ -206,7 +247,7 @@ def verify(
             f" {digest[:12]}…, not {str(config.checksum)[:12]}…. Get the adapter again."
         )
         raise AdapterError(msg)
-    return Adapter(config, masks, values, rest)
+    return Adapter(config, masks, values, rest, embeddings)
 
 
 def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:

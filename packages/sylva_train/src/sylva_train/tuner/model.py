@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,12 +18,12 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from sylva_train._checks import ConfigError
 from sylva_train.config import SylvaConfig, SylvaType
 from sylva_train.layers import check_unembedded, embedded_layers
-from sylva_train.targets import is_inside
 
 from .base import base_fingerprint, base_in_place
-from .files import INDICES, PREFIX, VALUES, checksum, verify
+from .files import INDICES, VALUES, checksum, own_tensors, verify
 from .layer import SylvaLayer, check_one
 from .plan import plan
 
@@ -53,6 +55,13 @@ class SylvaModel(BaseTuner):
         """
         if any(not isinstance(m, SylvaLayer) for m in embedded_layers(model).values()):
             check_unembedded(model)
+        if "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
+            msg = (
+                f"an adapter cannot be called {adapter_name!r}: parameters are named by it,"
+                " which takes a name without dots that is no attribute of a"
+                " torch.nn.ParameterDict."
+            )
+            raise ConfigError(msg)
         # A copy, so that the facts of this adapter stay out of the caller's object.
         config: Any = copy.copy(self.peft_config[adapter_name])
         with base_in_place(model):
@@ -111,6 +120,20 @@ class SylvaModel(BaseTuner):
         check_one(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse adapters by sample, for which PEFT calls this."""
+        names = set(kwargs.get("adapter_names") or ())
+        if names - set(self.active_adapters):
+            msg = (
+                "Sylva's adapters set the weights that all samples of a batch share, so"
+                f" `adapter_names` cannot ask for others than the active"
+                f" {self.active_adapters}; got {sorted(names)}. Call `set_adapter`, with"
+                " one batch for each."
+            )
+            raise ConfigError(msg)
+        yield
+
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -141,6 +164,9 @@ class SylvaModel(BaseTuner):
         """Select an adapter's blocks, and write its identity into ``config``."""
         kept = {}
         for name, layer in embedded_layers(model).items():
+            # PEFT would add those of an output embedding, which show the values.
+            for part in ("weight", "bias"):
+                state_dict.pop(f"{name}.base_layer.{part}", None)
             if adapter_name in layer.sylva_values:
                 assert isinstance(layer, SylvaLayer)
                 layer.check_loaded(adapter_name)
@@ -184,13 +210,7 @@ class SylvaModel(BaseTuner):
         for name, module in saved_wrappers(model, adapter_name).items():
             for key, inner in module.adapter_state_dict_load_map(adapter_name).items():
                 file[f"{name}.{key}"] = file.pop(f"{name}.{inner}")
-        endings = config.modules_to_save
-        known = {
-            key: tensor
-            for key, tensor in file.items()
-            if key.endswith((VALUES, INDICES))
-            or is_inside(key.removeprefix(PREFIX).rpartition(".")[0], endings)
-        }
+        known = own_tensors(file, config)
         layers = embedded_layers(model).values()
         fresh = all(
             isinstance(layer, SylvaLayer) and not layer.is_loaded(adapter_name)

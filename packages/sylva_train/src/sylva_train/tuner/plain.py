@@ -170,7 +170,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     adapter = read_adapter(path)
     check_unembedded(model)
-    check_base(model, adapter.config)
+    check_base(model, adapter.config, adapter.embeddings)
     own: dict[str, torch.Tensor] = dict(model.named_buffers())
     own.update(model.named_parameters(remove_duplicate=False))
     for name, tensor in adapter.modules.items():
@@ -187,7 +187,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     with torch.no_grad():
         for name, layer in embedded_layers(model).items():
             layer.sylva_values["default"].copy_(adapter.values[name])
-        for name, tensor in adapter.modules.items():
+        for name, tensor in (adapter.modules | adapter.embeddings).items():
             own[name].copy_(tensor)
     sync(model)
     return model

@@ -74,9 +74,10 @@ def plan(model: nn.Module, config: SylvaConfig) -> Mapping[str, LayerMask] | Non
         None for an adapter that was saved, whose blocks are loaded afterwards.
     """
     if config.masks is None and config.block_counts is not None:
+        embeddings = None
         if config.folder and (config.folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-            read_adapter(config.folder)
-        check_base(model, config)
+            embeddings = read_adapter(config.folder).embeddings
+        check_base(model, config, embeddings)
         return None
     masks = choose_masks(model, config)
     layers = check_masks(model, masks, config.modules_to_save)
