@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 
+import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 
 from sylva_train._checks import AdapterError, ConfigError, TargetError
@@ -16,6 +18,7 @@ from sylva_train.layers import embed, embedded_layers, merge, unload
 from sylva_train.masks import LayerMask
 from sylva_train.optimizer import SparseAdamW
 from sylva_train.targets import weight_view
+from sylva_train.tuner import load_adapter
 from tests.sylva_train.models import (
     ARCHITECTURES,
     DTYPES,
@@ -315,6 +318,18 @@ def test_what_cannot_hold_values_is_refused():
     embedding = nn.Sequential(nn.Embedding(12, 10))
     mask = LayerMask((12, 10), 4, torch.tensor([[0, 0]]))
     refused(TargetError, "Embedding", embedding, {"0": mask})
+
+
+def test_offloaded_weights_are_refused(saved):
+    model, masks = two_layers()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(TargetError, match="offloaded"):
+        embed(model, masks)
+    assert not embedded_layers(model)
+    base = cpu_offload(make_model(), execution_device=torch.device("cpu"))
+    for door in (load_adapter, peft.PeftModel.from_pretrained):
+        with pytest.raises(TargetError, match="offloaded"):
+            door(base, saved[0])
 
 
 def test_tied_weights_are_refused():

@@ -19,12 +19,13 @@ from .embedding import (
 )
 from .gradient import accumulating
 from .linear import SparseEmbeddedLinear, check_embeddable, values_dtype
-from .storage import layer_showing
+from .storage import check_in_memory, layer_showing
 
 __all__ = [
     "SparseEmbeddedLinear",
     "accumulating",
     "check_embeddable",
+    "check_in_memory",
     "check_masks",
     "check_unembedded",
     "embed",

@@ -13,6 +13,7 @@ from sylva_train.masks import LayerMask
 from sylva_train.targets import check_tied, is_inside, weight_view
 
 from .linear import SparseEmbeddedLinear, check_embeddable
+from .storage import check_in_memory
 
 __all__ = [
     "check_masks",
@@ -126,6 +127,7 @@ def check_masks(
             )
             raise ConfigError(msg)
         check_embeddable(modules[name])
+        check_in_memory(modules[name])
         holder = modules[name.rpartition(".")[0]]
         if getattr(holder, "base_layer", None) is modules[name]:
             msg = (

@@ -18,6 +18,7 @@ from sylva_train.kernels import gather_blocks, is_capturing
 __all__ = [
     "Masters",
     "Tables",
+    "check_in_memory",
     "check_shown",
     "holds_blocks",
     "is_hooked",
@@ -84,6 +85,19 @@ class Tables(nn.Module):
     def keys(self) -> Iterator[str]:
         """Return the adapters' names, as PEFT asks for them."""
         return iter(self._buffers)
+
+
+def check_in_memory(layer: nn.Module) -> None:
+    """Raise `TargetError` if accelerate brings a layer's weight only while it runs."""
+    weight = getattr(layer, "weight", None)
+    offloads = getattr(getattr(layer, "_hf_hook", None), "offload", False)
+    if offloads and isinstance(weight, torch.Tensor) and weight.is_meta:
+        msg = (
+            "a layer's weight is offloaded (`device_map`, `cpu_offload`): it can be scored,"
+            " but blocks are written into weights that stay in memory. Load the model"
+            " without offloading, or train on a machine that holds it."
+        )
+        raise TargetError(msg)
 
 
 def own_weight(layer: nn.Module) -> torch.Tensor:

@@ -11,7 +11,12 @@ from torch import nn
 
 from sylva_train._checks import AdapterError, TargetError
 from sylva_train.config import SylvaConfig
-from sylva_train.layers import SparseEmbeddedLinear, check_embeddable, replace_module
+from sylva_train.layers import (
+    SparseEmbeddedLinear,
+    check_embeddable,
+    check_in_memory,
+    replace_module,
+)
 from sylva_train.targets import fingerprint, weight_view
 
 __all__ = ["base_fingerprint", "base_in_place", "base_name", "check_base"]
@@ -91,6 +96,8 @@ def check_base(
 ) -> None:
     """Raise `AdapterError` unless an adapter was made for this model's weights.
 
+    It is a `TargetError` if these are offloaded.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -101,6 +108,9 @@ def check_base(
         Weights that come with the adapter and are going to replace the model's: new rows
         of a resized vocabulary are random.
     """
+    modules = dict(model.named_modules())
+    for name in config.layer_shapes or {}:
+        check_in_memory(modules.get(name, model))
     theirs = config.base_fingerprint
     known = f"`{config.base_model_name_or_path}` ({str(theirs)[:12]}…)"
     if theirs is not None:
@@ -113,7 +123,6 @@ def check_base(
                 " that the adapter was trained on (in float32 or bfloat16, as then)."
             )
             raise AdapterError(msg)
-    modules = dict(model.named_modules())
     for name, shape in (config.layer_shapes or {}).items():
         try:
             check_embeddable(modules[name])
