@@ -264,8 +264,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(SylvaConfig, "save_pretrained", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as error:
         save_adapter(model, tmp_path / "a", overwrite=True)
+    assert str(tmp_path / "a") in str(error.value)
     assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 

@@ -300,6 +300,7 @@ def test_a_full_disk_is_told_as_such(home, tmp_path):
     )
     assert done.returncode == 1
     assert "File too large" in done.stderr
+    assert str(tmp_path / "s.safetensors") in done.stderr
     assert "not foreseen" not in done.stderr
     assert not (tmp_path / "s.safetensors").exists()
 

@@ -118,3 +118,21 @@ def test_what_cannot_be_used_is_named_before_the_model_is_loaded(home, tmp_path)
     assert "`--split` must not be given with a single file" in message
     message = told(sylva("predict", tmp_path, "--data", data, code=1))
     assert "is not the folder of a fine-tuning" in message
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv"])
+def test_whatever_json_holds_is_written(home, tmp_path, name):
+    # The second is half of a surrogate pair, which no UTF-8 has.
+    (tmp_path / "new.jsonl").write_text(
+        r'{"text": "a good", "tags": ["é", {"n": 1}], "id": "\ud83d"}'
+    )
+    command = ["predict", home / "run", "--data", tmp_path / "new.jsonl"]
+    sylva(*command, "--out", tmp_path / name)
+    with (tmp_path / name).open(encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file) if name == "out.csv" else map(json.loads, file)
+    if name == "out.csv":
+        assert json.loads(row["tags"]) == ["é", {"n": 1}]
+        assert row["id"] == r"\ud83d"
+    else:
+        assert row["tags"] == ["é", {"n": 1}]
+        assert row["id"] == "\ud83d"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import faulthandler
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sylva_train.importance import score
+from sylva_train.importance import Scores, score
 from sylva_train.selection import select
 from tests.sylva_train.models import make_batch, make_model
 from tests.sylva_train.test_passes import config, smallest_budget
@@ -36,10 +38,12 @@ def run(rank, name, count, options, *, extra):
         if len(told) == extra.get("stop"):
             raise InterruptedError
 
-    scores = score(
-        make_model(name), given, config(samples=3 * count, **options),
-        checkpoint=extra.get("checkpoint"), checkpoint_minutes=0.0, progress=progress,
-    )  # fmt: skip
+    full = OSError(28, "No space left on device") if extra.get("full") else None
+    with mock.patch.object(Scores, "save", side_effect=full) if full else nullcontext():
+        scores = score(
+            make_model(name), given, config(samples=3 * count, **options),
+            checkpoint=extra.get("checkpoint"), checkpoint_minutes=0.0, progress=progress,
+        )  # fmt: skip
     return dict(scores), scores.metadata, select(scores, 0.3, 4).digest()
 
 
@@ -77,6 +81,12 @@ def group(request, tmp_path_factory):
         "gradient": ("bert", 4, {"importance": "gradient"}, {}),
         "other batches": ("bert", 3, FULL, {"own batches": 1}),
         "damaged": ("bert", 5, FULL, {"damaged": 1}),
+        "full disk": (
+            "llama",
+            5,
+            {**FULL, "memory_budget": budget},
+            {"checkpoint": f"{kept}/full", "full": True},
+        ),
         "stopped": ("llama", 5, FULL, {"checkpoint": kept, "stop": 4}),
         "resumed": ("llama", 5, FULL, {"checkpoint": kept}),
     }
@@ -165,3 +175,11 @@ def test_an_error_in_one_process_stops_all(group):
     assert errors.pop(1).startswith("IndexError")
     for error in errors:
         assert error.startswith("SylvaError: stopped because process 1 failed")
+
+
+def test_what_the_first_process_cannot_write_stops_all(group):
+    found, _ = group
+    first, *others = found["full disk"]
+    assert first.startswith("OSError: [Errno 28] No space left")
+    for error in others:
+        assert error.startswith("SylvaError: stopped because process 0 failed: OSError")

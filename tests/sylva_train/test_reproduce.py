@@ -6,13 +6,14 @@ import csv
 import dataclasses
 import importlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from sylva_train._checks import ConfigError, NonFiniteError, OutputExistsError
 from sylva_train.cli.reproducing import score
-from sylva_train.comparison import Comparison
+from sylva_train.comparison import Comparison, results
 from sylva_train.reproduce import TABLES, Table, load_table, reproduce
 from sylva_train.reproduce.quality import TUNING_SEED, Plan
 from sylva_train.reproduce.settings import with_values
@@ -265,3 +266,34 @@ def test_scales_are_small_or_the_papers(tmp_path):
     base = ["reproduce", "fig4", tmp_path / "out", "--scale", "huge"]
     assert "must be one of 'small', 'paper'" in jobs.told(jobs.sylva(*base, code=2))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fig5", "--values", "16"], "`--values` is not for fig5"),
+        (["table2", "--seeds", "0"], "`--seeds` is not for table2"),
+        (["fig4", "--device", "cpu"], "`--device` is not for fig4"),
+        (["table3", "--scale", "paper"], "`--scale` is not for table3"),
+    ],
+)
+def test_options_of_another_kind_of_table_are_refused(tmp_path, arguments, said):
+    name, *options = arguments
+    output = tmp_path / "out"
+    result = jobs.sylva("reproduce", name, output, *options, code=2)
+    assert said in jobs.told(result)
+    assert not output.exists()
+
+
+def test_the_commit_is_that_of_the_package(tmp_path, monkeypatch):
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True)
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "another project")
+    (tmp_path / "file.py").touch()
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "file.py"))
+    assert results.commit() is None
+    git("add", "file.py")
+    assert results.commit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import shutil
@@ -146,6 +147,21 @@ def publish(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name what could not be written in errors that name no file: those of a full disk."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors has one of its own for all that fails; it is not imported for this.
+        foreign = type(error).__name__ == "SafetensorError"
+        nameless = isinstance(error, OSError) and error.errno and not error.filename
+        if not foreign and not nameless:
+            raise
+        code, words = (errno.EIO, str(error)) if foreign else error.args[:2]
+        raise OSError(code, words, str(path)) from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``, renamed to it if the block succeeds."""
     path = Path(path)
@@ -154,7 +170,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         publish(temporary)
         temporary.replace(path)
     finally:
@@ -174,7 +191,8 @@ def atomic_folder(
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     aside = None
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         publish(temporary)
         if path.exists():
             aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))

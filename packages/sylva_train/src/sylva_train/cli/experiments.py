@@ -163,7 +163,7 @@ def reproduce_command(
       sylva reproduce table3 runs/table3 --configs roberta-large-mrpc --data glue/MRPC
       sylva reproduce fig5 runs/fig5
     """
-    from .reproducing import is_measurement, make_measurement, make_table
+    from .reproducing import check_unused, is_measurement, make_measurement, make_table
 
     common: dict[str, Any] = {
         "resume": resume,
@@ -172,8 +172,15 @@ def reproduce_command(
         "command": typed(),
     }
     if is_measurement(experiment):
+        of_tables = {
+            "configs": configs, "seeds": seeds, "values": values, "methods": methods,
+            "model": model, "data": data, "limit": limit, "eval_limit": eval_limit,
+            "steps": steps, "tune": tune, "workers": workers, "device": device,
+        }  # fmt: skip
+        check_unused(experiment, of_tables, reproduce_command)
         make_measurement(experiment, output, scale=scale, **common)
         return
+    check_unused(experiment, {"scale": scale}, reproduce_command)
     make_table(
         experiment,
         output,

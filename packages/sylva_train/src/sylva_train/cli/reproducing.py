@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.markdown import Markdown
 
-from sylva_train._checks import check_choice
+from sylva_train._checks import ConfigError, check_choice
 from sylva_train.comparison import Event
 from sylva_train.reproduce import (
     MEASUREMENTS,
@@ -25,7 +26,7 @@ from .comparing import show as show_event
 from .printing import out, written
 from .show import score_text
 
-__all__ = ["is_measurement", "make_measurement", "make_table"]
+__all__ = ["check_unused", "is_measurement", "make_measurement", "make_table"]
 
 #: Everything that can be made, the paper's order.
 EXPERIMENTS = ("table2", "fig4", "fig5", *TABLES)
@@ -97,3 +98,17 @@ def is_measurement(name: str) -> bool:
     """
     check_choice("experiment", name, EXPERIMENTS)
     return name in MEASUREMENTS
+
+
+def check_unused(
+    experiment: str, options: Mapping[str, Any], command: Callable[..., None]
+) -> None:
+    """Raise `ConfigError` if one of the options that it does not take is given."""
+    known = inspect.signature(command).parameters
+    given = [name for name, value in options.items() if value != known[name].default]
+    if given:
+        takes = "only a `scale`" if is_measurement(experiment) else "no scale"
+        msg = (
+            f"`{given[0]}` is not for {experiment}, which takes {takes}; leave it out."
+        )
+        raise ConfigError(msg)

@@ -106,17 +106,25 @@ def processor() -> str:
 
 def commit() -> str | None:
     """Return the commit of the checkout that the package runs from, if any."""
-    try:
+    file = Path(__file__)
+
+    def git(*words: str) -> str:
         done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=Path(__file__).parent,
+            ["git", *words],
+            cwd=file.parent,
             capture_output=True,
             text=True,
             check=False,
         )
+        return done.stdout.strip()
+
+    try:
+        # An environment may be installed inside of another project's checkout.
+        return (
+            git("ls-files", file.name) and git("rev-parse", "--short", "HEAD")
+        ) or None
     except FileNotFoundError:
         return None
-    return done.stdout.strip() or None
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def check_alone(
     if alone > budget:
         detail = ", ".join(f"{part} {size_words(n)}" for part, n in parts.items())
         msg = (
-            f"`memory_budget` is {size_words(budget)}, but `{name}` of shape"
+            f"`memory_budget` is {budget:,} bytes, but `{name}` of shape"
             f" {tuple(weight_view(module).shape)} needs {alone:,} bytes by itself"
             f" ({detail}). Raise it, or take more `levels` or a smaller `rank`."
         )

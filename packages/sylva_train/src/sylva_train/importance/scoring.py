@@ -19,7 +19,7 @@ from sylva_train.curvature import (
     collect_curvature,
     settings,
 )
-from sylva_train.processes import from_first, is_first
+from sylva_train.processes import from_first, is_first, together
 from sylva_train.targets import (
     check_block_size,
     check_weights,
@@ -202,7 +202,8 @@ def run_rules(
     def keep() -> None:
         if kept is not None:
             data = getattr(layers, "data", None)
-            kept.save(done, {"samples": seen, "indefinite": bad, "data": data})
+            with together():  # the others would wait for a first one that cannot write
+                kept.save(done, {"samples": seen, "indefinite": bad, "data": data})
 
     needy = [rule for rule in rules if rule in NEEDS_DATA]
     odd = [name for name, module in targets.items() if not is_plain(module)]

@@ -197,10 +197,11 @@ def finetune(
             task, loaders, config, training, output, masks, resume, bars
         )
     record = wanted | {"finished": True, **found, "total": total}
-    if first:
-        with atomic_write(output / RECORD) as temporary:
-            temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    with together():
+        if first:
+            with atomic_write(output / RECORD) as temporary:
+                temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+            shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return record
 
 
@@ -309,8 +310,11 @@ def train_blocks(
         progress=False,
         callbacks=[show],
     )
-    if is_first():
-        save_adapter(task.model, output / "adapter", config=config, overwrite=resume)
+    with together():
+        if is_first():
+            save_adapter(
+                task.model, output / "adapter", config=config, overwrite=resume
+            )
     head = sum(
         p.numel()
         for name, p in task.model.named_parameters()

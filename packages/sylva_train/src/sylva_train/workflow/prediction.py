@@ -192,13 +192,23 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) 
     """Write rows as comma-separated values, or a line of JSON each."""
     with (
         atomic_write(path) as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as file,
+        # Half of a surrogate pair, which JSON may hold, has no other form in UTF-8.
+        temporary.open(
+            "w", encoding="utf-8", errors="backslashreplace", newline=""
+        ) as file,
     ):
         if Path(path).suffix.lower() == ".csv":
             table = csv.DictWriter(file, list(rows[0]))
             table.writeheader()
-            table.writerows(rows)
+            table.writerows({n: field(v) for n, v in row.items()} for row in rows)
         else:
             # What JSON has no form for, such as a date out of Parquet, becomes a text.
             lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
             file.writelines(f"{line}\n" for line in lines)
+
+
+def field(value: Any) -> Any:
+    """Return a value as a field of a .csv: lists and objects as the JSON they were."""
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return value

@@ -219,7 +219,10 @@ def write_answers(path: str | os.PathLike[str], found: dict[str, Any]) -> None:
     """Move prompts, references and answers from the metrics to a file, a line each."""
     names = {"prompt": "prompts", "references": "references", "answer": "predictions"}
     columns = [found.pop(name) for name in names.values()]
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         for row in zip(*columns, strict=True):
             line = dict(zip(names, row, strict=True))
             file.write(f"{json.dumps(line, ensure_ascii=False)}\n")

@@ -162,7 +162,8 @@ def score_file(
             checkpoint=unfinished,
             checkpoint_minutes=checkpoint_minutes,
         )
-    if first:
-        scores.save(output)
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with together():
+        if first:
+            scores.save(output)
+            shutil.rmtree(unfinished, ignore_errors=True)
     return scores
