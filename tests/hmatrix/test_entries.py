@@ -357,3 +357,8 @@ def test_compression_is_not_differentiated():
     ):
         assert not H.leaves.requires_grad
         assert not H.upper[0].U.requires_grad
+
+
+def test_kernels_that_forget_the_axis_of_coordinates_are_told(rng):
+    with pytest.raises(hm.ShapeError, match="sum over the last axis"):
+        hm.from_kernel(lambda x, y: np.exp(-abs(x - y)), rng.random((60, 2)))
