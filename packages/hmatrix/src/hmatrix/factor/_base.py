@@ -85,6 +85,9 @@ class Factorization(ABC):
         self.matrix = H
         self.tree = H.tree
         self.space = H.space
+        if wants_gradient(shift):
+            msg = "`shift` wants a gradient; add it by `hmatrix.shift`, or detach it."
+            raise DTypeError(msg)
         try:
             self.shift = check_float("shift", shift)
         except DTypeError as error:
