@@ -326,7 +326,11 @@ class Factorization(ABC):
         sign, value = self.slogdet()
         # of a complex matrix whose determinant is real, rounding is imaginary
         if not abs(sign - 1) <= math.sqrt(self.space.eps):
-            msg = f"The determinant has sign {sign} and no real log; use slogdet()."
+            msg = (
+                f"The determinant has sign {sign} and no real log; use slogdet(). If the "
+                "matrix should be positive definite, its compression was too loose: use "
+                "a smaller `rtol`, a larger `shift`, or `definite=True`."
+            )
             raise ValueError(msg)
         return value
 
