@@ -405,3 +405,54 @@ def test_stored_inverses_have_gradients_or_say_so(rng):
         else:
             with pytest.raises(ValueError, match="ill-conditioned matrix has no grad"):
                 hm.inverse(H)
+
+
+@pytest.mark.parametrize("dtype", DOUBLES)
+def test_numbers_that_want_gradients_get_them(dtype, rng):
+    """Where a matrix has no gradients, a product with one used to be detached silently."""
+    tree, parts = random_parts(rng, dtype, symmetric=True)
+    H = build(tree, [part.detach() for part in parts], symmetric=True)
+    b = torch.asarray(rng.standard_normal(tree.n)).to(H.dtype)
+    numbers = torch.tensor([2.0, 3.0]).double().requires_grad_()
+
+    def loss(factor, added, symmetric):
+        G = hm.shift(factor * H, added)
+        assert G.symmetric == symmetric
+        F = hm.factorize(G)
+        return F.slogdet()[1] + abs(b @ F.solve(b))
+
+    def dense_loss(factor, added):
+        A = factor * H.to_dense() + added * torch.eye(tree.n).double()
+        return torch.linalg.slogdet(A)[1] + abs(b @ torch.linalg.solve(A, b))
+
+    for change in (lambda x: x, lambda x: (1 + 2j) * x):
+        if dtype == "float64" and change(1) != 1:
+            continue
+        changed = change(numbers)
+        found, exact = (
+            torch.autograd.grad(value, numbers, retain_graph=True)[0]
+            for value in (loss(*changed, change(1) == 1), dense_loss(*changed))
+        )
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=0)
+
+
+def test_factors_of_a_semidefinite_matrix_have_gradients():
+    stream = hm.StreamingMLR(8, 1, 2, like=torch.empty(0).double())
+    stream.update(torch.arange(24).double().reshape(3, 8))
+    M = stream.result()
+    factor = torch.tensor(2.0).double().requires_grad_()
+    (found,) = torch.autograd.grad((factor * M).diagonal().sum(), factor)
+    assert float(found) == pytest.approx(M.trace(), rel=1e-14)
+
+
+def test_numbers_whose_gradients_would_be_lost_are_refused():
+    H = hm.identity(8, levels=1, like=torch.empty(0).double())
+    number = torch.tensor(2.0).double().requires_grad_()
+    with pytest.raises(hm.DTypeError, match="`shift` wants a gradient"):
+        hm.factorize(H, shift=number)
+    with pytest.raises(hm.BackendError, match="`factor` is a torch array"):
+        hm.scale(hm.identity(8, levels=1), number)
+    with pytest.raises(hm.DTypeError, match="`factor` has dtype float32"):
+        hm.scale(H, number.float())
+    with torch.no_grad():
+        assert hm.factorize(H, shift=number).shift == 2.0

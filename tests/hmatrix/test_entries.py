@@ -357,3 +357,15 @@ def test_compression_is_not_differentiated():
     ):
         assert not H.leaves.requires_grad
         assert not H.upper[0].U.requires_grad
+
+
+def test_kernels_that_forget_the_axis_of_coordinates_are_told(rng):
+    with pytest.raises(hm.ShapeError, match="sum over the last axis"):
+        hm.from_kernel(lambda x, y: np.exp(-abs(x - y)), rng.random((60, 2)))
+
+
+def test_rounding_is_not_stored_at_full_rank(rng):
+    t = np.sort(rng.random(1000)).astype(np.float32)
+    H = hm.from_kernel(lambda x, y: np.exp(-((x - y) ** 2)), t, rtol=1e-10)
+    assert max(H.ranks) < 10
+    assert H.error < 10 * np.finfo(np.float32).eps

@@ -185,3 +185,23 @@ def test_updates_do_not_keep_their_temporaries(kind, rng):
         stream.update(Z)
         arrays = [x for x in stream.state().values() if isinstance(x, torch.Tensor)]
         assert sum(x.untyped_storage().nbytes() for x in arrays) == stream.nbytes
+
+
+def test_scaling_forgets_exponentially(kind, rng):
+    batches = rng.standard_normal((5, 3, 16))
+    stream, exact, count = kind(16, 2, 4), 0.0, 0.0
+    for Z in batches:
+        stream.scale(0.5)
+        stream.update(Z)
+        exact, count = exact / 2 + Z.T @ Z, count / 2 + 3
+    assert stream.count == count
+    half = kind(16, 2, 4)
+    half.merge(stream)
+    half.scale(0.5)
+    assert 0 < half.discarded == pytest.approx(stream.discarded / 2)
+    found = dense(stream.result(normalize=False))
+    assert np.linalg.norm(found - exact) <= stream.discarded
+    assert_close(dense(half.result()), found / count, ("float64", "stream"))
+    assert_close(np.diag(found), np.diag(exact), ("float64", "stream"))
+    with pytest.raises(ValueError, match="`factor` must be at least"):
+        stream.scale(-1)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeVar
 
-from hmatrix._backend import Array, Space, dtype_name, in_own_precision, is_array
+from hmatrix._backend import (
+    Array,
+    Space,
+    detach,
+    dtype_name,
+    in_own_precision,
+    is_array,
+    wants_gradient,
+)
 from hmatrix._checks import (
     DTypeError,
     ShapeError,
@@ -29,7 +36,7 @@ Matrix = TypeVar("Matrix", HODLR, MLR)
 
 
 @operation
-def scale(H: Matrix, factor: complex) -> Matrix:
+def scale(H: Matrix, factor: complex | Array) -> Matrix:
     """Return ``factor · H``.
 
     Parameters
@@ -38,7 +45,8 @@ def scale(H: Matrix, factor: complex) -> Matrix:
         The matrix.
     factor : float or complex
         Any finite number; not negative for an `MLR`, whose terms are squares, and
-        complex only for a complex matrix.
+        complex only for a complex matrix. A torch tensor () that wants a gradient
+        gets one, if ``H`` is of torch.
 
     Raises
     ------
@@ -48,12 +56,18 @@ def scale(H: Matrix, factor: complex) -> Matrix:
         If it is negative, for an `MLR`.
     """
     check_kind("H", H, HODLR, MLR)
-    number = _check_number("factor", factor, H.space)
+    number: Any = _check_number("factor", factor, H.space)
+    real = not isinstance(number, complex)
     if isinstance(H, MLR):
-        root = math.sqrt(check_float("factor", number, minimum=0.0))
+        check_float("factor", number, minimum=0.0)
+    tensor: Any = factor
+    if wants_gradient(tensor):
+        real = dtype_name(tensor.dtype) == H.space.real.name
+        number = check_operand("factor", tensor, H.space.real if real else H.space)
+    if isinstance(H, MLR):
+        root = number**0.5
         factors = tuple(F * root for F in H.factors)
         return MLR(H.tree, H.leaves * number, factors, H.sign)
-    real = not isinstance(number, complex)
 
     def scaled(block: LowRank) -> LowRank:
         if real:
@@ -77,7 +91,7 @@ def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
     diagonal : number or array (n,)
         What to add; an array in the library and device of ``H``, and in its dtype or
         the real one that belongs to it. Imaginary parts, for a complex ``H``, make a
-        result that is not symmetric.
+        result that is not symmetric. Tensors that want gradients get them.
 
     Raises
     ------
@@ -88,15 +102,15 @@ def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
     space, tree = H.space, H.tree
     xp = space.xp
     vector: Any = diagonal
-    if is_array(vector) and len(vector.shape):
+    if is_array(vector) and (len(vector.shape) or wants_gradient(vector)):
         real = dtype_name(vector.dtype) == space.real.name
         added = check_operand("diagonal", vector, space.real if real else space)
-        if tuple(added.shape) != (tree.n,):
+        if tuple(added.shape) not in ((), (tree.n,)):
             msg = f"`diagonal` must have shape ({tree.n},), got {tuple(added.shape)}."
             raise ShapeError(msg)
         check_finite("diagonal", added)
         real = real or not bool(xp.any(xp.imag(added) != 0))
-        added = xp.astype(added, space.dtype)
+        added = xp.broadcast_to(xp.astype(added, space.dtype), (tree.n,))
     else:
         number = _check_number("diagonal", diagonal, space)
         real = not isinstance(number, complex)
@@ -117,7 +131,7 @@ def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
 def _check_number(name: str, value: Any, space: Space) -> float | complex:
     """Return a finite number as a float, or as a complex one with an imaginary part."""
     try:
-        number = complex(value)
+        number = complex(detach(value) if wants_gradient(value) else value)
     except (TypeError, ValueError):
         msg = f"`{name}` must be a number, got {type(value).__name__}."
         raise DTypeError(msg) from None

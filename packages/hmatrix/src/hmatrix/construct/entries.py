@@ -76,7 +76,8 @@ def from_entries(
         The halving, as of `from_dense`.
     rtol, atol, max_rank
         As of `from_dense`: ``‖A − H‖_F ≤ max(rtol · ‖A‖_F, atol)``, here by an estimate:
-        each block is checked on entries that its approximation has not seen.
+        each block is checked on entries that its approximation has not seen. An ``rtol``
+        below 10 epsilon counts as 10 epsilon, but zero, which stores rounding at full rank.
         ``H.error`` is the estimate of the relative error.
     symmetric : bool, optional
         Store one of the two off-diagonal blocks. Default: whether the leaves, and eight
@@ -163,14 +164,16 @@ def from_kernel(
     ----------
     kernel : callable
         ``kernel(x, y)`` gives entries for points x and y that broadcast against each
-        other: arrays (...) of numbers for points (n,), arrays (..., d) for points (n, d).
-        torch tensors are detached.
+        other: arrays (...) of numbers for points (n,), arrays (..., d) for points (n, d),
+        whose last axis it sums over, as in ``((x - y) ** 2).sum(axis=-1)``. Functions of
+        two lists of points, like ``cdist``, do not fit. torch tensors are detached.
     points : array (n,) or (n, d)
         The points, of any library and device; the matrix has theirs. Points that are
         not sorted numbers are ordered by a k-d tree; vectors keep the order of
         ``points``.
     nugget : float or array (n,)
-        Added to the diagonal, before norms are taken.
+        Added to the diagonal, before norms are taken, without gradients (`shift` has
+        them).
     levels, leaf_size, tree, rtol, atol, max_rank, symmetric, seed
         As of `from_entries`.
 
@@ -284,6 +287,8 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
                 f"The function must give an array of shape {expected} for arguments of "
                 f"shapes {tuple(a.shape)} and {tuple(b.shape)}, got {tuple(x.shape)}."
             )
+            if dims and tuple(x.shape[:-1]) == expected:
+                msg = f"{msg[:-1]}; sum over the last axis, the coordinates."
             raise ShapeError(msg)
         x = detach(x)
         # a sum is faster, and finite if all entries are, unless it overflows

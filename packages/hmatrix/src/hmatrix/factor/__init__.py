@@ -57,8 +57,10 @@ def factorize(
           definite matrix, which also gives ``sample`` and ``whiten``.
         * "inversion" is recursive block inversion, of any matrix none of whose diagonal
           blocks is close to singular.
-        * "orthogonal" is elimination by unitary transformations, of any matrix: as
-          accurate as dense LU with pivots, at a small multiple of the cost.
+        * "orthogonal" is elimination by unitary transformations, of any matrix whose rows
+          are of about one size: as accurate as dense LU with pivots, at a small multiple
+          of the cost. Its errors are relative to the norm of the matrix, so that rows far
+          smaller than others lose digits; divide rows by their norms beforehand.
 
         "auto" takes the first of these that applies and keeps the digits: "inversion" if
         the Frobenius norm of its ``E`` (see `PrecisionError` below) is at most
@@ -118,7 +120,7 @@ def factorize(
 
     torch carries gradients through solutions, the inverse, its diagonal and the
     log-determinant to leaves, factors and right-hand sides; a shift that wants a gradient
-    is added by `hmatrix.shift` instead. Those of "inversion" are of its steps and can be
+    is refused here and added by `hmatrix.shift`. Those of "inversion" are of its steps and can be
     differentiated again. Those of "cholesky" are of the matrix, ``dx = A⁻¹ (db − dA x)``
     and ``d log det A = tr(A⁻¹ dA)``, at the cost of a refinement step and of a selected
     inverse, and raise if differentiated again; its diagonal of the inverse is taken from

@@ -85,6 +85,9 @@ class Factorization(ABC):
         self.matrix = H
         self.tree = H.tree
         self.space = H.space
+        if wants_gradient(shift):
+            msg = "`shift` wants a gradient; add it by `hmatrix.shift`, or detach it."
+            raise DTypeError(msg)
         try:
             self.shift = check_float("shift", shift)
         except DTypeError as error:
@@ -323,7 +326,11 @@ class Factorization(ABC):
         sign, value = self.slogdet()
         # of a complex matrix whose determinant is real, rounding is imaginary
         if not abs(sign - 1) <= math.sqrt(self.space.eps):
-            msg = f"The determinant has sign {sign} and no real log; use slogdet()."
+            msg = (
+                f"The determinant has sign {sign} and no real log; use slogdet(). If the "
+                "matrix should be positive definite, its compression was too loose: use "
+                "a smaller `rtol`, a larger `shift`, or `definite=True`."
+            )
             raise ValueError(msg)
         return value
 

@@ -159,6 +159,27 @@ class Streaming(ABC):
         self._lost = [a + b for a, b in zip(self._lost, other._lost, strict=True)]
         self._count += other._count
 
+    def scale(self, factor: float) -> None:
+        """Multiply what has been added so far, and ``count``, by ``factor``.
+
+        Before each batch it makes the result a mean that forgets exponentially.
+
+        Parameters
+        ----------
+        factor : float
+            Not negative.
+
+        Raises
+        ------
+        DTypeError, NonFiniteError, ValueError
+            If ``factor`` is no such number.
+        """
+        factor = check_float("factor", factor, minimum=0.0)
+        self._scale(factor)
+        self._leaves = self._leaves * factor
+        self._lost = [x * factor for x in self._lost]
+        self._count *= factor
+
     def state(self) -> dict[str, Any]:
         """Return everything needed to go on: arrays, numbers and strings, flat."""
         return {
@@ -298,3 +319,7 @@ class Streaming(ABC):
     @abstractmethod
     def _merge(self, other: Self) -> None:
         """Add what ``other`` holds, but its count and losses."""
+
+    @abstractmethod
+    def _scale(self, factor: float) -> None:
+        """Multiply what is held, but leaves, count and losses."""

@@ -95,6 +95,9 @@ class StreamingHODLR(Streaming):
             self._add_to_level(k, basis * roots)
         self._leaves = self._leaves + other._leaves
 
+    def _scale(self, factor: float) -> None:
+        self._scales = [S * factor for S in self._scales]
+
     def _add_to_level(self, k: int, Z: Array) -> None:
         """Add ``Z₁ Z₂ᴴ`` to the blocks of a level, Z (2**k, 2, half, c)."""
         xp = self.space.xp

@@ -163,6 +163,9 @@ class StreamingMLR(Streaming):
         self._cascade(other._factors)
         self._leaves = self._leaves + other._leaves
 
+    def _scale(self, factor: float) -> None:
+        self._factors = [F * math.sqrt(factor) for F in self._factors]
+
     def _cascade(self, columns: Sequence[Array]) -> None:
         """Add ``Σ_k blkdiag(E_k E_kᴴ)``, ``columns[k]`` entering at level k."""
         xp, E = self.space.xp, None
