@@ -283,6 +283,19 @@ def test_running_statistics_are_to_be_kept_with_the_adapter(tmp_path):
         assert torch.equal(model(DATA[0]["x"]), loaded(DATA[0]["x"]))
 
 
+def test_running_statistics_are_no_matter_of_an_adapter_that_is_only_used(tmp_path):
+    def make():
+        return Small(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(8)).eval()
+
+    model = make()
+    with pytest.warns(UserWarning, match="running statistics"):
+        embed(model, random_masks(model, ["a"], block_size=4))
+    save_adapter(model, tmp_path / "a")
+    # A warning is an error here.
+    load_adapter(make(), tmp_path / "a")
+    peft.PeftModel.from_pretrained(make(), tmp_path / "a")
+
+
 def test_experts_that_are_no_linear_layers_are_named():
     options = DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2}
     mixture = tf.MixtralForCausalLM(tf.MixtralConfig(**options))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sylva_train._checks import ConfigError
 from sylva_train.kernels import Mirror, block_sddmm, capture
-from sylva_train.layers import embed, embedded_layers, storage
+from sylva_train.layers import embed, embedded_layers, shown
 from sylva_train.optimizer import SparseAdamW
 from tests.sylva_train.models import random, random_masks
 
@@ -170,6 +170,6 @@ def triton_kernels(monkeypatch):
 
 def test_no_graph_waits_to_see_what_a_weight_holds(monkeypatch):
     indices, blocks = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, 2)
-    assert storage.holds_blocks(torch.zeros(4, 4), indices, blocks)
-    monkeypatch.setattr(storage, "is_capturing", lambda _: True)
-    assert not storage.holds_blocks(torch.zeros(4, 4), indices, blocks)
+    assert shown.holds_blocks(torch.zeros(4, 4), indices, blocks)
+    monkeypatch.setattr(shown, "is_capturing", lambda _: True)
+    assert not shown.holds_blocks(torch.zeros(4, 4), indices, blocks)

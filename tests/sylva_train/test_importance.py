@@ -343,3 +343,8 @@ def test_a_changed_score_file_is_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(AdapterError, match="changed"):
         Scores.load(path)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TargetError, match=r"torch\.nn\.Module; got a int"):
+        score(3)

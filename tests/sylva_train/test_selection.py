@@ -398,3 +398,10 @@ def test_powers_below_zero_are_refused(allocation):
         select(make_scores(torch.rand(4, 4)), 0.5, 1, allocation=allocation)
     with pytest.raises(ConfigError, match="`allocation`"):
         SylvaConfig(allocation=allocation)
+
+
+def test_what_is_no_scores_is_refused():
+    masks = select(make_scores(torch.ones(4, 4)), 0.5, 1)
+    for other in (masks, "scores.safetensors"):
+        with pytest.raises(ConfigError, match=f"Scores.*got a {type(other).__name__}"):
+            select(other)

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from sylva_train._checks import AdapterError, TargetError
 from sylva_train.config import SylvaConfig
 from sylva_train.importance import score
-from sylva_train.layers import embed, embedded_layers, unload
+from sylva_train.layers import embed, embedded_layers, sync, unload
 from sylva_train.masks import LayerMask
 from sylva_train.targets import find_targets, is_supported, weight_view
 from tests.sylva_train.models import (
@@ -252,6 +252,34 @@ def test_a_backward_pass_over_other_weights_than_the_forward_pass(reference):
         y.sum().backward()
     with shown():
         y = model(x.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("change", [0.0, 1.0])
+def test_a_backward_pass_over_values_changed_while_another_was_shown(reference, change):
+    """Changed through ``.data``, which leaves their version as it is."""
+    model, shown = reference[:2]
+    y = model(random((4, 10)))
+    with shown():
+        for parameter in model.parameters():
+            if parameter.dim() == 3:
+                parameter.data.add_(change)
+    if change:
+        with pytest.raises(RuntimeError, match="modified by an inplace"):
+            y.sum().backward()
+    else:
+        y.sum().backward()
+
+
+def test_a_changed_weight_has_no_version_of_another_adapter(reference):
+    model, shown = reference[:2]
+    with shown():
+        y = model(random((4, 10)).requires_grad_())
+    for parameter in model.parameters():
+        if parameter.dim() == 3:
+            parameter.data.add_(1)
+    sync(model)
     with pytest.raises(RuntimeError, match="modified by an inplace"):
         y.sum().backward()
 

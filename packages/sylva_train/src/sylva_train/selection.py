@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import cast
 
 import torch
 
@@ -19,10 +19,8 @@ from ._checks import (
     check_spread,
 )
 from .config import SCOPES, SUITABLE, SylvaConfig
+from .importance import Scores
 from .masks import LayerMask, Masks
-
-if TYPE_CHECKING:
-    from .importance import Scores
 
 __all__ = ["select", "select_as"]
 
@@ -255,11 +253,17 @@ def select(
     Raises
     ------
     ConfigError
-        If an option cannot be used, a layer is smaller than a block, or the density is
-        too small for a single block.
+        If ``scores`` are none, an option cannot be used, a layer is smaller than a block,
+        or the density is too small for a single block.
     NonFiniteError
         If a block's score is NaN or infinite.
     """
+    if not isinstance(cast("object", scores), Scores):
+        msg = (
+            f"`scores` must be Scores, from `sylva_train.score`; got a"
+            f" {type(scores).__name__}."
+        )
+        raise ConfigError(msg)
     check_density(density)
     check_integer("block_size", block_size, 1)
     check_choice("scope", scope, SCOPES)

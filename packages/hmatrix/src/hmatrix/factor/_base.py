@@ -78,7 +78,6 @@ class Factorization(ABC):
     """
 
     _logdet: Array  # float64 ()
-    _lost: float  # estimate of the Frobenius norm that `_check_precision` is about
     _refinements: ClassVar[int] = 1
 
     def __init__(self, H: HODLR | MLR, shift: float) -> None:
@@ -200,10 +199,10 @@ class Factorization(ABC):
         )
         raise ToleranceError(msg, rtol, reached)
 
-    def _check_precision(self, limit: float, advice: str) -> None:
+    def _check_precision(self, limit: float, advice: str) -> float:
         """Raise unless ``E = (H + shift·I) F⁻¹ − I`` is small, as `factorize` says.
 
-        Random vectors find its Frobenius norm. Only if that is too large, its spectral
+        Random vectors find its Frobenius norm, which is returned. Only if that is too large, its spectral
         radius decides: ``det(I + E)`` is positive and refinement converges if that is
         below 1.
         """
@@ -216,7 +215,7 @@ class Factorization(ABC):
         with without_gradients(space.xp), np.errstate(all="ignore"):
             z = space.normal((tree.n, PROBES), tree.n, PROBES)
             first = error(pad_rows(z, tree))
-            found = self._lost = safe_norm(first) / math.sqrt(PROBES)
+            found = lost = safe_norm(first) / math.sqrt(PROBES)
             if found > limit and math.isfinite(found):
                 found = min(found, safe_norm(error(first / found)) / math.sqrt(PROBES))
         if not found <= limit:
@@ -226,6 +225,7 @@ class Factorization(ABC):
                 f"{space.name}. Use a `shift`{advice}."
             )
             raise PrecisionError(msg, found)
+        return lost
 
     def sample(self, z: Array) -> Array:
         """Return ``W z`` with ``W Wᴴ = H + shift·I``.

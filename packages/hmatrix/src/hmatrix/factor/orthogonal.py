@@ -176,7 +176,8 @@ class HODLROrthogonal(Factorization):
             self._steps.append(step)
         self._root = contiguous(D)
         self._count(D, 0)
-        self._check_precision(HOPELESS, "" if self.space.eps < 1e-10 else " or float64")
+        advice = "" if self.space.eps < 1e-10 else " or float64"
+        self._lost = self._check_precision(HOPELESS, advice)
 
     def _differentiate(self, plain: HODLROrthogonal) -> None:
         """Take over the factors of the detached matrix, with its gradients."""

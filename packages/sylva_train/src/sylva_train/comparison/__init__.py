@@ -6,7 +6,8 @@ comparison that was killed goes on where it stopped.
 
 from .compare import check_plan, compare
 from .events import Event, Watcher
-from .jobs import Job, check_output, check_same, done, fresh, run_jobs
+from .job import Job, done
+from .jobs import check_output, check_same, fresh, run_jobs
 from .memory import PeakMemory
 from .plan import (
     LEARNING_RATES,

@@ -15,7 +15,8 @@ from sylva_train.training import pick_device
 from sylva_train.workflow import load_task, located
 
 from .events import Watcher
-from .jobs import RESULTS, check_output, check_same, done, fresh, run_jobs
+from .job import done
+from .jobs import RESULTS, check_output, check_same, fresh, run_jobs
 from .plan import Comparison
 from .results import gather
 

@@ -21,7 +21,7 @@ from sylva_train.options import (
     TrainingConfig,
 )
 
-from .jobs import Job
+from .job import Job
 
 __all__ = [
     "LEARNING_RATES",

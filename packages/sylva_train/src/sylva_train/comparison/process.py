@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.utils import logging
 
@@ -22,9 +22,7 @@ from sylva_train import _checks
 from sylva_train._checks import SylvaError, atomic_write
 
 from .events import decode_event, send
-
-if TYPE_CHECKING:
-    from .jobs import Job
+from .job import Job
 
 __all__ = ["Processes", "start", "worker"]
 

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -76,7 +76,7 @@ def score(
     Raises
     ------
     TargetError
-        If no layer matches, one that matches cannot be used or is in an adapter, or the
+        If ``model`` is none, no layer matches, one that matches cannot be used or is in an adapter, or the
         model is quantized or has weights that were never loaded.
     ConfigError
         If a layer is smaller than a block or above the memory budget, the rule needs data
@@ -163,6 +163,9 @@ def score_rules(
 
 def checked_targets(model: nn.Module, config: SylvaConfig) -> dict[str, nn.Module]:
     """Return the layers to score, all of them good."""
+    if not isinstance(cast("object", model), nn.Module):
+        msg = f"`model` must be a torch.nn.Module; got a {type(model).__name__}."
+        raise TargetError(msg)
     check_weights(model)
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     wrapped = next((name for name in targets if name.endswith(".base_layer")), None)

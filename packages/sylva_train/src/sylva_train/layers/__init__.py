@@ -10,12 +10,14 @@ from .embedding import (
     check_masks,
     check_unembedded,
     embed,
+    embed_blocks,
     embedded_layers,
     find_saved,
     merge,
     replace_module,
     sync,
     unload,
+    warn_of_statistics,
 )
 from .gradient import accumulating
 from .linear import SparseEmbeddedLinear, check_embeddable, values_dtype
@@ -29,6 +31,7 @@ __all__ = [
     "check_masks",
     "check_unembedded",
     "embed",
+    "embed_blocks",
     "embedded_layers",
     "find_saved",
     "layer_showing",
@@ -37,4 +40,5 @@ __all__ = [
     "sync",
     "unload",
     "values_dtype",
+    "warn_of_statistics",
 ]

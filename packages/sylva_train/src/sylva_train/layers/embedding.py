@@ -19,12 +19,14 @@ __all__ = [
     "check_masks",
     "check_unembedded",
     "embed",
+    "embed_blocks",
     "embedded_layers",
     "find_saved",
     "merge",
     "replace_module",
     "sync",
     "unload",
+    "warn_of_statistics",
 ]
 
 
@@ -148,10 +150,14 @@ def check_masks(
     if not layers:
         msg = "`masks` has no active block in any layer; there is nothing to train."
         raise ConfigError(msg)
-    for name, module in modules.items():
-        if getattr(module, "running_mean", None) is not None and not is_inside(
-            name, endings
-        ):
+    return layers
+
+
+def warn_of_statistics(model: nn.Module, modules_to_save: Iterable[str] | None) -> None:
+    """Warn of running statistics that training changes and no adapter holds."""
+    for name, module in model.named_modules():
+        counts = getattr(module, "running_mean", None) is not None
+        if counts and not is_inside(name, modules_to_save):
             warnings.warn(
                 f"training changes the running statistics of `{name}`, a"
                 f" {type(module).__name__}, which an adapter does not hold: name such"
@@ -159,7 +165,6 @@ def check_masks(
                 stacklevel=3,
             )
             break
-    return layers
 
 
 def embed(
@@ -194,6 +199,16 @@ def embed(
         If a mask has the wrong shape, no mask has a block, or a layer is inside a module
         that is trained whole.
     """
+    warn_of_statistics(model, modules_to_save)
+    return embed_blocks(model, masks, modules_to_save)
+
+
+def embed_blocks(
+    model: nn.Module,
+    masks: Mapping[str, LayerMask],
+    modules_to_save: list[str] | None,
+) -> nn.Module:
+    """As `embed`, also where the blocks may be there for their values alone."""
     check_unembedded(model)
     # Nothing is changed before everything was found good.
     layers = check_masks(model, masks, modules_to_save)

@@ -17,14 +17,8 @@ from sylva_train.targets import as_matrix, is_supported, layer_input, weight_vie
 
 from .gradient import BlockGradient, WeightGradient, is_product
 from .inputs import Reader
-from .storage import (
-    Masters,
-    Tables,
-    holds_blocks,
-    own_weight,
-    watch,
-    watch_optimizers,
-)
+from .shown import Shown
+from .storage import Masters, Tables, own_weight, watch, watch_optimizers
 
 __all__ = ["SparseEmbeddedLinear", "check_embeddable", "check_shape", "values_dtype"]
 
@@ -57,19 +51,6 @@ def check_shape(mask: LayerMask, shape: tuple[int, ...]) -> None:
     if mask.shape != shape:
         msg = f"`mask` must be for a {shape} weight; got one for {mask.shape}."
         raise ConfigError(msg)
-
-
-def snapshot(values: torch.Tensor, weight: torch.Tensor) -> tuple[Any, ...]:
-    """Return what tells whether values or weight changed since the last write."""
-    # The tensor itself is kept, not its id: a new one may come to have the same.
-    return (
-        values,
-        values.data_ptr(),
-        values._version,
-        values.requires_grad,
-        weight.data_ptr(),
-        weight._version,
-    )
 
 
 class SparseEmbeddedLinear(nn.Module):
@@ -110,14 +91,7 @@ class SparseEmbeddedLinear(nn.Module):
         self.base_layer = base_layer.requires_grad_(False)
         self.sylva_values = Masters()
         self.sylva_indices = Tables()
-        # Rarely needed: in the host's memory, and no buffer, which DDP would broadcast.
-        self._original: torch.Tensor | None = None
-        self._written: str | None = None
-        self._seen: tuple[Any, ...] = ()
-        self._due = False
-        # Versions of the weight by what it showed, and its last one.
-        self._versions: dict[tuple[Any, ...], int] = {}
-        self._stamp: tuple[int, int] | None = None
+        self.shown = Shown()
         self._checked: dict[str, tuple[int, int]] = {}
         self._readers: dict[str, Reader] = {}
         self.embedded: str | None = None
@@ -183,12 +157,7 @@ class SparseEmbeddedLinear(nn.Module):
 
         They are in the host's memory until they are asked for, then on the device.
         """
-        if self._original is None:
-            msg = "no adapter is written into this layer's weight: call `sync` first"
-            raise RuntimeError(msg)
-        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
-        self._original = self._original.to(weight)
-        return self._original
+        return self.shown.original(self.base_layer.weight)  # type: ignore[arg-type]
 
     def wanted(self) -> str | None:
         """Name of the adapter that the weight is to show, or None for the base."""
@@ -205,42 +174,13 @@ class SparseEmbeddedLinear(nn.Module):
         indices = self._modules["sylva_indices"]._buffers[name]  # type: ignore[union-attr]
         return values, weight, indices  # type: ignore[return-value]
 
-    def settle(self, values: torch.Tensor, weight: torch.Tensor) -> None:
-        """Take note that the weight shows the values as they are now."""
-        assert self._written is not None
-        self.mark(weight, (self._written, values.data_ptr(), values._version))
-        self._seen, self._due = snapshot(values, weight), False
-        self._readers[self._written].settle(values._version)
-
-    def begin(self, weight: torch.Tensor) -> None:
-        """Forget, before a write, the versions of a weight that others changed."""
-        if self._stamp != (weight.data_ptr(), weight._version):
-            self._versions = {}
-        if self._written is None:
-            self._versions.setdefault((None,), weight._version)
-
-    def mark(self, weight: torch.Tensor, content: tuple[Any, ...]) -> None:
-        """Give the weight the version that it had when it showed the same.
-
-        Autograd goes by it: a backward pass may follow although an adapter was disabled
-        in between, as for the reference of preference optimization.
-        """
-        known = self._versions
-        new = max([weight._version, *(version + 1 for version in known.values())])
-        version = known.get(content, new)
-        if version != weight._version:
-            torch._C._autograd._unsafe_set_version_counter((weight,), (version,))
-        others = {c: v for c, v in known.items() if c[0] != content[0]}
-        self._versions = {**others, content: version}
-        self._stamp = (weight.data_ptr(), version)
-
     def check_indices(self, name: str) -> None:
         """Raise `AdapterError` unless an adapter's indices are blocks of this weight."""
         table = self.sylva_indices[name]
         seen = (table.data_ptr(), table._version)
         if self._checked.get(name) != seen:
-            if name == self._written:
-                known = self._readers[name].table.to(table.device)
+            if name == self.shown.adapter:
+                known = self.shown.indices.to(table.device)  # type: ignore[union-attr]
                 if not torch.equal(known, table.long()):
                     msg = (
                         f"the block indices of adapter `{name}` changed while its blocks"
@@ -274,11 +214,12 @@ class SparseEmbeddedLinear(nn.Module):
         wanted = self.wanted()
         if torch.compiler.is_compiling():
             # What is checked below is of the host, and steps have written the weight.
-            if wanted != self._written:
+            if wanted != self.shown.adapter:
                 msg = "call `sylva_train.sync(model)` before the model is compiled."
                 raise RuntimeError(msg)
             return
-        if wanted != self._written:
+        shown = self.shown
+        if wanted != shown.adapter:
             self.restore_()
         if wanted is None:
             return
@@ -286,68 +227,44 @@ class SparseEmbeddedLinear(nn.Module):
         if getattr(self, "_is_replica", False):
             weight: torch.Tensor = base.weight  # type: ignore[assignment]
             # One pass long: a copy of the weight as it was before the layer's own `sync`.
-            if weight.data_ptr() != self._seen[4]:
+            if not shown.is_in(weight):
                 matrix, table = as_matrix(base, weight.detach()), self.sylva_indices
                 scatter_blocks_(matrix, table[wanted], values.detach())
             return
         with _exchange:
             weight = own_weight(base)
-        now = snapshot(values, weight)
-        is_known = bool(self._seen) and self._seen[0] is values
-        unchanged = is_known and self._seen[1:] == now[1:]
-        if wanted == self._written and unchanged and not (force or self._due):
+        is_written = wanted == shown.adapter and shown.is_current(values, weight)
+        if is_written and not force:
             return
         self.check_indices(wanted)
-        self.begin(weight)
-        matrix = as_matrix(base, weight.detach())
-        indices, blocks = self._readers[wanted].table, values.detach()
-        shown = self._written is not None
-        if not shown:
-            self._original = gather_blocks(matrix, indices, blocks.shape[-1]).cpu()
-            self._written = wanted
-        # The same bits again would make backward passes under way fail.
-        untouched = is_known and self._seen[2] == now[2]
-        if not (untouched and holds_blocks(matrix, indices, blocks)):
-            scatter_blocks_(matrix, indices, blocks)
-            if shown and untouched:
-                # Changed through `.data`: that version of the values is not what it was,
-                # and backward passes under way must fail.
-                self._versions = {}
-        # A copy of the layer has the same attributes, but its values are elsewhere.
-        if not is_known or (self._seen[1], self._seen[3]) != (now[1], now[3]):
-            watch(values, self)
-        self.settle(values, weight)
+        reader = self._readers[wanted]
+        shown.write(base, weight, wanted, reader.table, values)
+        watch(values, self)
+        reader.settle(values._version)
 
     def note_written(self) -> None:
         """Take note that a kernel changed the values and wrote them into the weight.
 
         Kernels leave the tensors' versions as they are, by which changes are seen.
         """
-        assert self._written is not None
-        values, weight, _ = self.parts(self._written)
+        name = str(self.shown.adapter)
+        values, weight, _ = self.parts(name)
         torch.autograd.graph.increment_version((values, weight))
-        self.settle(values, weight)
+        self.shown.settle(values, weight)
+        self._readers[name].settle(values._version)
 
-    @torch.no_grad()
     def restore_(self) -> None:
         """Put the base weight back, bit for bit."""
-        if self._written is not None:
-            weight = weight_view(self.base_layer)
-            # As they were when they were written, wherever the weight is by now.
-            indices = self._readers[self._written].table.to(weight.device)
-            self.begin(self.base_layer.weight)  # type: ignore[arg-type]
-            scatter_blocks_(weight, indices, self.original())
-            self.mark(self.base_layer.weight, (None,))  # type: ignore[arg-type]
-            self._written, self._original = None, None
+        self.shown.restore_(self.base_layer)
 
     def let_go(self) -> None:
         """Leave the base layer, which is taken out, as it is from now on."""
-        self.embedded, self._written, self._original = None, None, None
+        self.embedded, self.shown = None, Shown()
         self.is_out = True
 
     def check_shown(self, values: torch.Tensor) -> None:
         """Raise RuntimeError if values were not in the weight that forward used."""
-        if self._seen and self._seen[0] is values and self._seen[2] != values._version:
+        if self.shown.is_stale(values):
             msg = (
                 "values were changed without being written into the dense weight that"
                 " the forward pass used. After changing values by hand, call"
@@ -358,15 +275,16 @@ class SparseEmbeddedLinear(nn.Module):
 
     def trained(self) -> torch.Tensor | None:
         """Return the values that the weight shows, if they are to have a gradient."""
-        if self._written is None or not torch.is_grad_enabled():
+        name = self.shown.adapter
+        if name is None or not torch.is_grad_enabled():
             return None
-        values = self.sylva_values[self._written]
+        values = self.sylva_values[name]
         return values if values.requires_grad and len(values) else None
 
     def differentiable(self, values: torch.Tensor) -> torch.Tensor:
         """Return the weight as the base layer stores it, as a function of its values."""
         weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
-        indices = self._readers[str(self._written)].table.to(weight.device)
+        indices = self.shown.indices.to(weight.device)  # type: ignore[union-attr]
         is_turned = as_matrix(self.base_layer, weight) is not weight
         return WeightGradient.apply(weight, values, indices, is_turned)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -381,7 +299,7 @@ class SparseEmbeddedLinear(nn.Module):
                 return functional_call(base, weights, args, kwargs)  # type: ignore[no-any-return]
         y: torch.Tensor = base(*args, **kwargs)
         if values is not None:
-            reader = self._readers[str(self._written)]
+            reader = self._readers[str(self.shown.adapter)]
             kept, indices = reader.keep(layer_input(args, kwargs), y.dtype, values)
             y = BlockGradient.apply(y, kept, values, indices)  # type: ignore[no-untyped-call]
         return y
@@ -393,9 +311,9 @@ class SparseEmbeddedLinear(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, and write again if it changes, so that evaluation is exact."""
-        if mode != self.training and self._written is not None:
+        if mode != self.training and self.shown.adapter is not None:
             self.sync()
-            self._due = True
+            self.shown.is_due = True
         return super().train(mode)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

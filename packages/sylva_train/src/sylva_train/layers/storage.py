@@ -13,14 +13,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sylva_train._checks import TargetError
-from sylva_train.kernels import gather_blocks, is_capturing
 
 __all__ = [
     "Masters",
     "Tables",
     "check_in_memory",
     "check_shown",
-    "holds_blocks",
     "is_hooked",
     "layer_showing",
     "own_weight",
@@ -118,20 +116,6 @@ def own_weight(layer: nn.Module) -> torch.Tensor:
         )
         raise TargetError(msg)
     return weight
-
-
-def holds_blocks(
-    matrix: torch.Tensor, indices: torch.Tensor, blocks: torch.Tensor
-) -> bool:
-    """Whether a weight (out, in) is known to have blocks (k, b, b), rounded, bit for bit.
-
-    To know it the host waits for the device, which no graph under capture lets it.
-    """
-    if is_capturing(matrix.device):
-        return False
-    shown = gather_blocks(matrix, indices, blocks.shape[-1])
-    bits = [t.to(matrix.dtype).contiguous().view(torch.uint8) for t in (shown, blocks)]
-    return torch.equal(*bits)
 
 
 class ShowsValues(Protocol):

@@ -34,7 +34,7 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
     try:
         for name, module in wrapped:
             if isinstance(module, SparseEmbeddedLinear):
-                if module._written is not None:
+                if module.shown.adapter is not None:
                     shown.append(module)
                 module.restore_()
                 replace_module(model, name, module.base_layer)

@@ -74,7 +74,7 @@ class SylvaLayer(SparseEmbeddedLinear, BaseTunerLayer):  # type: ignore[misc]
         name = self.active()
         if self._disable_adapters or name is None:
             return None
-        return name if name == self._written or self.is_loaded(name) else None
+        return name if name == self.shown.adapter or self.is_loaded(name) else None
 
     def set_adapter(
         self, adapter_names: str | list[str], inference_mode: bool = False
@@ -99,9 +99,10 @@ class SylvaLayer(SparseEmbeddedLinear, BaseTunerLayer):  # type: ignore[misc]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; the base weight comes back if it was the one shown."""
-        if self._written == adapter_name:
+        if self.shown.adapter == adapter_name:
             self.restore_()
         super().delete_adapter(adapter_name)
+        self.shown.forget(adapter_name)
         self.sync()
 
     def merge(
@@ -170,7 +171,7 @@ class SylvaLayer(SparseEmbeddedLinear, BaseTunerLayer):  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
-        if self._written is None and not self._disable_adapters:
+        if self.shown.adapter is None and not self._disable_adapters:
             name = self.active()
             if name is not None:
                 self.check_loaded(name)

@@ -14,7 +14,7 @@ from sylva_train._checks import AdapterError, ConfigError
 from sylva_train.config import SylvaConfig
 from sylva_train.layers import (
     check_unembedded,
-    embed,
+    embed_blocks,
     embedded_layers,
     find_saved,
     sync,
@@ -183,7 +183,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             )
             raise AdapterError(msg)
     endings = adapter.config.modules_to_save if adapter.modules else None
-    embed(model, adapter.masks, modules_to_save=endings)
+    embed_blocks(model, adapter.masks, endings)
     with torch.no_grad():
         for name, layer in embedded_layers(model).items():
             layer.sylva_values["default"].copy_(adapter.values[name])

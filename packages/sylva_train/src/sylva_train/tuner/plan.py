@@ -12,7 +12,7 @@ from torch import nn
 from sylva_train._checks import ConfigError
 from sylva_train.config import NEEDS_DATA, SylvaConfig
 from sylva_train.importance import score
-from sylva_train.layers import check_masks, find_saved
+from sylva_train.layers import check_masks, find_saved, warn_of_statistics
 from sylva_train.masks import LayerMask, Masks
 from sylva_train.selection import select_as
 from sylva_train.targets import is_inside, is_supported, matches
@@ -81,6 +81,7 @@ def plan(model: nn.Module, config: SylvaConfig) -> Mapping[str, LayerMask] | Non
         return None
     masks = choose_masks(model, config)
     layers = check_masks(model, masks, config.modules_to_save)
+    warn_of_statistics(model, config.modules_to_save)
     find_saved(model, config.modules_to_save)
     masks = {name: masks[name] for name in layers}
     sizes = {mask.block_size for mask in masks.values()}

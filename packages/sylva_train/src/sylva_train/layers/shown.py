@@ -1,0 +1,187 @@
+"""What a layer's dense weight shows at the moment: the base values or an adapter's."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from sylva_train.kernels import gather_blocks, is_capturing, scatter_blocks_
+from sylva_train.targets import as_matrix
+
+__all__ = ["Shown"]
+
+
+def holds_blocks(
+    matrix: torch.Tensor, indices: torch.Tensor, blocks: torch.Tensor
+) -> bool:
+    """Whether a weight (out, in) is known to have blocks (k, b, b), rounded, bit for bit.
+
+    To know it the host waits for the device, which no graph under capture lets it.
+    """
+    if is_capturing(matrix.device):
+        return False
+    shown = gather_blocks(matrix, indices, blocks.shape[-1])
+    bits = [t.to(matrix.dtype).contiguous().view(torch.uint8) for t in (shown, blocks)]
+    return torch.equal(*bits)
+
+
+def snapshot(values: torch.Tensor, weight: torch.Tensor) -> tuple[Any, ...]:
+    """Return what tells whether values or weight changed since the last write."""
+    # The tensor itself is kept, not its id: a new one may come to have the same.
+    return (
+        values,
+        values.data_ptr(),
+        values._version,
+        values.requires_grad,
+        weight.data_ptr(),
+        weight._version,
+    )
+
+
+class Left(NamedTuple):
+    """What a weight had in an adapter's blocks, and its version, when they were left."""
+
+    indices: torch.Tensor
+    blocks: torch.Tensor
+    version: int
+
+
+class Shown:
+    """What a dense weight shows, what lies under it, and the versions that go with it.
+
+    Autograd goes by a weight's version. When the weight shows again what it did, bit for
+    bit, it gets the version that it had: a backward pass may follow although an adapter
+    was disabled in between, as for the reference of preference optimization.
+
+    Attributes
+    ----------
+    adapter : str or None
+        Name of the adapter whose blocks are in the weight, None for the base.
+    indices : torch.Tensor or None
+        Where they are: block rows and block columns, (k, 2), int64.
+    is_due : bool
+        Whether the weight is to be looked at even if no change is seen.
+    """
+
+    def __init__(self) -> None:
+        self.adapter: str | None = None
+        self.indices: torch.Tensor | None = None
+        self.is_due = False
+        # Rarely needed: in the host's memory, and no buffer, which DDP would broadcast.
+        self._original: torch.Tensor | None = None
+        self._seen: tuple[Any, ...] = ()
+        # Versions of the weight: what it had as the base and as adapters that are not in
+        # it, the highest of all, and its memory and version after the last write.
+        self._base: int | None = None
+        self._left: dict[str, Left] = {}
+        self._highest = 0
+        self._last: tuple[int, int] | None = None
+
+    def is_current(self, values: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Whether the adapter's values and the weight are as after the last write."""
+        seen = self._seen
+        if not seen or seen[0] is not values or self.is_due:
+            return False
+        return seen[1:] == snapshot(values, weight)[1:]
+
+    def is_stale(self, values: torch.Tensor) -> bool:
+        """Whether the values that were written last were changed since."""
+        seen = self._seen
+        return bool(seen) and seen[0] is values and seen[2] != values._version
+
+    def is_in(self, weight: torch.Tensor) -> bool:
+        """Whether a weight has the memory that was written into last."""
+        return bool(self._seen[4] == weight.data_ptr())
+
+    def original(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the base weight's blocks under the adapter, on the weight's device."""
+        if self._original is None:
+            msg = "no adapter is written into this layer's weight: call `sync` first"
+            raise RuntimeError(msg)
+        self._original = self._original.to(weight)
+        return self._original
+
+    def write(
+        self,
+        base: nn.Module,
+        weight: torch.Tensor,
+        name: str,
+        indices: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Write an adapter's values into the base's weight, which shows it or none."""
+        matrix, blocks = as_matrix(base, weight.detach()), values.detach()
+        seen = self._seen
+        self._begin(weight)
+        version = None
+        if self.adapter is None:
+            self._original = gather_blocks(matrix, indices, blocks.shape[-1]).cpu()
+            scatter_blocks_(matrix, indices, blocks)
+            left = self._left.pop(name, None)
+            # Values changed through ``.data`` are seen by their bits alone.
+            if (
+                left is not None
+                and left.indices is indices
+                and holds_blocks(matrix, indices, left.blocks)
+            ):
+                version = left.version
+        elif (
+            seen[0] is values
+            and seen[2] == values._version
+            and holds_blocks(matrix, indices, blocks)
+        ):
+            # The same bits again would make backward passes under way fail.
+            version = weight._version
+        else:
+            scatter_blocks_(matrix, indices, blocks)
+        self.adapter, self.indices = name, indices
+        self.settle(values, weight, version)
+
+    def settle(
+        self, values: torch.Tensor, weight: torch.Tensor, version: int | None = None
+    ) -> None:
+        """Take note that the weight shows the values as they are now.
+
+        Its version is to be a new one, or one that it had.
+        """
+        self._end(weight, version)
+        self._seen, self.is_due = snapshot(values, weight), False
+
+    @torch.no_grad()
+    def restore_(self, base: nn.Module) -> None:
+        """Put the base weight back, bit for bit."""
+        if self.adapter is None:
+            return
+        weight: torch.Tensor = base.weight  # type: ignore[assignment]
+        matrix, original = as_matrix(base, weight.detach()), self.original(weight)
+        # As they were when they were written, wherever the weight is by now.
+        indices = self.indices.to(weight.device)  # type: ignore[union-attr]
+        self._begin(weight)
+        blocks = gather_blocks(matrix, indices, original.shape[-1])
+        self._left[self.adapter] = Left(indices, blocks, weight._version)
+        scatter_blocks_(matrix, indices, original)
+        self._end(weight, self._base)
+        self.adapter, self.indices, self._original = None, None, None
+
+    def forget(self, name: str) -> None:
+        """Forget what the weight showed of an adapter that is deleted."""
+        self._left.pop(name, None)
+
+    def _begin(self, weight: torch.Tensor) -> None:
+        """Forget, before a write, the versions of a weight that others changed."""
+        if self._last != (weight.data_ptr(), weight._version):
+            self._base, self._left = None, {}
+        if self.adapter is None:
+            self._base = weight._version
+        self._highest = max(self._highest, weight._version)
+
+    def _end(self, weight: torch.Tensor, version: int | None) -> None:
+        """Give a weight that was written a version, by default one it never had."""
+        if version is None:
+            version = max(weight._version, self._highest + 1)
+        if version != weight._version:
+            torch._C._autograd._unsafe_set_version_counter((weight,), (version,))
+        self._highest = max(self._highest, version)
+        self._last = (weight.data_ptr(), version)

@@ -1,0 +1,43 @@
+"""Which layers of a model Sylva works on, and their weights as (out, in) matrices."""
+
+from .finding import (
+    check_block_size,
+    check_tied,
+    find_targets,
+    is_inside,
+    matches,
+    warn_of_others,
+)
+from .identity import fingerprint
+from .inputs import first_reader, input_owners, is_same, layer_input, shared_inputs
+from .weights import (
+    as_matrix,
+    check_weights,
+    is_plain,
+    is_supported,
+    loaded_weight,
+    weight_device,
+    weight_view,
+)
+
+__all__ = [
+    "as_matrix",
+    "check_block_size",
+    "check_tied",
+    "check_weights",
+    "find_targets",
+    "fingerprint",
+    "first_reader",
+    "input_owners",
+    "is_inside",
+    "is_plain",
+    "is_same",
+    "is_supported",
+    "layer_input",
+    "loaded_weight",
+    "matches",
+    "shared_inputs",
+    "warn_of_others",
+    "weight_device",
+    "weight_view",
+]

@@ -1,0 +1,211 @@
+"""Finding the layers that a pattern names, and what speaks against a layer."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from sylva_train._checks import ConfigError, TargetError
+
+from .weights import is_plain, is_supported, weight_view
+
+__all__ = [
+    "check_block_size",
+    "check_tied",
+    "find_targets",
+    "head_names",
+    "is_inside",
+    "matches",
+    "warn_of_others",
+]
+
+
+def matches(name: str, patterns: str | Iterable[str] | None) -> bool:
+    """Whether a module's name fits: whole-name regex, or a list of name endings."""
+    if patterns is None:
+        return False
+    if isinstance(patterns, str):
+        try:
+            return re.fullmatch(patterns, name) is not None
+        except re.error as error:
+            msg = f"{patterns!r} is not a regular expression: {error}."
+            raise ConfigError(msg) from error
+    return any(name == p or name.endswith(f".{p}") for p in patterns)
+
+
+def is_inside(name: str, endings: Iterable[str] | None) -> bool:
+    """Whether a module, or one that holds it, has a name with one of the endings.
+
+    PEFT finds ``modules_to_save`` by the bare ending of a name, without a dot before it.
+    """
+    parts = name.split(".")
+    holders = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(holder.endswith(end) for end in endings or () for holder in holders)
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Names of modules that belong to the task's head rather than to the backbone."""
+    heads = set()
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    backbone = getattr(model, "base_model", model)
+    for name, module in model.named_modules():
+        if module is output:
+            heads.add(name)
+    if backbone is not model:
+        inside = {id(module) for module in backbone.modules()}
+        heads |= {n for n, m in model.named_modules() if n and id(m) not in inside}
+    return heads
+
+
+def check_tied(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Raise `TargetError` if another module uses the same weight."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    memory = weight.data_ptr() or None  # on the meta device 0
+    sharers = [
+        other
+        for other, parameter in model.named_parameters(remove_duplicate=False)
+        if (parameter is weight or parameter.data_ptr() == memory)
+        and other != f"{name}.weight"
+    ]
+    if sharers:
+        msg = (
+            f"the weight of `{name}` is shared with {', '.join(f'`{s}`' for s in sharers)}"
+            " (tied weights): training blocks of it would silently change both. Leave the"
+            " layer out of `target_modules`, or untie it first"
+            " (`config.tie_word_embeddings=False`)."
+        )
+        raise TargetError(msg)
+
+
+def warn_of_others(model: nn.Module) -> None:
+    """Warn where ``"all-linear"`` is the smaller part of a backbone's matrices.
+
+    Experts of a mixture are often stored as stacks of matrices, not as linear layers.
+    """
+    heads, linear = head_names(model), 0
+    others: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if name in heads or isinstance(module, nn.Embedding):
+            continue
+        sizes = {
+            n: p.numel()
+            for n, p in module._parameters.items()
+            if p is not None and p.dim() > 1
+        }
+        if is_supported(module) and is_plain(module):
+            linear += sum(sizes.values())
+        else:
+            others |= {f"{name}.{n}": size for n, size in sizes.items()}
+    total = linear + sum(others.values())
+    if others and total > 2 * linear:
+        largest = max(others, key=others.__getitem__)
+        kind = type(model.get_submodule(largest.rpartition(".")[0])).__name__
+        warnings.warn(
+            f'"all-linear" is {linear / total:.0%} of the weight matrices of this'
+            f" {type(model).__name__}: the others, like `{largest}` of a {kind}, belong to"
+            " no linear layer and will not be trained.",
+            stacklevel=4,
+        )
+
+
+def find_targets(
+    model: nn.Module,
+    target_modules: list[str] | str | None = "all-linear",
+    exclude_modules: list[str] | str | None = None,
+) -> dict[str, nn.Module]:
+    """Find the layers that a pattern names.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model; `transformers` models tell their head from their backbone.
+    target_modules : list of str or str
+        Names or name endings, a regular expression on whole names, or
+        ``"all-linear"``: every `torch.nn.Linear` and ``Conv1D`` of the backbone, but
+        subclasses with a forward pass of their own.
+    exclude_modules : list of str or str, optional
+        Layers to leave out, in the same form.
+
+    Returns
+    -------
+    dict of str to torch.nn.Module
+        The layers by name, in the model's order.
+
+    Raises
+    ------
+    TargetError
+        If nothing matches, or no linear layer is excluded where some should be, a match
+        is not a linear layer with a dense weight, or its weight is tied to another
+        module's.
+    ConfigError
+        If a regular expression is none.
+    """
+    everything = target_modules is None or target_modules == "all-linear"
+    heads = head_names(model) if everything else set()
+    found, excluded = {}, False
+    for name, module in model.named_modules():
+        if matches(name, exclude_modules):
+            excluded |= is_supported(module)
+            continue
+        if everything:
+            if is_supported(module) and is_plain(module) and name not in heads:
+                found[name] = module
+        elif matches(name, target_modules):
+            if not is_supported(module):
+                msg = (
+                    f"`target_modules` matches `{name}`, a {type(module).__name__}; only"
+                    " torch.nn.Linear and transformers' Conv1D with a dense"
+                    " floating-point weight can hold trainable blocks."
+                )
+                raise TargetError(msg)
+            found[name] = module
+    endings = sorted(
+        {n.rpartition(".")[2] for n, m in model.named_modules() if is_supported(m)}
+    )
+    if exclude_modules and found and not excluded:
+        msg = (
+            f"`exclude_modules`={exclude_modules!r} matches no linear layer of this"
+            f" {type(model).__name__}; they end in {', '.join(map(repr, endings))}."
+        )
+        raise TargetError(msg)
+    if not found:
+        msg = (
+            f"no layer of this {type(model).__name__} matches"
+            f" `target_modules`={target_modules!r}"
+            + (
+                f" outside `exclude_modules`={exclude_modules!r}"
+                if exclude_modules
+                else ""
+            )
+            + (
+                f"; its linear layers end in {', '.join(map(repr, endings))}."
+                if endings
+                else "; it has no linear layer at all."
+            )
+        )
+        raise TargetError(msg)
+    for name, module in found.items():
+        check_tied(model, name, module)
+    return found
+
+
+def check_block_size(targets: dict[str, nn.Module], block_size: int) -> None:
+    """Raise `ConfigError` if a layer is smaller than a block."""
+    small = {
+        name: tuple(weight_view(module).shape)
+        for name, module in targets.items()
+        if block_size > min(weight_view(module).shape)
+    }
+    if small:
+        name, shape = next(iter(small.items()))
+        msg = (
+            f"`block_size` {block_size} is larger than `{name}` of shape {shape}"
+            + (f" and {len(small) - 1} other layers" if len(small) > 1 else "")
+            + f"; take at most {min(min(s) for s in small.values())}, or exclude the"
+            " layer with `exclude_modules`."
+        )
+        raise ConfigError(msg)

@@ -1,0 +1,121 @@
+"""Linear layers that can hold blocks, and their weights as (out, in) matrices."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils import align_module_device
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from sylva_train._checks import TargetError
+
+__all__ = [
+    "as_matrix",
+    "check_weights",
+    "is_plain",
+    "is_supported",
+    "loaded_weight",
+    "weight_device",
+    "weight_view",
+]
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with a dense, floating-point weight."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    # nn.MultiheadAttention reads its projection's weight and never calls the layer.
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    # A parametrized weight (weight norm) is computed: writing into it would be lost.
+    weight = module._parameters.get("weight")
+    # Quantized linear layers subclass nn.Linear but keep packed integers.
+    return weight is not None and weight.dim() == 2 and weight.is_floating_point()
+
+
+#: Forward passes that are ``x Wᵀ + bias``, and classes that have such a one of their own.
+PRODUCTS = (nn.Linear.forward, Conv1D.forward)
+PRODUCT_CLASSES = {"FalconLinear"}
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer's class computes a product alone, and not a router's choice."""
+    kind = type(module)
+    return kind.forward in PRODUCTS or kind.__name__ in PRODUCT_CLASSES
+
+
+def as_matrix(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """View a tensor of the shape of a layer's weight as an (out, in) matrix."""
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def weight_view(module: nn.Module) -> torch.Tensor:
+    """Return a layer's weight as an (out, in) matrix that shares its memory.
+
+    `torch.nn.Linear` stores that already; GPT-2's ``Conv1D`` stores the transpose.
+    """
+    return as_matrix(module, module.weight.detach())  # type: ignore[operator]
+
+
+def weight_device(module: nn.Module) -> torch.device:
+    """Return where a layer computes: where its weight is, or is brought to for it."""
+    device = module.weight.device
+    hook = getattr(module, "_hf_hook", None)
+    if device.type == "meta" and hook is not None:
+        device = torch.device(hook.execution_device)
+    return device  # type: ignore[return-value]
+
+
+def loaded_weight(module: nn.Module) -> torch.Tensor:
+    """Return `weight_view`, brought here where accelerate keeps it elsewhere."""
+    if not module.weight.is_meta:
+        return weight_view(module)
+    with align_module_device(module):
+        return weight_view(module).clone()
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise `TargetError` unless the model computes with weights that it really has.
+
+    Refused are quantized models, whose integers stand for weights, and models whose
+    weights were never loaded. A weight that accelerate keeps on the CPU or on disk until
+    its layer runs is there.
+    """
+    packed = [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in {"Linear4bit", "Linear8bitLt"}
+        or (isinstance(module, nn.Linear | Conv1D) and is_packed(module))
+    ]
+    config = getattr(model, "config", None)
+    if packed or getattr(config, "quantization_config", None) is not None:
+        where = f"`{packed[0]}` holds" if packed else "it has"
+        msg = (
+            f"this {type(model).__name__} is quantized ({where} 8-bit or 4-bit weights):"
+            " it cannot be scored. Score the model in bfloat16, float16 or float32; the"
+            " masks then fit every copy of it."
+        )
+        raise TargetError(msg)
+    for name, module in model.named_modules():
+        empty = [
+            n for n, p in module._parameters.items() if p is not None and p.is_meta
+        ]
+        parts = name.split(".")
+        holders = [".".join(parts[:i]) for i in range(len(parts) + 1)]
+        hooks = (getattr(model.get_submodule(h), "_hf_hook", None) for h in holders)
+        if empty and not any(getattr(hook, "offload", False) for hook in hooks):
+            msg = (
+                f"`{name}.{empty[0]}` is on the meta device and nothing loads it: read the"
+                " weights first (`from_pretrained`), or dispatch the model with"
+                " accelerate."
+            )
+            raise TargetError(msg)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a layer's weight is not of 16-bit floating-point numbers at least."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return False
+    return not weight.is_floating_point() or weight.element_size() < 2
