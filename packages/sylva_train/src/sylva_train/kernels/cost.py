@@ -6,6 +6,8 @@ import functools
 
 import torch
 
+from sylva_train._torch import has_fast_bfloat16
+
 __all__ = ["choose_way", "product_dtype", "speed_of", "wide"]
 
 # Cost model of the ways on a CPU, in multiply-adds of the dense product for each token
@@ -86,11 +88,7 @@ def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """
     if dtype != torch.bfloat16 or device != "cpu":
         return wide(dtype)
-    fast = (
-        torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    return dtype if fast else torch.float32
+    return dtype if has_fast_bfloat16() else torch.float32
 
 
 def speed_of(x: torch.Tensor) -> float:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sylva_train._torch import set_version
 from sylva_train.kernels import gather_blocks, is_capturing, scatter_blocks_
 from sylva_train.targets import as_matrix
 
@@ -182,6 +183,6 @@ class Shown:
         if version is None:
             version = max(weight._version, self._highest + 1)
         if version != weight._version:
-            torch._C._autograd._unsafe_set_version_counter((weight,), (version,))
+            set_version(weight, version)
         self._highest = max(self._highest, version)
         self._last = (weight.data_ptr(), version)

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sylva_train._checks import TargetError
+from sylva_train._torch import is_in_backward
 
 __all__ = [
     "Masters",
@@ -176,7 +177,7 @@ def watch_optimizers() -> None:
             return
         # A step inside a backward pass must leave the weights alone, which are still
         # needed there; the next forward pass sees the change.
-        inside = torch._C._current_graph_task_id() != -1
+        inside = is_in_backward()
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 layer = layer_showing(parameter)
