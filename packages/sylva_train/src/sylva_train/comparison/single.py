@@ -23,6 +23,7 @@ from sylva_train.baselines import (
 )
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.curvature import describe_factor
+from sylva_train.data import Loader
 from sylva_train.evaluation import (
     evaluate,
     key_of,
@@ -34,7 +35,12 @@ from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.pretrained import pooled_features, quiet
 from sylva_train.targets import find_targets
-from sylva_train.training import number_of_steps, pick_device, train
+from sylva_train.training import (
+    TrainResult,
+    number_of_steps,
+    pick_device,
+    train,
+)
 from sylva_train.tuner import save_adapter
 from sylva_train.workflow import Report, Task, evaluation_loader, heads, load_task
 
@@ -103,6 +109,45 @@ def run_frozen(task: Task, training: TrainingConfig, tell: Tell) -> dict[str, An
     }
 
 
+def train_measured(
+    model: torch.nn.Module,
+    loader: Loader,
+    task: Task,
+    training: TrainingConfig,
+    memory: PeakMemory,
+    tell: Tell,
+) -> tuple[TrainResult, int]:
+    """Train, and return the result and the peak memory without that of evaluations."""
+    eval_loader = task.eval_loader()
+    memory.reset()
+    peak = 0
+
+    def score(model: torch.nn.Module) -> dict[str, Any]:
+        # Memory is that of training: an evaluation's batches are of another size.
+        nonlocal peak
+        peak = max(peak, memory.bytes())
+        metrics = evaluate(
+            model,
+            eval_loader,
+            metric=task.config.metric,
+            generation=task.config.generation,
+            progress=stage(tell, "evaluating"),
+        )
+        memory.reset()
+        return metrics
+
+    steps = number_of_steps(loader, training)
+    result = train(
+        model,
+        loader,
+        training,
+        evaluate=score,
+        progress=False,
+        callbacks=[lambda record: tell("training", int(record["step"]), steps)],
+    )
+    return result, peak
+
+
 def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
     """Do one run: adapt, train, evaluate, save; return its row of the results.
 
@@ -161,33 +206,7 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
     if adapted.scores is not None:
         row["score_seconds"] = time.perf_counter() - begin
         row["score_memory_bytes"] = memory.bytes()
-    eval_loader = task.eval_loader()
-    memory.reset()
-    peak = 0
-
-    def score(model: torch.nn.Module) -> dict[str, Any]:
-        # Memory is that of training: an evaluation's batches are of another size.
-        nonlocal peak
-        peak = max(peak, memory.bytes())
-        metrics = evaluate(
-            model,
-            eval_loader,
-            metric=task.config.metric,
-            generation=task.config.generation,
-            progress=stage(tell, "evaluating"),
-        )
-        memory.reset()
-        return metrics
-
-    steps = number_of_steps(loader, training)
-    result = train(
-        adapted.model,
-        loader,
-        training,
-        evaluate=score,
-        progress=False,
-        callbacks=[lambda record: tell("training", int(record["step"]), steps)],
-    )
+    result, peak = train_measured(adapted.model, loader, task, training, memory, tell)
     row |= {
         "score": result.history[-1]["score"],
         "metrics": result.metrics,

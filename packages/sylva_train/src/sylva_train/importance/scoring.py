@@ -181,6 +181,18 @@ def checked_targets(model: nn.Module, config: SylvaConfig) -> dict[str, nn.Modul
     return targets
 
 
+def check_products(targets: Mapping[str, nn.Module], rule: str) -> None:
+    """Raise `TargetError` if a layer computes more than the product a rule goes by."""
+    odd = [name for name, module in targets.items() if not is_plain(module)]
+    if odd:
+        msg = (
+            f"`{odd[0]}`, a {type(targets[odd[0]]).__name__}, has a forward pass of its own,"
+            f" of which `importance={rule!r}` knows nothing: leave it out"
+            ' (`exclude_modules`), or choose its blocks with "magnitude".'
+        )
+        raise TargetError(msg)
+
+
 def run_rules(
     model: nn.Module,
     targets: dict[str, nn.Module],
@@ -209,15 +221,8 @@ def run_rules(
                 kept.save(done, {"samples": seen, "indefinite": bad, "data": data})
 
     needy = [rule for rule in rules if rule in NEEDS_DATA]
-    odd = [name for name, module in targets.items() if not is_plain(module)]
-    if needy and odd:
-        msg = (
-            f"`{odd[0]}`, a {type(targets[odd[0]]).__name__}, has a forward pass of its own,"
-            f" of which `importance={needy[0]!r}` knows nothing: leave it out"
-            ' (`exclude_modules`), or choose its blocks with "magnitude".'
-        )
-        raise TargetError(msg)
     if needy:
+        check_products(targets, needy[0])
         if dataloader is None:
             msg = (
                 f"`importance` {needy[0]!r} needs labelled samples: pass `dataloader`, or"
