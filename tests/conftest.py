@@ -25,7 +25,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile(
     "quick", max_examples=25, deadline=None, derandomize=True, print_blob=True
 )
-hypothesis.settings.register_profile("nightly", max_examples=5000, deadline=None)
+hypothesis.settings.register_profile("nightly", max_examples=1000, deadline=None)
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev")
 )

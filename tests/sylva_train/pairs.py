@@ -12,6 +12,7 @@ from sylva_train.targets import weight_view
 from tests.sylva_train.models import dense_blocks, random_masks
 
 
+@torch.compiler.disable  # before 2.13 the compiler refuses generators
 def random(shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator)

@@ -41,6 +41,7 @@ from tests.sylva_train.models import (
     snapshot,
     train_step,
     trainable,
+    transformers_loads_heads,
 )
 from tests.sylva_train.words import TINY, save_folder, word_tokenizer
 
@@ -81,9 +82,11 @@ def test_every_door_opens_every_file(name, how, tmp_path):
     expected = logits(model, batch)
     first = peft.PeftModel.from_pretrained(make_model(name), tmp_path / "a")
     second = load_adapter(make_model(name), tmp_path / "a")
-    third = make_model(name)
-    third.load_adapter(tmp_path / "a")
-    for loaded in (first, second, third):
+    doors = [first, second]
+    if transformers_loads_heads():
+        doors.append(make_model(name))
+        doors[2].load_adapter(tmp_path / "a")
+    for loaded in doors:
         assert torch.equal(logits(loaded, batch), expected)
     untouched = snapshot(make_model(name))
     assert same(snapshot(first.unload()), untouched)
@@ -174,9 +177,10 @@ def test_saving_again_gives_the_same_bytes(saved, tmp_path):
     models = [
         load_adapter(make_model(), path),
         peft.PeftModel.from_pretrained(make_model(), path),
-        make_model(),
     ]
-    models[2].load_adapter(path)
+    if transformers_loads_heads():
+        models.append(make_model())
+        models[2].load_adapter(path)
     for i, each in enumerate(models):
         save_adapter(each, tmp_path / str(i))
         again = load_file(tmp_path / str(i) / TENSORS)

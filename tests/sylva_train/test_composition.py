@@ -105,6 +105,16 @@ def compiler():
     torch._dynamo.reset()
 
 
+def compiles(name):
+    """Whether the model without blocks is one graph: T5 is not in transformers 5.17."""
+    plain = torch.compile(make_model(name), fullgraph=True, backend="eager")
+    try:
+        plain(**make_batch(name))
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     ("name", "known"), [("llama", False), ("llama", True), ("bert", True), ("t5", True)]
 )
@@ -119,6 +129,9 @@ def test_compiling_without_a_graph_break(name, known, compiler):
         for reader in layer._readers.values()
     ]
     assert any(narrowed) is known
+    if not compiles(name):
+        pytest.skip("this transformers' own model has graph breaks")
+    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     optimizer = SparseAdamW(model, lr=1e-2)
     for _ in range(3):

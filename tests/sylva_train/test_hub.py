@@ -75,7 +75,9 @@ def test_a_model_of_the_hub_is_tuned_and_found_again(tmp_path, root):
         online = {"home": home, "HF_ENDPOINT": hub.address}
         options = ["--model", "org/tiny", "--data", data, *QUICK]
         python(COMMAND, "finetune", run, *options, **online)
-        assert f"/org/tiny/resolve/{COMMIT}/model.safetensors" in hub.asked
+        asked = [path.removeprefix("/org/tiny/resolve/") for path in hub.asked]
+        # By the commit or, in transformers 5.17, by the branch.
+        assert {f"{COMMIT}/model.safetensors", "main/model.safetensors"} & set(asked)
         found = json.loads(python(COMMAND, "evaluate", run, *JSON, **online))
     assert found["score"] == tuned(run)["metrics"]["score"]
     assert inspect_adapter(run / "adapter")["base"]["name"] == "org/tiny"

@@ -26,10 +26,14 @@ from tests.sylva_train.models import (
     snapshot,
     train_step,
     trainable,
+    transformers_loads_heads,
+    transformers_loads_heads,
 )
 
 
 def test_transformers_loads_two_adapters_itself(pair):
+    if not transformers_loads_heads():
+        pytest.skip("this transformers leaves saved heads out, LoRA's too")
     _, expected, folder = pair
     make_trained().save_pretrained(folder / "one")
     base, batch = make_model(), make_batch()
