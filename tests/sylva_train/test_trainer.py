@@ -27,7 +27,6 @@ from tests.sylva_train.models import (
     train_step,
     trainable,
     transformers_loads_heads,
-    transformers_loads_heads,
 )
 
 
