@@ -23,9 +23,12 @@ __all__ = [
     "atomic_folder",
     "atomic_write",
     "check_choice",
+    "check_columns",
     "check_density",
     "check_integer",
     "check_positive",
+    "check_spread",
+    "write_text",
 ]
 
 
@@ -176,6 +179,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a whole text file, or leave what is there."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

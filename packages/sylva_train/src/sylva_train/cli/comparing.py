@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import atomic_write
+from sylva_train._checks import write_text
 from sylva_train.comparison import Comparison, Event, compare
 from sylva_train.report import markdown_table, write_report
 from sylva_train.workflow import Progress, duration
@@ -19,8 +19,7 @@ __all__ = ["publish", "run_comparison", "show"]
 def publish(results: dict[str, Any], output: Path) -> dict[str, Any]:
     """Write the report and the table beside the results, and return these."""
     write_report(results, output / "report.html")
-    with atomic_write(output / "table.md") as temporary:
-        temporary.write_text(markdown_table(results), encoding="utf-8")
+    write_text(output / "table.md", markdown_table(results))
     return results
 
 

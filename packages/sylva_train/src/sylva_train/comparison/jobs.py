@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import ConfigError, atomic_write, check_integer
+from sylva_train._checks import ConfigError, check_integer, write_text
 from sylva_train.workflow import check_folder
 
 from .events import Clock, Event, Watcher
@@ -203,8 +203,7 @@ class Queue:
             self.tell(event, kind="kept", row=row)
             return row
         self.tell(event)
-        with atomic_write(spec_path) as temporary:
-            temporary.write_text(json.dumps(job.spec), encoding="utf-8")
+        write_text(spec_path, json.dumps(job.spec))
         begin = time.perf_counter()
         row = start(job, path, self.stages(event, number, begin), self.processes)
         self.clock.finish(number, time.perf_counter() - begin)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import ConfigError, atomic_write
+from sylva_train._checks import ConfigError, write_text
 from sylva_train.comparison import (
     Comparison,
     Watcher,
@@ -172,8 +172,7 @@ def write_table(results: dict[str, Any], output: Path) -> dict[str, Any]:
         "table.svg": save_svg(lambda: draw(results)),
     }
     for name, text in texts.items():
-        with atomic_write(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(output / name, text)
     return results
 
 

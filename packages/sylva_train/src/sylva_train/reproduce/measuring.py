@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import atomic_write, check_choice
+from sylva_train._checks import check_choice, write_text
 from sylva_train.comparison import (
     Job,
     Watcher,
@@ -207,8 +207,7 @@ def write_measurement(results: dict[str, Any], output: Path) -> dict[str, Any]:
         "table.csv": text.getvalue(),
     }
     for name, content in texts.items():
-        with atomic_write(output / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        write_text(output / name, content)
     if one.draw is not None:
         one.draw(results["runs"], output / "figure.svg")
     return results

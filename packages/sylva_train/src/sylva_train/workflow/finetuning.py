@@ -16,7 +16,7 @@ from sylva_train._checks import (
     ConfigError,
     OutputExistsError,
     atomic_folder,
-    atomic_write,
+    write_text,
 )
 from sylva_train.checkpoint import checkpoints
 from sylva_train.config import SylvaConfig, SylvaOptions, TaskConfig, TrainingConfig
@@ -199,8 +199,7 @@ def finetune(
     record = wanted | {"finished": True, **found, "total": total}
     with together():
         if first:
-            with atomic_write(output / RECORD) as temporary:
-                temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+            write_text(output / RECORD, json.dumps(record, indent=1))
             shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return record
 
