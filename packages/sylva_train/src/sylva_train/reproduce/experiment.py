@@ -22,7 +22,7 @@ from sylva_train.comparison import (
     read_results,
     run_jobs,
 )
-from sylva_train.report import save_svg
+from sylva_train.report import svg_file
 from sylva_train.workflow import evaluated_on, located
 
 from .pictures import draw
@@ -169,7 +169,7 @@ def write_table(results: dict[str, Any], output: Path) -> dict[str, Any]:
         RESULTS: json.dumps(results),
         "table.md": as_markdown(results),
         "table.csv": as_csv(results),
-        "table.svg": save_svg(lambda: draw(results)),
+        "table.svg": svg_file(lambda: draw(results)),
     }
     for name, text in texts.items():
         write_text(output / name, text)
