@@ -152,6 +152,17 @@ class Look:
         """The colour that fills the marker."""
         return SURFACE if self.hollow else self.colour
 
+    @property
+    def point(self) -> dict[str, Any]:
+        """How matplotlib draws a point of it, but for the size."""
+        return {
+            "color": self.colour,
+            "marker": self.marker,
+            "mfc": self.face,
+            "mec": self.colour if self.hollow else SURFACE,
+            "mew": 1.4 if self.hollow else 0.6,
+        }
+
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
     """Give each method its look: that of its family, else one that nobody has.
