@@ -357,13 +357,19 @@ def test_inputs_go_where_the_model_is(monkeypatch, found, name, inputs, moved):
 
 @pytest.mark.parametrize(("terminal", "progress"), [(1, True), (0, True), (1, False)])
 def test_progress_is_for_terminals(monkeypatch, capsys, terminal, progress):
-    monkeypatch.setattr(parts, "PATIENCE", 0.0)
+    monkeypatch.setattr("sylva_train.progress.PATIENCE", 0.0)
     for name in ("TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.setenv(name, str(terminal))
-    run(progress=progress)
+
+    def stop(record):
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=progress, callbacks=[stop])
     out, err = capsys.readouterr()
     assert not out
-    assert ("step 8" in err) == bool(terminal and progress)
+    assert ("step 3" in err) == bool(terminal and progress)
 
 
 @pytest.mark.gpu

@@ -8,8 +8,8 @@ from typing import Any
 
 from sylva_train._checks import write_text
 from sylva_train.comparison import Comparison, Event, compare
+from sylva_train.progress import Progress, duration
 from sylva_train.report import markdown_table, write_report
-from sylva_train.workflow import Progress, duration
 
 from .show import score_text
 

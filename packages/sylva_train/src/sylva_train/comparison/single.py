@@ -6,6 +6,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +43,13 @@ from sylva_train.training import (
     train,
 )
 from sylva_train.tuner import save_adapter
-from sylva_train.workflow import Report, Task, evaluation_loader, heads, load_task
+from sylva_train.workflow import Task, evaluation_loader, heads, load_task
 
 from .memory import PeakMemory
 
 __all__ = ["run"]
 
 Tell = Callable[[str, int, int], None]
-
-
-def stage(tell: Tell, name: str) -> Report:
-    """Return the function of (done, total) that tells of a stage."""
-
-    def report(done: int, total: int) -> None:
-        tell(name, done, total)
-
-    return report
 
 
 def folder_bytes(path: Path) -> int:
@@ -87,10 +79,10 @@ def run_frozen(task: Task, training: TrainingConfig, tell: Tell) -> dict[str, An
     loader = evaluation_loader(task.train, task.tokenizer, task.config.max_length)
     task.model.to(pick_device(training.device))
     features, labels = pooled_features(
-        task.model, loader, progress=stage(tell, "reading features")
+        task.model, loader, progress=partial(tell, "reading features")
     )
     eval_features, eval_labels = pooled_features(
-        task.model, task.eval_loader(), progress=stage(tell, "evaluating")
+        task.model, task.eval_loader(), progress=partial(tell, "evaluating")
     )
     predictions, size = probe(features, labels, eval_features, seed=training.seed)
     if task.config.task == "regression":
@@ -131,7 +123,7 @@ def train_measured(
             eval_loader,
             metric=task.config.metric,
             generation=task.config.generation,
-            progress=stage(tell, "evaluating"),
+            progress=partial(tell, "evaluating"),
         )
         memory.reset()
         return metrics
@@ -201,7 +193,7 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
     begin = time.perf_counter()
     memory.reset()
     adapted = adapt(
-        method, task.model, config, samples, progress=stage(tell, "scoring")
+        method, task.model, config, samples, progress=partial(tell, "scoring")
     )
     if adapted.scores is not None:
         row["score_seconds"] = time.perf_counter() - begin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from sylva_train._checks import ConfigError, DataError, check_choice
 from sylva_train.data import Loader, TextDataset
+from sylva_train.progress import Report
 
 from .choice import choice_metrics
 from .generation import write
@@ -28,7 +29,7 @@ def evaluate(
     *,
     predictions: bool = False,
     generation: GenerationConfig | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on labelled batches, or by what it writes after prompts.
 
@@ -152,7 +153,7 @@ def answer_metrics(
     metric: str,
     predictions: bool,
     generation: GenerationConfig | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Report | None,
 ) -> dict[str, Any]:
     """Return the metrics of what a model writes or chooses."""
     data = loader.dataset

@@ -26,13 +26,13 @@ from sylva_train.importance import Scores
 from sylva_train.layers import embed
 from sylva_train.masks import Masks
 from sylva_train.processes import agree, is_first, together
+from sylva_train.progress import Progress
 from sylva_train.selection import select_as
 from sylva_train.targets import shared_inputs
 from sylva_train.training import number_of_steps, train
 from sylva_train.tuner import save_adapter
 
 from .outputs import check_folder, occupied
-from .progress import Progress
 from .runs import FORMAT, RECORD, read_run
 from .scoring import check_targets, score_task
 from .task import Task, heads, load_task, located

@@ -28,8 +28,7 @@ from sylva_train.evaluation import (
     known_metrics,
 )
 from sylva_train.pretrained import load_model, saved_labels
-
-from .progress import Report
+from sylva_train.progress import Report
 
 __all__ = [
     "HELD_OUT",
