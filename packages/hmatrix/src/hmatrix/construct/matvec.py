@@ -32,8 +32,8 @@ from hmatrix._checks import (
     remedy,
 )
 from hmatrix._operator import Operator, pad_rows, real_rows, unpad_rows
-from hmatrix.construct.assembly import assemble
 from hmatrix.construct.budget import block_tolerance, check_tolerances, make_tree
+from hmatrix.construct.cutting import cut_blocks
 from hmatrix.hodlr import HODLR, apply_blocks, clear_padding
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
@@ -204,7 +204,7 @@ def from_matvec(
     norm = math.sqrt(squares + float(xp.sum(xp.abs(leaves) ** 2)))
     allowed = max(asked * norm, atol)
     spent = 2 * probes.error(whole)  # twice: the estimate may be low
-    H = assemble(
+    H = cut_blocks(
         tree,
         whole.leaves,
         whole.upper,
@@ -342,7 +342,7 @@ class _Peeling:
             level, shape[0], sides, 1, Q.shape[-1]
         )
         W = self._across(self.backward, Q, 0)
-        S = xp.ones_like(self.space.real.zeros(*shape[:1], sides, Q.shape[-1]))
+        S = self.space.real.ones(shape[0], sides, Q.shape[-1])
         blocks, _ = recompress(
             LowRank(Q, S, W), tolerance=block_tolerance(tree, level, total)
         )

@@ -15,8 +15,8 @@ from hmatrix._checks import (
     check_finite,
     check_space,
 )
-from hmatrix.construct.assembly import assemble
 from hmatrix.construct.budget import check_symmetric, check_tolerances, make_tree
+from hmatrix.construct.cutting import cut_blocks
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
@@ -144,7 +144,7 @@ def from_sparse(
     here = rows // m == columns // m
     leaves = np.zeros((tree.nodes(tree.levels), m, m), dtype=space.name)
     leaves[rows[here] // m, rows[here] % m, columns[here] % m] = values[here]
-    return assemble(
+    return cut_blocks(
         tree,
         space.asarray(leaves),
         side(1),

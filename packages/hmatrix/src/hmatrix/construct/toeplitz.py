@@ -181,7 +181,7 @@ def _toeplitz_level(
     Q = find_range(sample, width, STEP, tolerance * math.sqrt(sides))
     Q = rows[0, ...] * Q
     W = columns[0, ...] * _convolve(conjugate(xp.flip(kernels, axis=-1)), Q)
-    S = xp.ones_like(space.real.zeros(sides, Q.shape[-1]))
+    S = space.real.ones(sides, Q.shape[-1])
     block, _ = recompress(LowRank(Q, S, W), tolerance=tolerance, max_rank=max_rank)
     return [
         LowRank(
