@@ -15,19 +15,19 @@ import torch
 from sylva_train._checks import ConfigError, ModelError
 from sylva_train.report import svg_file
 from sylva_train.reproduce import (
-    draw_fig4,
-    draw_fig5,
     draw_masks,
-    fig4,
-    fig4_jobs,
-    fig5,
-    fig5_jobs,
     measure_layer,
     measure_memory,
     measure_step,
     performance,
+)
+from sylva_train.reproduce.performance_jobs import fig4_jobs, fig5_jobs, table2_jobs
+from sylva_train.reproduce.performance_tables import (
+    draw_fig4,
+    draw_fig5,
+    fig4,
+    fig5,
     table2,
-    table2_jobs,
 )
 from sylva_train.reproduce.specs import LayerSpec, StepSpec
 from sylva_train.reproduce.timing import summarize, take_turns

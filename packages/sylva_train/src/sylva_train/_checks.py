@@ -28,6 +28,7 @@ __all__ = [
     "check_integer",
     "check_positive",
     "check_spread",
+    "folder_size",
     "write_text",
 ]
 
@@ -185,6 +186,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a whole text file, or leave what is there."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def folder_size(path: Path) -> int:
+    """Return the bytes of a folder's files."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 @contextlib.contextmanager

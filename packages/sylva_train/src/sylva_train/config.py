@@ -13,11 +13,9 @@ from peft import PeftConfig
 from .options import (
     CURVATURES,
     DTYPES,
-    GENERATION,
     IMPORTANCES,
     KRONECKER,
     METHODS,
-    METRICS,
     MINILM,
     NEEDS_DATA,
     SCHEDULES,
@@ -37,11 +35,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CURVATURES",
     "DTYPES",
-    "GENERATION",
     "IMPORTANCES",
     "KRONECKER",
     "METHODS",
-    "METRICS",
     "MINILM",
     "NEEDS_DATA",
     "SCHEDULES",

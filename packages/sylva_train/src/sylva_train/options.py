@@ -39,6 +39,7 @@ __all__ = [
     "SCHEDULES",
     "SCOPES",
     "SUITABLE",
+    "TASKS",
     "TOKENS",
     "SylvaOptions",
     "TaskConfig",
@@ -47,6 +48,8 @@ __all__ = [
     "minilm_folder",
 ]
 
+#: What data and a model are for; the first is the default.
+TASKS = ("classification", "regression", "causal-lm", "seq2seq")
 #: Rules that score a weight's importance; `kfac` is the paper's.
 IMPORTANCES = (
     "kfac",
@@ -360,9 +363,7 @@ class TaskConfig:
     no_repeat_ngram_size: int = 0
 
     def __post_init__(self) -> None:
-        check_choice(
-            "task", self.task, ("classification", "regression", "causal-lm", "seq2seq")
-        )
+        check_choice("task", self.task, TASKS)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("pooling", self.pooling, ("auto", "mean", "native"))
         check_integer("max_length", self.max_length, 2)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sylva_train._checks import ConfigError, check_integer, write_text
-from sylva_train.workflow import check_folder
+from sylva_train.workflow import check_folder, differences
 
 from .events import Clock, Event, Watcher
 from .job import RUNS, Job, done
@@ -94,17 +94,6 @@ def check_same(jobs: Sequence[Job], output: Path) -> None:
                 " with the same ones, or choose another folder."
             )
             raise ConfigError(msg)
-
-
-def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Say what options differ, in the groups that a spec has."""
-    groups = [name for name, value in wanted.items() if isinstance(value, dict)]
-    return [
-        f"`{name}` is {found.get(group, {}).get(name)!r} there and {value!r} here"
-        for group in groups
-        for name, value in wanted[group].items()
-        if found.get(group, {}).get(name) != value
-    ]
 
 
 def read(path: Path) -> dict[str, Any]:

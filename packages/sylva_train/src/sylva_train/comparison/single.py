@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sylva_train._checks import NonFiniteError
+from sylva_train._checks import NonFiniteError, folder_size
 from sylva_train.baselines import (
     Adapted,
     Method,
@@ -52,11 +52,6 @@ __all__ = ["run"]
 Tell = Callable[[str, int, int], None]
 
 
-def folder_bytes(path: Path) -> int:
-    """Size of the files in a folder."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
 def saved_bytes(adapted: Adapted, config: SylvaConfig) -> int:
     """Save what a method trained, as its users would, and return its size on disk."""
     model: Any = adapted.model
@@ -70,7 +65,7 @@ def saved_bytes(adapted: Adapted, config: SylvaConfig) -> int:
             save_file(trained, path / "adapter.safetensors")
         else:
             model.save_pretrained(path)
-        return folder_bytes(path)
+        return folder_size(path)
 
 
 def run_frozen(task: Task, training: TrainingConfig, tell: Tell) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from sylva_train.progress import Report
 
 from .dataset import LABELLED, Text, TextDataset
 
-__all__ = ["Loader", "ending"]
+__all__ = ["Loader", "ending", "prompt_ids", "spaced"]
 
 #: Label of the positions that do not count in the loss.
 IGNORED = -100

@@ -19,7 +19,6 @@ from sylva_train.comparison import (
     done,
     fresh,
     made,
-    read_results,
     run_jobs,
 )
 from sylva_train.report import svg_file
@@ -29,7 +28,7 @@ from .pictures import draw
 from .quality import TABLES, Plan, Table
 from .tables import as_csv, as_markdown
 
-__all__ = ["load_table", "reproduce", "write_table"]
+__all__ = ["reproduce"]
 
 FORMAT, RESULTS = "sylva-table/1", "results.json"
 #: Parts of a run's row that tables do not need.
@@ -174,14 +173,3 @@ def write_table(results: dict[str, Any], output: Path) -> dict[str, Any]:
     for name, text in texts.items():
         write_text(output / name, text)
     return results
-
-
-def load_table(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the ``results.json`` of a table.
-
-    Raises
-    ------
-    ConfigError
-        If it is not one.
-    """
-    return read_results(path, FORMAT, "a table")

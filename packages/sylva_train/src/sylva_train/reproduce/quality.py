@@ -334,7 +334,6 @@ class Plan:
 
 
 def average(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return mean and sample standard deviation."""
-    return statistics.fmean(values), statistics.stdev(values) if len(
-        values
-    ) > 1 else None
+    """Return mean and sample standard deviation; None for one value."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return statistics.fmean(values), deviation

@@ -10,7 +10,7 @@ from sylva_train.progress import duration
 from .diagnosis import diagnose
 from .finetuning import finetune
 from .inspection import describe_masks, describe_scores, kind_of
-from .outputs import check_folder
+from .outputs import check_folder, differences
 from .prediction import predict, predict_file
 from .runs import (
     evaluate_folder,
@@ -36,6 +36,7 @@ __all__ = [
     "describe_masks",
     "describe_scores",
     "diagnose",
+    "differences",
     "duration",
     "evaluate_folder",
     "evaluated_on",

@@ -32,13 +32,14 @@ from sylva_train.targets import shared_inputs
 from sylva_train.training import number_of_steps, train
 from sylva_train.tuner import save_adapter
 
-from .outputs import check_folder, occupied
+from .outputs import check_folder, differences, occupied
 from .runs import FORMAT, RECORD, read_run
 from .scoring import check_targets, score_task
 from .task import Task, heads, load_task, located
 
 __all__ = ["finetune"]
 
+MASKS = "masks.safetensors"
 #: Options that say which blocks to choose by given scores.
 SELECTION = {"density", "block_size", "scope", "allocation", "spread", "max_columns"}
 #: Options that say how to choose blocks, which masks bring with them.
@@ -75,13 +76,7 @@ def run_record(
 
 def check_same(begun: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
     """Raise `ConfigError` where a run that is to go on has other options."""
-    parts = [key for key in ("task", "sylva", "training") if begun[key] != wanted[key]]
-    differ = [
-        f"`{name}` is {begun[part].get(name)!r} there and {value!r} here"
-        for part in parts
-        for name, value in wanted[part].items()
-        if begun[part].get(name) != value
-    ]
+    differ = differences(begun, wanted)
     if begun["source"] != wanted["source"] and wanted["source"] is not None:
         differ.append("the blocks come from other masks or scores")
     if differ:
@@ -168,7 +163,7 @@ def finetune(
             config = dataclasses.replace(config)
             config.modules_to_save = heads(task.model, task_config.task)
         if begun is not None:
-            masks = Masks.load(output / "masks.safetensors")
+            masks = Masks.load(output / MASKS)
         elif masks is None:
             check_targets(task, config)
             if scores is None:
@@ -186,12 +181,7 @@ def finetune(
         embed(task.model, masks, modules_to_save=config.modules_to_save)
         with together():
             if begun is None and first:
-                with atomic_folder(output, overwrite=overwrite) as folder:
-                    if scores is not None:
-                        scores.save(folder / "scores.safetensors")
-                    masks.save(folder / "masks.safetensors")
-                    text = json.dumps(wanted, indent=1)
-                    (folder / RECORD).write_text(text, encoding="utf-8")
+                begin(output, wanted, masks, scores, overwrite=overwrite)
         loaders = loader, eval_loader
         found = train_blocks(
             task, loaders, config, training, output, masks, resume, bars
@@ -217,6 +207,22 @@ def begun_run(
         raise OutputExistsError(msg)
     check_new(output, overwrite=overwrite)
     return None
+
+
+def begin(
+    output: Path,
+    record: dict[str, Any],
+    masks: Masks,
+    scores: Scores | None,
+    *,
+    overwrite: bool,
+) -> None:
+    """Make the folder of a run whose blocks are chosen."""
+    with atomic_folder(output, overwrite=overwrite) as folder:
+        if scores is not None:
+            scores.save(folder / "scores.safetensors")
+        masks.save(folder / MASKS)
+        write_text(folder / RECORD, json.dumps(record, indent=1))
 
 
 def choose(task: Task, config: SylvaConfig, scores: Scores) -> Masks:
