@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ._checks import (
     ConfigError,
@@ -21,6 +22,7 @@ from ._checks import (
 from .config import SCOPES, SUITABLE, SylvaConfig
 from .importance import Scores
 from .masks import LayerMask, Masks
+from .targets import shared_inputs
 
 __all__ = ["select", "select_as"]
 
@@ -395,9 +397,20 @@ def select(
 
 
 def select_as(
-    config: SylvaConfig, scores: Scores, together: Iterable[Iterable[str]] = ()
+    config: SylvaConfig,
+    scores: Scores,
+    model: nn.Module | None = None,
+    batches: Iterable[Mapping[str, Any]] | None = None,
 ) -> Masks:
-    """Choose blocks as an adapter's options say; otherwise as `select`."""
+    """Choose blocks as an adapter's options say; otherwise as `select`.
+
+    Where they are to lie in few columns, layers that read one input have them in the same
+    ones. Which do, one of the ``batches`` shows in ``model``.
+    """
+    together: list[list[str]] = []
+    if config.max_columns < 1 and model is not None and batches is not None:
+        patterns = config.target_modules, config.exclude_modules
+        together = shared_inputs(model, next(iter(batches)), *patterns)
     return select(
         scores,
         config.density,

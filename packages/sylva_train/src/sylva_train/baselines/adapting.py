@@ -182,7 +182,7 @@ def adapt(
         )
         if scores is None:
             scores = score(model, loader, scoring, progress=progress)
-        masks = select_as(config, scores)
+        masks = select_as(config, scores, model, loader)
         if method.name == "kfac-pruner":
             prune(model, masks)
         embed(model, masks, modules_to_save=config.modules_to_save)

@@ -24,7 +24,7 @@ __all__ = ["compare", "demo", "reproduce_command"]
 @command(
     omit={
         "importance", "curvature", "seed", "lr", "save_every", "modules_to_save",
-        "max_columns", "memory_budget", "host_budget",
+        "memory_budget", "host_budget",
     },
     output="Folder for results.json, report.html, table.md.",
 )  # fmt: skip

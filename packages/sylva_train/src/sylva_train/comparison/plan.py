@@ -46,11 +46,11 @@ LEARNING_RATES = {
 #: Metrics of predictions alone, without logits: those of a head on frozen features.
 OF_PREDICTIONS = ("accuracy", "f1", "f1-binary", "mcc", *REGRESSION)
 
-#: Scoring options of `SylvaConfig` that a comparison passes on.
+#: Options of `SylvaConfig` that a comparison passes on.
 OPTIONS = (
     "target_modules", "exclude_modules", "density", "block_size", "levels", "rank",
-    "exact_below", "samples", "tokens", "damping", "scope",
-    "allocation", "spread",
+    "exact_below", "samples", "tokens", "damping", "scope", "allocation", "spread",
+    "max_columns",
 )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ class Comparison:
     task : TaskConfig
         Model and data; ``eval_split`` is what the scores are of.
     sylva : SylvaConfig
-        Targets, density, block size and scoring options; rule and curvature are the
+        Targets, and options of scoring and choosing blocks; rule and curvature are the
         methods'. LoRA gets as many trainable weights.
     training : TrainingConfig
         The loop; the learning rate is the method's.

@@ -64,22 +64,10 @@ ORDER = (
 )
 
 #: Metrics between 0 and 1 that readers expect in percent.
-PERCENT = frozenset(
-    {
-        "accuracy",
-        "balanced_accuracy",
-        "answer",
-        "choice",
-        "exact_match",
-        "f1",
-        "f1_binary",
-        "macro_f1",
-        "meteor",
-        "precision",
-        "recall",
-        "rouge_l",
-    }
-)
+PERCENT = {
+    "accuracy", "f1", "f1_binary", "token_accuracy", "meteor", "rouge_l", "exact_match",
+    "answer", "choice",
+}  # fmt: skip
 
 SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))

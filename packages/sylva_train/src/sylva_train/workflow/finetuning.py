@@ -28,7 +28,6 @@ from sylva_train.masks import Masks
 from sylva_train.processes import agree, is_first, together
 from sylva_train.progress import Progress
 from sylva_train.selection import select_as
-from sylva_train.targets import shared_inputs
 from sylva_train.training import number_of_steps, train
 from sylva_train.tuner import save_adapter
 
@@ -174,7 +173,8 @@ def finetune(
                     device=training.device,
                     progress=bars,
                 )
-            masks = choose(task, config, scores)
+            few = task.score_loader(4, 0)
+            masks = select_as(config, scores, task.model, few)
         total = sum(p.numel() for p in task.model.parameters())
         agree(masks.digest(), "blocks to train")
         # Masks of another model stop here, before anything is written or replaced.
@@ -223,16 +223,6 @@ def begin(
             scores.save(folder / "scores.safetensors")
         masks.save(folder / MASKS)
         write_text(folder / RECORD, json.dumps(record, indent=1))
-
-
-def choose(task: Task, config: SylvaConfig, scores: Scores) -> Masks:
-    """Select blocks; in the same columns of layers that read one input, if in few."""
-    together: list[list[str]] = []
-    if config.max_columns < 1:
-        batch = next(iter(task.score_loader(4, 0)))
-        patterns = config.target_modules, config.exclude_modules
-        together = shared_inputs(task.model, batch, *patterns)
-    return select_as(config, scores, together)
 
 
 def chosen(config: SylvaConfig, given: Masks | Scores) -> SylvaConfig:
