@@ -61,9 +61,9 @@ def places(name: str, tree: ClusterTree, space: Space) -> Array:
     if space.on_host:
         return space.integers(getattr(tree, name))
     key = (name, space.library, str(space.device))
-    if key not in tree.moved:
-        tree.moved[key] = space.integers(getattr(tree, name))
-    return tree.moved[key]
+    if key not in tree._moved:
+        tree._moved[key] = space.integers(getattr(tree, name))
+    return tree._moved[key]
 
 
 def real_rows(tree: ClusterTree, space: Space) -> Array:

@@ -242,7 +242,7 @@ class ClusterTree:
         return rows
 
     @cached_property
-    def moved(self) -> dict[Any, Any]:
+    def _moved(self) -> dict[Any, Any]:
         """Integers of this tree that have been brought to a device."""
         return {}
 

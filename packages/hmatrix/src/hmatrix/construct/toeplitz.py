@@ -26,7 +26,7 @@ from hmatrix._checks import (
 )
 from hmatrix._operator import real_rows
 from hmatrix.construct.budget import block_tolerance, check_tolerances, make_tree
-from hmatrix.construct.matvec import ROUNDING, Probes, find_range
+from hmatrix.construct.sampling import ROUNDING, Probes, find_range
 from hmatrix.construct.structured import is_real
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, recompress
