@@ -16,7 +16,7 @@ from sylva_train.options import (
 )
 
 from .frame import command, typed
-from .options import multiples, numbers, rates, words
+from .options import numbers, rates, words
 
 __all__ = ["compare", "demo", "reproduce_command"]
 
@@ -196,7 +196,7 @@ def reproduce_command(
             "steps": steps,
             "device": device,
         },
-        tune=multiples("tune", tune),
+        tune=numbers("tune", tune, float),
         workers=workers,
         **common,
     )

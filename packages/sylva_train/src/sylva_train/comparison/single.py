@@ -91,6 +91,7 @@ def run_frozen(task: Task, training: TrainingConfig, tell: Tell) -> dict[str, An
         "metrics": metrics,
         "trainable": 0,
         "trainable_head": size,
+        "trainable_fraction": 0.0,
         "train_seconds": time.perf_counter() - begin,
         "adapter_bytes": size * 4,
     }
@@ -156,27 +157,12 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
     task = load_task(TaskConfig(**spec["task"]), seed=training.seed)
     assert task.held_out is not None
     config.modules_to_save = heads(task.model, task.config.task)
-    total = sum(p.numel() for p in task.model.parameters())
     device = pick_device(training.device)
     memory = PeakMemory(device)
-    row: dict[str, Any] = {
-        "method": method.name,
-        "label": method.label,
-        "seed": training.seed,
-        "lr": training.lr if method.name != "frozen" else None,
-        "seconds_per_step": None,
-        "step_seconds_iqr": None,
-        "score_seconds": None,
-        "score_memory_bytes": None,
-        "history": [],
-        "total": total,
-        "examples": [len(task.train), task.eval_examples],
-        "labels": task.train.label_names,
-    }
+    row = begun_row(method, task, training)
     memory.reset()
     if method.name == "frozen":
         row |= run_frozen(task, training, tell)
-        row["trainable_fraction"] = 0.0
         row["peak_memory_bytes"] = memory.bytes()
         return row
     loader = task.loader(training)
@@ -199,7 +185,7 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
         "metrics": result.metrics,
         "trainable": adapted.trainable,
         "trainable_head": adapted.head,
-        "trainable_fraction": adapted.trainable / total,
+        "trainable_fraction": adapted.trainable / row["total"],
         "seconds_per_step": result.seconds_per_step,
         "step_seconds_iqr": result.step_seconds_iqr,
         "train_seconds": result.train_seconds,
@@ -211,6 +197,24 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
         row["masks"] = mask_entries(adapted.masks)
         row["scores"] = score_entries(adapted.scores, adapted.masks)
     return row
+
+
+def begun_row(method: Method, task: Task, training: TrainingConfig) -> dict[str, Any]:
+    """Return what is known of a run at its begin; None is what it need not measure."""
+    return {
+        "method": method.name,
+        "label": method.label,
+        "seed": training.seed,
+        "lr": training.lr if method.name != "frozen" else None,
+        "seconds_per_step": None,
+        "step_seconds_iqr": None,
+        "score_seconds": None,
+        "score_memory_bytes": None,
+        "history": [],
+        "total": sum(p.numel() for p in task.model.parameters()),
+        "examples": [len(task.train), task.eval_examples],
+        "labels": task.train.label_names,
+    }
 
 
 def try_rate(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:

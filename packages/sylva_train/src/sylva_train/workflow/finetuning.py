@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from sylva_train._checks import (
     ConfigError,
@@ -282,15 +281,6 @@ def train_blocks(
     if before:
         bars.say(f"Going on after step {before:,}.")
 
-    def score_model(model: nn.Module) -> dict[str, Any]:
-        return evaluate(
-            model,
-            eval_loader,
-            metric=task.config.metric,
-            generation=task.config.generation,
-            progress=bars.stage("evaluating"),
-        )
-
     def show(step: dict[str, float]) -> None:
         words = f"step {step['step']:,} of {steps:,}, loss {step['loss']:.3f}"
         bars.report("training", step["step"], steps, words=words)
@@ -301,7 +291,13 @@ def train_blocks(
         training,
         output=output / "checkpoints",
         resume=resume,
-        evaluate=score_model,
+        evaluate=functools.partial(
+            evaluate,
+            loader=eval_loader,
+            metric=task.config.metric,
+            generation=task.config.generation,
+            progress=bars.stage("evaluating"),
+        ),
         progress=False,
         callbacks=[show],
     )
