@@ -233,6 +233,11 @@ class StoredOperator(Entries, Operator):
             to take; default: this matrix's own.
         dtype : str or dtype, optional
             ``"float32"``, ``"float64"``, ``"complex64"`` or ``"complex128"``.
+
+        Raises
+        ------
+        DTypeError
+            If it is another dtype, or a real one for a complex matrix.
         """
         like = self.leaves if like is None else like
         space = check_space(Space.like(like, dtype), self._dtypes)

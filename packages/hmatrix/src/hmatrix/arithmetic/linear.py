@@ -176,6 +176,8 @@ def add(
     ------
     TypeError, ShapeError, DTypeError, BackendError
         If the two do not match.
+    ValueError
+        If two `MLR` matrices have different signs, or as `truncate`.
     """
     check_kind("H", H, HODLR, MLR)
     if isinstance(H, HODLR) and isinstance(G, LowRank):
