@@ -113,9 +113,9 @@ class SylvaConfig(SylvaOptions, PeftConfig):
         kept there, they are, and come to the device a layer at a time. Without it they
         stay on the device.
     scope : str
-        ``"layer"``: the blocks of a layer compete; ``"model"``: the
-        blocks of all layers compete by score relative to their layer's mean;
-        ``"absolute"``: by score as it is.
+        ``"layer"``: the blocks of a layer compete; ``"model"``: the blocks of all layers
+        compete by score relative to their layer's mean; ``"absolute"``: by score as it
+        is.
     allocation : float, optional
         With ``scope="layer"``, the power of a layer's mean score that its density is
         proportional to; 0: each layer trains the same fraction of its blocks. None: what

@@ -322,8 +322,8 @@ class TaskConfig:
     max_length : int
         Tokens after which a text is cut.
     pooling : str
-        For classification and regression: ``"mean"`` over the tokens of an encoder, the model's
-        ``"native"`` head, or ``"auto"``.
+        For classification and regression: ``"mean"`` over the tokens of an encoder, the
+        model's ``"native"`` head, or ``"auto"``.
     metric : str, optional
         What to report, one of `sylva_train.evaluation.METRICS`; by default accuracy,
         Pearson's correlation or perplexity.

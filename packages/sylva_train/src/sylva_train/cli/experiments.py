@@ -154,8 +154,8 @@ def reproduce_command(
     """Make a table or figure of the paper, in form, on the models that are at hand.
 
     Tables 3 to 7 are about quality, and take configurations; rules, damping, rank,
-    allocation and tokens are of their kind. Table 2 and figures 4 and 5 are about memory and time, and
-    take a scale. Finished runs are kept: --resume goes on after them.
+    allocation and tokens are of their kind. Table 2 and figures 4 and 5 are about memory
+    and time, and take a scale. Finished runs are kept: --resume goes on after them.
 
     Examples
     --------

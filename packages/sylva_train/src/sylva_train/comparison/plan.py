@@ -30,9 +30,9 @@ __all__ = [
     "suited",
 ]
 
-#: Peak learning rates, chosen on the validation split (benchmarks/bench_rates.py); the
-#: serial adapter takes LoRA's; the pruner, SHiRA and Super-Tuning train the same kind of weights as Sylva, and take its
-#: rate.
+#: Peak learning rates, chosen on the validation split (benchmarks/bench_rates.py). The
+#: serial adapter takes LoRA's; the pruner, SHiRA and Super-Tuning train the same kind of
+#: weights as Sylva, and take its rate.
 LEARNING_RATES = {
     "full": 4e-4,
     "lora": 4e-3,

@@ -47,10 +47,11 @@ def evaluate(
         or to choose, a `Loader` of prompts with targets.
     metric : str, optional
         The ``score``, one of ``METRICS``; by default ``"accuracy"`` for classes,
-        ``"pearson"`` for numbers and ``"perplexity"`` for tokens. Of a language model also what it writes can be
-        scored (``"bleu"``, ``"nist"``, ``"meteor"``, ``"rouge-l"``, ``"cider"``,
-        ``"exact-match"``, ``"answer"``; needs ``pip install 'sylva-train[metrics]'``), or
-        which of the targets it finds likeliest (``"choice"``).
+        ``"pearson"`` for numbers and ``"perplexity"`` for tokens. Of a language model
+        also what it writes can be scored (``"bleu"``, ``"nist"``, ``"meteor"``,
+        ``"rouge-l"``, ``"cider"``, ``"exact-match"``, ``"answer"``; needs ``pip install
+        'sylva-train[metrics]'``), or which of the targets it finds likeliest
+        (``"choice"``).
     predictions : bool
         Whether to return the predictions as well, in the order of the data set.
     generation : transformers.GenerationConfig, optional
@@ -65,8 +66,9 @@ def evaluate(
         are predicted), ``f1_binary`` (of two classes, the second's, as GLUE reports for
         MRPC and QQP), ``mcc`` (Matthews correlation coefficient) and ``loss`` (mean
         cross-entropy). For numbers the correlations ``pearson`` and ``spearman``, 0
-        where either side is constant, and ``mse`` (mean squared error). For tokens ``loss`` (mean over all tokens that count, whatever
-        the batches), ``perplexity`` (its exponential) and ``token_accuracy``.
+        where either side is constant, and ``mse`` (mean squared error). For tokens
+        ``loss`` (mean over all tokens that count, whatever the batches), ``perplexity``
+        (its exponential) and ``token_accuracy``.
 
         For what a model writes ``bleu``, ``nist``, ``meteor``, ``rouge_l``, ``cider``,
         ``exact_match`` and ``answer``, as `sylva_train.evaluation.score_texts` has them;

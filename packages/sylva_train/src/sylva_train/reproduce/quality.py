@@ -183,8 +183,7 @@ class Plan:
     multiples : sequence of float
         Multiples of each method's learning rate to choose the best of, on a tenth of the
         training data that is held out, by the metric or a language model's perplexity;
-        empty to take the rates as they are. Options of
-        scoring alone share the choice.
+        empty to take the rates as they are. Options of scoring alone share the choice.
 
     Raises
     ------
