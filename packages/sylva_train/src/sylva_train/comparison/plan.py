@@ -17,6 +17,7 @@ from sylva_train.options import (
     DEMO_STEPS,
     DEMO_TASK,
     METHODS,
+    SylvaOptions,
     TaskConfig,
     TrainingConfig,
 )
@@ -46,11 +47,16 @@ LEARNING_RATES = {
 #: Metrics of predictions alone, without logits: those of a head on frozen features.
 OF_PREDICTIONS = ("accuracy", "f1", "f1-binary", "mcc", *REGRESSION)
 
-#: Options of `SylvaConfig` that a comparison passes on.
-OPTIONS = (
-    "target_modules", "exclude_modules", "density", "block_size", "levels", "rank",
-    "exact_below", "samples", "tokens", "damping", "scope", "allocation", "spread",
-    "max_columns",
+#: Options of `SylvaConfig` that a comparison passes on: all but the methods', the task's,
+#: the runs' and the machine's.
+OPTIONS = tuple(
+    option.name
+    for option in dataclasses.fields(SylvaOptions)
+    if option.name
+    not in {
+        "importance", "curvature", "modules_to_save", "seed", "memory_budget",
+        "host_budget",
+    }
 )  # fmt: skip
 
 

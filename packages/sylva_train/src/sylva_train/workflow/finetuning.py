@@ -41,11 +41,10 @@ MASKS = "masks.safetensors"
 #: Options that say which blocks to choose by given scores.
 SELECTION = {"density", "block_size", "scope", "allocation", "spread", "max_columns"}
 #: Options that say how to choose blocks, which masks bring with them.
-CHOICE = (
+CHOICE = SELECTION | {
     "importance", "curvature", "levels", "rank", "exact_below", "samples", "tokens",
-    "damping", "seed", "density", "block_size", "scope", "allocation", "spread",
-    "max_columns",
-)  # fmt: skip
+    "damping", "seed",
+}  # fmt: skip
 
 
 def sylva_options(config: SylvaConfig) -> dict[str, Any]:
