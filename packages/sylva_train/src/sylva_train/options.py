@@ -36,6 +36,7 @@ __all__ = [
     "METRICS",
     "MINILM",
     "NEEDS_DATA",
+    "POOLINGS",
     "SCHEDULES",
     "SCOPES",
     "SUITABLE",
@@ -81,6 +82,8 @@ SCOPES = ("layer", "model", "absolute")
 SUITABLE = {"kfac-natural": (4.0, 1.0), "kfac-block": (4.0, 1.0)}
 #: Types of a model's weights; ``"auto"`` is the checkpoint's.
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+#: How a text's hidden states become one vector.
+POOLINGS = ("auto", "mean", "native")
 #: Learning-rate schedules after the warm-up.
 SCHEDULES = ("linear", "cosine", "constant")
 #: Options of `TaskConfig` that say how a language model writes.
@@ -365,7 +368,7 @@ class TaskConfig:
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
         check_choice("dtype", self.dtype, DTYPES)
-        check_choice("pooling", self.pooling, ("auto", "mean", "native"))
+        check_choice("pooling", self.pooling, POOLINGS)
         check_integer("max_length", self.max_length, 2)
         check_integer("per_task", self.per_task, 1)
         for name in ("limit", "eval_limit"):

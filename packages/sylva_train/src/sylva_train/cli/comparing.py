@@ -13,7 +13,7 @@ from sylva_train.report import markdown_table, write_report
 
 from .show import score_text
 
-__all__ = ["publish", "run_comparison", "show"]
+__all__ = ["publish", "run_comparison", "show_event"]
 
 
 def publish(results: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def run_comparison(
     with Progress(enabled=not quiet) as bars:
 
         def watch(event: Event) -> None:
-            show(bars, event, lambda row: score_text(metric, row["score"]))
+            show_event(bars, event, lambda row: score_text(metric, row["score"]))
 
         results = compare(
             comparison,
@@ -52,7 +52,9 @@ def run_comparison(
     return publish(results, output)
 
 
-def show(bars: Progress, event: Event, text: Callable[[dict[str, Any]], str]) -> None:
+def show_event(
+    bars: Progress, event: Event, text: Callable[[dict[str, Any]], str]
+) -> None:
     """Show what happened to a job; ``text`` says what a row has found."""
     name = event.label
     place = f"{event.number}/{event.count}"

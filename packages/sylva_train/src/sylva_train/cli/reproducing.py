@@ -22,7 +22,7 @@ from sylva_train.reproduce import (
     with_values,
 )
 
-from .comparing import show as show_event
+from .comparing import show_event
 from .printing import out, written
 from .show import score_text
 

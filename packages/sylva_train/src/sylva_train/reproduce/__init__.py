@@ -4,7 +4,7 @@ from .experiment import reproduce
 from .measuring import MEASUREMENTS, measure
 from .performance import measure_layer, measure_memory, measure_step
 from .quality import TABLES, Table
-from .settings import load_setting, load_settings, with_values
+from .settings import load_settings, with_values
 from .subjects import draw_masks, staircase
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "TABLES",
     "Table",
     "draw_masks",
-    "load_setting",
     "load_settings",
     "measure",
     "measure_layer",
