@@ -11,12 +11,13 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
-from sylva_train.config import SCHEDULES, TrainingConfig
+from sylva_train.config import TrainingConfig
 from sylva_train.curvature import default_loss
 from sylva_train.evaluation import evaluate
 from sylva_train.kernels import gather_blocks
 from sylva_train.layers import embedded_layers
 from sylva_train.optimizer import SparseAdamW
+from sylva_train.options import SCHEDULES
 from sylva_train.targets import weight_view
 from sylva_train.training import make_scheduler, parts, pick_device, train
 from tests.sylva_train.toy import ToyLoader, identical, toy_base, toy_model, weights

@@ -19,9 +19,10 @@ from ._checks import (
     check_positive,
     check_spread,
 )
-from .config import SCOPES, SUITABLE, SylvaConfig
+from .config import SylvaConfig
 from .importance import Scores
 from .masks import LayerMask, Masks
+from .options import SCOPES, SUITABLE
 from .targets import shared_inputs
 
 __all__ = ["select", "select_as"]
@@ -316,7 +317,7 @@ def select(
         With ``scope="layer"``, the power of a layer's mean score that its density is
         proportional to: 0, the same for all layers; the larger, the more go to the
         layers with the highest scores. None: what suits the rule
-        (`sylva_train.config.SUITABLE`), which is 0 for those whose scores do not compare
+        (`sylva_train.options.SUITABLE`), which is 0 for those whose scores do not compare
         between layers.
     max_columns : float
         Largest fraction of a layer's block columns that may have blocks, at least

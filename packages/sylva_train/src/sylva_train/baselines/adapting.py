@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError
-from sylva_train.config import CURVATURES, IMPORTANCES, METHODS, SylvaConfig
+from sylva_train.config import SylvaConfig
 from sylva_train.importance import Scores, score
 from sylva_train.layers import embed
 from sylva_train.masks import Masks
+from sylva_train.options import CURVATURES, IMPORTANCES, METHODS
 from sylva_train.progress import Report
 from sylva_train.selection import select_as
 from sylva_train.targets import find_targets, matches

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from sylva_train._checks import ConfigError
-from sylva_train.config import MINILM, minilm_folder
 from sylva_train.kernels import block_sddmm, check_kernels, find_kernel, is_demanded
+from sylva_train.options import MINILM, minilm_folder
 
 __all__ = ["diagnose"]
 

@@ -18,12 +18,13 @@ from sylva_train._checks import (
     write_text,
 )
 from sylva_train.checkpoint import checkpoints
-from sylva_train.config import SylvaConfig, SylvaOptions, TaskConfig, TrainingConfig
+from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.data import Loader
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.layers import embed
 from sylva_train.masks import Masks
+from sylva_train.options import SylvaOptions
 from sylva_train.processes import agree, is_first, together
 from sylva_train.progress import Progress
 from sylva_train.selection import select_as
