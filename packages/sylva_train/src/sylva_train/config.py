@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig
 
 from .options import (
+    GENERATION,
     IMPORTANCES,
     KRONECKER,
     MINILM,
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
     from .masks import Masks
 
 __all__ = [
+    "GENERATION",
     "IMPORTANCES",
     "KRONECKER",
     "NEEDS_DATA",
     "SylvaConfig",
+    "SylvaOptions",
     "SylvaType",
     "TaskConfig",
     "TrainingConfig",
