@@ -29,6 +29,7 @@ __all__ = [
     "DEMO_STEPS",
     "DEMO_TASK",
     "DTYPES",
+    "FRACTIONS",
     "GENERATION",
     "IMPORTANCES",
     "KRONECKER",
@@ -109,6 +110,11 @@ METRICS = {
     "answer": True,
     "choice": True,
 }
+#: Those between 0 and 1, which readers expect in percent, by their names in results.
+FRACTIONS = {
+    "accuracy", "f1", "f1_binary", "token_accuracy", "meteor", "rouge_l", "exact_match",
+    "answer", "choice",
+}  # fmt: skip
 #: Ways to train a model side by side, in the order of a full comparison.
 METHODS = (
     "frozen",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sylva_train._checks import DataError
+from sylva_train.options import FRACTIONS
 
 __all__ = [
     "BYTES",
@@ -62,12 +63,6 @@ ORDER = (
     "sylva:",
     "sylva:random",
 )
-
-#: Metrics between 0 and 1 that readers expect in percent.
-PERCENT = {
-    "accuracy", "f1", "f1_binary", "token_accuracy", "meteor", "rouge_l", "exact_match",
-    "answer", "choice",
-}  # fmt: skip
 
 SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
@@ -262,7 +257,7 @@ def metric_of(results: Results) -> Metric:
     """Return how the scores of a comparison are named and printed."""
     setup = results.get("setup", {})
     name = str(setup.get("metric") or "score")
-    percent = name.replace("-", "_") in PERCENT
+    percent = name.replace("-", "_") in FRACTIONS
     # One example of a small evaluation set is worth more than 0.02 points.
     many = (setup.get("eval_examples") or 0) >= 5000
     return Metric(
