@@ -14,7 +14,8 @@ PACKAGES = Path(__file__).parents[1] / "packages"
 ORDER = {
     "hmatrix": "_backend _checks tree _entries lowrank _operator hodlr mlr construct update "
     "arithmetic factor interop io plot",
-    "sylva_train": "_checks _files _torch processes options config config_files targets kernels masks curvature importance selection layers "
+    "sylva_train": "_checks _files _torch processes progress options config config_files "
+    "targets kernels masks curvature importance selection layers "
     "optimizer tuner checkpoint data pretrained evaluation training baselines "
     "workflow comparison report reproduce cli",
 }
@@ -23,7 +24,7 @@ DOORS = {
     ("hmatrix", "cupy"): {"_backend", "interop"},
     ("hmatrix", "torch"): {"_backend", "interop"},
     ("hmatrix", "matplotlib"): {"plot"},
-    ("sylva_train", "hmatrix"): {"curvature", "report"},
+    ("sylva_train", "hmatrix"): {"curvature"},
     ("sylva_train", "triton"): {"kernels"},
     ("sylva_train", "sacrebleu"): {"evaluation"},
     ("sylva_train", "nltk"): {"evaluation"},

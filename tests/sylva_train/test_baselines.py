@@ -121,6 +121,18 @@ def test_serial_adapters_are_behind_each_sublayer_within_the_budget():
     torch.testing.assert_close(layer(x), expected)
 
 
+def test_blocks_in_few_columns_are_in_the_same_ones_of_one_input():
+    config = dataclasses.replace(CONFIG, block_size=8, max_columns=0.25)
+    base = toy_base(dropout=0.0)
+    masks = adapt(parse_method("sylva:magnitude"), base, config, ToyLoader()).masks
+    for layer in (0, 1):
+        start = f"bert.encoder.layer.{layer}.attention.self."
+        alike = [
+            masks[start + part].indices[:, 1] for part in ("query", "key", "value")
+        ]
+        assert len(torch.cat(alike).unique()) == 1
+
+
 def test_a_model_without_known_sublayers_is_refused():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     with pytest.raises(TargetError, match="o_proj"):

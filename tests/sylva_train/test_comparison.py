@@ -339,6 +339,13 @@ def test_a_spec_is_what_its_file_says(home):
         assert json.loads(json.dumps(spec)) == spec
 
 
+def test_a_run_has_the_options_of_choosing_blocks(home):
+    given = jobs.sylva_config(max_columns=0.5, scope="model", spread=0.0)
+    spec = plan(home, sylva=given).spec("sylva:random", 0)["sylva"]
+    assert spec == {name: getattr(given, name) for name in spec}
+    assert spec["max_columns"] == 0.5
+
+
 def test_the_demonstration_is_a_comparison_of_the_test_split():
     found = demonstration(steps=7)
     assert found.task.eval_split == "test"

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import pytest
 
-from sylva_train.workflow import (
-    Progress,
-    duration,
-)
-
-progress = importlib.import_module("sylva_train.workflow.progress")
+from sylva_train import progress
+from sylva_train.progress import Progress, duration
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from sylva_train import SylvaConfig
 from sylva_train._checks import ConfigError, NonFiniteError
-from sylva_train.config import SCOPES, SUITABLE
 from sylva_train.importance import LayerScores, Scores
+from sylva_train.options import SCOPES, SUITABLE
 from sylva_train.selection import select, select_as, share_out, spread_out
 
 

@@ -11,12 +11,13 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
-from sylva_train.config import SCHEDULES, TrainingConfig
+from sylva_train.config import TrainingConfig
 from sylva_train.curvature import default_loss
 from sylva_train.evaluation import evaluate
 from sylva_train.kernels import gather_blocks
 from sylva_train.layers import embedded_layers
 from sylva_train.optimizer import SparseAdamW
+from sylva_train.options import SCHEDULES
 from sylva_train.targets import weight_view
 from sylva_train.training import make_scheduler, parts, pick_device, train
 from tests.sylva_train.toy import ToyLoader, identical, toy_base, toy_model, weights
@@ -357,13 +358,19 @@ def test_inputs_go_where_the_model_is(monkeypatch, found, name, inputs, moved):
 
 @pytest.mark.parametrize(("terminal", "progress"), [(1, True), (0, True), (1, False)])
 def test_progress_is_for_terminals(monkeypatch, capsys, terminal, progress):
-    monkeypatch.setattr(parts, "PATIENCE", 0.0)
+    monkeypatch.setattr("sylva_train.progress.PATIENCE", 0.0)
     for name in ("TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.setenv(name, str(terminal))
-    run(progress=progress)
+
+    def stop(record):
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=progress, callbacks=[stop])
     out, err = capsys.readouterr()
     assert not out
-    assert ("step 8" in err) == bool(terminal and progress)
+    assert ("step 3" in err) == bool(terminal and progress)
 
 
 @pytest.mark.gpu

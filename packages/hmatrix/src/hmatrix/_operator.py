@@ -61,9 +61,9 @@ def places(name: str, tree: ClusterTree, space: Space) -> Array:
     if space.on_host:
         return space.integers(getattr(tree, name))
     key = (name, space.library, str(space.device))
-    if key not in tree.moved:
-        tree.moved[key] = space.integers(getattr(tree, name))
-    return tree.moved[key]
+    if key not in tree._moved:
+        tree._moved[key] = space.integers(getattr(tree, name))
+    return tree._moved[key]
 
 
 def real_rows(tree: ClusterTree, space: Space) -> Array:
@@ -233,6 +233,11 @@ class StoredOperator(Entries, Operator):
             to take; default: this matrix's own.
         dtype : str or dtype, optional
             ``"float32"``, ``"float64"``, ``"complex64"`` or ``"complex128"``.
+
+        Raises
+        ------
+        DTypeError
+            If it is another dtype, or a real one for a complex matrix.
         """
         like = self.leaves if like is None else like
         space = check_space(Space.like(like, dtype), self._dtypes)

@@ -29,6 +29,11 @@ def aslinearoperator(H: Operator) -> Any:
     scipy.sparse.linalg.LinearOperator
         Of shape (n, n), with products of the transpose.
 
+    Raises
+    ------
+    TypeError
+        If ``H`` is not such a matrix; of a factorization, pass its `inverse`.
+
     Examples
     --------
     >>> import numpy as np

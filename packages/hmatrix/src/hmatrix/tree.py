@@ -124,6 +124,11 @@ class ClusterTree:
             Halve all leaves until none has more rows, or there are as many leaves as rows.
             That makes leaves cheaper, and leaves ``padded`` about as it is.
 
+        Raises
+        ------
+        ShapeError
+            If they are not a power of two of integers, or as `ClusterTree`.
+
         Examples
         --------
         >>> from hmatrix import ClusterTree
@@ -242,7 +247,7 @@ class ClusterTree:
         return rows
 
     @cached_property
-    def moved(self) -> dict[Any, Any]:
+    def _moved(self) -> dict[Any, Any]:
         """Integers of this tree that have been brought to a device."""
         return {}
 

@@ -23,9 +23,13 @@ __all__ = [
     "atomic_folder",
     "atomic_write",
     "check_choice",
+    "check_columns",
     "check_density",
     "check_integer",
     "check_positive",
+    "check_spread",
+    "folder_size",
+    "write_text",
 ]
 
 
@@ -176,6 +180,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a whole text file, or leave what is there."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def folder_size(path: Path) -> int:
+    """Return the bytes of a folder's files."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 @contextlib.contextmanager

@@ -11,19 +11,11 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig
 
 from .options import (
-    CURVATURES,
-    DTYPES,
     GENERATION,
     IMPORTANCES,
     KRONECKER,
-    METHODS,
-    METRICS,
     MINILM,
     NEEDS_DATA,
-    SCHEDULES,
-    SCOPES,
-    SUITABLE,
-    TOKENS,
     SylvaOptions,
     TaskConfig,
     TrainingConfig,
@@ -35,26 +27,16 @@ if TYPE_CHECKING:
     from .masks import Masks
 
 __all__ = [
-    "CURVATURES",
-    "DTYPES",
     "GENERATION",
     "IMPORTANCES",
     "KRONECKER",
-    "METHODS",
-    "METRICS",
-    "MINILM",
     "NEEDS_DATA",
-    "SCHEDULES",
-    "SCOPES",
-    "SUITABLE",
-    "TOKENS",
     "SylvaConfig",
     "SylvaOptions",
     "SylvaType",
     "TaskConfig",
     "TrainingConfig",
     "memory_bytes",
-    "minilm_folder",
 ]
 
 
@@ -88,7 +70,7 @@ class SylvaConfig(SylvaOptions, PeftConfig):
     block_size : int
         Side of a square block of weights.
     importance : str
-        Rule that scores the weights, one of `IMPORTANCES`.
+        Rule that scores the weights, one of `sylva_train.options.IMPORTANCES`.
     curvature : str
         For the rules that begin with ``"kfac"``: Kronecker factors as PSD multilevel low
         rank (``"mlr"``), as HODLR like the paper (``"hodlr"``), or exact (``"dense"``).
@@ -117,13 +99,13 @@ class SylvaConfig(SylvaOptions, PeftConfig):
         kept there, they are, and come to the device a layer at a time. Without it they
         stay on the device.
     scope : str
-        ``"layer"``: the blocks of a layer compete; ``"model"``: the
-        blocks of all layers compete by score relative to their layer's mean;
-        ``"absolute"``: by score as it is.
+        ``"layer"``: the blocks of a layer compete; ``"model"``: the blocks of all layers
+        compete by score relative to their layer's mean; ``"absolute"``: by score as it
+        is.
     allocation : float, optional
         With ``scope="layer"``, the power of a layer's mean score that its density is
         proportional to; 0: each layer trains the same fraction of its blocks. None: what
-        suits the rule, see `SUITABLE`.
+        suits the rule, see `sylva_train.options.SUITABLE`.
     spread : float, optional
         How many times its share of a layer's blocks a row or column of blocks may have
         while others have room; 0: no limit. None: what suits the rule, but no limit

@@ -146,7 +146,13 @@ class Masks(Mapping[str, LayerMask]):
         return self.trainable / self.total if self.total else 0.0
 
     def overlap(self, other: Masks) -> float:
-        """Return the fraction of this one's blocks that ``other`` has as well."""
+        """Return the fraction of this one's blocks that ``other`` has as well.
+
+        Raises
+        ------
+        ConfigError
+            If a layer of both has different shapes or block sizes.
+        """
         common = 0
         for name in self.keys() & other.keys():
             mine, theirs = self[name], other[name]

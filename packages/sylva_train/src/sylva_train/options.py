@@ -29,6 +29,7 @@ __all__ = [
     "DEMO_STEPS",
     "DEMO_TASK",
     "DTYPES",
+    "FRACTIONS",
     "GENERATION",
     "IMPORTANCES",
     "KRONECKER",
@@ -36,9 +37,11 @@ __all__ = [
     "METRICS",
     "MINILM",
     "NEEDS_DATA",
+    "POOLINGS",
     "SCHEDULES",
     "SCOPES",
     "SUITABLE",
+    "TASKS",
     "TOKENS",
     "SylvaOptions",
     "TaskConfig",
@@ -47,6 +50,8 @@ __all__ = [
     "minilm_folder",
 ]
 
+#: What data and a model are for; the first is the default.
+TASKS = ("classification", "regression", "causal-lm", "seq2seq")
 #: Rules that score a weight's importance; `kfac` is the paper's.
 IMPORTANCES = (
     "kfac",
@@ -78,6 +83,8 @@ SCOPES = ("layer", "model", "absolute")
 SUITABLE = {"kfac-natural": (4.0, 1.0), "kfac-block": (4.0, 1.0)}
 #: Types of a model's weights; ``"auto"`` is the checkpoint's.
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+#: How a text's hidden states become one vector.
+POOLINGS = ("auto", "mean", "native")
 #: Learning-rate schedules after the warm-up.
 SCHEDULES = ("linear", "cosine", "constant")
 #: Options of `TaskConfig` that say how a language model writes.
@@ -103,6 +110,11 @@ METRICS = {
     "answer": True,
     "choice": True,
 }
+#: Those between 0 and 1, which readers expect in percent, by their names in results.
+FRACTIONS = {
+    "accuracy", "f1", "f1_binary", "token_accuracy", "meteor", "rouge_l", "exact_match",
+    "answer", "choice",
+}  # fmt: skip
 #: Ways to train a model side by side, in the order of a full comparison.
 METHODS = (
     "frozen",
@@ -319,8 +331,8 @@ class TaskConfig:
     max_length : int
         Tokens after which a text is cut.
     pooling : str
-        For classification and regression: ``"mean"`` over the tokens of an encoder, the model's
-        ``"native"`` head, or ``"auto"``.
+        For classification and regression: ``"mean"`` over the tokens of an encoder, the
+        model's ``"native"`` head, or ``"auto"``.
     metric : str, optional
         What to report, one of `sylva_train.evaluation.METRICS`; by default accuracy,
         Pearson's correlation or perplexity.
@@ -360,11 +372,9 @@ class TaskConfig:
     no_repeat_ngram_size: int = 0
 
     def __post_init__(self) -> None:
-        check_choice(
-            "task", self.task, ("classification", "regression", "causal-lm", "seq2seq")
-        )
+        check_choice("task", self.task, TASKS)
         check_choice("dtype", self.dtype, DTYPES)
-        check_choice("pooling", self.pooling, ("auto", "mean", "native"))
+        check_choice("pooling", self.pooling, POOLINGS)
         check_integer("max_length", self.max_length, 2)
         check_integer("per_task", self.per_task, 1)
         for name in ("limit", "eval_limit"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ._checks import (
     ConfigError,
@@ -18,9 +19,11 @@ from ._checks import (
     check_positive,
     check_spread,
 )
-from .config import SCOPES, SUITABLE, SylvaConfig
+from .config import SylvaConfig
 from .importance import Scores
 from .masks import LayerMask, Masks
+from .options import SCOPES, SUITABLE
+from .targets import shared_inputs
 
 __all__ = ["select", "select_as"]
 
@@ -76,12 +79,13 @@ def best_columns(
 
 
 def concentrate(
-    blocks: dict[str, torch.Tensor],
+    blocks: Mapping[str, torch.Tensor],
     density: float,
     max_columns: float,
     together: Iterable[Iterable[str]],
 ) -> dict[str, torch.Tensor]:
     """Rule blocks outside the best columns out: their scores become minus infinity."""
+    kept = dict(blocks)
     groups = [[n for n in names if n in blocks] for names in together]
     single = blocks.keys() - {name for names in groups for name in names}
     for names in [*filter(None, groups), *([name] for name in sorted(single))]:
@@ -93,8 +97,8 @@ def concentrate(
             raise ConfigError(msg)
         chosen = best_columns([blocks[n] for n in names], density, max_columns)
         for name in names:
-            blocks[name] = blocks[name].masked_fill(~chosen, -math.inf)
-    return blocks
+            kept[name] = blocks[name].masked_fill(~chosen, -math.inf)
+    return kept
 
 
 def spread_out(blocks: torch.Tensor, row_cap: int, column_cap: int) -> torch.Tensor:
@@ -196,6 +200,85 @@ def best_of_all(
     return {n: part.nonzero()[:, 0] for n, part in zip(blocks, parts, strict=True)}
 
 
+def with_defaults(
+    scores: Scores, max_columns: float, spread: float | None, allocation: float | None
+) -> tuple[float, float]:
+    """Return ``spread`` and ``allocation``: as given, else what suits the scores' rule.
+
+    Raises
+    ------
+    ConfigError
+        If one cannot be used, or not together with ``max_columns``.
+    """
+    suitable = SUITABLE.get(scores.metadata.get("importance", ""), (0.0, 0.0))
+    if allocation is None:
+        allocation = suitable[0]
+    if spread is None:
+        spread = suitable[1] if max_columns == 1 else 0.0
+    check_positive("allocation", allocation, zero=True)
+    if spread and max_columns < 1:
+        msg = (
+            "`spread` keeps blocks apart and `max_columns` together: give one of them."
+        )
+        raise ConfigError(msg)
+    return spread, allocation
+
+
+def blocks_of(scores: Scores, block_size: int) -> dict[str, torch.Tensor]:
+    """Return the layers' block scores.
+
+    Raises
+    ------
+    NonFiniteError
+        If one is NaN or infinite.
+    """
+    blocks = {name: layer.blocks(block_size) for name, layer in scores.items()}
+    for name, block in blocks.items():
+        if not bool(block.isfinite().all()):
+            msg = f"`scores` of `{name}` are NaN or infinite: none are the highest."
+            raise NonFiniteError(msg)
+    return blocks
+
+
+def allotted(
+    blocks: Mapping[str, torch.Tensor],
+    whole: Mapping[str, torch.Tensor],
+    density: float,
+    allocation: float,
+) -> dict[str, int]:
+    """Return how many blocks each layer gets: that fraction, or by its mean score.
+
+    ``whole`` has the scores of all blocks, ``blocks`` minus infinity where none may be.
+    """
+    counts = {n: math.floor(density * b.numel() + 1e-9) for n, b in blocks.items()}
+    if not (allocation and blocks):
+        return counts
+    room = torch.tensor([int(b.isfinite().sum()) for b in blocks.values()])
+    # As many in all as with the same fraction of each, where that is any.
+    budget = sum(counts.values()) or math.floor(
+        density * sum(b.numel() for b in blocks.values()) + 1e-9
+    )
+    means = torch.stack([block.mean() for block in whole.values()])
+    given = share_out(means, room, budget, allocation).tolist()
+    return dict(zip(blocks, given, strict=True))
+
+
+def none_left(
+    blocks: Mapping[str, torch.Tensor], density: float, block_size: int, scope: str
+) -> ConfigError:
+    """Return the error of a density that is too small for a single block."""
+    sizes = [block.numel() for block in blocks.values()]
+    has, share = f"the model has {sum(sizes)}", ""
+    if scope == "layer":
+        has = f"the largest layer has {max(sizes, default=0)}"
+        share = ', or let the layers share a budget with `scope="model"`'
+    msg = (
+        f"`density` {density} leaves no whole block to train: {has} blocks of side"
+        f" {block_size}. Raise `density`, or lower `block_size`{share}."
+    )
+    return ConfigError(msg)
+
+
 def select(
     scores: Scores,
     density: float = 0.05,
@@ -234,7 +317,7 @@ def select(
         With ``scope="layer"``, the power of a layer's mean score that its density is
         proportional to: 0, the same for all layers; the larger, the more go to the
         layers with the highest scores. None: what suits the rule
-        (`sylva_train.config.SUITABLE`), which is 0 for those whose scores do not compare
+        (`sylva_train.options.SUITABLE`), which is 0 for those whose scores do not compare
         between layers.
     max_columns : float
         Largest fraction of a layer's block columns that may have blocks, at least
@@ -269,42 +352,19 @@ def select(
     check_choice("scope", scope, SCOPES)
     check_columns(max_columns, density)
     check_spread(spread)
-    suitable = SUITABLE.get(scores.metadata.get("importance", ""), (0.0, 0.0))
-    if allocation is None:
-        allocation = suitable[0]
-    if spread is None:
-        spread = suitable[1] if max_columns == 1 else 0.0
-    check_positive("allocation", allocation, zero=True)
-    if spread and max_columns < 1:
-        msg = (
-            "`spread` keeps blocks apart and `max_columns` together: give one of them."
-        )
-        raise ConfigError(msg)
-    blocks = {name: layer.blocks(block_size) for name, layer in scores.items()}
-    for name, block in blocks.items():
-        if not bool(block.isfinite().all()):
-            msg = f"`scores` of `{name}` are NaN or infinite: none are the highest."
-            raise NonFiniteError(msg)
-    whole = dict(blocks)
+    spread, allocation = with_defaults(scores, max_columns, spread, allocation)
+    whole = blocks_of(scores, block_size)
+    blocks = whole
     if max_columns < 1:
-        blocks = concentrate(blocks, density, max_columns, together)
-    densities = dict.fromkeys(blocks, density)
-    counts = {n: math.floor(density * b.numel() + 1e-9) for n, b in blocks.items()}
-    if scope == "layer" and allocation and blocks:
-        room = torch.tensor([int(b.isfinite().sum()) for b in blocks.values()])
-        # As many in all as with the same fraction of each, where that is any.
-        budget = sum(counts.values()) or math.floor(
-            density * sum(b.numel() for b in blocks.values()) + 1e-9
-        )
-        means = torch.stack([block.mean() for block in whole.values()])
-        given = share_out(means, room, budget, allocation).tolist()
-        counts = dict(zip(blocks, given, strict=True))
-        densities = {n: counts[n] / blocks[n].numel() for n in blocks}
+        blocks = concentrate(whole, density, max_columns, together)
+    shared = allocation if scope == "layer" else 0.0
+    counts = allotted(blocks, whole, density, shared)
     preferred: dict[str, torch.Tensor | None] = dict.fromkeys(blocks)
     if spread:
         for name, block in blocks.items():
+            own = counts[name] / block.numel() if shared else density
             row_cap, column_cap = (
-                max(math.ceil(spread * densities[name] * n - 1e-9), 1)
+                max(math.ceil(spread * own * n - 1e-9), 1)
                 for n in reversed(block.shape)
             )
             preferred[name] = spread_out(block, row_cap, column_cap)
@@ -320,19 +380,7 @@ def select(
             blocks = {n: b / (typical[n] or 1) for n, b in blocks.items()}
         chosen = best_of_all(blocks, density, preferred)
     if not any(len(flat) for flat in chosen.values()):
-        sizes = [block.numel() for block in blocks.values()]
-        has = (
-            f"the largest layer has {max(sizes, default=0)}"
-            if scope == "layer"
-            else f"the model has {sum(sizes)}"
-        )
-        share = ', or let the layers share a budget with `scope="model"`'
-        msg = (
-            f"`density` {density} leaves no whole block to train: {has} blocks of side"
-            f" {block_size}. Raise `density`, or lower `block_size`"
-            f"{share if scope == 'layer' else ''}."
-        )
-        raise ConfigError(msg)
+        raise none_left(blocks, density, block_size, scope)
     masks = {}
     for name, flat in chosen.items():
         columns = blocks[name].shape[1]
@@ -350,9 +398,20 @@ def select(
 
 
 def select_as(
-    config: SylvaConfig, scores: Scores, together: Iterable[Iterable[str]] = ()
+    config: SylvaConfig,
+    scores: Scores,
+    model: nn.Module | None = None,
+    batches: Iterable[Mapping[str, Any]] | None = None,
 ) -> Masks:
-    """Choose blocks as an adapter's options say; otherwise as `select`."""
+    """Choose blocks as an adapter's options say; otherwise as `select`.
+
+    Where they are to lie in few columns, layers that read one input have them in the same
+    ones. Which do, one of the ``batches`` shows in ``model``.
+    """
+    together: list[list[str]] = []
+    if config.max_columns < 1 and model is not None and batches is not None:
+        patterns = config.target_modules, config.exclude_modules
+        together = shared_inputs(model, next(iter(batches)), *patterns)
     return select(
         scores,
         config.density,

@@ -53,8 +53,8 @@ def assemble(
     size
         Rough Frobenius norm of the sum; see `estimate_norm`.
     rtol, max_rank
-        As of `truncate`, relative to the exact norm of the sum, and so is ``error``. The cap is for the
-        result alone: what is handed down is cut by the tolerance.
+        As of `truncate`, relative to the exact norm of the sum, and so is ``error``. The
+        cap is for the result alone: what is handed down is cut by the tolerance.
     symmetric
         Whether the sum is Hermitian; the terms of ``B21`` are then not looked at.
 

@@ -26,6 +26,7 @@ from hmatrix._checks import (
 from hmatrix._operator import operation, pad_rows
 from hmatrix.arithmetic.error import with_error_of_sum
 from hmatrix.arithmetic.truncation import truncate
+from hmatrix.construct import slices
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, beside
 from hmatrix.mlr import MLR
@@ -175,6 +176,8 @@ def add(
     ------
     TypeError, ShapeError, DTypeError, BackendError
         If the two do not match.
+    ValueError
+        If two `MLR` matrices have different signs, or as `truncate`.
     """
     check_kind("H", H, HODLR, MLR)
     if isinstance(H, HODLR) and isinstance(G, LowRank):
@@ -276,7 +279,20 @@ def subtract(
     rtol: float | None = None,
     max_rank: int | None = None,
 ) -> HODLR:
-    """Return ``H − G``; arguments are those of `add`, but that no `MLR` is a difference."""
+    """Return ``H − G``, truncated if ``rtol`` or ``max_rank`` is given.
+
+    Parameters
+    ----------
+    H, G : HODLR
+        As of `add`; ``G`` may be one `LowRank` block here too. No `MLR` is a difference.
+    rtol, max_rank
+        As of `add`.
+
+    Raises
+    ------
+    TypeError, ShapeError, DTypeError, BackendError
+        If the two do not match.
+    """
     check_kind("H", H, HODLR)
     if not isinstance(G, LowRank):
         check_match(H, G)
@@ -286,28 +302,10 @@ def subtract(
 
 def _spread(block: LowRank, H: HODLR) -> HODLR:
     """Return a block (n, n) as a matrix like ``H``: slices of its factors, not copied."""
-    tree, xp = H.tree, H.space.xp
     if block.shape != H.shape:
         msg = f"`G` must have shape {H.shape}, got {block.shape}."
         raise ShapeError(msg)
     check_operand("G", block.U, H.space)
-    U, V = (pad_rows(x, tree) for x in (block.U, block.V))
-
-    def node_rows(x: Array, level: int) -> Array:
-        return xp.reshape(x, (tree.nodes(level), tree.size(level), block.rank))
-
-    def side(first: int) -> tuple[LowRank, ...]:
-        return tuple(
-            LowRank(
-                node_rows(U, level + 1)[first::2, ...],
-                xp.broadcast_to(block.S, (tree.nodes(level), block.rank)),
-                node_rows(V, level + 1)[1 - first :: 2, ...],
-            )
-            for level in range(tree.levels)
-        )
-
-    m = tree.levels
-    diagonal = xp.broadcast_to(block.S, (tree.nodes(m), block.rank))
-    leaves = LowRank(node_rows(U, m), diagonal, node_rows(V, m)).to_dense()
-    lower = None if block.U is block.V else side(1)
-    return HODLR(tree, leaves, side(0), lower, error=0.0)
+    upper, lower, leaves = slices(block, H.tree)
+    below = None if block.U is block.V else lower
+    return HODLR(H.tree, leaves.to_dense(), upper, below, error=0.0)

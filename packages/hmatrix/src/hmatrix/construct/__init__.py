@@ -7,7 +7,12 @@ from hmatrix.construct.dense import from_dense
 from hmatrix.construct.entries import from_entries, from_kernel
 from hmatrix.construct.matvec import from_matvec
 from hmatrix.construct.sparse import from_sparse
-from hmatrix.construct.structured import from_diagonal, from_low_rank, identity
+from hmatrix.construct.structured import (
+    from_diagonal,
+    from_low_rank,
+    identity,
+    slices,
+)
 from hmatrix.construct.toeplitz import from_toeplitz
 
 __all__ = [
@@ -22,4 +27,5 @@ __all__ = [
     "from_sparse",
     "from_toeplitz",
     "identity",
+    "slices",
 ]

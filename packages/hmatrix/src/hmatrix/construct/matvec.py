@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +14,11 @@ from hmatrix._backend import (
     adjoint,
     detach,
     dtype_name,
-    frobenius,
     in_own_precision,
-    namespace,
-    qr,
 )
 from hmatrix._checks import (
     DTypeError,
     ShapeError,
-    ToleranceError,
     check_finite,
     check_int,
     check_norm,
@@ -32,18 +27,15 @@ from hmatrix._checks import (
     remedy,
 )
 from hmatrix._operator import Operator, pad_rows, real_rows, unpad_rows
-from hmatrix.construct.assembly import assemble
 from hmatrix.construct.budget import block_tolerance, check_tolerances, make_tree
+from hmatrix.construct.cutting import cut_blocks
+from hmatrix.construct.sampling import ROUNDING, Probes, Product, find_range
 from hmatrix.hodlr import HODLR, apply_blocks, clear_padding
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
 
-__all__ = ["ROUNDING", "Probes", "find_range", "from_matvec"]
+__all__ = ["from_matvec"]
 
-Product = Callable[[Array], Array]
-
-#: Random vectors that measure norm and error.
-PROBES = 16
 #: The levels are found to this part of the tolerance, that the final cut has something
 #: left to lose, and to a smaller one in a deep tree: each level adds up to half of the
 #: squared errors of those above to its own.
@@ -52,12 +44,9 @@ LEVEL_GROWTH = 1.2
 #: The cut keeps to this part, so that an estimate that is a little high breaks no
 #: promise that is kept.
 CUT_SHARE = 0.7
-#: Of the relative errors that are asked for, the smallest that products can show, in
-#: units of epsilon.
-ROUNDING = 100
 NO_ADJOINT = "`rmatvec`, products of the adjoint, is needed, or else `symmetric=True`."
 # First words of the keys of random numbers.
-_PROBE, _SKETCH, _SIGN = 1, 2, 3
+_SKETCH, _SIGN = 2, 3
 
 
 @in_own_precision
@@ -204,7 +193,7 @@ def from_matvec(
     norm = math.sqrt(squares + float(xp.sum(xp.abs(leaves) ** 2)))
     allowed = max(asked * norm, atol)
     spent = 2 * probes.error(whole)  # twice: the estimate may be low
-    H = assemble(
+    H = cut_blocks(
         tree,
         whole.leaves,
         whole.upper,
@@ -218,83 +207,6 @@ def from_matvec(
         "so) and that products are that exact; then raise `rtol` or `oversampling`"
     )
     return probes.judge(H, norm, math.inf if max_rank is not None else allowed, advice)
-
-
-def find_range(
-    sample: Callable[[int, int], Array], width: int, step: int, tolerance: float
-) -> Array:
-    """Find bases of the ranges of a batch of blocks by growing a random sample.
-
-    Parameters
-    ----------
-    sample
-        ``sample(q, c)`` returns ``c`` more columns ``B Ω`` (..., m, c) of the blocks,
-        ``q`` being the number it returned before.
-    width : int
-        Columns at most; m of them always suffice.
-    step : int
-        Columns that the sample grows by, at least.
-    tolerance : float
-        Frobenius norm of all the blocks together that may lie outside.
-
-    Returns
-    -------
-    array (..., m, q)
-        Orthonormal columns.
-    """
-    Y = sample(0, min(step, width))
-    while True:
-        Q, _ = qr(Y)
-        q = int(Y.shape[-1])
-        if q >= width:
-            return Q
-        new = sample(q, min(max(step, q // 4), width - q))
-        # E‖(I − QQᴴ) B ω‖² = ‖(I − QQᴴ) B‖_F² for columns that Q was not made of
-        outside = float(frobenius(new - Q @ (adjoint(Q) @ new)))
-        Y = namespace(Y).concat([Y, new], axis=-1)
-        if outside <= tolerance * math.sqrt(new.shape[-1]):
-            return qr(Y)[0]
-
-
-@dataclass(frozen=True)
-class Probes:
-    """Random vectors and a matrix's products with them, padded: they measure errors.
-
-    ``E‖(A − H) ω‖² = ‖A − H‖_F²`` for vectors that ``H`` was not made of.
-    """
-
-    vectors: Array
-    products: Array
-
-    @classmethod
-    def of(cls, product: Product, tree: ClusterTree, space: Space, seed: int) -> Probes:
-        """Draw vectors and multiply, padded (padded, q) to (padded, q)."""
-        vectors = pad_rows(space.normal((tree.n, PROBES), _PROBE, seed), tree)
-        return cls(vectors, product(vectors))
-
-    @property
-    def norm(self) -> float:
-        """Estimate of ``‖A‖_F``."""
-        return float(frobenius(self.products)) / math.sqrt(PROBES)
-
-    def error(self, H: HODLR) -> float:
-        """Estimate of ``‖A − H‖_F``."""
-        difference = self.products - H._apply(self.vectors)
-        return float(frobenius(difference)) / math.sqrt(PROBES)
-
-    def judge(self, H: HODLR, norm: float, allowed: float, advice: str) -> HODLR:
-        """Return ``H`` with its error; raise if that is more than is allowed."""
-        reached = self.error(H)
-        if reached > allowed:
-            scale = norm or 1.0
-            msg = (
-                f"A relative error of {allowed / scale:.3g} was asked for, and "
-                f"{reached / scale:.3g} reached. {advice}, or give `max_rank` to take "
-                "what can be had."
-            )
-            raise ToleranceError(msg, allowed / scale, reached / scale)
-        error = reached / norm if norm else 0.0
-        return HODLR(H.tree, H.leaves, H.upper, H.lower, error)
 
 
 @dataclass
@@ -342,7 +254,7 @@ class _Peeling:
             level, shape[0], sides, 1, Q.shape[-1]
         )
         W = self._across(self.backward, Q, 0)
-        S = xp.ones_like(self.space.real.zeros(*shape[:1], sides, Q.shape[-1]))
+        S = self.space.real.ones(shape[0], sides, Q.shape[-1])
         blocks, _ = recompress(
             LowRank(Q, S, W), tolerance=block_tolerance(tree, level, total)
         )

@@ -15,8 +15,8 @@ from hmatrix._checks import (
     check_finite,
     check_space,
 )
-from hmatrix.construct.assembly import assemble
 from hmatrix.construct.budget import check_symmetric, check_tolerances, make_tree
+from hmatrix.construct.cutting import cut_blocks
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
@@ -91,25 +91,7 @@ def from_sparse(
     >>> bool(np.allclose(A @ hm.factorize(H).solve(b), b))
     True
     """
-    from scipy import sparse
-
-    if not sparse.issparse(A):
-        msg = (
-            f"`A` must be a SciPy sparse matrix, got {type(A).__name__}; `from_dense` "
-            "takes dense arrays."
-        )
-        raise BackendError(msg)
-    if A.ndim != 2 or A.shape[0] != A.shape[1]:
-        msg = f"`A` must be square, got shape {A.shape}."
-        raise ShapeError(msg)
-    space = check_space(
-        Space.like(like, A.dtype.name if dtype is None else dtype), NUMBERS
-    )
-    if A.dtype.kind == "c" and not space.is_complex:
-        msg = f"`A` is complex, `dtype` must be so too, got {space.name}."
-        raise DTypeError(msg)
-    A = sparse.csr_array(A, dtype=space.name, copy=True)
-    A.sum_duplicates()
+    A, space = _as_csr(A, like, dtype)
     norm = check_finite("A", A.data)
     tree = make_tree(A.shape[0], levels, leaf_size, tree)
     rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
@@ -144,7 +126,7 @@ def from_sparse(
     here = rows // m == columns // m
     leaves = np.zeros((tree.nodes(tree.levels), m, m), dtype=space.name)
     leaves[rows[here] // m, rows[here] % m, columns[here] % m] = values[here]
-    return assemble(
+    return cut_blocks(
         tree,
         space.asarray(leaves),
         side(1),
@@ -153,6 +135,30 @@ def from_sparse(
         total=max(rtol * norm, atol),
         max_rank=max_rank,
     )
+
+
+def _as_csr(A: Any, like: Array | None, dtype: object) -> tuple[Any, Space]:
+    """Return a copy in rows, each entry once, and the space of the result."""
+    from scipy import sparse
+
+    if not sparse.issparse(A):
+        msg = (
+            f"`A` must be a SciPy sparse matrix, got {type(A).__name__}; `from_dense` "
+            "takes dense arrays."
+        )
+        raise BackendError(msg)
+    if A.ndim != 2 or A.shape[0] != A.shape[1]:
+        msg = f"`A` must be square, got shape {A.shape}."
+        raise ShapeError(msg)
+    space = check_space(
+        Space.like(like, A.dtype.name if dtype is None else dtype), NUMBERS
+    )
+    if A.dtype.kind == "c" and not space.is_complex:
+        msg = f"`A` is complex, `dtype` must be so too, got {space.name}."
+        raise DTypeError(msg)
+    rows = sparse.csr_array(A, dtype=space.name, copy=True)
+    rows.sum_duplicates()
+    return rows, space
 
 
 def _factors(

@@ -24,13 +24,13 @@ from hmatrix._checks import (
     check_space,
 )
 from hmatrix._operator import pad_rows
-from hmatrix.construct.assembly import assemble
 from hmatrix.construct.budget import check_tolerances, make_tree
+from hmatrix.construct.cutting import cut_blocks
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
 
-__all__ = ["from_diagonal", "from_low_rank", "identity", "is_real"]
+__all__ = ["from_diagonal", "from_low_rank", "identity", "is_real", "slices"]
 
 
 def identity(
@@ -61,7 +61,7 @@ def identity(
     HODLR(n=1000, levels=3, ranks=(0, 0, 0), symmetric, float64, numpy, 1 MB, 0.12 of dense)
     """
     space = check_space(Space.like(like, dtype), NUMBERS)
-    ones = space.zeros(check_int("n", n, 1)) + 1
+    ones = space.ones(check_int("n", n, 1))
     return from_diagonal(ones, levels=levels, leaf_size=leaf_size, tree=tree)
 
 
@@ -161,10 +161,10 @@ def from_low_rank(
     """
     U = detach(check_array("U", U, ndim=2))
     space = check_space(Space.of(U), NUMBERS)
-    xp, (n, r) = space.xp, U.shape
+    n, r = U.shape
     symmetric = V is None and (diagonal is None or is_real(diagonal))
     V = U if V is None else check_operand("V", V, space)
-    S = xp.ones_like(space.real.zeros(r)) if S is None else S
+    S = space.real.ones(r) if S is None else S
     S = check_operand("S", S, space.real)
     diagonal = space.zeros(n) if diagonal is None else diagonal
     diagonal = check_operand("diagonal", diagonal, space)
@@ -185,29 +185,14 @@ def from_low_rank(
     V, S, diagonal = detach(V), detach(S), detach(diagonal)
     tree = make_tree(n, levels, leaf_size, tree)
     rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
-    left, right = pad_rows(U, tree), pad_rows(V, tree)
-
-    def rows(x: Array, level: int) -> Array:
-        return xp.reshape(x, (tree.nodes(level), tree.size(level), r))
-
-    upper, lower = [], []
-    for level in range(tree.levels):
-        scales = xp.broadcast_to(S, (tree.nodes(level), r))
-        us, vs = rows(left, level + 1), rows(right, level + 1)
-        upper.append(LowRank(us[0::2, ...], scales, vs[1::2, ...]))
-        lower.append(LowRank(us[1::2, ...], scales, vs[0::2, ...]))
-    nodes = LowRank(
-        rows(left, tree.levels),
-        xp.broadcast_to(S, (tree.nodes(tree.levels), r)),
-        rows(right, tree.levels),
-    )
+    upper, lower, nodes = slices(LowRank(U, S, V), tree)
     leaves = nodes.to_dense() + _diagonal_leaves(diagonal, tree)
     if symmetric:
         leaves = (leaves + adjoint(leaves)) / 2
     blocks = (*upper, *(upper if symmetric else lower))
     parts = (leaves, *(recompress(block)[0].S for block in blocks))
     norm = check_norm(math.hypot(*(float(frobenius(x)) for x in parts)), space)
-    return assemble(
+    return cut_blocks(
         tree,
         leaves,
         upper,
@@ -216,6 +201,36 @@ def from_low_rank(
         total=max(rtol * norm, atol),
         max_rank=max_rank,
     )
+
+
+def slices(
+    block: LowRank, tree: ClusterTree
+) -> tuple[tuple[LowRank, ...], tuple[LowRank, ...], LowRank]:
+    """Return B12 and B21 of all levels of a block (n, n), and its leaves.
+
+    They are slices of its factors, not copied.
+    """
+    xp = namespace(block.U)
+    U, V = (pad_rows(x, tree) for x in (block.U, block.V))
+
+    def rows(x: Array, level: int) -> Array:
+        return xp.reshape(x, (tree.nodes(level), tree.size(level), block.rank))
+
+    def scales(level: int) -> Array:
+        return xp.broadcast_to(block.S, (tree.nodes(level), block.rank))
+
+    def side(first: int) -> tuple[LowRank, ...]:
+        return tuple(
+            LowRank(
+                rows(U, level + 1)[first::2, ...],
+                scales(level),
+                rows(V, level + 1)[1 - first :: 2, ...],
+            )
+            for level in range(tree.levels)
+        )
+
+    m = tree.levels
+    return side(0), side(1), LowRank(rows(U, m), scales(m), rows(V, m))
 
 
 def is_real(x: Array) -> bool:

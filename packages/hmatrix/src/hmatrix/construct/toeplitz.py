@@ -26,7 +26,7 @@ from hmatrix._checks import (
 )
 from hmatrix._operator import real_rows
 from hmatrix.construct.budget import block_tolerance, check_tolerances, make_tree
-from hmatrix.construct.matvec import ROUNDING, Probes, find_range
+from hmatrix.construct.sampling import ROUNDING, Probes, find_range
 from hmatrix.construct.structured import is_real
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, recompress
@@ -181,7 +181,7 @@ def _toeplitz_level(
     Q = find_range(sample, width, STEP, tolerance * math.sqrt(sides))
     Q = rows[0, ...] * Q
     W = columns[0, ...] * _convolve(conjugate(xp.flip(kernels, axis=-1)), Q)
-    S = xp.ones_like(space.real.zeros(sides, Q.shape[-1]))
+    S = space.real.ones(sides, Q.shape[-1])
     block, _ = recompress(LowRank(Q, S, W), tolerance=tolerance, max_rank=max_rank)
     return [
         LowRank(

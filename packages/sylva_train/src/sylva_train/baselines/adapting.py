@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError
-from sylva_train.config import CURVATURES, IMPORTANCES, METHODS, SylvaConfig
+from sylva_train.config import SylvaConfig
 from sylva_train.importance import Scores, score
 from sylva_train.layers import embed
 from sylva_train.masks import Masks
+from sylva_train.options import CURVATURES, IMPORTANCES, METHODS
+from sylva_train.progress import Report
 from sylva_train.selection import select_as
 from sylva_train.targets import find_targets, matches
 
@@ -121,7 +123,7 @@ def adapt(
     loader: Iterable[Mapping[str, Any]] | None = None,
     *,
     scores: Scores | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> Adapted:
     """Make a pretrained model trainable by a method, in place.
 
@@ -181,7 +183,7 @@ def adapt(
         )
         if scores is None:
             scores = score(model, loader, scoring, progress=progress)
-        masks = select_as(config, scores)
+        masks = select_as(config, scores, model, loader)
         if method.name == "kfac-pruner":
             prune(model, masks)
         embed(model, masks, modules_to_save=config.modules_to_save)

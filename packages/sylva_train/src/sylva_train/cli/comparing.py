@@ -6,21 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import atomic_write
+from sylva_train._checks import write_text
 from sylva_train.comparison import Comparison, Event, compare
+from sylva_train.progress import Progress, duration
 from sylva_train.report import markdown_table, write_report
-from sylva_train.workflow import Progress, duration
 
 from .show import score_text
 
-__all__ = ["publish", "run_comparison", "show"]
+__all__ = ["publish", "run_comparison", "show_event"]
 
 
 def publish(results: dict[str, Any], output: Path) -> dict[str, Any]:
     """Write the report and the table beside the results, and return these."""
     write_report(results, output / "report.html")
-    with atomic_write(output / "table.md") as temporary:
-        temporary.write_text(markdown_table(results), encoding="utf-8")
+    write_text(output / "table.md", markdown_table(results))
     return results
 
 
@@ -39,7 +38,7 @@ def run_comparison(
     with Progress(enabled=not quiet) as bars:
 
         def watch(event: Event) -> None:
-            show(bars, event, lambda row: score_text(metric, row["score"]))
+            show_event(bars, event, lambda row: score_text(metric, row["score"]))
 
         results = compare(
             comparison,
@@ -53,7 +52,9 @@ def run_comparison(
     return publish(results, output)
 
 
-def show(bars: Progress, event: Event, text: Callable[[dict[str, Any]], str]) -> None:
+def show_event(
+    bars: Progress, event: Event, text: Callable[[dict[str, Any]], str]
+) -> None:
     """Show what happened to a job; ``text`` says what a row has found."""
     name = event.label
     place = f"{event.number}/{event.count}"

@@ -30,11 +30,16 @@ OWN: tuple[type[Exception], ...] = (
 ARGUMENTS = "sylva.arguments"
 
 
-def fail(message: str) -> None:
-    """Print one red line on stderr."""
+def tell(kind: str, message: str, style: str) -> None:
+    """Print one line on stderr."""
     console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     line = " ".join(message.split())
-    console.print(f"Error: {line}", style="red", markup=False)
+    console.print(f"{kind}: {line}", style=style, markup=False)
+
+
+def fail(message: str) -> None:
+    """Print one red line on stderr."""
+    tell("Error", message, "red")
 
 
 def warn(
@@ -44,11 +49,8 @@ def warn(
 
     Not what libraries tell developers, such as that a function of theirs will go.
     """
-    if not issubclass(category, UserWarning):
-        return
-    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
-    line = " ".join(str(message).split())
-    console.print(f"Warning: {line}", style="yellow", markup=False)
+    if issubclass(category, UserWarning):
+        tell("Warning", str(message), "yellow")
 
 
 class Commands(typer.core.TyperGroup):

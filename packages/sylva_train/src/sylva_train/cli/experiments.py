@@ -16,7 +16,7 @@ from sylva_train.options import (
 )
 
 from .frame import command, typed
-from .options import multiples, numbers, rates, words
+from .options import numbers, rates, words
 
 __all__ = ["compare", "demo", "reproduce_command"]
 
@@ -24,7 +24,7 @@ __all__ = ["compare", "demo", "reproduce_command"]
 @command(
     omit={
         "importance", "curvature", "seed", "lr", "save_every", "modules_to_save",
-        "max_columns", "memory_budget", "host_budget",
+        "memory_budget", "host_budget",
     },
     output="Folder for results.json, report.html, table.md.",
 )  # fmt: skip
@@ -154,8 +154,8 @@ def reproduce_command(
     """Make a table or figure of the paper, in form, on the models that are at hand.
 
     Tables 3 to 7 are about quality, and take configurations; rules, damping, rank,
-    allocation and tokens are of their kind. Table 2 and figures 4 and 5 are about memory and time, and
-    take a scale. Finished runs are kept: --resume goes on after them.
+    allocation and tokens are of their kind. Table 2 and figures 4 and 5 are about memory
+    and time, and take a scale. Finished runs are kept: --resume goes on after them.
 
     Examples
     --------
@@ -196,7 +196,7 @@ def reproduce_command(
             "steps": steps,
             "device": device,
         },
-        tune=multiples("tune", tune),
+        tune=numbers("tune", tune, float),
         workers=workers,
         **common,
     )

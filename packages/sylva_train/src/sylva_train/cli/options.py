@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -26,13 +26,13 @@ __all__ = [
     "columns",
     "expand",
     "given",
-    "multiples",
     "numbers",
     "rates",
     "words",
 ]
 
 _NONE = inspect.Parameter.empty
+Number = TypeVar("Number", int, float)
 
 CONFIGS: tuple[type, ...] = (TaskConfig, SylvaOptions, TrainingConfig)
 #: Parameters of commands that write what several processes must not.
@@ -67,21 +67,15 @@ def modules(text: str | None) -> list[str] | str | None:
     return words(text)
 
 
-def numbers(name: str, text: str) -> tuple[int, ...]:
-    """Read integers with commas between them."""
+def numbers(
+    name: str, text: str | None, kind: type[Number] = int
+) -> tuple[Number, ...]:
+    """Read numbers of a kind, integers or floats, with commas between them."""
     try:
-        return tuple(int(part) for part in words(text) or ())
+        return tuple(kind(part) for part in words(text) or ())
     except ValueError:
-        msg = f"`{name}` must be integers with commas between them; got {text!r}."
-        raise ConfigError(msg) from None
-
-
-def multiples(name: str, text: str | None) -> tuple[float, ...]:
-    """Read numbers with commas between them."""
-    try:
-        return tuple(float(part) for part in words(text) or ())
-    except ValueError:
-        msg = f"`{name}` must be numbers with commas between them; got {text!r}."
+        what = "integers" if kind is int else "numbers"
+        msg = f"`{name}` must be {what} with commas between them; got {text!r}."
         raise ConfigError(msg) from None
 
 
@@ -167,6 +161,28 @@ def given(config: Any) -> list[str]:
     return found
 
 
+def flags_of(
+    signature: inspect.Signature,
+    configs: Mapping[str, type],
+    omit: Collection[str],
+    arguments: Collection[str],
+) -> dict[str, tuple[Any, Any]]:
+    """Return type and default of each flag of a command, in the order of the help."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for kind in configs.values():
+        for name in names_of(kind):
+            if name not in omit:
+                found[name] = FLAGS[name].kind, default_of(kind, name)
+    for name, parameter in signature.parameters.items():
+        if name not in configs and name not in arguments:
+            found[name] = parameter.annotation, parameter.default
+    if configs:
+        found["config_file"] = FLAGS["config_file"].kind, None
+    found["debug"] = bool, False
+    order = sorted(found, key=lambda name: PANELS.index(FLAGS[name].panel))
+    return {name: found[name] for name in order}
+
+
 def expand(
     function: Callable[..., None],
     *,
@@ -194,18 +210,6 @@ def expand(
         for name, parameter in signature.parameters.items()
         if parameter.annotation in CONFIGS
     }
-    kinds: dict[str, Any] = {}
-    defaults: dict[str, Any] = {}
-    for kind in configs.values():
-        for name in names_of(kind):
-            if name not in omit:
-                kinds[name], defaults[name] = FLAGS[name].kind, default_of(kind, name)
-    for name, parameter in signature.parameters.items():
-        if name not in configs and name not in arguments:
-            kinds[name], defaults[name] = parameter.annotation, parameter.default
-    if configs:
-        kinds["config_file"], defaults["config_file"] = FLAGS["config_file"].kind, None
-    kinds["debug"], defaults["debug"] = bool, False
     parameters = [
         keyword(
             name,
@@ -217,14 +221,13 @@ def expand(
         )
         for name, text in arguments.items()
     ]
-    order = sorted(kinds, key=lambda name: PANELS.index(FLAGS[name].panel))
-    for name in order:
+    flags = flags_of(signature, configs, omit, arguments)
+    known = {n: k for n, (k, _) in flags.items() if n not in {"config_file", "debug"}}
+    for name, (kind, default) in flags.items():
         extra: dict[str, Any] = {}
         if name == "config_file":
-            known = {n: k for n, k in kinds.items() if n not in {name, "debug"}}
             extra = {"is_eager": True, "callback": reader(known)}
-        annotation = FLAGS[name].annotate(kinds[name], **extra)
-        parameters.append(keyword(name, annotation, defaults[name]))
+        parameters.append(keyword(name, FLAGS[name].annotate(kind, **extra), default))
     parameters.append(keyword("context", typer.Context))
 
     def command(*, context: typer.Context, **values: Any) -> None:

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sylva_train._checks import folder_size
 from sylva_train.config_files import config_names, find_config, read_config_file
 
 __all__ = [
@@ -93,11 +94,6 @@ def size(number: int) -> str:
         if number >= size_:
             return f"{number / size_:.3g} {unit}"
     return f"{number} B"
-
-
-def folder_size(path: Path) -> int:
-    """Return the bytes of a folder's files."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def as_text(content: Any) -> None:

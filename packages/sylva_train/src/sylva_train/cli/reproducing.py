@@ -12,6 +12,7 @@ from rich.markdown import Markdown
 
 from sylva_train._checks import ConfigError, check_choice
 from sylva_train.comparison import Event
+from sylva_train.progress import Progress
 from sylva_train.reproduce import (
     MEASUREMENTS,
     TABLES,
@@ -20,9 +21,8 @@ from sylva_train.reproduce import (
     reproduce,
     with_values,
 )
-from sylva_train.workflow import Progress
 
-from .comparing import show as show_event
+from .comparing import show_event
 from .printing import out, written
 from .show import score_text
 

@@ -16,7 +16,7 @@ from .plan import (
     suited,
 )
 from .process import worker
-from .results import load_results, made, read_results
+from .results import load_results, made
 
 __all__ = [
     "LEARNING_RATES",
@@ -34,7 +34,6 @@ __all__ = [
     "fresh",
     "load_results",
     "made",
-    "read_results",
     "run_jobs",
     "suited",
     "worker",

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import atomic_write
+from sylva_train._checks import write_text
 from sylva_train.importance import score
 from sylva_train.selection import select_as
 from sylva_train.training import pick_device
@@ -80,8 +80,7 @@ def compare(
     with fresh(output, keep=keep):
         rows = run_jobs(jobs, output, watch or (lambda _: None), workers=workers)
     results = gather(comparison, rows, command)
-    with atomic_write(output / RESULTS) as temporary:
-        temporary.write_text(json.dumps(results), encoding="utf-8")
+    write_text(output / RESULTS, json.dumps(results))
     return results
 
 

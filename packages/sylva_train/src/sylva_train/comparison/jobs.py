@@ -14,8 +14,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import ConfigError, atomic_write, check_integer
-from sylva_train.workflow import check_folder
+from sylva_train._checks import ConfigError, check_integer, write_text
+from sylva_train.workflow import check_folder, differences
 
 from .events import Clock, Event, Watcher
 from .job import RUNS, Job, done
@@ -94,17 +94,6 @@ def check_same(jobs: Sequence[Job], output: Path) -> None:
                 " with the same ones, or choose another folder."
             )
             raise ConfigError(msg)
-
-
-def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Say what options differ, in the groups that a spec has."""
-    groups = [name for name, value in wanted.items() if isinstance(value, dict)]
-    return [
-        f"`{name}` is {found.get(group, {}).get(name)!r} there and {value!r} here"
-        for group in groups
-        for name, value in wanted[group].items()
-        if found.get(group, {}).get(name) != value
-    ]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -203,8 +192,7 @@ class Queue:
             self.tell(event, kind="kept", row=row)
             return row
         self.tell(event)
-        with atomic_write(spec_path) as temporary:
-            temporary.write_text(json.dumps(job.spec), encoding="utf-8")
+        write_text(spec_path, json.dumps(job.spec))
         begin = time.perf_counter()
         row = start(job, path, self.stages(event, number, begin), self.processes)
         self.clock.finish(number, time.perf_counter() - begin)

@@ -17,6 +17,7 @@ from sylva_train.options import (
     DEMO_STEPS,
     DEMO_TASK,
     METHODS,
+    SylvaOptions,
     TaskConfig,
     TrainingConfig,
 )
@@ -30,9 +31,9 @@ __all__ = [
     "suited",
 ]
 
-#: Peak learning rates, chosen on the validation split (benchmarks/bench_rates.py); the
-#: serial adapter takes LoRA's; the pruner, SHiRA and Super-Tuning train the same kind of weights as Sylva, and take its
-#: rate.
+#: Peak learning rates, chosen on the validation split (benchmarks/bench_rates.py). The
+#: serial adapter takes LoRA's; the pruner, SHiRA and Super-Tuning train the same kind of
+#: weights as Sylva, and take its rate.
 LEARNING_RATES = {
     "full": 4e-4,
     "lora": 4e-3,
@@ -46,11 +47,16 @@ LEARNING_RATES = {
 #: Metrics of predictions alone, without logits: those of a head on frozen features.
 OF_PREDICTIONS = ("accuracy", "f1", "f1-binary", "mcc", *REGRESSION)
 
-#: Scoring options of `SylvaConfig` that a comparison passes on.
-OPTIONS = (
-    "target_modules", "exclude_modules", "density", "block_size", "levels", "rank",
-    "exact_below", "samples", "tokens", "damping", "scope",
-    "allocation", "spread",
+#: Options of `SylvaConfig` that a comparison passes on: all but the methods', the task's,
+#: the runs' and the machine's.
+OPTIONS = tuple(
+    option.name
+    for option in dataclasses.fields(SylvaOptions)
+    if option.name
+    not in {
+        "importance", "curvature", "modules_to_save", "seed", "memory_budget",
+        "host_budget",
+    }
 )  # fmt: skip
 
 
@@ -63,7 +69,7 @@ class Comparison:
     task : TaskConfig
         Model and data; ``eval_split`` is what the scores are of.
     sylva : SylvaConfig
-        Targets, density, block size and scoring options; rule and curvature are the
+        Targets, and options of scoring and choosing blocks; rule and curvature are the
         methods'. LoRA gets as many trainable weights.
     training : TrainingConfig
         The loop; the learning rate is the method's.

@@ -19,7 +19,7 @@ from typing import Any
 from transformers.utils import logging
 
 from sylva_train import _checks
-from sylva_train._checks import SylvaError, atomic_write
+from sylva_train._checks import SylvaError, write_text
 
 from .events import decode_event, send
 from .job import Job
@@ -180,5 +180,4 @@ def worker() -> None:
     finally:
         # nanobind, where Triton is there, takes what stays frozen for leaked.
         gc.unfreeze()
-    with atomic_write(result_path) as temporary:
-        temporary.write_text(json.dumps(row), encoding="utf-8")
+    write_text(result_path, json.dumps(row))

@@ -21,7 +21,7 @@ from sylva_train.workflow import evaluated_on
 
 from .plan import Comparison
 
-__all__ = ["gather", "load_results", "made", "read_results"]
+__all__ = ["gather", "load_results", "made"]
 
 FORMAT = "sylva-comparison/1"
 
@@ -130,16 +130,15 @@ def commit() -> str | None:
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the ``results.json`` of a comparison.
 
-    Raises
-    ------
-    ConfigError
-        If it is not one.
-    """
-    return read_results(path, FORMAT, "a comparison")
+    Parameters
+    ----------
+    path : path
+        The file.
 
-
-def read_results(path: str | os.PathLike[str], form: str, what: str) -> dict[str, Any]:
-    """Read results of a format.
+    Returns
+    -------
+    dict
+        As `compare` returns it.
 
     Raises
     ------
@@ -149,9 +148,9 @@ def read_results(path: str | os.PathLike[str], form: str, what: str) -> dict[str
     try:
         results: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        msg = f"`{path}` cannot be read as the results of {what} ({error})."
+        msg = f"`{path}` cannot be read as the results of a comparison ({error})."
         raise ConfigError(msg) from error
-    if not isinstance(results, dict) or results.get("format") != form:
-        msg = f"`{path}` does not hold results of the format {form}."
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        msg = f"`{path}` does not hold results of the format {FORMAT}."
         raise ConfigError(msg)
     return results

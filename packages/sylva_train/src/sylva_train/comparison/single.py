@@ -6,13 +6,14 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from sylva_train._checks import NonFiniteError
+from sylva_train._checks import NonFiniteError, folder_size
 from sylva_train.baselines import (
     Adapted,
     Method,
@@ -42,27 +43,13 @@ from sylva_train.training import (
     train,
 )
 from sylva_train.tuner import save_adapter
-from sylva_train.workflow import Report, Task, evaluation_loader, heads, load_task
+from sylva_train.workflow import Task, evaluation_loader, heads, load_task
 
 from .memory import PeakMemory
 
 __all__ = ["run"]
 
 Tell = Callable[[str, int, int], None]
-
-
-def stage(tell: Tell, name: str) -> Report:
-    """Return the function of (done, total) that tells of a stage."""
-
-    def report(done: int, total: int) -> None:
-        tell(name, done, total)
-
-    return report
-
-
-def folder_bytes(path: Path) -> int:
-    """Size of the files in a folder."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def saved_bytes(adapted: Adapted, config: SylvaConfig) -> int:
@@ -78,7 +65,7 @@ def saved_bytes(adapted: Adapted, config: SylvaConfig) -> int:
             save_file(trained, path / "adapter.safetensors")
         else:
             model.save_pretrained(path)
-        return folder_bytes(path)
+        return folder_size(path)
 
 
 def run_frozen(task: Task, training: TrainingConfig, tell: Tell) -> dict[str, Any]:
@@ -87,10 +74,10 @@ def run_frozen(task: Task, training: TrainingConfig, tell: Tell) -> dict[str, An
     loader = evaluation_loader(task.train, task.tokenizer, task.config.max_length)
     task.model.to(pick_device(training.device))
     features, labels = pooled_features(
-        task.model, loader, progress=stage(tell, "reading features")
+        task.model, loader, progress=partial(tell, "reading features")
     )
     eval_features, eval_labels = pooled_features(
-        task.model, task.eval_loader(), progress=stage(tell, "evaluating")
+        task.model, task.eval_loader(), progress=partial(tell, "evaluating")
     )
     predictions, size = probe(features, labels, eval_features, seed=training.seed)
     if task.config.task == "regression":
@@ -104,6 +91,7 @@ def run_frozen(task: Task, training: TrainingConfig, tell: Tell) -> dict[str, An
         "metrics": metrics,
         "trainable": 0,
         "trainable_head": size,
+        "trainable_fraction": 0.0,
         "train_seconds": time.perf_counter() - begin,
         "adapter_bytes": size * 4,
     }
@@ -131,7 +119,7 @@ def train_measured(
             eval_loader,
             metric=task.config.metric,
             generation=task.config.generation,
-            progress=stage(tell, "evaluating"),
+            progress=partial(tell, "evaluating"),
         )
         memory.reset()
         return metrics
@@ -169,27 +157,12 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
     task = load_task(TaskConfig(**spec["task"]), seed=training.seed)
     assert task.held_out is not None
     config.modules_to_save = heads(task.model, task.config.task)
-    total = sum(p.numel() for p in task.model.parameters())
     device = pick_device(training.device)
     memory = PeakMemory(device)
-    row: dict[str, Any] = {
-        "method": method.name,
-        "label": method.label,
-        "seed": training.seed,
-        "lr": training.lr if method.name != "frozen" else None,
-        "seconds_per_step": None,
-        "step_seconds_iqr": None,
-        "score_seconds": None,
-        "score_memory_bytes": None,
-        "history": [],
-        "total": total,
-        "examples": [len(task.train), task.eval_examples],
-        "labels": task.train.label_names,
-    }
+    row = begun_row(method, task, training)
     memory.reset()
     if method.name == "frozen":
         row |= run_frozen(task, training, tell)
-        row["trainable_fraction"] = 0.0
         row["peak_memory_bytes"] = memory.bytes()
         return row
     loader = task.loader(training)
@@ -201,7 +174,7 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
     begin = time.perf_counter()
     memory.reset()
     adapted = adapt(
-        method, task.model, config, samples, progress=stage(tell, "scoring")
+        method, task.model, config, samples, progress=partial(tell, "scoring")
     )
     if adapted.scores is not None:
         row["score_seconds"] = time.perf_counter() - begin
@@ -212,7 +185,7 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
         "metrics": result.metrics,
         "trainable": adapted.trainable,
         "trainable_head": adapted.head,
-        "trainable_fraction": adapted.trainable / total,
+        "trainable_fraction": adapted.trainable / row["total"],
         "seconds_per_step": result.seconds_per_step,
         "step_seconds_iqr": result.step_seconds_iqr,
         "train_seconds": result.train_seconds,
@@ -224,6 +197,24 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
         row["masks"] = mask_entries(adapted.masks)
         row["scores"] = score_entries(adapted.scores, adapted.masks)
     return row
+
+
+def begun_row(method: Method, task: Task, training: TrainingConfig) -> dict[str, Any]:
+    """Return what is known of a run at its begin; None is what it need not measure."""
+    return {
+        "method": method.name,
+        "label": method.label,
+        "seed": training.seed,
+        "lr": training.lr if method.name != "frozen" else None,
+        "seconds_per_step": None,
+        "step_seconds_iqr": None,
+        "score_seconds": None,
+        "score_memory_bytes": None,
+        "history": [],
+        "total": sum(p.numel() for p in task.model.parameters()),
+        "examples": [len(task.train), task.eval_examples],
+        "labels": task.train.label_names,
+    }
 
 
 def try_rate(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:

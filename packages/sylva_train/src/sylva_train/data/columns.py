@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from sylva_train._checks import ConfigError, DataError
+from sylva_train.options import TASKS
 
 from .files import HeaderTest, Row, Table, other_separator
 
@@ -23,8 +24,6 @@ __all__ = [
     "without_header",
 ]
 
-#: What a data set is for; the first is the default.
-TASKS = ("classification", "regression", "causal-lm", "seq2seq")
 #: Those with a label for each text: a class or a number.
 LABELLED = ("classification", "regression")
 

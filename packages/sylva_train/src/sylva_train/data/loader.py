@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from sylva_train._checks import ConfigError, DataError, check_integer
+from sylva_train.progress import Report
 
 from .dataset import LABELLED, Text, TextDataset
 
-__all__ = ["Loader", "ending"]
+__all__ = ["Loader", "ending", "prompt_ids", "spaced"]
 
 #: Label of the positions that do not count in the loss.
 IGNORED = -100
@@ -95,7 +96,7 @@ class Loader:
         drop_last: bool = False,
         bucket: int = 0,
         pack: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Report | None = None,
     ) -> None:
         check_integer("batch_size", batch_size, 1)
         check_integer("max_length", max_length, 2)

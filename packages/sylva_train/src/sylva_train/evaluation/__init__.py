@@ -5,9 +5,7 @@ from .generation import write
 from .labels import label_logits, number_metrics, prediction_metrics
 from .metrics import (
     CHOICE,
-    CLASSIFICATION,
     GENERATION,
-    LANGUAGE,
     METRICS,
     REGRESSION,
     key_of,
@@ -17,9 +15,7 @@ from .texts import check_libraries, score_texts
 
 __all__ = [
     "CHOICE",
-    "CLASSIFICATION",
     "GENERATION",
-    "LANGUAGE",
     "METRICS",
     "REGRESSION",
     "check_libraries",

@@ -12,8 +12,9 @@ import torch
 
 from sylva_train._checks import DataError, NonFiniteError
 from sylva_train.data import Loader, TextDataset, spaced
+from sylva_train.progress import Report
 
-from .generation import Report, cut, generated, options, source_ids
+from .generation import cut, generated, options, source_ids
 
 __all__ = ["choice_metrics"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from sylva_train._checks import ConfigError, DataError, check_choice
 from sylva_train.data import Loader, TextDataset
+from sylva_train.progress import Report
 
 from .choice import choice_metrics
 from .generation import write
@@ -28,7 +29,7 @@ def evaluate(
     *,
     predictions: bool = False,
     generation: GenerationConfig | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on labelled batches, or by what it writes after prompts.
 
@@ -46,10 +47,11 @@ def evaluate(
         or to choose, a `Loader` of prompts with targets.
     metric : str, optional
         The ``score``, one of ``METRICS``; by default ``"accuracy"`` for classes,
-        ``"pearson"`` for numbers and ``"perplexity"`` for tokens. Of a language model also what it writes can be
-        scored (``"bleu"``, ``"nist"``, ``"meteor"``, ``"rouge-l"``, ``"cider"``,
-        ``"exact-match"``, ``"answer"``; needs ``pip install 'sylva-train[metrics]'``), or
-        which of the targets it finds likeliest (``"choice"``).
+        ``"pearson"`` for numbers and ``"perplexity"`` for tokens. Of a language model
+        also what it writes can be scored (``"bleu"``, ``"nist"``, ``"meteor"``,
+        ``"rouge-l"``, ``"cider"``, ``"exact-match"``, ``"answer"``; needs ``pip install
+        'sylva-train[metrics]'``), or which of the targets it finds likeliest
+        (``"choice"``).
     predictions : bool
         Whether to return the predictions as well, in the order of the data set.
     generation : transformers.GenerationConfig, optional
@@ -64,8 +66,9 @@ def evaluate(
         are predicted), ``f1_binary`` (of two classes, the second's, as GLUE reports for
         MRPC and QQP), ``mcc`` (Matthews correlation coefficient) and ``loss`` (mean
         cross-entropy). For numbers the correlations ``pearson`` and ``spearman``, 0
-        where either side is constant, and ``mse`` (mean squared error). For tokens ``loss`` (mean over all tokens that count, whatever
-        the batches), ``perplexity`` (its exponential) and ``token_accuracy``.
+        where either side is constant, and ``mse`` (mean squared error). For tokens
+        ``loss`` (mean over all tokens that count, whatever the batches), ``perplexity``
+        (its exponential) and ``token_accuracy``.
 
         For what a model writes ``bleu``, ``nist``, ``meteor``, ``rouge_l``, ``cider``,
         ``exact_match`` and ``answer``, as `sylva_train.evaluation.score_texts` has them;
@@ -152,7 +155,7 @@ def answer_metrics(
     metric: str,
     predictions: bool,
     generation: GenerationConfig | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Report | None,
 ) -> dict[str, Any]:
     """Return the metrics of what a model writes or chooses."""
     data = loader.dataset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,12 @@ from transformers import GenerationConfig
 from sylva_train._checks import ConfigError
 from sylva_train.curvature import is_encoder_decoder
 from sylva_train.data import Loader, ending, prompt_ids
+from sylva_train.progress import Report
 
 __all__ = ["cut", "generated", "options", "source_ids", "write"]
 
 #: Tokens that a model writes at most, where nothing is said.
 MAX_NEW_TOKENS = 64
-Report = Callable[[int, int], None]
 
 
 def options(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train.curvature import batches_of, class_name, is_encoder_decoder
 from sylva_train.data import Loader
+from sylva_train.progress import Report
 
 from .metrics import CHOICE, CLASSIFICATION, GENERATION, LANGUAGE, REGRESSION, key_of
 
@@ -27,7 +28,7 @@ def label_metrics(
     metric: str | None,
     *,
     predictions: bool,
-    progress: Callable[[int, int], None] | None,
+    progress: Report | None,
 ) -> tuple[dict[str, Any], str]:
     """Return the metrics of labelled batches, and which of them is the score.
 
@@ -67,7 +68,7 @@ def label_metrics(
 def run(
     model: nn.Module,
     loader: Iterable[Mapping[str, torch.Tensor]],
-    progress: Callable[[int, int], None] | None,
+    progress: Report | None,
 ) -> list[dict[str, Any]]:
     """Return what each batch adds to the metrics.
 
@@ -150,7 +151,7 @@ def not_finite(number: int) -> NonFiniteError:
 
 @torch.no_grad()
 def label_logits(
-    model: nn.Module, loader: Loader, progress: Callable[[int, int], None] | None
+    model: nn.Module, loader: Loader, progress: Report | None
 ) -> torch.Tensor:
     """Return a classifier's logits in the order of the data set, without labels.
 

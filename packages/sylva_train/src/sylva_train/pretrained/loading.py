@@ -26,22 +26,18 @@ from sylva_train._checks import (
     check_choice,
     check_integer,
 )
-from sylva_train.config import DTYPES, MINILM, minilm_folder
 from sylva_train.data import LABELLED, TASKS
+from sylva_train.options import DTYPES, MINILM, POOLINGS, minilm_folder
 
 from .pooled import PooledClassifier, backbone_class, read_config
 
 __all__ = [
-    "DTYPES",
-    "POOLINGS",
     "load_model",
     "load_tokenizer",
     "quiet",
     "saved_labels",
 ]
 
-#: How a text's hidden states become one vector.
-POOLINGS = ("auto", "mean", "native")
 #: Class and known configurations of models that write, by task.
 WRITERS = {
     "causal-lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),

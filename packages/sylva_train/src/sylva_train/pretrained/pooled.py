@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from sylva_train._checks import atomic_write
 from sylva_train.data import Loader
+from sylva_train.progress import Report
 
 __all__ = [
     "PooledClassifier",
@@ -192,7 +193,7 @@ def pooled_features(
     model: nn.Module,
     loader: Iterable[Mapping[str, torch.Tensor]],
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return what a frozen backbone knows of each text: its mean hidden state.
 

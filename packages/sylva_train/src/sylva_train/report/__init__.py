@@ -12,12 +12,13 @@ from __future__ import annotations
 from .figures import seeds_line
 from .headline import Headline, headline
 from .page import write_report
-from .style import INK, looks, save_svg, shorten
+from .style import INK, THEME, looks, shorten, svg_file
 from .summary import Metric, Paired, Row, metric_of, percentage, summary_rows
 from .tables import markdown_table, summary_table
 
 __all__ = [
     "INK",
+    "THEME",
     "Headline",
     "Metric",
     "Paired",
@@ -27,10 +28,10 @@ __all__ = [
     "markdown_table",
     "metric_of",
     "percentage",
-    "save_svg",
     "seeds_line",
     "shorten",
     "summary_rows",
     "summary_table",
+    "svg_file",
     "write_report",
 ]

@@ -85,17 +85,7 @@ def seeds_line(
             color=look.colour,
             zorder=3,
         )
-    axes.plot(
-        [mean],
-        [place],
-        color=look.colour,
-        marker=look.marker,
-        ms=6.2,
-        mfc=look.face,
-        mec=look.colour if look.hollow else SURFACE,
-        mew=1.4 if look.hollow else 0.6,
-        zorder=4,
-    )
+    axes.plot([mean], [place], ms=6.2, zorder=4, **look.point)
 
 
 def stragglers(rows: Sequence[Row], metric: Metric) -> list[Row]:
@@ -141,8 +131,7 @@ def score_dots(
             )
         else:
             seeds_line(axes, place, values, deviation, look)
-        text = metric.number(row.mean or 0.0)
-        text += "" if row.std is None else f" ± {metric.number(row.std)}"
+        text = metric.number(row.mean or 0.0) + metric.spread(row.std)
         _note(axes, place, text, row.best)
     axes.margins(x=0.06)
     axes.set_xlabel(metric.title)
@@ -164,8 +153,7 @@ def differences(
         seeds_line(
             axes, place, values, metric.factor * pair.margin(), looks[row.method]
         )
-        text = metric.signed(pair.mean)
-        text += "" if pair.std is None else f" ± {metric.number(pair.std)}"
+        text = metric.signed(pair.mean) + metric.spread(pair.std)
         _note(axes, place, text, row.best)
     axes.margins(x=0.06)
     unit = "points of " if metric.percent else ""
@@ -213,17 +201,7 @@ def trade_off(rows: Sequence[Row], metric: Metric, looks: Mapping[str, Look]) ->
         # Many rules train equally many weights: their ranges would cover each other.
         if len(rows) <= OVERLAY:
             axes.plot([row.trainable] * 2, [low, high], color=look.colour, lw=1.2)
-        axes.plot(
-            [row.trainable],
-            [mean],
-            color=look.colour,
-            marker=look.marker,
-            ms=6.5,
-            mfc=look.face,
-            mec=look.colour if look.hollow else SURFACE,
-            mew=1.4 if look.hollow else 0.6,
-            zorder=3,
-        )
+        axes.plot([row.trainable], [mean], ms=6.5, zorder=3, **look.point)
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.margins(x=0.08, y=0.1)

@@ -184,16 +184,18 @@ def _versus_random(
         return None
     pair = rule.versus_random
     lead, count = sign * pair.mean, len(pair.differences)
-    spread = "" if pair.std is None else f" ± {metric.number(pair.std)}"
-    figures.append((f"{metric.signed(pair.mean)}{spread}", _figure_label(rule, metric)))
+    unit = "points" if metric.percent else metric.words
+    figures.append(
+        (
+            metric.signed(pair.mean) + metric.spread(pair.std),
+            f"{unit}, {rule.rule} against random blocks",
+        )
+    )
     if lead <= 0:
+        place = f"is {metric.gap(lead)} behind" if lead < 0 else "ties with"
         return (
             "Scoring does not beat random blocks here: the best scored rule, "
-            f"{rule.rule}, is {metric.gap(lead)} behind them "
-            f"({_seeds(count)})."
-            if lead < 0
-            else "Scoring does not beat random blocks here: the best scored rule, "
-            f"{rule.rule}, ties with them ({_seeds(count)})."
+            f"{rule.rule}, {place} them ({_seeds(count)})."
         )
     ahead = f"{rule.rule} is {metric.gap(lead)} ahead of them"
     if count == 1:
@@ -216,12 +218,6 @@ def _versus_random(
         "Scoring does not beat random blocks beyond the spread over seeds: "
         f"{ahead}, which chance could explain ({interval})."
     )
-
-
-def _figure_label(rule: Row, metric: Metric) -> str:
-    """Name the difference to random blocks."""
-    unit = "points" if metric.percent else metric.words
-    return f"{unit}, {rule.rule} against random blocks"
 
 
 def _seeds(count: int) -> str:

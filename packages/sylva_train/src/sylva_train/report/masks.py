@@ -143,7 +143,9 @@ def overlaps(masks: Mapping[str, Mapping[str, Any]]) -> Floats:
     ndarray of float64, shape (m, m)
         Common blocks by the smaller of the two counts, over all layers.
     """
-    names = {name: place for place, name in enumerate(sorted({*_layers(masks)}))}
+    names = {
+        name: place for place, name in enumerate(sorted(set().union(*masks.values())))
+    }
     codes = []
     for layers in masks.values():
         code = [
@@ -167,10 +169,6 @@ def chance(layers: Layers) -> float:
         for mask in layers.values()
     ]
     return float((counts**2 / totals).sum() / max(1.0, counts.sum()))
-
-
-def _layers(masks: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
-    return itertools.chain.from_iterable(masks.values())
 
 
 def touched(layers: Layers) -> tuple[float, float]:

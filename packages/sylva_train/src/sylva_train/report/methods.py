@@ -8,8 +8,8 @@ from html import escape
 
 from . import figures, histories
 from .parts import Page, cells, pair, section, small
-from .summary import BYTES, SECONDS
-from .tables import caption, digits, suited, summary_columns
+from .summary import BYTES, SECONDS, digits
+from .tables import caption, suited, summary_columns
 
 __all__ = ["costs", "curves", "scores", "table"]
 
@@ -145,72 +145,70 @@ def _small_multiples(
 
 def costs(page: Page) -> str:
     """Return score against trained weights, and bars of time and memory."""
-    beyond = figures.stragglers(page.rows, page.metric)
-    points = [
-        row
-        for row in page.rows
-        if row.trainable > 0
-        and row.mean is not None
-        and row.method != "frozen"
-        and row not in beyond
-    ]
-    pictures = []
-    if len(points) > 1:
-        text = "Logarithmic axis."
-        if len(points) <= figures.OVERLAY and page.several:
-            text = f"Vertical line: lowest to highest seed. {text}"
-        others = ", ".join(
-            f"{row.label} ({page.metric.value(row.mean)})"
-            for row in page.rows
-            if row.mean is not None and (row.method == "frozen" or row in beyond)
-        )
-        if others:
-            text += f" Not drawn: {others}."
-        pictures.append(
-            page.picture(
-                partial(figures.trade_off, points, page.metric, page.looks),
-                f"{page.metric.words.capitalize()} against trained weights",
-                text,
-            )
-        )
-    ranges = {row.method: row.step_iqr for row in page.rows if row.step_iqr}
-    times = {row.method: row.step_seconds for row in page.rows}
-    memory = {row.method: row.peak_memory for row in page.rows}
-    scoring = {row.method: row.score_seconds for row in page.rows}
-    iqr = "; the line spans the middle half of them" if ranges else ""
-    pictures += [
+    rows = page.rows
+    ranges = {row.method: row.step_iqr for row in rows if row.step_iqr}
+    steps = "Median over the steps"
+    steps += "; the line spans the middle half of them." if ranges else "."
+    largest = "The largest over the seeds."
+    pictures = [
+        _trade_off(page),
         _bars(
             page,
             "Time of a training step",
-            times,
+            {row.method: row.step_seconds for row in rows},
             SECONDS,
-            f"Median over the steps{iqr}.",
+            steps,
             ranges,
         ),
         _bars(
             page,
             "Peak memory of training",
-            memory,
+            {row.method: row.peak_memory for row in rows},
             BYTES,
-            "The largest over the seeds.",
+            largest,
         ),
         _bars(
             page,
             "Time of scoring, once",
-            scoring,
+            {row.method: row.score_seconds for row in rows},
             SECONDS,
             "What choosing the blocks costs before training begins.",
         ),
         _bars(
             page,
             "Peak memory of scoring",
-            {row.method: row.score_memory for row in page.rows},
+            {row.method: row.score_memory for row in rows},
             BYTES,
-            "The largest over the seeds.",
+            largest,
         ),
     ]
     found = [picture for picture in pictures if picture]
     return section("Cost", pair(found, "flow") if found else "")
+
+
+def _trade_off(page: Page) -> str:
+    """Return score against trained weights; nothing without two points of it."""
+    beyond = figures.stragglers(page.rows, page.metric)
+    points, others = [], []
+    for row in page.rows:
+        if row.mean is None:
+            continue
+        if row.method == "frozen" or row in beyond:
+            others.append(f"{row.label} ({page.metric.value(row.mean)})")
+        elif row.trainable > 0:
+            points.append(row)
+    if len(points) < 2:
+        return ""
+    text = "Logarithmic axis."
+    if len(points) <= figures.OVERLAY and page.several:
+        text = f"Vertical line: lowest to highest seed. {text}"
+    if others:
+        text += f" Not drawn: {', '.join(others)}."
+    return page.picture(
+        partial(figures.trade_off, points, page.metric, page.looks),
+        f"{page.metric.words.capitalize()} against trained weights",
+        text,
+    )
 
 
 def _bars(

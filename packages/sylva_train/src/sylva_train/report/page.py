@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import atomic_write
+from sylva_train._checks import write_text
 
 from . import layers, methods
 from .headline import headline
@@ -41,9 +41,7 @@ def write_report(results: Results, path: str | os.PathLike[str]) -> Path:
     DataError
         If ``results`` has another format or no runs.
     """
-    text = _document(Page(results))
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, _document(Page(results)))
     return Path(path)
 
 

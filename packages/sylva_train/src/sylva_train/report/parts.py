@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from .style import Look, looks, svg
+from .style import Look, inline_svg, looks
 from .summary import Metric, Results, Row, metric_of, summary_rows
 
 if TYPE_CHECKING:
@@ -54,12 +54,12 @@ class Page:
     def picture(self, draw: Callable[[], Figure], title: str, text: str = "") -> str:
         """Return a picture under its title and over its caption, both plain text."""
         caption = f"<figcaption>{escape(text)}</figcaption>" if text else ""
-        image = svg(draw, next(self._names), title)
+        image = inline_svg(draw, next(self._names), title)
         return f"<figure><h3>{escape(title)}</h3>{image}{caption}</figure>"
 
     def cell(self, draw: Callable[[], Figure], title: str, label: str) -> str:
         """Return a small picture, its title HTML and its label plain text."""
-        image = svg(draw, next(self._names), label)
+        image = inline_svg(draw, next(self._names), label)
         return f"<figure><h4>{title}</h4>{image}</figure>"
 
 

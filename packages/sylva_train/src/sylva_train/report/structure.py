@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -231,33 +231,48 @@ def _outline(
     )
 
 
-def _square(x: float, y: float, size: float, **options: Any) -> Any:
-    from matplotlib.patches import Rectangle
+class Level(NamedTuple):
+    """A level of a hierarchical matrix, or its leaves, as pictures have it."""
 
-    return Rectangle((x, y), size, size, **options)
-
-
-def level_colours(levels: int) -> list[str]:
-    """Return a colour a level, the coarsest first, and that of the leaves last."""
-    steps = np.linspace(0, len(LEVELS) - 2, max(levels, 1)).round().astype(int)
-    return [*(LEVELS[k] for k in steps[:levels]), LEVELS[-1]]
+    title: str
+    note: str
+    colour: str
 
 
-def level_notes(factor: Mapping[str, Any]) -> list[str]:
-    """Return rank and bytes of every level and of the leaves, as far as known."""
+def levels_of(factor: Mapping[str, Any]) -> list[Level]:
+    """Return the levels, the coarsest first, and the leaves last.
+
+    Their notes are rank and bytes, as far as known.
+    """
     levels = int(factor["levels"])
+    shades = np.linspace(0, len(LEVELS) - 2, max(levels, 1)).round().astype(int)
     ranks = list(factor.get("level_ranks") or [factor.get("rank")] * levels)
     sizes = list(factor.get("level_bytes") or ())
-    notes = []
+    found = []
     for level in range(levels + 1):
-        parts = ["dense"]
-        if level < levels:
-            known = level < len(ranks) and ranks[level] is not None
-            parts = [f"rank {ranks[level]}"] if known else []
+        leaves = level == levels
+        known = level < len(ranks) and ranks[level] is not None
+        notes = ["dense"] if leaves else [f"rank {ranks[level]}"] if known else []
         if level < len(sizes):
-            parts.append(quantity(float(sizes[level]), BYTES))
-        notes.append("\n".join(parts))
-    return notes
+            notes.append(quantity(float(sizes[level]), BYTES))
+        title = "leaves" if leaves else f"level {level}"
+        colour = LEVELS[-1 if leaves else shades[level]]
+        found.append(Level(title, "\n".join(notes), colour))
+    return found
+
+
+def _add_square(axes: Axes, x: float, y: float, size: float, colour: str) -> None:
+    """Draw a block."""
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((x, y), size, size, fc=colour, ec=SURFACE, lw=0.7))
+
+
+def _unit_square(axes: Axes) -> None:
+    """Make a picture of a matrix span from 0 to 1, rows down."""
+    axes.set_xlim(0, 1)
+    axes.set_ylim(1, 0)
+    _plain(axes)
 
 
 def block_structure(factor: Mapping[str, Any]) -> Figure:
@@ -275,16 +290,15 @@ def block_structure(factor: Mapping[str, Any]) -> Figure:
         return _partition(factor)
     from matplotlib.figure import Figure
 
-    levels = int(factor["levels"])
-    notes, colours = level_notes(factor), level_colours(levels)
-    across = min(levels + 1, 5)
-    down = -(-(levels + 1) // across)
+    levels = levels_of(factor)
+    across = min(len(levels), 5)
+    down = -(-len(levels) // across)
     width, gap = 4.4, 0.22
     side = min(1.1, (width - 0.1) / across - gap)
     figure = Figure(figsize=(width, down * (side + 0.72)))
     height = down * (side + 0.72)
-    for level in range(levels + 1):
-        row, column = divmod(level, across)
+    for number, level in enumerate(levels):
+        row, column = divmod(number, across)
         axes = figure.add_axes(
             (
                 (0.05 + column * (side + gap)) / width,
@@ -293,18 +307,14 @@ def block_structure(factor: Mapping[str, Any]) -> Figure:
                 side / height,
             )
         )
-        blocks = 2**level
-        for place in range(blocks):
-            size = 1 / blocks
-            style = {"fc": colours[level], "ec": SURFACE, "lw": 0.7}
-            axes.add_patch(_square(place * size, place * size, size, **style))
-        axes.set_xlim(0, 1)
-        axes.set_ylim(1, 0)
-        _plain(axes)
-        title = "leaves" if level == levels else f"level {level}"
-        axes.set_title(title, fontsize=8, pad=3, loc="left")
-        axes.set_xlabel(notes[level], fontsize=8, labelpad=3, loc="left")
-        if level < levels and column < across - 1:
+        # The leaves are as many as the blocks of a next level would be.
+        size = 1 / 2**number
+        for place in range(2**number):
+            _add_square(axes, place * size, place * size, size, level.colour)
+        _unit_square(axes)
+        axes.set_title(level.title, fontsize=8, pad=3, loc="left")
+        axes.set_xlabel(level.note, fontsize=8, labelpad=3, loc="left")
+        if level is not levels[-1] and column < across - 1:
             place_x = 1 + gap / side / 2
             axes.text(place_x, 0.5, "+", ha="center", va="center", color=MUTED)
     return figure
@@ -312,26 +322,20 @@ def block_structure(factor: Mapping[str, Any]) -> Figure:
 
 def _partition(factor: Mapping[str, Any]) -> Figure:
     """Draw the one partition of a HODLR matrix, its levels listed beside it."""
-    levels = int(factor["levels"])
-    notes, colours = level_notes(factor), level_colours(levels)
+    *levels, leaves = levels_of(factor)
     figure, axes = frame(2.3, left=0.05, right=2.2, top=0.05, bottom=0.1)
-    for level in range(levels):
-        size = 1 / 2 ** (level + 1)
-        for pair in range(2**level):
+    size = 1.0
+    for number, level in enumerate(levels):
+        size /= 2
+        for pair in range(2**number):
             start = 2 * pair * size
-            style = {"fc": colours[level], "ec": SURFACE, "lw": 0.7}
-            axes.add_patch(_square(start + size, start, size, **style))
-            axes.add_patch(_square(start, start + size, size, **style))
-    size = 1 / 2**levels
-    for leaf in range(2**levels):
-        style = {"fc": colours[-1], "ec": SURFACE, "lw": 0.7}
-        axes.add_patch(_square(leaf * size, leaf * size, size, **style))
-    axes.set_xlim(0, 1)
-    axes.set_ylim(1, 0)
-    _plain(axes)
-    for level, (note, colour) in enumerate(zip(notes, colours, strict=True)):
-        y = (level + 0.5) / (levels + 1)
-        title = "leaves" if level == levels else f"level {level}"
+            _add_square(axes, start + size, start, size, level.colour)
+            _add_square(axes, start, start + size, size, level.colour)
+    for leaf in range(2 ** len(levels)):
+        _add_square(axes, leaf * size, leaf * size, size, leaves.colour)
+    _unit_square(axes)
+    for number, (title, note, colour) in enumerate([*levels, leaves]):
+        y = (number + 0.5) / (len(levels) + 1)
         axes.plot([1.08], [y], marker="s", ms=7, color=colour, clip_on=False, mew=0)
         text = f"{title}: {', '.join(note.splitlines())}"
         axes.text(1.14, y, text, va="center", fontsize=8)
@@ -341,19 +345,19 @@ def _partition(factor: Mapping[str, Any]) -> Figure:
 def spectra(factor: Mapping[str, Any]) -> Figure:
     """Draw the values that each level keeps against the dense factor's spectrum."""
     figure, axes = frame(2.6, left=0.5, right=0.75)
-    colours = level_colours(int(factor["levels"]))
-    dense = _positive(factor["spectrum_dense"])
-    series = [("dense", dense, INK, 0.0)]
-    for level, values in enumerate(factor["singular_values"]):
-        leaves = level >= int(factor["levels"])
-        name = "leaves" if leaves else f"level {level}"
-        series.append((name, _positive(values), colours[level], 2.2))
+    # In the order of the levels, the factor itself last: most curves meet at their ends.
+    series = [
+        (level.title, _positive(values), level.colour, 2.2)
+        for level, values in zip(
+            levels_of(factor), factor["singular_values"], strict=False
+        )
+    ]
+    series.append(("dense", _positive(factor["spectrum_dense"]), INK, 0.0))
     top = max((float(v[0]) for _, v, _, _ in series if v.size), default=1.0)
     floor = top * 1e-7
     longest = max((v.size for _, v, _, _ in series), default=1)
     key = 0
-    # In the order of the levels, the factor itself last: most curves meet at their ends.
-    for name, every, colour, size in [*series[1:], series[0]]:
+    for name, every, colour, size in series:
         values = every[every >= floor]
         if not values.size:
             continue

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,11 +31,11 @@ __all__ = [
     "dodge",
     "frame",
     "in_powers",
+    "inline_svg",
     "looks",
     "power",
-    "save_svg",
     "shorten",
-    "svg",
+    "svg_file",
 ]
 
 #: Width of a picture in inches: one column of the page, and a whole phone.
@@ -151,6 +152,17 @@ class Look:
         """The colour that fills the marker."""
         return SURFACE if self.hollow else self.colour
 
+    @property
+    def point(self) -> dict[str, Any]:
+        """How matplotlib draws a point of it, but for the size."""
+        return {
+            "color": self.colour,
+            "marker": self.marker,
+            "mfc": self.face,
+            "mec": self.colour if self.hollow else SURFACE,
+            "mew": 1.4 if self.hollow else 0.6,
+        }
+
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
     """Give each method its look: that of its family, else one that nobody has.
@@ -253,25 +265,33 @@ def frame(
     return figure, axes
 
 
-def save_svg(draw: Callable[[], Figure]) -> str:
-    """Draw a figure as an SVG file's text, the same for the same figure."""
+def svg_file(draw: Callable[[], Figure], **options: Any) -> str:
+    """Draw a figure as the text of an SVG file, the same for the same figure.
+
+    Parameters
+    ----------
+    draw : callable
+        Returns the figure. Called under the page's style, without pyplot's state.
+    **options
+        Of `matplotlib.figure.Figure.savefig`.
+    """
     from matplotlib import rc_context
 
     buffer = io.StringIO()
     with rc_context(RC), warnings.catch_warnings():
         # The viewer draws the text, whatever fonts there are here.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
-        draw().savefig(buffer, format="svg", metadata={"Date": None})
+        draw().savefig(buffer, format="svg", metadata={"Date": None}, **options)
     return buffer.getvalue()
 
 
-def svg(draw: Callable[[], Figure], name: str, label: str) -> str:
+def inline_svg(draw: Callable[[], Figure], name: str, label: str) -> str:
     """Draw a figure as SVG that lives inside an HTML page.
 
     Parameters
     ----------
     draw : callable
-        Returns the figure. Called under the page's style, without pyplot's state.
+        Returns the figure, as for `svg_file`.
     name : str
         Prefix of the ids, unique on the page, as those of two figures would clash.
     label : str
@@ -283,16 +303,7 @@ def svg(draw: Callable[[], Figure], name: str, label: str) -> str:
         ``<svg>`` whose colours are the page's CSS variables and whose text is text, in
         the page's font, so that it follows the theme and can be searched.
     """
-    from html import escape
-
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    with rc_context(RC), warnings.catch_warnings():
-        # The browser draws the text, whatever fonts there are here.
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
-        draw().savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
+    text = svg_file(draw, transparent=True)
     text = text[text.index("<svg") :]
     text = re.sub(
         r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL

@@ -1,4 +1,4 @@
-"""What a comparison found, as numbers and plain sentences."""
+"""What a comparison found, method by method, and how its numbers are printed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sylva_train._checks import DataError
+from sylva_train.options import FRACTIONS
 
 __all__ = [
     "BYTES",
@@ -21,6 +22,7 @@ __all__ = [
     "Row",
     "best",
     "check_results",
+    "digits",
     "finite",
     "metric_of",
     "paired",
@@ -60,24 +62,6 @@ ORDER = (
     "sylva:kfac-pruner",
     "sylva:",
     "sylva:random",
-)
-
-#: Metrics between 0 and 1 that readers expect in percent.
-PERCENT = frozenset(
-    {
-        "accuracy",
-        "balanced_accuracy",
-        "answer",
-        "choice",
-        "exact_match",
-        "f1",
-        "f1_binary",
-        "macro_f1",
-        "meteor",
-        "precision",
-        "recall",
-        "rouge_l",
-    }
 )
 
 SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
@@ -130,6 +114,10 @@ class Metric:
     def value(self, score: float) -> str:
         """Print a score with its unit."""
         return self.number(score) + ("%" if self.percent else "")
+
+    def spread(self, std: float | None) -> str:
+        """Print a deviation as what follows a mean; nothing where there is none."""
+        return "" if std is None else f" ± {self.number(std)}"
 
     def signed(self, difference: float) -> str:
         """Print a difference with its sign, a true minus rather than a hyphen."""
@@ -195,8 +183,8 @@ class Row:
     Times are medians over the seeds, memory and adapter size the largest; None stands
     for what was not measured. `mean`, `std` (sample standard deviation; None for one
     seed), `low` and `high` are of the finite scores; `failed` counts the others.
-    `trainable` does not count the task's head, `trainable_head` does nothing else;
-    `peak_memory` is that of training, `score_memory` that of scoring.
+    `trainable` does not count the task's head; `peak_memory` is that of training,
+    `score_memory` that of scoring.
     """
 
     method: str
@@ -205,13 +193,11 @@ class Row:
     scores: tuple[float, ...]
     failed: int
     trainable: int
-    trainable_head: int
     trainable_fraction: float
     step_seconds: float | None
     step_iqr: tuple[float, float] | None
     score_seconds: float | None
     score_memory: int | None
-    train_seconds: float | None
     peak_memory: int | None
     adapter_bytes: int | None
     versus_random: Paired | None = None
@@ -271,7 +257,7 @@ def metric_of(results: Results) -> Metric:
     """Return how the scores of a comparison are named and printed."""
     setup = results.get("setup", {})
     name = str(setup.get("metric") or "score")
-    percent = name.replace("-", "_") in PERCENT
+    percent = name.replace("-", "_") in FRACTIONS
     # One example of a small evaluation set is worth more than 0.02 points.
     many = (setup.get("eval_examples") or 0) >= 5000
     return Metric(
@@ -339,13 +325,11 @@ def summarise(method: str, runs: Sequence[Mapping[str, Any]]) -> Row:
         scores=tuple(scores.values()),
         failed=len(runs) - len(scores),
         trainable=int(runs[0].get("trainable") or 0),
-        trainable_head=int(runs[0].get("trainable_head") or 0),
         trainable_fraction=float(runs[0].get("trainable_fraction") or 0.0),
         step_seconds=middle(run.get("seconds_per_step") for run in runs),
         step_iqr=None if low is None or high is None else (low, high),
         score_seconds=middle(run.get("score_seconds") for run in runs),
         score_memory=largest(run.get("score_memory_bytes") for run in runs),
-        train_seconds=middle(run.get("train_seconds") for run in runs),
         peak_memory=largest(run.get("peak_memory_bytes") for run in runs),
         adapter_bytes=largest(run.get("adapter_bytes") for run in runs),
     )
@@ -403,12 +387,18 @@ def best(
     return max(scored, key=lambda row: sign * (row.mean or 0.0), default=None)
 
 
+def digits(value: float) -> str:
+    """Print about three significant digits, without an exponent."""
+    size = abs(value)
+    if 0 < size < 0.095:
+        return f"{value:.{1 - math.floor(math.log10(size))}f}"
+    return f"{value:.{0 if size >= 100 or not value else 1 if size >= 10 else 2}f}"
+
+
 def quantity(value: float, units: Sequence[tuple[float, str]]) -> str:
     """Print three digits of a value in the largest unit that it reaches."""
     size, unit = next((u for u in units if abs(value) >= u[0]), units[-1])
-    scaled = value / size
-    decimals = 0 if abs(scaled) >= 100 or not value else 1 if abs(scaled) >= 10 else 2
-    return f"{scaled:.{decimals}f} {unit}".rstrip()
+    return f"{digits(value / size)} {unit}".rstrip()
 
 
 def percentage(fraction: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from .summary import (
     Metric,
     Results,
     Row,
+    digits,
     metric_of,
     percentage,
     quantity,
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Column",
     "caption",
-    "digits",
     "markdown_table",
     "suited",
     "summary_columns",
@@ -80,14 +79,6 @@ class Column:
         return set(self.cells) <= {MISSING}
 
 
-def digits(value: float) -> str:
-    """Print about three significant digits, without an exponent."""
-    size = abs(value)
-    if 0 < size < 0.095:
-        return f"{value:.{1 - math.floor(math.log10(size))}f}"
-    return f"{value:.{0 if size >= 100 or not value else 1 if size >= 10 else 2}f}"
-
-
 def measured(
     title: str,
     values: Iterable[float | None],
@@ -107,11 +98,6 @@ def suited(
     there = sorted(abs(value) for value in values if value)
     typical = there[len(there) // 2] if there else 0.0
     return next((unit for unit in units if typical >= unit[0]), units[-1])
-
-
-def spread(metric: Metric, mean: str, std: float | None) -> str:
-    """Print a mean with its standard deviation where there is one."""
-    return mean if std is None else f"{mean} ± {metric.number(std)}"
 
 
 def summary_columns(results: Results) -> list[Column]:
@@ -167,11 +153,9 @@ def _memory(rows: Sequence[Row]) -> Column:
 
 
 def _score(row: Row, metric: Metric) -> str:
-    return (
-        MISSING
-        if row.mean is None
-        else spread(metric, metric.number(row.mean), row.std)
-    )
+    if row.mean is None:
+        return MISSING
+    return metric.number(row.mean) + metric.spread(row.std)
 
 
 def _range(row: Row, metric: Metric) -> str:
@@ -183,7 +167,7 @@ def _range(row: Row, metric: Metric) -> str:
 def _versus(row: Row, metric: Metric) -> str:
     pair = row.versus_random
     return (
-        MISSING if pair is None else spread(metric, metric.signed(pair.mean), pair.std)
+        MISSING if pair is None else metric.signed(pair.mean) + metric.spread(pair.std)
     )
 
 

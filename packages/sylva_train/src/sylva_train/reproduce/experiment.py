@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import ConfigError, atomic_write
+from sylva_train._checks import ConfigError, write_text
 from sylva_train.comparison import (
     Comparison,
     Watcher,
@@ -19,19 +19,20 @@ from sylva_train.comparison import (
     done,
     fresh,
     made,
-    read_results,
     run_jobs,
 )
-from sylva_train.report import save_svg
+from sylva_train.report import svg_file
 from sylva_train.workflow import evaluated_on, located
 
 from .pictures import draw
-from .quality import TABLES, Plan, Table
+from .quality import TABLES, Cell, Plan, Table
 from .tables import as_csv, as_markdown
 
-__all__ = ["load_table", "reproduce", "write_table"]
+__all__ = ["reproduce"]
 
 FORMAT, RESULTS = "sylva-table/1", "results.json"
+#: A cell of the table, and the row that a run of it returned.
+Result = tuple[Cell, Mapping[str, Any]]
 #: Parts of a run's row that tables do not need.
 LEFT_OUT = {"history", "total", "examples", "labels", "step_seconds_iqr"}
 
@@ -114,7 +115,9 @@ def reproduce(
         if keep:
             check_same([job for _, job in runs], output)
         rows = run_jobs([job for _, job in runs], output, tell, workers=workers)
-    results = gather(plan, tuning, tuned, runs, rows) | {"command": command}
+    tried = zip((cell for cell, _ in tuning), tuned, strict=True)
+    reported = zip((cell for cell, _ in runs), rows, strict=True)
+    results = gather(plan, list(tried), list(reported)) | {"command": command}
     for name, one in settings.items():  # as it was given, not where it was found
         results["settings"][name] |= {
             "task": dataclasses.asdict(one.task),
@@ -123,28 +126,24 @@ def reproduce(
     return write_table(results, output)
 
 
-def gather(plan: Plan, tuning: Any, tuned: Any, runs: Any, rows: Any) -> dict[str, Any]:
-    """Put the results together."""
+def gather(
+    plan: Plan, tried: Sequence[Result], reported: Sequence[Result]
+) -> dict[str, Any]:
+    """Put the results together: of the runs that chose rates, and of those reported."""
     settings = {}
     for name, one in plan.settings.items():
-        row = next(
-            r for (cell, _), r in zip(runs, rows, strict=True) if cell.setting == name
-        )
+        rows = [row for cell, row in reported if cell.setting == name]
         settings[name] = {
             "sylva": one.spec(one.methods[0], 0)["sylva"],
             "training": dataclasses.asdict(one.training),
             "metric": one.metric,
-            "train_examples": row["examples"][0],
-            "eval_examples": row["examples"][1],
-            "total_weights": row["total"],
-            "steps": max(
-                len(r["history"])
-                for (c, _), r in zip(runs, rows, strict=True)
-                if c.setting == name
-            ),
+            "train_examples": rows[0]["examples"][0],
+            "eval_examples": rows[0]["examples"][1],
+            "total_weights": rows[0]["total"],
+            "steps": max(len(row["history"]) for row in rows),
         }
 
-    def entry(cell: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    def entry(cell: Cell, row: Mapping[str, Any]) -> dict[str, Any]:
         about = {"setting": cell.setting, "method": cell.method, "value": cell.value}
         return about | {k: v for k, v in row.items() if k not in LEFT_OUT | {"method"}}
 
@@ -156,10 +155,8 @@ def gather(plan: Plan, tuning: Any, tuned: Any, runs: Any, rows: Any) -> dict[st
         "tune": list(plan.multiples),
         "made": made(next(iter(plan.settings.values())).training.device),
         "settings": settings,
-        "tuning": [
-            entry(cell, row) for (cell, _), row in zip(tuning, tuned, strict=True)
-        ],
-        "runs": [entry(cell, row) for (cell, _), row in zip(runs, rows, strict=True)],
+        "tuning": [entry(*result) for result in tried],
+        "runs": [entry(*result) for result in reported],
     }
 
 
@@ -169,20 +166,8 @@ def write_table(results: dict[str, Any], output: Path) -> dict[str, Any]:
         RESULTS: json.dumps(results),
         "table.md": as_markdown(results),
         "table.csv": as_csv(results),
-        "table.svg": save_svg(lambda: draw(results)),
+        "table.svg": svg_file(lambda: draw(results)),
     }
     for name, text in texts.items():
-        with atomic_write(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(output / name, text)
     return results
-
-
-def load_table(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the ``results.json`` of a table.
-
-    Raises
-    ------
-    ConfigError
-        If it is not one.
-    """
-    return read_results(path, FORMAT, "a table")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sylva_train._checks import atomic_write, check_choice
+from sylva_train._checks import check_choice, write_text
 from sylva_train.comparison import (
     Job,
     Watcher,
@@ -21,11 +22,15 @@ from sylva_train.comparison import (
     made,
     run_jobs,
 )
+from sylva_train.report import svg_file
 
 from .performance import measure_layer, measure_memory, measure_step
 from .performance_jobs import fig4_jobs, fig5_jobs, table2_jobs
 from .performance_tables import Table, draw_fig4, draw_fig5, fig4, fig5, table2
 from .tables import markdown, provenance
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["MEASUREMENTS", "Measurement", "measure", "write_measurement"]
 
@@ -48,7 +53,7 @@ class Measurement:
     table : callable
         From the rows to header and lines.
     draw : callable, optional
-        Of (rows, path): the picture.
+        From the rows to the picture.
     """
 
     name: str
@@ -56,7 +61,7 @@ class Measurement:
     jobs: Callable[[str], Rows]
     function: str
     table: Callable[[Rows], Table]
-    draw: Callable[[Rows, str | os.PathLike[str]], None] | None = None
+    draw: Callable[[Rows], Figure] | None = None
 
 
 MEASUREMENTS = {
@@ -206,9 +211,8 @@ def write_measurement(results: dict[str, Any], output: Path) -> dict[str, Any]:
         "table.md": f"{page}\n",
         "table.csv": text.getvalue(),
     }
-    for name, content in texts.items():
-        with atomic_write(output / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
     if one.draw is not None:
-        one.draw(results["runs"], output / "figure.svg")
+        texts["figure.svg"] = svg_file(functools.partial(one.draw, results["runs"]))
+    for name, content in texts.items():
+        write_text(output / name, content)
     return results

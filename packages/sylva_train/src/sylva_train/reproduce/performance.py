@@ -10,7 +10,7 @@ import dataclasses
 import json
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,17 @@ OUT_OF_MEMORY = "out-of-memory"
 def trained(model: nn.Module) -> int:
     """Return the number of trained weights."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def stepping(optimizer: torch.optim.Optimizer | None) -> Callable[[], None]:
+    """Return the last phase of a step, which is none without an optimizer."""
+
+    def step() -> None:
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
 
 
 def device_name(device: torch.device) -> str:
@@ -89,12 +100,8 @@ def measure_layer(spec: Mapping[str, Any]) -> dict[str, Any]:
             kept.pop().backward(dy)
             x.grad = None
 
-        def step() -> None:
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad()
-
-        return trained(model), (lambda: kept.append(model(x)), backward, step)
+        phases = (lambda: kept.append(model(x)), backward, stepping(optimizer))
+        return trained(model), phases
 
     made = {method: make(method) for method in chosen.methods}
     turns = take_turns(
@@ -243,19 +250,13 @@ def measure(spec: StepSpec, device: torch.device) -> dict[str, Any]:
     def forward() -> None:
         kept.append(adapted(input_ids=ids, labels=ids, use_cache=False).loss)
 
-    def step() -> None:
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    phases = (forward, lambda: kept.pop().backward(), step)
-    options = {"in_a_row": spec.in_a_row}
+    phases = (forward, lambda: kept.pop().backward(), stepping(optimizer))
     take_turns(device, {"": phases}, 0, warmup=2)
     memory.reset()
-    (turns,) = take_turns(
-        device, {"": phases}, spec.repeats, warmup=0, **options
-    ).values()
-    seconds = summarize(turns)
+    turns = take_turns(
+        device, {"": phases}, spec.repeats, in_a_row=spec.in_a_row, warmup=0
+    )
+    seconds = summarize(turns[""])
     tokens = spec.processes * spec.batch * spec.sequence
     return {
         "weights": weights,

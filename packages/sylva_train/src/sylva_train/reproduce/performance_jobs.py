@@ -33,7 +33,7 @@ SMALL_PAIRS = dict.fromkeys(
 )
 
 
-def table2_jobs(scale: str = "small") -> list[dict[str, Any]]:
+def table2_jobs(scale: str) -> list[dict[str, Any]]:
     """Return the cells of table 2: peak memory by model, budget and method.
 
     Full fine-tuning has no budget, and one cell a model. At the paper's scale a cell is
@@ -56,7 +56,7 @@ def table2_jobs(scale: str = "small") -> list[dict[str, Any]]:
     return jobs
 
 
-def fig4_jobs(scale: str = "small") -> list[dict[str, Any]]:
+def fig4_jobs(scale: str) -> list[dict[str, Any]]:
     """Return the bars of figure 4: seconds of a step by model, method and processes.
 
     On GPUs there are as many processes as there are GPUs, up to 8 on one machine; the
@@ -78,7 +78,7 @@ def fig4_jobs(scale: str = "small") -> list[dict[str, Any]]:
     ]
 
 
-def fig5_jobs(scale: str = "small") -> list[dict[str, Any]]:
+def fig5_jobs(scale: str) -> list[dict[str, Any]]:
     """Return the panels of figure 5: a layer's latency by its size and the tokens."""
     check_choice("scale", scale, SCALES)
     sizes: tuple[int, ...] = (256, 512, 1024, 2048)

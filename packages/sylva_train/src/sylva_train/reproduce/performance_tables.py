@@ -6,17 +6,15 @@ of the jobs; what is missing, of a run that is not complete, is left out.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sylva_train._checks import atomic_write
+from sylva_train.report import THEME
 
 from .subjects import LABELS
 from .timing import PHASES
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["draw_fig4", "draw_fig5", "fig4", "fig5", "table2"]
@@ -26,15 +24,21 @@ Table = tuple[list[str], list[list[str]]]
 
 OUT_OF_MEMORY = "OOM"
 #: The paper's: forward orange, backward purple, optimizer green.
-PHASE_COLOURS = dict(zip(PHASES, ("#e2711d", "#7a1f8c", "#0f7d58"), strict=True))
+PHASE_COLOURS = {
+    phase: THEME[name][0]
+    for phase, name in zip(PHASES, ("orange", "violet", "green"), strict=True)
+}
 METHOD_COLOURS = {
-    "full": "#45433f",
-    "zero": "#45433f",
-    "frozen": "#b3b1aa",
-    "lora": "#e2711d",
-    "lora-compiled": "#d9a514",
-    "sylva": "#1f5fd6",
-    "kfac-pruner": "#b5281e",
+    method: THEME[name][0]
+    for method, name in {
+        "full": "coal",
+        "zero": "coal",
+        "frozen": "grey",
+        "lora": "orange",
+        "lora-compiled": "yellow",
+        "sylva": "blue",
+        "kfac-pruner": "red",
+    }.items()
 }
 
 
@@ -115,45 +119,31 @@ def fig5(results: Results) -> Table:
     return header, rows
 
 
-def frames(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
-    """Return a figure with a grid of axes of a size each, in inches."""
+def frames(titles: Sequence[str], width: float, height: float) -> tuple[Figure, Any]:
+    """Return a figure, and its frames side by side of a size each, in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=(len(titles) * width, height), layout="constrained")
+    row = figure.subplots(1, len(titles), squeeze=False)[0]
+    for axes, title in zip(row, titles, strict=True):
+        axes.set_title(title, fontsize=9)
+    return figure, row
 
 
-def finish(axes: Axes, title: str) -> None:
-    """Give a frame its title and the look of all."""
-    axes.set_title(title, fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, axis="y", color="#e4e2dc", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write an SVG or PNG in one step; a date would make equal pictures differ."""
-    kind = "png" if str(path).endswith(".png") else "svg"
-    metadata = {"Date": None} if kind == "svg" else None
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format=kind, metadata=metadata)
-
-
-def draw_fig4(results: Results, path: str | os.PathLike[str]) -> None:
+def draw_fig4(results: Results) -> Figure:
     """Draw figure 4: a step's forward, backward and optimizer, by number of processes.
 
     Parameters
     ----------
     results : sequence of dict
         Of `measure_step`.
-    path : path
-        An ``.svg`` or ``.png`` file.
     """
+    from matplotlib.patches import Patch
+
     models = unique(r["spec"]["model"] for r in results)
     methods = unique(r["spec"]["method"] for r in results)
-    figure, grid = frames(1, len(models), 3.4, 3.0)
-    for axes, model in zip(grid[0], models, strict=True):
+    figure, row = frames(models, 3.4, 3.0)
+    for axes, model in zip(row, models, strict=True):
         own = [r for r in results if r["spec"]["model"] == model]
         groups = unique(r["spec"]["processes"] for r in own)
         ticks = []
@@ -188,16 +178,13 @@ def draw_fig4(results: Results, path: str | os.PathLike[str]) -> None:
                 va="top", fontsize=7,
             )  # fmt: skip
         axes.margins(y=0.12)
-        finish(axes, model)
-    grid[0][0].set_ylabel("ms a step", fontsize=8)
-    from matplotlib.patches import Patch
-
+    row[0].set_ylabel("ms a step")
     handles = [Patch(color=PHASE_COLOURS[part], label=part) for part in PHASES]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8)
-    save(figure, path)
+    return figure
 
 
-def draw_fig5(results: Results, path: str | os.PathLike[str]) -> None:
+def draw_fig5(results: Results) -> Figure:
     """Draw figure 5: a layer's latency by its size, a frame for each number of tokens.
 
     The bands are quartiles.
@@ -206,8 +193,6 @@ def draw_fig5(results: Results, path: str | os.PathLike[str]) -> None:
     ----------
     results : sequence of dict
         Of `measure_layer`.
-    path : path
-        An ``.svg`` or ``.png`` file.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -216,8 +201,8 @@ def draw_fig5(results: Results, path: str | os.PathLike[str]) -> None:
 
     lengths = unique(map(tokens, results))
     methods = unique(x["method"] for r in results for x in r["rows"])
-    figure, grid = frames(1, len(lengths), 2.6, 2.8)
-    for axes, length in zip(grid[0], lengths, strict=True):
+    figure, row = frames([f"{length} tokens" for length in lengths], 2.6, 2.8)
+    for axes, length in zip(row, lengths, strict=True):
         own = [r for r in results if tokens(r) == length]
         shapes = [
             f"{r['spec']['out_features']}\n× {r['spec']['in_features']}" for r in own
@@ -242,10 +227,7 @@ def draw_fig5(results: Results, path: str | os.PathLike[str]) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(range(len(own)), shapes)
-        finish(axes, f"{length} tokens")
-    grid[0][0].set_ylabel("ms: forward, backward, optimizer", fontsize=8)
-    handles, names = grid[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="outside upper center", ncols=len(methods), fontsize=8
-    )
-    save(figure, path)
+    row[0].set_ylabel("ms: forward, backward, optimizer")
+    handles, names = row[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=3, fontsize=8)
+    return figure

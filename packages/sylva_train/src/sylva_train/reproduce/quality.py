@@ -183,8 +183,7 @@ class Plan:
     multiples : sequence of float
         Multiples of each method's learning rate to choose the best of, on a tenth of the
         training data that is held out, by the metric or a language model's perplexity;
-        empty to take the rates as they are. Options of
-        scoring alone share the choice.
+        empty to take the rates as they are. Options of scoring alone share the choice.
 
     Raises
     ------
@@ -334,7 +333,6 @@ class Plan:
 
 
 def average(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return mean and sample standard deviation."""
-    return statistics.fmean(values), statistics.stdev(values) if len(
-        values
-    ) > 1 else None
+    """Return mean and sample standard deviation; None for one value."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return statistics.fmean(values), deviation

@@ -52,8 +52,7 @@ def metric(results: Results, setting: str, name: str | None = None) -> Metric:
 def printed(shown: Metric, values: Sequence[float]) -> str:
     """Print mean and deviation."""
     mean, deviation = average(values)
-    text = shown.number(mean)
-    return text if deviation is None else f"{text} ± {shown.number(deviation)}"
+    return shown.number(mean) + shown.spread(deviation)
 
 
 def shown_metrics(results: Results, setting: str) -> list[str]:

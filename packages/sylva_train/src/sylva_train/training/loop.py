@@ -35,10 +35,10 @@ from sylva_train.evaluation import evaluate as evaluate_model
 from sylva_train.layers import sync
 from sylva_train.optimizer import SparseAdamW
 from sylva_train.processes import agree, is_first, rank_and_size, together
+from sylva_train.progress import Progress
 
 from .gradient import Batch, Loss, accumulate_gradient, clip_gradient, move, share
 from .parts import (
-    ProgressBar,
     check_parts,
     make_scheduler,
     place,
@@ -416,8 +416,7 @@ def run_to_end(
             run.save(output, identity)
     save_every = run.config.save_every
     groups = run.groups()
-    bar = ProgressBar(run.total, run.step, enabled=progress)
-    try:
+    with Progress(enabled=progress) as bars:
         while run.step < run.total:
             begin = time.perf_counter()
             record = run.advance(next(groups))
@@ -430,8 +429,7 @@ def run_to_end(
             epoch_end = save_every is None and run.batch >= len(run.loader)
             if output is not None and (run.due(save_every) or epoch_end):
                 run.save(output, identity)
-            bar.advance(run.step, f"step {run.step}  loss {record['loss']:.4f}")
+            words = f"step {run.step}  loss {record['loss']:.4f}"
+            bars.report("training", run.step, run.total, words=words, lines=False)
             for callback in callbacks:
                 callback(record)
-    finally:
-        bar.close()

@@ -1,4 +1,4 @@
-"""What surrounds the loop: checks, device, learning-rate schedule, seeds, progress bar."""
+"""What surrounds the loop: checks, device, learning-rate schedule, seeds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import random
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,7 +20,6 @@ from sylva_train.config import TrainingConfig
 from sylva_train.processes import rank_and_size
 
 __all__ = [
-    "ProgressBar",
     "check_parts",
     "make_scheduler",
     "pick_device",
@@ -29,9 +27,6 @@ __all__ = [
     "preserved_rng",
     "seed_everything",
 ]
-
-#: Seconds after which a run shows its progress.
-PATIENCE = 2.0
 
 
 def check_parts(
@@ -178,30 +173,3 @@ def seed_everything(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
-
-
-class ProgressBar:
-    """A bar with the time left, on a terminal, for what takes more than two seconds."""
-
-    def __init__(self, total: int, done: int, *, enabled: bool) -> None:
-        from rich.console import Console
-        from rich.progress import Progress, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        self.enabled = enabled and console.is_interactive
-        self.begin = time.perf_counter()
-        columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn())
-        self.bar = Progress(
-            *columns, console=console, transient=True, disable=not self.enabled
-        )
-        self.task = self.bar.add_task("", total=total, completed=done)
-
-    def advance(self, done: int, description: str) -> None:
-        """Show how much is done."""
-        if self.enabled and time.perf_counter() - self.begin > PATIENCE:
-            self.bar.start()
-        self.bar.update(self.task, completed=done, description=description)
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self.bar.stop()

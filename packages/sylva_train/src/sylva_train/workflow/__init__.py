@@ -5,12 +5,13 @@ A fine-tuning is a folder: ``adapter/`` (PEFT's layout), ``masks.safetensors``,
 ``sylva.json`` with the task, the options, the classes and, once it is done, the results.
 """
 
+from sylva_train.progress import duration
+
 from .diagnosis import diagnose
 from .finetuning import finetune
 from .inspection import describe_masks, describe_scores, kind_of
-from .outputs import check_folder
+from .outputs import check_folder, differences
 from .prediction import predict, predict_file
-from .progress import Progress, Report, duration
 from .runs import (
     evaluate_folder,
     load_folder,
@@ -30,13 +31,12 @@ from .task import (
 
 __all__ = [
     "HELD_OUT",
-    "Progress",
-    "Report",
     "Task",
     "check_folder",
     "describe_masks",
     "describe_scores",
     "diagnose",
+    "differences",
     "duration",
     "evaluate_folder",
     "evaluated_on",

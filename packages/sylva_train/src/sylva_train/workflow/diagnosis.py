@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from sylva_train._checks import ConfigError
-from sylva_train.config import MINILM, minilm_folder
 from sylva_train.kernels import block_sddmm, check_kernels, find_kernel, is_demanded
+from sylva_train.options import MINILM, minilm_folder
 
 __all__ = ["diagnose"]
 
@@ -65,9 +65,8 @@ def check_gradient(device: torch.device) -> str | None:
     """Compare the blocks' gradient with the dense product's; return what is wrong."""
     generator = torch.Generator().manual_seed(0)
     dy, x = (torch.randn(48, n, generator=generator).to(device) for n in (40, 64))
-    indices = torch.tensor(
-        [[0, 1], [1, 3], [2, 0]], device=device
-    )  # the last is ragged
+    # The last is ragged.
+    indices = torch.tensor([[0, 1], [1, 3], [2, 0]], device=device)
     blocks = block_sddmm(dy, x, indices, 16)
     # In double precision: a GPU may round the dense product more than the blocks.
     dense = torch.nn.functional.pad(dy.double().T @ x.double(), (0, 0, 0, 8))
@@ -82,24 +81,19 @@ def check_gradient(device: torch.device) -> str | None:
 def check_device(name: str) -> dict[str, Any]:
     """Return which kernels run on a device, and the problems of those tried."""
     device = torch.device(name)
-    problems, tried = [], []
-    if device.type == "cuda":
-        tried = check_kernels(device)
-        problems += [check.problem for check in tried if check.problem]
+    tried = check_kernels(device) if device.type == "cuda" else []
+    problems = [check.problem for check in tried if check.problem]
+    found = {"kernels": None, "tried": len(tried), "problems": problems}
     try:
         if device.type == "cpu" and is_demanded() and torch.cuda.is_available():
-            return {"kernels": None, "tried": 0, "problems": []}  # not to be used
+            return found  # not to be used
         kernel = find_kernel("sddmm", device, torch.float32, 32)
-        wrong = check_gradient(device)
-        problems += [wrong] if wrong else []
+        if (wrong := check_gradient(device)) is not None:
+            problems.append(wrong)
     except (ConfigError, RuntimeError) as error:
-        return {
-            "kernels": None,
-            "tried": len(tried),
-            "problems": [*problems, str(error)],
-        }
-    kind = "torch" if kernel is None else "triton"
-    return {"kernels": kind, "tried": len(tried), "problems": problems}
+        problems.append(str(error))
+        return found
+    return found | {"kernels": "torch" if kernel is None else "triton"}
 
 
 def diagnose() -> dict[str, Any]:

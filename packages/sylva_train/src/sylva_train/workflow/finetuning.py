@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -10,43 +11,41 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from sylva_train._checks import (
     ConfigError,
     OutputExistsError,
     atomic_folder,
-    atomic_write,
+    write_text,
 )
 from sylva_train.checkpoint import checkpoints
-from sylva_train.config import SylvaConfig, SylvaOptions, TaskConfig, TrainingConfig
+from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.data import Loader
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.layers import embed
 from sylva_train.masks import Masks
+from sylva_train.options import SylvaOptions
 from sylva_train.processes import agree, is_first, together
+from sylva_train.progress import Progress
 from sylva_train.selection import select_as
-from sylva_train.targets import shared_inputs
 from sylva_train.training import number_of_steps, train
 from sylva_train.tuner import save_adapter
 
-from .outputs import check_folder, occupied
-from .progress import Progress
+from .outputs import check_folder, differences, occupied
 from .runs import FORMAT, RECORD, read_run
 from .scoring import check_targets, score_task
 from .task import Task, heads, load_task, located
 
 __all__ = ["finetune"]
 
+MASKS = "masks.safetensors"
 #: Options that say which blocks to choose by given scores.
 SELECTION = {"density", "block_size", "scope", "allocation", "spread", "max_columns"}
 #: Options that say how to choose blocks, which masks bring with them.
-CHOICE = (
+CHOICE = SELECTION | {
     "importance", "curvature", "levels", "rank", "exact_below", "samples", "tokens",
-    "damping", "seed", "density", "block_size", "scope", "allocation", "spread",
-    "max_columns",
-)  # fmt: skip
+    "damping", "seed",
+}  # fmt: skip
 
 
 def sylva_options(config: SylvaConfig) -> dict[str, Any]:
@@ -75,13 +74,7 @@ def run_record(
 
 def check_same(begun: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
     """Raise `ConfigError` where a run that is to go on has other options."""
-    parts = [key for key in ("task", "sylva", "training") if begun[key] != wanted[key]]
-    differ = [
-        f"`{name}` is {begun[part].get(name)!r} there and {value!r} here"
-        for part in parts
-        for name, value in wanted[part].items()
-        if begun[part].get(name) != value
-    ]
+    differ = differences(begun, wanted)
     if begun["source"] != wanted["source"] and wanted["source"] is not None:
         differ.append("the blocks come from other masks or scores")
     if differ:
@@ -168,7 +161,7 @@ def finetune(
             config = dataclasses.replace(config)
             config.modules_to_save = heads(task.model, task_config.task)
         if begun is not None:
-            masks = Masks.load(output / "masks.safetensors")
+            masks = Masks.load(output / MASKS)
         elif masks is None:
             check_targets(task, config)
             if scores is None:
@@ -179,19 +172,15 @@ def finetune(
                     device=training.device,
                     progress=bars,
                 )
-            masks = choose(task, config, scores)
+            few = task.score_loader(4, 0)
+            masks = select_as(config, scores, task.model, few)
         total = sum(p.numel() for p in task.model.parameters())
         agree(masks.digest(), "blocks to train")
         # Masks of another model stop here, before anything is written or replaced.
         embed(task.model, masks, modules_to_save=config.modules_to_save)
         with together():
             if begun is None and first:
-                with atomic_folder(output, overwrite=overwrite) as folder:
-                    if scores is not None:
-                        scores.save(folder / "scores.safetensors")
-                    masks.save(folder / "masks.safetensors")
-                    text = json.dumps(wanted, indent=1)
-                    (folder / RECORD).write_text(text, encoding="utf-8")
+                begin(output, wanted, masks, scores, overwrite=overwrite)
         loaders = loader, eval_loader
         found = train_blocks(
             task, loaders, config, training, output, masks, resume, bars
@@ -199,8 +188,7 @@ def finetune(
     record = wanted | {"finished": True, **found, "total": total}
     with together():
         if first:
-            with atomic_write(output / RECORD) as temporary:
-                temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+            write_text(output / RECORD, json.dumps(record, indent=1))
             shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return record
 
@@ -220,14 +208,20 @@ def begun_run(
     return None
 
 
-def choose(task: Task, config: SylvaConfig, scores: Scores) -> Masks:
-    """Select blocks; in the same columns of layers that read one input, if in few."""
-    together: list[list[str]] = []
-    if config.max_columns < 1:
-        batch = next(iter(task.score_loader(4, 0)))
-        patterns = config.target_modules, config.exclude_modules
-        together = shared_inputs(task.model, batch, *patterns)
-    return select_as(config, scores, together)
+def begin(
+    output: Path,
+    record: dict[str, Any],
+    masks: Masks,
+    scores: Scores | None,
+    *,
+    overwrite: bool,
+) -> None:
+    """Make the folder of a run whose blocks are chosen."""
+    with atomic_folder(output, overwrite=overwrite) as folder:
+        if scores is not None:
+            scores.save(folder / "scores.safetensors")
+        masks.save(folder / MASKS)
+        write_text(folder / RECORD, json.dumps(record, indent=1))
 
 
 def chosen(config: SylvaConfig, given: Masks | Scores) -> SylvaConfig:
@@ -287,15 +281,6 @@ def train_blocks(
     if before:
         bars.say(f"Going on after step {before:,}.")
 
-    def score_model(model: nn.Module) -> dict[str, Any]:
-        return evaluate(
-            model,
-            eval_loader,
-            metric=task.config.metric,
-            generation=task.config.generation,
-            progress=bars.stage("evaluating"),
-        )
-
     def show(step: dict[str, float]) -> None:
         words = f"step {step['step']:,} of {steps:,}, loss {step['loss']:.3f}"
         bars.report("training", step["step"], steps, words=words)
@@ -306,7 +291,13 @@ def train_blocks(
         training,
         output=output / "checkpoints",
         resume=resume,
-        evaluate=score_model,
+        evaluate=functools.partial(
+            evaluate,
+            loader=eval_loader,
+            metric=task.config.metric,
+            generation=task.config.generation,
+            progress=bars.stage("evaluating"),
+        ),
         progress=False,
         callbacks=[show],
     )

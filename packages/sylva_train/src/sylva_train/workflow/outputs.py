@@ -1,14 +1,15 @@
-"""Whether an output can be written: asked before the work begins, not after it."""
+"""Whether an output can be written or gone on with: asked before the work begins."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from sylva_train._checks import ConfigError, OutputExistsError
 
-__all__ = ["check_file", "check_folder", "occupied"]
+__all__ = ["check_file", "check_folder", "differences", "occupied"]
 
 
 def occupied(path: Path) -> bool:
@@ -16,6 +17,17 @@ def occupied(path: Path) -> bool:
     if path.is_dir() and not path.is_symlink():
         return any(path.iterdir())
     return path.exists() or path.is_symlink()
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Say what options of a job that is there are others than wanted, group by group."""
+    groups = [name for name, value in wanted.items() if isinstance(value, dict)]
+    return [
+        f"`{name}` is {found.get(group, {}).get(name)!r} there and {value!r} here"
+        for group in groups
+        for name, value in wanted[group].items()
+        if found.get(group, {}).get(name) != value
+    ]
 
 
 def check_writable(path: Path) -> None:

@@ -13,10 +13,10 @@ from sylva_train._checks import ConfigError, DataError, atomic_write
 from sylva_train.config import TaskConfig
 from sylva_train.data import LABELLED, Loader, TextDataset, load_texts
 from sylva_train.evaluation import label_logits, write
+from sylva_train.progress import Progress, Report
 from sylva_train.training import pick_device
 
 from .outputs import check_file
-from .progress import Progress, Report
 from .runs import load_folder, read_run
 from .task import evaluation_loader, is_file
 

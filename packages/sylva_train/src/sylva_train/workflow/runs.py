@@ -20,11 +20,11 @@ from sylva_train.config import TaskConfig
 from sylva_train.evaluation import CHOICE, GENERATION, evaluate
 from sylva_train.layers import merge
 from sylva_train.pretrained import load_model, quiet
+from sylva_train.progress import Progress
 from sylva_train.training import pick_device
 from sylva_train.tuner import load_adapter
 
 from .outputs import check_file, check_folder
-from .progress import Progress
 from .task import check_metric, evaluation_loader, is_file, read_data
 
 __all__ = [

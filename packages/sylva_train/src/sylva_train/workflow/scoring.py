@@ -10,11 +10,11 @@ from sylva_train._checks import OutputExistsError
 from sylva_train.config import KRONECKER, NEEDS_DATA, SylvaConfig, TaskConfig
 from sylva_train.importance import Scores, score
 from sylva_train.processes import is_first, together
+from sylva_train.progress import Progress
 from sylva_train.targets import check_block_size, find_targets
 from sylva_train.training import pick_device
 
 from .outputs import check_file
-from .progress import Progress
 from .task import Task, load_task, located
 
 __all__ = ["score_file", "score_task"]

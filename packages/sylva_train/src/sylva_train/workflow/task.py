@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from sylva_train._checks import ConfigError, DataError, ModelError, check_choice
-from sylva_train.config import MINILM, TaskConfig, TrainingConfig
+from sylva_train.config import TaskConfig, TrainingConfig
 from sylva_train.data import (
     LABELLED,
     Loader,
@@ -27,9 +27,9 @@ from sylva_train.evaluation import (
     check_prompts,
     known_metrics,
 )
+from sylva_train.options import MINILM
 from sylva_train.pretrained import load_model, saved_labels
-
-from .progress import Report
+from sylva_train.progress import Report
 
 __all__ = [
     "HELD_OUT",

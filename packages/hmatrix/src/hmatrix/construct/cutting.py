@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from hmatrix._backend import Array, Space, frobenius
-from hmatrix._operator import real_rows
+from hmatrix._backend import Array, frobenius
 from hmatrix.construct.budget import block_tolerance
-from hmatrix.hodlr import HODLR
+from hmatrix.hodlr import HODLR, clear_padding
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
 
-__all__ = ["assemble"]
+__all__ = ["cut_blocks"]
 
 
-def assemble(
+def cut_blocks(
     tree: ClusterTree,
     leaves: Array,
     upper: Iterable[LowRank],
@@ -46,29 +45,14 @@ def assemble(
     """
     losses: list[float] = []
     sides: tuple[list[LowRank], list[LowRank]] = ([], [])
-    for first, blocks in enumerate((upper, lower or ())):
+    for side, blocks in zip(sides, (upper, lower or ()), strict=True):
         for level, block in enumerate(blocks):
             tolerance = block_tolerance(tree, level, total)
             cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
-            sides[first].append(_real(cut, tree, level, first))
+            side.append(cut)
             losses.append(
                 float(frobenius(lost)) * (math.sqrt(2) if lower is None else 1)
             )
     error = math.hypot(*losses) / norm if norm else 0.0
-    return HODLR(
-        tree, leaves, tuple(sides[0]), None if lower is None else tuple(sides[1]), error
-    )
-
-
-def _real(block: LowRank, tree: ClusterTree, level: int, first: int) -> LowRank:
-    """Return a block, rows in half ``first``, with zeros in the rows of padding.
-
-    Columns of a QR that a block has no need of may point there.
-    """
-    if tree.padded == tree.n:
-        return block
-    space = Space.of(block.U)
-    real = space.xp.astype(real_rows(tree, space), space.dtype)
-    halves = space.xp.reshape(real, (tree.nodes(level), 2, -1, 1))
-    rows, columns = halves[:, first, :, :], halves[:, 1 - first, :, :]
-    return LowRank(block.U * rows, block.S, block.V * columns)
+    below = None if lower is None else tuple(sides[1])
+    return clear_padding(HODLR(tree, leaves, tuple(sides[0]), below, error))

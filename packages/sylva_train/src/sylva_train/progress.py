@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ def duration(seconds: float) -> str:
 
     Examples
     --------
-    >>> from sylva_train.workflow import duration
+    >>> from sylva_train.progress import duration
     >>> [duration(s) for s in (0.42, 8.2, 75, 400, 9000)]
     ['0.4 s', '8 s', '1 min 15 s', '7 min', '2 h 30 min']
     """
@@ -106,11 +107,7 @@ class Progress:
 
     def stage(self, name: str) -> Report:
         """Return the function of (done, total) that shows a stage."""
-
-        def report(done: int, total: int) -> None:
-            self.report(name, done, total)
-
-        return report
+        return functools.partial(self.report, name)
 
     def report(
         self,
