@@ -76,9 +76,8 @@ def from_entries(
         The halving, as of `from_dense`.
     rtol, atol, max_rank
         As of `from_dense`: ``‖A − H‖_F ≤ max(rtol · ‖A‖_F, atol)``, here by an estimate:
-        each block is checked on entries that its approximation has not seen. An ``rtol``
-        below 10 epsilon counts as 10 epsilon, but zero, which stores rounding at full rank.
-        ``H.error`` is the estimate of the relative error.
+        each block is checked on entries that its approximation has not seen. ``H.error``
+        is the estimate of the relative error.
     symmetric : bool, optional
         Store one of the two off-diagonal blocks. Default: whether the leaves, and eight
         other entries of each row and column (all entries of up to 256 rows), are

@@ -30,10 +30,6 @@ from hmatrix.tree import ClusterTree
 
 __all__ = ["build"]
 
-#: The smallest relative error above zero that is asked for, in units of epsilon: below
-#: it the rounding of a function, which has full rank, would be stored.
-ROUNDING = 10
-
 
 @in_own_precision
 def build(
@@ -56,8 +52,6 @@ def build(
     # some blocks at a time, which are small
     with one_blas_thread_if_narrow(space):
         rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
-        if rtol:
-            rtol = max(rtol, ROUNDING * space.eps)
         real = None
         if tree.padded > tree.n:
             real = real_rows(tree, space)
