@@ -66,7 +66,7 @@ def build(
         if symmetric is None:
             symmetric = looks_hermitian(function, labels, leaves, seed)
         elif symmetric:
-            check_leaves(leaves, max(rtol * math.sqrt(squares), atol))
+            leaves = symmetrized(leaves, max(rtol * math.sqrt(squares), atol))
         # of each side of the diagonal, for each level, batches of blocks with their errors
         sides: list[list[list[Found]]] = [[] for _ in range(1 if symmetric else 2)]
         blocks = [
@@ -203,8 +203,8 @@ def diagonal_blocks(
     return masked(leaves, masks[:, :, None], masks[:, None, :])
 
 
-def check_leaves(leaves: Array, allowed: float) -> None:
-    """Raise if a matrix said to be Hermitian cannot be, by its leaves."""
+def symmetrized(leaves: Array, allowed: float) -> Array:
+    """Return the leaves of a matrix said to be Hermitian, or raise if it cannot be."""
     difference = float(frobenius(detach(leaves - adjoint(leaves))))
     norm = float(frobenius(detach(leaves)))
     if difference > max(allowed, 100 * Space.of(leaves).eps * norm):
@@ -213,6 +213,7 @@ def check_leaves(leaves: Array, allowed: float) -> None:
             f"adjoints by {difference / norm:.3g} of their norm; leave `symmetric` out."
         )
         raise ValueError(msg)
+    return (leaves + adjoint(leaves)) / 2
 
 
 def looks_hermitian(
