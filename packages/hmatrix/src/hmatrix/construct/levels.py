@@ -62,11 +62,11 @@ def build(
             flat[:, :: m + 1] += space.xp.reshape(nugget, (count, m))
             leaves = space.xp.reshape(flat, (count, m, m))
         seed = check_int("seed", seed, 0)
-        squares = check_norm(float(frobenius(detach(leaves))), space) ** 2
+        norm = check_norm(float(frobenius(detach(leaves))), space, whole=False)
         if symmetric is None:
             symmetric = looks_hermitian(function, labels, leaves, seed)
         elif symmetric:
-            leaves = symmetrized(leaves, max(rtol * math.sqrt(squares), atol))
+            leaves = symmetrized(leaves, max(rtol * norm, atol))
         # of each side of the diagonal, for each level, batches of blocks with their errors
         sides: list[list[list[Found]]] = [[] for _ in range(1 if symmetric else 2)]
         blocks = [
@@ -76,8 +76,10 @@ def build(
         once = together(blocks)
         pivots: list[list[Pivots]] = [[] for _ in sides]
         for level in reversed(range(tree.levels)):
-            # by what is known of the norm so far: too strict at first, and mended at the end
-            known = max(rtol * math.sqrt(squares), atol)
+            # by what is known of the norm so far (too strict at first, and mended at the
+            # end), which is no smaller in the end than one whose squares are numbers
+            least = max(norm, space.smallest_norm) if norm else 0.0
+            known = max(rtol * least, atol)
             if level + 1 == once:
                 tails = [block_tolerance(tree, k, known) / 4 for k in range(once)]
                 pivots[0] = search(blocks[:once], tails, max_rank, seed)
@@ -93,9 +95,9 @@ def build(
                 for block, lost in parts:
                     # where a cap leaves little or nothing, the norm is in what it cut off
                     size = max(float(frobenius(block.S)), float(frobenius(lost)))
-                    squares += size**2 * (2 if symmetric else 1)
-            check_norm(math.sqrt(squares), space)
-        norm = math.sqrt(squares)
+                    norm = math.hypot(norm, size * (math.sqrt(2) if symmetric else 1))
+            check_norm(norm, space, whole=False)
+        check_norm(norm, space)
         total = max(rtol * norm, atol)
         square, trimmed = 0.0, []
         for side in sides:
