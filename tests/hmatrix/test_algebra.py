@@ -403,6 +403,18 @@ def test_errors_after_arithmetic_are_upper_bounds(symmetric, size, seed, loose, 
         assert cases[7][0].error <= 10 * loose * sizes[0] * np.sqrt(n)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_bounds_of_products_and_inverses_are_close_where_norms_are_small(symmetric):
+    """In the 2-norm: the Frobenius norm of the identity is √n."""
+    t = np.linspace(0, 1, 1024)
+    A = np.eye(1024) + 0.01 / (1 + 1e4 * (t[:, None] - t) ** 2)
+    A = A if symmetric else A * (1 + t)
+    H = hm.from_dense(A, rtol=1e-6)
+    for X, exact in ((hm.matmul(H, H), A @ A), (hm.inverse(H), np.linalg.inv(A))):
+        error = distance(X, exact) / np.linalg.norm(exact)
+        assert error <= X.error <= 10 * error
+
+
 def test_matrices_without_errors_stay_so():
     H = hm.identity(20, levels=2)
     for X in (H + H, hm.shift(H, 1.0), H @ H, hm.inverse(H)):

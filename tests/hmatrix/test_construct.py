@@ -60,6 +60,29 @@ def test_symmetry_is_found(case):
     assert hm.from_dense(A, levels=levels).symmetric == np.array_equal(A, A.T)
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+@pytest.mark.parametrize("place", [(0, 599), (599, 0), (598, 599), (250, 3)])
+def test_one_entry_decides_symmetry(place, dtype):
+    t = np.linspace(0, 1, 600)
+    A = (np.exp(-abs(t[:, None] - t))).astype(dtype)
+    assert hm.from_dense(A).symmetric
+    A[place] += 1e-3
+    for H in (hm.from_dense(A), hm.from_sparse(sparse.csr_array(A))):
+        assert not H.symmetric
+        assert abs(H[place] - A[place]) < 1e-5
+
+
+def test_rounding_is_not_stored_at_full_rank():
+    t = np.linspace(0, 1, 300)
+    H = hm.from_dense(np.exp(-abs(t[:, None] - t)), rtol=1e-17)
+    assert set(H.ranks) == {1}
+    assert H.error < 10 * np.finfo(float).eps
+    twice = hm.add(H, H)
+    assert set(hm.truncate(twice, rtol=1e-17).ranks) == {1}
+    assert set(hm.matmul(H, H, rtol=1e-17).ranks) == {2}
+    assert set(hm.truncate(twice, rtol=0).ranks) == {2}
+
+
 def test_it_stays_in_the_library_and_dtype(xp, dtype, rng):
     A = rng.standard_normal((21, 21))
     array = xp.asarray(A, dtype)

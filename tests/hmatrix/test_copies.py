@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import hmatrix as hm
-from tests.helpers import dense, error_ratio
+from tests.helpers import dense, error_ratio, to_numpy
 
 
 def by_pickle(x):
@@ -67,3 +67,21 @@ def test_exceptions_come_from_other_processes(error):
     assert type(back) is type(error)
     assert str(back) == str(error)
     assert vars(back) == vars(error)
+
+
+@pytest.mark.parametrize("kind", ["general", "hermitian", "mlr"])
+def test_copies_share_nothing_and_conjugates_are_those_of_all_numbers(xp, kind, rng):
+    A = rng.standard_normal((21, 21)) + 1j * rng.standard_normal((21, 21))
+    if kind == "mlr":
+        stream = hm.StreamingMLR(21, 2, 3, dtype="complex128", like=xp.asarray(A.real))
+        stream.update(xp.asarray(A))
+        H = stream.result()
+    else:
+        A = A if kind == "general" else A + A.conj().T
+        H = hm.from_dense(xp.asarray(A), levels=2)
+    D = to_numpy(H.to_dense())
+    assert np.array_equal(to_numpy(H.conj().to_dense()), D.conj())
+    G = H.copy()
+    G.leaves[...] = 0
+    assert np.array_equal(to_numpy(H.to_dense()), D)
+    assert repr(G) == repr(H)

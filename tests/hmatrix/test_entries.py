@@ -369,3 +369,17 @@ def test_rounding_is_not_stored_at_full_rank(rng):
     H = hm.from_kernel(lambda x, y: np.exp(-((x - y) ** 2)), t, rtol=1e-10)
     assert max(H.ranks) < 10
     assert H.error < 10 * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("small", [0.0, 1e-170, 1e-222, 1e-310])
+def test_leaves_may_be_small_beside_the_rest(small):
+    t = np.linspace(0, 1, 500)
+
+    def kernel(x, y):
+        return np.where(abs(x - y) < 0.3, small, 1 / (1 + abs(x - y)))
+
+    H = hm.from_kernel(kernel, t, rtol=1e-6)
+    assert relative(H, kernel(t[:, None], t)) <= 1e-6
+    if small:
+        with pytest.raises(hm.NonFiniteError, match="rescale it"):
+            hm.from_kernel(lambda x, y: small / (1 + abs(x - y)), t, rtol=1e-6)

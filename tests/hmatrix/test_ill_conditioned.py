@@ -157,7 +157,8 @@ def test_lost_digits_are_an_error_with_numbers(rng):
 def test_auto_keeps_digits_of_what_is_not_refined(seed):
     """A leading half that is close to singular, of a well-conditioned matrix.
 
-    Block inversion passes, since refinement converges; its diagonal is all wrong.
+    Block inversion passes, since refinement converges; the diagonal of its terms is all
+    wrong.
     """
     rng = np.random.default_rng(seed)
     A = rng.standard_normal((40, 40))
@@ -170,6 +171,18 @@ def test_auto_keeps_digits_of_what_is_not_refined(seed):
     assert error_ratio(hm.inverse(H, rtol=1e-8).to_dense(), exact) <= 1e-8
     G = hm.factorize(H, method="inversion")
     assert error_ratio(hm.inverse(G, rtol=1e-8).to_dense(), exact) <= 1e-8
+    assert error_ratio(G.inverse_diagonal(), np.diag(exact)) <= 1e-9
+
+
+@pytest.mark.parametrize("method", ["auto", "inversion"])
+def test_diagonals_of_inverses_whose_terms_cancel(xp, method, rng):
+    """Small diagonal halves of a matrix that is orthogonal otherwise."""
+    A, h = 1e-9 * rng.standard_normal((128, 128)), 64
+    A[:h, h:], A[h:, :h] = (np.linalg.qr(rng.standard_normal((h, h)))[0] for _ in "BC")
+    exact = np.linalg.inv(A)
+    F = hm.factorize(hm.from_dense(xp.asarray(A), levels=3, rtol=0), method=method)
+    off = abs(to_numpy(F.inverse_diagonal()) - np.diag(exact))
+    assert off.max() <= 1e-7 * np.linalg.norm(exact, 2)
 
 
 def test_stored_inverses_of_ill_conditioned_matrices_need_no_elimination(rng):

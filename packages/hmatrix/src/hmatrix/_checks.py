@@ -288,10 +288,14 @@ def check_finite(name: str, x: Array) -> float:
     return norm
 
 
-def check_norm(norm: float, space: Space) -> float:
-    """Return the norm of a matrix, or raise if squares of its parts are no numbers."""
+def check_norm(norm: float, space: Space, *, whole: bool = True) -> float:
+    """Return the norm of a matrix, or raise if squares of its parts are no numbers.
+
+    Of a part of a matrix, not the ``whole``, a small norm says nothing.
+    """
     largest = math.sqrt(float(space.xp.finfo(space.dtype).max))
-    if norm == 0 or space.smallest_norm <= norm <= largest:
+    smallest = space.smallest_norm if whole else 0.0
+    if norm == 0 or smallest <= norm <= largest:
         return norm
     msg = (
         f"The norm of the matrix is {norm:.3g}: squares of its entries and of errors "

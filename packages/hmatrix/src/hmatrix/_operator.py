@@ -246,6 +246,14 @@ class StoredOperator(Entries, Operator):
             raise DTypeError(msg)
         return self.map(space.asarray, space.real.asarray)
 
+    def copy(self) -> Self:
+        """Return a copy that shares no memory, to overwrite one of the two for example."""
+        return self.map(lambda x: Space.of(x).asarray(x, copy=True))
+
+    def conj(self) -> Self:
+        """Return the complex conjugate: a real matrix itself, with the same arrays."""
+        return self.map(conjugate)
+
     # What makes new matrices is written in modules after this one, which enter it with
     # `operation`.
 

@@ -183,8 +183,11 @@ def inverse(a: Array) -> Array:
 
 
 def slogdet(a: Array) -> tuple[Array, Array]:
-    """Signs and logs of absolute values of the determinants of ``a`` (..., m, m)."""
-    with one_thread_if_small(a):
+    """Signs and logs of absolute values of the determinants of ``a`` (..., m, m).
+
+    Where one is zero the log is infinite; callers say so, and NumPy need not warn.
+    """
+    with one_thread_if_small(a), np.errstate(divide="ignore"):
         signs, logs = namespace(a).linalg.slogdet(a)
     return signs, logs
 

@@ -14,8 +14,7 @@ from hmatrix._backend import Array, Space, adjoint
 from hmatrix._checks import NonFiniteError, check_int
 from hmatrix._operator import pad_rows
 from hmatrix.arithmetic.norms import safe_norm
-from hmatrix.arithmetic.truncation import check_rtol
-from hmatrix.construct import block_tolerance
+from hmatrix.construct import block_tolerance, check_rtol
 from hmatrix.hodlr import HODLR, clear_padding
 from hmatrix.lowrank import LowRank, beside, cut_triplets, recompress
 from hmatrix.tree import ClusterTree

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from hmatrix._backend import Array, adjoint, conjugate, detach, frobenius
+from hmatrix._backend import adjoint, conjugate, detach, frobenius, real_part
 from hmatrix.hodlr import HODLR
+from hmatrix.lowrank import LowRank
 
 __all__ = ["after", "inverse_error", "product_error", "with_error_of_sum"]
 
@@ -43,9 +44,9 @@ def product_error(product: HODLR, H: HODLR, G: HODLR) -> float | None:
         return None
     if not (H.error or G.error):
         return 0.0
-    norms = [_norm(H), _norm(G)]
-    h, g = map(_absolute, (H, G), norms)
-    lost = h * (norms[1] + g) + norms[0] * g
+    (size_h, two_h), (size_g, two_g) = _norms(H), _norms(G)
+    h, g = _absolute(H, size_h), _absolute(G, size_g)
+    lost = h * (two_g + g) + two_h * g
     return _relative(lost, _norm(product) / (1 + (product.error or 0.0)))
 
 
@@ -58,8 +59,14 @@ def inverse_error(X: HODLR, H: HODLR) -> float | None:
         return None
     if not H.error:
         return 0.0
-    bound = _absolute(H, _norm(H)) * _norm(X) / (1 - (X.error or 0.0))
-    return bound if math.isfinite(bound) else None
+    size, two = _norms(X)
+    own = _absolute(X, size)
+    h, two = _absolute(H, _norm(H)), two + own
+    bounds = [h * two]
+    if h * two < 1:
+        # the error E is no more than (‖H⁻¹‖₂ + E) h ‖H⁻¹‖₂
+        bounds.append(_relative(h * two**2 / (1 - h * two), size - own) or math.inf)
+    return min(bounds) if math.isfinite(bounds[0]) else None
 
 
 def _unknown(*parts: HODLR) -> bool:
@@ -77,21 +84,39 @@ def _relative(lost: float, norm: float) -> float | None:
     return lost / (norm - lost) if lost < norm < math.inf else None
 
 
-def _norm(H: HODLR) -> float:
-    """Return the Frobenius norm to half the digits, by products alone."""
-    xp = H.space.xp
+def _norms(H: HODLR) -> tuple[float, float]:
+    """Return the Frobenius norm to half the digits, and a bound of the 2-norm.
 
-    def square(U: Array, S: Array, V: Array) -> float:
-        U, V, S = detach(U), detach(V), xp.astype(detach(S), U.dtype, copy=False)
+    By products alone. A level's blocks lie beside each other: its 2-norm is that of the
+    largest, and no more than a Frobenius norm.
+    """
+    xp, eps = H.space.xp, H.space.eps
+
+    def squares(block: LowRank) -> tuple[float, float]:
+        """Return the sum of the squares of blocks' norms, and a bound of the largest."""
+        U, V = detach(block.U), detach(block.V)
+        S = xp.astype(detach(block.S), U.dtype, copy=False)
         weights = S[..., :, None] * S[..., None, :]
-        grams = (adjoint(U) @ U) * conjugate(adjoint(V) @ V)
-        return complex(xp.sum(grams * weights)).real
+        terms = (adjoint(U) @ U) * conjugate(adjoint(V) @ V) * weights
+        each = real_part(xp.sum(terms, axis=(-2, -1)))
+        rounding = eps * xp.sum(xp.abs(terms), axis=(-2, -1))  # where terms cancel
+        return float(xp.sum(each)), max(float(xp.max(each + rounding)), 0.0)
 
     with np.errstate(over="ignore", invalid="ignore"):
-        diagonal = float(frobenius(detach(H.leaves)))
+        leaves = detach(H.leaves)
+        diagonal, sizes = float(frobenius(leaves)), xp.abs(leaves)
+        rows, columns = (float(xp.max(xp.sum(sizes, axis=k))) for k in (-1, -2))
         total = diagonal * diagonal  # a power would raise on overflow
-        for block in H.upper:
-            total += square(block.U, block.S, block.V) * (2 if H.symmetric else 1)
-        for block in H.lower or ():
-            total += square(block.U, block.S, block.V)
-    return math.sqrt(max(total, 0.0))
+        two = min(diagonal, math.sqrt(rows * columns))
+        for level, upper in enumerate(H.upper):
+            found = [squares(upper)] * 2
+            if H.lower is not None:
+                found[1] = squares(H.lower[level])
+            total += sum(square for square, _ in found)
+            two += math.sqrt(max(largest for _, largest in found))
+    norm = math.sqrt(max(total, 0.0))
+    return norm, min(norm * (1 + math.sqrt(eps)), two)
+
+
+def _norm(H: HODLR) -> float:
+    return _norms(H)[0]

@@ -5,29 +5,19 @@ from __future__ import annotations
 import math
 from typing import TypeVar
 
-from hmatrix._backend import Space, in_own_precision
-from hmatrix._checks import NonFiniteError, check_float, check_int, check_kind
+from hmatrix._backend import in_own_precision
+from hmatrix._checks import NonFiniteError, check_int, check_kind
 from hmatrix.arithmetic.error import after
 from hmatrix.arithmetic.norms import norm, safe_norm
-from hmatrix.construct import Guard, block_tolerance
+from hmatrix.construct import Guard, block_tolerance, check_rtol
 from hmatrix.hodlr import HODLR, clear_padding
 from hmatrix.lowrank import LowRank, recompress, triplets
 from hmatrix.mlr import MLR
 from hmatrix.update import StreamingMLR
 
-__all__ = ["check_rtol", "truncate"]
+__all__ = ["truncate"]
 
 Matrix = TypeVar("Matrix", HODLR, MLR)
-
-#: Multiple of epsilon that stands for rounding: less would keep ranks of noise.
-ROUNDING = 10
-
-
-def check_rtol(space: Space, rtol: float | None) -> float:
-    """Return a relative tolerance, by default that of rounding."""
-    if rtol is None:
-        return ROUNDING * space.eps
-    return check_float("rtol", rtol, minimum=0.0)
 
 
 @in_own_precision
@@ -45,7 +35,8 @@ def truncate(
     H : HODLR or MLR
         The matrix.
     rtol : float, optional
-        For a `HODLR`: ``‖H − result‖_F ≤ rtol · ‖H‖_F``; default: rounding only.
+        For a `HODLR`: ``‖H − result‖_F ≤ rtol · ‖H‖_F``; default: rounding only. Less
+        than 10 epsilon counts as 10 epsilon, but zero, which keeps rounding at full rank.
     max_rank : int, optional
         Cap on the ranks. An `MLR` needs it: what its nodes cannot hold goes down to
         their children and the leaves, so that the diagonal and the leaf blocks stay

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hmatrix.construct.budget import Guard, block_tolerance
+from hmatrix.construct.budget import Guard, block_tolerance, check_rtol
 from hmatrix.construct.dense import from_dense
 from hmatrix.construct.entries import from_entries, from_kernel
 from hmatrix.construct.matvec import from_matvec
@@ -18,6 +18,7 @@ from hmatrix.construct.toeplitz import from_toeplitz
 __all__ = [
     "Guard",
     "block_tolerance",
+    "check_rtol",
     "from_dense",
     "from_diagonal",
     "from_entries",

@@ -14,6 +14,7 @@ __all__ = [
     "LEAF_SIZE",
     "Guard",
     "block_tolerance",
+    "check_rtol",
     "check_symmetric",
     "check_tolerances",
     "make_tree",
@@ -21,6 +22,9 @@ __all__ = [
 
 #: Rows of a leaf where neither ``levels`` nor ``leaf_size`` is given.
 LEAF_SIZE = 64
+#: The smallest relative error above zero that is asked for, in units of epsilon: below
+#: it rounding, which has full rank, would be stored.
+ROUNDING = 10
 
 
 def block_tolerance(tree: ClusterTree, level: int, total: float) -> float:
@@ -82,13 +86,20 @@ class Guard:
         return self._leaves + added[:, :, None] * space.eye(m), norm
 
 
+def check_rtol(space: Space, rtol: float | None, default: float | None = None) -> float:
+    """Return a relative tolerance, by default that of rounding; no less, but zero."""
+    rounding = ROUNDING * space.eps
+    if rtol is None:
+        return rounding if default is None else default
+    rtol = check_float("rtol", rtol, minimum=0)
+    return max(rtol, rounding) if rtol else rtol
+
+
 def check_tolerances(
     space: Space, rtol: float | None, atol: float, max_rank: int | None
 ) -> tuple[float, float, int | None]:
     """Return ``rtol`` (default: square root of epsilon), ``atol`` and ``max_rank``."""
-    rtol = (
-        math.sqrt(space.eps) if rtol is None else check_float("rtol", rtol, minimum=0)
-    )
+    rtol = check_rtol(space, rtol, math.sqrt(space.eps))
     atol = check_float("atol", atol, minimum=0)
     return rtol, atol, None if max_rank is None else check_int("max_rank", max_rank, 0)
 

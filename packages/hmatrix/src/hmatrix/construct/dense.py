@@ -24,6 +24,7 @@ from hmatrix._checks import (
     check_space,
 )
 from hmatrix._operator import pad_rows
+from hmatrix.construct.blocks import pieces
 from hmatrix.construct.budget import (
     Guard,
     block_tolerance,
@@ -62,7 +63,8 @@ def from_dense(
         Default: ``leaf_size=64``.
     rtol : float, optional
         Promise ``‖A − H‖_F ≤ rtol · ‖A‖_F`` (to rounding), kept by giving every
-        block its share of the error. Default: square root of the dtype's epsilon.
+        block its share of the error. Default: square root of the dtype's epsilon. Less
+        than 10 epsilon counts as 10 epsilon, but zero, which stores rounding at full rank.
     atol : float
         Promise ``‖A − H‖_F ≤ atol`` instead, where that allows more.
     max_rank : int, optional
@@ -141,13 +143,23 @@ def from_dense(
 
 
 def _symmetrize(A: Array, symmetric: bool | None, norm: float) -> tuple[Array, bool]:
-    xp = namespace(A)
     if symmetric is None:
-        return A, bool(xp.all(adjoint(A) == A))
+        return A, _is_hermitian(A)
     if symmetric:
         check_symmetric(float(frobenius(A - adjoint(A))), norm, Space.of(A).eps)
         A = (A + adjoint(A)) / 2
     return A, symmetric
+
+
+def _is_hermitian(A: Array) -> bool:
+    """Whether A equals its adjoint: some rows at a time, without another n×n array."""
+    xp, n = namespace(A), int(A.shape[0])
+    step = pieces(Space.of(A), n, n)
+    strips = (slice(i, min(i + step, n)) for i in range(0, n, step))
+    return all(
+        bool(xp.all(A[some, some.start :] == adjoint(A[some.start :, some])))
+        for some in strips
+    )
 
 
 def _diagonal_blocks(A: Array, tree: ClusterTree, level: int) -> Array:

@@ -36,6 +36,7 @@ from hmatrix.construct.budget import (
     make_tree,
 )
 from hmatrix.construct.levels import build
+from hmatrix.construct.lists import of_lists
 from hmatrix.construct.near import near_pairs
 from hmatrix.hodlr import HODLR
 from hmatrix.tree import ClusterTree
@@ -64,8 +65,9 @@ def from_entries(
     ----------
     function : callable
         ``function(i, j)`` gives entries for integer arrays of rows and columns that
-        broadcast against each other, all entries of a block in one call. torch tensors are
-        detached.
+        broadcast against each other, all entries of a block in one call. Or a matrix
+        (m, q) for lists of m rows and q columns, as ``A[numpy.ix_(i, j)]`` is: that takes
+        a call for each block. torch tensors are detached.
     n : int
         Rows and columns.
     like : array, optional
@@ -76,9 +78,8 @@ def from_entries(
         The halving, as of `from_dense`.
     rtol, atol, max_rank
         As of `from_dense`: ``‖A − H‖_F ≤ max(rtol · ‖A‖_F, atol)``, here by an estimate:
-        each block is checked on entries that its approximation has not seen. An ``rtol``
-        below 10 epsilon counts as 10 epsilon, but zero, which stores rounding at full rank.
-        ``H.error`` is the estimate of the relative error.
+        each block is checked on entries that its approximation has not seen. ``H.error``
+        is the estimate of the relative error.
     symmetric : bool, optional
         Store one of the two off-diagonal blocks. Default: whether the leaves, and eight
         other entries of each row and column (all entries of up to 256 rows), are
@@ -131,6 +132,7 @@ def from_entries(
     tree = make_tree(check_int("n", n, 1), levels, leaf_size, tree)
     # a padded row has the number of some row; what it gives is masked
     labels = space.integers(np.minimum(tree.rows, tree.n - 1))
+    function, _ = broadcasting(function, labels, dims=0)
     return build(
         checked(function, space),
         labels,
@@ -165,8 +167,11 @@ def from_kernel(
     kernel : callable
         ``kernel(x, y)`` gives entries for points x and y that broadcast against each
         other: arrays (...) of numbers for points (n,), arrays (..., d) for points (n, d),
-        whose last axis it sums over, as in ``((x - y) ** 2).sum(axis=-1)``. Functions of
-        two lists of points, like ``cdist``, do not fit. torch tensors are detached.
+        whose last axis it sums over, as in ``((x - y) ** 2).sum(axis=-1)``. Or a matrix
+        (m, q) for two lists of m and q points, as ``scipy.spatial.distance.cdist`` and
+        scikit-learn's kernels do: that takes a call for each block, and more entries for
+        the check. If such a matrix is symmetric to rounding alone, say
+        ``symmetric=True``. torch tensors are detached.
     points : array (n,) or (n, d)
         The points, of any library and device; the matrix has theirs. Points that are
         not sorted numbers are ordered by a k-d tree; vectors keep the order of
@@ -188,7 +193,8 @@ def from_kernel(
 
     Notes
     -----
-    As `from_entries`. Where points are not sorted numbers, pivots and check also have up
+    As `from_entries`. A function of two lists is known by ``kernel(points[:1],
+    points[:2])``, a matrix (1, 2). Where points are not sorted numbers, pivots and check also have up
     to 512 entries of each block that belong to the closest pairs of points in different
     clusters, out of the 8 nearest neighbours of each, and blocks of up to 512 rows are
     checked whole. In larger ones a kernel that peaks elsewhere than where points meet, at
@@ -204,6 +210,12 @@ def from_kernel(
     >>> H = hm.from_kernel(gaussian, x, nugget=0.1, rtol=1e-6)
     >>> H
     HODLR(n=2000, levels=5, ranks=(14, 10, 9, 6, 6), symmetric, float64, numpy, 1.74 MB, 0.054 of dense)
+    >>> from scipy.spatial.distance import cdist
+    >>> def of_lists(X, Y):
+    ...     return np.exp(-cdist(X, Y, "sqeuclidean"))
+    >>> G = hm.from_kernel(of_lists, x, nugget=0.1, rtol=1e-6)
+    >>> hm.norm(H - G) <= 1e-6 * hm.norm(H)
+    True
     """
     points = detach(check_array("points", points))
     if len(points.shape) not in (1, 2) or not math.prod(points.shape):
@@ -219,12 +231,13 @@ def from_kernel(
         )
         leaf_size = None
     tree = make_tree(n, levels, leaf_size, tree)
-    probe = kernel(points[:1, ...], points[:1, ...])
+    dims = len(points.shape) - 1
+    kernel, probe = broadcasting(kernel, points, dims)
     # a kernel may be complex where points are real; it may also be one of integers
     if is_array(probe) and dtype_name(probe.dtype) in NUMBERS:
         space = check_space(Space.of(probe), NUMBERS)
     labels = xp.take(points, space.integers(np.minimum(tree.rows, n - 1)), axis=0)
-    function = checked(kernel, space, dims=len(points.shape) - 1)
+    function = checked(kernel, space, dims)
     near = None
     if not (sorted_ and tree.permutation is None):
         near = near_pairs(to_numpy(points).reshape(n, -1), tree, space)
@@ -257,6 +270,18 @@ def padded_nugget(nugget: Any, tree: ClusterTree, space: Space) -> Array | None:
     if number == 0:
         return None
     return space.xp.astype(real_rows(tree, space), space.dtype) * number
+
+
+def broadcasting(function: Function, labels: Array, dims: int) -> tuple[Function, Any]:
+    """Return a function of labels that broadcast, and what the one given makes of a few.
+
+    That of two lists gives a row for one label and two.
+    """
+    few = labels[: min(2, int(labels.shape[0])), ...]
+    probe = function(labels[:1, ...], few)
+    if is_array(probe) and tuple(probe.shape) == (1, few.shape[0]):
+        function = of_lists(function, dims)
+    return function, probe
 
 
 def checked(function: Function, space: Space, dims: int = 0) -> Function:

@@ -30,10 +30,6 @@ from hmatrix.tree import ClusterTree
 
 __all__ = ["build"]
 
-#: The smallest relative error above zero that is asked for, in units of epsilon: below
-#: it the rounding of a function, which has full rank, would be stored.
-ROUNDING = 10
-
 
 @in_own_precision
 def build(
@@ -56,8 +52,6 @@ def build(
     # some blocks at a time, which are small
     with one_blas_thread_if_narrow(space):
         rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
-        if rtol:
-            rtol = max(rtol, ROUNDING * space.eps)
         real = None
         if tree.padded > tree.n:
             real = real_rows(tree, space)
@@ -68,11 +62,11 @@ def build(
             flat[:, :: m + 1] += space.xp.reshape(nugget, (count, m))
             leaves = space.xp.reshape(flat, (count, m, m))
         seed = check_int("seed", seed, 0)
-        squares = check_norm(float(frobenius(detach(leaves))), space) ** 2
+        norm = check_norm(float(frobenius(detach(leaves))), space, whole=False)
         if symmetric is None:
             symmetric = looks_hermitian(function, labels, leaves, seed)
         elif symmetric:
-            check_leaves(leaves, max(rtol * math.sqrt(squares), atol))
+            leaves = symmetrized(leaves, max(rtol * norm, atol))
         # of each side of the diagonal, for each level, batches of blocks with their errors
         sides: list[list[list[Found]]] = [[] for _ in range(1 if symmetric else 2)]
         blocks = [
@@ -82,8 +76,10 @@ def build(
         once = together(blocks)
         pivots: list[list[Pivots]] = [[] for _ in sides]
         for level in reversed(range(tree.levels)):
-            # by what is known of the norm so far: too strict at first, and mended at the end
-            known = max(rtol * math.sqrt(squares), atol)
+            # by what is known of the norm so far (too strict at first, and mended at the
+            # end), which is no smaller in the end than one whose squares are numbers
+            least = max(norm, space.smallest_norm) if norm else 0.0
+            known = max(rtol * least, atol)
             if level + 1 == once:
                 tails = [block_tolerance(tree, k, known) / 4 for k in range(once)]
                 pivots[0] = search(blocks[:once], tails, max_rank, seed)
@@ -99,9 +95,9 @@ def build(
                 for block, lost in parts:
                     # where a cap leaves little or nothing, the norm is in what it cut off
                     size = max(float(frobenius(block.S)), float(frobenius(lost)))
-                    squares += size**2 * (2 if symmetric else 1)
-            check_norm(math.sqrt(squares), space)
-        norm = math.sqrt(squares)
+                    norm = math.hypot(norm, size * (math.sqrt(2) if symmetric else 1))
+            check_norm(norm, space, whole=False)
+        check_norm(norm, space)
         total = max(rtol * norm, atol)
         square, trimmed = 0.0, []
         for side in sides:
@@ -209,8 +205,8 @@ def diagonal_blocks(
     return masked(leaves, masks[:, :, None], masks[:, None, :])
 
 
-def check_leaves(leaves: Array, allowed: float) -> None:
-    """Raise if a matrix said to be Hermitian cannot be, by its leaves."""
+def symmetrized(leaves: Array, allowed: float) -> Array:
+    """Return the leaves of a matrix said to be Hermitian, or raise if it cannot be."""
     difference = float(frobenius(detach(leaves - adjoint(leaves))))
     norm = float(frobenius(detach(leaves)))
     if difference > max(allowed, 100 * Space.of(leaves).eps * norm):
@@ -219,6 +215,7 @@ def check_leaves(leaves: Array, allowed: float) -> None:
             f"adjoints by {difference / norm:.3g} of their norm; leave `symmetric` out."
         )
         raise ValueError(msg)
+    return (leaves + adjoint(leaves)) / 2
 
 
 def looks_hermitian(

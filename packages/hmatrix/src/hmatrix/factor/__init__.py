@@ -15,9 +15,10 @@ from hmatrix._checks import (
 )
 from hmatrix.factor._base import Factorization, telling_nan
 from hmatrix.factor.cholesky import HODLRCholesky, has_cholesky
-from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
+from hmatrix.factor.hodlr import HODLRFactorization
 from hmatrix.factor.inversion import inverse, inversion_or_orthogonal
 from hmatrix.factor.mlr import MLRFactorization
+from hmatrix.factor.operator import HODLRInverse
 from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
@@ -64,9 +65,10 @@ def factorize(
 
         "auto" takes the first of these that applies and keeps the digits: "inversion" if
         the Frobenius norm of its ``E`` (see `PrecisionError` below) is at most
-        ``sqrt(eps)``. One step of refinement mends solutions above that, but
-        ``inverse`` and ``inverse_diagonal`` are not refined and can be far off. An `MLR`
-        has one method.
+        ``sqrt(eps)``. One step of refinement mends solutions above that, but the operator
+        that ``inverse`` gives is not refined and can be far off. ``inverse_diagonal`` is
+        compared with solutions, and found by "orthogonal" where it differs. An `MLR` has
+        one method.
     overwrite : bool
         Let "cholesky" write the factor over the arrays of ``H``, as SciPy's
         ``overwrite_a``: matrix and factor are never in memory both. ``H`` raises

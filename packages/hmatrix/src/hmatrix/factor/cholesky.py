@@ -29,7 +29,8 @@ from hmatrix.factor._base import (
     take_array,
 )
 from hmatrix.factor.gradients import logdet_with_gradients
-from hmatrix.factor.hodlr import HODLRFactorization, HODLRInverse
+from hmatrix.factor.hodlr import HODLRFactorization
+from hmatrix.factor.operator import HODLRInverse
 from hmatrix.factor.symmetric import (
     SymmetricFactor,
     checked_cholesky,

@@ -19,21 +19,25 @@ from hmatrix._backend import (
     plus_product,
     slogdet,
     to_numpy,
+    without_gradients,
 )
-from hmatrix._checks import DTypeError, SingularBlockError, SingularLeafError
-from hmatrix._operator import Operator, real_rows, unpad_rows
-from hmatrix.arithmetic import Terms
+from hmatrix._checks import SingularBlockError, SingularLeafError
+from hmatrix._operator import real_rows, unpad_rows
+from hmatrix.arithmetic import Terms, estimate_norm
 from hmatrix.factor._base import (
+    PROBES,
     Factorization,
     cleared,
     narrow,
     shifted_leaves,
     take_array,
 )
+from hmatrix.factor.operator import HODLRInverse
+from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, pair, stack
 
-__all__ = ["HODLRFactorization", "HODLRInverse"]
+__all__ = ["HODLRFactorization"]
 
 
 class HODLRFactorization(Factorization):
@@ -100,10 +104,12 @@ class HODLRFactorization(Factorization):
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,), in ``O(n r² K)`` if symmetric.
 
-        Otherwise the adjoint halves are carried along at ``O(n r² K²)``.
+        Otherwise the adjoint halves are carried along at ``O(n r² K²)``. Where it differs
+        from solutions, it is that of `HODLROrthogonal`.
         """
         xp = self.space.xp
         diagonal = xp.reshape(xp.linalg.diagonal(self._inverse_leaves), (-1,))
+        sizes = xp.abs(detach(diagonal))
         for level, width in enumerate(self._widths):
             if not width:
                 continue
@@ -115,9 +121,36 @@ class HODLRFactorization(Factorization):
                 Z = self._halves(level, x)
             E = self._E[level]
             off = xp.stack([E[:, :width, width:], E[:, width:, :width]], axis=1)
-            part = xp.sum((Y @ off) * conjugate(Z), axis=-1)
-            diagonal = diagonal - xp.reshape(part, (-1,))
-        return unpad_rows(diagonal, self.tree)
+            part = xp.reshape(xp.sum((Y @ off) * conjugate(Z), axis=-1), (-1,))
+            diagonal = diagonal - part
+            sizes = sizes + xp.abs(detach(part))
+        diagonal = unpad_rows(diagonal, self.tree)
+        with without_gradients(xp):
+            is_off = self._is_off(detach(diagonal), unpad_rows(sizes, self.tree))
+        if is_off:
+            return HODLROrthogonal(self.matrix, self.shift).inverse_diagonal()
+        return diagonal
+
+    def _is_off(self, diagonal: Array, sizes: Array) -> bool:
+        """Tell whether the diagonal differs from solutions by more than it may.
+
+        They are refined and its terms are not: where inverses of halves are large beside
+        that of the whole, terms cancel. A few entries are looked at, those whose terms
+        have the largest ``sizes``.
+        """
+        xp, space = self.space.xp, self.space
+        worst = xp.argsort(-sizes)[:PROBES]
+        rows = xp.arange(self.tree.n, device=space.device)
+        units = xp.astype(rows[:, None] == worst[None, :], space.dtype)
+        x = self.solve(units)
+        norms = xp.linalg.vector_norm(x, axis=0)
+        size = estimate_norm(
+            lambda z: self.matrix._apply(z) + self.shift * z, self.tree, space
+        )
+        condition = float(xp.max(norms)) * size
+        rounding = max(math.sqrt(space.eps), 10 * space.eps * condition)
+        off = xp.abs(xp.take(diagonal, worst) - xp.sum(units * x, axis=0))
+        return not bool(xp.all(off <= 2 * rounding * norms))
 
     def _terms(self) -> tuple[Array, Iterator[Terms]]:
         """Leaves of the inverse, and what each level adds: −D P E Qᴴ D."""
@@ -288,57 +321,6 @@ def _less(x: Array, Y: Array, small: Array, *, own: bool) -> Array:
     rows, small = xp.reshape(x, (-1, half, q)), xp.reshape(small, (-1, r, q))
     Y = xp.reshape(Y, (-1, half, r))
     return xp.reshape(plus_product(rows, Y, -small, own=own), x.shape)
-
-
-class HODLRInverse(Operator):
-    """Inverse of a `HODLR` matrix as an operator.
-
-    Its off-diagonal blocks have growing ranks, so it is applied from the factorization
-    instead of being stored.
-    """
-
-    def __init__(self, factorization: Factorization, *, adjoint: bool = False) -> None:
-        self.tree = factorization.tree
-        self._factorization = factorization
-        self._adjoint = adjoint
-
-    @property
-    def space(self) -> Space:
-        """Library, dtype and device of the numbers."""
-        return self._factorization.space
-
-    @property
-    def H(self) -> HODLRInverse:
-        """The adjoint inverse."""
-        return HODLRInverse(self._factorization, adjoint=not self._adjoint)
-
-    @property
-    def T(self) -> HODLRInverse:
-        """The transposed inverse, of a real matrix; a complex one has ``H``."""
-        if self.space.is_complex:
-            msg = "The inverse of a complex matrix is not transposed, use its adjoint `H`."
-            raise DTypeError(msg)
-        return self.H
-
-    def diagonal(self) -> Array:
-        """Return the diagonal (n,)."""
-        diagonal = self._factorization.inverse_diagonal()
-        return conjugate(diagonal) if self._adjoint else diagonal
-
-    def trace(self) -> float | complex:
-        """Return the sum of the diagonal."""
-        total = self.space.xp.sum(self.diagonal())
-        return complex(total) if self.space.is_complex else float(total)
-
-    def _apply(self, x: Array) -> Array:
-        factor = self._factorization
-        return (factor._apply_adjoint if self._adjoint else factor._apply)(x)
-
-    def _apply_adjoint(self, x: Array) -> Array:
-        return self.H._apply(x)
-
-    def __repr__(self) -> str:
-        return "HODLRInverse(" + repr(self._factorization).partition("(")[2]
 
 
 def _one_norm(blocks: Array, real: Array | None) -> Array:

@@ -145,8 +145,8 @@ def inversion_or_orthogonal(
 ) -> Factorization:
     """Factorize by inversion, or orthogonally where that fails or loses digits.
 
-    The diagonal of an inverse is not refined and can lose far more of them than products
-    with it show: what `HODLRFactorization` lets pass by itself is too much if ``strict``.
+    The inverse as an operator is not refined: what `HODLRFactorization` lets pass by
+    itself, because refinement converges, is too much if ``strict``.
     """
     try:
         first = HODLRFactorization(H, shift)

@@ -35,7 +35,7 @@ from hmatrix.factor.gradients import (
     diagonal_with_gradients_of,
     logdet_with_gradients_of,
 )
-from hmatrix.factor.hodlr import HODLRInverse
+from hmatrix.factor.operator import HODLRInverse
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, pair
 
