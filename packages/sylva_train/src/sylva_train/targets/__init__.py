@@ -3,6 +3,7 @@
 from .finding import (
     check_block_size,
     check_tied,
+    exclusion,
     find_targets,
     is_inside,
     matches,
@@ -25,6 +26,7 @@ __all__ = [
     "check_block_size",
     "check_tied",
     "check_weights",
+    "exclusion",
     "find_targets",
     "fingerprint",
     "first_reader",

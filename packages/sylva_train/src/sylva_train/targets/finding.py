@@ -16,6 +16,7 @@ from .weights import is_plain, is_supported, weight_view
 __all__ = [
     "check_block_size",
     "check_tied",
+    "exclusion",
     "find_targets",
     "head_names",
     "is_inside",
@@ -193,6 +194,25 @@ def find_targets(
     return found
 
 
+def exclusion(names: Iterable[str], targets: Iterable[str]) -> str:
+    """Say how to leave layers out: the shortest endings that no other target has."""
+    names = list(names)
+    others = set(targets).difference(names)
+    # Every ending that is taken by a layer which is to stay.
+    taken = {
+        other.split(".", i)[-1] for other in others for i in range(other.count(".") + 1)
+    }
+    endings = []
+    for name in names:
+        parts = name.split(".")
+        own = (".".join(parts[i:]) for i in reversed(range(len(parts))))
+        ending = next((e for e in own if e not in taken), name)
+        if ending not in endings:
+            endings.append(ending)
+    more = f" and {len(endings) - 12} more" if len(endings) > 12 else ""
+    return f"`exclude_modules=[{', '.join(map(repr, endings[:12]))}]`{more}"
+
+
 def check_block_size(targets: dict[str, nn.Module], block_size: int) -> None:
     """Raise `ConfigError` if a layer is smaller than a block."""
     small = {
@@ -202,10 +222,15 @@ def check_block_size(targets: dict[str, nn.Module], block_size: int) -> None:
     }
     if small:
         name, shape = next(iter(small.items()))
+        least = min(min(s) for s in small.values())
         msg = (
             f"`block_size` {block_size} is larger than `{name}` of shape {shape}"
             + (f" and {len(small) - 1} other layers" if len(small) > 1 else "")
-            + f"; take at most {min(min(s) for s in small.values())}, or exclude the"
-            " layer with `exclude_modules`."
+            + (f"; take at most {least}" if least > 1 else "")
+            + (
+                f"; or leave them out: {exclusion(small, targets)}."
+                if len(small) < len(targets)
+                else "."
+            )
         )
         raise ConfigError(msg)
