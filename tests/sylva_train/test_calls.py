@@ -142,6 +142,12 @@ def test_rows_that_are_of_no_one_sample_take_batches_of_one(way):
     model = Calls(way).double()
     check(model, made((1, 5), (1, 7), (1, 4)), loss)
     options = SylvaConfig(block_size=BLOCK, importance="fisher-diag")
+    if way == "one for all":  # as a sample of its own
+        assert (
+            score(model, made((4, 5)), options, loss=loss)["first"].blocks(BLOCK).sum()
+            > 0
+        )
+        return
     with pytest.raises(ConfigError, match=r"`first` .* with batches of one sample"):
         score(model, made((4, 5), (4, 5)), options, loss=loss)
 

@@ -193,8 +193,9 @@ class Collector:
         """Return a layer's tensor (…, n) with the samples along its first axis.
 
         Some models call a layer with the tokens of all samples in a row, with windows of
-        them, or with the time before the samples. None: which rows are of which sample
-        cannot be told, as of an expert's tokens or of positions that all samples share.
+        them, or with the time before the samples; what all samples share, like positions,
+        is a sample of its own. None: which rows are of which sample cannot be told, as of
+        an expert's tokens.
         """
         if len(x) == self.samples:
             return x
@@ -203,6 +204,8 @@ class Collector:
                 return x.unflatten(0, shape)  # type: ignore[no-any-return]
         if self.samples == 1:
             return x[None]
+        if len(x) == 1 and x.dim() > 2:
+            return x
         time_first = x.dim() > 2 and x.shape[1] == self.samples
         windows = x.dim() > 2 and not len(x) % self.samples
         if time_first and (not windows or (self.samples, len(x)) in self.parts):
