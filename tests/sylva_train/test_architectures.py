@@ -157,6 +157,23 @@ def test_keys_of_cross_attention_are_the_encoders(name):
     assert torch.equal(rows, mask.bool())
 
 
+def test_no_cache_for_generation_is_filled_while_scoring():
+    """RWKV's is written in place, and evaluation mode asks for it."""
+    options = {"attention_hidden_size": 16, "context_length": LENGTH}
+    names = ("vocab_size", "hidden_size", "num_hidden_layers")
+    options |= {name: DECODER[name] for name in names}
+    model = tf.RwkvForCausalLM(tf.RwkvConfig(**options)).eval()
+    (batch,) = prompted(mask=False)
+    scores = scored(model, [batch], target_modules=["receptance"])
+    assert model.config.use_cache is True
+    model(**batch, use_cache=False).loss.backward()
+    for layer, found in scores.items():
+        gradient = model.get_submodule(layer).weight.grad.abs().double()
+        torch.testing.assert_close(
+            found.blocks(4), blocked(gradient, 4), rtol=1e-4, atol=1e-8
+        )
+
+
 @pytest.mark.parametrize("name", ["table", "queries"])
 def test_a_layer_that_reads_a_tensor_of_the_model_leaves_it_as_it_was(name):
     model = Small(lambda m, x: m.a(x) * m.b(getattr(m, name)))

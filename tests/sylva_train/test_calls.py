@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from sylva_train import SylvaConfig
+from sylva_train._checks import ConfigError
 from sylva_train.importance import score, score_rules
 from sylva_train.targets import weight_view
 from tests.sylva_train.models import DECODER, ENCODER, VOCABULARY
@@ -51,6 +52,18 @@ class Calls(nn.Module):
             x = self.first(x.flatten(0, 1)).unflatten(0, (samples, length)).tanh()
         elif self.way == "time first":
             x = self.first(x.transpose(0, 1)).transpose(0, 1).tanh()
+        elif self.way == "in windows":
+            windows = torch.stack([x, 2 * x], 1).flatten(0, 1)
+            x = self.first(windows).tanh().unflatten(0, (samples, 2)).sum(1)
+        elif self.way == "one for all":  # positions
+            x = x * self.first(
+                torch.linspace(-1, 1, length)[:, None].to(x).expand(1, -1, 8)
+            )
+        elif self.way == "some rows":  # an expert
+            rows = x.flatten(0, 1)
+            chosen = (rows[:, 0] > 0).nonzero().flatten()
+            part = self.first(rows[chosen]).tanh()
+            x = rows.index_add(0, chosen, part).unflatten(0, (samples, length))
         elif self.way == "then in place":
             x = self.first(x).relu_()
         return self.last(x.mean(1))
@@ -58,6 +71,17 @@ class Calls(nn.Module):
 
 def loss(model, batch):
     return F.cross_entropy(model(batch["x"]), batch["labels"])
+
+
+def made(*sizes):
+    """Batches of so many samples, of so many tokens each."""
+    return [
+        {
+            "x": torch.randn(n, t, 8, dtype=torch.float64),
+            "labels": torch.randint(8, (n,)),
+        }
+        for n, t in sizes
+    ]
 
 
 def reference(model, batches, of):
@@ -104,20 +128,35 @@ def check(model, batches, of):
     "way",
     [
         "again", "again, of parts", "again, recomputed", "in a row", "time first",
-        "then in place",
+        "in windows", "then in place",
     ],
 )  # fmt: skip
 def test_layers_are_scored_however_they_are_called(way):
     torch.manual_seed(0)
+    check(Calls(way).double(), made((4, 5), (3, 5), (1, 4)), loss)
+
+
+@pytest.mark.parametrize("way", ["one for all", "some rows"])
+def test_rows_that_are_of_no_one_sample_take_batches_of_one(way):
+    torch.manual_seed(0)
     model = Calls(way).double()
-    batches = [
-        {
-            "x": torch.randn(n, t, 8, dtype=torch.float64),
-            "labels": torch.randint(8, (n,)),
-        }
-        for n, t in ((4, 5), (3, 5), (1, 4))
-    ]
-    check(model, batches, loss)
+    check(model, made((1, 5), (1, 7), (1, 4)), loss)
+    options = SylvaConfig(block_size=BLOCK, importance="fisher-diag")
+    if way == "one for all":  # as a sample of its own
+        assert (
+            score(model, made((4, 5)), options, loss=loss)["first"].blocks(BLOCK).sum()
+            > 0
+        )
+        return
+    with pytest.raises(ConfigError, match=r"`first` .* with batches of one sample"):
+        score(model, made((4, 5), (4, 5)), options, loss=loss)
+
+
+def test_windows_that_may_be_time_are_not_guessed_at():
+    torch.manual_seed(0)
+    options = SylvaConfig(block_size=BLOCK, importance="fisher-diag")
+    with pytest.raises(ConfigError, match="cannot be told apart"):
+        score(Calls("in windows").double(), made((3, 3)), options, loss=loss)
 
 
 FAMILIES = {

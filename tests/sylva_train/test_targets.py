@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from sylva_train._checks import ConfigError, TargetError
 from sylva_train.targets import (
     check_block_size,
+    exclusion,
     find_targets,
     fingerprint,
     is_inside,
@@ -175,6 +176,26 @@ def test_a_block_fits_its_layer():
         check_block_size(targets, 4)
     with pytest.raises(ConfigError, match=r"`b` of shape \(9, 2\); take at most 2"):
         check_block_size(targets, 3)
+    gates = {f"{i}.gate": nn.Linear(8, 1) for i in range(30)}
+    with pytest.raises(
+        ConfigError, match=r"s; or leave .*`exclude_modules=\['gate'\]`"
+    ):
+        check_block_size(gates | {"a": nn.Linear(8, 8)}, 2)
+
+
+def test_layers_are_left_out_by_endings_that_no_other_has():
+    names = ["0.mlp.gate", "1.mlp.gate", "0.k", "1.k", "1.v"]
+    assert exclusion(names[:2], names) == "`exclude_modules=['gate']`"
+    some = exclusion(["1.k", "1.v"], names)
+    assert some == "`exclude_modules=['1.k', 'v']`"
+    assert find_targets(
+        nn.ModuleDict(
+            {"0": nn.ModuleDict({"k": nn.Linear(2, 2)}), "k": nn.Linear(2, 2)}
+        ),
+        exclude_modules=["0.k"],
+    ).keys() == {"k"}
+    many = [f"experts.{i}" for i in range(15)]
+    assert exclusion(many, [*many, "a"]).endswith("'11']` and 3 more")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -35,7 +35,7 @@ if "sylva_command" not in sys.modules:
     from .pretrained import PooledClassifier, load_model, load_tokenizer
     from .report import markdown_table, summary_table, write_report
     from .selection import select
-    from .targets import shared_inputs
+    from .targets import join_experts, shared_inputs, split_experts
     from .training import TrainResult, train
     from .tuner import SylvaModel, inspect_adapter, load_adapter, save_adapter
     from .workflow import (
@@ -83,6 +83,7 @@ __all__ = [
     "evaluate_folder",
     "finetune",
     "inspect_adapter",
+    "join_experts",
     "load_adapter",
     "load_config",
     "load_data",
@@ -102,6 +103,7 @@ __all__ = [
     "score_file",
     "select",
     "shared_inputs",
+    "split_experts",
     "summary_table",
     "sync",
     "train",

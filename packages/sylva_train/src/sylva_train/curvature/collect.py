@@ -21,7 +21,7 @@ from torch import nn
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train.config import SylvaConfig
 from sylva_train.processes import agree, rank_and_size, together
-from sylva_train.targets import find_targets, input_owners, weight_device
+from sylva_train.targets import exclusion, find_targets, input_owners, weight_device
 
 from .batches import (
     batch_size,
@@ -46,8 +46,15 @@ Loss = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Hold a model in evaluation mode, without gradients of its parameters."""
+    """Hold a model in evaluation mode, without gradients of its parameters.
+
+    Nor does it fill a cache for generation, as some do in place, under the gradient's feet.
+    """
     modes = {module: module.training for module in model.modules()}
+    configs: list[Any] = [getattr(module, "config", None) for module in modes]
+    caching = [c for c in configs if getattr(c, "use_cache", None) is True]
+    for config in caching:
+        config.use_cache = False
     flags = [(p, p.requires_grad) for p in model.parameters()]
     model.eval().requires_grad_(False)
     # PyTorch's encoder layer would not call its linear layers, having no gradient to take.
@@ -57,6 +64,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        for config in caching:
+            config.use_cache = True
         for module, training in modes.items():
             module.training = training
         for parameter, flag in flags:
@@ -262,7 +271,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
                 f"no gradient reached {', '.join(f'`{name}`' for name in missing[:5])}"
                 + (f" and {len(missing) - 5} other layers" if len(missing) > 5 else "")
                 + ": the loss does not depend on them, or takes their weights without"
-                " calling them. Name them in `exclude_modules`."
+                f" calling them. Leave them out: {exclusion(missing, self.targets)}."
             )
             raise ConfigError(msg)
 

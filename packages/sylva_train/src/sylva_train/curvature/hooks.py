@@ -189,19 +189,30 @@ class Collector:
         # Some other arrangement of tokens: padding gets no gradient.
         return g.ne(0).any(-1)
 
-    def by_samples(self, x: torch.Tensor) -> torch.Tensor:
+    def by_samples(self, x: torch.Tensor) -> torch.Tensor | None:
         """Return a layer's tensor (…, n) with the samples along its first axis.
 
-        Some models call a layer with the tokens of all samples in a row, others with the
-        time before the samples.
+        Some models call a layer with the tokens of all samples in a row, with windows of
+        them, or with the time before the samples; what all samples share, like positions,
+        is a sample of its own. None: which rows are of which sample cannot be told, as of
+        an expert's tokens.
         """
         if len(x) == self.samples:
             return x
         for shape in self.parts:
             if len(x) == math.prod(shape):
                 return x.unflatten(0, shape)  # type: ignore[no-any-return]
+        if self.samples == 1:
+            return x[None]
+        if len(x) == 1 and x.dim() > 2:
+            return x
         time_first = x.dim() > 2 and x.shape[1] == self.samples
-        return x.transpose(0, 1) if time_first else x
+        windows = x.dim() > 2 and not len(x) % self.samples
+        if time_first and (not windows or (self.samples, len(x)) in self.parts):
+            return x.transpose(0, 1)
+        if windows and not time_first:
+            return x.unflatten(0, (self.samples, -1))  # type: ignore[no-any-return]
+        return None
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -295,7 +306,7 @@ class Collector:
             raise NonFiniteError(msg)
         x = x.unsqueeze(0) if x.dim() == 1 else x
         g = g.unsqueeze(0) if g.dim() == 1 else g
-        x, g = self.by_samples(x), self.by_samples(g)
+        x, g = self.arranged(name, x), self.arranged(name, g)
         valid = self.rows(name, g)
         wide = torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32)
         # The input of a layer that a device map put elsewhere may still be where the
@@ -334,6 +345,19 @@ class Collector:
             sums.G.update(rows_g)
             if sums.A is not None:
                 sums.A.update(rows_x)
+
+    def arranged(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Return `by_samples`, or the tensor as it is where no statistic goes by samples."""
+        arranged = self.by_samples(x)
+        if arranged is None and "fisher" in self.wanted:
+            msg = (
+                f'`importance="fisher-diag"` goes by the gradient of each sample, but in'
+                f" `{name}` the rows of a tensor of shape {tuple(x.shape)} cannot be told"
+                f" apart by the {self.samples} samples of a batch: score with batches of"
+                " one sample, or leave the layer out (`exclude_modules`)."
+            )
+            raise ConfigError(msg)
+        return x if arranged is None else arranged
 
     def find_owner(self, name: str) -> None:
         """See who reads the same input, call by call, once a batch has run forward."""

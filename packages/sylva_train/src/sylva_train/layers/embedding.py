@@ -10,7 +10,13 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, TargetError
 from sylva_train.masks import LayerMask
-from sylva_train.targets import check_tied, is_inside, weight_view
+from sylva_train.targets import (
+    check_tied,
+    is_inside,
+    replace_module,
+    tied_weights,
+    weight_view,
+)
 
 from .linear import SparseEmbeddedLinear, check_embeddable
 from .storage import check_in_memory
@@ -23,7 +29,6 @@ __all__ = [
     "embedded_layers",
     "find_saved",
     "merge",
-    "replace_module",
     "sync",
     "unload",
     "warn_of_statistics",
@@ -44,12 +49,6 @@ def check_unembedded(model: nn.Module) -> None:
     if embedded_layers(model):
         msg = "`model` has embedded blocks already; `unload` or `merge` it first."
         raise TargetError(msg)
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put another module in the place of ``name``."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def find_saved(model: nn.Module, endings: Iterable[str] | None) -> dict[str, nn.Module]:
@@ -109,7 +108,7 @@ def check_masks(
     """
     endings = list(modules_to_save or ())
     modules = dict(model.named_modules())
-    layers = {}
+    layers, tied = {}, tied_weights(model)
     for name, mask in masks.items():
         if not isinstance(cast("object", mask), LayerMask):
             msg = (
@@ -138,7 +137,7 @@ def check_masks(
                 " first (`merge_and_unload`)."
             )
             raise TargetError(msg)
-        check_tied(model, name, modules[name])
+        check_tied(name, modules[name], tied)
         shape = tuple(weight_view(modules[name]).shape)
         if mask.shape != shape:
             msg = (

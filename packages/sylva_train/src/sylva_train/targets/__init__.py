@@ -1,11 +1,14 @@
 """Which layers of a model Sylva works on, and their weights as (out, in) matrices."""
 
+from .experts import join_experts, split_experts, stacked_experts
 from .finding import (
     check_block_size,
     check_tied,
+    exclusion,
     find_targets,
     is_inside,
     matches,
+    tied_weights,
     warn_of_others,
 )
 from .identity import fingerprint
@@ -16,6 +19,7 @@ from .weights import (
     is_plain,
     is_supported,
     loaded_weight,
+    replace_module,
     weight_device,
     weight_view,
 )
@@ -25,6 +29,7 @@ __all__ = [
     "check_block_size",
     "check_tied",
     "check_weights",
+    "exclusion",
     "find_targets",
     "fingerprint",
     "first_reader",
@@ -33,10 +38,15 @@ __all__ = [
     "is_plain",
     "is_same",
     "is_supported",
+    "join_experts",
     "layer_input",
     "loaded_weight",
     "matches",
+    "replace_module",
     "shared_inputs",
+    "split_experts",
+    "stacked_experts",
+    "tied_weights",
     "warn_of_others",
     "weight_device",
     "weight_view",

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError, TargetError
 
+from .experts import stacked_experts
 from .weights import is_plain, is_supported, weight_view
 
 __all__ = [
     "check_block_size",
     "check_tied",
+    "exclusion",
     "find_targets",
     "head_names",
     "is_inside",
     "matches",
+    "tied_weights",
     "warn_of_others",
 ]
 
@@ -61,16 +64,21 @@ def head_names(model: nn.Module) -> set[str]:
     return heads
 
 
-def check_tied(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Raise `TargetError` if another module uses the same weight."""
+def tied_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the parameters that are in each place of the memory."""
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        # On the meta device all are at 0.
+        place = parameter.data_ptr() or id(parameter)
+        places.setdefault(place, []).append(name)
+    return places
+
+
+def check_tied(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> None:
+    """Raise `TargetError` if another module uses the same weight, by `tied_weights`."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    memory = weight.data_ptr() or None  # on the meta device 0
-    sharers = [
-        other
-        for other, parameter in model.named_parameters(remove_duplicate=False)
-        if (parameter is weight or parameter.data_ptr() == memory)
-        and other != f"{name}.weight"
-    ]
+    place = weight.data_ptr() or id(weight)
+    sharers = [other for other in tied[place] if other != f"{name}.weight"]
     if sharers:
         msg = (
             f"the weight of `{name}` is shared with {', '.join(f'`{s}`' for s in sharers)}"
@@ -107,7 +115,12 @@ def warn_of_others(model: nn.Module) -> None:
         warnings.warn(
             f'"all-linear" is {linear / total:.0%} of the weight matrices of this'
             f" {type(model).__name__}: the others, like `{largest}` of a {kind}, belong to"
-            " no linear layer and will not be trained.",
+            " no linear layer and will not be trained."
+            + (
+                " `sylva_train.split_experts(model)` makes linear layers of experts."
+                if stacked_experts(model)
+                else ""
+            ),
             stacklevel=4,
         )
 
@@ -188,9 +201,29 @@ def find_targets(
             )
         )
         raise TargetError(msg)
+    tied = tied_weights(model)
     for name, module in found.items():
-        check_tied(model, name, module)
+        check_tied(name, module, tied)
     return found
+
+
+def exclusion(names: Iterable[str], targets: Iterable[str]) -> str:
+    """Say how to leave layers out: the shortest endings that no other target has."""
+    names = list(names)
+    others = set(targets).difference(names)
+    # Every ending that is taken by a layer which is to stay.
+    taken = {
+        other.split(".", i)[-1] for other in others for i in range(other.count(".") + 1)
+    }
+    endings = []
+    for name in names:
+        parts = name.split(".")
+        own = (".".join(parts[i:]) for i in reversed(range(len(parts))))
+        ending = next((e for e in own if e not in taken), name)
+        if ending not in endings:
+            endings.append(ending)
+    more = f" and {len(endings) - 12} more" if len(endings) > 12 else ""
+    return f"`exclude_modules=[{', '.join(map(repr, endings[:12]))}]`{more}"
 
 
 def check_block_size(targets: dict[str, nn.Module], block_size: int) -> None:
@@ -202,10 +235,15 @@ def check_block_size(targets: dict[str, nn.Module], block_size: int) -> None:
     }
     if small:
         name, shape = next(iter(small.items()))
+        least = min(min(s) for s in small.values())
         msg = (
             f"`block_size` {block_size} is larger than `{name}` of shape {shape}"
             + (f" and {len(small) - 1} other layers" if len(small) > 1 else "")
-            + f"; take at most {min(min(s) for s in small.values())}, or exclude the"
-            " layer with `exclude_modules`."
+            + (f"; take at most {least}" if least > 1 else "")
+            + (
+                f"; or leave them out: {exclusion(small, targets)}."
+                if len(small) < len(targets)
+                else "."
+            )
         )
         raise ConfigError(msg)

@@ -15,9 +15,13 @@ from sylva_train.layers import (
     SparseEmbeddedLinear,
     check_embeddable,
     check_in_memory,
-    replace_module,
 )
-from sylva_train.targets import fingerprint, weight_view
+from sylva_train.targets import (
+    fingerprint,
+    replace_module,
+    stacked_experts,
+    weight_view,
+)
 
 __all__ = ["base_fingerprint", "base_in_place", "base_name", "check_base"]
 
@@ -111,6 +115,13 @@ def check_base(
     modules = dict(model.named_modules())
     for name in config.layer_shapes or {}:
         check_in_memory(modules.get(name, model))
+        if name not in modules and stacked_experts(model):
+            msg = (
+                f"the adapter has blocks for `{name}`, but the experts of this model are"
+                " stacks of matrices: call `sylva_train.split_experts(model)` before it is"
+                " loaded."
+            )
+            raise AdapterError(msg)
     theirs = config.base_fingerprint
     known = f"`{config.base_model_name_or_path}` ({str(theirs)[:12]}…)"
     if theirs is not None:

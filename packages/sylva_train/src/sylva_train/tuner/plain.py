@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ def trained_modules(model: nn.Module) -> list[str]:
     layers = embedded_layers(model)
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
-        holder = next((n for n in layers if is_within(name, n)), None)
+        places = (name[: m.start()] for m in re.finditer(r"\.", name))
+        holder = next((place for place in places if place in layers), None)
         own = holder is not None and is_within(name, f"{holder}.{VALUES}")
         if not parameter.requires_grad or own or is_inside(owner, endings):
             continue
