@@ -105,11 +105,13 @@ def from_entries(
     Notes
     -----
     About ``n (m + 2 Σ r)`` entries are evaluated, m being the rows of a leaf and r the
-    rank of each level, and some 200 n for the check. Cross approximation with pivots
+    rank of each level of blocks that have more than 128 rows, and some 200 n for smaller
+    blocks and the check. Those of up to 128 rows are evaluated whole and cut as by
+    `from_dense`. Larger ones have cross approximation with pivots
     from a sample of each block (Bebendorf 2000); where the check fails, from a larger
-    sample, in the end from the whole block, and then by the SVD.
+    sample, in the end from the whole block, and up to 2048 rows from all entries.
 
-    Blocks of up to 128 rows are checked whole. Of larger ones it is 128 other rows and
+    Of larger ones it is 128 other rows and
     columns, those at the corners among them, and two entries of each row and column. What
     is wrong in a whole row or column shows, and so does what decays from a corner. A few
     entries or a small patch that stand out inside a block which is smooth otherwise (of a

@@ -58,10 +58,12 @@ class Pivots:
 def together(levels: Sequence[Blocks]) -> int:
     """Return of how many levels, from the root, `search` takes the samples at once.
 
-    Samples are of one size, however large the blocks.
+    Samples are of one size, however large the blocks. Blocks of one sample need no search.
     """
     total = 0
     for level, blocks in enumerate(levels):
+        if blocks.size <= SAMPLE:
+            return level
         total += blocks.count * sampled_rows(blocks)
         if total > GROUP or sampled_rows(blocks) != sampled_rows(levels[0]):
             return level
@@ -70,8 +72,6 @@ def together(levels: Sequence[Blocks]) -> int:
 
 def sampled_rows(blocks: Blocks) -> int:
     """Return the rows of a first sample."""
-    if blocks.size <= SAMPLE:
-        return blocks.size
     near = 0 if blocks.near is None else int(blocks.near[0].shape[1])
     return SAMPLE + min(near, PEAKS)
 
