@@ -106,7 +106,11 @@ class LowRank:
     @property
     def H(self) -> LowRank:
         """The adjoint blocks (views)."""
-        return LowRank(self.V, self.S, self.U)
+        swapped = object.__new__(
+            LowRank
+        )  # they fit, and products ask for it every time
+        vars(swapped).update(U=self.V, S=self.S, V=self.U)
+        return swapped
 
     @property
     def T(self) -> LowRank:
@@ -212,8 +216,13 @@ def recompress(
     Arguments and results are those of `compress`; the factors of ``block`` need not
     be orthonormal.
     """
-    cut, lost, _ = cut_triplets(*triplets(block), tolerance, max_rank)
-    return cut, lost
+    if not block.rank:
+        return cut_triplets(block.U, block.S, block.V, tolerance, max_rank)[:2]
+    with one_blas_thread_if_narrow(Space.of(block.U), block.rank):
+        Qu, core, Qv = _core(block)
+        # the small factors are cut, before there are large ones
+        cut, lost, _ = cut_triplets(*core, tolerance, max_rank)
+        return LowRank(Qu @ cut.U, cut.S, Qv @ cut.V), lost
 
 
 def triplets(block: LowRank) -> tuple[Array, Array, Array]:
@@ -221,11 +230,16 @@ def triplets(block: LowRank) -> tuple[Array, Array, Array]:
     if not block.rank:
         return block.U, block.S, block.V
     with one_blas_thread_if_narrow(Space.of(block.U), block.rank):
-        Qu, Ru = qr(block.U)
-        Qv, Rv = qr(block.V)
-        core = _scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
-        U, S, V = svd(core)
+        Qu, (U, S, V), Qv = _core(block)
         return Qu @ U, S, Qv @ V
+
+
+def _core(block: LowRank) -> tuple[Array, tuple[Array, Array, Array], Array]:
+    """Return bases of both factors, and the singular triplets of what is between them."""
+    Qu, Ru = qr(block.U)
+    Qv, Rv = qr(block.V)
+    core = _scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
+    return Qu, svd(core), Qv
 
 
 def beside(*blocks: LowRank) -> LowRank:
