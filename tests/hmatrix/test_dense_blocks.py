@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 import hmatrix as hm
 from hmatrix.construct import sampled
@@ -87,7 +88,7 @@ def test_a_cap_on_the_ranks_takes_no_svd_of_large_blocks(rng, monkeypatch):
         sizes.append(min(a.shape[-2:]))
         return svd(a, *args, **kwargs)
 
-    x = rng.random((520, 2))
+    x = rng.random((300, 2))
 
     def kernel(a, b):
         return np.exp(-np.sqrt(((a - b) ** 2).sum(axis=-1)))
@@ -99,3 +100,25 @@ def test_a_cap_on_the_ranks_takes_no_svd_of_large_blocks(rng, monkeypatch):
     assert max(sizes) <= 32
     assert max(H.ranks) == 6
     assert relative(H, A) <= 1.5 * best.error
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_kernels_of_many_ranks_are_called_few_times(rng, library):
+    """With coordinates apart in memory, over which NumPy sums several times as fast."""
+    xp = {"numpy": np, "torch": torch}[library]
+    x, called = xp.asarray(rng.random((400, 2))), []
+
+    def kernel(a, b):
+        for points in map(np.asarray, (a, b)):
+            steps = [
+                s for s, m in zip(points.strides, points.shape, strict=True) if m > 1
+            ]
+            assert points.strides[-1] == max(steps)
+        called.append(1)
+        return xp.exp(-xp.sqrt(((a - b) ** 2).sum(axis=-1)))
+
+    H = hm.from_kernel(kernel, x, rtol=1e-6)
+    assert H.ranks[0] > 30
+    assert len(called) < 200
+    d = np.asarray(x)[:, None] - np.asarray(x)
+    assert relative(H, np.exp(-np.linalg.norm(d, axis=-1))) <= 1e-6

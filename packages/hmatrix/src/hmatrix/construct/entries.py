@@ -11,6 +11,7 @@ from hmatrix._backend import (
     NUMBERS,
     Array,
     Space,
+    contiguous,
     detach,
     dtype_name,
     is_array,
@@ -269,6 +270,8 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
     xp = space.xp
 
     def entries(a: Array, b: Array) -> Array:
+        if dims and space.on_host:
+            a, b = map(_by_coordinates, (a, b))
         x = function(a, b)
         if not is_array(x) or namespace(x) is not xp:
             msg = (
@@ -300,3 +303,14 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
         return xp.astype(x, space.dtype, copy=False)
 
     return entries
+
+
+def _by_coordinates(points: Array) -> Array:
+    """Return points (..., d) whose first coordinates come first in memory, and so on.
+
+    So does what is made of them, and its sum over the last axis adds up whole arrays: up
+    to five times as fast as many sums of two or three numbers.
+    """
+    xp, last = namespace(points), points.ndim - 1
+    first = xp.permute_dims(points, (last, *range(last)))
+    return xp.permute_dims(contiguous(first), (*range(1, last + 1), 0))
