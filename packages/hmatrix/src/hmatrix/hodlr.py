@@ -246,6 +246,8 @@ class HODLR(StoredOperator):
             half = tree.size(level + 1)
             for side, block in enumerate(self.blocks(level)):
                 here = np.nonzero((parted == level) & (rows // half % 2 == side))[0]
+                if not len(here):
+                    continue
                 U, V = self._factor_rows(block, level, rows[here], columns[here])
                 found.append(here)
                 values.append(xp.sum(U * conjugate(V), axis=-1))

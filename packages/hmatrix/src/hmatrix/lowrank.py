@@ -106,7 +106,11 @@ class LowRank:
     @property
     def H(self) -> LowRank:
         """The adjoint blocks (views)."""
-        return LowRank(self.V, self.S, self.U)
+        swapped = object.__new__(
+            LowRank
+        )  # they fit, and products ask for it every time
+        vars(swapped).update(U=self.V, S=self.S, V=self.U)
+        return swapped
 
     @property
     def T(self) -> LowRank:
@@ -212,8 +216,13 @@ def recompress(
     Arguments and results are those of `compress`; the factors of ``block`` need not
     be orthonormal.
     """
-    cut, lost, _ = cut_triplets(*triplets(block), tolerance, max_rank)
-    return cut, lost
+    if not block.rank:
+        return cut_triplets(block.U, block.S, block.V, tolerance, max_rank)[:2]
+    with one_blas_thread_if_narrow(Space.of(block.U), block.rank):
+        Qu, core, Qv = _core(block)
+        # the small factors are cut, before there are large ones
+        cut, lost, _ = cut_triplets(*core, tolerance, max_rank)
+        return LowRank(Qu @ cut.U, cut.S, Qv @ cut.V), lost
 
 
 def triplets(block: LowRank) -> tuple[Array, Array, Array]:
@@ -221,11 +230,16 @@ def triplets(block: LowRank) -> tuple[Array, Array, Array]:
     if not block.rank:
         return block.U, block.S, block.V
     with one_blas_thread_if_narrow(Space.of(block.U), block.rank):
-        Qu, Ru = qr(block.U)
-        Qv, Rv = qr(block.V)
-        core = _scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
-        U, S, V = svd(core)
+        Qu, (U, S, V), Qv = _core(block)
         return Qu @ U, S, Qv @ V
+
+
+def _core(block: LowRank) -> tuple[Array, tuple[Array, Array, Array], Array]:
+    """Return bases of both factors, and the singular triplets of what is between them."""
+    Qu, Ru = qr(block.U)
+    Qv, Rv = qr(block.V)
+    core = _scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
+    return Qu, svd(core), Qv
 
 
 def beside(*blocks: LowRank) -> LowRank:
@@ -258,31 +272,39 @@ def orthonormal_parts(X: Array) -> tuple[Array, Array, Array]:
     """Return Q, T and R of tall X (b, m, r): ``Q T`` orthonormal, ``Q T R = X``.
 
     T (b, r, r) is for the caller to multiply with what else is small, since Q is as
-    large as X. Cholesky's QR decomposition of the columns brought to norm 1, twice where
-    that will do: products and small factorizations, many times faster than
-    Householder's. The second makes ``Q T`` orthonormal to rounding as long as the first
-    left Q well conditioned. A column of zeros stays one in Q and in R.
+    large as X. Cholesky's QR decomposition of the columns brought to norm 1: products
+    and small factorizations, many times faster than Householder's. What it leaves of
+    ``QᴴQ − I`` is taken out by T, by its power series or else by a second decomposition.
+    A column of zeros stays one in Q and in R.
     """
-    xp, eye = Space.of(X).xp, Space.of(X).eye(int(X.shape[-1]))
-    if X.shape[-2] < X.shape[-1]:
+    space, r = Space.of(X), int(X.shape[-1])
+    xp, eye = space.xp, space.eye(r)
+    if X.shape[-2] < r:
         return _householder(X)
     gram = adjoint(X) @ X
-    squares = xp.linalg.diagonal(gram)[:, None, :]
-    none = squares == 0
-    norms = xp.sqrt(xp.where(none, xp.ones_like(squares), squares))
-    null = xp.astype(none, X.dtype) * eye
+    norms, null = xp.sqrt(xp.linalg.diagonal(gram)[:, None, :]), 0 * eye
+    none = norms == 0
+    if not space.on_host or bool(xp.any(none)):
+        norms = xp.where(none, xp.ones_like(norms), norms)
+        null = xp.astype(none, X.dtype) * eye
     # by one norm at a time: their product may be subnormal, where complex division fails
     first = cholesky(gram / norms / transpose(norms) + null)
     if first is None:
         return _householder(X)
     Q = X @ (adjoint(inverse_lower(first)) / transpose(norms))
-    gram = adjoint(Q) @ Q + null
-    lost = float(xp.max(xp.abs(gram - eye)))  # of orthogonality by the first pass
-    second = cholesky(gram) if lost < 0.5 else None
-    if second is None:
-        return _householder(X)
-    R = (adjoint(second) @ adjoint(first) - null) * norms
-    return Q, adjoint(inverse_lower(second)), R
+    rest = adjoint(Q) @ Q + (null - eye)
+    lost = float(xp.max(xp.abs(rest)))  # of orthogonality
+    if r * lost < space.eps ** (1 / 3) / 2:
+        square = rest @ rest
+        T = eye - rest / 2 + square * (3 / 8)  # (QᴴQ)^(−1/2), and its inverse
+        inverse = eye + rest / 2 - square / 8
+    else:
+        second = cholesky(rest + eye) if lost < 0.5 else None
+        if second is None:
+            return _householder(X)
+        T, inverse = adjoint(inverse_lower(second)), adjoint(second)
+    R = (inverse @ adjoint(first) - null) * norms
+    return Q, T, R
 
 
 def _householder(X: Array) -> tuple[Array, Array, Array]:

@@ -42,6 +42,7 @@ from .linalg import (
     slogdet,
     solve,
     svd,
+    triangle,
     unscaled_norm,
 )
 from .precision import in_own_precision
@@ -100,6 +101,7 @@ __all__ = [
     "svd",
     "to_numpy",
     "transpose",
+    "triangle",
     "unscaled_norm",
     "wants_gradient",
     "without_gradients",

@@ -26,6 +26,7 @@ __all__ = [
     "slogdet",
     "solve",
     "svd",
+    "triangle",
     "unscaled_norm",
 ]
 
@@ -151,6 +152,15 @@ def qr(a: Array) -> tuple[Array, Array]:
     with one_thread_if_small(a):
         Q, R = namespace(a).linalg.qr(a)
     return Q, R
+
+
+def triangle(a: Array) -> Array:
+    """Return R of the QR decomposition of ``a`` (..., m, n), in half the time."""
+    if in_turn(a) or not (type(a) is np.ndarray or array_api_compat.is_torch_array(a)):
+        return qr(a)[1]
+    with one_thread_if_small(a):
+        R = namespace(a).linalg.qr(a, mode="r")
+    return R if type(a) is np.ndarray else R[1]
 
 
 def complete_qr(a: Array) -> tuple[Array, Array]:

@@ -12,8 +12,8 @@ from hmatrix._backend import (
     frobenius,
     in_own_precision,
     namespace,
-    qr,
     squares,
+    triangle,
 )
 from hmatrix._checks import check_kind
 from hmatrix._operator import Operator, pad_rows
@@ -92,12 +92,11 @@ def _frobenius(H: HODLR | MLR) -> float:
     xp = H.space.xp
     if isinstance(H, HODLR):
         parts = [safe_norm(H.leaves)]
-        for level in range(H.tree.levels):
-            for block in H.blocks(level):
-                # the core of both QRs: no cancellation between dependent columns
-                _, Ru = qr(block.U)
-                _, Rv = qr(block.V)
-                parts.append(safe_norm(LowRank(Ru, block.S, Rv).to_dense()))
+        twice = math.sqrt(2) if H.symmetric else 1.0
+        for block in (*H.upper, *(H.lower or ())):
+            # the core of both QRs: no cancellation between dependent columns
+            core = LowRank(triangle(block.U), block.S, triangle(block.V))
+            parts.append(safe_norm(core.to_dense()) * twice)
         return math.hypot(*parts)
     # brought to about 1, so that squares of products stay in range
     tops = [

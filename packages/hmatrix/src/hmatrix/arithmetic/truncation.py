@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TypeVar
 
 from hmatrix._backend import in_own_precision
@@ -11,7 +12,7 @@ from hmatrix.arithmetic.error import after
 from hmatrix.arithmetic.norms import norm, safe_norm
 from hmatrix.construct import Guard, block_tolerance, check_rtol
 from hmatrix.hodlr import HODLR, clear_padding
-from hmatrix.lowrank import LowRank, recompress, triplets
+from hmatrix.lowrank import LowRank, cut_triplets, recompress, triplets
 from hmatrix.mlr import MLR
 from hmatrix.update import StreamingMLR
 
@@ -87,7 +88,9 @@ def truncate(
             if guard is None:
                 cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
             else:
-                cut, lost = guard.cut(level, *triplets(block), max_rank)
+                cut, lost = guard.cut(
+                    level, partial(cut_triplets, *triplets(block)), max_rank
+                )
             side.append(cut)
             losses.append(safe_norm(lost) * (math.sqrt(2) if H.symmetric else 1))
     if guard is not None:

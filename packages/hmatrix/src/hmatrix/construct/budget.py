@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from hmatrix._backend import Array, Space, frobenius, namespace
 from hmatrix._checks import ShapeError, check_float, check_int, check_kind
 from hmatrix._operator import real_rows
-from hmatrix.lowrank import LowRank, cut_triplets
+from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
 
 __all__ = [
@@ -61,14 +63,17 @@ class Guard:
         self._added = Space.of(leaves).real.zeros(tree.nodes(tree.levels))
 
     def cut(
-        self, level: int, U: Array, S: Array, V: Array, max_rank: int | None
+        self, level: int, cut: Callable[..., Any], max_rank: int | None
     ) -> tuple[LowRank, Array]:
-        """Cut the blocks B12 of a level; return them and what they lost."""
-        tree, xp = self.tree, namespace(S)
+        """Cut the blocks B12 of a level; return them and what they lost.
+
+        ``cut(tolerance, max_rank, spectral)`` does so, as `cut_triplets`.
+        """
+        tree, xp = self.tree, namespace(self._leaves)
         # the additions of all levels meet on one diagonal: their norms add up
         spectral = self._total / (tree.levels * math.sqrt(tree.n))
         tolerance = block_tolerance(tree, level, self._total)
-        block, lost, norms = cut_triplets(U, S, V, tolerance, max_rank, spectral)
+        block, lost, norms = cut(tolerance, max_rank, spectral)
         leaves = tree.nodes(tree.levels) // tree.nodes(level)
         self._added = self._added + xp.reshape(
             xp.broadcast_to(norms[:, None], (tree.nodes(level), leaves)), (-1,)

@@ -5,16 +5,17 @@ Two steps. Pivots are found by cross approximation with partial pivoting (Bebend
 columns; then the pivots' rows and columns are evaluated in full, which is all products.
 A check on all entries of the sample and on others by chance decides whether that was
 right: blocks that fail are done again with a larger sample, in the end with all rows and
-columns.
+columns. Blocks no larger than a sample are cut from all of their entries.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
 from hmatrix._backend import (
     Array,
-    Space,
     adjoint,
     conjugate,
     inverse_lower,
@@ -32,9 +33,10 @@ from hmatrix.construct.pivots import (
     gather,
     search,
 )
-from hmatrix.lowrank import LowRank, compress, cut_triplets, orthonormal_parts
+from hmatrix.construct.sampled import cut_dense, replace_blocks, scatter
+from hmatrix.lowrank import LowRank, cut_triplets, orthonormal_parts
 
-__all__ = ["Found", "approximate", "widened"]
+__all__ = ["Found", "approximate"]
 
 Found = tuple[LowRank, Array]
 
@@ -43,7 +45,11 @@ PASSES = 2
 #: Blocks of points up to this size are checked whole: a few of their pairs may be close,
 #: and what ranks there are costs more than that.
 WHOLE = 512
-#: Blocks up to this size are compressed by the SVD if cross approximation fails.
+#: Entries of smaller blocks that are evaluated at once on the host.
+ENTRIES = 2**18
+#: Columns beyond a cap on the ranks in samples of these.
+OVERSAMPLING = 8
+#: Blocks up to this size are cut from all entries if cross approximation fails.
 DENSE = 2048
 
 
@@ -53,6 +59,7 @@ def approximate(
     max_rank: int | None,
     seed: int,
     pivots: Pivots | None = None,
+    expected: int = 2,
 ) -> list[Found]:
     """Approximate blocks by low rank.
 
@@ -68,6 +75,8 @@ def approximate(
         Of the check.
     pivots : Pivots, optional
         Of a first sample, if they have been found.
+    expected : int
+        Rank of blocks that the first sample of all entries is made for.
 
     Returns
     -------
@@ -76,6 +85,12 @@ def approximate(
         singular values between them, and the Frobenius norms lost: what was cut, and what
         the check estimates.
     """
+    if blocks.size <= SAMPLE:
+        # all of their entries would be looked at in any case
+        return [
+            whole(blocks.group(some), tolerance, max_rank, expected)
+            for some in blocks.parts(blocks.count, blocks.size**2, ENTRIES)
+        ]
     parts = enumerate(blocks.parts(blocks.count, blocks.size, GROUP))
     return [
         approximated(
@@ -115,10 +130,28 @@ def approximated(
         lost = scatter(lost, again[1], bad)
     bad = np.flatnonzero(~(to_numpy(lost) <= tolerance))
     if len(bad) and blocks.size <= DENSE:
-        dense = blocks.taken(space.integers(bad)).dense()
-        exact = compress(dense, tolerance=tolerance, max_rank=max_rank)
+        rest = blocks.taken(space.integers(bad))
+        exact = whole(rest, tolerance, max_rank, found.rank)
         found = replace_blocks(found, exact[0], bad)
         lost = scatter(lost, exact[1], bad)
+    return found, lost
+
+
+def whole(
+    blocks: Blocks, tolerance: float, max_rank: int | None, expected: int
+) -> Found:
+    """Approximate blocks by all of their entries."""
+    xp, enough = blocks.xp, math.inf if max_rank is None else max_rank + OVERSAMPLING
+    found, lost, _ = cut_dense(
+        blocks.dense(), tolerance, max_rank, enough=enough, expected=expected
+    )
+    if blocks.real_rows is not None and blocks.real_columns is not None:
+        # singular vectors of rounding point to padding too
+        U, V = (
+            xp.where(real[:, :, None], x, xp.zeros_like(x))
+            for x, real in ((found.U, blocks.real_rows), (found.V, blocks.real_columns))
+        )
+        found = LowRank(U, found.S, V)
     return found, lost
 
 
@@ -236,29 +269,3 @@ def squared_norm(x: Array) -> Array:
     """Return the squares of the norms of rows x (b, q), real."""
     xp = namespace(x)
     return xp.abs(xp.vecdot(x, x))
-
-
-def scatter(x: Array, part: Array, which: np.ndarray) -> Array:
-    """Return x (b, ...) with some entries replaced."""
-    space = Space.of(x)
-    order = np.arange(x.shape[0])
-    order[which] = x.shape[0] + np.arange(len(which))
-    return space.xp.take(
-        space.xp.concat([x, part], axis=0), space.integers(order), axis=0
-    )
-
-
-def replace_blocks(all_: LowRank, part: LowRank, which: np.ndarray) -> LowRank:
-    """Return blocks with some of them replaced."""
-    width = max(all_.rank, part.rank)
-    pairs = zip((all_.U, all_.S, all_.V), (part.U, part.S, part.V), strict=True)
-    return LowRank(
-        *(scatter(widened(x, width), widened(y, width), which) for x, y in pairs)
-    )
-
-
-def widened(x: Array, width: int) -> Array:
-    """Return x (..., r) with zeros up to a width."""
-    space = Space.of(x)
-    more = space.zeros(*x.shape[:-1], width - x.shape[-1])
-    return space.xp.concat([x, more], axis=-1)

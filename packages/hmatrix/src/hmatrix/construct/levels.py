@@ -21,9 +21,10 @@ from hmatrix._checks import ToleranceError, check_int, check_norm
 from hmatrix._operator import real_rows
 from hmatrix.construct.blocks import Blocks, Function, masked, pieces
 from hmatrix.construct.budget import block_tolerance, check_tolerances
-from hmatrix.construct.cross import Found, approximate, widened
+from hmatrix.construct.cross import Found, approximate
 from hmatrix.construct.near import Near
 from hmatrix.construct.pivots import SAMPLE, Pivots, search, together
+from hmatrix.construct.sampled import widened
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, kept
 from hmatrix.tree import ClusterTree
@@ -90,7 +91,8 @@ def build(
             both = (blocks[level], blocks[level].lower)
             for side, which, found in zip(sides, both, pivots, strict=False):
                 first = found[level] if found else None
-                parts = approximate(which, tolerance, max_rank, seed, first)
+                below = max(block.rank for block, _ in side[0]) if side else 2
+                parts = approximate(which, tolerance, max_rank, seed, first, below)
                 side.insert(0, parts)
                 for block, lost in parts:
                     # where a cap leaves little or nothing, the norm is in what it cut off

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from hmatrix._backend import Array, Space, conjugate, to_numpy, transpose
-from hmatrix.construct.blocks import Blocks
+from hmatrix._backend import (
+    Array,
+    Space,
+    conjugate,
+    contiguous,
+    to_numpy,
+    transpose,
+)
+from hmatrix.construct.blocks import Blocks, pick
 
 __all__ = ["GROUP", "SAMPLE", "Pivots", "dense_at_ends", "gather", "search", "together"]
 
@@ -22,6 +30,9 @@ PEAKS = 64
 GROUP = 2**15
 #: Columns by which factors grow.
 STEP = 16
+#: After one step for so many rows of a sample all of its entries are evaluated at once, if
+#: there are no more of them than this: a call for a row takes longer than its entries.
+WIDE, TABLE = 8, 2**20
 #: Small steps in a row, and rows without a residual in a row, that end the search.
 QUIET, NULLS = 2, 3
 #: Entries of a column that make its pivot too small, and turns to find a larger one.
@@ -58,10 +69,12 @@ class Pivots:
 def together(levels: Sequence[Blocks]) -> int:
     """Return of how many levels, from the root, `search` takes the samples at once.
 
-    Samples are of one size, however large the blocks.
+    Samples are of one size, however large the blocks. Blocks of one sample need no search.
     """
     total = 0
     for level, blocks in enumerate(levels):
+        if blocks.size <= SAMPLE:
+            return level
         total += blocks.count * sampled_rows(blocks)
         if total > GROUP or sampled_rows(blocks) != sampled_rows(levels[0]):
             return level
@@ -70,8 +83,6 @@ def together(levels: Sequence[Blocks]) -> int:
 
 def sampled_rows(blocks: Blocks) -> int:
     """Return the rows of a first sample."""
-    if blocks.size <= SAMPLE:
-        return blocks.size
     near = 0 if blocks.near is None else int(blocks.near[0].shape[1])
     return SAMPLE + min(near, PEAKS)
 
@@ -172,7 +183,7 @@ def cross(
     quiet, nulls = (xp.zeros((b,), dtype=xp.int64, device=space.device),) * 2
     largest = space.real.zeros(b)
     row = xp.zeros((b,), dtype=xp.int64, device=space.device) + m // 2
-    other = blocks.adjoint
+    row_at, column_at = blocks.adjoint.at_columns, blocks.at_columns
     # in small problems time goes by the number of calls: what all steps use is made once
     zero, real_zero, no_steps = space.zeros(1), space.real.zeros(1), quiet[:1]
     first = m * xp.arange(b, device=space.device)
@@ -182,12 +193,17 @@ def cross(
         return xp.take(xp.reshape(x, (-1,)), first + places, axis=0)
 
     for k in range(min(m, limit)):
+        if k == m // WIDE and b * m * m <= TABLE:
+            # what has been evaluated is a good part of all entries, and more is to come
+            x = evaluated(blocks)
+            row_at = partial(pick, conjugate(x))
+            column_at = partial(pick, contiguous(transpose(x)))
         if k == U.shape[1]:
             more = space.zeros(b, min(k, m - k), m)
             U, V = xp.concat([U, more], axis=1), xp.concat([V, more], axis=1)
         for turn in range(TURNS):
             # residual row, conjugated: a column of the adjoint blocks
-            v = other.at_columns(row[:, None])
+            v = row_at(row[:, None])
             largest = xp.maximum(largest, xp.max(xp.abs(v[:, 0, :]), axis=-1))
             v = (v - conjugate(at(U, k, row)) @ V[:, :k, :])[:, 0, :]
             size = xp.where(used_columns, real_zero, xp.abs(v))
@@ -196,7 +212,7 @@ def cross(
             # what rounding leaves of an entry is no pivot, nor is what would overflow u
             least = space.eps * xp.maximum(8 * largest, tolerance)
             good = alive & (xp.abs(pivot) > least)
-            u = blocks.at_columns(column[:, None])
+            u = column_at(column[:, None])
             u = (u - conjugate(at(V, k, column)) @ U[:, :k, :])[:, 0, :]
             # a row that is small everywhere (far from a narrow kernel's diagonal, say)
             # has no pivot to divide the column by: go where the column is large
@@ -229,9 +245,21 @@ def cross(
     return i, j, U[:, : len(steps), :], V[:, : len(steps), :], valid
 
 
+def evaluated(blocks: Blocks) -> Array:
+    """Return all entries of blocks (b, m, m), some blocks at a time."""
+    x = blocks.space.zeros(blocks.count, blocks.size, blocks.size)
+    for some in blocks.parts(blocks.count, blocks.size**2):
+        x[some, ...] = blocks.group(some).dense()
+    return x
+
+
 def at(U: Array, k: int, places: Array) -> Array:
     """Return ``U[b, :k, places[b]]`` of U (b, r, m): (b, 1, k)."""
-    return transpose(gather(U[:, :k, :], places[:, None]))
+    space, (b, r, m) = Space.of(U), U.shape
+    xp, device = space.xp, space.device
+    index = (r * m * xp.arange(b, device=device) + places)[:, None]
+    index = xp.reshape(index + m * xp.arange(k, device=device), (-1,))
+    return xp.reshape(xp.take(xp.reshape(U, (-1,)), index, axis=0), (b, 1, k))
 
 
 def gather(U: Array, places: Array) -> Array:

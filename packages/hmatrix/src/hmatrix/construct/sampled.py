@@ -1,0 +1,200 @@
+"""Dense blocks, cut by what random combinations of their columns span.
+
+A singular value decomposition of a whole block takes up to a hundred times as long as the
+products that tell what a block of low rank is made of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from hmatrix._backend import (
+    Array,
+    Space,
+    adjoint,
+    namespace,
+    one_blas_thread_if_narrow,
+    qr,
+    svd,
+    to_numpy,
+)
+from hmatrix.construct.blocks import pieces
+from hmatrix.lowrank import LowRank, cut_triplets
+
+__all__ = ["cut_dense", "replace_blocks", "scatter", "widened"]
+
+#: What is cut, and the Frobenius and spectral norms lost.
+Cut = tuple[LowRank, Array, Array]
+
+#: Columns of a sample beyond the rank that is expected; each next one has twice as many.
+MORE = 2
+#: Blocks up to this size are left to the singular value decomposition.
+SMALL = 24
+#: Part of what a block may lose that a sample may miss: its rank is then that of the
+#: singular value decomposition.
+SLACK = 1 / 8
+_SKETCH = 5  # first word of the keys of random numbers
+
+
+def cut_dense(
+    blocks: Array,
+    tolerance: float,
+    max_rank: int | None,
+    spectral: float = math.inf,
+    enough: float = math.inf,
+    expected: int = 6,
+) -> Cut:
+    """Cut dense blocks as their singular value decomposition would.
+
+    By samples (Halko, Martinsson & Tropp, "Finding structure with randomness", 2011),
+    after which every entry is looked at. Blocks that no narrow sample spans to a part of
+    what they may lose are decomposed whole.
+
+    Parameters
+    ----------
+    blocks : array (b, m, n)
+        The blocks.
+    tolerance : float
+        Frobenius norm that each block may lose.
+    max_rank : int or None
+        Cap on the rank; it wins over the norms.
+    spectral : float
+        Spectral norm that each block may lose.
+    enough : float
+        Columns of a sample that is taken whatever it misses.
+    expected : int
+        Rank that the first sample is made for.
+
+    Returns
+    -------
+    LowRank
+        As `compress` gives it.
+    lost, largest : array (b,)
+        Frobenius norm that each block does lose, and a bound of the spectral norm.
+    """
+    space, rows = Space.of(blocks), min(blocks.shape[1:])
+    limit = max(rows // 4, min(rows // 2, 64)) if rows > SMALL else 0
+    slack = SLACK * min(tolerance, spectral)
+    if slack < space.smallest_norm and limit < enough:
+        limit = 0  # squares of what is missed might underflow
+    where, width, found = np.arange(blocks.shape[0]), expected + MORE, None
+    while True:
+        bad = np.zeros(len(where), dtype=bool)
+        if width <= limit:
+            Q, W, missed = _sampled(blocks, width)
+            if width < enough:
+                bad = ~(to_numpy(missed) <= slack)
+            if bad.any():
+                width = _next_width(width, W, missed, limit)
+            if bad.all():
+                continue
+            left, R = qr(W)
+            small, *norms = _cut(svd(adjoint(R)), missed, tolerance, max_rank, spectral)
+            # what is cut away never has as many rows as the blocks
+            cut = LowRank(Q @ small.U, small.S, left @ small.V), *norms
+        else:
+            cut = cut_triplets(*svd(blocks), tolerance, max_rank, spectral)
+        found = cut if found is None else _replaced(found, cut, where)
+        if not bad.any():
+            return found
+        where = where[bad]
+        blocks = space.xp.take(blocks, space.integers(np.flatnonzero(bad)), axis=0)
+
+
+def _next_width(width: int, W: Array, missed: Array, limit: int) -> int:
+    """Return twice the width, or one that is too large.
+
+    Of singular values that are all alike a sample holds its share of the columns that it
+    would take. If that is more than the limit, and it mostly is if it holds no more than
+    that, the products are for nothing.
+    """
+    xp = namespace(missed)
+    holds = float(xp.sum(xp.abs(W) ** 2))
+    part = holds / (holds + float(xp.sum(missed**2)))
+    return 2 * width if width <= limit * part else limit + 1
+
+
+def _sampled(blocks: Array, width: int) -> tuple[Array, Array, Array]:
+    """Return Q and W, blocks ≈ ``Q Wᴴ``, and the norms (b,) of what that misses."""
+    space, n = Space.of(blocks), int(blocks.shape[2])
+    xp, squares = space.xp, space.real.zeros(blocks.shape[0])
+    with (
+        one_blas_thread_if_narrow(space, width),
+        np.errstate(over="ignore", invalid="ignore"),  # then the norm is no number
+    ):
+        Q, _ = qr(blocks @ space.normal((n, width), _SKETCH, n, width))
+        W = adjoint(blocks) @ Q
+        right = adjoint(W)
+        for batch, rows in _parts(blocks):
+            rest = Q[batch, rows, :] @ right[batch, ...]
+            rest -= blocks[batch, rows, :]
+            rest = xp.reshape(rest, (rest.shape[0], -1))
+            squares[batch] = squares[batch] + xp.abs(xp.vecdot(rest, rest))
+        return Q, W, xp.sqrt(squares)
+
+
+def _parts(blocks: Array) -> Iterator[tuple[slice, slice]]:
+    """Yield which blocks and which of their rows stay in the cache together."""
+    space, (count, m, n) = Space.of(blocks), blocks.shape
+    step, rows = pieces(space, m * n, count), pieces(space, n, m)
+    for first in range(0, count, step):
+        for start in range(0, m, rows):
+            batch = slice(first, min(first + step, count))
+            yield batch, slice(start, min(start + rows, m))
+
+
+def _cut(
+    triplets: tuple[Array, Array, Array],
+    missed: Array,
+    tolerance: float,
+    max_rank: int | None,
+    spectral: float,
+) -> Cut:
+    """Cut singular triplets; ``missed`` (b,), orthogonal to them, is lost already."""
+    xp = namespace(missed)
+
+    def left(total: float) -> Array:
+        part = 1 - (missed / total) ** 2
+        return total * xp.sqrt(xp.where(part > 0, part, xp.zeros_like(part)))[:, None]
+
+    frobenius = left(tolerance) if tolerance else tolerance
+    spectral = left(spectral) if math.isfinite(spectral) and spectral else spectral
+    block, lost, largest = cut_triplets(*triplets, frobenius, max_rank, spectral)
+    return block, xp.hypot(lost, missed), xp.hypot(largest, missed)
+
+
+def _replaced(all_: Cut, part: Cut, which: np.ndarray) -> Cut:
+    blocks = replace_blocks(all_[0], part[0], which)
+    lost, largest = (
+        scatter(x, y, which) for x, y in zip(all_[1:], part[1:], strict=True)
+    )
+    return blocks, lost, largest
+
+
+def scatter(x: Array, part: Array, which: np.ndarray) -> Array:
+    """Return x (b, ...) with some entries replaced."""
+    space = Space.of(x)
+    order = np.arange(x.shape[0])
+    order[which] = x.shape[0] + np.arange(len(which))
+    return space.xp.take(
+        space.xp.concat([x, part], axis=0), space.integers(order), axis=0
+    )
+
+
+def replace_blocks(all_: LowRank, part: LowRank, which: np.ndarray) -> LowRank:
+    """Return blocks with some of them replaced."""
+    width = max(all_.rank, part.rank)
+    pairs = zip((all_.U, all_.S, all_.V), (part.U, part.S, part.V), strict=True)
+    return LowRank(
+        *(scatter(widened(x, width), widened(y, width), which) for x, y in pairs)
+    )
+
+
+def widened(x: Array, width: int) -> Array:
+    """Return x (..., r) with zeros up to a width."""
+    space = Space.of(x)
+    more = space.zeros(*x.shape[:-1], width - x.shape[-1])
+    return space.xp.concat([x, more], axis=-1)
