@@ -154,7 +154,7 @@ def test_nothing_of_an_input_outlives_the_pass():
 
     def note(_layer, args, _y):
         read.append(weakref.ref(args[0]))
-        copies.extend(inputs._inputs[args[0]].copies.values())
+        copies.extend(inputs._inputs.get(args[0]).copies.values())
 
     for layer in model.readers:
         layer.register_forward_hook(note)
@@ -176,7 +176,7 @@ def test_a_static_batch_does_not_hold_copies():
     for _ in range(3):
         model(x).sum().backward()
         step(model)
-        assert all(c() is None for c in inputs._inputs[x].copies.values())
+        assert all(c() is None for c in inputs._inputs.get(x).copies.values())
 
 
 def test_layers_without_trainable_blocks_add_nothing_to_the_graph():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ from sylva_train.kernels import (
     block_sddmm,
     cost,
     gather_blocks,
+    places,
     reference,
     scatter_blocks_,
 )
@@ -203,6 +206,30 @@ def test_indices_that_change_in_place_are_looked_at_again():
         expected = dense_blocks(dy.T @ x, LayerMask((8, 8), 4, indices))
         assert torch.allclose(got, expected, rtol=1e-12)
         indices[:, 1] = torch.tensor([1, 1])
+
+
+def test_one_table_of_indices_may_serve_blocks_of_several_sizes():
+    indices = torch.tensor([[0, 1], [1, 0]])
+    for size in (4, 8):
+        mask = LayerMask((2 * size, 2 * size), size, indices)
+        object.__setattr__(mask, "indices", indices)
+        check_sddmm(mask, torch.float64, 5, 0)
+        weight = random(mask.shape, torch.float64, 1)
+        blocks = gather_blocks(weight, indices, size)
+        assert torch.equal(blocks, dense_blocks(weight, mask))
+
+
+@pytest.mark.parametrize("way", ["rows", "cartesian", "dense"])
+def test_what_is_known_of_a_mask_is_forgotten_with_its_table(monkeypatch, way):
+    monkeypatch.setattr(reference, "choose_way", lambda *_: way)
+    indices = torch.tensor([[0, 1], [1, 0]])
+    dy, x = random((5, 8), torch.float32, 0), random((5, 7), torch.float32, 1)
+    block_sddmm(dy, x, indices, 4)
+    scatter_blocks_(dy.T @ x, indices, torch.zeros(2, 4, 4))
+    known = len(places._places)
+    del indices
+    gc.collect()
+    assert len(places._places) < known
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -26,6 +26,7 @@ FAR_ELEMENTS, FAR_COST = 1 << 23, 500.0
 BFLOAT16_SPEED = 4.0
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_way(
     blocks: int,
     active: tuple[int, int],

@@ -7,14 +7,18 @@ edge are stored full-size with zeros outside the weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 
-from .capture import check_not_capturing
 from .cost import choose_way, product_dtype, speed_of, wide
+from .places import (
+    find_panels,
+    find_places,
+    find_runs,
+    find_stretches,
+    group_by_row,
+    is_ragged,
+)
 
 __all__ = ["block_sddmm", "gather_blocks", "scatter_blocks_"]
 
@@ -26,11 +30,6 @@ def interior(weight: torch.Tensor, block_size: int) -> torch.Tensor:
     return whole.view(rows, block_size, columns, block_size)
 
 
-def is_ragged(shape: torch.Size | tuple[int, int], block_size: int) -> bool:
-    """Whether the last row or column of blocks is cut off."""
-    return bool(shape[0] % block_size or shape[1] % block_size)
-
-
 def elements(
     shape: torch.Size, indices: torch.Tensor, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,6 +38,37 @@ def elements(
     rows = (indices[:, 0, None] * block_size + offset)[:, :, None]
     columns = (indices[:, 1, None] * block_size + offset)[:, None, :]
     return rows, columns, (rows < shape[0]) & (columns < shape[1])
+
+
+def lines_of(weight: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
+    """Return a weight as contiguous lines, and whether these are its columns.
+
+    None where it has gaps; on a GPU, where a kernel writes the weights and what is kept
+    of a mask would take memory; and for a compiler, which cannot look that up.
+    """
+    if weight.device.type != "cpu" or torch.compiler.is_compiling():
+        return None, False
+    if weight.is_contiguous():
+        return weight, False
+    lines = weight.T
+    return (lines, True) if lines.is_contiguous() else (None, False)
+
+
+def gather_lines(
+    lines: torch.Tensor, indices: torch.Tensor, block_size: int, is_turned: bool = False
+) -> torch.Tensor:
+    """Copy blocks out of contiguous lines, whose transpose is meant if ``is_turned``."""
+    parts = find_stretches(indices, lines, block_size, is_turned)
+    shape = len(indices), block_size, block_size
+    if len(parts) == 1 and parts[0].sources is None:
+        windows = parts[0].windows(lines)
+        return windows.index_select(0, parts[0].places).view(shape)
+    blocks = lines.new_zeros(shape)
+    for part in parts:
+        runs = part.windows(lines).index_select(0, part.places)
+        assert part.sources is not None  # there is another part, or runs are shorter
+        blocks.view(-1, block_size)[:, : part.length].index_copy_(0, part.sources, runs)
+    return blocks
 
 
 def gather_blocks(
@@ -59,7 +89,15 @@ def gather_blocks(
     -------
     torch.Tensor, shape (k, b, b)
         In the weight's dtype, contiguous; zero outside the weight.
+
+    Notes
+    -----
+    On a CPU, pass the same ``indices`` each time, as to `block_sddmm`.
     """
+    lines, is_turned = lines_of(weight)
+    if lines is not None:
+        blocks = gather_lines(lines, indices, block_size, is_turned)
+        return blocks.mT.contiguous() if is_turned else blocks
     if not is_ragged(weight.shape, block_size):
         blocks = interior(weight, block_size)[indices[:, 0], :, indices[:, 1], :]
         return blocks.contiguous()  # a transposed weight's are not
@@ -78,22 +116,20 @@ def scatter_blocks_(
     """
     block_size = blocks.shape[-1]
     blocks = blocks.to(weight.dtype)
-    if not is_ragged(weight.shape, block_size):
-        is_turned = not weight.is_contiguous()
-        lines = weight.T if is_turned else weight
-        # On a GPU a kernel writes the weights, and the places would take its memory.
-        if lines.is_contiguous() and lines.device.type == "cpu":
-            way = "turned" if is_turned else "dense"
-            places = find_runs(indices, way, lines.shape[1] // block_size, block_size)
-            runs = (blocks.mT if is_turned else blocks).reshape(-1, block_size)
-            lines.view(-1, block_size).index_copy_(0, places, runs)
-        else:
-            interior(weight, block_size)[indices[:, 0], :, indices[:, 1], :] = blocks
-        return
-    rows, columns, inside = elements(weight.shape, indices, block_size)
-    weight[rows.expand_as(inside)[inside], columns.expand_as(inside)[inside]] = blocks[
-        inside
-    ]
+    lines, is_turned = lines_of(weight)
+    if lines is not None:
+        runs = (blocks.mT if is_turned else blocks).reshape(-1, block_size)
+        for part in find_stretches(indices, lines, block_size, is_turned):
+            some = runs if part.sources is None else runs.index_select(0, part.sources)
+            if part.length < block_size:
+                some = some[:, : part.length]
+            part.windows(lines).index_copy_(0, part.places, some)
+    elif not is_ragged(weight.shape, block_size):
+        interior(weight, block_size)[indices[:, 0], :, indices[:, 1], :] = blocks
+    else:
+        rows, columns, inside = elements(weight.shape, indices, block_size)
+        places = (side.expand_as(inside)[inside] for side in (rows, columns))
+        weight[tuple(places)] = blocks[inside]
 
 
 # Elements of gathered activations at a time: pieces that stay in the cache, in memory
@@ -102,119 +138,6 @@ _PIECE_ELEMENTS = 1 << 20
 # Elements of a dense product at a time: they are copied while they are in the cache. But
 # with many tokens copies matter less than that flat products are slower.
 _PANEL_ELEMENTS = 1 << 19
-
-
-@dataclass
-class Places:
-    """A mask's active rows and columns, and its blocks' places among them.
-
-    ``order`` sorts blocks by row, and is None where they are. Filled where they are
-    needed: ``by_row``, see `group_by_row`; ``panels``, see `find_panels`; ``runs``, see
-    `find_runs`.
-    """
-
-    version: int | None
-    rows: torch.Tensor
-    columns: torch.Tensor
-    row_of: torch.Tensor
-    column_of: torch.Tensor
-    order: torch.Tensor | None
-    by_row: list[tuple[int, torch.Tensor]] | None = None
-    panels: dict[tuple[str, int], list[tuple[int, int, int, int]]] = field(
-        default_factory=dict
-    )
-    runs: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
-
-
-# By the identity of the indices, which a layer keeps: worked out once.
-_places: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def find_places(indices: torch.Tensor) -> Places:
-    """Work out where a mask's blocks lie, or look it up."""
-    version = None if indices.is_inference() else indices._version
-    found: Places | None = _places.get(indices)
-    if found is None or version is None or found.version != version:
-        check_not_capturing(indices.device, "a mask's rows and columns are found")
-        rows, row_of = indices[:, 0].unique(return_inverse=True)
-        columns, column_of = indices[:, 1].unique(return_inverse=True)
-        is_sorted = bool((row_of.diff() >= 0).all())
-        order = None if is_sorted else row_of.argsort(stable=True)
-        found = Places(version, rows, columns, row_of, column_of, order)
-        _places[indices] = found
-    return found
-
-
-def group_by_row(
-    indices: torch.Tensor, places: Places
-) -> list[tuple[int, torch.Tensor]]:
-    """Return each active row with the columns of its blocks."""
-    if places.by_row is None:
-        columns = indices[:, 1] if places.order is None else indices[places.order, 1]
-        parts = columns.split(places.row_of.bincount().tolist())
-        places.by_row = list(zip(places.rows.tolist(), parts, strict=True))
-    return places.by_row
-
-
-def find_panels(
-    places: Places, way: str, height: int
-) -> list[tuple[int, int, int, int]]:
-    """Cut the rows of blocks of a matrix (`find_runs`) into panels of a height.
-
-    Returns
-    -------
-    list of (int, int, int, int)
-        First row and end of each that has blocks; its first block, by row, and their end.
-    """
-    key = way, height
-    if key not in places.panels:
-        is_dense = way == "dense"
-        rows = places.rows.tolist() if is_dense else list(range(len(places.rows)))
-        ends = places.row_of.bincount().cumsum(0).tolist()
-        panels: list[tuple[int, int, int, int]] = []
-        for row, end in zip(rows, ends, strict=True):
-            if panels and panels[-1][0] // height == row // height:
-                first, _, start, _ = panels.pop()
-            else:
-                first, start = row, panels[-1][3] if panels else 0
-            panels.append((first, row + 1, start, end))
-        places.panels[key] = panels
-    return places.panels[key]
-
-
-def find_runs(
-    indices: torch.Tensor, way: str, wide: int, block_size: int
-) -> torch.Tensor:
-    """Return which runs of ``b`` elements a mask's blocks are in a contiguous matrix.
-
-    Parameters
-    ----------
-    indices : torch.Tensor, shape (k, 2)
-        The mask's; the result is kept with it, since working it out takes longer than
-        copying the runs.
-    way : str
-        What the matrix is: ``"dense"``, the (out, in) matrix; ``"turned"``, its
-        transpose; or ``"cartesian"``, its active rows and columns of blocks.
-    wide : int
-        Blocks in a row of the matrix.
-    block_size : int
-        Side ``b`` of a block.
-
-    Returns
-    -------
-    torch.Tensor, shape (k · b,), int64
-        Block by block.
-    """
-    found = find_places(indices)
-    key = way, wide
-    if key not in found.runs:
-        rows, columns = found.row_of, found.column_of
-        if way != "cartesian":
-            rows, columns = indices.flip(1).T if way == "turned" else indices.T
-        offset = torch.arange(block_size, device=indices.device)
-        first = (rows[:, None] * block_size + offset) * wide
-        found.runs[key] = (first + columns[:, None]).flatten()
-    return found.runs[key]
 
 
 def block_sddmm(
@@ -254,22 +177,21 @@ def block_sddmm(
     active columns, from which the blocks are taken (masks of a rank-one score are nearly
     cartesian); the dense product, of which no more than a panel is there at a time.
     """
-    count = len(indices)
-    if count == 0 or len(dy) == 0:
+    count, tokens = indices.shape[0], dy.shape[0]
+    if count == 0 or tokens == 0:
         shape = (count, block_size, block_size)
         return dy.new_zeros(shape, dtype=wide(dy.dtype)) if out is None else out
     places = find_places(indices)
     way = choose_way(
         count,
-        (len(places.rows), len(places.columns)),
+        places.active,
         (-(-dy.shape[1] // block_size), -(-x.shape[1] // block_size)),
         block_size,
-        len(dy),
+        tokens,
         torch.get_num_threads(),
         speed_of(dy),
     )
-    ways = {"dense": from_dense, "cartesian": from_rectangle, "rows": from_rows}
-    blocks = ways[way](dy, x, indices, block_size)
+    blocks = WAYS[way](dy, x, indices, block_size)
     return blocks if out is None else out.add_(blocks)
 
 
@@ -280,7 +202,15 @@ def wide_product(
     if a.is_cuda and a.dtype.itemsize < 4:
         return torch.mm(a, b, out_dtype=torch.float32)
     dtype = product_dtype(a.dtype, a.device.type)
-    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+    if a.dtype != dtype:
+        a, b = a.to(dtype), b.to(dtype)
+    return torch.mm(a, b, out=out)
+
+
+def as_wide(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return blocks in the dtype in which products of a dtype are added up."""
+    sums = wide(dtype)
+    return blocks if blocks.dtype == sums else blocks.to(sums)
 
 
 def in_blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -316,17 +246,21 @@ def from_panels(
     Panels use one piece of memory in turn, and blocks are copied while they are in the
     cache: a large product is never there as a whole.
     """
-    b, found = block_size, find_places(indices)
+    b, tokens = block_size, dy.shape[0]
     height, width = (-(-side.shape[1] // b) for side in (dy, x))
+    rows = max(1, max(_PANEL_ELEMENTS // (width * b), 2 * tokens) // b)
+    if not dy.is_cuda and rows >= height and way == "dense":
+        blocks = gather_lines(wide_product(dy.T, x), indices, b)
+        return as_wide(blocks, dy.dtype)
     runs = find_runs(indices, way, width, b)
-    rows = max(1, max(_PANEL_ELEMENTS // (width * b), 2 * len(dy)) // b)
     missing = height * b - dy.shape[1], width * b - x.shape[1]
-    if dy.is_cuda or (rows >= height and not any(missing)):
+    if dy.is_cuda or rows >= height:
         product = wide_product(dy.T, x)
         if any(missing):
             product = F.pad(product, (0, missing[1], 0, missing[0]))
         blocks = product.view(-1, b).index_select(0, runs)
-        return blocks.view(-1, b, b).to(wide(dy.dtype))
+        return as_wide(blocks.view(-1, b, b), dy.dtype)
+    found = find_places(indices)
     dtype = product_dtype(dy.dtype, dy.device.type)
     dy, x = dy.to(dtype), x.to(dtype)  # once for all panels
     if found.order is not None:
@@ -350,7 +284,7 @@ def from_panels(
     blocks = blocks.view(-1, b, b)
     if found.order is not None:
         blocks = blocks[found.order.argsort()]
-    return blocks.to(wide(dy.dtype))
+    return as_wide(blocks, dy.dtype)
 
 
 def from_rows(
@@ -374,3 +308,6 @@ def from_rows(
     if places.order is not None:
         blocks = blocks[places.order.argsort()]
     return blocks.to(wide(dy.dtype), memory_format=torch.contiguous_format)
+
+
+WAYS = {"dense": from_dense, "cartesian": from_rectangle, "rows": from_rows}

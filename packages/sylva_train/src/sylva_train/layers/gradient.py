@@ -108,6 +108,13 @@ class WeightGradient(torch.autograd.Function):
         return None, blocks.to(ctx.dtype), None, None
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """View (..., n) as (tokens, n)."""
+    if x.dim() == 2:
+        return x
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
+
+
 class BlockGradient(torch.autograd.Function):
     """Pass a layer's output through, and give its blocks their gradient on the way back.
 
@@ -128,11 +135,9 @@ class BlockGradient(torch.autograd.Function):
         ``x`` may be some columns of the input, with ``indices`` that count among them.
         """
         ctx.save_for_backward(x)
-        # Not saved: they are there anyway, and hooks on saved tensors need not see them.
-        ctx.indices = indices
-        ctx.block_size, ctx.dtype = values.shape[-1], values.dtype
         in_place = not torch.compiler.is_compiling() and _accumulating.get()
-        ctx.values = values if in_place else None
+        # Not saved: they are there anyway, and hooks on saved tensors need not see them.
+        ctx.use = indices, values.shape[-1], values.dtype, values if in_place else None
         # An alias, not `y` itself: autograd would make that a view, and refuse an
         # activation in place after it.
         return y.detach()
@@ -140,9 +145,10 @@ class BlockGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return ``dy`` for ``y``, and the blocks of ``dyᵀ x`` for the values."""
-        gradients = BlockGradient.first(ctx, dy)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return gradients
+            return BlockGradient.first(ctx, dy)
+        with torch.no_grad():
+            gradients = BlockGradient.first(ctx, dy)
         # Also where ``dy`` depends on nothing: the base layer's input gradient would.
         return tuple(
             g if g is None else Refusal.apply(g.detach().requires_grad_())  # type: ignore[no-untyped-call]
@@ -150,21 +156,24 @@ class BlockGradient(torch.autograd.Function):
         )
 
     @staticmethod
-    @torch.no_grad()
     def first(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the first derivatives."""
         (x,) = ctx.saved_tensors
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        out = gradient_of(ctx.values, wide)
-        gradient = block_sddmm(
-            dy.flatten(0, -2) if dy.dim() > 1 else dy[None],
-            (x.flatten(0, -2) if x.dim() > 1 else x[None]).to(dy.dtype),
-            ctx.indices,
-            ctx.block_size,
-            out=out,
-        )
+        indices, block_size, dtype, values = ctx.use
+        out = None
+        if values is not None:
+            out = gradient_of(values, torch.promote_types(dy.dtype, torch.float32))
+        left, right = as_rows(dy), as_rows(x)
+        if right.dtype != left.dtype:
+            right = right.to(left.dtype)
+        gradient = block_sddmm(left, right, indices, block_size, out=out)
         if out is not None:
             # Autograd has nothing to add, and does not call the hook after that.
-            check_shown(ctx.values)
+            check_shown(values)
             return dy, None, None, None
-        return dy, None, gradient.to(ctx.dtype), None
+        return (
+            dy,
+            None,
+            gradient if gradient.dtype == dtype else gradient.to(dtype),
+            None,
+        )

@@ -7,11 +7,14 @@ whole input again. Who reads what is seen in the first forward passes.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+from torch.utils.weak import TensorWeakRef
+
+from sylva_train._identity import ByIdentity
 
 __all__ = ["Reader"]
 
@@ -50,7 +53,7 @@ class Seen:
 
 
 # Inputs by identity. Neither they nor their copies are kept alive here.
-_inputs: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_inputs: ByIdentity[Seen] = ByIdentity()
 
 
 def is_held(x: torch.Tensor) -> bool:
@@ -59,8 +62,13 @@ def is_held(x: torch.Tensor) -> bool:
     Attention, tanh and softmax do; norms, products and GELU do not. A copy of some
     columns would then be memory on top of the whole.
     """
-    source = x._base if x._is_view() and x._base is not None else x
-    node = type(source.grad_fn)
+    base = x._base
+    return keeps_output(type((x if base is None else base).grad_fn))  # type: ignore[arg-type]
+
+
+@functools.cache
+def keeps_output(node: type) -> bool:
+    """Whether nodes of a kind in autograd's graph keep what their operation gave."""
     return hasattr(node, "_saved_output") or hasattr(node, "_saved_result")
 
 
@@ -104,10 +112,10 @@ class Reader:
 
     def meet(self, x: torch.Tensor) -> Seen:
         """Join the layers that read this tensor."""
-        seen: Seen | None = _inputs.get(x)
-        if seen is None or seen.version != x._version:
+        seen, version = _inputs.get(x), x._version
+        if seen is None or seen.version != version:
             group = self.group or Group(self.used, self.block_size, self.inputs)
-            seen = _inputs[x] = Seen(x._version, group)
+            seen = _inputs[x] = Seen(version, group)
         if self.group is not seen.group and seen.group.block_size == self.block_size:
             self.group, old = seen.group, self.group
             self.group.add(self.used if old is None else old.used)
@@ -118,9 +126,8 @@ class Reader:
     def narrow(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the columns of an input that are kept, in a dtype."""
         x = x.detach()
-        return (x if self.columns is None else x.index_select(-1, self.columns)).to(
-            dtype
-        )
+        kept = x if self.columns is None else x.index_select(-1, self.columns)
+        return kept if kept.dtype == dtype else kept.to(dtype)
 
     def keep(
         self, x: torch.Tensor, dtype: torch.dtype, values: torch.Tensor

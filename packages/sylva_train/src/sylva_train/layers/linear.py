@@ -221,10 +221,12 @@ class SparseEmbeddedLinear(nn.Module):
         shown = self.shown
         if wanted != shown.adapter:
             self.restore_()
+        elif not force and (wanted is None or self.is_current(wanted)):
+            return
         if wanted is None:
             return
         base, values = self.base_layer, self.sylva_values[wanted]
-        if getattr(self, "_is_replica", False):
+        if self.__dict__.get("_is_replica"):
             weight: torch.Tensor = base.weight  # type: ignore[assignment]
             # One pass long: a copy of the weight as it was before the layer's own `sync`.
             if not shown.is_in(weight):
@@ -241,6 +243,20 @@ class SparseEmbeddedLinear(nn.Module):
         shown.write(base, weight, wanted, reader.table, values)
         watch(values, self)
         reader.settle(values._version)
+
+    def is_current(self, name: str) -> bool:
+        """Whether neither weight nor values are seen to have changed since the last write.
+
+        The first thing that every forward pass asks; it waits for no other thread.
+        """
+        values = self._modules["sylva_values"]._parameters.get(name)  # type: ignore[union-attr]
+        weight = self._modules["base_layer"]._parameters.get("weight")  # type: ignore[union-attr]
+        # Replicas have neither among their parameters.
+        return (
+            values is not None
+            and weight is not None
+            and self.shown.is_current(values, weight)
+        )
 
     def note_written(self) -> None:
         """Take note that a kernel changed the values and wrote them into the weight.
@@ -278,8 +294,10 @@ class SparseEmbeddedLinear(nn.Module):
         name = self.shown.adapter
         if name is None or not torch.is_grad_enabled():
             return None
-        values = self.sylva_values[name]
-        return values if values.requires_grad and len(values) else None
+        values = self._modules["sylva_values"]._parameters.get(name)  # type: ignore[union-attr]
+        if values is None:  # a replica's
+            values = self.sylva_values[name]
+        return values if values.requires_grad and values.shape[0] else None
 
     def differentiable(self, values: torch.Tensor) -> torch.Tensor:
         """Return the weight as the base layer stores it, as a function of its values."""
@@ -291,7 +309,8 @@ class SparseEmbeddedLinear(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
         self.sync()
-        values, base = self.trained(), self.base_layer
+        values = self.trained()
+        base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
         if values is not None and not is_product(base):
             alone = not torch.compiler.is_compiling()
             with _exchange if alone else contextlib.nullcontext():

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.hooks import RemovableHandle
 
 from sylva_train._checks import TargetError
+from sylva_train._identity import ByIdentity
 from sylva_train._torch import is_in_backward
 
 __all__ = [
@@ -131,28 +132,31 @@ class ShowsValues(Protocol):
 
 # Layer of each parameter of values that a dense weight shows, held weakly: parameters
 # are copied and pickled.
-_shown: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_shown: ByIdentity[weakref.ref[ShowsValues]] = ByIdentity()
 # Hooks of those that were trainable when they were written.
-_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_checked: ByIdentity[RemovableHandle] = ByIdentity()
 
 
 def watch(values: torch.Tensor, layer: ShowsValues) -> None:
     """Remember which layer shows values, and check in backward that it did."""
-    _shown[values] = weakref.ref(layer)
-    if values.requires_grad and values.is_leaf and values not in _checked:
+    if layer_showing(values) is not layer:
+        _shown[values] = weakref.ref(layer)
+    if values.requires_grad and values.is_leaf and _checked.get(values) is None:
         _checked[values] = values.register_post_accumulate_grad_hook(check_shown)
 
 
 def layer_showing(parameter: torch.Tensor) -> ShowsValues | None:
     """Return the layer whose weight shows a parameter, if there is one."""
-    return _shown[parameter]() if parameter in _shown else None
+    found = _shown.get(parameter)
+    return None if found is None else found()
 
 
 def is_hooked(values: torch.Tensor) -> bool:
     """Whether hooks of others look at a parameter's gradient."""
-    own = {_checked[values].id} if values in _checked else set()
-    after = values._post_accumulate_grad_hooks or {}
-    return bool(values._backward_hooks) or not own.issuperset(after)
+    own, after = _checked.get(values), values._post_accumulate_grad_hooks or ()
+    return bool(values._backward_hooks) or any(
+        own is None or n != own.id for n in after
+    )
 
 
 def check_shown(values: torch.Tensor) -> None:

@@ -149,11 +149,12 @@ class KernelStep:
         A layer's weight has to show the values of the adapter that is active before, so
         that it does after the step.
         """
+        # On a CPU it is not worth looking, unless kernels are demanded there.
+        possible = self.eight_bit or is_demanded() or self.is_on_gpu()
+        if not possible and not self.taken:
+            self.key, self.blocks, self.rest = None, [], list(self.layers)
+            return
         if self.key is None or self.key_of() != self.key:
-            parameters = (p for g in self.optimizer.param_groups for p in g["params"])
-            # On a CPU it is not worth looking, unless kernels are demanded there.
-            wanted = self.eight_bit or is_demanded()
-            possible = wanted or any(p.is_cuda for p in parameters)
             chosen = self.choose() if possible else []
             devices = dict.fromkeys(c.values.device for c in chosen)
             self.blocks = [
@@ -173,6 +174,10 @@ class KernelStep:
                     c.values.grad = c.values.grad.contiguous()
                 gradients.append(c.values.grad)
             blocks.tables.set_gradients(gradients)
+
+    def is_on_gpu(self) -> bool:
+        """Whether any parameter is."""
+        return any(p.is_cuda for g in self.optimizer.param_groups for p in g["params"])
 
     def choose(self) -> list[Chosen]:
         """Return the layers that the kernel can update."""

@@ -166,7 +166,7 @@ class SparseAdamW(torch.optim.AdamW):
         for layer in self._kernel.rest:
             if (name := layer.wanted()) is not None:
                 # A fused step does not count as a change of the values.
-                torch.autograd.graph.increment_version(layer.sylva_values[name])
+                torch.autograd.graph.increment_version(layer.parts(name)[0])
                 layer.sync()
         return loss
 

@@ -64,7 +64,9 @@ class SylvaLayer(SparseEmbeddedLinear, BaseTunerLayer):  # type: ignore[misc]
 
     def active(self) -> str | None:
         """Name of the active adapter, if this layer has blocks of it."""
-        name: str | None = next(iter(self.active_adapters), None)
+        # Asked in every forward pass, where the properties of this take longer.
+        names: list[str] | str = self._active_adapter
+        name = names if isinstance(names, str) else next(iter(names), None)
         return name if name is not None and name in self.sylva_values else None
 
     def wanted(self) -> str | None:
