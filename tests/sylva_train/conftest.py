@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import peft
 import pytest
 import torch
@@ -76,3 +78,11 @@ def whole():
 def every_method():
     """Results of all methods; not to be changed."""
     return fake_results(tuple(METHODS), seeds=5, steps=120, depth=3)
+
+
+@pytest.fixture(scope="module")
+def quick_collections():
+    """Collections of all that was imported would take most of the time of a run."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import importlib
 import json
 import math
@@ -41,6 +40,8 @@ from tests.sylva_train.jobs import (
 )
 from tests.sylva_train.words import save_folder
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 module = importlib.import_module("sylva_train.comparison.jobs")
 ROW = {
     "method", "label", "seed", "score", "metrics", "trainable", "trainable_head",
@@ -53,14 +54,6 @@ SETUP = {
     "eval_examples", "steps", "batch_size", "density", "block_size", "seeds", "device",
     "threads", "versions", "commit", "date", "total_weights", "command",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Collections of all that was imported would take most of the time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,8 @@ from sylva_train.reproduce.timing import summarize, take_turns
 from tests.sylva_train.models import make_model
 from tests.sylva_train.words import word_tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = {
     "block_size": 16,

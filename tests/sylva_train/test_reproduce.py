@@ -19,6 +19,8 @@ from sylva_train.reproduce.quality import TUNING_SEED, Plan
 from sylva_train.reproduce.settings import with_values
 from tests.sylva_train import jobs
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 module = importlib.import_module("sylva_train.comparison.jobs")
 SWEEP = Table(
     name="sweep",
