@@ -157,12 +157,11 @@ def test_lost_digits_are_an_error_with_numbers(rng):
 def test_auto_keeps_digits_of_what_is_not_refined(seed):
     """A leading half that is close to singular, of a well-conditioned matrix.
 
-    Block inversion passes, since refinement converges; the diagonal of its terms is all
-    wrong.
+    Block inversion passes, since refinement converges; its inverse is not refined.
     """
     rng = np.random.default_rng(seed)
     A = rng.standard_normal((40, 40))
-    A[:20, :20] = 1e-7 * A[:20, :20] + np.outer(A[:20, 0], A[0, :20])
+    A[:20, :20] = 1e-5 * A[:20, :20] + np.outer(A[:20, 0], A[0, :20])
     assert condition(A) < 1e4
     H, exact = hm.from_dense(A, leaf_size=10, rtol=0), np.linalg.inv(A)
     F = hm.factorize(H)
@@ -172,6 +171,20 @@ def test_auto_keeps_digits_of_what_is_not_refined(seed):
     G = hm.factorize(H, method="inversion")
     assert error_ratio(hm.inverse(G, rtol=1e-8).to_dense(), exact) <= 1e-8
     assert error_ratio(G.inverse_diagonal(), np.diag(exact)) <= 1e-9
+
+
+@pytest.mark.parametrize("exponent", [5, 8, 9, 12])
+def test_refined_solutions_by_inversion_are_right_or_refused(exponent, rng):
+    A = rng.standard_normal((64, 64))
+    A[:32, :32] = 10.0**-exponent * A[:32, :32] + np.outer(A[:32, 0], A[0, :32])
+    H, b = hm.from_dense(A, levels=2, rtol=0), np.ones(64)
+    try:
+        x = hm.factorize(H, method="inversion").solve(b)
+    except (hm.PrecisionError, hm.SingularBlockError):
+        assert exponent > 5
+        return
+    size = np.linalg.norm(A, 2) * np.linalg.norm(x) + np.linalg.norm(b)
+    assert np.linalg.norm(A @ x - b) <= 1e-8 * size
 
 
 @pytest.mark.parametrize("method", ["auto", "inversion"])

@@ -123,7 +123,8 @@ class PrecisionError(HMatrixError, ArithmeticError):
     Attributes
     ----------
     error
-        Estimate of ``‖H F⁻¹ − I‖_F``, or of its spectral radius if that is smaller.
+        Estimate of ``‖H F⁻¹ − I‖_F``, or if that is smaller of a bound of its spectral
+        radius.
     """
 
     def __init__(self, message: str, error: float) -> None:

@@ -97,11 +97,12 @@ def factorize(
         If a block that a `HODLR` must invert is singular to working precision.
     PrecisionError
         If a factorization of a `HODLR` has lost its digits: ``E = (H + shift·I) F⁻¹ −
-        I`` is tried on random vectors, and both its Frobenius norm and its spectral radius
-        are above ``eps**(1/4)`` for "inversion" (1e-4, and 2e-2 in single precision),
-        above 0.1 for "orthogonal", whose ``E`` is no more than rounding times the
+        I`` is tried on random vectors, and both its Frobenius norm and the root of that of
+        ``E²``, which a step of refinement leaves, are above ``eps**(1/4)`` for
+        "inversion" (1e-4, and 2e-2 in single precision); or both norm and spectral radius
+        are above 0.1 for "orthogonal", whose ``E`` is no more than rounding times the
         condition number. The norm is about the error of the log-determinant, and a
-        radius below 1 makes its sign right.
+        radius below 1, which no root exceeds, makes its sign right.
     ValueError
         If ``method`` is not one of these, or is "cholesky" for a matrix that is not
         stored as Hermitian; or if tensors that want gradients are to be overwritten.

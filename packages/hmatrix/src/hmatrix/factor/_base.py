@@ -199,12 +199,13 @@ class Factorization(ABC):
         )
         raise ToleranceError(msg, rtol, reached)
 
-    def _check_precision(self, limit: float, advice: str) -> float:
+    def _check_precision(self, limit: float, advice: str, *, stable: bool) -> float:
         """Raise unless ``E = (H + shift·I) F⁻¹ − I`` is small, as `factorize` says.
 
-        Random vectors find its Frobenius norm, which is returned. Only if that is too large, its spectral
-        radius decides: ``det(I + E)`` is positive and refinement converges if that is
-        below 1.
+        Random vectors find its Frobenius norm, which is returned. Only if that is too
+        large, its spectral radius decides: ``det(I + E)`` is positive and refinement
+        converges if that is below 1. Unless a factorization is backward ``stable`` it is
+        the root of the norm of ``E²``, which is what one step of refinement leaves.
         """
         space, tree = self.space, self.tree
 
@@ -217,7 +218,8 @@ class Factorization(ABC):
             first = error(pad_rows(z, tree))
             found = lost = safe_norm(first) / math.sqrt(PROBES)
             if found > limit and math.isfinite(found):
-                found = min(found, safe_norm(error(first / found)) / math.sqrt(PROBES))
+                radius = safe_norm(error(first / found)) / math.sqrt(PROBES)
+                found = min(found, radius if stable else math.sqrt(found * radius))
         if not found <= limit:
             msg = (
                 f"The factorization has lost its digits: its inverse times the matrix "

@@ -62,7 +62,8 @@ class HODLRFactorization(Factorization):
             self._climb()
         self._check_conditions()
         limit = self.space.eps**0.25
-        self._lost = self._check_precision(limit, ', or method="orthogonal"')
+        advice = ', or method="orthogonal"'
+        self._lost = self._check_precision(limit, advice, stable=False)
 
     def _climb(self) -> None:
         """Find the terms of all levels, from the leaves to the root."""

@@ -177,7 +177,7 @@ class HODLROrthogonal(Factorization):
         self._root = contiguous(D)
         self._count(D, 0)
         advice = "" if self.space.eps < 1e-10 else " or float64"
-        self._lost = self._check_precision(HOPELESS, advice)
+        self._lost = self._check_precision(HOPELESS, advice, stable=True)
 
     def _differentiate(self, plain: HODLROrthogonal) -> None:
         """Take over the factors of the detached matrix, with its gradients."""
