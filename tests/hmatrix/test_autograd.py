@@ -397,3 +397,17 @@ def test_numbers_whose_gradients_would_be_lost_are_refused():
         hm.scale(H, number.float())
     with torch.no_grad():
         assert hm.factorize(H, shift=number).shift == 2.0
+
+
+def test_diagonals_of_ill_conditioned_definite_inverses_have_gradients(rng):
+    """Block inversion, whose steps have gradients, loses their digits."""
+    t = np.sort(rng.random(200))
+    A = np.exp(-(((t[:, None] - t) / 0.2) ** 2)) + 1e-6 * np.eye(200)
+    H = hm.from_dense(torch.asarray(A), leaf_size=50, rtol=1e-15)
+    leaves = H.leaves.clone().requires_grad_()
+    F = hm.factorize(hm.HODLR(H.tree, leaves, H.upper), method="cholesky")
+    F.inverse_diagonal().sum().backward()
+    X = np.linalg.inv(A)  # d tr(X) = −tr(X dA X)
+    exact = -(X @ X).reshape(4, 50, 4, 50)[range(4), :, range(4), :]
+    error = np.linalg.norm(leaves.grad.numpy() - exact)
+    assert error <= 1e-5 * np.linalg.norm(exact)

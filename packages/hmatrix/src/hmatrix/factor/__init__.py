@@ -127,7 +127,7 @@ def factorize(
     differentiated again. Those of "cholesky" are of the matrix, ``dx = A⁻¹ (db − dA x)``
     and ``d log det A = tr(A⁻¹ dA)``, at the cost of a refinement step and of a selected
     inverse, and raise if differentiated again; its diagonal of the inverse is taken from
-    "inversion" for them. Those of "orthogonal" are alike, those of the log-determinant
+    "inversion" for them, or "orthogonal" where that fails. Those of "orthogonal" are alike, those of the log-determinant
     and of the diagonal of the inverse from the stored inverse (see `inverse`), to the
     square root of epsilon. ``sample`` and ``whiten`` have gradients to vectors, and to an
     `MLR`.

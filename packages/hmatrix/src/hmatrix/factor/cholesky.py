@@ -18,6 +18,7 @@ from hmatrix._backend import (
     multiply_into,
     namespace,
 )
+from hmatrix._checks import PrecisionError, SingularBlockError
 from hmatrix._operator import unpad_rows
 from hmatrix.factor._base import (
     Factorization,
@@ -31,6 +32,7 @@ from hmatrix.factor._base import (
 from hmatrix.factor.gradients import logdet_with_gradients
 from hmatrix.factor.hodlr import HODLRFactorization
 from hmatrix.factor.operator import HODLRInverse
+from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.factor.symmetric import (
     SymmetricFactor,
     checked_cholesky,
@@ -141,8 +143,11 @@ class HODLRCholesky(Factorization):
     def inverse_diagonal(self) -> Array:
         """Return the diagonal of the inverse (n,), in ``O(n r² K²)``."""
         if self._has_gradients():
-            # which has gradients of its own
-            return HODLRFactorization(self.matrix, self.shift).inverse_diagonal()
+            # which have gradients of their own
+            try:
+                return HODLRFactorization(self.matrix, self.shift).inverse_diagonal()
+            except (PrecisionError, SingularBlockError):
+                return HODLROrthogonal(self.matrix, self.shift).inverse_diagonal()
         return unpad_rows(self._factor.inverse_diagonal(), self.tree)
 
     def _apply(self, x: Array) -> Array:
