@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy import sparse
 from scipy.sparse.linalg import cg, gmres, svds
 
 import hmatrix as hm
@@ -180,3 +181,11 @@ def test_only_operators_are_wrapped():
     F = hm.factorize(hm.from_dense(np.eye(3), levels=1))
     with pytest.raises(TypeError, match=r"pass `H\.inverse\(\)`"):
         hm.aslinearoperator(F)
+
+
+def test_sparse_matrices_multiply_from_the_left(rng):
+    t = np.sort(rng.random(60))
+    A, S = np.exp(-abs(t[:, None] - t)), sparse.random_array((9, 60), rng=rng)
+    H = hm.from_dense(A, levels=2, rtol=1e-12)
+    assert np.allclose(S.tocsr() @ H, S.toarray() @ A)
+    assert np.ndim(H) == 2

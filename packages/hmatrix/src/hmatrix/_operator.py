@@ -105,6 +105,8 @@ class Operator(ABC):
 
     # NumPy must leave ``array @ H`` to ``H.__rmatmul__``.
     __array_ufunc__: ClassVar[None] = None
+    # What SciPy's sparse matrices ask of their factor, beside `__array__`.
+    ndim: ClassVar[int] = 2
 
     tree: ClusterTree
 
