@@ -322,3 +322,12 @@ def test_an_svd_that_does_not_converge_is_done_otherwise(library, monkeypatch, r
     monkeypatch.setattr(namespace(A).linalg, "svd", fails)
     H = hm.from_dense(A, leaf_size=30, max_rank=3)
     assert np.allclose(dense(H), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_diagonals_of_inverses_of_fewer_rows_than_are_looked_at(xp, n, rng):
+    A = rng.standard_normal((n, n)) + 3 * np.eye(n)
+    F = hm.factorize(hm.from_dense(xp.asarray(A)), method="inversion")
+    np.testing.assert_allclose(
+        to_numpy(F.inverse_diagonal()), np.diag(np.linalg.inv(A))
+    )

@@ -140,7 +140,7 @@ class HODLRFactorization(Factorization):
         have the largest ``sizes``.
         """
         xp, space = self.space.xp, self.space
-        worst = xp.argsort(-sizes)[:PROBES]
+        worst = xp.argsort(-sizes)[: min(PROBES, self.tree.n)]
         rows = xp.arange(self.tree.n, device=space.device)
         units = xp.astype(rows[:, None] == worst[None, :], space.dtype)
         x = self.solve(units)
