@@ -103,7 +103,7 @@ def test_a_cap_on_the_ranks_takes_no_svd_of_large_blocks(rng, monkeypatch):
         sizes.append(min(a.shape[-2:]))
         return svd(a, *args, **kwargs)
 
-    x = rng.random((300, 2))
+    x = rng.random((520, 2))
 
     def kernel(a, b):
         return np.exp(-np.sqrt(((a - b) ** 2).sum(axis=-1)))
@@ -112,9 +112,9 @@ def test_a_cap_on_the_ranks_takes_no_svd_of_large_blocks(rng, monkeypatch):
     best = hm.from_dense(A, tree=hm.ClusterTree.from_points(x), max_rank=6)
     monkeypatch.setattr(np.linalg, "svd", counted)
     H = hm.from_kernel(kernel, x, max_rank=6)
-    assert max(sizes) <= 64
+    assert max(sizes) < 256
     assert max(H.ranks) == 6
-    assert relative(H, A) <= 1.5 * best.error
+    assert relative(H, A) <= 1.01 * best.error
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])

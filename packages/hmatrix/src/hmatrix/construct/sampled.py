@@ -49,7 +49,6 @@ def cut_dense(
     tolerance: float,
     max_rank: int | None,
     spectral: float = math.inf,
-    enough: float = math.inf,
     expected: int | None = None,
 ) -> Cut:
     """Cut dense blocks as their singular value decomposition would.
@@ -69,8 +68,6 @@ def cut_dense(
         Cap on the rank; it wins over the norms.
     spectral : float
         Spectral norm that each block may lose.
-    enough : float
-        Columns of a sample that is taken whatever it misses.
     expected : int
         Rank that the first sample is made for, where one is known.
 
@@ -82,7 +79,7 @@ def cut_dense(
         Frobenius norm that each block does lose, and a bound of the spectral norm.
     """
     space, rows = Space.of(blocks), min(blocks.shape[1:])
-    limit, most = _widths(rows, max_rank, spectral, enough)
+    limit, most = _widths(rows, max_rank, spectral)
     slack = SLACK * min(tolerance, spectral)
     if slack < space.smallest_norm:  # squares of what is missed might underflow
         slack, limit = -1.0, limit if most < math.inf else 0
@@ -94,9 +91,7 @@ def cut_dense(
         if width <= limit:
             Q, W, missed = _sampled(blocks, width)
             bad = ~(to_numpy(missed) <= slack)
-            if bad.any() and width >= enough:
-                bad[:] = False
-            elif bad.any() and width >= most:
+            if bad.any() and width >= most:
                 Q, W, missed, bad = _improved(blocks, W, missed, max_rank or 0)
             if bad.any():
                 width = _next_width(width, most, limit, W, missed, slack)
@@ -115,15 +110,11 @@ def cut_dense(
         blocks = space.xp.take(blocks, space.integers(np.flatnonzero(bad)), axis=0)
 
 
-def _widths(
-    rows: int, max_rank: int | None, spectral: float, enough: float
-) -> tuple[int, float]:
-    """Return the widest sample of blocks, and the one that is made to do under a cap."""
+def _widths(rows: int, max_rank: int | None, spectral: float) -> tuple[int, float]:
+    """Return the widest sample of blocks, and the one that is improved under a cap."""
     limit, most = rows // 4, math.inf
-    if enough <= limit:
-        most = enough
-    elif max_rank is not None and rows >= LARGE and spectral == math.inf:
-        # not where a diagonal gets a bound of the spectral norm, which would be too large
+    # not where a diagonal gets a bound of the spectral norm, which would be too large
+    if max_rank is not None and rows >= LARGE and spectral == math.inf:
         most = WIDER * max_rank + STEP
     return limit, most if most <= limit else math.inf
 
