@@ -125,10 +125,9 @@ def test_kernels_of_many_ranks_are_called_few_times(rng, library):
 
     def kernel(a, b):
         for points in map(np.asarray, (a, b)):
-            steps = [
-                s for s, m in zip(points.strides, points.shape, strict=True) if m > 1
-            ]
-            assert points.strides[-1] == max(steps)
+            if points.size > 4:  # less is a first look at what the kernel gives
+                steps = zip(points.strides, points.shape, strict=True)
+                assert points.strides[-1] == max(step for step, m in steps if m > 1)
         called.append(1)
         return xp.exp(-xp.sqrt(((a - b) ** 2).sum(axis=-1)))
 
