@@ -61,6 +61,21 @@ def test_a_smooth_matrix_takes_no_large_svd(decomposed):
     assert max(decomposed) <= 64
 
 
+@pytest.mark.parametrize("rank", [3, 12])
+@pytest.mark.parametrize("power", [0.0, 0.7])
+def test_a_cap_on_the_ranks_loses_what_the_svd_does(rng, decomposed, rank, power):
+    """Of blocks that nothing of low rank comes close to."""
+    A = rng.standard_normal((512, 512)) * np.arange(1, 513) ** -power
+    A = A @ A.T
+    for options in ({}, {"rtol": 0.0}):
+        H = hm.from_dense(A, levels=1, max_rank=rank, **options)
+        S = np.linalg.svd(A[:256, 256:], compute_uv=False)
+        best = math.sqrt(2 * sum(S[rank:] ** 2)) / np.linalg.norm(A)
+        assert best * (1 - 1e-12) <= H.error <= 1.001 * best
+        assert relative(H, A) == pytest.approx(H.error, rel=1e-9)
+    assert max(decomposed) <= 2 * rank + 8
+
+
 def test_one_rough_block_is_decomposed_alone(rng, decomposed):
     blocks = decaying(rng, 8, 64, 0.05)
     blocks[5] = rng.standard_normal((64, 64))
@@ -88,7 +103,7 @@ def test_a_cap_on_the_ranks_takes_no_svd_of_large_blocks(rng, monkeypatch):
         sizes.append(min(a.shape[-2:]))
         return svd(a, *args, **kwargs)
 
-    x = rng.random((300, 2))
+    x = rng.random((520, 2))
 
     def kernel(a, b):
         return np.exp(-np.sqrt(((a - b) ** 2).sum(axis=-1)))
@@ -97,9 +112,9 @@ def test_a_cap_on_the_ranks_takes_no_svd_of_large_blocks(rng, monkeypatch):
     best = hm.from_dense(A, tree=hm.ClusterTree.from_points(x), max_rank=6)
     monkeypatch.setattr(np.linalg, "svd", counted)
     H = hm.from_kernel(kernel, x, max_rank=6)
-    assert max(sizes) <= 32
+    assert max(sizes) < 256
     assert max(H.ranks) == 6
-    assert relative(H, A) <= 1.5 * best.error
+    assert relative(H, A) <= 1.01 * best.error
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
@@ -110,10 +125,9 @@ def test_kernels_of_many_ranks_are_called_few_times(rng, library):
 
     def kernel(a, b):
         for points in map(np.asarray, (a, b)):
-            steps = [
-                s for s, m in zip(points.strides, points.shape, strict=True) if m > 1
-            ]
-            assert points.strides[-1] == max(steps)
+            if points.size > 4:  # less is a first look at what the kernel gives
+                steps = zip(points.strides, points.shape, strict=True)
+                assert points.strides[-1] == max(step for step, m in steps if m > 1)
         called.append(1)
         return xp.exp(-xp.sqrt(((a - b) ** 2).sum(axis=-1)))
 

@@ -7,7 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from hmatrix._backend import adjoint, conjugate, detach, frobenius, real_part
+from hmatrix._backend import (
+    Array,
+    adjoint,
+    conjugate,
+    detach,
+    frobenius,
+    namespace,
+    real_part,
+)
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank
 
@@ -84,6 +92,25 @@ def _relative(lost: float, norm: float) -> float | None:
     return lost / (norm - lost) if lost < norm < math.inf else None
 
 
+def _norm(H: HODLR) -> float:
+    """Return the Frobenius norm to half the digits, by products alone."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        diagonal = float(frobenius(detach(H.leaves)))
+        total = diagonal * diagonal  # a power would raise on overflow
+        for block in (*H.upper, *(H.lower or ())):
+            square = float(namespace(block.S).sum(real_part(_terms(block))))
+            total += square * (2 if H.symmetric else 1)
+    return math.sqrt(max(total, 0.0))
+
+
+def _terms(block: LowRank) -> Array:
+    """Return what sums to the squares of the norms of blocks (b,): (b, r, r)."""
+    U, V = detach(block.U), detach(block.V)
+    S = namespace(U).astype(detach(block.S), U.dtype, copy=False)
+    weights = S[..., :, None] * S[..., None, :]
+    return (adjoint(U) @ U) * conjugate(adjoint(V) @ V) * weights
+
+
 def _norms(H: HODLR) -> tuple[float, float]:
     """Return the Frobenius norm to half the digits, and a bound of the 2-norm.
 
@@ -94,10 +121,7 @@ def _norms(H: HODLR) -> tuple[float, float]:
 
     def squares(block: LowRank) -> tuple[float, float]:
         """Return the sum of the squares of blocks' norms, and a bound of the largest."""
-        U, V = detach(block.U), detach(block.V)
-        S = xp.astype(detach(block.S), U.dtype, copy=False)
-        weights = S[..., :, None] * S[..., None, :]
-        terms = (adjoint(U) @ U) * conjugate(adjoint(V) @ V) * weights
+        terms = _terms(block)
         each = real_part(xp.sum(terms, axis=(-2, -1)))
         rounding = eps * xp.sum(xp.abs(terms), axis=(-2, -1))  # where terms cancel
         return float(xp.sum(each)), max(float(xp.max(each + rounding)), 0.0)
@@ -116,7 +140,3 @@ def _norms(H: HODLR) -> tuple[float, float]:
             two += math.sqrt(max(largest for _, largest in found))
     norm = math.sqrt(max(total, 0.0))
     return norm, min(norm * (1 + math.sqrt(eps)), two)
-
-
-def _norm(H: HODLR) -> float:
-    return _norms(H)[0]

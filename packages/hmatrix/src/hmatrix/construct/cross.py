@@ -10,8 +10,6 @@ columns. Blocks no larger than a sample are cut from all of their entries.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from hmatrix._backend import (
@@ -47,8 +45,6 @@ PASSES = 2
 WHOLE = 512
 #: Entries of smaller blocks that are evaluated at once on the host.
 ENTRIES = 2**18
-#: Columns beyond a cap on the ranks in samples of these.
-OVERSAMPLING = 8
 #: Blocks up to this size are cut from all entries if cross approximation fails.
 DENSE = 2048
 
@@ -141,10 +137,8 @@ def whole(
     blocks: Blocks, tolerance: float, max_rank: int | None, expected: int
 ) -> Found:
     """Approximate blocks by all of their entries."""
-    xp, enough = blocks.xp, math.inf if max_rank is None else max_rank + OVERSAMPLING
-    found, lost, _ = cut_dense(
-        blocks.dense(), tolerance, max_rank, enough=enough, expected=expected
-    )
+    xp, dense = blocks.xp, blocks.dense()
+    found, lost, _ = cut_dense(dense, tolerance, max_rank, expected=expected)
     if blocks.real_rows is not None and blocks.real_columns is not None:
         # singular vectors of rounding point to padding too
         U, V = (

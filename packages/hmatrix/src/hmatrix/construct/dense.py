@@ -101,9 +101,10 @@ def from_dense(
     Notes
     -----
     Blocks of low rank are found from random combinations of their columns, with a look at
-    all entries afterwards, by ``O(n² r)`` operations; the SVD is taken of those that no
-    quarter of their columns spans to an eighth of what they may lose. With a ``max_rank``
-    that is far too small for ``rtol`` it is most of them: ``O(n³)``.
+    all entries afterwards, by ``O(n² r)`` operations; the SVD is taken of small ones, and
+    of those that no quarter of their columns spans to an eighth of what they may lose.
+    Where a ``max_rank`` cuts blocks of at least 256 rows short, products go on until the
+    square of what is lost falls by less than 1e-4 of it; with ``definite`` it is the SVD.
 
     Examples
     --------

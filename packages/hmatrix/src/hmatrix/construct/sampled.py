@@ -31,11 +31,16 @@ Cut = tuple[LowRank, Array, Array]
 
 #: Columns of a sample beyond the rank that is expected; each next one has twice as many.
 MORE = 2
-#: Blocks up to this size are left to the singular value decomposition.
-SMALL = 24
+#: What is expected where nothing is known, and the size up to which blocks have their
+#: singular value decomposition then.
+RANK, SMALL = 6, 64
 #: Part of what a block may lose that a sample may miss: its rank is then that of the
 #: singular value decomposition.
 SLACK = 1 / 8
+#: Where a cap on the ranks cuts blocks of this size at least, samples of so many times as
+#: many columns and some more are improved until what they hold of the norm grows by no
+#: more than a part of the square of what is lost, or for some turns.
+LARGE, WIDER, STEP, CLOSE, TURNS = 256, 2, 8, 1e-4, 12
 _SKETCH = 5  # first word of the keys of random numbers
 
 
@@ -44,14 +49,14 @@ def cut_dense(
     tolerance: float,
     max_rank: int | None,
     spectral: float = math.inf,
-    enough: float = math.inf,
-    expected: int = 6,
+    expected: int | None = None,
 ) -> Cut:
     """Cut dense blocks as their singular value decomposition would.
 
     By samples (Halko, Martinsson & Tropp, "Finding structure with randomness", 2011),
     after which every entry is looked at. Blocks that no narrow sample spans to a part of
-    what they may lose are decomposed whole.
+    what they may lose are decomposed whole, but where a cap on the ranks cuts them short:
+    there a sample is multiplied with them until it holds what it can.
 
     Parameters
     ----------
@@ -63,10 +68,8 @@ def cut_dense(
         Cap on the rank; it wins over the norms.
     spectral : float
         Spectral norm that each block may lose.
-    enough : float
-        Columns of a sample that is taken whatever it misses.
     expected : int
-        Rank that the first sample is made for.
+        Rank that the first sample is made for, where one is known.
 
     Returns
     -------
@@ -76,19 +79,22 @@ def cut_dense(
         Frobenius norm that each block does lose, and a bound of the spectral norm.
     """
     space, rows = Space.of(blocks), min(blocks.shape[1:])
-    limit = max(rows // 4, min(rows // 2, 64)) if rows > SMALL else 0
+    limit, most = _widths(rows, max_rank, spectral)
     slack = SLACK * min(tolerance, spectral)
-    if slack < space.smallest_norm and limit < enough:
-        limit = 0  # squares of what is missed might underflow
+    if slack < space.smallest_norm:  # squares of what is missed might underflow
+        slack, limit = -1.0, limit if most < math.inf else 0
+    if expected is None:
+        expected, limit = RANK, limit if rows > SMALL else 0
     where, width, found = np.arange(blocks.shape[0]), expected + MORE, None
     while True:
         bad = np.zeros(len(where), dtype=bool)
         if width <= limit:
             Q, W, missed = _sampled(blocks, width)
-            if width < enough:
-                bad = ~(to_numpy(missed) <= slack)
+            bad = ~(to_numpy(missed) <= slack)
+            if bad.any() and width >= most:
+                Q, W, missed, bad = _improved(blocks, W, missed, max_rank or 0)
             if bad.any():
-                width = _next_width(width, W, missed, limit)
+                width = _next_width(width, most, limit, W, missed, slack)
             if bad.all():
                 continue
             left, R = qr(W)
@@ -104,36 +110,87 @@ def cut_dense(
         blocks = space.xp.take(blocks, space.integers(np.flatnonzero(bad)), axis=0)
 
 
-def _next_width(width: int, W: Array, missed: Array, limit: int) -> int:
-    """Return twice the width, or one that is too large.
+def _widths(rows: int, max_rank: int | None, spectral: float) -> tuple[int, float]:
+    """Return the widest sample of blocks, and the one that is improved under a cap."""
+    limit, most = rows // 4, math.inf
+    # not where a diagonal gets a bound of the spectral norm, which would be too large
+    if max_rank is not None and rows >= LARGE and spectral == math.inf:
+        most = WIDER * max_rank + STEP
+    return limit, most if most <= limit else math.inf
 
-    Of singular values that are all alike a sample holds its share of the columns that it
-    would take. If that is more than the limit, and it mostly is if it holds no more than
-    that, the products are for nothing.
-    """
+
+def _next_width(
+    width: int, most: float, limit: int, W: Array, missed: Array, slack: float
+) -> int:
+    """Return twice the width, up to ``most``, or if that is for nothing, beyond the limit."""
+    if most < math.inf:
+        return min(2 * width, int(most)) if width < most else limit + 1
     xp = namespace(missed)
-    holds = float(xp.sum(xp.abs(W) ** 2))
-    part = holds / (holds + float(xp.sum(missed**2)))
-    return 2 * width if width <= limit * part else limit + 1
+    holds, rest = float(xp.sum(xp.abs(W) ** 2)), float(xp.sum(missed**2))
+    part = rest / (holds + rest)
+    if part > 0.1:
+        # of singular values that are all alike a sample holds its share of the columns
+        will_do = width <= limit * (1 - part)
+    else:
+        # of those that fall at one rate it misses a power; most fall more slowly
+        target = missed.shape[0] * slack**2 / (holds + rest)
+        will_do = 2 * width * math.log(target) / math.log(part) <= limit
+    return 2 * width if will_do else limit + 1
 
 
 def _sampled(blocks: Array, width: int) -> tuple[Array, Array, Array]:
     """Return Q and W, blocks ≈ ``Q Wᴴ``, and the norms (b,) of what that misses."""
     space, n = Space.of(blocks), int(blocks.shape[2])
-    xp, squares = space.xp, space.real.zeros(blocks.shape[0])
     with (
         one_blas_thread_if_narrow(space, width),
         np.errstate(over="ignore", invalid="ignore"),  # then the norm is no number
     ):
         Q, _ = qr(blocks @ space.normal((n, width), _SKETCH, n, width))
         W = adjoint(blocks) @ Q
-        right = adjoint(W)
-        for batch, rows in _parts(blocks):
-            rest = Q[batch, rows, :] @ right[batch, ...]
-            rest -= blocks[batch, rows, :]
-            rest = xp.reshape(rest, (rest.shape[0], -1))
-            squares[batch] = squares[batch] + xp.abs(xp.vecdot(rest, rest))
-        return Q, W, xp.sqrt(squares)
+        return Q, W, _missed(blocks, Q, W)
+
+
+def _improved(
+    blocks: Array, W: Array, missed: Array, rank: int
+) -> tuple[Array, Array, Array, np.ndarray]:
+    """Return Q, W and norms like `_sampled`, of the columns that hold most at a rank.
+
+    And which blocks (b,) they do not do it for: their singular values are needed.
+    """
+    space = Space.of(blocks)
+    xp, width = space.xp, int(W.shape[-1])
+
+    def held(R: Array) -> Array:
+        return xp.sum(svd(R)[1][:, :rank] ** 2, axis=-1)
+
+    with one_blas_thread_if_narrow(space, width):
+        total = xp.sum(xp.abs(W) ** 2, axis=(-2, -1)) + missed**2
+        W, R = qr(W)
+        holds = held(R)
+        for _ in range(TURNS):
+            Q, _ = qr(blocks @ W)
+            W, R = qr(adjoint(blocks) @ Q)
+            before, holds = holds, held(R)
+            close = holds - before <= CLOSE * (total - holds)
+            if bool(xp.all(close)):
+                break
+        W = W @ R
+        # of a difference of squares rounding leaves nothing if it is much smaller
+        close = close & (total - holds > math.sqrt(space.eps) * total)
+        close = close & (total > space.smallest_norm**2)
+        return Q, W, _missed(blocks, Q, W), ~to_numpy(close)
+
+
+def _missed(blocks: Array, Q: Array, W: Array) -> Array:
+    """Return the norms (b,) of blocks less ``Q Wᴴ``."""
+    space, right = Space.of(blocks), adjoint(W)
+    xp, squares = space.xp, space.real.zeros(blocks.shape[0])
+    for batch, rows in _parts(blocks):
+        rest = Q[batch, rows, :] @ right[batch, ...]
+        rest -= blocks[batch, rows, :]
+        rest = xp.reshape(rest, (rest.shape[0], -1))
+        squares[batch] = squares[batch] + xp.abs(xp.vecdot(rest, rest))
+    return xp.sqrt(squares)
 
 
 def _parts(blocks: Array) -> Iterator[tuple[slice, slice]]:
