@@ -146,7 +146,8 @@ class SparseEmbeddedLinear(nn.Module):
         check_shape(mask, self.shape)
         self.restore_()
         weight = weight_view(self.base_layer)
-        indices = mask.indices.to(weight.device)
+        # Not the mask's own, which would keep what is worked out to gather its blocks.
+        indices = mask.indices.to(weight.device, copy=True)
         values = gather_blocks(weight, indices, mask.block_size)
         values = values.to(values_dtype(weight))
         self.sylva_values[name] = nn.Parameter(values)
