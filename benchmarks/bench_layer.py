@@ -65,7 +65,7 @@ def main() -> None:
         indices = torch.stack([flat // columns, flat % columns], 1)
         times = interleave(options.repeats, *ways(dy, x, indices, b), clock=clock)
         dense, rows_, cartesian, chosen = (t["min"] for t in times)
-        active = [len(indices[:, i].unique()) for i in (0, 1)]
+        active = len(indices[:, 0].unique()), len(indices[:, 1].unique())
         grid = blocks // columns, columns
         way = cost.choose_way(
             len(indices),

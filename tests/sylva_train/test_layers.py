@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -21,6 +22,7 @@ from sylva_train.layers import (
     sync,
 )
 from sylva_train.masks import LayerMask
+from sylva_train.optimizer import SparseAdamW
 from sylva_train.targets import weight_view
 from tests.sylva_train.models import (
     DTYPES,
@@ -196,6 +198,46 @@ def test_under_autocast_the_gradient_is_float32():
     got = layer.sylva_values["default"].grad
     assert got.dtype == torch.float32
     assert error(got, dense_blocks(base.weight.grad, mask), base.weight.grad) < 0.05
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations that PyTorch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, _types, args=(), kwargs=None):
+        self.names.append(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("change", [torch.no_grad, torch.inference_mode])
+def test_inference_runs_the_base_layers_operations_and_no_other(change):
+    base, layer = make_layer(LayerMask((6, 5), 4, torch.tensor([[0, 1], [1, 0]])))
+    x = random((2, 3, 5))
+    layer(x)
+    with change(), Operations() as of_base:
+        base(x)
+    with change(), Operations() as of_layer:
+        layer(x)
+    assert of_layer.names == of_base.names
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 5)])
+def test_what_is_known_of_a_mask_is_not_worked_out_again_in_each_step(shape):
+    _, layer = make_layer(LayerMask(shape, 4, torch.tensor([[0, 1], [1, 0]])))
+    model, x = nn.Sequential(layer), random((3, shape[1]))
+    optimizer = SparseAdamW(model, lr=0.1)
+    for _ in range(3):
+        with Operations() as noted:
+            model(x).square().sum().backward()
+            optimizer.step()
+        optimizer.zero_grad()
+    made = {"arange", "unique_dim", "_unique2", "nonzero", "index", "index_put_"}
+    assert not made.intersection(noted.names)
+    assert noted.names.count("mm") == 1
+    assert noted.names.count("index_copy_") <= 4
 
 
 def test_nothing_is_kept_for_backward_without_gradients():

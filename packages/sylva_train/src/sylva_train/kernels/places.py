@@ -49,8 +49,11 @@ class Stretch(NamedTuple):
 
     def windows(self, lines: torch.Tensor) -> torch.Tensor:
         """View a contiguous matrix as every run that there could be, overlapping ones too."""
-        count = (lines.numel() - self.length) // self.step + 1
-        return lines.as_strided((count, self.length), (self.step, 1))
+        step, length = self.step, self.length
+        if step == length:
+            return lines.view(-1, length)
+        count = (lines.numel() - length) // step + 1
+        return lines.as_strided((count, length), (step, 1))
 
 
 @dataclass

@@ -115,7 +115,8 @@ def scatter_blocks_(
     On a CPU, pass the same ``indices`` each time, as to `block_sddmm`.
     """
     block_size = blocks.shape[-1]
-    blocks = blocks.to(weight.dtype)
+    if blocks.dtype != weight.dtype:
+        blocks = blocks.to(weight.dtype)
     lines, is_turned = lines_of(weight)
     if lines is not None:
         runs = (blocks.mT if is_turned else blocks).reshape(-1, block_size)
@@ -225,6 +226,11 @@ def from_dense(
     dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int
 ) -> torch.Tensor:
     """Take blocks from the whole product."""
+    tokens, out = dy.shape
+    is_small = out * x.shape[1] <= _PANEL_ELEMENTS or out <= 2 * tokens
+    if is_small and not dy.is_cuda:
+        blocks = gather_lines(wide_product(dy.T, x), indices, block_size)
+        return as_wide(blocks, dy.dtype)
     return from_panels(dy, x, indices, block_size, "dense")
 
 
@@ -249,9 +255,6 @@ def from_panels(
     b, tokens = block_size, dy.shape[0]
     height, width = (-(-side.shape[1] // b) for side in (dy, x))
     rows = max(1, max(_PANEL_ELEMENTS // (width * b), 2 * tokens) // b)
-    if not dy.is_cuda and rows >= height and way == "dense":
-        blocks = gather_lines(wide_product(dy.T, x), indices, b)
-        return as_wide(blocks, dy.dtype)
     runs = find_runs(indices, way, width, b)
     missing = height * b - dy.shape[1], width * b - x.shape[1]
     if dy.is_cuda or rows >= height:

@@ -146,7 +146,8 @@ class SparseEmbeddedLinear(nn.Module):
         check_shape(mask, self.shape)
         self.restore_()
         weight = weight_view(self.base_layer)
-        indices = mask.indices.to(weight.device)
+        # Not the mask's own, which would keep what is worked out to gather its blocks.
+        indices = mask.indices.to(weight.device, copy=True)
         values = gather_blocks(weight, indices, mask.block_size)
         values = values.to(values_dtype(weight))
         self.sylva_values[name] = nn.Parameter(values)
@@ -173,6 +174,12 @@ class SparseEmbeddedLinear(nn.Module):
         weight = self._modules["base_layer"]._parameters["weight"]  # type: ignore[union-attr]
         indices = self._modules["sylva_indices"]._buffers[name]  # type: ignore[union-attr]
         return values, weight, indices  # type: ignore[return-value]
+
+    def values_of(self, name: str) -> torch.Tensor:
+        """Return an adapter's values, as fast as `parts`."""
+        values = self._modules["sylva_values"]._parameters.get(name)  # type: ignore[union-attr]
+        # A replica's are no parameters.
+        return self.sylva_values[name] if values is None else values
 
     def check_indices(self, name: str) -> None:
         """Raise `AdapterError` unless an adapter's indices are blocks of this weight."""
@@ -225,14 +232,11 @@ class SparseEmbeddedLinear(nn.Module):
             return
         if wanted is None:
             return
-        base, values = self.base_layer, self.sylva_values[wanted]
         if self.__dict__.get("_is_replica"):
-            weight: torch.Tensor = base.weight  # type: ignore[assignment]
-            # One pass long: a copy of the weight as it was before the layer's own `sync`.
-            if not shown.is_in(weight):
-                matrix, table = as_matrix(base, weight.detach()), self.sylva_indices
-                scatter_blocks_(matrix, table[wanted], values.detach())
+            self.write_replica(wanted)
             return
+        base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
+        values = self.values_of(wanted)
         with _exchange:
             weight = own_weight(base)
         is_written = wanted == shown.adapter and shown.is_current(values, weight)
@@ -243,6 +247,17 @@ class SparseEmbeddedLinear(nn.Module):
         shown.write(base, weight, wanted, reader.table, values)
         watch(values, self)
         reader.settle(values._version)
+
+    def write_replica(self, name: str) -> None:
+        """Write an adapter's values into the weight of a copy that lives for one pass.
+
+        It may be a copy of the weight as it was before the layer's own `sync`.
+        """
+        weight: torch.Tensor = self.base_layer.weight  # type: ignore[assignment]
+        if not self.shown.is_in(weight):
+            matrix = as_matrix(self.base_layer, weight.detach())
+            table, values = self.sylva_indices[name], self.values_of(name)
+            scatter_blocks_(matrix, table, values.detach())
 
     def is_current(self, name: str) -> bool:
         """Whether neither weight nor values are seen to have changed since the last write.
@@ -294,9 +309,7 @@ class SparseEmbeddedLinear(nn.Module):
         name = self.shown.adapter
         if name is None or not torch.is_grad_enabled():
             return None
-        values = self._modules["sylva_values"]._parameters.get(name)  # type: ignore[union-attr]
-        if values is None:  # a replica's
-            values = self.sylva_values[name]
+        values = self.values_of(name)
         return values if values.requires_grad and values.shape[0] else None
 
     def differentiable(self, values: torch.Tensor) -> torch.Tensor:

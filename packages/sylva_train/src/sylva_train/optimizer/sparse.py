@@ -163,11 +163,15 @@ class SparseAdamW(torch.optim.AdamW):
         self._kernel.update(clip, scale, found_inf)
         if self.decay_towards == "base":
             self.decay_to_base(self._kernel.rest)
-        for layer in self._kernel.rest:
-            if (name := layer.wanted()) is not None:
-                # A fused step does not count as a change of the values.
-                torch.autograd.graph.increment_version(layer.parts(name)[0])
-                layer.sync()
+        rest = [
+            (layer, layer.values_of(name))
+            for layer in self._kernel.rest
+            if (name := layer.wanted()) is not None
+        ]
+        # A fused step does not count as a change of the values.
+        torch.autograd.graph.increment_version([values for _, values in rest])
+        for layer, _ in rest:
+            layer.sync()
         return loss
 
     def clip(self, scale: torch.Tensor | None) -> torch.Tensor | None:
