@@ -280,6 +280,48 @@ def test_weights_in_the_same_memory_are_tied():
         scored(model)
 
 
+def test_a_block_of_layers_may_have_several_names(tmp_path):
+    """As where depth is a loop: what is in one place is in all."""
+
+    def run(model, x):
+        for layer in model.layers:
+            x = x + layer(x)
+        return x
+
+    def make():
+        block = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        return Small(run, layers=nn.ModuleList([block, block])).eval()
+
+    names = ["layers.0.0"]
+    scores = scored(make(), target_modules=names)
+    plain = make()
+    sum(loss(plain, batch) * 0.5 for batch in DATA).backward()
+    gradient = plain.layers[1][0].weight.grad
+    expected = blocked(gradient.abs().double(), 4)
+    torch.testing.assert_close(scores[names[0]].blocks(4), expected, rtol=1e-4, atol=0)
+    masks = random_masks(make(), names, block_size=4)
+    wrapped = peft.get_peft_model(make(), SylvaConfig(masks=masks))
+    for model in (embed(make(), masks), wrapped):
+        sum(loss(model, batch) * 0.5 for batch in DATA).backward()
+        (layer,) = embedded_layers(model).values()
+        torch.testing.assert_close(
+            layer.sylva_values["default"].grad, dense_blocks(gradient, masks[names[0]])
+        )
+        with torch.no_grad():
+            layer.sylva_values["default"].add_(0.1)
+    save_adapter(model, tmp_path / "a")
+    loaded = load_adapter(make(), tmp_path / "a")
+    with torch.no_grad():
+        assert torch.equal(model(DATA[0]["x"]), loaded(DATA[0]["x"]))
+
+
+def test_a_layer_in_two_places_is_tied():
+    model = Small(lambda m, x: m.b(m.a(x)))
+    model.c = nn.Sequential(model.a)
+    with pytest.raises(TargetError, match=r"of `a` is shared with `c\.0\.weight`"):
+        scored(model)
+
+
 def test_running_statistics_are_to_be_kept_with_the_adapter(tmp_path):
     def make():
         model = Small(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(8))
