@@ -280,6 +280,38 @@ def test_weights_in_the_same_memory_are_tied():
         scored(model)
 
 
+def test_hooks_that_change_what_comes_out_are_the_users():
+    model, plain = (Small(lambda m, x: m.b(m.a(x).tanh())) for _ in range(2))
+    for one in (model, plain):
+        one.a.register_forward_hook(lambda _, args, y: y * 2 + args[0])
+        one.b.register_forward_pre_hook(lambda _, args: (args[0] * 3,))
+    sum(loss(plain, batch) * 0.5 for batch in DATA).backward()
+    for name, found in scored(model).items():
+        gradient = plain.get_submodule(name).weight.grad.abs().double()
+        torch.testing.assert_close(
+            found.blocks(4), blocked(gradient, 4), rtol=1e-4, atol=1e-7
+        )
+
+
+def test_a_layer_with_a_forward_pass_put_in_takes_no_rule_of_products():
+    model = Small(lambda m, x: m.b(m.a(x)))
+    model.a.forward = lambda x: F.linear(x, model.a.weight).tanh()
+    with pytest.raises(
+        TargetError, match="`a`, a Linear, has a forward pass of its own"
+    ):
+        scored(model)
+    assert set(scored(model, importance="magnitude")) == {"a", "b", "head"}
+
+
+def test_models_of_images_and_text_predict_the_next_token():
+    model = nn.Module()
+    model.__class__ = type("LlavaForConditionalGeneration", (nn.Module,), {})
+    batch = {"labels": torch.tensor([[1, 2, 3], [1, 2, -100]])}
+    assert loss_units(model, batch) == 3
+    model.config = tf.T5Config()
+    assert loss_units(model, batch) == 5
+
+
 def test_a_block_of_layers_may_have_several_names(tmp_path):
     """As where depth is a loop: what is in one place is in all."""
 

@@ -225,8 +225,11 @@ class Collector:
                 module.register_forward_pre_hook(self.before, with_kwargs=True)
             )
             if name in self.names:
+                # Before hooks of others, which may change what comes out.
                 handles.append(
-                    module.register_forward_hook(self.hook(name), with_kwargs=True)
+                    module.register_forward_hook(
+                        self.hook(name), with_kwargs=True, prepend=True
+                    )
                 )
         try:
             yield
