@@ -146,9 +146,11 @@ def test_no_token_that_has_a_gradient_is_taken_for_padding(name):
         )
 
 
-@pytest.mark.parametrize("name", ["cross_attn.key_proj", "encoder_attn.v_proj"])
+@pytest.mark.parametrize(
+    "name", ["cross_attn.key_proj", "encoder_attn.v_proj", "crossattention.c_attn"]
+)
 def test_keys_of_cross_attention_are_the_encoders(name):
-    """By what they are called in ProphetNet and in BART."""
+    """By what they are called in ProphetNet, in BART and in a GPT-2 with an encoder."""
     collector = Collector({}, SylvaConfig(), frozenset())
     mask = torch.tensor([[1, 1, 0]])
     batch = {"attention_mask": mask, "labels": torch.tensor([[1, -100, -100]])}

@@ -38,7 +38,7 @@ LARGEST_STACK = 1 << 24
 #: Cross-attention layers that see the encoder's tokens from inside a decoder.
 ENCODER_SIDE = re.compile(
     r".*(encdecattention|encoder_attn|cross_?attn|cross_?attention)"
-    r".*(\bk|\bv|k_proj|v_proj|key|value)(_proj)?",
+    r".*(\bk|\bv|k_proj|v_proj|key|value|c_attn)(_proj)?",  # c_attn: GPT-2's, of both
     re.IGNORECASE,
 )
 
