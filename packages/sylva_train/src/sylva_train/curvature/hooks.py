@@ -204,15 +204,13 @@ class Collector:
                 return x.unflatten(0, shape)  # type: ignore[no-any-return]
         if self.samples == 1:
             return x[None]
-        if len(x) == 1 and x.dim() > 2:
-            return x
         time_first = x.dim() > 2 and x.shape[1] == self.samples
         windows = x.dim() > 2 and not len(x) % self.samples
         if time_first and (not windows or (self.samples, len(x)) in self.parts):
             return x.transpose(0, 1)
         if windows and not time_first:
             return x.unflatten(0, (self.samples, -1))  # type: ignore[no-any-return]
-        return None
+        return x if len(x) == 1 and x.dim() > 2 else None
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
