@@ -146,9 +146,11 @@ def test_no_token_that_has_a_gradient_is_taken_for_padding(name):
         )
 
 
-@pytest.mark.parametrize("name", ["cross_attn.key_proj", "encoder_attn.v_proj"])
+@pytest.mark.parametrize(
+    "name", ["cross_attn.key_proj", "encoder_attn.v_proj", "crossattention.c_attn"]
+)
 def test_keys_of_cross_attention_are_the_encoders(name):
-    """By what they are called in ProphetNet and in BART."""
+    """By what they are called in ProphetNet, in BART and in a GPT-2 with an encoder."""
     collector = Collector({}, SylvaConfig(), frozenset())
     mask = torch.tensor([[1, 1, 0]])
     batch = {"attention_mask": mask, "labels": torch.tensor([[1, -100, -100]])}
@@ -277,6 +279,80 @@ def test_weights_in_the_same_memory_are_tied():
     model = Small(lambda m, x: m.b(m.a(x)))
     model.b.weight.data = model.a.weight.data
     with pytest.raises(TargetError, match="shared with"):
+        scored(model)
+
+
+def test_hooks_that_change_what_comes_out_are_the_users():
+    model, plain = (Small(lambda m, x: m.b(m.a(x).tanh())) for _ in range(2))
+    for one in (model, plain):
+        one.a.register_forward_hook(lambda _, args, y: y * 2 + args[0])
+        one.b.register_forward_pre_hook(lambda _, args: (args[0] * 3,))
+    sum(loss(plain, batch) * 0.5 for batch in DATA).backward()
+    for name, found in scored(model).items():
+        gradient = plain.get_submodule(name).weight.grad.abs().double()
+        torch.testing.assert_close(
+            found.blocks(4), blocked(gradient, 4), rtol=1e-4, atol=1e-7
+        )
+
+
+def test_a_layer_with_a_forward_pass_put_in_takes_no_rule_of_products():
+    model = Small(lambda m, x: m.b(m.a(x)))
+    model.a.forward = lambda x: F.linear(x, model.a.weight).tanh()
+    with pytest.raises(
+        TargetError, match="`a`, a Linear, has a forward pass of its own"
+    ):
+        scored(model)
+    assert set(scored(model, importance="magnitude")) == {"a", "b", "head"}
+
+
+def test_models_of_images_and_text_predict_the_next_token():
+    model = nn.Module()
+    model.__class__ = type("LlavaForConditionalGeneration", (nn.Module,), {})
+    batch = {"labels": torch.tensor([[1, 2, 3], [1, 2, -100]])}
+    assert loss_units(model, batch) == 3
+    model.config = tf.T5Config()
+    assert loss_units(model, batch) == 5
+
+
+def test_a_block_of_layers_may_have_several_names(tmp_path):
+    """As where depth is a loop: what is in one place is in all."""
+
+    def run(model, x):
+        for layer in model.layers:
+            x = x + layer(x)
+        return x
+
+    def make():
+        block = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        return Small(run, layers=nn.ModuleList([block, block])).eval()
+
+    names = ["layers.0.0"]
+    scores = scored(make(), target_modules=names)
+    plain = make()
+    sum(loss(plain, batch) * 0.5 for batch in DATA).backward()
+    gradient = plain.layers[1][0].weight.grad
+    expected = blocked(gradient.abs().double(), 4)
+    torch.testing.assert_close(scores[names[0]].blocks(4), expected, rtol=1e-4, atol=0)
+    masks = random_masks(make(), names, block_size=4)
+    wrapped = peft.get_peft_model(make(), SylvaConfig(masks=masks))
+    for model in (embed(make(), masks), wrapped):
+        sum(loss(model, batch) * 0.5 for batch in DATA).backward()
+        (layer,) = embedded_layers(model).values()
+        torch.testing.assert_close(
+            layer.sylva_values["default"].grad, dense_blocks(gradient, masks[names[0]])
+        )
+        with torch.no_grad():
+            layer.sylva_values["default"].add_(0.1)
+    save_adapter(model, tmp_path / "a")
+    loaded = load_adapter(make(), tmp_path / "a")
+    with torch.no_grad():
+        assert torch.equal(model(DATA[0]["x"]), loaded(DATA[0]["x"]))
+
+
+def test_a_layer_in_two_places_is_tied():
+    model = Small(lambda m, x: m.b(m.a(x)))
+    model.c = nn.Sequential(model.a)
+    with pytest.raises(TargetError, match=r"of `a` is shared with `c\.0\.weight`"):
         scored(model)
 
 

@@ -52,6 +52,8 @@ class Calls(nn.Module):
             x = self.first(x.flatten(0, 1)).unflatten(0, (samples, length)).tanh()
         elif self.way == "time first":
             x = self.first(x.transpose(0, 1)).transpose(0, 1).tanh()
+        elif self.way == "one time":  # Longformer's global tokens
+            x = x + self.first(x[:, :1].transpose(0, 1)).transpose(0, 1).tanh()
         elif self.way == "in windows":
             windows = torch.stack([x, 2 * x], 1).flatten(0, 1)
             x = self.first(windows).tanh().unflatten(0, (samples, 2)).sum(1)
@@ -128,7 +130,7 @@ def check(model, batches, of):
     "way",
     [
         "again", "again, of parts", "again, recomputed", "in a row", "time first",
-        "in windows", "then in place",
+        "one time", "in windows", "then in place",
     ],
 )  # fmt: skip
 def test_layers_are_scored_however_they_are_called(way):

@@ -135,6 +135,12 @@ def test_what_cannot_be_split_or_joined_is_refused(tmp_path):
         sylva.split_experts(tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER)))
     with pytest.raises(TargetError, match="nothing to join"):
         sylva.join_experts(mixture(split=False))
+    packed = mixture(split=False)
+    for layer in packed.model.layers:
+        stack = layer.mlp.experts.down_proj
+        layer.mlp.experts.down_proj = torch.nn.Parameter(stack.to(torch.float8_e4m3fn))
+    with pytest.raises(TargetError, match="nothing to split"):
+        sylva.split_experts(packed)
     parallel = mixture(split=False)
     parallel.model.layers[1].mlp.experts._is_expert_parallel = True
     with pytest.raises(

@@ -73,8 +73,15 @@ def class_name(model: nn.Module) -> str:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether a model predicts each token from those before it, as its class's name says."""
-    return class_name(model).endswith(("ForCausalLM", "LMHeadModel"))
+    """Whether a model predicts each token from those before it, as its class's name says.
+
+    Those that read images as well are called as encoder-decoders are.
+    """
+    name = class_name(model)
+    with_images = name.endswith("ForConditionalGeneration")
+    return name.endswith(("ForCausalLM", "LMHeadModel")) or (
+        with_images and not is_encoder_decoder(model)
+    )
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

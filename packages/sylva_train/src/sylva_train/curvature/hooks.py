@@ -38,7 +38,7 @@ LARGEST_STACK = 1 << 24
 #: Cross-attention layers that see the encoder's tokens from inside a decoder.
 ENCODER_SIDE = re.compile(
     r".*(encdecattention|encoder_attn|cross_?attn|cross_?attention)"
-    r".*(\bk|\bv|k_proj|v_proj|key|value)(_proj)?",
+    r".*(\bk|\bv|k_proj|v_proj|key|value|c_attn)(_proj)?",  # c_attn: GPT-2's, of both
     re.IGNORECASE,
 )
 
@@ -204,15 +204,13 @@ class Collector:
                 return x.unflatten(0, shape)  # type: ignore[no-any-return]
         if self.samples == 1:
             return x[None]
-        if len(x) == 1 and x.dim() > 2:
-            return x
         time_first = x.dim() > 2 and x.shape[1] == self.samples
         windows = x.dim() > 2 and not len(x) % self.samples
         if time_first and (not windows or (self.samples, len(x)) in self.parts):
             return x.transpose(0, 1)
         if windows and not time_first:
             return x.unflatten(0, (self.samples, -1))  # type: ignore[no-any-return]
-        return None
+        return x if len(x) == 1 and x.dim() > 2 else None
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -225,8 +223,11 @@ class Collector:
                 module.register_forward_pre_hook(self.before, with_kwargs=True)
             )
             if name in self.names:
+                # Before hooks of others, which may change what comes out.
                 handles.append(
-                    module.register_forward_hook(self.hook(name), with_kwargs=True)
+                    module.register_forward_hook(
+                        self.hook(name), with_kwargs=True, prepend=True
+                    )
                 )
         try:
             yield

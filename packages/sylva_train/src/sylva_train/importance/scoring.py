@@ -24,6 +24,7 @@ from sylva_train.targets import (
     check_block_size,
     check_weights,
     find_targets,
+    is_patched,
     is_plain,
     loaded_weight,
     warn_of_others,
@@ -183,7 +184,11 @@ def checked_targets(model: nn.Module, config: SylvaConfig) -> dict[str, nn.Modul
 
 def check_products(targets: Mapping[str, nn.Module], rule: str) -> None:
     """Raise `TargetError` if a layer computes more than the product a rule goes by."""
-    odd = [name for name, module in targets.items() if not is_plain(module)]
+    odd = [
+        name
+        for name, module in targets.items()
+        if not is_plain(module) or is_patched(module)
+    ]
     if odd:
         msg = (
             f"`{odd[0]}`, a {type(targets[odd[0]]).__name__}, has a forward pass of its own,"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sylva_train.kernels import block_sddmm, gather_blocks
-from sylva_train.targets import is_plain
+from sylva_train.targets import is_patched, is_plain
 
 from .storage import check_shown, is_hooked
 
@@ -51,10 +51,9 @@ def is_product(layer: nn.Module) -> bool:
     A subclass may compute something else, and hooks may change what goes in, what comes
     out or the gradient that comes back.
     """
-    own = "forward" in layer.__dict__
     return (
         is_plain(layer)
-        and (not own or hasattr(layer, "_hf_hook"))  # accelerate's moves tensors only
+        and not is_patched(layer)
         and not layer._forward_pre_hooks
         and not layer._forward_hooks
         and not layer._backward_pre_hooks

@@ -16,6 +16,7 @@ from .inputs import first_reader, input_owners, is_same, layer_input, shared_inp
 from .weights import (
     as_matrix,
     check_weights,
+    is_patched,
     is_plain,
     is_supported,
     loaded_weight,
@@ -35,6 +36,7 @@ __all__ = [
     "first_reader",
     "input_owners",
     "is_inside",
+    "is_patched",
     "is_plain",
     "is_same",
     "is_supported",

@@ -30,7 +30,14 @@ def is_stacked(module: nn.Module) -> bool:
     if not all(hasattr(module, mark) for mark in marks):
         return False
     weights = [module._parameters.get(name) for name in stacks(module)]
-    return all(weight is not None and weight.dim() == 3 for weight in weights)
+    # Of 8 bits they have scales beside them.
+    return all(
+        w is not None
+        and w.dim() == 3
+        and w.is_floating_point()
+        and w.element_size() > 1
+        for w in weights
+    )
 
 
 def stacked_experts(model: nn.Module) -> list[str]:

@@ -65,12 +65,24 @@ def head_names(model: nn.Module) -> set[str]:
 
 
 def tied_weights(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the parameters that are in each place of the memory."""
+    """Names of the parameters that are in each place of the memory.
+
+    Those of a block of layers that a model has under several names, as Zamba's shared
+    attention, count once: what is put in the place of one of its layers is in all.
+    """
     places: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        # On the meta device all are at 0.
-        place = parameter.data_ptr() or id(parameter)
-        places.setdefault(place, []).append(name)
+    slots = [("", model)]
+    for name, holder in model.named_modules():  # each module once
+        start = f"{name}." if name else ""
+        slots += [
+            (start + child, m) for child, m in holder._modules.items() if m is not None
+        ]
+    for name, module in slots:
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                # On the meta device all are at 0.
+                place = parameter.data_ptr() or id(parameter)
+                places.setdefault(place, []).append(f"{name}.{own}" if name else own)
     return places
 
 
@@ -83,8 +95,8 @@ def check_tied(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> N
         msg = (
             f"the weight of `{name}` is shared with {', '.join(f'`{s}`' for s in sharers)}"
             " (tied weights): training blocks of it would silently change both. Leave the"
-            " layer out of `target_modules`, or untie it first"
-            " (`config.tie_word_embeddings=False`)."
+            " layer out of `target_modules`, or untie it first (an output embedding by"
+            " `config.tie_word_embeddings=False`)."
         )
         raise TargetError(msg)
 

@@ -13,6 +13,7 @@ from sylva_train._checks import TargetError
 __all__ = [
     "as_matrix",
     "check_weights",
+    "is_patched",
     "is_plain",
     "is_supported",
     "loaded_weight",
@@ -50,6 +51,12 @@ def is_plain(module: nn.Module) -> bool:
     """Whether a linear layer's class computes a product alone, and not a router's choice."""
     kind = type(module)
     return kind.forward in PRODUCTS or kind.__name__ in PRODUCT_CLASSES
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a module was given a forward pass that is not its class's."""
+    # accelerate's moves tensors only.
+    return "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
 
 
 def as_matrix(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
