@@ -180,6 +180,30 @@ def test_inspect_knows_what_it_sees(home, name, words):
     assert json.loads(sylva("inspect", home / name, "--json").stdout)
 
 
+def test_inspect_holds_scores_and_masks_against_others(home, tmp_path):
+    scores, run = home / "scores.safetensors", home / "run"
+    options = ["--importance", "random", "--block-size", 8, "--quiet"]
+    sylva("score", tmp_path / "random.safetensors", *source(home), *options)
+    shown = sylva("inspect", tmp_path / "random.safetensors", "--against", scores)
+    assert "Spearman" in shown.stdout
+    assert "by chance" in shown.stdout
+    same = sylva("inspect", run, "--against", scores, "--json").stdout
+    assert json.loads(same)["least"]["score_share"] == pytest.approx(1.0)
+    shown = sylva("inspect", run, "--against", run / "masks.safetensors").stdout
+    assert "100.0% are the same" in shown
+    again = sylva("inspect", scores, "--density", 0.5, "--block-size", 16, "--json")
+    about = json.loads(again.stdout)
+    assert (about["density"], about["block_size"]) == (0.5, 16)
+
+
+def test_inspect_refuses_what_has_no_blocks(home):
+    scores = home / "scores.safetensors"
+    refused = sylva("inspect", scores, "--against", home / "run/adapter", code=2)
+    assert "neither scores nor masks" in told(refused)
+    refused = sylva("inspect", home / "run", "--density", 0.5, code=2)
+    assert "to look at scores with" in told(refused)
+
+
 def test_inspect_says_what_it_knows(home):
     message = told(sylva("inspect", home / "model", code=2))
     assert "is none of these" in message

@@ -365,6 +365,13 @@ FLAGS: dict[str, Flag] = {
         "Choose blocks by these: a file of sylva score.",
         metavar="FILE",
     ),
+    "against": flag(
+        Path | None,
+        COMPARISON,
+        "Scores or masks to hold it against, or the folder of a fine-tuning: how far the"
+        " two agree.",
+        metavar="FILE|DIR",
+    ),
     "split": flag(
         str | None, TASK, "Split of the data, where it has splits.", metavar="SPLIT"
     ),

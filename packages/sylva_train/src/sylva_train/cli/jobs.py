@@ -49,7 +49,7 @@ def score(
       sylva score scores.safetensors --model ./bert --data train.csv
     """
     from sylva_train.config import SylvaConfig
-    from sylva_train.workflow import score_file
+    from sylva_train.workflow import describe_scores, score_file
 
     from . import show
 
@@ -67,7 +67,7 @@ def score(
         )
     if not speaks:
         return
-    show.scores(scores, sylva.density, sylva.block_size)
+    show.scores(describe_scores(scores, sylva.density, sylva.block_size))
     again = shlex.join(["--scores", str(output), *given(task), *given(sylva)])
     printing.written({"scores": output}, f"sylva finetune RUN {again}")
 
@@ -263,22 +263,36 @@ def merge(
 
 
 @command(path="What to look into.")
-def inspect_command(path: Path, json: bool = False) -> None:
+def inspect_command(
+    path: Path,
+    against: Path | None = None,
+    density: float | None = None,
+    block_size: int | None = None,
+    json: bool = False,
+) -> None:
     """Show what is in a run, an adapter, masks, scores or results.
 
-    Files are read and verified; no model is needed.
+    Files are read and verified; no model is needed. With --against, how far scores or
+    masks agree with others, layer by layer, taking those for right: the rank correlation
+    of the blocks' scores, which of the best blocks are the same, and how much of the
+    score they have.
 
     Examples
     --------
       sylva inspect runs/rating
       sylva inspect runs/rating/adapter
-      sylva inspect scores.safetensors
+      sylva inspect scores.safetensors --density 0.01
+      sylva inspect scores.safetensors --against exact.safetensors
+      sylva inspect runs/mine --against runs/random --json
     """
     from sylva_train.workflow import kind_of
 
     from . import show
 
-    show.inspect(path, kind_of(path), as_json=json)
+    if against is None:
+        show.inspect(path, kind_of(path), density, block_size, as_json=json)
+    else:
+        show.agreement(path, against, density, block_size, as_json=json)
 
 
 @command(name="A configuration, to print it.")

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sylva_train._checks import ConfigError
 from sylva_train.comparison import load_results
 from sylva_train.config import KRONECKER, TaskConfig
 from sylva_train.evaluation import key_of
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
+from sylva_train.overlaps import agreement as compared
 from sylva_train.report import headline, summary_table
 from sylva_train.tuner import inspect_adapter
 from sylva_train.workflow import (
@@ -18,6 +20,7 @@ from sylva_train.workflow import (
     describe_scores,
     duration,
     evaluated_on,
+    load_choice,
     read_run,
 )
 
@@ -35,6 +38,7 @@ from .printing import (
 )
 
 __all__ = [
+    "agreement",
     "comparison",
     "diagnosis",
     "inspect",
@@ -73,10 +77,9 @@ def shortened(names: Sequence[str]) -> tuple[str, list[str]]:
     return title, [".".join(name.split(".")[common:]) for name in names]
 
 
-def scores(found: Scores, density: float = 0.05, block_size: int | None = None) -> None:
+def scores(about: Mapping[str, Any]) -> None:
     """Print how the importance of each layer is spread over its blocks."""
-    about = describe_scores(found, density, block_size)
-    side = about["block_size"]
+    side, density = about["block_size"], about["density"]
     title, names = shortened(list(about["layers"]))
     rows = [
         (
@@ -245,8 +248,83 @@ def plain(value: Any) -> Any:
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def inspect(path: Path, kind: str, *, as_json: bool = False) -> None:
-    """Print what is at a path of a kind that `kind_of` knows."""
+def agreement(
+    path: Path,
+    against: Path,
+    density: float | None,
+    block_size: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Print how far scores or masks agree with others."""
+    reference, other = load_choice(against), load_choice(path)
+    found = compared(reference, other, density, block_size)
+    if as_json:
+        as_text({"path": str(path), "against": str(against)} | found)
+        return
+    facts({str(path): other, "against": reference})
+    title, names = shortened(list(found["layers"]))
+
+    def cells(layer: Mapping[str, Any]) -> list[str]:
+        rank, overlap, share = (
+            layer[name] for name in ("spearman", "overlap", "score_share")
+        )
+        return [
+            "-" if rank is None else f"{rank:.3f}",
+            "-" if overlap is None else f"{overlap:.1%}",
+            "-" if share is None else f"{share:.1%}",
+        ]
+
+    rows = [
+        [name, shape_text(layer["shape"]), f"{layer['blocks']:,}", *cells(layer)]
+        for name, layer in zip(names, found["layers"].values(), strict=True)
+    ]
+    columns = (title, "shape", "blocks", "Spearman", "overlap", "of score")
+    grid = table(columns, rows)
+    grid.add_section()
+    for name in ("least", "median"):
+        grid.add_row(name, "", "", *cells(found[name]), style="bold")
+    out().print(grid)
+    side, share = found["block_size"], found["density"]
+    which = "the masks'" if share is None else f"the best {share:.3g} of each layer's"
+    prose(
+        f"Blocks of {side} × {side} weights, {which}. 'overlap': the part of those of"
+        f" {against} that are here too. 'of score': what the blocks here have of the"
+        " score there, over what the best have."
+    )
+    if found["overlap"] is not None:
+        prose(
+            f"Of all layers' blocks together {found['overlap']:.1%} are the same; by"
+            f" chance {found['chance']:.1%} would be."
+        )
+    for where, alone in (
+        (against, found["only_reference"]),
+        (path, found["only_other"]),
+    ):
+        if alone:
+            prose(f"Only in {where}: {', '.join(alone)}.")
+
+
+def inspect(
+    path: Path,
+    kind: str,
+    density: float | None = None,
+    block_size: int | None = None,
+    *,
+    as_json: bool = False,
+) -> None:
+    """Print what is at a path of a kind that `kind_of` knows.
+
+    Raises
+    ------
+    ConfigError
+        If ``density`` or ``block_size`` is given for something else than scores.
+    """
+    if kind != "scores" and (density, block_size) != (None, None):
+        msg = (
+            f"`density` and `block_size` are to look at scores with; `{path}` has none."
+        )
+        raise ConfigError(msg)
     if kind == "adapter":
         as_text(inspect_adapter(path)) if as_json else adapter(path)
     elif kind == "run":
@@ -258,12 +336,13 @@ def inspect(path: Path, kind: str, *, as_json: bool = False) -> None:
         found = Masks.load(path)
         as_text(describe_masks(found)) if as_json else masks(found)
     elif kind == "scores":
-        loaded = Scores.load(path)
+        share = 0.05 if density is None else density
+        about = describe_scores(Scores.load(path), share, block_size)
         if as_json:
-            as_text(describe_scores(loaded))
+            as_text(about)
         else:
-            facts({name: plain(value) for name, value in loaded.metadata.items()})
-            scores(loaded)
+            facts({name: plain(value) for name, value in about["metadata"].items()})
+            scores(about)
     else:
         file = path / "results.json" if path.is_dir() else path
         results = load_results(file)

@@ -9,7 +9,7 @@ from sylva_train.progress import duration
 
 from .diagnosis import diagnose
 from .finetuning import finetune
-from .inspection import describe_masks, describe_scores, kind_of
+from .inspection import describe_masks, describe_scores, kind_of, load_choice
 from .outputs import check_folder, differences
 from .prediction import predict, predict_file
 from .runs import (
@@ -44,6 +44,7 @@ __all__ = [
     "finetune",
     "heads",
     "kind_of",
+    "load_choice",
     "load_folder",
     "load_task",
     "located",

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sylva_train._checks import AdapterError, ConfigError
+from sylva_train._checks import AdapterError, ConfigError, check_density, check_integer
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
+from sylva_train.overlaps import usual_block_size
 
-__all__ = ["describe_masks", "describe_scores", "kind_of"]
+__all__ = ["describe_masks", "describe_scores", "kind_of", "load_choice"]
 
 #: The file that tells what a folder is, in the order in which they are looked for.
 FOLDERS = {
@@ -80,6 +81,30 @@ def format_of(path: Path) -> str:
     return found if isinstance(found, str) else ""
 
 
+def load_choice(path: str | os.PathLike[str]) -> Scores | Masks:
+    """Read scores or masks, of a fine-tuning those that it trained.
+
+    Raises
+    ------
+    ConfigError
+        If there is something else, or nothing.
+    AdapterError
+        If the file is damaged or was changed.
+    """
+    kind = kind_of(path)
+    if kind == "scores":
+        return Scores.load(path)
+    if kind == "masks":
+        return Masks.load(path)
+    if kind == "run" and (Path(path) / "masks.safetensors").is_file():
+        return Masks.load(Path(path) / "masks.safetensors")
+    msg = (
+        f"`{path}` has neither scores nor masks to compare: give a file of them, or the"
+        " folder of a fine-tuning that has chosen its blocks."
+    )
+    raise ConfigError(msg)
+
+
 def describe_masks(masks: Masks) -> dict[str, Any]:
     """Return what masks hold, as JSON.
 
@@ -120,7 +145,7 @@ def describe_scores(
     density : float
         Fraction of the blocks whose share of the scores is told.
     block_size : int, optional
-        Side of a block; by default that of the scores, or 32 if it fits.
+        Side of a block; by default 32, or what the scores can be summed over.
 
     Returns
     -------
@@ -129,11 +154,16 @@ def describe_scores(
         number of ``blocks``, ``top_share``, the part of the layer's score that the best
         blocks have, and ``effective``, the exponential of the entropy of the scores over
         the number of blocks: 1 if all are alike, the less the more a few stand out.
+
+    Raises
+    ------
+    ConfigError
+        If an option cannot be used, or the scores cannot be summed over such blocks.
     """
+    check_density(density)
     if block_size is None:
-        unit = max((layer.unit for layer in scores.values()), default=1)
-        side = min((min(layer.shape) for layer in scores.values()), default=1)
-        block_size = unit if unit > 1 else min(32, side)
+        block_size = usual_block_size(scores.values())
+    check_integer("block_size", block_size, 1)
     layers = {}
     for name, layer in scores.items():
         # Truncated HODLR factors make scores that are below zero.
