@@ -41,7 +41,7 @@ def score(
 
     Writes the scores, for `sylva finetune --scores`, and shows how the importance of each
     layer is spread over its blocks. Interrupted scoring goes on with --resume, to the
-    same scores.
+    same scores; finished scores of the same options are shown again.
 
     Examples
     --------

@@ -104,7 +104,7 @@ def scores(about: Mapping[str, Any]) -> None:
 def masks(found: Masks) -> None:
     """Print the blocks of each layer."""
     about = describe_masks(found)
-    facts({name: plain(value) for name, value in about["metadata"].items()})
+    provenance(about)
     layer_table(about)
 
 
@@ -243,6 +243,12 @@ def diagnosis(found: Mapping[str, Any], *, as_json: bool) -> None:
         say("Everything that is there works.")
 
 
+def provenance(about: Mapping[str, Any]) -> None:
+    """Print where scores or masks come from, without all that they were asked for with."""
+    metadata = about["metadata"].items()
+    facts({n: plain(value) for n, value in metadata if not isinstance(value, dict)})
+
+
 def plain(value: Any) -> Any:
     """Print a list as words."""
     return ", ".join(map(str, value)) if isinstance(value, list) else value
@@ -341,7 +347,7 @@ def inspect(
         if as_json:
             as_text(about)
         else:
-            facts({name: plain(value) for name, value in about["metadata"].items()})
+            provenance(about)
             scores(about)
     else:
         file = path / "results.json" if path.is_dir() else path

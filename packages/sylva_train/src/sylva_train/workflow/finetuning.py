@@ -33,26 +33,17 @@ from sylva_train.tuner import save_adapter
 
 from .outputs import check_folder, differences, occupied
 from .runs import FORMAT, RECORD, read_run
-from .scoring import check_targets, score_task
+from .scoring import SELECTION, check_targets, score_task, sylva_options
 from .task import Task, heads, load_task, located
 
 __all__ = ["finetune"]
 
 MASKS = "masks.safetensors"
-#: Options that say which blocks to choose by given scores.
-SELECTION = {"density", "block_size", "scope", "allocation", "spread", "max_columns"}
 #: Options that say how to choose blocks, which masks bring with them.
 CHOICE = SELECTION | {
     "importance", "curvature", "levels", "rank", "exact_below", "samples", "tokens",
     "damping", "seed",
 }  # fmt: skip
-
-
-def sylva_options(config: SylvaConfig) -> dict[str, Any]:
-    """Return Sylva's own options, without PEFT's and the facts of an adapter."""
-    names = [field.name for field in dataclasses.fields(SylvaOptions)]
-    # The budgets of a machine's memory change nothing in a run.
-    return {n: getattr(config, n) for n in names if not n.endswith("_budget")}
 
 
 def run_record(
