@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
+from sylva_train.importance import Scores
 from tests.sylva_train.jobs import (
     SHORT,
     SMALL,
@@ -328,3 +329,13 @@ def test_finished_scores_are_not_made_again(home, tmp_path):
         assert "finished scores, but of other options" in refused
     shutil.copy(home / "run/masks.safetensors", output)
     assert "not a score file" in told(sylva(*command, "--resume", code=1))
+
+
+def test_scoring_that_was_to_replace_a_file_goes_on_with_resume_alone(home, tmp_path):
+    output = tmp_path / "s.safetensors"
+    sylva("score", output, *source(home), *SMALL)
+    Path(f"{output}.unfinished").mkdir()  # of a command with --overwrite
+    other = ["score", output, *source(home), *SMALL, "--block-size", 16]
+    sylva(*other, "--resume")
+    assert Scores.load(output).metadata["asked"]["sylva"]["block_size"] == 16
+    assert not Path(f"{output}.unfinished").exists()

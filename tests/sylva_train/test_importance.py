@@ -196,6 +196,13 @@ def test_nan_while_scoring_is_refused(where):
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_a_batch_without_a_label_that_counts_is_told_as_such():
+    data = batches()
+    data[1]["labels"][:] = -100
+    with pytest.raises(NonFiniteError, match=r"batch 2 .* no label in it counts"):
+        score(bert(), data, config())
+
+
 def test_nan_weights_are_refused_by_rules_without_data():
     model = bert()
     with torch.no_grad():

@@ -238,8 +238,16 @@ class Curvatures(Mapping[str, LayerCurvature]):
             raise ConfigError(msg)
         number = float(value.detach())
         if not math.isfinite(number):
+            why = (
+                ""
+                if loss_units(self.model, batch)
+                else (
+                    " no label in it counts, all are -100: leave such samples out, or cut"
+                    " texts less short;"
+                )
+            )
             msg = (
-                f"the loss is {number} in batch {step} while scoring;"
+                f"the loss is {number} in batch {step} while scoring;{why}"
                 f"{damage(self.model)} check the data, and score in float32 or bfloat16"
                 " rather than float16."
             )

@@ -200,12 +200,14 @@ def score_file(
     task_config = located(task_config)
     wanted = asked(task_config, config, seed)
     with together():
-        if resume and not overwrite and not unfinished.exists():
+        begun = unfinished.exists()
+        if resume and not overwrite and not begun:
             done = finished(Path(output), wanted)
             if done is not None:
                 return done
-        check_file(output, overwrite=overwrite)
-        stale = unfinished.exists() and not resume
+        # What was begun may replace a file, or it would not have been begun.
+        check_file(output, overwrite=overwrite or (resume and begun))
+        stale = begun and not resume
         if stale and not overwrite:
             msg = (
                 f"`{unfinished}` has scoring that was interrupted: go on with it"
