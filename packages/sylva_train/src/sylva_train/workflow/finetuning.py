@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sylva_train._checks import (
     write_text,
 )
 from sylva_train.checkpoint import checkpoints
-from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
+from sylva_train.config import SylvaConfig, SylvaOptions, TaskConfig, TrainingConfig
 from sylva_train.data import Loader
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
@@ -97,7 +98,8 @@ def finetune(
     output : path
         Folder of the run.
     masks, scores : Masks, Scores, optional
-        Chosen or scored before; nothing is scored then.
+        Chosen or scored before; nothing is scored then, and the options that they were
+        made with take the place of ``config``'s.
     resume : bool
         Go on with an interrupted run in ``output``, to the identical weights; begin it
         where there is none.
@@ -216,13 +218,34 @@ def begin(
 
 
 def chosen(config: SylvaConfig, given: Masks | Scores) -> SylvaConfig:
-    """Return the options with those that masks or scores were made with."""
+    """Return the options with those that masks or scores were made with.
+
+    Warns
+    -----
+    UserWarning
+        If others were asked for, which then do not count.
+    """
     names = [name for name in CHOICE if given.metadata.get(name) is not None]
     if isinstance(given, Scores):
         names = [n for n in names if n not in SELECTION]
     known = {name: given.metadata[name] for name in names}
     # Rules that need no data have seen no sample.
     known["samples"] = known.get("samples") or config.samples
+    usual = {field.name: field.default for field in dataclasses.fields(SylvaOptions)}
+    # The seed is of more than the choice, and there may be fewer samples than asked for.
+    differ = [
+        f"`{name}` is {value!r} there and {getattr(config, name)!r} here"
+        for name, value in known.items()
+        if name not in {"samples", "seed"}
+        and getattr(config, name) not in (value, usual[name])
+    ]
+    if differ:
+        what = "scores" if isinstance(given, Scores) else "masks"
+        msg = (
+            f"the {what} were made with other options, which count: {'; '.join(differ)}."
+            f" Leave these out, or make {what} with them."
+        )
+        warnings.warn(msg, stacklevel=3)
     return dataclasses.replace(config, **known)
 
 
