@@ -108,6 +108,9 @@ FLAGS: dict[str, Flag] = {
         " data.",
         metavar="SPLIT",
     ),
+    "split": flag(
+        str | None, TASK, "Split of the data, where it has splits.", metavar="SPLIT"
+    ),
     "text_column": flag(
         str | None,
         TASK,
@@ -371,9 +374,6 @@ FLAGS: dict[str, Flag] = {
         "Scores or masks to hold it against, or the folder of a fine-tuning: how far the"
         " two agree.",
         metavar="FILE|DIR",
-    ),
-    "split": flag(
-        str | None, TASK, "Split of the data, where it has splits.", metavar="SPLIT"
     ),
     "report_only": flag(
         bool, OUTPUT, "Only write report and table of finished runs.", "--report-only"

@@ -15,7 +15,7 @@ from sylva_train.options import GENERATION, SylvaOptions, TaskConfig, TrainingCo
 
 from . import printing
 from .frame import command
-from .options import column, columns, given
+from .options import EvaluationChanges, RowChanges, given
 from .processes import joined
 
 EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric", *GENERATION}
@@ -124,18 +124,9 @@ def finetune_command(
 @command(run="Folder of a fine-tuning.")
 def evaluate(
     run: Path,
+    changes: EvaluationChanges,
     data: str | None = None,
     split: str | None = None,
-    text_column: str | None = None,
-    label_column: str | None = None,
-    target_column: str | None = None,
-    eval_limit: int | None = None,
-    max_length: int | None = None,
-    metric: str | None = None,
-    max_new_tokens: int | None = None,
-    num_beams: int | None = None,
-    length_penalty: float | None = None,
-    no_repeat_ngram_size: int | None = None,
     model: str | None = None,
     batch_size: int = 64,
     device: str = "auto",
@@ -158,23 +149,10 @@ def evaluate(
 
     from . import show
 
-    changes = {
-        "eval_data": data,
-        "eval_split": split,
-        "text_column": columns(text_column),
-        "label_column": column(label_column),
-        "target_column": column(target_column),
-        "eval_limit": eval_limit,
-        "max_length": max_length,
-        "metric": metric,
-        "max_new_tokens": max_new_tokens,
-        "num_beams": num_beams,
-        "length_penalty": length_penalty,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-    }
+    source = {"eval_data": data, "eval_split": split}
     found = evaluate_folder(
         run,
-        {name: value for name, value in changes.items() if value is not None},
+        {n: v for n, v in source.items() if v is not None} | changes.given(),
         base=model,
         batch_size=batch_size,
         device=device,
@@ -188,14 +166,9 @@ def evaluate(
 @command(run="Folder of a fine-tuning.")
 def predict(
     run: Path,
+    changes: RowChanges,
     data: str,
     split: str | None = None,
-    text_column: str | None = None,
-    max_length: int | None = None,
-    max_new_tokens: int | None = None,
-    num_beams: int | None = None,
-    length_penalty: float | None = None,
-    no_repeat_ngram_size: int | None = None,
     model: str | None = None,
     batch_size: int = 64,
     device: str = "auto",
@@ -215,19 +188,11 @@ def predict(
     """
     from sylva_train.workflow import predict_file
 
-    changes = {
-        "text_column": columns(text_column),
-        "max_length": max_length,
-        "max_new_tokens": max_new_tokens,
-        "num_beams": num_beams,
-        "length_penalty": length_penalty,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-    }
     rows = predict_file(
         run,
         data,
         out,
-        {name: value for name, value in changes.items() if value is not None},
+        changes.given(),
         split=split,
         base=model,
         batch_size=batch_size,
