@@ -196,8 +196,24 @@ def test_inspect_holds_scores_and_masks_against_others(home, tmp_path):
     assert (about["density"], about["block_size"]) == (0.5, 16)
 
 
-def test_inspect_refuses_what_has_no_blocks(home):
+def test_inspect_draws_a_page(home, tmp_path):
+    page, scores = tmp_path / "page.html", home / "scores.safetensors"
+    shown = sylva("inspect", scores, "--against", home / "run", "--draw", page)
+    assert f"page  {page}" in shown.stdout
+    assert "of the blocks are the same" in page.read_text("utf-8")
+    command = ["inspect", home / "run", "--draw", page]
+    assert "exists" in told(sylva(*command, code=2))
+    assert json.loads(sylva(*command, "--overwrite", "--json").stdout)
+    assert "blocks in" in page.read_text("utf-8")
+
+
+def test_inspect_refuses_what_has_no_blocks(home, tmp_path):
     scores = home / "scores.safetensors"
+    refused = sylva(
+        "inspect", home / "run/adapter", "--draw", tmp_path / "p.html", code=2
+    )
+    assert "neither scores nor masks" in told(refused)
+    assert not any(tmp_path.iterdir())
     refused = sylva("inspect", scores, "--against", home / "run/adapter", code=2)
     assert "neither scores nor masks" in told(refused)
     refused = sylva("inspect", home / "run", "--density", 0.5, code=2)

@@ -14,7 +14,7 @@ from .importance import LayerScores, Scores
 from .masks import LayerMask, Masks
 from .selection import top_blocks
 
-__all__ = ["agreement", "usual_block_size"]
+__all__ = ["agreement", "best_blocks", "usual_block_size"]
 
 #: What is told of each layer, and of all.
 MEASURES = ("spearman", "overlap", "score_share")
@@ -77,7 +77,7 @@ def agreement(
     >>> sylva.agreement(scores, masks)["layers"]["0"]["score_share"]
     1.0
     """
-    pair = (reference, other)
+    pair: list[Scores | Masks] = [reference, other]
     for name, value in zip(("reference", "other"), pair, strict=True):
         if not isinstance(cast("object", value), Scores | Masks):
             msg = f"`{name}` must be Scores or Masks; got a {type(value).__name__}."
@@ -96,14 +96,28 @@ def agreement(
         msg = "`density` is of scores; beside masks it is theirs. Leave it out."
         raise ConfigError(msg)
     check_density(density)
+    check_shapes(shared, *pair)
+    pair = [type(v)({name: v[name] for name in shared}, v.metadata) for v in pair]  # type: ignore[misc]
     side = check_side(pair, shared, block_size)
-    layers, sums = {}, torch.zeros(3, dtype=torch.float64)
+    like = masks[0] if masks else None
+    choices = [best_blocks(value, side, density, like) for value in pair]
+    layers, common, chosen, expected = {}, 0, 0, 0.0
     for name in shared:
-        layers[name], counts = of_layer(
-            name, reference[name], other[name], density, side
-        )
-        sums += torch.tensor(counts, dtype=torch.float64)
-    common, chosen, expected = sums.tolist()
+        mine, theirs = (choice[name] for choice in choices)
+        both = int(torch.isin(mine.flat, theirs.flat).sum())
+        grids = [
+            value[name].blocks(side) if isinstance(value, Scores) else None
+            for value in pair
+        ]
+        layers[name] = {
+            "shape": list(mine.shape),
+            "blocks": len(mine),
+            "spearman": rank_correlation(*grids),
+            "overlap": both / len(mine) if len(mine) else None,
+            "score_share": score_share(grids[0], mine, theirs),
+        }
+        common, chosen = common + both, chosen + len(mine)
+        expected += len(mine) * len(theirs) / math.prod(mine.grid_shape)
     return {
         "density": None if masks else density,
         "block_size": side,
@@ -167,62 +181,74 @@ def check_side(
     return sides.pop()
 
 
-def of_layer(
-    name: str,
-    reference: LayerScores | LayerMask,
-    other: LayerScores | LayerMask,
-    density: float,
-    side: int,
-) -> tuple[dict[str, Any], tuple[float, float, float]]:
-    """Return what `agreement` tells of a layer.
+def check_shapes(
+    shared: Iterable[str], one: Scores | Masks, other: Scores | Masks
+) -> None:
+    """Raise `ConfigError` where a layer is of two shapes."""
+    for name in shared:
+        shapes = [tuple(value[name].shape) for value in (one, other)]
+        if shapes[0] != shapes[1]:
+            msg = (
+                f"`{name}` is of shape {shapes[0]} in one and {shapes[1]} in the other;"
+                " take those of one model."
+            )
+            raise ConfigError(msg)
 
-    With it, how many blocks both have, the reference has, and both would by chance.
+
+def best_blocks(
+    choice: Scores | Masks, block_size: int, density: float, like: Masks | None = None
+) -> Masks:
+    """Return the best blocks of each layer of scores; masks are what they are.
+
+    Parameters
+    ----------
+    choice : Scores or Masks
+        Where the blocks are from.
+    block_size : int
+        Side of a block.
+    density : float
+        Fraction of each layer's blocks, rounded down but at least one block.
+    like : Masks, optional
+        What says how many blocks of each of its layers instead.
+
+    Raises
+    ------
+    ConfigError
+        If the scores cannot be summed over such blocks.
+    NonFiniteError
+        If a score is NaN or infinite.
     """
-    pair = (reference, other)
-    if tuple(reference.shape) != tuple(other.shape):
-        msg = (
-            f"`{name}` is of shape {tuple(reference.shape)} in one and"
-            f" {tuple(other.shape)} in the other; take those of one model."
-        )
-        raise ConfigError(msg)
-    total = math.prod(math.ceil(n / side) for n in reference.shape)
-    counts = [len(part) for part in pair if isinstance(part, LayerMask)]
-    count = counts[0] if counts else max(1, math.floor(density * total + 1e-9))
-    grids = [block_scores(name, part, side) for part in pair]
-    # In order of place: the same blocks are to have the same sum.
-    mine, theirs = (
-        part.flat if grid is None else top_blocks(grid, count).sort().values  # type: ignore[union-attr]
-        for part, grid in zip(pair, grids, strict=True)
-    )
-    common = int(torch.isin(mine, theirs).sum())
-    best = found = 0.0
-    if grids[0] is not None:
-        values = grids[0].flatten()
-        best, found = float(values[mine].sum()), float(values[theirs].sum())
-    about = {
-        "shape": list(reference.shape),
-        "blocks": len(mine),
-        "spearman": rank_correlation(*grids),
-        "overlap": common / len(mine) if len(mine) else None,
-        "score_share": found / best if best > 0 else None,
-    }
-    return about, (common, len(mine), len(mine) * len(theirs) / total)
+    if isinstance(choice, Masks):
+        return choice
+    found = {}
+    for name, layer in choice.items():
+        blocks = layer.blocks(block_size)
+        if not bool(blocks.isfinite().all()):
+            msg = f"scores of `{name}` are NaN or infinite: none are the highest."
+            raise NonFiniteError(msg)
+        count = max(1, math.floor(density * blocks.numel() + 1e-9))
+        if like is not None and name in like:
+            count = len(like[name])
+        flat, columns = top_blocks(blocks, count), blocks.shape[1]
+        indices = torch.stack([flat // columns, flat % columns], 1)
+        found[name] = LayerMask(layer.shape, block_size, indices)
+    return Masks(found, choice.metadata)
 
 
-def block_scores(
-    name: str, part: LayerScores | LayerMask, side: int
-) -> torch.Tensor | None:
-    """Return the scores of a layer's blocks; None of a mask."""
-    if isinstance(part, LayerMask):
+def score_share(
+    scores: torch.Tensor | None, best: LayerMask, found: LayerMask
+) -> float | None:
+    """Return the score of found blocks over that of the best; None without one."""
+    if scores is None:
         return None
-    blocks = part.blocks(side)
-    if not bool(blocks.isfinite().all()):
-        msg = f"scores of `{name}` are NaN or infinite: none are the highest."
-        raise NonFiniteError(msg)
-    return blocks
+    values = scores.flatten()
+    whole, part = (float(values[mask.flat].sum()) for mask in (best, found))
+    return part / whole if whole > 0 else None
 
 
-def rank_correlation(one: torch.Tensor | None, other: torch.Tensor | None) -> Any:
+def rank_correlation(
+    one: torch.Tensor | None, other: torch.Tensor | None
+) -> float | None:
     """Return Spearman's correlation; None where there is no order to speak of."""
     from scipy.stats import spearmanr
 

@@ -382,6 +382,12 @@ FLAGS: dict[str, Flag] = {
         bool, OUTPUT, "Go on with an interrupted job of the same options.", "--resume"
     ),
     "overwrite": flag(bool, OUTPUT, "Replace an output that exists.", "--overwrite"),
+    "draw": flag(
+        Path | None,
+        OUTPUT,
+        "Draw the blocks and their scores as a page of HTML.",
+        metavar="FILE",
+    ),
     "answers": flag(
         Path | None,
         OUTPUT,

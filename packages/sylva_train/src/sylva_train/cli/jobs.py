@@ -233,11 +233,14 @@ def inspect_command(
     against: Path | None = None,
     density: float | None = None,
     block_size: int | None = None,
+    draw: Path | None = None,
+    overwrite: bool = False,
     json: bool = False,
 ) -> None:
     """Show what is in a run, an adapter, masks, scores or results.
 
-    Files are read and verified; no model is needed. With --against, how far scores or
+    Files are read and verified; no model is needed. Scores and masks can be drawn as a
+    page, block by block. With --against, how far scores or
     masks agree with others, layer by layer, taking those for right: the rank correlation
     of the blocks' scores, which of the best blocks are the same, and how much of the
     score they have.
@@ -247,17 +250,22 @@ def inspect_command(
       sylva inspect runs/rating
       sylva inspect runs/rating/adapter
       sylva inspect scores.safetensors --density 0.01
-      sylva inspect scores.safetensors --against exact.safetensors
+      sylva inspect scores.safetensors --against exact.safetensors --draw page.html
       sylva inspect runs/mine --against runs/random --json
     """
-    from sylva_train.workflow import kind_of
+    from sylva_train.workflow import check_file, kind_of
 
     from . import show
 
+    if draw is not None:
+        check_file(draw, overwrite=overwrite)
+        show.drawn(draw, path, against, density, block_size)
     if against is None:
         show.inspect(path, kind_of(path), density, block_size, as_json=json)
     else:
         show.agreement(path, against, density, block_size, as_json=json)
+    if draw is not None and not json:
+        printing.written({"page": draw})
 
 
 @command(name="A configuration, to print it.")

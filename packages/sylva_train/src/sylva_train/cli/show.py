@@ -13,7 +13,8 @@ from sylva_train.evaluation import key_of
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.overlaps import agreement as compared
-from sylva_train.report import headline, summary_table
+from sylva_train.overlaps import best_blocks, usual_block_size
+from sylva_train.report import headline, summary_table, write_choices
 from sylva_train.tuner import inspect_adapter
 from sylva_train.workflow import (
     describe_masks,
@@ -21,7 +22,9 @@ from sylva_train.workflow import (
     duration,
     evaluated_on,
     load_choice,
+    mask_entries,
     read_run,
+    score_entries,
 )
 
 from .printing import (
@@ -41,6 +44,7 @@ __all__ = [
     "agreement",
     "comparison",
     "diagnosis",
+    "drawn",
     "inspect",
     "metrics",
     "run",
@@ -309,6 +313,33 @@ def agreement(
     ):
         if alone:
             prose(f"Only in {where}: {', '.join(alone)}.")
+
+
+def drawn(
+    draw: Path,
+    path: Path,
+    against: Path | None,
+    density: float | None,
+    block_size: int | None,
+) -> None:
+    """Draw scores or masks, and how far they agree with others, as a page."""
+    paths = [path] if against is None else [path, against]
+    loaded = [load_choice(each) for each in paths]
+    found = None
+    if len(loaded) == 2:
+        found = compared(loaded[1], loaded[0], density, block_size)
+        density, block_size = found["density"], found["block_size"]
+    like = next((each for each in loaded if isinstance(each, Masks)), None)
+    choices = []
+    for name, each in zip(map(str, paths), loaded, strict=True):
+        best, parts = each, {}
+        if isinstance(each, Scores):
+            side = block_size or usual_block_size(each.values())
+            best = best_blocks(each, side, 0.05 if density is None else density, like)
+            parts["scores"] = score_entries(each, best)
+        assert isinstance(best, Masks)
+        choices.append((name, parts | {"masks": mask_entries(best)}))
+    write_choices(choices, draw, found)
 
 
 def inspect(

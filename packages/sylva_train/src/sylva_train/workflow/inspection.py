@@ -16,7 +16,14 @@ from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.overlaps import usual_block_size
 
-__all__ = ["describe_masks", "describe_scores", "kind_of", "load_choice"]
+__all__ = [
+    "describe_masks",
+    "describe_scores",
+    "kind_of",
+    "load_choice",
+    "mask_entries",
+    "score_entries",
+]
 
 #: The file that tells what a folder is, in the order in which they are looked for.
 FOLDERS = {
@@ -184,3 +191,30 @@ def describe_scores(
         "block_size": block_size,
         "layers": layers,
     }
+
+
+def mask_entries(masks: Masks) -> dict[str, Any]:
+    """Return masks as JSON for the report."""
+    return {
+        name: {
+            "shape": list(mask.shape),
+            "block_size": mask.block_size,
+            "indices": mask.indices.tolist(),
+        }
+        for name, mask in masks.items()
+    }
+
+
+def score_entries(scores: Scores, masks: Masks) -> dict[str, Any]:
+    """Return block scores, their quantiles and the selection threshold as JSON."""
+    entries = {}
+    for name, mask in masks.items():
+        blocks = scores[name].blocks(mask.block_size)
+        chosen = blocks[mask.indices[:, 0], mask.indices[:, 1]]
+        quantiles = blocks.flatten().quantile(torch.linspace(0, 1, 101).double())
+        entries[name] = {
+            "block_scores_quantiles": quantiles.tolist(),
+            "threshold": float(chosen.min()) if len(chosen) else None,
+            "grid": blocks.tolist(),
+        }
+    return entries
