@@ -41,6 +41,9 @@ from .state import Position, Store
 
 __all__ = ["Curvatures", "collect_curvature", "damage", "describe_factor"]
 
+#: Power of two that a loss is scaled by at most; 16 is beyond float16.
+LARGEST_SCALE = 15
+
 Loss = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
 
 
@@ -227,7 +230,10 @@ class Curvatures(Mapping[str, LayerCurvature]):
     def add(self, batch: Mapping[str, Any], units: int, step: int) -> None:
         """Run one batch forward and backward under the hooks."""
         seq2seq = is_encoder_decoder(self.model)
-        self.collector.start(batch, units, step, seq2seq=seq2seq)
+        # The gradient of a mean over many terms is below what 16 bits can tell from zero.
+        # A power of two changes no bit of any other.
+        scale = 2.0 ** min(units.bit_length() - 1, LARGEST_SCALE)
+        self.collector.start(batch, units / scale, step, seq2seq=seq2seq)
         value = self.loss(self.model, batch)
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             got = getattr(value, "shape", None)
@@ -262,7 +268,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
         self.collector.count_calls()
         # The products of the statistics are not to be rounded to 16 bits.
         with torch.autocast(self.device.type, enabled=False):
-            value.backward()
+            value.backward(torch.full_like(value, scale))
             self.collector.finish()
 
     def check_data(self, data: str) -> None:
