@@ -19,7 +19,7 @@ from sylva_train._checks import (
     write_text,
 )
 from sylva_train.checkpoint import checkpoints
-from sylva_train.config import SylvaConfig, SylvaOptions, TaskConfig, TrainingConfig
+from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.data import Loader
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
@@ -225,7 +225,7 @@ def chosen(config: SylvaConfig, given: Masks | Scores) -> SylvaConfig:
     UserWarning
         If others were asked for, which then do not count.
     """
-    names = [name for name in CHOICE if given.metadata.get(name) is not None]
+    names = [name for name in sorted(CHOICE) if given.metadata.get(name) is not None]
     if isinstance(given, Scores):
         names = [n for n in names if n not in SELECTION]
     known = {name: given.metadata[name] for name in names}
