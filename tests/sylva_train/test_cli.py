@@ -335,7 +335,11 @@ def test_commands_that_write_are_refused_to_several_processes(
     for command in ("finetune", "score"):
         result = sylva(command, output, *source(home), code=2)
         assert "start the processes by torchrun" in told(result)
-    for command in (["evaluate", home / "run"], ["merge", home / "run", output]):
+    for command in (
+        ["evaluate", home / "run"],
+        ["merge", home / "run", output],
+        ["inspect", home / "run", "--draw", output],
+    ):
         assert "without torchrun" in told(sylva(*command, code=2))
     assert not list(tmp_path.iterdir())
     assert "trained" in sylva("inspect", home / "run").stdout

@@ -16,7 +16,7 @@ from sylva_train.options import GENERATION, SylvaOptions, TaskConfig, TrainingCo
 from . import printing
 from .frame import command
 from .options import EvaluationChanges, RowChanges, given
-from .processes import joined
+from .processes import check_alone, joined
 
 EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric", *GENERATION}
 
@@ -258,6 +258,7 @@ def inspect_command(
     from . import show
 
     if draw is not None:
+        check_alone()
         check_file(draw, overwrite=overwrite)
         show.drawn(draw, path, against, density, block_size)
     if against is None:

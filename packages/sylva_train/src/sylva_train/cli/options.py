@@ -65,7 +65,7 @@ class EvaluationChanges(RowChanges):
 FILED: tuple[type, ...] = (TaskConfig, SylvaOptions, TrainingConfig)
 CONFIGS = (*FILED, RowChanges, EvaluationChanges)
 #: Parameters of commands that write what several processes must not.
-WRITTEN = {"output", "answers", "out", "draw"}
+WRITTEN = {"output", "answers", "out"}
 
 
 def names_of(kind: type) -> list[str]:
