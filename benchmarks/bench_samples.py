@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from _common import parser, setting, write
-from scipy.stats import spearmanr
 
 from sylva_train import (
     Masks,
@@ -29,6 +28,7 @@ from sylva_train import (
     SylvaConfig,
     TaskConfig,
     TrainingConfig,
+    agreement,
     evaluate,
     load_task,
     score,
@@ -85,7 +85,7 @@ def signal(task: Task, config: SylvaConfig, seed: int) -> float:
     return product / decrease
 
 
-def agreement(
+def agreed_with(
     name: str, task: Task, counts: list[int], draws: int, config: SylvaConfig
 ) -> list[dict[str, Any]]:
     """Hold what few samples choose against what many others do."""
@@ -94,7 +94,6 @@ def agreement(
         dataclasses.replace(task, train=task.train.subset(part))
         for part in (order[POOL : POOL + MOST], order[:POOL])
     )
-    size = config.block_size
     truth, best = chosen(many, dataclasses.replace(config, samples=MOST), 0)
     rows = []
     for count in counts:
@@ -102,13 +101,10 @@ def agreement(
         for draw in range(draws):
             options = dataclasses.replace(config, samples=count)
             scores, masks = chosen(few, options, draw)
-            ranks = [
-                spearmanr(scores[n].blocks(size).flatten(), t.blocks(size).flatten())
-                for n, t in truth.items()
-            ]
-            values = [rank.statistic for rank in ranks]
+            ranks = agreement(truth, scores, block_size=config.block_size)
+            least, median = (ranks[part]["spearman"] for part in ("least", "median"))
             moved = float(np.abs(shares(masks) - shares(best)).sum() / 2)
-            agreed = (min(values), np.median(values), masks.overlap(best), moved)
+            agreed = (least, median, masks.overlap(best), moved)
             found.append((*agreed, signal(few, options, draw)))
         names = (
             "least_spearman",
@@ -185,7 +181,7 @@ def main() -> None:
     for name, setup in load_settings(options.configs.split(",")).items():
         whole = dataclasses.replace(setup.task, limit=None)
         task = load_task(whole, evaluation=False)
-        rows += agreement(name, task, counts, options.draws, setup.sylva)
+        rows += agreed_with(name, task, counts, options.draws, setup.sylva)
     levels = SylvaConfig().levels
     variants = [{"samples": n, "levels": levels} for n in (32, 64, 128)]
     variants.append({"samples": 64, "levels": levels - 1})

@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from _common import parser, setting, write
-from scipy.stats import spearmanr
 
-from sylva_train import LayerScores, Scores, SylvaConfig, TaskConfig, load_task, score
+from sylva_train import Scores, SylvaConfig, TaskConfig, agreement, load_task, score
 from sylva_train.curvature import Factor, collect_curvature, curvature_bytes
 from sylva_train.importance.rules import RULES, Inputs
 from sylva_train.targets import find_targets
@@ -40,45 +39,34 @@ TOP = 0.05
 WIDTHS = (384, 768, 1024, 1536, 3072, 4096, 11008)
 
 
-def correlation(one: LayerScores, other: LayerScores) -> float:
-    """Return the rank correlation of two scores of a layer's weights, or small blocks."""
-    pair = [s.blocks(s.unit).flatten().numpy() for s in (one, other)]
-    return float(spearmanr(*pair).statistic)
-
-
-def overlap(one: LayerScores, other: LayerScores, side: int) -> tuple[float, float]:
-    """Return which part of the best blocks the other score finds, and of their score."""
-    first, second = one.blocks(side).flatten(), other.blocks(side).flatten()
-    count = max(1, round(TOP * len(first)))
-    best, found = first.topk(count), second.topk(count).indices
-    common = len(set(best.indices.tolist()) & set(found.tolist()))
-    return common / count, float(first[found].sum() / best.values.sum())
-
-
-def against(exact: LayerScores, other: LayerScores, side: int) -> dict[str, float]:
-    """Hold a layer's scores against exact ones."""
-    part, share = overlap(exact, other, side)
+def against(exact: Scores, other: Scores, side: int) -> dict[str, dict[str, float]]:
+    """Hold scores against exact ones: ranks of weights, or small blocks, and the best blocks."""
+    ranks = agreement(exact, other, TOP, max(x.unit for x in exact.values()))["layers"]
+    best = agreement(exact, other, TOP, side)["layers"]
     return {
-        "spearman": round(correlation(exact, other), 4),
-        "overlap": round(part, 3),
-        "score_share": round(share, 4),
+        name: {
+            "spearman": round(ranks[name]["spearman"], 4),
+            "overlap": round(layer["overlap"], 3),
+            "score_share": round(layer["score_share"], 4),
+        }
+        for name, layer in best.items()
     }
 
 
 def summarised(
-    name: str, layers: list[dict[str, float]], bad: int
+    name: str, layers: dict[str, dict[str, float]], bad: int
 ) -> dict[str, str | float]:
     """Return the least and the median over the layers."""
     row: dict[str, str | float] = {"factors": name}
     for part in ("spearman", "overlap", "score_share"):
-        values = [layer[part] for layer in layers]
+        values = [layer[part] for layer in layers.values()]
         row |= {
             f"least_{part}": min(values),
             f"median_{part}": float(np.median(values)),
         }
     return row | {
         "layers_with_overlap_below_0.9": sum(
-            layer["overlap"] < 0.9 for layer in layers
+            layer["overlap"] < 0.9 for layer in layers.values()
         ),
         "not_positive_entries": bad,
     }
@@ -116,7 +104,7 @@ def leading(factor: Factor, config: SylvaConfig) -> Factor:
     return Factor(kept + (matrix - kept).diagonal().diag())
 
 
-def by_eigenvectors(task: Any, config: SylvaConfig) -> dict[str, LayerScores]:
+def by_eigenvectors(task: Any, config: SylvaConfig) -> Scores:
     """Score with factors that `leading` has cut, of the size of ``config``'s."""
     rule, wanted = RULES[config.importance]
     targets = find_targets(task.model)
@@ -131,7 +119,7 @@ def by_eigenvectors(task: Any, config: SylvaConfig) -> dict[str, LayerScores]:
         cut = replace(layer, A=leading(layer.A, config), G=leading(layer.G, config))
         weight = module.weight.detach()
         found[name] = rule(Inputs(weight, cut, exact, torch.Generator()))
-    return found
+    return Scores(found, {"importance": config.importance})
 
 
 def main() -> None:
@@ -168,19 +156,17 @@ def main() -> None:
         for name, layer in exact.items()
     }
     other, _, _ = scored(task, SylvaConfig(curvature="dense", **settings), seed=1)
-    noise = [against(layer, other[name], side) for name, layer in exact.items()]
+    noise = against(exact, other, side)
     summary = [summarised("exact, other samples", noise, 0)]
-    cut = by_eigenvectors(task, configs["mlr"])
-    cuts = [against(layer, cut[name], side) for name, layer in exact.items()]
+    cuts = against(exact, by_eigenvectors(task, configs["mlr"]), side)
     summary.append(summarised("eigenvectors", cuts, 0))
     for kind, config in configs.items():
         scores, seconds[kind], bad = scored(task, config)
-        found = {}
-        for name, layer in exact.items():
-            found[name] = against(layer, scores[name], side)
+        found = against(exact, scores, side)
+        for name, layer in found.items():
             for part in ("spearman", "overlap"):
-                rows[name][f"{kind}: {part}"] = found[name][part]
-        summary.append(summarised(kind, list(found.values()), bad))
+                rows[name][f"{kind}: {part}"] = layer[part]
+        summary.append(summarised(kind, found, bad))
         print(summary[-1], flush=True)
     figures = {
         "setting": begun,

@@ -180,6 +180,46 @@ def test_inspect_knows_what_it_sees(home, name, words):
     assert json.loads(sylva("inspect", home / name, "--json").stdout)
 
 
+def test_inspect_holds_scores_and_masks_against_others(home, tmp_path):
+    scores, run = home / "scores.safetensors", home / "run"
+    options = ["--importance", "random", "--block-size", 8, "--quiet"]
+    sylva("score", tmp_path / "random.safetensors", *source(home), *options)
+    shown = sylva("inspect", tmp_path / "random.safetensors", "--against", scores)
+    assert "Spearman" in shown.stdout
+    assert "by chance" in shown.stdout
+    same = sylva("inspect", run, "--against", scores, "--json").stdout
+    assert json.loads(same)["least"]["score_share"] == pytest.approx(1.0)
+    shown = sylva("inspect", run, "--against", run / "masks.safetensors").stdout
+    assert "100.0% are the same" in shown
+    again = sylva("inspect", scores, "--density", 0.5, "--block-size", 16, "--json")
+    about = json.loads(again.stdout)
+    assert (about["density"], about["block_size"]) == (0.5, 16)
+
+
+def test_inspect_draws_a_page(home, tmp_path):
+    page, scores = tmp_path / "page.html", home / "scores.safetensors"
+    shown = sylva("inspect", scores, "--against", home / "run", "--draw", page)
+    assert f"page  {page}" in shown.stdout
+    assert "of the blocks are the same" in page.read_text("utf-8")
+    command = ["inspect", home / "run", "--draw", page]
+    assert "exists" in told(sylva(*command, code=2))
+    assert json.loads(sylva(*command, "--overwrite", "--json").stdout)
+    assert "blocks in" in page.read_text("utf-8")
+
+
+def test_inspect_refuses_what_has_no_blocks(home, tmp_path):
+    scores = home / "scores.safetensors"
+    refused = sylva(
+        "inspect", home / "run/adapter", "--draw", tmp_path / "p.html", code=2
+    )
+    assert "neither scores nor masks" in told(refused)
+    assert not any(tmp_path.iterdir())
+    refused = sylva("inspect", scores, "--against", home / "run/adapter", code=2)
+    assert "neither scores nor masks" in told(refused)
+    refused = sylva("inspect", home / "run", "--density", 0.5, code=2)
+    assert "to look at scores with" in told(refused)
+
+
 def test_inspect_says_what_it_knows(home):
     message = told(sylva("inspect", home / "model", code=2))
     assert "is none of these" in message
@@ -295,7 +335,11 @@ def test_commands_that_write_are_refused_to_several_processes(
     for command in ("finetune", "score"):
         result = sylva(command, output, *source(home), code=2)
         assert "start the processes by torchrun" in told(result)
-    for command in (["evaluate", home / "run"], ["merge", home / "run", output]):
+    for command in (
+        ["evaluate", home / "run"],
+        ["merge", home / "run", output],
+        ["inspect", home / "run", "--draw", output],
+    ):
         assert "without torchrun" in told(sylva(*command, code=2))
     assert not list(tmp_path.iterdir())
     assert "trained" in sylva("inspect", home / "run").stdout

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
+from sylva_train.importance import Scores
 from tests.sylva_train.jobs import (
     SHORT,
     SMALL,
@@ -311,3 +312,30 @@ def test_seeds_and_rates_that_cannot_be_read(tmp_path):
     wrong = ["--learning-rates", "full"]
     assert "like full=2e-4" in told(sylva(*base, *wrong, code=2))
     assert "at least one entry" in told(sylva(*base, "--seeds", "", code=2))
+
+
+def test_finished_scores_are_not_made_again(home, tmp_path):
+    output = tmp_path / "s.safetensors"
+    command = ["score", output, *source(home), *SMALL]
+    shown = sylva(*command)
+    before = output.read_bytes(), output.stat().st_mtime_ns
+    again = sylva(*command, "--resume", "--density", 0.5)
+    assert (output.read_bytes(), output.stat().st_mtime_ns) == before
+    assert "Scoring" not in again.stderr
+    assert shown.stdout.count("\n") == again.stdout.count("\n")
+    for option, value in (("--block-size", 16), ("--limit", 30), ("--seed", 1)):
+        refused = told(sylva(*command, "--resume", option, value, code=2))
+        assert f"`{option}` is" in refused
+        assert "finished scores, but of other options" in refused
+    shutil.copy(home / "run/masks.safetensors", output)
+    assert "not a score file" in told(sylva(*command, "--resume", code=1))
+
+
+def test_scoring_that_was_to_replace_a_file_goes_on_with_resume_alone(home, tmp_path):
+    output = tmp_path / "s.safetensors"
+    sylva("score", output, *source(home), *SMALL)
+    Path(f"{output}.unfinished").mkdir()  # of a command with --overwrite
+    other = ["score", output, *source(home), *SMALL, "--block-size", 16]
+    sylva(*other, "--resume")
+    assert Scores.load(output).metadata["asked"]["sylva"]["block_size"] == 16
+    assert not Path(f"{output}.unfinished").exists()

@@ -58,8 +58,20 @@ def test_mnli_has_two_dev_sets(tmp_path):
         data = load_data(folder, split=split, labels=names)
         assert split.partition("_")[2] in data.name
         assert data.labels == [1, 0, 2]
-    with pytest.raises(DataError, match=r"no file for the split.*dev_matched\.tsv"):
+    words = r"no file for the split.*dev_matched\.tsv.*`eval_split`"
+    with pytest.raises(DataError, match=words):
         load_data(folder, split="validation")
+
+
+def test_a_header_without_a_label_is_told_as_such(tmp_path):
+    folder = write_glue(tmp_path, "STS-B")
+    with pytest.raises(DataError, match=r"'score'.*`task=\"regression\"`"):
+        load_data(folder)
+    rows = (folder / "dev.tsv").read_text().splitlines()
+    test = "\n".join(row.rpartition("\t")[0] for row in rows)
+    (folder / "test.tsv").write_text(test)
+    with pytest.raises(DataError, match="to be the label; the columns are 'index'"):
+        load_data(folder, split="test", task="regression")
 
 
 def test_quotes_of_rte_do_not_join_rows(tmp_path):

@@ -30,6 +30,7 @@ from sylva_train.data import TextDataset
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores, score
 from sylva_train.layers import embed, merge
+from sylva_train.overlaps import agreement
 from sylva_train.selection import select
 from tests.sylva_train.scored import LAYER, batches, bert, blocked, config
 
@@ -196,6 +197,13 @@ def test_nan_while_scoring_is_refused(where):
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_a_batch_without_a_label_that_counts_is_told_as_such():
+    data = batches()
+    data[1]["labels"][:] = -100
+    with pytest.raises(NonFiniteError, match=r"batch 2 .* no label in it counts"):
+        score(bert(), data, config())
+
+
 def test_nan_weights_are_refused_by_rules_without_data():
     model = bert()
     with torch.no_grad():
@@ -348,3 +356,22 @@ def test_a_changed_score_file_is_refused(tmp_path):
 def test_what_is_no_model_is_refused():
     with pytest.raises(TargetError, match=r"torch\.nn\.Module; got a int"):
         score(3)
+
+
+@pytest.mark.parametrize("rule", ["gradient", "fisher-diag", "kfac-natural"])
+def test_gradients_of_many_terms_are_told_apart_in_half_precision(rule):
+    torch.manual_seed(0)
+    half = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16)).half()
+    with torch.no_grad():
+        half[2].weight.mul_(0.05)
+    x, labels = torch.randn(8192, 16).half(), torch.randint(16, (8192,))
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch["x"]).float(), batch["labels"])
+
+    options = SylvaConfig(importance=rule, block_size=4, samples=8192)
+    one = score(half, [{"x": x, "labels": labels}], options, loss=loss)
+    exact = score(
+        half.double(), [{"x": x.double(), "labels": labels}], options, loss=loss
+    )
+    assert agreement(exact, one, block_size=4)["least"]["spearman"] > 0.99

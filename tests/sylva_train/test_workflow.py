@@ -102,7 +102,8 @@ def test_masks_bring_the_options_they_were_made_with(home, tmp_path):
     made = load_task(task(home), seed=0)
     config = sylva_config(importance="random", seed=4, density=0.5, block_size=16)
     masks = select(score(made.model, config=config), 0.5, 16, "model")
-    record = run(home, tmp_path / "run", masks=masks)
+    with pytest.warns(UserWarning, match="`block_size` is 16 there and 8 here"):
+        record = run(home, tmp_path / "run", masks=masks)
     for name in ("importance", "seed", "density", "block_size"):
         assert record["sylva"][name] == getattr(config, name)
     assert record["sylva"]["scope"] == "model"
@@ -157,6 +158,7 @@ def test_resume_refuses_other_options(home, changes, words):
         run(home, home / "run", resume=True, **changes)
 
 
+@pytest.mark.filterwarnings("ignore:the masks were made with other options")
 def test_resume_refuses_other_masks(home, tmp_path):
     made = load_task(task(home), seed=0)
     masks = [

@@ -32,6 +32,7 @@ if "sylva_command" not in sys.modules:
     from .layers import SparseEmbeddedLinear, embed, merge, sync, unload
     from .masks import LayerMask, Masks
     from .optimizer import SparseAdamW
+    from .overlaps import agreement
     from .pretrained import PooledClassifier, load_model, load_tokenizer
     from .report import markdown_table, summary_table, write_report
     from .selection import select
@@ -77,6 +78,7 @@ __all__ = [
     "TextDataset",
     "TrainResult",
     "TrainingConfig",
+    "agreement",
     "compare",
     "embed",
     "evaluate",

@@ -74,6 +74,11 @@ class LayerMask:
         return math.ceil(out / self.block_size), math.ceil(inputs / self.block_size)
 
     @property
+    def flat(self) -> torch.Tensor:
+        """Place of each active block in the grid, row by row: int64 (k,)."""
+        return self.indices[:, 0] * self.grid_shape[1] + self.indices[:, 1]
+
+    @property
     def trainable(self) -> int:
         """Number of weights in the active blocks, cut-off blocks counted as they are."""
         first = self.indices * self.block_size
@@ -163,9 +168,7 @@ class Masks(Mapping[str, LayerMask]):
                     f" {mine.block_size}."
                 )
                 raise ConfigError(msg)
-            columns = mine.grid_shape[1]
-            flat = [m.indices[:, 0] * columns + m.indices[:, 1] for m in (mine, theirs)]
-            common += int(torch.isin(*flat).sum())
+            common += int(torch.isin(mine.flat, theirs.flat).sum())
         blocks = sum(map(len, self.values()))
         return common / blocks if blocks else 1.0
 

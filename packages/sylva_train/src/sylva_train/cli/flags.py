@@ -108,6 +108,9 @@ FLAGS: dict[str, Flag] = {
         " data.",
         metavar="SPLIT",
     ),
+    "split": flag(
+        str | None, TASK, "Split of the data, where it has splits.", metavar="SPLIT"
+    ),
     "text_column": flag(
         str | None,
         TASK,
@@ -365,8 +368,12 @@ FLAGS: dict[str, Flag] = {
         "Choose blocks by these: a file of sylva score.",
         metavar="FILE",
     ),
-    "split": flag(
-        str | None, TASK, "Split of the data, where it has splits.", metavar="SPLIT"
+    "against": flag(
+        Path | None,
+        COMPARISON,
+        "Scores or masks to hold it against, or the folder of a fine-tuning: how far the"
+        " two agree.",
+        metavar="FILE|DIR",
     ),
     "report_only": flag(
         bool, OUTPUT, "Only write report and table of finished runs.", "--report-only"
@@ -375,6 +382,12 @@ FLAGS: dict[str, Flag] = {
         bool, OUTPUT, "Go on with an interrupted job of the same options.", "--resume"
     ),
     "overwrite": flag(bool, OUTPUT, "Replace an output that exists.", "--overwrite"),
+    "draw": flag(
+        Path | None,
+        OUTPUT,
+        "Draw the blocks and their scores as a page of HTML.",
+        metavar="FILE",
+    ),
     "answers": flag(
         Path | None,
         OUTPUT,

@@ -15,8 +15,8 @@ from sylva_train.options import GENERATION, SylvaOptions, TaskConfig, TrainingCo
 
 from . import printing
 from .frame import command
-from .options import column, columns, given
-from .processes import joined
+from .options import EvaluationChanges, RowChanges, given
+from .processes import check_alone, joined
 
 EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric", *GENERATION}
 
@@ -41,7 +41,7 @@ def score(
 
     Writes the scores, for `sylva finetune --scores`, and shows how the importance of each
     layer is spread over its blocks. Interrupted scoring goes on with --resume, to the
-    same scores.
+    same scores; finished scores of the same options are shown again.
 
     Examples
     --------
@@ -49,7 +49,7 @@ def score(
       sylva score scores.safetensors --model ./bert --data train.csv
     """
     from sylva_train.config import SylvaConfig
-    from sylva_train.workflow import score_file
+    from sylva_train.workflow import describe_scores, score_file
 
     from . import show
 
@@ -67,7 +67,7 @@ def score(
         )
     if not speaks:
         return
-    show.scores(scores, sylva.density, sylva.block_size)
+    show.scores(describe_scores(scores, sylva.density, sylva.block_size))
     again = shlex.join(["--scores", str(output), *given(task), *given(sylva)])
     printing.written({"scores": output}, f"sylva finetune RUN {again}")
 
@@ -124,18 +124,9 @@ def finetune_command(
 @command(run="Folder of a fine-tuning.")
 def evaluate(
     run: Path,
+    changes: EvaluationChanges,
     data: str | None = None,
     split: str | None = None,
-    text_column: str | None = None,
-    label_column: str | None = None,
-    target_column: str | None = None,
-    eval_limit: int | None = None,
-    max_length: int | None = None,
-    metric: str | None = None,
-    max_new_tokens: int | None = None,
-    num_beams: int | None = None,
-    length_penalty: float | None = None,
-    no_repeat_ngram_size: int | None = None,
     model: str | None = None,
     batch_size: int = 64,
     device: str = "auto",
@@ -158,23 +149,10 @@ def evaluate(
 
     from . import show
 
-    changes = {
-        "eval_data": data,
-        "eval_split": split,
-        "text_column": columns(text_column),
-        "label_column": column(label_column),
-        "target_column": column(target_column),
-        "eval_limit": eval_limit,
-        "max_length": max_length,
-        "metric": metric,
-        "max_new_tokens": max_new_tokens,
-        "num_beams": num_beams,
-        "length_penalty": length_penalty,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-    }
+    source = {"eval_data": data, "eval_split": split}
     found = evaluate_folder(
         run,
-        {name: value for name, value in changes.items() if value is not None},
+        {n: v for n, v in source.items() if v is not None} | changes.given(),
         base=model,
         batch_size=batch_size,
         device=device,
@@ -188,14 +166,9 @@ def evaluate(
 @command(run="Folder of a fine-tuning.")
 def predict(
     run: Path,
+    changes: RowChanges,
     data: str,
     split: str | None = None,
-    text_column: str | None = None,
-    max_length: int | None = None,
-    max_new_tokens: int | None = None,
-    num_beams: int | None = None,
-    length_penalty: float | None = None,
-    no_repeat_ngram_size: int | None = None,
     model: str | None = None,
     batch_size: int = 64,
     device: str = "auto",
@@ -215,19 +188,11 @@ def predict(
     """
     from sylva_train.workflow import predict_file
 
-    changes = {
-        "text_column": columns(text_column),
-        "max_length": max_length,
-        "max_new_tokens": max_new_tokens,
-        "num_beams": num_beams,
-        "length_penalty": length_penalty,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-    }
     rows = predict_file(
         run,
         data,
         out,
-        {name: value for name, value in changes.items() if value is not None},
+        changes.given(),
         split=split,
         base=model,
         batch_size=batch_size,
@@ -263,22 +228,45 @@ def merge(
 
 
 @command(path="What to look into.")
-def inspect_command(path: Path, json: bool = False) -> None:
+def inspect_command(
+    path: Path,
+    against: Path | None = None,
+    density: float | None = None,
+    block_size: int | None = None,
+    draw: Path | None = None,
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
     """Show what is in a run, an adapter, masks, scores or results.
 
-    Files are read and verified; no model is needed.
+    Files are read and verified; no model is needed. Scores and masks can be drawn as a
+    page, block by block. With --against, how far scores or
+    masks agree with others, layer by layer, taking those for right: the rank correlation
+    of the blocks' scores, which of the best blocks are the same, and how much of the
+    score they have.
 
     Examples
     --------
       sylva inspect runs/rating
       sylva inspect runs/rating/adapter
-      sylva inspect scores.safetensors
+      sylva inspect scores.safetensors --density 0.01
+      sylva inspect scores.safetensors --against exact.safetensors --draw page.html
+      sylva inspect runs/mine --against runs/random --json
     """
-    from sylva_train.workflow import kind_of
+    from sylva_train.workflow import check_file, kind_of
 
     from . import show
 
-    show.inspect(path, kind_of(path), as_json=json)
+    if draw is not None:
+        check_alone()
+        check_file(draw, overwrite=overwrite)
+        show.drawn(draw, path, against, density, block_size)
+    if against is None:
+        show.inspect(path, kind_of(path), density, block_size, as_json=json)
+    else:
+        show.agreement(path, against, density, block_size, as_json=json)
+    if draw is not None and not json:
+        printing.written({"page": draw})
 
 
 @command(name="A configuration, to print it.")

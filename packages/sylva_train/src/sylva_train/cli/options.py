@@ -1,7 +1,7 @@
 """Options that become the fields of configurations.
 
-A parameter of a command whose annotation is `TaskConfig`, `SylvaOptions` or
-`TrainingConfig` stands for the flags of that class (`expand`).
+A parameter of a command whose annotation is `TaskConfig`, `SylvaOptions`,
+`TrainingConfig` or a class of changes stands for the flags of that class (`expand`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .flags import FLAGS, PANELS
 from .processes import check_alone
 
 __all__ = [
-    "column",
-    "columns",
+    "EvaluationChanges",
+    "RowChanges",
     "expand",
     "given",
     "numbers",
@@ -34,7 +34,36 @@ __all__ = [
 _NONE = inspect.Parameter.empty
 Number = TypeVar("Number", int, float)
 
-CONFIGS: tuple[type, ...] = (TaskConfig, SylvaOptions, TrainingConfig)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowChanges:
+    """Options of a fine-tuning's task that other rows may need; None: as it was."""
+
+    text_column: str | int | list[str | int] | None = None
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Return those that are not None."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationChanges(RowChanges):
+    """The same where the rows have labels or targets."""
+
+    label_column: str | int | None = None
+    target_column: str | int | None = None
+    eval_limit: int | None = None
+    metric: str | None = None
+
+
+#: Classes that may come from a file of options.
+FILED: tuple[type, ...] = (TaskConfig, SylvaOptions, TrainingConfig)
+CONFIGS = (*FILED, RowChanges, EvaluationChanges)
 #: Parameters of commands that write what several processes must not.
 WRITTEN = {"output", "answers", "out"}
 
@@ -172,14 +201,16 @@ def flags_of(
     for kind in configs.values():
         for name in names_of(kind):
             if name not in omit:
-                found[name] = FLAGS[name].kind, default_of(kind, name)
+                flag, default = FLAGS[name].kind, default_of(kind, name)
+                found[name] = flag if default is not None else flag | None, default
     for name, parameter in signature.parameters.items():
         if name not in configs and name not in arguments:
             found[name] = parameter.annotation, parameter.default
-    if configs:
+    if set(FILED) & set(configs.values()):
         found["config_file"] = FLAGS["config_file"].kind, None
     found["debug"] = bool, False
-    order = sorted(found, key=lambda name: PANELS.index(FLAGS[name].panel))
+    places = {name: number for number, name in enumerate(FLAGS)}
+    order = sorted(found, key=lambda n: (PANELS.index(FLAGS[n].panel), places[n]))
     return {name: found[name] for name in order}
 
 

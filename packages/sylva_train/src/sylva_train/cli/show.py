@@ -6,19 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sylva_train._checks import ConfigError
 from sylva_train.comparison import load_results
 from sylva_train.config import KRONECKER, TaskConfig
 from sylva_train.evaluation import key_of
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
-from sylva_train.report import headline, summary_table
+from sylva_train.overlaps import agreement as compared
+from sylva_train.overlaps import best_blocks, usual_block_size
+from sylva_train.report import headline, summary_table, write_choices
 from sylva_train.tuner import inspect_adapter
 from sylva_train.workflow import (
     describe_masks,
     describe_scores,
     duration,
     evaluated_on,
+    load_choice,
+    mask_entries,
     read_run,
+    score_entries,
 )
 
 from .printing import (
@@ -35,8 +41,10 @@ from .printing import (
 )
 
 __all__ = [
+    "agreement",
     "comparison",
     "diagnosis",
+    "drawn",
     "inspect",
     "metrics",
     "run",
@@ -73,10 +81,9 @@ def shortened(names: Sequence[str]) -> tuple[str, list[str]]:
     return title, [".".join(name.split(".")[common:]) for name in names]
 
 
-def scores(found: Scores, density: float = 0.05, block_size: int | None = None) -> None:
+def scores(about: Mapping[str, Any]) -> None:
     """Print how the importance of each layer is spread over its blocks."""
-    about = describe_scores(found, density, block_size)
-    side = about["block_size"]
+    side, density = about["block_size"], about["density"]
     title, names = shortened(list(about["layers"]))
     rows = [
         (
@@ -101,7 +108,7 @@ def scores(found: Scores, density: float = 0.05, block_size: int | None = None) 
 def masks(found: Masks) -> None:
     """Print the blocks of each layer."""
     about = describe_masks(found)
-    facts({name: plain(value) for name, value in about["metadata"].items()})
+    provenance(about)
     layer_table(about)
 
 
@@ -240,13 +247,121 @@ def diagnosis(found: Mapping[str, Any], *, as_json: bool) -> None:
         say("Everything that is there works.")
 
 
+def provenance(about: Mapping[str, Any]) -> None:
+    """Print where scores or masks come from, without all that they were asked for with."""
+    metadata = about["metadata"].items()
+    facts({n: plain(value) for n, value in metadata if not isinstance(value, dict)})
+
+
 def plain(value: Any) -> Any:
     """Print a list as words."""
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def inspect(path: Path, kind: str, *, as_json: bool = False) -> None:
-    """Print what is at a path of a kind that `kind_of` knows."""
+def agreement(
+    path: Path,
+    against: Path,
+    density: float | None,
+    block_size: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Print how far scores or masks agree with others."""
+    reference, other = load_choice(against), load_choice(path)
+    found = compared(reference, other, density, block_size)
+    if as_json:
+        as_text({"path": str(path), "against": str(against)} | found)
+        return
+    facts({str(path): other, "against": reference})
+    title, names = shortened(list(found["layers"]))
+
+    def cells(layer: Mapping[str, Any]) -> list[str]:
+        rank, overlap, share = (
+            layer[name] for name in ("spearman", "overlap", "score_share")
+        )
+        return [
+            "-" if rank is None else f"{rank:.3f}",
+            "-" if overlap is None else f"{overlap:.1%}",
+            "-" if share is None else f"{share:.1%}",
+        ]
+
+    rows = [
+        [name, shape_text(layer["shape"]), f"{layer['blocks']:,}", *cells(layer)]
+        for name, layer in zip(names, found["layers"].values(), strict=True)
+    ]
+    columns = (title, "shape", "blocks", "Spearman", "overlap", "of score")
+    grid = table(columns, rows)
+    grid.add_section()
+    for name in ("least", "median"):
+        grid.add_row(name, "", "", *cells(found[name]), style="bold")
+    out().print(grid)
+    side, share = found["block_size"], found["density"]
+    which = "the masks'" if share is None else f"the best {share:.3g} of each layer's"
+    prose(
+        f"Blocks of {side} × {side} weights, {which}. 'overlap': the part of those of"
+        f" {against} that are here too. 'of score': what the blocks here have of the"
+        " score there, over what the best have."
+    )
+    if found["overlap"] is not None:
+        prose(
+            f"Of all layers' blocks together {found['overlap']:.1%} are the same; by"
+            f" chance {found['chance']:.1%} would be."
+        )
+    for where, alone in (
+        (against, found["only_reference"]),
+        (path, found["only_other"]),
+    ):
+        if alone:
+            prose(f"Only in {where}: {', '.join(alone)}.")
+
+
+def drawn(
+    draw: Path,
+    path: Path,
+    against: Path | None,
+    density: float | None,
+    block_size: int | None,
+) -> None:
+    """Draw scores or masks, and how far they agree with others, as a page."""
+    paths = [path] if against is None else [path, against]
+    loaded = [load_choice(each) for each in paths]
+    found = None
+    if len(loaded) == 2:
+        found = compared(loaded[1], loaded[0], density, block_size)
+        density, block_size = found["density"], found["block_size"]
+    like = next((each for each in loaded if isinstance(each, Masks)), None)
+    choices = []
+    for name, each in zip(map(str, paths), loaded, strict=True):
+        best, parts = each, {}
+        if isinstance(each, Scores):
+            side = block_size or usual_block_size(each.values())
+            best = best_blocks(each, side, 0.05 if density is None else density, like)
+            parts["scores"] = score_entries(each, best)
+        assert isinstance(best, Masks)
+        choices.append((name, parts | {"masks": mask_entries(best)}))
+    write_choices(choices, draw, found)
+
+
+def inspect(
+    path: Path,
+    kind: str,
+    density: float | None = None,
+    block_size: int | None = None,
+    *,
+    as_json: bool = False,
+) -> None:
+    """Print what is at a path of a kind that `kind_of` knows.
+
+    Raises
+    ------
+    ConfigError
+        If ``density`` or ``block_size`` is given for something else than scores.
+    """
+    if kind != "scores" and (density, block_size) != (None, None):
+        msg = (
+            f"`density` and `block_size` are to look at scores with; `{path}` has none."
+        )
+        raise ConfigError(msg)
     if kind == "adapter":
         as_text(inspect_adapter(path)) if as_json else adapter(path)
     elif kind == "run":
@@ -258,12 +373,13 @@ def inspect(path: Path, kind: str, *, as_json: bool = False) -> None:
         found = Masks.load(path)
         as_text(describe_masks(found)) if as_json else masks(found)
     elif kind == "scores":
-        loaded = Scores.load(path)
+        share = 0.05 if density is None else density
+        about = describe_scores(Scores.load(path), share, block_size)
         if as_json:
-            as_text(describe_scores(loaded))
+            as_text(about)
         else:
-            facts({name: plain(value) for name, value in loaded.metadata.items()})
-            scores(loaded)
+            provenance(about)
+            scores(about)
     else:
         file = path / "results.json" if path.is_dir() else path
         results = load_results(file)

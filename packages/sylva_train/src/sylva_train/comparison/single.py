@@ -32,8 +32,6 @@ from sylva_train.evaluation import (
     number_metrics,
     prediction_metrics,
 )
-from sylva_train.importance import Scores
-from sylva_train.masks import Masks
 from sylva_train.pretrained import pooled_features, quiet
 from sylva_train.targets import find_targets
 from sylva_train.training import (
@@ -43,7 +41,14 @@ from sylva_train.training import (
     train,
 )
 from sylva_train.tuner import save_adapter
-from sylva_train.workflow import Task, evaluation_loader, heads, load_task
+from sylva_train.workflow import (
+    Task,
+    evaluation_loader,
+    heads,
+    load_task,
+    mask_entries,
+    score_entries,
+)
 
 from .memory import PeakMemory
 
@@ -230,33 +235,6 @@ def try_rate(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, An
             "metrics": {},
             "diverged": str(error),
         }
-
-
-def mask_entries(masks: Masks) -> dict[str, Any]:
-    """Return masks as JSON for the report."""
-    return {
-        name: {
-            "shape": list(mask.shape),
-            "block_size": mask.block_size,
-            "indices": mask.indices.tolist(),
-        }
-        for name, mask in masks.items()
-    }
-
-
-def score_entries(scores: Scores, masks: Masks) -> dict[str, Any]:
-    """Return block scores, their quantiles and the selection threshold as JSON."""
-    entries = {}
-    for name, mask in masks.items():
-        blocks = scores[name].blocks(mask.block_size)
-        chosen = blocks[mask.indices[:, 0], mask.indices[:, 1]]
-        quantiles = blocks.flatten().quantile(torch.linspace(0, 1, 101).double())
-        entries[name] = {
-            "block_scores_quantiles": quantiles.tolist(),
-            "threshold": float(chosen.min()) if len(chosen) else None,
-            "grid": blocks.tolist(),
-        }
-    return entries
 
 
 def factor_entry(

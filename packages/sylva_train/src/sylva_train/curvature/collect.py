@@ -41,6 +41,9 @@ from .state import Position, Store
 
 __all__ = ["Curvatures", "collect_curvature", "damage", "describe_factor"]
 
+#: Power of two that a loss is scaled by at most; 16 is beyond float16.
+LARGEST_SCALE = 15
+
 Loss = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
 
 
@@ -227,7 +230,10 @@ class Curvatures(Mapping[str, LayerCurvature]):
     def add(self, batch: Mapping[str, Any], units: int, step: int) -> None:
         """Run one batch forward and backward under the hooks."""
         seq2seq = is_encoder_decoder(self.model)
-        self.collector.start(batch, units, step, seq2seq=seq2seq)
+        # The gradient of a mean over many terms is below what 16 bits can tell from zero.
+        # A power of two changes no bit of any other.
+        scale = 2.0 ** min(units.bit_length() - 1, LARGEST_SCALE)
+        self.collector.start(batch, units / scale, step, seq2seq=seq2seq)
         value = self.loss(self.model, batch)
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             got = getattr(value, "shape", None)
@@ -238,8 +244,16 @@ class Curvatures(Mapping[str, LayerCurvature]):
             raise ConfigError(msg)
         number = float(value.detach())
         if not math.isfinite(number):
+            why = (
+                ""
+                if loss_units(self.model, batch)
+                else (
+                    " no label in it counts, all are -100: leave such samples out, or cut"
+                    " texts less short;"
+                )
+            )
             msg = (
-                f"the loss is {number} in batch {step} while scoring;"
+                f"the loss is {number} in batch {step} while scoring;{why}"
                 f"{damage(self.model)} check the data, and score in float32 or bfloat16"
                 " rather than float16."
             )
@@ -254,7 +268,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
         self.collector.count_calls()
         # The products of the statistics are not to be rounded to 16 bits.
         with torch.autocast(self.device.type, enabled=False):
-            value.backward()
+            value.backward(torch.full_like(value, scale))
             self.collector.finish()
 
     def check_data(self, data: str) -> None:

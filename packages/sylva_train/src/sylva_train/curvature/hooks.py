@@ -124,7 +124,7 @@ class Collector:
     # Layers whose inputs are the same tensors (query, key, value) share A.
     owner: dict[str, str] = field(default_factory=dict)
     masks: list[torch.Tensor] = field(default_factory=list)
-    units: int = 1
+    units: float = 1
     step: int = 0
     # Samples of the batch, and the first two axes of its tensors: samples, their parts.
     samples: int = 1
@@ -143,7 +143,7 @@ class Collector:
     def start(
         self,
         batch: Mapping[str, Any],
-        units: int,
+        units: float,
         step: int = 1,
         *,
         seq2seq: bool = False,

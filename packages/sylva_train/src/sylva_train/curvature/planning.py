@@ -169,10 +169,15 @@ def check_alone(
     alone = sum(parts.values())
     if alone > budget:
         detail = ", ".join(f"{part} {size_words(n)}" for part, n in parts.items())
+        less = (
+            ", or take more `levels`, or a smaller `rank` or `exact_below`"
+            if "A" in parts
+            else ""
+        )
         msg = (
             f"`memory_budget` is {budget:,} bytes, but `{name}` of shape"
             f" {tuple(weight_view(module).shape)} needs {alone:,} bytes by itself"
-            f" ({detail}). Raise it, or take more `levels` or a smaller `rank`."
+            f" ({detail}). Raise it{less}."
         )
         raise ConfigError(msg)
 

@@ -146,9 +146,24 @@ def pair_of(table: Table) -> list[str | int]:
     return [plain[name] for name in next(found, ())]
 
 
-def unknown_column(table: Table, option: str) -> DataError:
+def unknown_column(table: Table, option: str, task: str) -> DataError:
     """Return the error of a table of whose columns none is known to be the one needed."""
-    have = ", ".join(map(repr, table.columns)) or f"{table.width}, without names"
+    columns = [str(field) for field in table.columns or table.rows[0][1].values()]
+    plain = set(map(folded, columns))
+    texts = {*TEXT_NAMES, *itertools.chain(*PAIR_NAMES)}
+    if not table.columns and plain & texts:
+        # A first row that was not taken for a header, as it names no label or target.
+        option = "label_column" if task in LABELLED else "target_column"
+    elif not table.columns:
+        columns = []
+    have = ", ".join(map(repr, columns)) or f"{table.width}, without names"
+    if option == "label_column" and "score" in plain and task == "classification":
+        msg = (
+            f"{table.name}: no column is known to be the label; the columns are {have}."
+            ' The score is a number: give `task="regression"`, or name the column of the'
+            " classes (`label_column`)."
+        )
+        return DataError(msg)
     advice = (
         f"Name it: `{option}` (by number from 0 where there is no header)."
         if CHATS.isdisjoint(table.columns)
@@ -181,7 +196,7 @@ def choose_texts(
         texts = [] if first is None else [first]
     found = [pick_column(table, "text_column", text, (), None) for text in texts]
     if not found:
-        raise unknown_column(table, "text_column")
+        raise unknown_column(table, "text_column", task)
     return [column for column in found if column is not None]
 
 
@@ -224,7 +239,7 @@ def choose_columns(
     }
     for option, there in needed.items():
         if not there:
-            raise unknown_column(table, option)
+            raise unknown_column(table, option, task)
     if label is not None and label in text_columns:
         msg = (
             f"{table.name}: the column {label!r} cannot be text and label at once; name"

@@ -187,6 +187,7 @@ def find_split(
     msg = (
         f"{name}: {problem} for the split {split!r}; the folder has"
         f" {', '.join(sorted(entry.name for entry in every)) or 'no data file'}."
+        " A split goes by its file's name without the ending (`split`, `eval_split`)."
     )
     raise DataError(msg)
 

@@ -80,8 +80,8 @@ class LayerScores:
         if block_size % self.unit or not (self.additive or block_size == self.unit):
             multiple = "a multiple of " if self.additive else ""
             msg = (
-                f"`block_size` {block_size} must be {multiple}{self.unit}, the block size"
-                " that these scores were computed for; score again."
+                f"`block_size` {block_size} must be {multiple}{self.unit}, the blocks that"
+                " these scores are of; score again with the one that you want."
             )
             raise ConfigError(msg)
         return block_sums(self.grid.double(), block_size // self.unit)

@@ -9,6 +9,7 @@ for the end of the page), and in ``factor`` its ``side`` (``"in"`` or ``"out"``)
 
 from __future__ import annotations
 
+from .choices import write_choices
 from .figures import seeds_line
 from .headline import Headline, headline
 from .page import write_report
@@ -33,5 +34,6 @@ __all__ = [
     "summary_rows",
     "summary_table",
     "svg_file",
+    "write_choices",
     "write_report",
 ]

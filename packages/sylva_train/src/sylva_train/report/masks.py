@@ -185,7 +185,9 @@ def touched(layers: Layers) -> tuple[float, float]:
     return float(rows), float(columns)
 
 
-def mask_grid(layers: Layers, colour: str) -> str:
+def mask_grid(
+    layers: Layers, colour: str, beside: Sequence[tuple[Layers, str]] = ()
+) -> str:
     """Draw every layer's mask as HTML, one group a transformer layer.
 
     Parameters
@@ -194,6 +196,8 @@ def mask_grid(layers: Layers, colour: str) -> str:
         Layer name to mask.
     colour : str
         CSS colour of the blocks.
+    beside : sequence of (mapping, str)
+        Further masks of these layers, drawn into the same matrices, and their colours.
 
     Returns
     -------
@@ -211,11 +215,15 @@ def mask_grid(layers: Layers, colour: str) -> str:
             f"{name}, {out} × {width}: {len(mask['indices'])} blocks in {rows} block "
             f"rows and {columns} block columns"
         )
+        more = "".join(
+            f'<path style="--c:{other}" d="{mask_path(those[name]["indices"])}"/>'
+            for those, other in beside
+        )
         # The last row and column of blocks may be ragged: the view box cuts them.
         return (
             f'<svg viewBox="0 0 {width / size:g} {out / size:g}" role="img" '
             f'aria-label="{told}"><title>{told}</title>'
-            f'<path d="{mask_path(mask["indices"])}"/></svg>'
+            f'<path d="{mask_path(mask["indices"])}"/>{more}</svg>'
         )
 
     cards = "".join(

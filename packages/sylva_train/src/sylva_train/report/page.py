@@ -11,13 +11,13 @@ from typing import Any
 from sylva_train._checks import write_text
 
 from . import layers, methods
-from .headline import headline
+from .headline import Headline, headline
 from .page_style import CSS
 from .parts import Page, facts, section
 from .style import css_colours
 from .summary import Results, finite
 
-__all__ = ["write_report"]
+__all__ = ["document", "write_report"]
 
 
 def write_report(results: Results, path: str | os.PathLike[str]) -> Path:
@@ -60,15 +60,21 @@ def _document(page: Page) -> str:
     ]
     names = [page.setup.get(key) for key in ("model", "data")]
     subject = " · ".join(str(name) for name in names if name)
+    return document("Sylva comparison", subject, found, sections)
+
+
+def document(kind: str, subject: str, found: Headline, sections: Iterable[str]) -> str:
+    """Return a page: what of, the headline with its figures, and sections."""
     tiles = "".join(
         f"<div><dt>{escape(words)}</dt><dd>{escape(number)}</dd></div>"
         for number, words in found.figures
     )
     return _DOCUMENT.format(
-        title=escape(f"Sylva comparison: {subject}" if subject else "Sylva comparison"),
+        title=escape(f"{kind}: {subject}" if subject else kind),
         light=css_colours(dark=False),
         dark=css_colours(dark=True),
         css=CSS,
+        kind=escape(kind),
         subject=escape(subject),
         headline=escape(found.title),
         tiles=f'<dl class="tiles">{tiles}</dl>' if tiles else "",
@@ -183,7 +189,7 @@ image{{filter:invert(1) hue-rotate(180deg)}}}}
 <body>
 <main>
 <header>
-<p class="subject">Sylva comparison<span>{subject}</span></p>
+<p class="subject">{kind}<span>{subject}</span></p>
 <h1>{headline}</h1>
 {tiles}
 <div class="sentences">{sentences}</div>

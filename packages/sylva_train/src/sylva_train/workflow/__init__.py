@@ -9,8 +9,15 @@ from sylva_train.progress import duration
 
 from .diagnosis import diagnose
 from .finetuning import finetune
-from .inspection import describe_masks, describe_scores, kind_of
-from .outputs import check_folder, differences
+from .inspection import (
+    describe_masks,
+    describe_scores,
+    kind_of,
+    load_choice,
+    mask_entries,
+    score_entries,
+)
+from .outputs import check_file, check_folder, differences
 from .prediction import predict, predict_file
 from .runs import (
     evaluate_folder,
@@ -32,6 +39,7 @@ from .task import (
 __all__ = [
     "HELD_OUT",
     "Task",
+    "check_file",
     "check_folder",
     "describe_masks",
     "describe_scores",
@@ -44,13 +52,16 @@ __all__ = [
     "finetune",
     "heads",
     "kind_of",
+    "load_choice",
     "load_folder",
     "load_task",
     "located",
+    "mask_entries",
     "merge_folder",
     "predict",
     "predict_file",
     "read_run",
+    "score_entries",
     "score_file",
     "score_task",
 ]

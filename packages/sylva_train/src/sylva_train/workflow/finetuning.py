@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +34,17 @@ from sylva_train.tuner import save_adapter
 
 from .outputs import check_folder, differences, occupied
 from .runs import FORMAT, RECORD, read_run
-from .scoring import check_targets, score_task
+from .scoring import SELECTION, check_targets, score_task, sylva_options
 from .task import Task, heads, load_task, located
 
 __all__ = ["finetune"]
 
 MASKS = "masks.safetensors"
-#: Options that say which blocks to choose by given scores.
-SELECTION = {"density", "block_size", "scope", "allocation", "spread", "max_columns"}
 #: Options that say how to choose blocks, which masks bring with them.
 CHOICE = SELECTION | {
     "importance", "curvature", "levels", "rank", "exact_below", "samples", "tokens",
     "damping", "seed",
 }  # fmt: skip
-
-
-def sylva_options(config: SylvaConfig) -> dict[str, Any]:
-    """Return Sylva's own options, without PEFT's and the facts of an adapter."""
-    names = [field.name for field in dataclasses.fields(SylvaOptions)]
-    # The budgets of a machine's memory change nothing in a run.
-    return {n: getattr(config, n) for n in names if not n.endswith("_budget")}
 
 
 def run_record(
@@ -106,7 +98,8 @@ def finetune(
     output : path
         Folder of the run.
     masks, scores : Masks, Scores, optional
-        Chosen or scored before; nothing is scored then.
+        Chosen or scored before; nothing is scored then, and the options that they were
+        made with take the place of ``config``'s.
     resume : bool
         Go on with an interrupted run in ``output``, to the identical weights; begin it
         where there is none.
@@ -225,13 +218,34 @@ def begin(
 
 
 def chosen(config: SylvaConfig, given: Masks | Scores) -> SylvaConfig:
-    """Return the options with those that masks or scores were made with."""
-    names = [name for name in CHOICE if given.metadata.get(name) is not None]
+    """Return the options with those that masks or scores were made with.
+
+    Warns
+    -----
+    UserWarning
+        If others were asked for, which then do not count.
+    """
+    names = [name for name in sorted(CHOICE) if given.metadata.get(name) is not None]
     if isinstance(given, Scores):
         names = [n for n in names if n not in SELECTION]
     known = {name: given.metadata[name] for name in names}
     # Rules that need no data have seen no sample.
     known["samples"] = known.get("samples") or config.samples
+    usual = {field.name: field.default for field in dataclasses.fields(SylvaOptions)}
+    # The seed is of more than the choice, and there may be fewer samples than asked for.
+    differ = [
+        f"`{name}` is {value!r} there and {getattr(config, name)!r} here"
+        for name, value in known.items()
+        if name not in {"samples", "seed"}
+        and getattr(config, name) not in (value, usual[name])
+    ]
+    if differ:
+        what = "scores" if isinstance(given, Scores) else "masks"
+        msg = (
+            f"the {what} were made with other options, which count: {'; '.join(differ)}."
+            f" Leave these out, or make {what} with them."
+        )
+        warnings.warn(msg, stacklevel=3)
     return dataclasses.replace(config, **known)
 
 

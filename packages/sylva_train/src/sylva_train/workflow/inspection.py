@@ -11,11 +11,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sylva_train._checks import AdapterError, ConfigError
+from sylva_train._checks import AdapterError, ConfigError, check_density, check_integer
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
+from sylva_train.overlaps import usual_block_size
 
-__all__ = ["describe_masks", "describe_scores", "kind_of"]
+__all__ = [
+    "describe_masks",
+    "describe_scores",
+    "kind_of",
+    "load_choice",
+    "mask_entries",
+    "score_entries",
+]
 
 #: The file that tells what a folder is, in the order in which they are looked for.
 FOLDERS = {
@@ -80,6 +88,30 @@ def format_of(path: Path) -> str:
     return found if isinstance(found, str) else ""
 
 
+def load_choice(path: str | os.PathLike[str]) -> Scores | Masks:
+    """Read scores or masks, of a fine-tuning those that it trained.
+
+    Raises
+    ------
+    ConfigError
+        If there is something else, or nothing.
+    AdapterError
+        If the file is damaged or was changed.
+    """
+    kind = kind_of(path)
+    if kind == "scores":
+        return Scores.load(path)
+    if kind == "masks":
+        return Masks.load(path)
+    if kind == "run" and (Path(path) / "masks.safetensors").is_file():
+        return Masks.load(Path(path) / "masks.safetensors")
+    msg = (
+        f"`{path}` has neither scores nor masks to compare: give a file of them, or the"
+        " folder of a fine-tuning that has chosen its blocks."
+    )
+    raise ConfigError(msg)
+
+
 def describe_masks(masks: Masks) -> dict[str, Any]:
     """Return what masks hold, as JSON.
 
@@ -120,7 +152,7 @@ def describe_scores(
     density : float
         Fraction of the blocks whose share of the scores is told.
     block_size : int, optional
-        Side of a block; by default that of the scores, or 32 if it fits.
+        Side of a block; by default 32, or what the scores can be summed over.
 
     Returns
     -------
@@ -129,11 +161,16 @@ def describe_scores(
         number of ``blocks``, ``top_share``, the part of the layer's score that the best
         blocks have, and ``effective``, the exponential of the entropy of the scores over
         the number of blocks: 1 if all are alike, the less the more a few stand out.
+
+    Raises
+    ------
+    ConfigError
+        If an option cannot be used, or the scores cannot be summed over such blocks.
     """
+    check_density(density)
     if block_size is None:
-        unit = max((layer.unit for layer in scores.values()), default=1)
-        side = min((min(layer.shape) for layer in scores.values()), default=1)
-        block_size = unit if unit > 1 else min(32, side)
+        block_size = usual_block_size(scores.values())
+    check_integer("block_size", block_size, 1)
     layers = {}
     for name, layer in scores.items():
         # Truncated HODLR factors make scores that are below zero.
@@ -154,3 +191,30 @@ def describe_scores(
         "block_size": block_size,
         "layers": layers,
     }
+
+
+def mask_entries(masks: Masks) -> dict[str, Any]:
+    """Return masks as JSON for the report."""
+    return {
+        name: {
+            "shape": list(mask.shape),
+            "block_size": mask.block_size,
+            "indices": mask.indices.tolist(),
+        }
+        for name, mask in masks.items()
+    }
+
+
+def score_entries(scores: Scores, masks: Masks) -> dict[str, Any]:
+    """Return block scores, their quantiles and the selection threshold as JSON."""
+    entries = {}
+    for name, mask in masks.items():
+        blocks = scores[name].blocks(mask.block_size)
+        chosen = blocks[mask.indices[:, 0], mask.indices[:, 1]]
+        quantiles = blocks.flatten().quantile(torch.linspace(0, 1, 101).double())
+        entries[name] = {
+            "block_scores_quantiles": quantiles.tolist(),
+            "threshold": float(chosen.min()) if len(chosen) else None,
+            "grid": blocks.tolist(),
+        }
+    return entries

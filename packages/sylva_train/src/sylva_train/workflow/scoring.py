@@ -2,22 +2,82 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
-from sylva_train._checks import OutputExistsError
-from sylva_train.config import KRONECKER, NEEDS_DATA, SylvaConfig, TaskConfig
+from sylva_train._checks import ConfigError, OutputExistsError
+from sylva_train.config import (
+    GENERATION,
+    KRONECKER,
+    NEEDS_DATA,
+    SylvaConfig,
+    SylvaOptions,
+    TaskConfig,
+)
 from sylva_train.importance import Scores, score
 from sylva_train.processes import is_first, together
 from sylva_train.progress import Progress
 from sylva_train.targets import check_block_size, find_targets
 from sylva_train.training import pick_device
 
-from .outputs import check_file
+from .outputs import check_file, differences
 from .task import Task, load_task, located
 
-__all__ = ["score_file", "score_task"]
+__all__ = ["SELECTION", "check_targets", "score_file", "score_task", "sylva_options"]
+
+#: Options that say which blocks to choose by given scores.
+SELECTION = {"density", "block_size", "scope", "allocation", "spread", "max_columns"}
+#: Options that change no score, the block size not being one of them.
+LATER = SELECTION - {"block_size"} | {"modules_to_save"}
+#: Options of a task that say how to evaluate.
+EVALUATION = {"eval_limit", "metric", *GENERATION}
+
+
+def sylva_options(config: SylvaConfig) -> dict[str, Any]:
+    """Return Sylva's own options, without PEFT's and the facts of an adapter."""
+    names = [field.name for field in dataclasses.fields(SylvaOptions)]
+    # The budgets of a machine's memory change nothing in a run.
+    return {n: getattr(config, n) for n in names if not n.endswith("_budget")}
+
+
+def asked(task: TaskConfig, config: SylvaConfig, seed: int) -> dict[str, Any]:
+    """Return what scores are asked for with, as JSON that is kept in their file."""
+    about = dataclasses.asdict(task) | {"seed": seed}
+    parts = {
+        "task": {n: v for n, v in about.items() if n not in EVALUATION},
+        "sylva": {n: v for n, v in sylva_options(config).items() if n not in LATER},
+    }
+    read: dict[str, Any] = json.loads(json.dumps(parts))
+    return read
+
+
+def finished(output: Path, wanted: dict[str, Any]) -> Scores | None:
+    """Return the scores that are there, None if none are.
+
+    Raises
+    ------
+    ConfigError
+        If they are of other options, model or data.
+    """
+    if not output.is_file():
+        return None
+    scores = Scores.load(output)
+    there = scores.metadata.get("asked")
+    differ = (
+        ["it does not say of which"] if there is None else differences(there, wanted)
+    )
+    if differ:
+        msg = (
+            f"`{output}` has finished scores, but of other options: {'; '.join(differ)}."
+            " Use the same ones, choose another file, or replace it (`overwrite=True`,"
+            " `--overwrite`, without `--resume`)."
+        )
+        raise ConfigError(msg)
+    return scores
 
 
 def check_targets(task: Task, config: SylvaConfig) -> None:
@@ -115,7 +175,7 @@ def score_file(
         (its name and ``.unfinished``), which goes when the scores are written.
     resume : bool
         Go on with scoring that was interrupted, to the same scores; begin it where there
-        is none.
+        is none. Scores that are finished are returned as they are.
     overwrite : bool
         Whether to replace a file that is there.
     progress : bool
@@ -131,15 +191,23 @@ def score_file(
         If ``output`` exists and not ``overwrite``, or unfinished scoring and neither
         ``resume`` nor ``overwrite``.
     ConfigError
-        If ``resume`` meets scoring with other options, model or data.
+        If ``resume`` meets scoring or scores with other options, model or data.
     SylvaError
         Whatever stops reading, loading or scoring; nothing is written then.
     """
     unfinished = Path(f"{os.fspath(output)}.unfinished")
     first = is_first()
+    task_config = located(task_config)
+    wanted = asked(task_config, config, seed)
     with together():
-        check_file(output, overwrite=overwrite)
-        stale = unfinished.exists() and not resume
+        begun = unfinished.exists()
+        if resume and not overwrite and not begun:
+            done = finished(Path(output), wanted)
+            if done is not None:
+                return done
+        # What was begun may replace a file, or it would not have been begun.
+        check_file(output, overwrite=overwrite or (resume and begun))
+        stale = begun and not resume
         if stale and not overwrite:
             msg = (
                 f"`{unfinished}` has scoring that was interrupted: go on with it"
@@ -151,7 +219,7 @@ def score_file(
         if stale and first:
             shutil.rmtree(unfinished)
     with Progress(enabled=progress) as bars:
-        task = load_task(located(task_config), seed=seed, evaluation=False)
+        task = load_task(task_config, seed=seed, evaluation=False)
         check_targets(task, config)
         scores = score_task(
             task,
@@ -162,6 +230,7 @@ def score_file(
             checkpoint=unfinished,
             checkpoint_minutes=checkpoint_minutes,
         )
+    scores.metadata["asked"] = wanted
     with together():
         if first:
             scores.save(output)
