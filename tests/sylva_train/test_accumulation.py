@@ -1,5 +1,7 @@
 """Gradients of batches of any size add up to those of a large one."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -8,8 +10,10 @@ from peft import LoraConfig, get_peft_model
 from sylva_train._checks import DataError
 from sylva_train.config import TrainingConfig
 from sylva_train.curvature import default_loss
+from sylva_train.layers import embed
 from sylva_train.training import train
 from sylva_train.training.gradient import accumulate_gradient
+from tests.sylva_train.models import random_masks
 from tests.sylva_train.toy import ToyLoader, toy_model
 
 
@@ -81,3 +85,26 @@ def test_a_run_with_accumulation_follows_the_run_with_large_batches():
         assert result.steps == 4
         finals.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert close(*finals)
+
+
+def test_gradients_of_many_terms_are_not_lost_in_half_precision():
+    torch.manual_seed(0)
+    half = torch.nn.Sequential(
+        torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 16)
+    ).half()
+    with torch.no_grad():
+        half[2].weight.mul_(0.05)
+    embed(half, random_masks(half, ["0", "2"], 0.5, 4))
+    x, labels = torch.randn(8192, 16).half(), torch.randint(16, (8192,))
+
+    def loss(model, batch):
+        outputs = model(batch["x"].to(next(model.parameters()).dtype))
+        return torch.nn.functional.cross_entropy(outputs.float(), batch["labels"])
+
+    found = []
+    for model in (half, copy.deepcopy(half).float()):
+        model.zero_grad()
+        accumulate_gradient(model, [{"x": x, "labels": labels}], loss, "the test")
+        found += [[m.sylva_values["default"].grad for m in (model[0], model[2])]]
+    for got, wanted in zip(*found, strict=True):
+        assert (got - wanted).norm() < 0.01 * wanted.norm()

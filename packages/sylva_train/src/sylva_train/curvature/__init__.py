@@ -9,13 +9,20 @@ from .batches import (
     note,
     some_samples,
 )
-from .collect import Curvatures, collect_curvature, damage, describe_factor
+from .collect import (
+    LARGEST_SCALE,
+    Curvatures,
+    collect_curvature,
+    damage,
+    describe_factor,
+)
 from .factors import Factor
 from .hooks import LayerCurvature, block_sums
 from .planning import curvature_bytes
 from .state import Store, settings
 
 __all__ = [
+    "LARGEST_SCALE",
     "Curvatures",
     "Factor",
     "LayerCurvature",

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sylva_train._checks import NonFiniteError
-from sylva_train.curvature import damage, loss_units, some_samples
+from sylva_train.curvature import LARGEST_SCALE, damage, loss_units, some_samples
 from sylva_train.layers import accumulating
 from sylva_train.processes import rank_and_size
 
@@ -37,6 +37,16 @@ def share(batch: Batch) -> Batch:
     return some_samples(batch, slice(rank, None, processes)) if processes > 1 else batch
 
 
+def loss_scale(model: nn.Module, units: int) -> float:
+    """Return a power of two to scale a mean over ``units`` terms by.
+
+    In float16 its gradient would be too small to be told from zero.
+    """
+    if all(p.dtype != torch.float16 for p in model.parameters()):
+        return 1.0
+    return 2.0 ** min(units.bit_length() - 1, LARGEST_SCALE)
+
+
 def accumulate_gradient(
     model: nn.Module, batches: Sequence[Batch], loss: Loss, where: str
 ) -> float:
@@ -60,6 +70,7 @@ def accumulate_gradient(
     processes = rank_and_size()[1]
     counts = [loss_units(model, batch) for batch in batches]
     units = sum(max(1, count) for count in counts)
+    scale = loss_scale(model, units)
     # Where no label of a batch counts, all processes meet the NaN that comes of it.
     if shared := processes > 1 and all(counts):
         batches = [share(batch) for batch in batches]
@@ -72,7 +83,7 @@ def accumulate_gradient(
         weight = max(1, count) / units
         with accumulating():
             value = loss(model, batch) * weight
-        value.backward()
+        value.backward(None if scale == 1 else torch.full_like(value, scale))
         # After it: a GPU would stand still between the two while the number is awaited.
         total += value.item()
         if not math.isfinite(total):
@@ -86,6 +97,9 @@ def accumulate_gradient(
             " batch without a label that counts, too."
         )
         raise NonFiniteError(msg)
+    if scale != 1:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, 1 / scale)
     return total
 
 
