@@ -625,7 +625,7 @@ def installed():
         for name, value in cuda.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch.backends.cuda, "is_built", lambda: True)
-        for name in ("tensor", "empty_like"):
+        for name in ("tensor", "empty"):
             patch.setattr(torch, name, _pinning(getattr(torch, name)))
         patch.setattr(torch.Tensor, "pin_memory", _pin)
         patch.setattr(torch.Tensor, "is_pinned", lambda t, *_: is_pinned(t))
