@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import functools
 import sys
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -407,7 +408,8 @@ def _exchange(index: int) -> int:
 
 
 class _Stream:
-    def __init__(self, *_: Any, **__: Any): ...
+    def __init__(self, device=None, **_: Any):
+        self.device = _indexed(device)
 
     def wait_stream(self, _): ...
 
@@ -444,9 +446,8 @@ class _Graph:
 class _Event:
     def __init__(self, enable_timing=False, **_): ...
 
-    def record(self, *_):
-        import time
-
+    def record(self, stream=None):
+        self.device = (stream or _Stream()).device
         self.time = time.perf_counter()
 
     def synchronize(self):

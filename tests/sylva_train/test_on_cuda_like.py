@@ -14,6 +14,7 @@ from sylva_train.importance import score
 from sylva_train.kernels import dispatch
 from sylva_train.layers import embed
 from sylva_train.optimizer import SparseAdamW
+from sylva_train.reproduce import timing
 from tests import cuda_like
 from tests.sylva_train.models import random, random_masks
 
@@ -96,3 +97,8 @@ def test_scoring_waits_a_few_times_for_each_layer_and_batch(waits, last):
     # whether all numbers are finite, and how many rows are no padding; the loss
     each = (waits.total() - once) / 3
     assert each <= 2 * len(model.layers) + 3, waits
+
+
+@pytest.mark.usefixtures("waits")
+def test_time_is_taken_on_the_device_that_computes():
+    assert timing.mark(torch.device("cuda:1")).device == torch.device("cuda:1")
