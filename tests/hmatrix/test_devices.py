@@ -8,6 +8,7 @@ import torch
 
 import hmatrix as hm
 from hmatrix._backend import batched, cholesky, inverse, linalg, solve
+from hmatrix.lowrank import orthonormal_parts
 from tests import cuda_like, cupy_like
 from tests.helpers import Library, to_numpy
 
@@ -146,6 +147,17 @@ def test_the_host_waits_once_for_the_norms_of_all_levels(rng):
         return [waits(compute) for compute in computations]
 
     assert of_levels(2) == of_levels(5)
+
+
+@needs_stand_in
+@pytest.mark.parametrize("kind", ["full", "graded", "deficient"])
+def test_the_host_waits_once_for_orthonormal_columns(kind, rng):
+    X = batch(kind, (3, 30, 6), "float64", rng)
+    cupy_like.seen["waits"] = 0
+    Q, T, R = orthonormal_parts(CUPY.asarray(X))
+    assert cupy_like.seen["waits"] == 1
+    assert_orthonormal(Q @ T, 1e-15)
+    assert distance(to_numpy(Q @ T @ R), X) < 1e-14
 
 
 @needs_stand_in
