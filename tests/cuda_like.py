@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import array_api_compat.torch
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -637,7 +638,8 @@ def installed():
                 _indexed(device), non_blocking=non_blocking
             ),
         )
-        patch.setattr(torch, "Generator", Generator)
+        for module in (torch, array_api_compat.torch):  # which has its own names of all
+            patch.setattr(module, "Generator", Generator)
         storage = torch.storage._StorageBase
         patch.setattr(storage, "to", _storage_to)
         patch.setattr(storage, "clone", lambda s: _storage_to(s, device=s.device))
