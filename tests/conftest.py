@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import hypothesis
 import pytest
 import torch
 
-from tests import cupy_like
+from tests import cuda_like, cupy_like
 from tests.helpers import Library
 
 # Where there is no GPU, Triton's kernels are run step by step; Triton reads this once,
@@ -16,6 +17,11 @@ from tests.helpers import Library
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     cupy_like.install()
+#: Of the tests for a GPU, `CUDA_LIKE=1 pytest -m gpu` runs those that it can on a stand-in.
+if os.environ.get("CUDA_LIKE") and cuda_like.usable:
+    STAND_IN = cuda_like.installed()
+    STAND_IN.__enter__()
+    atexit.register(STAND_IN.__exit__, None, None, None)
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
 hypothesis.settings.register_profile(

@@ -129,7 +129,7 @@ ARCHITECTURES: dict[str, tuple[type, Callable[[], object], str, list[str]]] = {
 
 def make_model(name: str = "bert", seed: int = 0) -> nn.Module:
     kind, config, _, _ = ARCHITECTURES[name]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kind(config()).eval()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sylva_train.kernels import BlockState, adamw
-from sylva_train.optimizer import SparseAdamW
+from sylva_train.optimizer import SparseAdamW, fused
 from tests.sylva_train.mixed_layers import (
     MODES,
     TOLERANCE,
@@ -257,6 +257,17 @@ def test_an_adapter_that_is_not_shown_is_updated_without_being_shown(
     assert largest_difference(parameters[:1], before[:1]) > 0.01
     batch = {name: tensor.to(triton_device) for name, tensor in make_batch().items()}
     assert torch.allclose(logits(model, batch).cpu(), expected["other"], atol=1e-5)
+
+
+@pytest.mark.usefixtures("triton")
+def test_more_values_than_the_kernel_counts_are_left_to_pytorch(
+    triton_device, monkeypatch
+):
+    model, _ = make(triton_device)
+    values = model[0].sylva_values["default"]
+    for most, found in ((values.numel(), triton_adamw), (values.numel() - 1, None)):
+        monkeypatch.setattr(fused, "MOST_VALUES", most)
+        assert fused.kernel_of(model[0]) is found
 
 
 @pytest.mark.usefixtures("triton")

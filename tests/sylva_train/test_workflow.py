@@ -212,7 +212,7 @@ def test_scores_are_not_written_over_a_folder(home, tmp_path):
 def test_scoring_leaves_the_model_alone(home):
     made = load_task(task(home), seed=0)
     before = snapshot(made.model)
-    score_task(made, sylva_config(importance="gradient", samples=8))
+    score_task(made, sylva_config(importance="gradient", samples=8), device="cpu")
     assert same(before, snapshot(made.model))
 
 

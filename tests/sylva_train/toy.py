@@ -53,7 +53,7 @@ def toy_base(dropout: float = 0.1, seed: int = 0) -> BertForSequenceClassificati
         attention_probs_dropout_prob=dropout,
         num_labels=2,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return BertForSequenceClassification(config)
 
@@ -84,7 +84,7 @@ def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -
 
 
 #: Two epochs of six batches.
-CONFIG = TrainingConfig(lr=1e-2, epochs=2, save_every=3)
+CONFIG = TrainingConfig(lr=1e-2, epochs=2, save_every=3, device="cpu")
 
 
 class HaltError(Exception):

@@ -47,7 +47,7 @@ TINY = {
 
 def save_folder(path, config=None, kind=BertModel, tokenizer=None, seed: int = 0):
     """Write a random model and a tokenizer to a folder."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         kind(config or BertConfig(**TINY)).save_pretrained(path)
     (tokenizer or word_tokenizer()).save_pretrained(path)

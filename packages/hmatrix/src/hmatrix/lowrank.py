@@ -287,8 +287,9 @@ def orthonormal_parts(X: Array) -> tuple[Array, Array, Array]:
     if not space.on_host or bool(xp.any(none)):
         norms = xp.where(none, xp.ones_like(norms), norms)
         null = xp.astype(none, X.dtype) * eye
-    # by one norm at a time: their product may be subnormal, where complex division fails
-    first = cholesky(gram / norms / transpose(norms) + null)
+    # by one norm at a time: their product may be subnormal, where complex division fails;
+    # where there is none, a device's has NaN or leaves Q far from orthonormal
+    first = cholesky(gram / norms / transpose(norms) + null, sure=True)
     if first is None:
         return _householder(X)
     Q = X @ (adjoint(inverse_lower(first)) / transpose(norms))

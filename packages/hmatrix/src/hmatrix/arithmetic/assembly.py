@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 from hmatrix._backend import Array, Space, adjoint
 from hmatrix._checks import NonFiniteError, check_int
 from hmatrix._operator import pad_rows
-from hmatrix.arithmetic.norms import safe_norm
+from hmatrix.arithmetic.norms import safe_norm, safe_norms
 from hmatrix.construct import block_tolerance, check_rtol
 from hmatrix.hodlr import HODLR, clear_padding
 from hmatrix.lowrank import LowRank, beside, cut_triplets, recompress
@@ -70,8 +71,9 @@ def assemble(
     sides: tuple[list[LowRank], ...] = ([],) if symmetric else ([], [])
     # B12 stands for B21 too if that is not stored, and so do the errors in it
     twice = math.sqrt(2) if symmetric else 1.0
-    losses: list[float] = []
-    lost = 0.0
+    # of blocks, and of what is handed down
+    losses: list[Array] = []
+    losses_below: list[Array] = []
     handed: LowRank | None = None
     for level, (B12, B21, diagonal) in enumerate(terms):
         below = [diagonal]
@@ -84,21 +86,23 @@ def assemble(
         for side, block in zip(sides, blocks, strict=False):
             kept, cost = recompress(block, tolerance=tolerance)
             side.append(kept)
-            losses.append(safe_norm(cost) * twice)
+            losses.append(cost)
         handed = beside(*below)
         if level + 1 < tree.levels:
             # one share for each level that hands down, none to the leaves
             share = early / ((tree.levels - 1) * math.sqrt(tree.nodes(level + 1)))
             handed, cost = recompress(handed, tolerance=share)
-            lost += safe_norm(cost) * twice
+            losses_below.append(cost)
     if handed is not None:
         leaves = leaves + handed.to_dense()
     if symmetric:
         leaves = (leaves + adjoint(leaves)) / 2
-    lost += math.hypot(*losses)
     # orthonormal factors: the norm is that of the scales
-    off = (safe_norm(block.S) * twice for side in sides for block in side)
-    norm = math.hypot(safe_norm(leaves), *off)
+    scales = [block.S for side in sides for block in side]
+    found = iter(safe_norms([leaves, *scales, *losses, *losses_below]))
+    norm = math.hypot(next(found), twice * math.hypot(*islice(found, len(scales))))
+    lost = twice * math.hypot(*islice(found, len(losses)))
+    lost += twice * sum(found)
     _check_finite(space, norm)
     allowed = max(rtol * (norm - lost) - lost, 0.0)
     losses = []
@@ -106,8 +110,8 @@ def assemble(
         for level, b in enumerate(side):
             tolerance = block_tolerance(tree, level, allowed)
             side[level], cost, _ = cut_triplets(b.U, b.S, b.V, tolerance, max_rank)
-            losses.append(safe_norm(cost) * twice)
-    lost += math.hypot(*losses)
+            losses.append(cost)
+    lost += twice * math.hypot(*safe_norms(losses))
     # relative to the exact sum, whose norm may be smaller by what was lost
     error = lost / (norm - lost) if lost < norm else None if lost else 0.0
     upper_blocks, *lower_blocks = map(tuple, sides)

@@ -15,6 +15,7 @@ from hmatrix._backend import (
     frobenius,
     namespace,
     real_part,
+    to_numpy,
 )
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank
@@ -97,9 +98,12 @@ def _norm(H: HODLR) -> float:
     with np.errstate(over="ignore", invalid="ignore"):
         diagonal = float(frobenius(detach(H.leaves)))
         total = diagonal * diagonal  # a power would raise on overflow
-        for block in (*H.upper, *(H.lower or ())):
-            square = float(namespace(block.S).sum(real_part(_terms(block))))
-            total += square * (2 if H.symmetric else 1)
+        blocks = (*H.upper, *(H.lower or ()))
+        if blocks:  # for all of which the host waits once
+            xp = H.space.xp
+            squares = xp.stack([xp.sum(real_part(_terms(block))) for block in blocks])
+            off = float(np.sum(to_numpy(squares), dtype=np.float64))
+            total += off * (2 if H.symmetric else 1)
     return math.sqrt(max(total, 0.0))
 
 
@@ -119,12 +123,12 @@ def _norms(H: HODLR) -> tuple[float, float]:
     """
     xp, eps = H.space.xp, H.space.eps
 
-    def squares(block: LowRank) -> tuple[float, float]:
+    def squares(block: LowRank) -> Array:
         """Return the sum of the squares of blocks' norms, and a bound of the largest."""
         terms = _terms(block)
         each = real_part(xp.sum(terms, axis=(-2, -1)))
         rounding = eps * xp.sum(xp.abs(terms), axis=(-2, -1))  # where terms cancel
-        return float(xp.sum(each)), max(float(xp.max(each + rounding)), 0.0)
+        return xp.stack([xp.sum(each), xp.max(each + rounding)])
 
     with np.errstate(over="ignore", invalid="ignore"):
         leaves = detach(H.leaves)
@@ -132,11 +136,12 @@ def _norms(H: HODLR) -> tuple[float, float]:
         rows, columns = (float(xp.max(xp.sum(sizes, axis=k))) for k in (-1, -2))
         total = diagonal * diagonal  # a power would raise on overflow
         two = min(diagonal, math.sqrt(rows * columns))
-        for level, upper in enumerate(H.upper):
-            found = [squares(upper)] * 2
-            if H.lower is not None:
-                found[1] = squares(H.lower[level])
-            total += sum(square for square, _ in found)
-            two += math.sqrt(max(largest for _, largest in found))
+        sides = [H.upper] if H.lower is None else [H.upper, H.lower]
+        if H.upper:
+            found = [xp.stack([squares(block) for block in side]) for side in sides]
+            both = to_numpy(xp.stack(found)).astype(np.float64)
+            total += float(np.sum(both[..., 0])) * (2 / len(sides))
+            largest = np.max(both[..., 1], axis=0)
+            two += float(np.sum(np.sqrt(np.maximum(largest, 0.0))))
     norm = math.sqrt(max(total, 0.0))
     return norm, min(norm * (1 + math.sqrt(eps)), two)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from hmatrix._backend import (
     Array,
+    Space,
     adjoint,
     conjugate,
     detach,
     frobenius,
     in_own_precision,
     namespace,
+    real_part,
     squares,
+    to_numpy,
     triangle,
 )
 from hmatrix._checks import check_kind
@@ -21,7 +25,7 @@ from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank
 from hmatrix.mlr import MLR
 
-__all__ = ["norm", "safe_norm"]
+__all__ = ["norm", "safe_norm", "safe_norms"]
 
 #: Products with the matrix and its adjoint that the 2-norm may take at most, and the
 #: residual, relative to the eigenvalue of AᴴA, that ends them before.
@@ -81,41 +85,67 @@ def norm(H: Operator, kind: str | int = "fro") -> float:
 
 def safe_norm(x: Array) -> float:
     """Return the Frobenius norm of a whole array, whose squares may leave the range."""
-    xp, x = namespace(x), detach(x)
-    if not math.prod(x.shape):
-        return 0.0
-    top = float(xp.max(xp.abs(x)))
-    return math.sqrt(float(xp.sum((xp.abs(x) / top) ** 2))) * top if top else 0.0
+    return safe_norms([x])[0]
+
+
+def safe_norms(arrays: Sequence[Array]) -> list[float]:
+    """Return `safe_norm` of some arrays, for all of which the host waits once."""
+    numbers: list[Array] = []
+    for x in map(detach, arrays):
+        xp = namespace(x)
+        if math.prod(x.shape):
+            top = xp.max(xp.abs(x))
+            scale = xp.where(top > 0, top, xp.ones_like(top))
+            numbers += [top, xp.sum((xp.abs(x) / scale) ** 2)]
+        else:
+            numbers += [Space.of(x).real.zeros()] * 2
+    found = iter(_on_host(numbers) if numbers else [])
+    return [top * math.sqrt(total) for top, total in zip(found, found, strict=True)]
+
+
+def _on_host(numbers: Sequence[Array]) -> list[float]:
+    """Bring numbers to the host in one piece."""
+    found: list[float] = to_numpy(namespace(numbers[0]).stack(numbers)).tolist()
+    return found
 
 
 def _frobenius(H: HODLR | MLR) -> float:
     xp = H.space.xp
     if isinstance(H, HODLR):
-        parts = [safe_norm(H.leaves)]
-        twice = math.sqrt(2) if H.symmetric else 1.0
-        for block in (*H.upper, *(H.lower or ())):
-            # the core of both QRs: no cancellation between dependent columns
-            core = LowRank(triangle(block.U), block.S, triangle(block.V))
-            parts.append(safe_norm(core.to_dense()) * twice)
-        return math.hypot(*parts)
+        halves = [*H.upper, *(H.lower or ())]
+        # the cores of both QRs: no cancellation between dependent columns
+        cores = [
+            LowRank(triangle(block.U), block.S, triangle(block.V)).to_dense()
+            for block in halves
+        ]
+        leaves, *off = safe_norms([H.leaves, *cores])
+        return math.hypot(
+            leaves, math.hypot(*off) * (math.sqrt(2) if H.symmetric else 1)
+        )
     # brought to about 1, so that squares of products stay in range
-    tops = [
-        float(xp.max(xp.abs(x))) for x in (H.leaves, *H.factors) if math.prod(x.shape)
-    ]
+    tops = _on_host(
+        [
+            xp.max(xp.abs(detach(x)))
+            for x in (H.leaves, *H.factors)
+            if math.prod(x.shape)
+        ]
+    )
     scale = max(tops[0], *(top**2 for top in tops[1:]), 0.0)
     if not scale:
         return 0.0
-    leaves = H.leaves / scale
-    factors = [F / math.sqrt(scale) for F in H.factors]
-    total = float(xp.sum(squares(leaves)))
+    leaves = detach(H.leaves) / scale
+    factors = [detach(F) / math.sqrt(scale) for F in H.factors]
+    products, weights = [xp.sum(squares(leaves))], [1]
     for k, F in enumerate(factors):
         # ⟨G Gᴴ, F Fᴴ⟩ = ‖Gᴴ F‖² node by node, for the levels G above and at F
         for j, G in enumerate(factors[: k + 1]):
             inner = adjoint(xp.reshape(G, (*F.shape[:2], G.shape[-1]))) @ F
-            total += float(xp.sum(squares(inner))) * (1 if j == k else 2)
+            products.append(xp.sum(squares(inner)))
+            weights.append(1 if j == k else 2)
         part = xp.reshape(F, (*leaves.shape[:2], F.shape[-1]))
-        inner = complex(xp.sum(conjugate(part) * (leaves @ part))).real
-        total += 2 * H.sign * inner
+        products.append(xp.sum(real_part(conjugate(part) * (leaves @ part))))
+        weights.append(2 * H.sign)
+    total = sum(w * x for w, x in zip(weights, _on_host(products), strict=True))
     return scale * math.sqrt(max(total, 0.0))
 
 

@@ -6,10 +6,10 @@ import math
 from functools import partial
 from typing import TypeVar
 
-from hmatrix._backend import in_own_precision
+from hmatrix._backend import Array, in_own_precision
 from hmatrix._checks import NonFiniteError, check_int, check_kind
 from hmatrix.arithmetic.error import after
-from hmatrix.arithmetic.norms import norm, safe_norm
+from hmatrix.arithmetic.norms import norm, safe_norms
 from hmatrix.construct import Guard, block_tolerance, check_rtol
 from hmatrix.hodlr import HODLR, clear_padding
 from hmatrix.lowrank import LowRank, cut_triplets, recompress, triplets
@@ -79,7 +79,7 @@ def truncate(
     guard = Guard(H.tree, leaves, rtol * size) if definite else None
     upper: list[LowRank] = []
     lower: list[LowRank] = []
-    losses: list[float] = []
+    losses: list[Array] = []
     for level in range(H.tree.levels):
         tolerance = block_tolerance(H.tree, level, rtol * size)
         for side, block in zip((upper, lower), H.blocks(level), strict=True):
@@ -92,10 +92,11 @@ def truncate(
                     level, partial(cut_triplets, *triplets(block)), max_rank
                 )
             side.append(cut)
-            losses.append(safe_norm(lost) * (math.sqrt(2) if H.symmetric else 1))
+            losses.append(lost)
+    total = math.hypot(*safe_norms(losses)) * (math.sqrt(2) if H.symmetric else 1)
     if guard is not None:
         leaves, added = guard.finish()
-        losses.append(added)
-    error = math.hypot(*losses) / size if size else 0.0
+        total = math.hypot(total, added)
+    error = total / size if size else 0.0
     below, error_after = None if H.symmetric else tuple(lower), after(H.error, error)
     return clear_padding(HODLR(H.tree, leaves, tuple(upper), below, error_after))

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +51,17 @@ def block_sums(matrix: torch.Tensor, block_size: int) -> torch.Tensor:
     return columns.unflatten(-2, (-1, block_size)).sum(-2)  # type: ignore[no-any-return]
 
 
-def finite(x: torch.Tensor) -> bool:
-    """Whether all numbers are finite; on a CPU ten times as fast as looking at each."""
-    return not x.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
+def finite(*tensors: torch.Tensor) -> bool:
+    """Whether all numbers are finite; on a CPU ten times as fast as looking at each.
+
+    The host waits for a device once, however many tensors there are.
+    """
+    found = [
+        torch.isfinite(torch.stack(torch.aminmax(x))).all()
+        for x in tensors
+        if x.numel()
+    ]
+    return not found or bool(torch.stack([f.to(found[0].device) for f in found]).all())
 
 
 @dataclass
@@ -181,8 +189,11 @@ class Collector:
             if g.shape[:-1] == mask.shape:
                 rows = mask.to(g.device, copy=True)
                 # What has a gradient is no padding, or the loss depends on it.
-                rows[~rows] = g[~rows].ne(0).any(-1)
-                return rows
+                if g.device.type == "cpu":
+                    rows[~rows] = g[~rows].ne(0).any(-1)
+                    return rows
+                # How many rows a mask picks, the host would wait to be told.
+                return rows | g.ne(0).any(-1)
         # Without a mask there is no padding; with one, a row for each sample is pooled.
         if not masks or (g.dim() == 2 and len(g) == len(masks[0])):
             return torch.ones(g.shape[:-1], dtype=torch.bool, device=g.device)
@@ -295,16 +306,8 @@ class Collector:
     @torch.no_grad()
     def add(self, name: str, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add one batch of a layer: inputs (..., in), output gradients (..., out)."""
-        if not finite(g):
-            msg = (
-                f"the output gradient of `{name}` is NaN or infinite in batch"
-                f" {self.step} while scoring; check the data and the labels, and score in"
-                " float32 or bfloat16 rather than float16."
-            )
-            raise NonFiniteError(msg)
-        if not finite(x):
-            msg = f"an input of `{name}` is NaN or infinite in batch {self.step}."
-            raise NonFiniteError(msg)
+        if not finite(g, x):
+            self.refuse(name, g)
         x = x.unsqueeze(0) if x.dim() == 1 else x
         g = g.unsqueeze(0) if g.dim() == 1 else g
         x, g = self.arranged(name, x), self.arranged(name, g)
@@ -316,7 +319,8 @@ class Collector:
         x, g = x.to(g.device, wide), g.to(wide) * self.units
         self.find_owner(name)
         sums = self.sums.get(name) or self.begin(name, g)
-        rows_x, rows_g = x[valid], g[valid]
+        places = valid.flatten().nonzero()[:, 0]  # for which the host waits once
+        rows_x, rows_g = (t.flatten(0, -2).index_select(0, places) for t in (x, g))
         if sums.gradient is not None:
             # One in main memory comes here and goes back, which the host waits for; one
             # that is here is what `to` returns.
@@ -359,6 +363,18 @@ class Collector:
             )
             raise ConfigError(msg)
         return x if arranged is None else arranged
+
+    def refuse(self, name: str, g: torch.Tensor) -> NoReturn:
+        """Say which numbers of a layer are not finite."""
+        if finite(g):
+            msg = f"an input of `{name}` is NaN or infinite in batch {self.step}."
+        else:
+            msg = (
+                f"the output gradient of `{name}` is NaN or infinite in batch"
+                f" {self.step} while scoring; check the data and the labels, and score in"
+                " float32 or bfloat16 rather than float16."
+            )
+        raise NonFiniteError(msg)
 
     def find_owner(self, name: str) -> None:
         """See who reads the same input, call by call, once a batch has run forward."""

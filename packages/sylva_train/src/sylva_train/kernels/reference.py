@@ -128,9 +128,13 @@ def scatter_blocks_(
     elif not is_ragged(weight.shape, block_size):
         interior(weight, block_size)[indices[:, 0], :, indices[:, 1], :] = blocks
     else:
-        rows, columns, inside = elements(weight.shape, indices, block_size)
-        places = (side.expand_as(inside)[inside] for side in (rows, columns))
-        weight[tuple(places)] = blocks[inside]
+        rows, columns, _ = elements(weight.shape, indices, block_size)
+        # What is outside goes, as often as it may, where the nearest element inside does,
+        # and has its number: to leave it out by a mask, the host would wait for a device.
+        rows = rows.clamp(max=weight.shape[0] - 1)
+        columns = columns.clamp(max=weight.shape[1] - 1)
+        block = torch.arange(len(blocks), device=blocks.device)[:, None, None]
+        weight[rows, columns] = blocks[block, rows % block_size, columns % block_size]
 
 
 # Elements of gathered activations at a time: pieces that stay in the cache, in memory

@@ -24,6 +24,9 @@ from sylva_train.targets import weight_view
 
 __all__ = ["KernelStep", "kernel_of", "laid_out_as", "may_fuse", "may_fuse_on_cpu"]
 
+#: Values of a layer that the kernel counts in 32 bits, a piece at a time.
+MOST_VALUES = 2**31 - 1024
+
 
 def may_fuse(group: dict[str, Any]) -> bool:
     """Whether a group asks for nothing that the kernel does not do."""
@@ -65,7 +68,7 @@ def kernel_of(layer: SparseEmbeddedLinear, eight_bit: bool = False) -> Any:
     # Of its own kind, since a sharded tensor's memory holds a part of the values.
     if type(values) is not nn.Parameter or values.dtype != torch.float32:
         return None
-    if not values.is_contiguous():
+    if not values.is_contiguous() or values.numel() > MOST_VALUES:
         return None
     weight = weight_view(layer.base_layer)
     found = find_kernel("adamw", weight.device, weight.dtype, values.shape[-1])

@@ -1,0 +1,104 @@
+"""What a GPU is spared and must not meet, on a stand-in for one: no waiting, no mixing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from sylva_train.config import SylvaConfig
+from sylva_train.importance import score
+from sylva_train.kernels import dispatch
+from sylva_train.layers import embed
+from sylva_train.optimizer import SparseAdamW
+from sylva_train.reproduce import timing
+from tests import cuda_like
+from tests.sylva_train.models import random, random_masks
+
+pytestmark = pytest.mark.skipif(not cuda_like.usable, reason="no stand-in for CUDA")
+
+
+@pytest.fixture
+def waits():
+    with cuda_like.installed() as seen:
+        yield seen
+
+
+def build(device, **options):
+    """Two layers with ragged edges, on another device than the current one."""
+    model = nn.Sequential(nn.Linear(70, 48), nn.GELU(), nn.Linear(48, 33))
+    for seed, parameter in enumerate(model.parameters()):
+        parameter.data = random(parameter.shape, seed=seed) / 8
+    masks = random_masks(model, ["0", "2"], block_size=16)
+    embed(model.to(device), masks)
+    return model, SparseAdamW(model, lr=0.01, **options)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("torch", {}),
+        ("torch", {"decay_towards": "base", "max_grad_norm": 1.0}),
+        ("triton", {"moments": "8bit", "max_grad_norm": 1.0}),
+    ],
+    ids=["torch", "torch-clip", "triton"],
+)
+def test_the_host_waits_for_no_step(monkeypatch, waits, mode, options):
+    if mode == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setattr(dispatch, "find_problem", lambda *_: None)
+    monkeypatch.setenv("SYLVA_KERNELS", mode)
+    model, optimizer = build("cuda:1", **options)
+    x = random((8, 70), seed=9).to("cuda:1")
+    before = [p.detach().cpu() for p in model.parameters()]
+    for _ in range(4):
+        waits.clear()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not waits
+    after = [p.detach().cpu() for p in model.parameters()]
+    moved = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert moved == [p.requires_grad or p.dim() == 2 for p in model.parameters()]
+
+
+class Classifier(nn.Module):
+    """Three layers, the last of which may be on another device."""
+
+    def __init__(self, devices):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(24, 24, device=device) for device in devices
+        )
+        self.devices = devices
+
+    def forward(self, x, labels):
+        for layer, device in zip(self.layers, self.devices, strict=True):
+            x = torch.tanh(layer(x.to(device)))
+        loss = nn.functional.cross_entropy(x, labels.to(x.device))
+        return SimpleNamespace(loss=loss)
+
+
+@pytest.mark.parametrize("last", ["cuda:0", "cuda:1"])
+def test_scoring_waits_a_few_times_for_each_layer_and_batch(waits, last):
+    torch.manual_seed(0)
+    model = Classifier(["cuda:0", "cuda:0", last])
+    samples = [{"x": torch.randn(24), "labels": torch.tensor(i)} for i in range(24)]
+    options = SylvaConfig(block_size=8, exact_below=4096)
+    score(model, DataLoader(samples[:6], 6), options)
+    once = waits.total()
+    waits.clear()
+    score(model, DataLoader(samples, 6), options)
+    # whether all numbers are finite, and how many rows are no padding; the loss
+    each = (waits.total() - once) / 3
+    assert each <= 2 * len(model.layers) + 3, waits
+
+
+@pytest.mark.usefixtures("waits")
+def test_time_is_taken_on_the_device_that_computes():
+    assert timing.mark(torch.device("cuda:1")).device == torch.device("cuda:1")
