@@ -74,7 +74,7 @@ def main() -> None:
             b,
             tokens,
             options.threads,
-            cost.speed_of(dy),
+            *cost.speeds_of(dy),
         )
         row = {
             "dtype": str(dtype).removeprefix("torch."),

@@ -188,6 +188,28 @@ def test_threads_make_the_dense_product_likelier():
     assert [way(threads) for threads in (1, 2, 4)] == ["rows", "dense", "dense"]
 
 
+def test_fast_products_make_the_dense_one_likelier():
+    def way(speed, copying):
+        return cost.choose_way(115, (24, 24), (24, 24), 16, 512, 1, speed, copying)
+
+    assert [way(*each) for each in ((1, 1), (2.5, 2.5), (16, 8))] == [
+        "rows", "dense", "dense"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_halves_are_copied_at_half_the_cost_where_there_are_products_of_them(
+    monkeypatch, amx
+):
+    monkeypatch.setattr(cost, "has_amx", lambda: amx)
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        speed, copying = cost.speeds_of(torch.zeros(1, dtype=dtype))
+        assert speed == copying
+    monkeypatch.setattr(cost, "product_dtype", lambda dtype, _: dtype)
+    speed, copying = cost.speeds_of(torch.zeros(1, dtype=torch.bfloat16))
+    assert speed == 2 * copying > cost.speeds_of(torch.zeros(1))[0]
+
+
 @given(st.integers(1, 64), st.integers(1, 64), st.data())
 def test_another_way_is_taken_only_with_a_margin(rows, columns, data):
     grid = data.draw(st.integers(rows, 64)), data.draw(st.integers(columns, 64))

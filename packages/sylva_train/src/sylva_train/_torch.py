@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-__all__ = ["has_fast_bfloat16", "is_in_backward", "set_version"]
+__all__ = ["has_amx", "has_fast_bfloat16", "is_in_backward", "set_version"]
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether this CPU has units for products of matrices, as Intel's Xeons have."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def has_fast_bfloat16() -> bool:

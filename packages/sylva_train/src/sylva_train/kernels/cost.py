@@ -6,9 +6,9 @@ import functools
 
 import torch
 
-from sylva_train._torch import has_fast_bfloat16
+from sylva_train._torch import has_amx, has_fast_bfloat16
 
-__all__ = ["choose_way", "product_dtype", "speed_of", "wide"]
+__all__ = ["choose_way", "product_dtype", "speeds_of", "wide"]
 
 # Cost model of the ways on a CPU, in multiply-adds of the dense product for each token
 # (benchmarks/bench_layer.py): copying an active row or column of blocks costs so much for
@@ -22,8 +22,9 @@ __all__ = ["choose_way", "product_dtype", "speed_of", "wide"]
 COPY_COST, ROW_COST, RECTANGLE_COST, MARGIN = 34.0, 1.05, 1.15, 0.92
 CALL_COST, WRITE_COST, JOIN_COST, THREAD_COST = 3 << 18, 5.0, 20.0, 1.4
 FAR_ELEMENTS, FAR_COST = 1 << 23, 500.0
-# Products of bfloat16, where a CPU has them, are faster than of float32 by this factor.
-BFLOAT16_SPEED = 4.0
+# How fast products are, relative to those of float32 on the CPU that the costs are of,
+# where copies and calls are as slow as ever: (float32, bfloat16 where a CPU has it).
+SPEEDS = {"AMX": (2.5, 16.0), "other": (1.0, 4.0)}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -35,6 +36,7 @@ def choose_way(
     tokens: int,
     threads: int = 1,
     speed: float = 1.0,
+    copying: float = 1.0,
 ) -> str:
     """Choose the cheapest way to blocks of a product, the dense one when in doubt.
 
@@ -50,8 +52,9 @@ def choose_way(
         Rows of the operands.
     threads : int
         That compute: copies and narrow products gain nothing by more of them.
-    speed : float
-        Of products, relative to float32: calls and writing are as slow as ever.
+    speed, copying : float
+        How fast products are, and what copying an element costs in units of them: see
+        `speeds_of`.
 
     Returns
     -------
@@ -63,8 +66,7 @@ def choose_way(
     call, write, join = (cost * speed / tokens for cost in once)
     narrow = 1 + THREAD_COST * (threads - 1)
     is_far = tokens * grid[1] * b >= FAR_ELEMENTS
-    # An element of bfloat16 takes half as long to copy.
-    copy = (COPY_COST * b + (FAR_COST if is_far else 0)) * max(speed / 2, 1)
+    copy = (COPY_COST * b + (FAR_COST if is_far else 0)) * copying
     costs = {
         "rows": blocks * (narrow * (ROW_COST * area + copy) + join * area)
         + narrow * active[0] * call,
@@ -92,7 +94,9 @@ def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     return dtype if has_fast_bfloat16() else torch.float32
 
 
-def speed_of(x: torch.Tensor) -> float:
-    """Return the speed of a tensor's products, relative to float32."""
-    half = product_dtype(x.dtype, x.device.type) == torch.bfloat16
-    return BFLOAT16_SPEED if half else 1.0
+def speeds_of(x: torch.Tensor) -> tuple[float, float]:
+    """Return the speed of a tensor's products, and the cost of copies relative to it."""
+    float32, bfloat16 = SPEEDS["AMX" if has_amx() else "other"]
+    if product_dtype(x.dtype, x.device.type) == torch.bfloat16:
+        return bfloat16, bfloat16 / 2  # half as many bytes to copy
+    return float32, float32

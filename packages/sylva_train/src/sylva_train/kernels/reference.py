@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .cost import choose_way, product_dtype, speed_of, wide
+from .cost import choose_way, product_dtype, speeds_of, wide
 from .places import (
     find_panels,
     find_places,
@@ -194,7 +194,7 @@ def block_sddmm(
         block_size,
         tokens,
         torch.get_num_threads(),
-        speed_of(dy),
+        *speeds_of(dy),
     )
     blocks = WAYS[way](dy, x, indices, block_size)
     return blocks if out is None else out.add_(blocks)
