@@ -105,6 +105,26 @@ def peers(session: nox.Session) -> None:
     pytest(session, "tests/sylva_train/test_peers.py")
 
 
+@nox.session(default=False)
+def minimums(session: nox.Session) -> None:
+    """Run the default tests with the oldest versions that the packages allow."""
+    packages = [Path("packages") / name for name in ("hmatrix", "sylva_train")]
+    wanted = list(nox.project.dependency_groups(PROJECT, "test"))
+    for package in packages:
+        project = nox.project.load_toml(package / "pyproject.toml")["project"]
+        wanted += project["dependencies"]
+    # Matplotlib of then with pyparsing of now warns, and warnings are errors in tests.
+    session.install(
+        *(one.replace(">=", "==") for one in wanted if not one.startswith("hmatrix")),
+        "pyparsing<3.3",
+    )
+    for package in packages:
+        session.install("--no-deps", "-e", str(package))
+    env = {"OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "quick"}
+    ignored = ("-W", "ignore::DeprecationWarning")  # typer of then, with click of now
+    pytest(session, "-n", "2", "-m", "not property and not gpu", *ignored, **env)
+
+
 @nox.session(default=False, venv_backend="none")
 def gpu(session: nox.Session) -> None:
     """Run every test, the CUDA ones too, in the current environment."""

@@ -52,6 +52,10 @@ def test_copies_of_model_and_optimizer_train_on_alike(how, moments):
         assert a is not b
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+    reason="PyTorch 2.9 calls a compiled method that is not to be compiled without self",
+)
 def test_a_compiled_step_writes_as_any_other():
     model, _, _ = make_pair()
     twin = copy.deepcopy(model)
