@@ -18,7 +18,6 @@ __all__ = [
     "default_loss",
     "is_encoder_decoder",
     "loss_units",
-    "moved",
     "note",
     "some_samples",
 ]
@@ -140,14 +139,6 @@ def some_samples(batch: Mapping[str, Any], which: slice) -> dict[str, Any]:
         if isinstance(value, torch.Tensor) and value.dim() and len(value) == full:
             result[name] = value[which]
     return result
-
-
-def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a batch on a device."""
-    return {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
 
 
 def note(batch: Mapping[str, Any], digest: hashlib._Hash) -> None:
