@@ -7,10 +7,11 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation, Text
 
-from sylva_train import report
+from sylva_train import LayerMask, Masks, report
 from sylva_train.report import figures, layers, structure
 from sylva_train.report.masks import chance
 from sylva_train.report.parts import Page
@@ -83,13 +84,13 @@ def test_chance_is_the_expected_overlap_of_two_draws():
     masks, common, trials = {}, 0, 4000
     for name, (rows, columns, count) in grids.items():
         # The last row and column of blocks are cut off.
-        shape = [rows * 16 - 1, columns * 16 - 1]
-        places = [divmod(k, columns) for k in range(count)]
-        masks[name] = {"shape": shape, "block_size": 16, "indices": places}
+        shape = rows * 16 - 1, columns * 16 - 1
+        places = torch.tensor([divmod(k, columns) for k in range(count)])
+        masks[name] = LayerMask(shape, 16, places)
         for _ in range(trials):
             one, other = (rng.permutation(rows * columns)[:count] for _ in range(2))
             common += len(np.intersect1d(one, other))
-    assert chance(masks) == pytest.approx(common / trials / 7, rel=0.05)
+    assert chance(Masks(masks)) == pytest.approx(common / trials / 7, rel=0.05)
 
 
 def test_the_matrix_that_is_shown_has_blocks():

@@ -52,17 +52,18 @@ __all__ = [
 
 #: What data and a model are for; the first is the default.
 TASKS = ("classification", "regression", "causal-lm", "seq2seq")
-#: Rules that score a weight's importance; `kfac` is the paper's.
+#: Rules that score a weight's importance; `kfac` is the paper's. From second-order ones
+#: down to the control, the order of tables.
 IMPORTANCES = (
     "kfac",
     "kfac-block",
     "kfac-natural",
     "kfac-element",
     "fisher-diag",
-    "magnitude",
-    "wanda",
-    "gradient",
     "weight-gradient",
+    "gradient",
+    "wanda",
+    "magnitude",
     "random",
     "kfac-pruner",
 )

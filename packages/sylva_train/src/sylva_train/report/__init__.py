@@ -9,7 +9,7 @@ for the end of the page), and in ``factor`` its ``side`` (``"in"`` or ``"out"``)
 
 from __future__ import annotations
 
-from .choices import write_choices
+from .choices import AGREEMENT, agreement_cells, write_choices
 from .figures import seeds_line
 from .headline import Headline, headline
 from .page import write_report
@@ -18,12 +18,14 @@ from .summary import Metric, Paired, Row, metric_of, percentage, summary_rows
 from .tables import markdown_table, summary_table
 
 __all__ = [
+    "AGREEMENT",
     "INK",
     "THEME",
     "Headline",
     "Metric",
     "Paired",
     "Row",
+    "agreement_cells",
     "headline",
     "looks",
     "markdown_table",

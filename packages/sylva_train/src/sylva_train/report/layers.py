@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from sylva_train.masks import LayerMask, Masks
+
 from . import masks, structure
 from .parts import Page, cells, facts, pair, section
 from .summary import BYTES, finite, percentage, quantity
@@ -28,7 +30,7 @@ Range = tuple[int, Sequence[float], float | None]
 
 def chosen_blocks(page: Page) -> str:
     """Return the masks over the layers: the best rule's, the others' folded away."""
-    every = page.by_method("masks")
+    every = page.masks
     if not every:
         return ""
     first = page.best if page.best in every else next(iter(every))
@@ -41,7 +43,7 @@ def chosen_blocks(page: Page) -> str:
     drawn = 0
     for method in (first, *(other for other in every if other != first)):
         grid = every[method]
-        drawn += sum(len(mask["indices"]) for mask in grid.values())
+        drawn += masks.count_blocks(grid)
         name, body = page.named(method), _mask_body(page, method, grid)
         if method == first:
             parts.append(f"<h3>{name}</h3>{body}")
@@ -54,7 +56,7 @@ def chosen_blocks(page: Page) -> str:
     return section("The chosen blocks", "".join(parts) + _overlap(page, every))
 
 
-def _mask_body(page: Page, method: str, grid: masks.Layers) -> str:
+def _mask_body(page: Page, method: str, grid: Masks) -> str:
     """Return one method's masks under the share of rows and columns they touch."""
     rows, columns = masks.touched(grid)
     colour = f"var(--{page.looks[method].name})"
@@ -65,12 +67,12 @@ def _mask_body(page: Page, method: str, grid: masks.Layers) -> str:
     )
 
 
-def _overlap(page: Page, every: Mapping[str, masks.Layers]) -> str:
+def _overlap(page: Page, every: Mapping[str, Masks]) -> str:
     """Return which share of their blocks the rules have in common."""
     methods = list(every)
     if len(methods) < 2:
         return ""
-    shares = 100 * masks.overlaps(every)
+    shares = 100 * masks.overlaps(list(every.values()))
     expected = 100 * masks.chance(every[methods[0]])
     chance = f" Two independent random draws would share about {expected:.2g}%."
     if len(methods) == 2:
@@ -167,11 +169,12 @@ def _example(page: Page, method: str, grid: Mapping[str, Any]) -> str:
     there = [name for name in grid if grid[name].get("grid")]
     if not there:
         return ""
-    chosen = page.by_method("masks").get(method) or {}
-    full = [name for name in there if chosen.get(name, {}).get("indices")] or there
+    chosen: Mapping[str, LayerMask] = page.masks.get(method, {})
+    full = [name for name in there if len(chosen.get(name, ()))] or there
     name = wanted if wanted in full else full[len(full) // 2]
-    blocks = np.asarray(chosen.get(name, {"indices": []})["indices"], dtype=np.int64)
-    blocks = blocks.reshape(-1, 2)
+    blocks = np.zeros((0, 2), dtype=np.int64)
+    if name in chosen:
+        blocks = chosen[name].indices.numpy()
     values = np.asarray(grid[name]["grid"], dtype=np.float64)
     rows, columns = np.argsort(-values.sum(1)), np.argsort(-values.sum(0))
     moved = np.stack(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,14 +17,12 @@ from .style import (
     Look,
     frame,
     in_powers,
-    power,
 )
 from .summary import BYTES, finite, quantity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import LineCollection
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -41,6 +38,8 @@ Floats = NDArray[np.float64]
 
 #: Percentiles that stand for a layer's distribution of block scores.
 PERCENTILES = (5, 25, 50, 75, 95, 100)
+#: Paper to deep blue; the page inverts it on a dark ground.
+DEPTH = ["#f7f6f3", "#cfe0ee", "#8fbbdc", "#4a8cc2", "#1d5a97", "#0b2e5c"]
 
 
 def score_ranges(
@@ -102,44 +101,26 @@ def score_ranges(
     return figure
 
 
-def _ramp() -> Colormap:
-    """Return paper to deep blue; the page inverts it on a dark ground."""
-    from matplotlib.colors import LinearSegmentedColormap
+def _magnitudes(
+    axes: Axes, values: Floats, top: float, decades: int, label: str
+) -> None:
+    """Draw the magnitude of a matrix's entries on a logarithmic scale, and its key."""
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
-    return LinearSegmentedColormap.from_list(
-        "depth", ["#f7f6f3", "#cfe0ee", "#8fbbdc", "#4a8cc2", "#1d5a97", "#0b2e5c"]
-    )
-
-
-def _logarithmic(values: Floats, decades: float) -> tuple[Floats, float, float]:
-    """Return base-10 logarithms within ``decades`` of the largest value."""
-    top = float(values.max(initial=0.0))
-    top = math.log10(top) if top > 0 else 0.0
-    with np.errstate(divide="ignore"):
-        logs = np.log10(np.abs(values))
-    return np.clip(logs, top - decades, top), top - decades, top
-
-
-def _key(axes: Axes, low: float, high: float, label: str) -> None:
-    """Draw the colour key of a logarithmic heat map as a thin bar at its right."""
-    key = axes.inset_axes((1.03, 0.0, 0.035, 1.0))
-    ramp = np.linspace(0, 1, 64)[:, None]
-    key.imshow(
-        ramp,
-        cmap=_ramp(),
-        aspect="auto",
-        origin="lower",
-        extent=(0, 1, low, high),
+    image = axes.imshow(
+        np.abs(values),
+        norm=LogNorm(top / 10**decades, top, clip=True),
+        cmap=LinearSegmentedColormap.from_list("depth", DEPTH),
         interpolation="none",
     )
-    ticks = range(math.ceil(low), math.floor(high) + 1)
-    key.set_yticks(list(ticks), [power(tick) for tick in ticks])
-    key.yaxis.tick_right()
-    key.set_xticks([])
-    key.grid(False)
-    key.tick_params(labelsize=8, pad=1)
-    for spine in key.spines.values():
-        spine.set_visible(False)
+    _plain(axes)
+    place = axes.inset_axes((1.03, 0.0, 0.035, 1.0))
+    key = axes.figure.colorbar(image, place, format=in_powers)
+    for steps in place.collections:
+        steps.set_rasterized(True)  # hundreds of rectangles
+    key.outline.set_visible(False)
+    key.minorticks_off()
+    place.tick_params(labelsize=8, pad=1, size=0)
     axes.text(1.03, 1.03, label, transform=axes.transAxes, color=MUTED, fontsize=8)
 
 
@@ -166,17 +147,8 @@ def heat_map(magnitudes: ArrayLike, size: int, top: float) -> Figure:
     """
     values = np.asarray(magnitudes, dtype=np.float64)
     figure, axes = frame(2.6, width=2.9, left=0.1, right=0.62, top=0.25, bottom=0.22)
-    logs, _, high = _logarithmic(np.append(values.ravel(), top), 4)
-    axes.imshow(
-        logs[:-1].reshape(values.shape),
-        cmap=_ramp(),
-        vmin=high - 4,
-        vmax=high,
-        interpolation="none",
-    )
-    _plain(axes)
+    _magnitudes(axes, values, top, 4, "|entry|")
     axes.set_xlabel(f"{size} × {size}", fontsize=8, labelpad=3)
-    _key(axes, high - 4, high, "|entry|")
     return figure
 
 
@@ -198,13 +170,10 @@ def score_grid(grid: ArrayLike, indices: Sequence[Sequence[int]]) -> Figure:
     figure, axes = frame(
         height, width=width, left=0.28, right=0.62, top=0.25, bottom=0.25
     )
-    logs, low, high = _logarithmic(values, 3)
-    axes.imshow(logs, cmap=_ramp(), vmin=low, vmax=high, interpolation="none")
-    _plain(axes)
+    _magnitudes(axes, values, float(values.max(initial=0.0)) or 1.0, 3, "score")
     axes.add_collection(_outline(values.shape, indices))
     axes.set_xlabel("in", fontsize=8, labelpad=2)
     axes.set_ylabel("out", fontsize=8, labelpad=2)
-    _key(axes, low, high, "score")
     return figure
 
 

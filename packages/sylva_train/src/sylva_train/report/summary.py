@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sylva_train._checks import DataError
-from sylva_train.options import FRACTIONS
+from sylva_train.options import FRACTIONS, METHODS
 
 __all__ = [
     "BYTES",
@@ -37,31 +37,18 @@ Results = Mapping[str, Any]
 #: The layout of the results that this module reads.
 FORMAT = "sylva-comparison/1"
 
-#: Rows of the table come in this order; other methods stand before the Sylva rules.
+#: The control: blocks drawn at random.
+RANDOM = "sylva:random"
+
+#: Rows of the table come in this order, variants of a method behind it. The empty names
+#: stand for methods that `METHODS` does not have.
 ORDER = (
-    "frozen",
-    "full",
-    "lora",
-    "adapter",
-    "shira",
-    "supertuning",
-    "kfac-pruner",
+    *(name for name in METHODS if not name.startswith("sylva:")),
     "",
     "sylva:kfac",
-    "sylva:kfac:mlr",
-    "sylva:kfac:hodlr",
-    "sylva:kfac:dense",
-    "sylva:kfac-block",
-    "sylva:kfac-natural",
-    "sylva:kfac-element",
-    "sylva:fisher-diag",
-    "sylva:weight-gradient",
-    "sylva:gradient",
-    "sylva:wanda",
-    "sylva:magnitude",
-    "sylva:kfac-pruner",
+    *(name for name in METHODS if name.startswith("sylva:") and name != RANDOM),
     "sylva:",
-    "sylva:random",
+    RANDOM,
 )
 
 SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
@@ -210,8 +197,8 @@ class Row:
 
     @property
     def is_random(self) -> bool:
-        """Whether the method is the control: blocks drawn at random."""
-        return self.method.split(":")[:2] == ["sylva", "random"]
+        """Whether the method is the control."""
+        return self.method == RANDOM or self.method.startswith(f"{RANDOM}:")
 
     @property
     def rule(self) -> str:
