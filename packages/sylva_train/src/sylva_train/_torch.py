@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,9 +15,11 @@ __all__ = [
     "has_amx",
     "has_fast_bfloat16",
     "is_in_backward",
+    "note_tensors",
     "on_device",
     "preserved_modes",
     "set_version",
+    "tensor_bytes",
 ]
 
 
@@ -28,6 +31,19 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         else value
         for name, value in batch.items()
     }
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor's elements, of any type, row by row."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def note_tensors(tensors: Mapping[str, torch.Tensor], digest: hashlib._Hash) -> None:
+    """Add tensors to a digest: their names, types, shapes and elements."""
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from sylva_train._checks import (
     atomic_folder,
     write_text,
 )
+from sylva_train._torch import tensor_bytes
 from sylva_train.checkpoint import checkpoints
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.data import Loader
@@ -258,7 +259,7 @@ def origin(given: Masks | Scores) -> str:
         digest.update(name.encode())
         for part in (layer.s_out, layer.s_in, layer.grid):
             if part is not None:
-                digest.update(part.cpu().contiguous().numpy().tobytes())
+                digest.update(tensor_bytes(part))
     return f"scores {digest.hexdigest()}"
 
 
