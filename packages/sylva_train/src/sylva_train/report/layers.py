@@ -108,32 +108,7 @@ def block_scores(page: Page) -> str:
         return ""
     method = next((name for name in scored if name == page.best), scored[0])
     grid = every[method]
-    parts = _ranges(grid)
-    values = [
-        quantiles[p]
-        for part in parts.values()
-        for _, quantiles, _ in part
-        for p in structure.PERCENTILES
-    ]
-    positive = np.array([value for value in values if finite(value) and value > 0])
-    pictures = []
-    if positive.size:
-        limits = (float(positive.min()) / 1.5, float(positive.max()) * 1.5)
-        look = page.looks[method]
-        pictures = [
-            page.cell(
-                partial(
-                    structure.score_ranges,
-                    found,
-                    limits,
-                    look,
-                    numbered=part != masks.OUTSIDE,
-                ),
-                escape(part),
-                f"Block scores of {part} by transformer layer",
-            )
-            for part, found in parts.items()
-        ]
+    pictures = _score_pictures(page, method, grid)
     examples = _example(page, method, grid)
     if not pictures and not examples:
         return ""
@@ -144,6 +119,35 @@ def block_scores(page: Page) -> str:
     )
     lede = f'<p class="lede">{page.named(method)}. {text}</p>' if pictures else ""
     return section("Block scores", f"{lede}{cells(pictures)}{examples}")
+
+
+def _score_pictures(page: Page, method: str, grid: Mapping[str, Any]) -> list[str]:
+    """Return a picture for each part of a layer, all on one scale."""
+    parts = _ranges(grid)
+    values = [
+        quantiles[p]
+        for part in parts.values()
+        for _, quantiles, _ in part
+        for p in structure.PERCENTILES
+    ]
+    positive = [value for value in values if finite(value) and value > 0]
+    if not positive:
+        return []
+    limits = min(positive) / 1.5, max(positive) * 1.5
+    return [
+        page.cell(
+            partial(
+                structure.score_ranges,
+                found,
+                limits,
+                page.looks[method],
+                numbered=part != masks.OUTSIDE,
+            ),
+            escape(part),
+            f"Block scores of {part} by transformer layer",
+        )
+        for part, found in parts.items()
+    ]
 
 
 def _ranges(grid: Mapping[str, Any]) -> dict[str, list[Range]]:
@@ -205,32 +209,6 @@ def factor(page: Page) -> str:
     found: Mapping[str, Any] | None = page.results.get("factor")
     if not found:
         return ""
-    size, kind = int(found["n"]), str(found["kind"])
-    dense = np.abs(np.asarray(found["magnitude"], dtype=np.float64))
-    top = float(dense.max(initial=0.0)) or 1.0
-    upper = [page.picture(partial(structure.heat_map, dense, size, top), "Dense")]
-    lower = []
-    if int(found["levels"]):
-        kept = found.get("approximation")
-        if kept:
-            draw = partial(structure.heat_map, np.abs(np.asarray(kept)), size, top)
-            upper.append(page.picture(draw, f"As {kind}"))
-        words = (
-            "A partition: off-diagonal blocks of low rank, dense leaves."
-            if kind.upper() == "HODLR"
-            else "A sum of block diagonals: each level adds low-rank blocks half the "
-            "size, the leaves are dense."
-        )
-        draw = partial(structure.block_structure, found)
-        lower.append(page.picture(draw, f"{kind}, level by level", words))
-    lower.append(
-        page.picture(
-            partial(structure.spectra, found),
-            "Spectrum of each level",
-            "All blocks of a level together, largest first, and the dense factor. "
-            "Values below 10⁻⁷ of the largest are not drawn.",
-        )
-    )
     stored, whole = float(found["bytes"]), float(found["dense_bytes"])
     side = str(found.get("side") or "")
     pairs = [
@@ -246,6 +224,42 @@ def factor(page: Page) -> str:
     )
     return section(
         "Inside a Kronecker factor",
-        f'<p class="lede">{intro}</p>{facts(pairs)}{pair(upper, "pair small")}'
-        f"{pair(lower)}",
+        f'<p class="lede">{intro}</p>{facts(pairs)}'
+        f"{pair(_entries(page, found), 'pair small')}{pair(_levels(page, found))}",
     )
+
+
+def _entries(page: Page, found: Mapping[str, Any]) -> list[str]:
+    """Return maps of a factor's entries: of the factor itself, and as it is kept."""
+    dense = np.abs(np.asarray(found["magnitude"], dtype=np.float64))
+    top = float(dense.max(initial=0.0)) or 1.0
+    maps = {"Dense": dense}
+    if int(found["levels"]) and found.get("approximation"):
+        maps[f"As {found['kind']}"] = np.abs(np.asarray(found["approximation"]))
+    return [
+        page.picture(partial(structure.heat_map, values, int(found["n"]), top), title)
+        for title, values in maps.items()
+    ]
+
+
+def _levels(page: Page, found: Mapping[str, Any]) -> list[str]:
+    """Return pictures of a factor's levels: their blocks, and their spectra."""
+    kind, pictures = str(found["kind"]), []
+    if int(found["levels"]):
+        words = (
+            "A partition: off-diagonal blocks of low rank, dense leaves."
+            if kind.upper() == "HODLR"
+            else "A sum of block diagonals: each level adds low-rank blocks half the "
+            "size, the leaves are dense."
+        )
+        draw = partial(structure.block_structure, found)
+        pictures.append(page.picture(draw, f"{kind}, level by level", words))
+    pictures.append(
+        page.picture(
+            partial(structure.spectra, found),
+            "Spectrum of each level",
+            "All blocks of a level together, largest first, and the dense factor. "
+            "Values below 10⁻⁷ of the largest are not drawn.",
+        )
+    )
+    return pictures

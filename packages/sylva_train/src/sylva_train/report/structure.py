@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,7 @@ from .style import (
     MUTED,
     SURFACE,
     THEME,
+    WIDTH,
     Look,
     frame,
     in_powers,
@@ -260,37 +262,31 @@ def block_structure(factor: Mapping[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
     levels = levels_of(factor)
-    across = min(len(levels), 5)
-    down = -(-len(levels) // across)
-    width, gap = 4.4, 0.22
-    side = min(1.1, (width - 0.1) / across - gap)
-    figure = Figure(figsize=(width, down * (side + 0.72)))
-    height = down * (side + 0.72)
-    for number, level in enumerate(levels):
-        row, column = divmod(number, across)
-        axes = figure.add_axes(
-            (
-                (0.05 + column * (side + gap)) / width,
-                1 - (0.2 + side + row * (side + 0.72)) / height,
-                side / width,
-                side / height,
-            )
-        )
+    across = 5 if len(levels) > 4 else 4
+    down = math.ceil(len(levels) / across)
+    size = (WIDTH, down * (WIDTH / across + 0.4))  # with title and note
+    figure = Figure(figsize=size, layout="constrained")
+    squares = figure.subplots(down, across, squeeze=False).ravel()
+    for axes in squares[len(levels) :]:
+        axes.remove()
+    for number, (level, axes) in enumerate(zip(levels, squares, strict=False)):
+        axes.set_box_aspect(1)
         # The leaves are as many as the blocks of a next level would be.
-        size = 1 / 2**number
+        side = 1 / 2**number
         for place in range(2**number):
-            _add_square(axes, place * size, place * size, size, level.colour)
+            _add_square(axes, place * side, place * side, side, level.colour)
         _unit_square(axes)
         axes.set_title(level.title, fontsize=8, pad=3, loc="left")
         axes.set_xlabel(level.note, fontsize=8, labelpad=3, loc="left")
-        if level is not levels[-1] and column < across - 1:
-            place_x = 1 + gap / side / 2
-            axes.text(place_x, 0.5, "+", ha="center", va="center", color=MUTED)
+        if level is not levels[-1] and (number + 1) % across:
+            axes.text(1.15, 0.5, "+", ha="center", va="center", color=MUTED)
     return figure
 
 
 def _partition(factor: Mapping[str, Any]) -> Figure:
     """Draw the one partition of a HODLR matrix, its levels listed beside it."""
+    from matplotlib.patches import Patch
+
     *levels, leaves = levels_of(factor)
     figure, axes = frame(2.3, left=0.05, right=2.2, top=0.05, bottom=0.1)
     size = 1.0
@@ -303,12 +299,20 @@ def _partition(factor: Mapping[str, Any]) -> Figure:
     for leaf in range(2 ** len(levels)):
         _add_square(axes, leaf * size, leaf * size, size, leaves.colour)
     _unit_square(axes)
-    for number, (title, note, colour) in enumerate([*levels, leaves]):
-        y = (number + 0.5) / (len(levels) + 1)
-        axes.plot([1.08], [y], marker="s", ms=7, color=colour, clip_on=False, mew=0)
-        text = f"{title}: {', '.join(note.splitlines())}"
-        axes.text(1.14, y, text, va="center", fontsize=8)
+    notes = [(level, level.note.replace("\n", ", ")) for level in (*levels, leaves)]
+    _list_beside(
+        axes,
+        [Patch(color=level.colour, label=f"{level.title}: {x}") for level, x in notes],
+    )
     return figure
+
+
+def _list_beside(axes: Axes, handles: list[Any] | None = None) -> None:
+    """Name what is drawn, to the right of the frame."""
+    axes.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.04), frameon=False,
+        fontsize=8, handlelength=1.2, handletextpad=0.5,
+    )  # fmt: skip
 
 
 def spectra(factor: Mapping[str, Any]) -> Figure:
@@ -325,19 +329,14 @@ def spectra(factor: Mapping[str, Any]) -> Figure:
     top = max((float(v[0]) for _, v, _, _ in series if v.size), default=1.0)
     floor = top * 1e-7
     longest = max((v.size for _, v, _, _ in series), default=1)
-    key = 0
     for name, every, colour, size in series:
         values = every[every >= floor]
-        if not values.size:
-            continue
-        style: dict[str, Any] = {"color": colour, "marker": "o", "ms": size, "lw": 1.2}
-        style["mew"] = 0
-        axes.plot(np.arange(1, values.size + 1), values, **style)
-        y = 0.97 - 0.09 * key
-        place: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
-        axes.plot([1.02, 1.05, 1.08], [y] * 3, **style, **place)
-        axes.text(1.1, y, name, va="center", fontsize=8, **place)
-        key += 1
+        if values.size:
+            axes.plot(
+                np.arange(1, values.size + 1), values, "o-", ms=size, mew=0, lw=1.2,
+                color=colour, label=name,
+            )  # fmt: skip
+    _list_beside(axes)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.minorticks_off()
