@@ -16,9 +16,10 @@ from .plan import (
     suited,
 )
 from .process import worker
-from .results import load_results, made
+from .results import FORMAT, load_results, made
 
 __all__ = [
+    "FORMAT",
     "LEARNING_RATES",
     "Comparison",
     "Event",

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from sylva_train._checks import write_text
+from sylva_train.comparison import FORMAT
 from sylva_train.masks import LayerMask, Masks
 
 from . import layers, masks
 from .headline import Headline
 from .page import document
 from .parts import Page, section
-from .summary import FORMAT
 
 __all__ = ["AGREEMENT", "agreement_cells", "write_choices"]
 

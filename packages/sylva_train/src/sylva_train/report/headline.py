@@ -32,16 +32,6 @@ class Headline:
 def headline(results: Results) -> Headline:
     """Say in plain words what a comparison found, and what it did not.
 
-    Parameters
-    ----------
-    results : dict
-        Results of `sylva compare`.
-
-    Returns
-    -------
-    Headline
-        Title, sentences and key figures, computed from the numbers alone.
-
     Raises
     ------
     DataError
@@ -63,13 +53,7 @@ def headline(results: Results) -> Headline:
 
 
 class Findings:
-    """What stands out of a comparison; what says it adds its key figures.
-
-    Parameters
-    ----------
-    results : dict
-        Results of `sylva compare`.
-    """
+    """What stands out of a comparison; what says it adds its key figures."""
 
     def __init__(self, results: Results) -> None:
         self.metric, self.rows = metric_of(results), summary_rows(results)

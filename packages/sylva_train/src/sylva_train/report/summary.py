@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sylva_train._checks import DataError
+from sylva_train.comparison import FORMAT
 from sylva_train.options import FRACTIONS, METHODS
 
 __all__ = [
     "BYTES",
     "COUNTS",
-    "FORMAT",
     "SECONDS",
     "Metric",
     "Paired",
@@ -33,9 +33,6 @@ __all__ = [
 
 #: The results dictionary of `sylva compare`, as read from its JSON file.
 Results = Mapping[str, Any]
-
-#: The layout of the results that this module reads.
-FORMAT = "sylva-comparison/1"
 
 #: The control: blocks drawn at random.
 RANDOM = "sylva:random"
@@ -323,19 +320,10 @@ def summarise(method: str, runs: Sequence[Mapping[str, Any]]) -> Row:
 
 
 def summary_rows(results: Results) -> list[Row]:
-    """Summarise each method of a comparison over its seeds.
+    """Summarise each method of a comparison over its seeds, in the order of `ORDER`.
 
-    Parameters
-    ----------
-    results : dict
-        Results of `sylva compare`.
-
-    Returns
-    -------
-    list of Row
-        Frozen, full, LoRA, K-FAC pruner, other baselines, then Sylva's rules with
-        random blocks last. The scoring rule of the best mean score is marked; random
-        blocks are the control, and never are.
+    The scoring rule of the best mean score is marked; random blocks, the control, never
+    are.
 
     Raises
     ------
