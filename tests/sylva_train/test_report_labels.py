@@ -178,7 +178,8 @@ def test_trained_weights_have_a_scale(most):
 def test_names_of_spectra_are_beside_the_curves(levels):
     dense = np.geomspace(20, 1e-4, 384).tolist()
     values = [np.geomspace(20 / 3**k, 1e-4, 384).tolist() for k in range(levels + 1)]
-    factor = {"levels": levels, "spectrum_dense": dense, "singular_values": values}
+    factor = {"spectrum_dense": dense, "singular_values": values}
+    factor |= {"level_ranks": [8] * levels, "level_bytes": [64] * (levels + 1)}
     figure = structure.spectra(factor)
     FigureCanvasAgg(figure).draw()
     (axes,) = figure.axes

@@ -1,11 +1,4 @@
-"""Tables and pictures of a comparison: terminal, Markdown and one HTML page.
-
-All read the results of `sylva compare`. Beside what every comparison has, they use, where
-it is there: ``setup["higher_is_better"]`` (true unless said), ``setup["notes"]`` (texts
-for the end of the page), and in ``factor`` its ``side`` (``"in"`` or ``"out"``),
-``level_ranks`` (one a level), ``level_bytes`` (one a level, then the leaves) and
-``approximation`` (sampled like ``magnitude``).
-"""
+"""Tables and pictures of the results of `sylva compare`: terminal, Markdown, one HTML page."""
 
 from __future__ import annotations
 

@@ -210,10 +210,9 @@ def factor(page: Page) -> str:
     if not found:
         return ""
     stored, whole = float(found["bytes"]), float(found["dense_bytes"])
-    side = str(found.get("side") or "")
     pairs = [
         ("layer", found["layer"]),
-        ("factor", SIDES.get(side, side)),
+        ("factor", SIDES[found["side"]]),
         ("size", f"{quantity(stored, BYTES)} ({stored / whole:.0%} of dense)"),
         ("relative Frobenius error", percentage(float(found["error"]))),
     ]
@@ -234,7 +233,7 @@ def _entries(page: Page, found: Mapping[str, Any]) -> list[str]:
     dense = np.abs(np.asarray(found["magnitude"], dtype=np.float64))
     top = float(dense.max(initial=0.0)) or 1.0
     maps = {"Dense": dense}
-    if int(found["levels"]) and found.get("approximation"):
+    if int(found["levels"]):
         maps[f"As {found['kind']}"] = np.abs(np.asarray(found["approximation"]))
     return [
         page.picture(partial(structure.heat_map, values, int(found["n"]), top), title)

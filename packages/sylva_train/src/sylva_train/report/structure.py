@@ -203,7 +203,7 @@ def _outline(
 
 
 class Level(NamedTuple):
-    """A level of a hierarchical matrix, or its leaves, as pictures have it."""
+    """A level of a hierarchical matrix, or its leaves: rank and bytes are its note."""
 
     title: str
     note: str
@@ -211,25 +211,15 @@ class Level(NamedTuple):
 
 
 def levels_of(factor: Mapping[str, Any]) -> list[Level]:
-    """Return the levels, the coarsest first, and the leaves last.
-
-    Their notes are rank and bytes, as far as known.
-    """
-    levels = int(factor["levels"])
-    shades = np.linspace(0, len(LEVELS) - 2, max(levels, 1)).round().astype(int)
-    ranks = list(factor.get("level_ranks") or [factor.get("rank")] * levels)
-    sizes = list(factor.get("level_bytes") or ())
-    found = []
-    for level in range(levels + 1):
-        leaves = level == levels
-        known = level < len(ranks) and ranks[level] is not None
-        notes = ["dense"] if leaves else [f"rank {ranks[level]}"] if known else []
-        if level < len(sizes):
-            notes.append(quantity(float(sizes[level]), BYTES))
-        title = "leaves" if leaves else f"level {level}"
-        colour = LEVELS[-1 if leaves else shades[level]]
-        found.append(Level(title, "\n".join(notes), colour))
-    return found
+    """Return the levels, the coarsest first, and the leaves last."""
+    *sizes, leaves = [quantity(float(size), BYTES) for size in factor["level_bytes"]]
+    shades = np.linspace(0, len(LEVELS) - 2, len(sizes)).round().astype(int)
+    parts = zip(factor["level_ranks"], sizes, shades, strict=True)
+    levels = [
+        Level(f"level {number}", f"rank {rank}\n{size}", LEVELS[shade])
+        for number, (rank, size, shade) in enumerate(parts)
+    ]
+    return [*levels, Level("leaves", f"dense\n{leaves}", LEVELS[-1])]
 
 
 def _add_square(axes: Axes, x: float, y: float, size: float, colour: str) -> None:
