@@ -11,6 +11,7 @@ import torch
 from sylva_train.config import SylvaConfig
 from sylva_train.training import train
 from sylva_train.tuner import save_adapter
+from tests.sylva_train.jobs import SHORT, SMALL, new_home, run_here, source, sylva
 from tests.sylva_train.models import (
     logits,
     make_batch,
@@ -78,6 +79,23 @@ def whole():
 def every_method():
     """Results of all methods; not to be changed."""
     return fake_results(tuple(METHODS), seeds=5, steps=120, depth=3)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A small model, data in one file, scores and a finished run; not to be changed."""
+    path = new_home(tmp_path_factory)
+    sylva("finetune", path / "run", *source(path), *SHORT)
+    sylva("score", path / "scores.safetensors", *source(path), *SMALL)
+    return path
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Jobs run in this process: their own ones take seconds to start. Keeps them."""
+    done = []
+    monkeypatch.setattr("sylva_train.comparison.jobs.start", run_here(done))
+    return done
 
 
 @pytest.fixture(scope="module")

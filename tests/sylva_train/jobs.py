@@ -143,15 +143,6 @@ def kill_when(process: subprocess.Popen, condition, seconds: float = 240) -> Non
     process.wait()
 
 
-def make_home(path: Path) -> Path:
-    """Make a model, data in one file, scores and a finished run, by commands."""
-    save_folder(path / "model")
-    write_data(path / "train.jsonl")
-    sylva("finetune", path / "run", *source(path), *SHORT)
-    sylva("score", path / "scores.safetensors", *source(path), *SMALL)
-    return path
-
-
 def source(home: Path, data: str = "train.jsonl") -> list:
     return ["--model", home / "model", "--data", home / data, "--max-length", 16]
 

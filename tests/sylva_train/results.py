@@ -141,6 +141,7 @@ def fake_factor(rng, n=96, levels=3, rank=6):
         "n": n,
         "levels": levels,
         "rank": rank,
+        "level_ranks": [rank] * levels,
         "level_bytes": sizes,
         "singular_values": spectra,
         "spectrum_dense": np.linalg.eigvalsh(dense)[::-1].tolist(),

@@ -26,11 +26,11 @@ from sylva_train.checkpoint import (
 from sylva_train.checkpoint.files import STATE, TENSORS, flatten, read, unflatten
 from sylva_train.config import TrainingConfig
 from sylva_train.training import train
+from tests.sylva_train.models import same
 from tests.sylva_train.toy import (
     CONFIG,
     HaltError,
     ToyLoader,
-    identical,
     interrupt,
     resume,
     stop_at,
@@ -92,7 +92,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, says):
     with pytest.raises(CheckpointError, match=re.escape(says)) as info:
         resume(tmp_path, **parts)
     assert "checkpoint-3" in str(info.value)
-    assert identical(weights(parts["model"]), before)
+    assert same(weights(parts["model"]), before)
 
 
 def test_another_optimizer_is_refused(tmp_path):
@@ -118,7 +118,7 @@ def test_a_mask_with_as_many_other_blocks_is_another_run(tmp_path):
 def test_what_changes_no_weight_may_change(tmp_path, whole):
     interrupt(tmp_path, 4)
     config = TrainingConfig(lr=1e-2, epochs=2, save_every=5, eval_every=2, device="cpu")
-    assert identical(weights(resume(tmp_path, config)[0]), whole[0])
+    assert same(weights(resume(tmp_path, config)[0]), whole[0])
 
 
 # -- damage ----------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, whole, name, da
     damage(tmp_path / "checkpoint-6" / name)
     with pytest.warns(UserWarning, match=rf"checkpoint-6/{name}.*before it"):
         model, _ = resume(tmp_path)
-    assert identical(weights(model), whole[0])
+    assert same(weights(model), whole[0])
     assert list(checkpoints(tmp_path)) == [12, 9]
 
 
@@ -188,7 +188,7 @@ def test_with_nothing_whole_left_nothing_is_changed(tmp_path):
         ),
     ):
         resume(tmp_path, model=model)
-    assert identical(before, weights(model))
+    assert same(before, weights(model))
 
 
 @pytest.fixture(scope="module")
@@ -211,12 +211,12 @@ def test_no_flipped_bit_goes_unnoticed(sample, data):
     try:
         # White space between JSON values is no content.
         body, tensors = read(sample)
-        same = path.name == STATE and body == good[0] and identical(tensors, good[1])
+        right = path.name == STATE and body == good[0] and same(tensors, good[1])
     except CheckpointError as error:
-        same = path.name in str(error)
+        right = path.name in str(error)
     finally:
         path.write_bytes(original)
-    assert same
+    assert right
 
 
 # -- nesting ---------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import pytest
 import torch
 
@@ -86,13 +85,13 @@ def test_two_files_are_drawn_into_one_picture(tmp_path):
 
 
 def test_blocks_are_in_one_part_of_three():
-    one, other = (choice(drawn(seed))["masks"] for seed in (0, 1))
-    for name, mask in one.items():
-        parts = [grid[name]["indices"] for grid in divided(one, other)]
-        both, mine, theirs = (set(map(tuple, np.asarray(p).tolist())) for p in parts)
-        first = set(map(tuple, mask["indices"]))
-        second = set(map(tuple, other[name]["indices"]))
-        assert (both, mine, theirs) == (first & second, first - second, second - first)
+    one, other = (best_blocks(drawn(seed), 4, 0.25) for seed in (0, 1))
+    parts = divided({name: (one[name], other[name]) for name in one})
+    for name in one:
+        first, second, *found = (
+            set(masks[name].flat.tolist()) for masks in (one, other, *parts)
+        )
+        assert found == [first & second, first - second, second - first]
 
 
 @pytest.mark.parametrize("most", [10, 1000])

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from tests.sylva_train.jobs import (
     SMALL,
     STEPS,
     contents,
-    make_home,
     source,
     sylva,
     told,
@@ -33,12 +31,6 @@ from tests.sylva_train.jobs import (
 )
 
 diagnosis = importlib.import_module("sylva_train.workflow.diagnosis")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """Not to be changed."""
-    return make_home(tmp_path_factory.mktemp("home"))
 
 
 def test_score_writes_scores_and_shows_the_layers(home):

@@ -19,7 +19,6 @@ from tests.sylva_train.jobs import (
     SMALL,
     contents,
     kill_when,
-    make_home,
     source,
     start_process,
     sylva,
@@ -29,12 +28,6 @@ from tests.sylva_train.jobs import (
 from tests.sylva_train.words import TINY, save_folder
 
 finetuning = importlib.import_module("sylva_train.workflow.finetuning")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """Not to be changed."""
-    return make_home(tmp_path_factory.mktemp("home"))
 
 
 def test_a_row_that_cannot_be_read_is_named(home, tmp_path):

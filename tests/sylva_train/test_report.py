@@ -171,7 +171,7 @@ def test_labels_are_text_and_never_markup(tmp_path):
     hostile = small_results()
     for run in hostile["runs"][2:]:
         run["label"] = label
-    hostile["setup"] |= {"model": label, "data": f'"{label}', "notes": [label]}
+    hostile["setup"] |= {"model": label, "data": f'"{label}'}
     for part in ("masks", "scores"):
         layers_ = hostile[part]["sylva:kfac:mlr"]
         named = {f"{label}{name}": value for name, value in layers_.items()}

@@ -7,33 +7,27 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation, Text
 
-from sylva_train import report
+from sylva_train import LayerMask, Masks, report
 from sylva_train.report import figures, layers, structure
 from sylva_train.report.masks import chance
 from sylva_train.report.parts import Page
 from sylva_train.report.style import looks
 from sylva_train.report.summary import metric_of, summary_rows
+from tests.sylva_train.results import scored
 
 
 def results(found, metric="accuracy", trainable=None, **parts):
     """Two seeds of each method around a score."""
-    runs = [
-        {
-            "method": method,
-            "label": method.replace(":", ", "),
-            "seed": seed,
-            "score": score + 0.002 * seed,
-            "trainable": (trainable or {}).get(method, 5000),
-            "trainable_fraction": 0.05,
-        }
-        for method, score in found.items()
-        for seed in (0, 1)
-    ]
-    setup = {"metric": metric, "higher_is_better": metric == "accuracy"}
-    return {"format": "sylva-comparison/1", "setup": setup, "runs": runs} | parts
+    higher = metric == "accuracy"
+    scores = {method: (score, score + 0.002) for method, score in found.items()}
+    made = scored(scores, metric=metric, higher_is_better=higher) | parts
+    for run in made["runs"]:
+        run["trainable"] = (trainable or {}).get(run["method"], 5000)
+    return made
 
 
 def drawn(figure):
@@ -83,13 +77,13 @@ def test_chance_is_the_expected_overlap_of_two_draws():
     masks, common, trials = {}, 0, 4000
     for name, (rows, columns, count) in grids.items():
         # The last row and column of blocks are cut off.
-        shape = [rows * 16 - 1, columns * 16 - 1]
-        places = [divmod(k, columns) for k in range(count)]
-        masks[name] = {"shape": shape, "block_size": 16, "indices": places}
+        shape = rows * 16 - 1, columns * 16 - 1
+        places = torch.tensor([divmod(k, columns) for k in range(count)])
+        masks[name] = LayerMask(shape, 16, places)
         for _ in range(trials):
             one, other = (rng.permutation(rows * columns)[:count] for _ in range(2))
             common += len(np.intersect1d(one, other))
-    assert chance(masks) == pytest.approx(common / trials / 7, rel=0.05)
+    assert chance(Masks(masks)) == pytest.approx(common / trials / 7, rel=0.05)
 
 
 def test_the_matrix_that_is_shown_has_blocks():
@@ -181,13 +175,17 @@ def test_trained_weights_have_a_scale(most):
 
 
 @pytest.mark.parametrize("levels", [2, 4])
-def test_names_of_spectra_are_clear_of_each_other_and_of_the_curves(levels):
+def test_names_of_spectra_are_beside_the_curves(levels):
     dense = np.geomspace(20, 1e-4, 384).tolist()
     values = [np.geomspace(20 / 3**k, 1e-4, 384).tolist() for k in range(levels + 1)]
-    factor = {"levels": levels, "spectrum_dense": dense, "singular_values": values}
+    factor = {"spectrum_dense": dense, "singular_values": values}
+    factor |= {"level_ranks": [8] * levels, "level_bytes": [64] * (levels + 1)}
     figure = structure.spectra(factor)
-    boxes = drawn(figure)
-    assert list(boxes) == [*(f"level {k}" for k in range(levels)), "leaves", "dense"]
-    assert clear(boxes.values())
-    frame = figure.axes[0].get_window_extent()
-    assert all(box.x0 > frame.x1 and box.x1 < figure.bbox.x1 for box in boxes.values())
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [*(f"level {k}" for k in range(levels)), "leaves", "dense"]
+    frame, box = axes.get_window_extent(), legend.get_window_extent()
+    assert frame.x1 <= box.x0
+    assert box.x1 <= figure.bbox.x1

@@ -8,11 +8,12 @@ import re
 import matplotlib as mpl
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sylva_train import report
+from sylva_train import LayerMask, Masks, report
 from sylva_train.report import layers
 from sylva_train.report.histories import learning_curves
 from sylva_train.report.masks import layer_places, mask_path, overlaps
@@ -159,7 +160,7 @@ def test_a_factor_shows_rank_and_bytes_of_each_level(kind):
 def test_a_mask_path_covers_its_blocks_and_no_others(chosen):
     drawn = np.zeros_like(chosen)
     for x, y, length in re.findall(
-        r"M(\d+) (\d+)\.5h(\d+)", mask_path(list_of(chosen))
+        r"M(\d+) (\d+)\.5h(\d+)", mask_path(mask_of(chosen))
     ):
         piece = drawn[int(y), int(x) : int(x) + int(length)]
         assert piece.size == int(length)
@@ -168,17 +169,13 @@ def test_a_mask_path_covers_its_blocks_and_no_others(chosen):
     np.testing.assert_array_equal(drawn, chosen)
 
 
-def list_of(chosen):
-    return np.argwhere(chosen).tolist()
+def mask_of(chosen):
+    return LayerMask(chosen.shape, 1, torch.from_numpy(np.argwhere(chosen)))
 
 
 @given(arrays(bool, (2, 5, 6)))
 def test_overlap_is_the_common_share_of_the_smaller_mask(chosen):
-    masks = {
-        str(k): {"layer": {"shape": [5, 6], "block_size": 1, "indices": list_of(one)}}
-        for k, one in enumerate(chosen)
-    }
-    shares = overlaps(masks)
+    shares = overlaps([Masks({"layer": mask_of(one)}) for one in chosen])
     smaller = max(1, min(one.sum() for one in chosen))
     assert shares[0, 1] == shares[1, 0] == (chosen[0] & chosen[1]).sum() / smaller
 

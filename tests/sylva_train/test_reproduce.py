@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib
 import json
 import subprocess
 from pathlib import Path
@@ -21,7 +20,6 @@ from tests.sylva_train import jobs
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
-module = importlib.import_module("sylva_train.comparison.jobs")
 SWEEP = Table(
     name="sweep",
     title="Densities",
@@ -29,20 +27,6 @@ SWEEP = Table(
     option="density",
     values=(0.25, 0.5),
 )
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    return jobs.new_home(tmp_path_factory)
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Runs in this process. Keeps their specs."""
-    done = []
-
-    monkeypatch.setattr(module, "start", jobs.run_here(done))
-    return done
 
 
 def setting(home: Path, **options) -> Comparison:
@@ -245,15 +229,13 @@ def test_the_command_makes_a_table_of_a_configuration(here, home, tmp_path):
     assert "`experiment` must be one of" in message
 
 
-def test_measurements_are_written_and_resumed(monkeypatch, tmp_path):
+def test_measurements_are_written_and_resumed(here, monkeypatch, tmp_path):
     from sylva_train.reproduce import measuring
 
     spec = {
         "in_features": 32, "out_features": 32, "sequence": 8, "repeats": 1,
         "device": "cpu", "block_size": 16, "density": 0.25,
     }  # fmt: skip
-    done = []
-    monkeypatch.setattr(module, "start", jobs.run_here(done))
     small = dataclasses.replace(measuring.MEASUREMENTS["fig5"], jobs=lambda _: [spec])
     monkeypatch.setitem(measuring.MEASUREMENTS, "fig5", small)
     output = tmp_path / "out"
@@ -262,7 +244,7 @@ def test_measurements_are_written_and_resumed(monkeypatch, tmp_path):
     names = {path.name for path in output.iterdir()}
     assert names == {"results.json", "table.md", "table.csv", "figure.svg", "runs"}
     jobs.sylva("reproduce", "fig5", output, "--resume")
-    assert len(done) == 1
+    assert len(here) == 1
 
 
 def test_scales_are_small_or_the_papers(tmp_path):

@@ -22,11 +22,11 @@ from sylva_train.curvature import default_loss
 from sylva_train.optimizer import SparseAdamW
 from sylva_train.training import train
 from tests.sylva_train.jobs import contents
+from tests.sylva_train.models import same
 from tests.sylva_train.toy import (
     CONFIG,
     HaltError,
     ToyLoader,
-    identical,
     interrupt,
     resume,
     stop_at,
@@ -47,7 +47,7 @@ def same_course(first, second):
 def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path, whole, step):
     interrupt(tmp_path, step)
     model, result = resume(tmp_path)
-    assert identical(weights(model), whole[0])
+    assert same(weights(model), whole[0])
     assert same_course(result, whole[1])
 
 
@@ -58,7 +58,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, whole):
     with claimed(tmp_path), pytest.raises(OutputExistsError, match=words):
         resume(tmp_path)
     assert contents(tmp_path) == before
-    assert identical(weights(resume(tmp_path)[0]), whole[0])
+    assert same(weights(resume(tmp_path)[0]), whole[0])
 
 
 @settings(max_examples=8, deadline=None)
@@ -78,21 +78,21 @@ def test_any_number_of_interruptions_changes_nothing(tmp_path_factory, data):
             resume(folder, config, callbacks=[stop_at(step)])
         except HaltError:
             continue
-    assert identical(weights(resume(folder, config)[0]), weights(model))
+    assert same(weights(resume(folder, config)[0]), weights(model))
 
 
 def test_the_same_model_goes_on_after_an_interruption(tmp_path, whole):
     model = toy_model()
     interrupt(tmp_path, 5, model=model)
     resume(tmp_path, model=model)
-    assert identical(weights(model), whole[0])
+    assert same(weights(model), whole[0])
 
 
 def test_a_head_drawn_at_random_is_part_of_the_first_checkpoint(tmp_path, whole):
     interrupt(tmp_path, 1)
     model = toy_model()
     torch.nn.init.normal_(model.classifier.weight)
-    assert identical(weights(resume(tmp_path, model=model)[0]), whole[0])
+    assert same(weights(resume(tmp_path, model=model)[0]), whole[0])
 
 
 def test_adapters_of_peft_go_on_from_another_random_start(tmp_path):
@@ -112,20 +112,20 @@ def test_adapters_of_peft_go_on_from_another_random_start(tmp_path):
     train(first, ToyLoader(), CONFIG)
     interrupt(tmp_path, 8, model=build(1))
     resume(tmp_path, model=second)
-    assert identical(trained(first), trained(second))
+    assert same(trained(first), trained(second))
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path, whole):
     metrics = {"accuracy": 0.5, "logits": np.ones(3)}
     train(toy_model(), ToyLoader(), CONFIG, output=tmp_path, evaluate=lambda _: metrics)
     model, result = resume(tmp_path, callbacks=[stop_at(1)], evaluate=lambda _: 0.25)
-    assert identical(weights(model), whole[0])
+    assert same(weights(model), whole[0])
     assert result.metrics == {"accuracy": 0.5}
     assert len(result.history) == 12
 
 
 def test_resuming_in_an_empty_folder_starts(tmp_path, whole):
-    assert identical(weights(resume(tmp_path / "new")[0]), whole[0])
+    assert same(weights(resume(tmp_path / "new")[0]), whole[0])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_the_state_of_any_optimizer_is_kept(tmp_path, name, options):
     train(loader=ToyLoader(), config=CONFIG, **first)
     interrupt(tmp_path, 7, **build())
     resume(tmp_path, **second)
-    assert identical(weights(first["model"]), weights(second["model"]))
+    assert same(weights(first["model"]), weights(second["model"]))
 
 
 def test_the_state_of_a_scheduler_that_is_passed_in_is_kept(tmp_path):
@@ -167,7 +167,7 @@ def test_the_state_of_a_scheduler_that_is_passed_in_is_kept(tmp_path):
     train(loader=ToyLoader(), config=CONFIG, **first)
     interrupt(tmp_path, 7, **build())
     resume(tmp_path, **second)
-    assert identical(weights(first["model"]), weights(second["model"]))
+    assert same(weights(first["model"]), weights(second["model"]))
 
 
 def test_every_random_generator_goes_on(tmp_path):
@@ -178,7 +178,7 @@ def test_every_random_generator_goes_on(tmp_path):
     model = toy_model()
     train(model, ToyLoader(), CONFIG, loss=loss)
     interrupt(tmp_path, 8, loss=loss)
-    assert identical(weights(resume(tmp_path, loss=loss)[0]), weights(model))
+    assert same(weights(resume(tmp_path, loss=loss)[0]), weights(model))
 
 
 def test_running_statistics_are_kept(tmp_path):
@@ -194,7 +194,7 @@ def test_running_statistics_are_kept(tmp_path):
     train(first, ToyLoader(), CONFIG)
     interrupt(tmp_path, 8, model=build())
     resume(tmp_path, model=second)
-    assert identical(weights(first), weights(second))
+    assert same(weights(first), weights(second))
     assert torch.equal(
         first.classifier[0].running_var, second.classifier[0].running_var
     )
@@ -226,7 +226,8 @@ from safetensors.torch import load_file, save_file
 import sylva_train.checkpoint.files as files
 from sylva_train.config import TrainingConfig
 from sylva_train.training import train
-from tests.sylva_train.toy import ToyLoader, identical, toy_model, weights
+from tests.sylva_train.models import same
+from tests.sylva_train.toy import ToyLoader, toy_model, weights
 
 torch.set_num_threads(1)  # no threads that a fork would lose
 folder, seed = sys.argv[1], int(sys.argv[2])
@@ -275,7 +276,7 @@ while True:
     deaths += 1
     writing += in_save > 0
 ends = [load_file(f"{folder}/{name}.safetensors") for name in ("whole", "killed")]
-print(deaths, writing, identical(*ends))
+print(deaths, writing, same(*ends))
 """
 
 

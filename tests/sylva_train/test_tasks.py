@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -14,15 +12,8 @@ from sylva_train.data import Loader, TextDataset
 from sylva_train.pretrained import load_model
 from sylva_train.workflow import load_task
 from sylva_train.workflow.task import check_ids, head_order, located, read_data
-from tests.sylva_train.jobs import new_home, sylva_config, task, training, write_data
+from tests.sylva_train.jobs import sylva_config, task, training, write_data
 from tests.sylva_train.words import TINY, VOCABULARY, save_folder, word_tokenizer
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A model and data; not to be changed."""
-    return new_home(tmp_path_factory)
-
 
 QUIET = {"progress": False}
 

@@ -22,19 +22,13 @@ from sylva_train.checkpoint import checkpoints
 from sylva_train.config import TrainingConfig
 from sylva_train.importance import Scores
 from sylva_train.training import train
-from tests.sylva_train.jobs import contents, make_home, source, sylva
+from tests.sylva_train.jobs import contents, source, sylva
 
 pytestmark = pytest.mark.slow
 
 EXACT = ["--importance", "kfac-natural", "--block-size", 8, "--samples", 12]
 STEPS = ["--steps", 6, "--batch-size", 5, "--lr", 0.01, "--accumulate", 2]
 OPTIONS = [*EXACT, *STEPS, "--density", 0.2]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Not to be changed."""
-    return make_home(tmp_path_factory.mktemp("home"))
 
 
 def start(*arguments, processes=2):

@@ -20,7 +20,15 @@ from sylva_train.optimizer import SparseAdamW
 from sylva_train.options import SCHEDULES
 from sylva_train.targets import weight_view
 from sylva_train.training import make_scheduler, parts, pick_device, train
-from tests.sylva_train.toy import ToyLoader, identical, toy_base, toy_model, weights
+from tests.sylva_train.models import same
+from tests.sylva_train.toy import (
+    HaltError,
+    ToyLoader,
+    stop_at,
+    toy_base,
+    toy_model,
+    weights,
+)
 
 CONFIG = TrainingConfig(lr=1e-2, steps=8)
 
@@ -58,8 +66,8 @@ def consistent(model):
 
 def test_a_seed_decides_every_bit_of_the_weights():
     first, second, other = run()[0], run()[0], run(seed=1)[0]
-    assert identical(weights(first), weights(second))
-    assert not identical(weights(first), weights(other))
+    assert same(weights(first), weights(second))
+    assert not same(weights(first), weights(other))
 
 
 def test_the_random_generators_of_the_caller_are_left_alone():
@@ -82,7 +90,7 @@ def test_the_random_generators_of_the_caller_have_no_say():
     torch.manual_seed(3)
     first, _ = run()
     torch.manual_seed(4)
-    assert identical(weights(first), weights(run()[0]))
+    assert same(weights(first), weights(run()[0]))
 
 
 def test_evaluation_does_not_change_the_course_of_training():
@@ -92,7 +100,7 @@ def test_evaluation_does_not_change_the_course_of_training():
 
     plain, _ = run()
     evaluated, result = run(evaluate=evaluate, eval_every=3)
-    assert identical(weights(plain), weights(evaluated))
+    assert same(weights(plain), weights(evaluated))
     assert [r["step"] for r in result.history if "score" in r] == [3, 6, 8]
     assert result.metrics == {"accuracy": result.history[-1]["score"]}
 
@@ -136,7 +144,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight():
     bad = toy_model()
     with pytest.raises(NonFiniteError, match=r"loss is nan in step 3 .*`lr`"):
         run(bad, loss=loss)
-    assert identical(weights(good), weights(bad))
+    assert same(weights(good), weights(bad))
     assert consistent(bad)
 
 
@@ -148,19 +156,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
         NonFiniteError, match=r"`classifier.weight` is not finite in step 1"
     ):
         run(model)
-    assert identical(before, weights(model))
-
-
-class HaltError(Exception):
-    """Raised by a callback."""
-
-
-def stop_at(step):
-    def callback(record):
-        if record["step"] == step:
-            raise HaltError
-
-    return callback
+    assert same(before, weights(model))
 
 
 # --------------------------------------------------------------------------- schedules
@@ -252,7 +248,7 @@ def test_full_fine_tuning_and_lora_train_in_the_same_loop():
         for name, parameter in model.named_parameters():
             moved = not torch.equal(parameter, before[name])
             assert moved <= parameter.requires_grad
-        assert not identical(before, weights(model))
+        assert not same(before, weights(model))
 
 
 def test_a_run_leaves_modes_and_gradients_clean():
@@ -270,7 +266,7 @@ def test_an_exception_leaves_dense_weights_consistent():
     with pytest.raises(HaltError):
         run(model, callbacks=[stop_at(3)])
     assert consistent(model)
-    assert not identical(before, weights(model))
+    assert not same(before, weights(model))
     assert not model.training
 
 

@@ -76,13 +76,6 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Whether two sets of weights agree in every bit."""
-    return first.keys() == second.keys() and all(
-        torch.equal(first[name], second[name]) for name in first
-    )
-
-
 #: Two epochs of six batches.
 CONFIG = TrainingConfig(lr=1e-2, epochs=2, save_every=3, device="cpu")
 

@@ -29,6 +29,7 @@ __all__ = [
     "check_positive",
     "check_spread",
     "folder_size",
+    "occupied",
     "write_text",
 ]
 
@@ -122,24 +123,11 @@ def check_positive(name: str, value: float, *, zero: bool = False) -> None:
         raise ConfigError(msg)
 
 
-def prepare_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Return ``path``, whose parent exists afterwards.
-
-    Raises
-    ------
-    OutputExistsError
-        If ``path`` is a file or a folder with something in it, and not ``overwrite``.
-    """
-    path = Path(path)
-    occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
-    if occupied and not overwrite:
-        msg = (
-            f"the output `{path}` exists; nothing was written. Choose another path, or "
-            "allow overwriting (`overwrite=True`, `--overwrite`)."
-        )
-        raise OutputExistsError(msg)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+def occupied(path: Path) -> bool:
+    """Whether there is something at a path; an empty folder is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        return any(path.iterdir())
+    return path.exists() or path.is_symlink()
 
 
 def publish(path: Path) -> None:
@@ -201,8 +189,20 @@ def atomic_folder(
 
     With ``overwrite``, the old folder is moved aside first and deleted only once the
     new one stands in its place, so that a crash at any moment leaves one of them whole.
+
+    Raises
+    ------
+    OutputExistsError
+        If there is something at ``path``, and not ``overwrite``.
     """
-    path = prepare_output(path, overwrite=overwrite)
+    path = Path(path)
+    if occupied(path) and not overwrite:
+        msg = (
+            f"the output `{path}` exists; nothing was written. Choose another path, or "
+            "allow overwriting (`overwrite=True`, `--overwrite`)."
+        )
+        raise OutputExistsError(msg)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     aside = None
     try:

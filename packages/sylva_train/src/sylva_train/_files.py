@@ -1,28 +1,48 @@
-"""One safetensors file with a JSON header: how scores and masks are kept."""
+"""What scores and masks have in common: layers by name, and a file with a JSON header."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ._checks import AdapterError, atomic_write
+from ._torch import note_tensors
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["Layers", "read_tensors", "write_tensors"]
+
+Layer = TypeVar("Layer")
+
+
+class Layers(Mapping[str, Layer]):
+    """Something of each of a model's layers, by name, and what is worth knowing of it."""
+
+    def __init__(
+        self, layers: Mapping[str, Layer], metadata: Mapping[str, Any]
+    ) -> None:
+        self.layers = dict(layers)
+        self.metadata = dict(metadata)
+
+    def __getitem__(self, name: str) -> Layer:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
 
 def checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> str:
     """Hash tensors, by name, and their header."""
     total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        total.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    note_tensors(tensors, total)
     return total.hexdigest()
 
 

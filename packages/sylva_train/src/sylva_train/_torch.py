@@ -1,12 +1,60 @@
-"""What is needed of PyTorch and it offers under private names alone."""
+"""What several rooms do with PyTorch, and what it offers under private names alone."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
+from torch import nn
 
-__all__ = ["has_amx", "has_fast_bfloat16", "is_in_backward", "set_version"]
+__all__ = [
+    "has_amx",
+    "has_fast_bfloat16",
+    "is_in_backward",
+    "note_tensors",
+    "on_device",
+    "preserved_modes",
+    "set_version",
+    "tensor_bytes",
+]
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch with its tensors on a device."""
+    return {
+        name: value.to(device, non_blocking=True)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in batch.items()
+    }
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor's elements, of any type, row by row."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def note_tensors(tensors: Mapping[str, torch.Tensor], digest: hashlib._Hash) -> None:
+    """Add tensors to a digest: their names, types, shapes and elements."""
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+
+
+@contextlib.contextmanager
+def preserved_modes(model: nn.Module) -> Iterator[None]:
+    """Leave each module as it was, in training or in evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @functools.cache

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig
 
 from .options import (
-    GENERATION,
     IMPORTANCES,
     KRONECKER,
     MINILM,
     NEEDS_DATA,
+    WRITING,
     SylvaOptions,
     TaskConfig,
     TrainingConfig,
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from .masks import Masks
 
 __all__ = [
-    "GENERATION",
     "IMPORTANCES",
     "KRONECKER",
     "NEEDS_DATA",
+    "WRITING",
     "SylvaConfig",
     "SylvaOptions",
     "SylvaType",

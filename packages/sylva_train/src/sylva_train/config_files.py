@@ -29,8 +29,10 @@ __all__ = [
     "RATES",
     "READERS",
     "SECTIONS",
+    "alternatives",
     "check_sections",
     "config_names",
+    "fields_of",
     "find_config",
     "has_sections",
     "kind_name",
@@ -265,14 +267,14 @@ def fields_of(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def options_of(kind: Any) -> tuple[Any, ...]:
+def alternatives(kind: Any) -> tuple[Any, ...]:
     """Return the alternatives of a type."""
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value out of a file is of a field's type."""
-    for option in options_of(kind):
+    for option in alternatives(kind):
         if typing.get_origin(option) is list:
             (inner,) = typing.get_args(option)
             if isinstance(value, list) and all(fits(part, inner) for part in value):
@@ -285,7 +287,7 @@ def fits(value: Any, kind: Any) -> bool:
 def kind_name(kind: Any) -> str:
     """Return what a field's type is called."""
     names = []
-    for option in options_of(kind):
+    for option in alternatives(kind):
         if typing.get_origin(option) is list:
             names.append("a list")
         elif option is types.NoneType:

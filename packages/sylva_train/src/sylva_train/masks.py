@@ -6,14 +6,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ._checks import ConfigError, check_integer
-from ._files import read_tensors, write_tensors
+from ._files import Layers, read_tensors, write_tensors
 
 __all__ = ["LayerMask", "Masks"]
 
@@ -103,7 +103,7 @@ class LayerMask:
         return full[: self.shape[0], : self.shape[1]]
 
 
-class Masks(Mapping[str, LayerMask]):
+class Masks(Layers[LayerMask]):
     """Masks of a model's layers, by name.
 
     Parameters
@@ -117,17 +117,7 @@ class Masks(Mapping[str, LayerMask]):
     def __init__(
         self, layers: Mapping[str, LayerMask], metadata: Mapping[str, Any] | None = None
     ) -> None:
-        self.layers = dict(layers)
-        self.metadata = dict(metadata or {})
-
-    def __getitem__(self, name: str) -> LayerMask:
-        return self.layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
+        super().__init__(layers, metadata or {})
 
     def __repr__(self) -> str:
         return (

@@ -30,7 +30,6 @@ __all__ = [
     "DEMO_TASK",
     "DTYPES",
     "FRACTIONS",
-    "GENERATION",
     "IMPORTANCES",
     "KRONECKER",
     "METHODS",
@@ -43,6 +42,7 @@ __all__ = [
     "SUITABLE",
     "TASKS",
     "TOKENS",
+    "WRITING",
     "SylvaOptions",
     "TaskConfig",
     "TrainingConfig",
@@ -52,17 +52,18 @@ __all__ = [
 
 #: What data and a model are for; the first is the default.
 TASKS = ("classification", "regression", "causal-lm", "seq2seq")
-#: Rules that score a weight's importance; `kfac` is the paper's.
+#: Rules that score a weight's importance; `kfac` is the paper's. From second-order ones
+#: down to the control, the order of tables.
 IMPORTANCES = (
     "kfac",
     "kfac-block",
     "kfac-natural",
     "kfac-element",
     "fisher-diag",
-    "magnitude",
-    "wanda",
-    "gradient",
     "weight-gradient",
+    "gradient",
+    "wanda",
+    "magnitude",
     "random",
     "kfac-pruner",
 )
@@ -88,7 +89,7 @@ POOLINGS = ("auto", "mean", "native")
 #: Learning-rate schedules after the warm-up.
 SCHEDULES = ("linear", "cosine", "constant")
 #: Options of `TaskConfig` that say how a language model writes.
-GENERATION = ("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_size")
+WRITING = ("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_size")
 #: Metrics that can be the score, and whether more is better.
 METRICS = {
     "accuracy": True,
@@ -392,7 +393,7 @@ class TaskConfig:
         """How a language model is to write, for `sylva_train.evaluate`."""
         from transformers import GenerationConfig
 
-        options = {name: getattr(self, name) for name in GENERATION}
+        options = {name: getattr(self, name) for name in WRITING}
         # transformers warns of a penalty that nothing heeds.
         if self.num_beams == 1:
             del options["length_penalty"]

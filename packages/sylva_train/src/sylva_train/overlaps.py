@@ -100,10 +100,10 @@ def agreement(
     pair = [type(v)({name: v[name] for name in shared}, v.metadata) for v in pair]  # type: ignore[misc]
     side = check_side(pair, shared, block_size)
     like = masks[0] if masks else None
-    choices = [best_blocks(value, side, density, like) for value in pair]
-    layers, common, chosen, expected = {}, 0, 0, 0.0
+    best, found = (best_blocks(value, side, density, like) for value in pair)
+    layers, expected = {}, 0.0
     for name in shared:
-        mine, theirs = (choice[name] for choice in choices)
+        mine, theirs = best[name], found[name]
         both = int(torch.isin(mine.flat, theirs.flat).sum())
         grids = [
             value[name].blocks(side) if isinstance(value, Scores) else None
@@ -116,15 +116,15 @@ def agreement(
             "overlap": both / len(mine) if len(mine) else None,
             "score_share": score_share(grids[0], mine, theirs),
         }
-        common, chosen = common + both, chosen + len(mine)
         expected += len(mine) * len(theirs) / math.prod(mine.grid_shape)
+    chosen = sum(map(len, best.values()))
     return {
         "density": None if masks else density,
         "block_size": side,
         "layers": layers,
         "least": over(layers.values(), min),
         "median": over(layers.values(), statistics.median),
-        "overlap": common / chosen if chosen else None,
+        "overlap": best.overlap(found) if chosen else None,
         "chance": expected / chosen if chosen else None,
         "only_reference": [name for name in reference if name not in other],
         "only_other": [name for name in other if name not in reference],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,15 @@ from .serial import add_serial_adapters
 
 __all__ = ["Adapted", "Method", "adapt", "parse_method"]
 
+LABELS = {
+    "frozen": "Frozen features + head",
+    "full": "Full fine-tuning",
+    "lora": "LoRA",
+    "adapter": "Serial adapter (Houlsby)",
+    "shira": "SHiRA, random weights",
+    "supertuning": "Super-Tuning, largest weights",
+    "kfac-pruner": "K-FAC pruner",
+}
 RULE_LABELS = {
     "kfac-block": "K-FAC decrease of a block",
     "kfac-natural": "K-FAC natural gradient",
@@ -37,6 +46,12 @@ RULE_LABELS = {
     "random": "random blocks",
 }
 CURVATURE_LABELS = {"mlr": "MLR", "hodlr": "HODLR", "dense": "exact factors"}
+#: Options of PEFT's methods.
+PEFT: dict[str, Callable[..., peft.PeftConfig]] = {
+    "lora": lora_config,
+    "shira": shira_config,
+    "supertuning": supertuning_config,
+}
 
 
 @dataclass(frozen=True)
@@ -67,18 +82,10 @@ def parse_method(name: str) -> Method:
     ConfigError
         If there is no such method.
     """
-    simple = {
-        "frozen": "Frozen features + head",
-        "full": "Full fine-tuning",
-        "lora": "LoRA",
-        "adapter": "Serial adapter (Houlsby)",
-        "shira": "SHiRA, random weights",
-        "supertuning": "Super-Tuning, largest weights",
-        "kfac-pruner": "K-FAC pruner",
-    }
-    if name in simple:
-        pruner = name == "kfac-pruner"
-        return Method(name, simple[name], *(("kfac-pruner", "dense") if pruner else ()))
+    if name == "kfac-pruner":
+        return Method(name, LABELS[name], "kfac-pruner", "dense")
+    if name in LABELS:
+        return Method(name, LABELS[name])
     kind, _, rest = name.partition(":")
     rule, _, curvature = rest.partition(":")
     known = rule in IMPORTANCES and rule != "kfac-pruner"
@@ -155,22 +162,8 @@ def adapt(
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     if method.name == "full":
         model.requires_grad_(True)
-    elif method.name in {"lora", "shira", "supertuning"}:
-        options: peft.PeftConfig
-        budget = (targets, config.density, config.modules_to_save)
-        if method.name == "lora":
-            options = lora_config(*budget)
-        elif method.name == "shira":
-            options = shira_config(*budget, seed=config.seed)
-            invariants = torch.sparse.check_sparse_tensor_invariants
-            if not invariants.is_enabled():
-                invariants.disable()  # as it is, but said: torch warns otherwise
-        else:
-            options = supertuning_config(*budget)
-        # PEFT draws LoRA's first factors from the global generator.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.seed)
-            model = peft.get_peft_model(model, options)
+    elif method.name in PEFT:
+        model = add_adapter(method.name, model, targets, config)
     elif method.name == "adapter":
         add_serial_adapters(
             model, targets, config.density, config.modules_to_save, seed=config.seed
@@ -196,6 +189,21 @@ def adapt(
     )
     trainable = masks.trainable if masks is not None else sum(sizes.values()) - head
     return Adapted(model, scores, masks, trainable, head)
+
+
+def add_adapter(
+    name: str, model: nn.Module, targets: Mapping[str, nn.Module], config: SylvaConfig
+) -> nn.Module:
+    """Add the adapter of one of PEFT's methods, with the budget of the blocks."""
+    seed = {"seed": config.seed} if name == "shira" else {}
+    options = PEFT[name](targets, config.density, config.modules_to_save, **seed)
+    invariants = torch.sparse.check_sparse_tensor_invariants
+    if not invariants.is_enabled():
+        invariants.disable()  # as it is, but said: torch warns of SHiRA's otherwise
+    # PEFT draws LoRA's first factors from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        return peft.get_peft_model(model, options)
 
 
 def is_head(parameter: str, modules_to_save: list[str] | None) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sylva_train._torch import tensor_bytes
 from sylva_train.config import TrainingConfig
 from sylva_train.layers import embedded_layers
 
@@ -56,9 +57,9 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 def digest(tensor: torch.Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes, dtype and shape."""
-    flat = tensor.detach().reshape(-1).cpu().contiguous()
-    head = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
-    return hashlib.sha256(head + flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+    total = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    total.update(tensor_bytes(tensor))
+    return total.hexdigest()
 
 
 def buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -86,41 +86,42 @@ def run_demo(
         command=command,
     )
     show.comparison(results)
+    keep(comparison, output / "finetuned")
+    use(output / "finetuned")
+    adapter = output / "finetuned" / "adapter"
+    again = f"sylva finetune runs/mine --model {shlex.quote(comparison.task.model)}"
+    written(
+        {"report": output / "report.html", "adapter": adapter, "everything": output},
+        f"{again} --data YOUR.csv",
+    )
+
+
+def keep(comparison: Comparison, folder: Path) -> None:
+    """Fine-tune once more, into a folder."""
     say("\n2. Keep", "bold")
     prose("Sylva once more with seed 0, this time to save what it learns.")
-    run = finetune(
-        comparison.task,
-        comparison.sylva,
-        dataclasses.replace(comparison.training, lr=comparison.rate(METHOD)),
-        output / "finetuned",
-        resume=True,
-    )
-    adapter = output / "finetuned" / "adapter"
+    rate = comparison.rate(METHOD)
+    training = dataclasses.replace(comparison.training, lr=rate)
+    run = finetune(comparison.task, comparison.sylva, training, folder, resume=True)
     found = run["metrics"]
     prose(
         f"It scores {show.score_text(found['metric'], found['score'])}. The adapter takes"
-        f" {size(folder_size(adapter))} on disk; the whole model would take"
+        f" {size(folder_size(folder / 'adapter'))} on disk; the whole model would take"
         f" {size(4 * run['total'])}."
     )
+
+
+def use(folder: Path) -> None:
+    """Ask a fine-tuned model what it makes of some sentences."""
     say("\n3. Use", "bold")
     prose(
         "The adapter is loaded into a fresh copy of the model, which reads sentences that"
         " are in no data set:"
     )
-    texts = [text for text, _ in SENTENCES]
-    answers = predict(output / "finetuned", texts)
+    answers = predict(folder, [text for text, _ in SENTENCES])
     rows = [
         (text, truth, answer, f"{probability:.0%}")
         for (text, truth), (answer, probability) in zip(SENTENCES, answers, strict=True)
     ]
     columns = ("sentence", "a reader says", "the model", "sure")
     out().print(table(columns, rows, texts=3))
-    written(
-        {
-            "report": output / "report.html",
-            "adapter": adapter,
-            "everything": output,
-        },
-        f"sylva finetune runs/mine --model {shlex.quote(comparison.task.model)}"
-        " --data YOUR.csv",
-    )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from sylva_train._checks import ConfigError
 from sylva_train.config_files import (
     RATES,
+    alternatives,
     check_sections,
     find_config,
     has_sections,
@@ -94,7 +95,7 @@ def converted(path: str, key: str, value: Any, kind: Any) -> Any:
     ConfigError
         If it is of another type.
     """
-    options = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    options = alternatives(kind)
     if value is None and types.NoneType in options:
         return None
     wanted = next(option for option in options if option is not types.NoneType)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import typer
 
-from sylva_train.options import GENERATION, SylvaOptions, TaskConfig, TrainingConfig
+from sylva_train.options import WRITING, SylvaOptions, TaskConfig, TrainingConfig
 
 from . import printing
 from .frame import command
 from .options import EvaluationChanges, RowChanges, given
 from .processes import check_alone, joined
 
-EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric", *GENERATION}
+EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric", *WRITING}
 
 
 @command(

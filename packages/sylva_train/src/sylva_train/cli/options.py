@@ -9,16 +9,18 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import types
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from sylva_train._checks import ConfigError
+from sylva_train.config_files import alternatives, fields_of
 from sylva_train.options import SylvaOptions, TaskConfig, TrainingConfig
 
 from .files import read_options
-from .flags import FLAGS, PANELS
+from .flags import FLAGS, annotated
 from .processes import check_alone
 
 __all__ = [
@@ -68,18 +70,21 @@ CONFIGS = (*FILED, RowChanges, EvaluationChanges)
 WRITTEN = {"output", "answers", "out"}
 
 
-def names_of(kind: type) -> list[str]:
-    """Names of the flags of a configuration class, in order of the table."""
-    fields = {field.name for field in dataclasses.fields(kind)}
+def flags_of(kind: type) -> dict[str, tuple[Any, Any]]:
+    """Return type and default of a configuration's flags, in the order of the help.
+
+    What a flag does not take as it is, columns and names of modules, it takes as text.
+    """
+    hints = fields_of(kind)
+    found: dict[str, tuple[Any, Any]] = {}
+    for field in dataclasses.fields(kind):
+        options = set(alternatives(hints[field.name])) - {types.NoneType}
+        plain = options.pop() if options in ({int}, {float}) else str
+        optional = plain | None if field.default is None else plain
+        found[field.name] = optional, field.default
     if kind is SylvaOptions:
-        fields.add("sparsity")
-    return [name for name in FLAGS if name in fields]
-
-
-def default_of(kind: type, name: str) -> Any:
-    """Return a field's default, as a flag has it."""
-    fields = {field.name: field.default for field in dataclasses.fields(kind)}
-    return fields.get(name)
+        found["sparsity"] = float | None, None
+    return {name: found[name] for name in FLAGS if name in found}
 
 
 def words(text: str | None) -> list[str] | None:
@@ -164,7 +169,7 @@ def density(values: dict[str, Any], source: Callable[[str], int]) -> float:
 
 def build(kind: type, values: dict[str, Any], source: Callable[[str], int]) -> Any:
     """Make a configuration of the flags' values."""
-    fields = {name: values[name] for name in names_of(kind) if name in values}
+    fields = {name: values[name] for name in flags_of(kind) if name in values}
     if kind is SylvaOptions:
         fields["density"] = density(values, source)
         fields.pop("sparsity", None)
@@ -182,15 +187,15 @@ def build(kind: type, values: dict[str, Any], source: Callable[[str], int]) -> A
 def given(config: Any) -> list[str]:
     """Return a configuration's options that are not the defaults, as they are typed."""
     found = []
-    for name in names_of(type(config)):
+    for name, (_, default) in flags_of(type(config)).items():
         value = getattr(config, name, None)
-        if value is not None and value != default_of(type(config), name):
+        if value not in (None, default):
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             found += [f"--{name.replace('_', '-')}", text]
     return found
 
 
-def flags_of(
+def all_flags(
     signature: inspect.Signature,
     configs: Mapping[str, type],
     omit: Collection[str],
@@ -199,19 +204,14 @@ def flags_of(
     """Return type and default of each flag of a command, in the order of the help."""
     found: dict[str, tuple[Any, Any]] = {}
     for kind in configs.values():
-        for name in names_of(kind):
-            if name not in omit:
-                flag, default = FLAGS[name].kind, default_of(kind, name)
-                found[name] = flag if default is not None else flag | None, default
+        found |= {n: flag for n, flag in flags_of(kind).items() if n not in omit}
     for name, parameter in signature.parameters.items():
         if name not in configs and name not in arguments:
             found[name] = parameter.annotation, parameter.default
     if set(FILED) & set(configs.values()):
-        found["config_file"] = FLAGS["config_file"].kind, None
+        found["config_file"] = str | None, None
     found["debug"] = bool, False
-    places = {name: number for number, name in enumerate(FLAGS)}
-    order = sorted(found, key=lambda n: (PANELS.index(FLAGS[n].panel), places[n]))
-    return {name: found[name] for name in order}
+    return {name: found[name] for name in FLAGS if name in found}
 
 
 def expand(
@@ -252,13 +252,13 @@ def expand(
         )
         for name, text in arguments.items()
     ]
-    flags = flags_of(signature, configs, omit, arguments)
+    flags = all_flags(signature, configs, omit, arguments)
     known = {n: k for n, (k, _) in flags.items() if n not in {"config_file", "debug"}}
     for name, (kind, default) in flags.items():
         extra: dict[str, Any] = {}
         if name == "config_file":
             extra = {"is_eager": True, "callback": reader(known)}
-        parameters.append(keyword(name, FLAGS[name].annotate(kind, **extra), default))
+        parameters.append(keyword(name, annotated(name, kind, **extra), default))
     parameters.append(keyword("context", typer.Context))
 
     def command(*, context: typer.Context, **values: Any) -> None:

@@ -12,9 +12,16 @@ from sylva_train.config import KRONECKER, TaskConfig
 from sylva_train.evaluation import key_of
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
+from sylva_train.options import FRACTIONS
 from sylva_train.overlaps import agreement as compared
 from sylva_train.overlaps import best_blocks, usual_block_size
-from sylva_train.report import headline, summary_table, write_choices
+from sylva_train.report import (
+    AGREEMENT,
+    agreement_cells,
+    headline,
+    summary_table,
+    write_choices,
+)
 from sylva_train.tuner import inspect_adapter
 from sylva_train.workflow import (
     describe_masks,
@@ -51,12 +58,6 @@ __all__ = [
     "score_text",
     "scores",
 ]
-
-#: Metrics that are fractions.
-FRACTIONS = {
-    "accuracy", "f1", "f1_binary", "token_accuracy", "meteor", "rouge_l", "exact_match",
-    "answer", "choice",
-}  # fmt: skip
 
 
 def score_text(metric: str, value: float) -> str:
@@ -275,25 +276,20 @@ def agreement(
     facts({str(path): other, "against": reference})
     title, names = shortened(list(found["layers"]))
 
-    def cells(layer: Mapping[str, Any]) -> list[str]:
-        rank, overlap, share = (
-            layer[name] for name in ("spearman", "overlap", "score_share")
-        )
-        return [
-            "-" if rank is None else f"{rank:.3f}",
-            "-" if overlap is None else f"{overlap:.1%}",
-            "-" if share is None else f"{share:.1%}",
-        ]
-
     rows = [
-        [name, shape_text(layer["shape"]), f"{layer['blocks']:,}", *cells(layer)]
+        [
+            name,
+            shape_text(layer["shape"]),
+            f"{layer['blocks']:,}",
+            *agreement_cells(layer),
+        ]
         for name, layer in zip(names, found["layers"].values(), strict=True)
     ]
-    columns = (title, "shape", "blocks", "Spearman", "overlap", "of score")
+    columns = (title, "shape", "blocks", *AGREEMENT)
     grid = table(columns, rows)
     grid.add_section()
     for name in ("least", "median"):
-        grid.add_row(name, "", "", *cells(found[name]), style="bold")
+        grid.add_row(name, "", "", *agreement_cells(found[name]), style="bold")
     out().print(grid)
     side, share = found["block_size"], found["density"]
     which = "the masks'" if share is None else f"the best {share:.3g} of each layer's"

@@ -6,8 +6,8 @@ comparison that was killed goes on where it stopped.
 
 from .compare import check_plan, compare
 from .events import Event, Watcher
-from .job import Job, done
-from .jobs import check_output, check_same, fresh, run_jobs
+from .job import Job
+from .jobs import check_output, jobs_folder, run_jobs
 from .memory import PeakMemory
 from .plan import (
     LEARNING_RATES,
@@ -16,9 +16,10 @@ from .plan import (
     suited,
 )
 from .process import worker
-from .results import load_results, made
+from .results import FORMAT, load_results, made
 
 __all__ = [
+    "FORMAT",
     "LEARNING_RATES",
     "Comparison",
     "Event",
@@ -27,11 +28,9 @@ __all__ = [
     "Watcher",
     "check_output",
     "check_plan",
-    "check_same",
     "compare",
     "demonstration",
-    "done",
-    "fresh",
+    "jobs_folder",
     "load_results",
     "made",
     "run_jobs",

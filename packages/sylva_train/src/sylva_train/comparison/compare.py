@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from sylva_train.training import pick_device
 from sylva_train.workflow import load_task, located
 
 from .events import Watcher
-from .job import done
-from .jobs import RESULTS, check_output, check_same, fresh, run_jobs
+from .jobs import RESULTS, jobs_folder, run_jobs
 from .plan import Comparison
 from .results import gather
 
@@ -71,13 +71,8 @@ def compare(
     """
     output = Path(output)
     comparison = dataclasses.replace(comparison, task=located(comparison.task))
-    keep = check_output(output, resume=resume, overwrite=overwrite)
-    jobs = comparison.jobs()
-    if keep:
-        check_same(jobs, output)
-    if not all(done(job, output) for job in jobs):
-        check_plan(comparison)
-    with fresh(output, keep=keep):
+    jobs, check = comparison.jobs(), partial(check_plan, comparison)
+    with jobs_folder(jobs, output, resume=resume, overwrite=overwrite, check=check):
         rows = run_jobs(jobs, output, watch or (lambda _: None), workers=workers)
     results = gather(comparison, rows, command)
     write_text(output / RESULTS, json.dumps(results))

@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ from .process import Processes, start
 __all__ = [
     "RESULTS",
     "check_output",
-    "check_same",
-    "fresh",
+    "jobs_folder",
     "run_jobs",
 ]
 
@@ -56,11 +55,28 @@ def check_output(
 
 
 @contextlib.contextmanager
-def fresh(output: Path, *, keep: bool) -> Iterator[None]:
-    """Make the jobs' folder, for good only once a job in it is done.
+def jobs_folder(
+    jobs: Iterable[Job],
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
+    """Make the folder of some jobs, for good only once a job in it is done.
 
-    What was there before comes back if none is, unless ``keep`` goes on with it.
+    What was there before comes back if none is, unless ``resume`` goes on with it.
+    ``check``, which may take long, is called before anything is changed, unless all jobs
+    are done.
+
+    Raises
+    ------
+    OutputExistsError
+        As `check_output`.
     """
+    keep = check_output(output, resume=resume, overwrite=overwrite)
+    if not (keep and all(done(job, output) for job in jobs)):
+        check()
     aside = output.with_name(f".{output.name}.old")
     if output.exists() and not keep:
         shutil.rmtree(aside, ignore_errors=True)
@@ -122,7 +138,7 @@ def run_jobs(
     jobs : sequence of Job
         What to do.
     output : Path
-        A folder that `fresh` made.
+        A folder that `jobs_folder` made.
     watch : callable
         Told each `Event`, one at a time.
     workers : int
@@ -130,10 +146,13 @@ def run_jobs(
 
     Raises
     ------
+    ConfigError
+        If a job that is to be kept has another spec.
     SylvaError
         If a job fails; those that are under way are stopped, the finished ones kept.
     """
     check_integer("workers", workers, 1)
+    check_same(jobs, output)
     queue = Queue(jobs, output, watch, workers)
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(queue.do, number) for number in range(len(jobs))]

@@ -21,8 +21,9 @@ from sylva_train.workflow import evaluated_on
 
 from .plan import Comparison
 
-__all__ = ["gather", "load_results", "made"]
+__all__ = ["FORMAT", "gather", "load_results", "made"]
 
+#: The layout of the results that reports are made of.
 FORMAT = "sylva-comparison/1"
 
 

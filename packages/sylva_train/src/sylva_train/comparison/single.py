@@ -160,7 +160,6 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
     training = TrainingConfig(**spec["training"])
     config = SylvaConfig(**spec["sylva"], seed=training.seed)
     task = load_task(TaskConfig(**spec["task"]), seed=training.seed)
-    assert task.held_out is not None
     config.modules_to_save = heads(task.model, task.config.task)
     device = pick_device(training.device)
     memory = PeakMemory(device)

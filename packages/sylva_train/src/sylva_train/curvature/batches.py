@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sylva_train._checks import DataError
+from sylva_train._torch import note_tensors
 
 __all__ = [
     "batch_size",
@@ -18,7 +19,6 @@ __all__ = [
     "default_loss",
     "is_encoder_decoder",
     "loss_units",
-    "moved",
     "note",
     "some_samples",
 ]
@@ -142,18 +142,7 @@ def some_samples(batch: Mapping[str, Any], which: slice) -> dict[str, Any]:
     return result
 
 
-def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a batch on a device."""
-    return {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
-
-
 def note(batch: Mapping[str, Any], digest: hashlib._Hash) -> None:
     """Add a batch's tensors to a digest, by which the same batches are known again."""
-    for name, value in sorted(batch.items()):
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-            flat = value.detach().cpu().contiguous().view(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
+    tensors = {n: v for n, v in batch.items() if isinstance(v, torch.Tensor)}
+    note_tensors(tensors, digest)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
+from sylva_train._torch import on_device, preserved_modes
 from sylva_train.config import SylvaConfig
 from sylva_train.processes import agree, rank_and_size, together
 from sylva_train.targets import exclusion, find_targets, input_owners, weight_device
@@ -29,7 +30,6 @@ from .batches import (
     default_loss,
     is_encoder_decoder,
     loss_units,
-    moved,
     note,
     some_samples,
 )
@@ -53,24 +53,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
     Nor does it fill a cache for generation, as some do in place, under the gradient's feet.
     """
-    modes = {module: module.training for module in model.modules()}
-    configs: list[Any] = [getattr(module, "config", None) for module in modes]
+    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     caching = [c for c in configs if getattr(c, "use_cache", None) is True]
     for config in caching:
         config.use_cache = False
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    model.eval().requires_grad_(False)
     # PyTorch's encoder layer would not call its linear layers, having no gradient to take.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with preserved_modes(model):
+            model.eval().requires_grad_(False)
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for config in caching:
             config.use_cache = True
-        for module, training in modes.items():
-            module.training = training
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
@@ -171,7 +169,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
         first = next(batches_of("dataloader", self.dataloader), None)
         if first is None:
             return {}
-        batch = moved(some_samples(first, slice(self.config.samples)), self.device)
+        batch = on_device(some_samples(first, slice(self.config.samples)), self.device)
         with frozen(self.model):
             return input_owners(self.targets, lambda: self.loss(self.model, batch))
 
@@ -213,7 +211,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
                 if count == skipped and start is not None:
                     check_same(data.hexdigest(), start.data, "before it stopped")
                 if count > skipped and (count - 1) % processes == rank:
-                    self.add(moved(batch, self.device), units, count)
+                    self.add(on_device(batch, self.device), units, count)
                     if self.store is not None and self.store.due():
                         self.store.save(collector, Position(count, data.hexdigest()))
                 if self.progress is not None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, check_positive
 from sylva_train._files import read_tensors, write_tensors
+from sylva_train._torch import tensor_bytes
 from sylva_train.config import SylvaConfig
 from sylva_train.processes import rank_and_size
 from sylva_train.targets import weight_device, weight_view
@@ -42,8 +43,7 @@ def settings(
         digest.update(f"{name}{parameter.dtype}{tuple(parameter.shape)}".encode())
         if not parameter.is_meta:
             flat = parameter.detach().reshape(-1)
-            some = flat[:: max(1, len(flat) // SAMPLE)].cpu().contiguous()
-            digest.update(some.view(torch.uint8).numpy().data)
+            digest.update(tensor_bytes(flat[:: max(1, len(flat) // SAMPLE)]))
     shapes = {name: list(weight_view(m).shape) for name, m in targets.items()}
     found = {name: getattr(config, name) for name in OPTIONS}
     found |= {"model": digest.hexdigest(), "layers": shapes}

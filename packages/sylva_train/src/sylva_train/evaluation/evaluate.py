@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from sylva_train._checks import ConfigError, DataError, check_choice
+from sylva_train._torch import preserved_modes
 from sylva_train.data import Loader, TextDataset
 from sylva_train.progress import Report
 
@@ -95,9 +96,8 @@ def evaluate(
         check_choice("metric", metric, METRICS)
     if isinstance(loader, Loader):
         loader.positions()  # refuses a loader that leaves examples out
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with preserved_modes(model):
+        model.eval()
         if metric in GENERATION or metric == CHOICE:
             check_libraries(metric)
             checked = check_writer(model, loader, metric)
@@ -108,9 +108,6 @@ def evaluate(
             found, metric = label_metrics(
                 model, loader, metric, predictions=predictions, progress=progress
             )
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return found | {
         "score": found[key_of(metric)],
         "metric": metric,

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
+from sylva_train._torch import on_device
 from sylva_train.curvature import batches_of, class_name, is_encoder_decoder
 from sylva_train.data import Loader
 from sylva_train.progress import Report
@@ -91,7 +92,7 @@ def run(
                 " be a tensor."
             )
             raise DataError(msg)
-        inputs = on(device, batch)
+        inputs = on_device(batch, device)
         labels = inputs["labels"]
         tokens = labels.ndim > 1
         # An encoder-decoder makes its decoder's input from the labels; a loss that a
@@ -111,14 +112,6 @@ def run(
         msg = "`loader` has no batch: there is nothing to evaluate on."
         raise DataError(msg)
     return parts
-
-
-def on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch on a device."""
-    return {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
 
 
 def logits_of(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -177,7 +170,7 @@ def label_logits(
     device = next(model.parameters()).device
     parts = []
     for number, batch in enumerate(loader):
-        parts.append(logits_of(model, on(device, batch)).float().cpu())
+        parts.append(logits_of(model, on_device(batch, device)).float().cpu())
         if not bool(torch.isfinite(parts[-1]).all()):
             raise not_finite(number)
         if progress is not None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from sylva_train.config import SylvaConfig
-from sylva_train.curvature import LayerCurvature, block_sums
+from sylva_train.curvature import Factor, LayerCurvature, block_sums
 
 from .scores import LayerScores
 
@@ -54,6 +54,18 @@ class Inputs:
         return self.weight.shape[0], self.weight.shape[1]
 
     @property
+    def A(self) -> Factor:
+        """The factor of the inputs."""
+        assert self.layer.A is not None
+        return self.layer.A
+
+    @property
+    def G(self) -> Factor:
+        """The factor of the output gradients."""
+        assert self.layer.G is not None
+        return self.layer.G
+
+    @property
     def gradient(self) -> torch.Tensor:
         """``Γ``, float64."""
         assert self.layer.gradient is not None
@@ -62,27 +74,18 @@ class Inputs:
     @property
     def dead(self) -> bool:
         """Whether no input or no gradient ever reached the layer: nothing matters."""
-        assert self.layer.A is not None
-        assert self.layer.G is not None
-        return min(self.layer.A.mean_eigenvalue(), self.layer.G.mean_eigenvalue()) <= 0
+        return min(self.A.mean_eigenvalue(), self.G.mean_eigenvalue()) <= 0
 
     def shifts(self) -> tuple[float, float]:
         """λ_A and λ_G: ``damping`` times each factor's mean eigenvalue."""
-        assert self.layer.A is not None
-        assert self.layer.G is not None
         damping = self.config.damping
-        return (
-            damping * self.layer.A.mean_eigenvalue(),
-            damping * self.layer.G.mean_eigenvalue(),
-        )
+        return damping * self.A.mean_eigenvalue(), damping * self.G.mean_eigenvalue()
 
     @functools.cached_property
     def inverse_diagonals(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``diag A⁻¹`` (in,) and ``diag G⁻¹`` (out,), float64."""
-        assert self.layer.A is not None
-        assert self.layer.G is not None
         λ_A, λ_G = self.shifts()
-        return self.layer.A.inverse_diagonal(λ_A), self.layer.G.inverse_diagonal(λ_G)
+        return self.A.inverse_diagonal(λ_A), self.G.inverse_diagonal(λ_G)
 
     @property
     def indefinite(self) -> int:
@@ -119,17 +122,15 @@ def kfac(inputs: Inputs) -> LayerScores:
         s_out[k] = Γ[k, :]  A Γ[k, :]ᵀ / [G⁻¹]_kk
         score[k, j] = s_out[k] · s_in[j]
     """
-    layer, Γ = inputs.layer, inputs.gradient
-    assert layer.A is not None
-    assert layer.G is not None
+    Γ = inputs.gradient
     if inputs.dead:
         out, in_ = inputs.shape
         nothing = torch.zeros(out + in_, dtype=torch.float64)
         return LayerScores(inputs.shape, s_out=nothing[:out], s_in=nothing[out:])
     λ_A, λ_G = inputs.shifts()
     squares = Γ.square()
-    cost_in = (Γ * layer.G.product(Γ)).sum(0) + λ_G * squares.sum(0)
-    cost_out = (Γ * layer.A.product(Γ.T).T).sum(1) + λ_A * squares.sum(1)
+    cost_in = (Γ * inputs.G.product(Γ)).sum(0) + λ_G * squares.sum(0)
+    cost_out = (Γ * inputs.A.product(Γ.T).T).sum(1) + λ_A * squares.sum(1)
     inverse_A, inverse_G = inputs.inverse_diagonals
     return LayerScores(
         inputs.shape,
@@ -158,13 +159,11 @@ def kfac_natural(inputs: Inputs) -> LayerScores:
     (Martens and Grosse 2015). A part can be negative: a weight that moves only to make
     up for others.
     """
-    layer, Γ = inputs.layer, inputs.gradient
-    assert layer.A is not None
-    assert layer.G is not None
+    Γ = inputs.gradient
     if inputs.dead:
         return inputs.zeros()
     λ_A, λ_G = inputs.shifts()
-    return inputs.summed(Γ * layer.G.solve(layer.A.solve(Γ.T, λ_A).T, λ_G))
+    return inputs.summed(Γ * inputs.G.solve(inputs.A.solve(Γ.T, λ_A).T, λ_G))
 
 
 def kfac_block(inputs: Inputs) -> LayerScores:
@@ -174,16 +173,14 @@ def kfac_block(inputs: Inputs) -> LayerScores:
     twice the most that the quadratic model with ``A ⊗ G`` falls while all other weights
     stay. Not additive: two blocks together may gain more or less than their sum.
     """
-    layer, Γ, size = inputs.layer, inputs.gradient, inputs.config.block_size
-    assert layer.A is not None
-    assert layer.G is not None
+    Γ, size = inputs.gradient, inputs.config.block_size
     if inputs.dead:
         grid = block_sums(torch.zeros_like(Γ), size)
     else:
         λ_A, λ_G = inputs.shifts()
         out, in_ = inputs.shape
-        L_G = layer.G.block_choleskys(size, λ_G)
-        L_A = layer.A.block_choleskys(size, λ_A)
+        L_G = inputs.G.block_choleskys(size, λ_G)
+        L_A = inputs.A.block_choleskys(size, λ_A)
         # (block rows, b, in), then with the rows' factors taken off, (block columns, b, …).
         rows = F.pad(Γ, (0, -in_ % size, 0, -out % size)).unflatten(0, (-1, size))
         rows = torch.linalg.solve_triangular(L_G, rows, upper=False)

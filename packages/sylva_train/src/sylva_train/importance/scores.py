@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from sylva_train._checks import ConfigError, NonFiniteError
-from sylva_train._files import read_tensors, write_tensors
+from sylva_train._files import Layers, read_tensors, write_tensors
 from sylva_train.curvature import block_sums
 
 __all__ = ["LayerScores", "Scores", "check_finite"]
@@ -87,7 +86,7 @@ class LayerScores:
         return block_sums(self.grid.double(), block_size // self.unit)
 
 
-class Scores(Mapping[str, LayerScores]):
+class Scores(Layers[LayerScores]):
     """Scores of a model's layers, by name.
 
     Parameters
@@ -97,21 +96,6 @@ class Scores(Mapping[str, LayerScores]):
     metadata : mapping
         What is worth keeping (JSON): the rule and its options, the samples seen.
     """
-
-    def __init__(
-        self, layers: Mapping[str, LayerScores], metadata: Mapping[str, Any]
-    ) -> None:
-        self.layers = dict(layers)
-        self.metadata = dict(metadata)
-
-    def __getitem__(self, name: str) -> LayerScores:
-        return self.layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
 
     @property
     def rule(self) -> str:

@@ -131,13 +131,12 @@ def score_rules(
     rules: Sequence[str],
     *,
     loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Scores]:
     """Score by several rules in one pass over the data.
 
     Parameters
     ----------
-    model, dataloader, loss, progress
+    model, dataloader, loss
         As for `score`.
     config : SylvaConfig
         As for `score`; its own rule does not count.
@@ -157,9 +156,7 @@ def score_rules(
     for rule in rules:
         check_choice("rules", rule, IMPORTANCES)
     targets = checked_targets(model, config)
-    return run_rules(
-        model, targets, dataloader, config, rules, None, loss=loss, progress=progress
-    )
+    return run_rules(model, targets, dataloader, config, rules, None, loss=loss)
 
 
 def checked_targets(model: nn.Module, config: SylvaConfig) -> dict[str, nn.Module]:
@@ -182,8 +179,16 @@ def checked_targets(model: nn.Module, config: SylvaConfig) -> dict[str, nn.Modul
     return targets
 
 
-def check_products(targets: Mapping[str, nn.Module], rule: str) -> None:
-    """Raise `TargetError` if a layer computes more than the product a rule goes by."""
+def check_data(targets: Mapping[str, nn.Module], dataloader: object, rule: str) -> None:
+    """Raise unless a rule that needs data has some, and layers that are but products.
+
+    Raises
+    ------
+    TargetError
+        If a layer computes more than the product that the rule goes by.
+    ConfigError
+        If there is no data.
+    """
     odd = [
         name
         for name, module in targets.items()
@@ -196,6 +201,12 @@ def check_products(targets: Mapping[str, nn.Module], rule: str) -> None:
             ' (`exclude_modules`), or choose its blocks with "magnitude".'
         )
         raise TargetError(msg)
+    if dataloader is None:
+        msg = (
+            f"`importance` {rule!r} needs labelled samples: pass `dataloader`, or use"
+            ' "magnitude" or "random".'
+        )
+        raise ConfigError(msg)
 
 
 def run_rules(
@@ -211,11 +222,9 @@ def run_rules(
 
     ``options`` are ``loss``, ``progress`` and ``log`` of `score`.
     """
+    done, facts = ({}, {}) if kept is None else from_first(kept.load())
     found: dict[str, dict[str, LayerScores]] = {rule: {} for rule in rules}
-    done, facts = found[rules[0]], {}
-    if kept is not None:
-        done, facts = from_first(kept.load())
-        found[rules[0]] = done
+    found[rules[0]] = done
     bad, seen = facts.get("indefinite", 0), facts.get("samples", 0)
     layers: Mapping[str, LayerCurvature] = dict.fromkeys(targets, LayerCurvature())
 
@@ -225,22 +234,16 @@ def run_rules(
             with together():  # the others would wait for a first one that cannot write
                 kept.save(done, {"samples": seen, "indefinite": bad, "data": data})
 
-    needy = [rule for rule in rules if rule in NEEDS_DATA]
-    if needy:
-        check_products(targets, needy[0])
-        if dataloader is None:
-            msg = (
-                f"`importance` {needy[0]!r} needs labelled samples: pass `dataloader`, or"
-                ' use "magnitude" or "random".'
-            )
-            raise ConfigError(msg)
-        wanted = {statistic for rule in needy for statistic in RULES[rule][1]}
-        if len(done) < len(targets):
-            layers, seen = collect_curvature(
-                model, targets, dataloader, config, wanted, known=done,
-                data=facts.get("data"), store=kept and kept.store, between=keep,
-                **options,
-            )  # fmt: skip
+    for rule in rules:
+        if rule in NEEDS_DATA:
+            check_data(targets, dataloader, rule)
+    wanted = {statistic for rule in rules for statistic in RULES[rule][1]}
+    if wanted and len(done) < len(targets):
+        assert dataloader is not None
+        layers, seen = collect_curvature(
+            model, targets, dataloader, config, wanted, known=done,
+            data=facts.get("data"), store=kept and kept.store, between=keep, **options,
+        )  # fmt: skip
     generator = torch.Generator().manual_seed(config.seed)
     for name, module in targets.items():
         if name in done:
@@ -263,19 +266,22 @@ def run_rules(
             ' `curvature="mlr"` stays positive definite.',
             stacklevel=3,
         )
-    names = ("curvature", "levels", "rank", "exact_below", "tokens", "damping", "seed")
-    common = {name: getattr(config, name) for name in names}
     return {
-        rule: Scores(
-            scores,
-            {
-                "importance": rule,
-                **common,
-                "samples": seen if rule in NEEDS_DATA else 0,
-                "indefinite": bad if rule in KRONECKER else 0,
-            },
-        )
+        rule: Scores(scores, described(rule, config, seen, bad))
         for rule, scores in found.items()
+    }
+
+
+def described(
+    rule: str, config: SylvaConfig, samples: int, indefinite: int
+) -> dict[str, Any]:
+    """Return what is worth keeping with scores: how they were made."""
+    names = ("curvature", "levels", "rank", "exact_below", "tokens", "damping", "seed")
+    return {
+        "importance": rule,
+        **{name: getattr(config, name) for name in names},
+        "samples": samples if rule in NEEDS_DATA else 0,
+        "indefinite": indefinite if rule in KRONECKER else 0,
     }
 
 

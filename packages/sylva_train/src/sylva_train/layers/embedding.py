@@ -13,7 +13,6 @@ from sylva_train.masks import LayerMask
 from sylva_train.targets import (
     check_tied,
     is_inside,
-    replace_module,
     tied_weights,
     weight_view,
 )
@@ -218,7 +217,7 @@ def embed_blocks(
         layer.add("default", masks[name])
         layer.embedded = "default"
         layer.train(module.training)
-        replace_module(model, name, layer)
+        model.set_submodule(name, layer)
         if not layer.base_layer.weight.is_meta:
             layer.sync()
     for module in saved.values():
@@ -259,7 +258,7 @@ def unload(model: nn.Module) -> nn.Module:
 def take_out(model: nn.Module) -> nn.Module:
     """Replace embedded layers by their base layers."""
     for name, layer in embedded_layers(model).items():
-        replace_module(model, name, layer.base_layer)
+        model.set_submodule(name, layer.base_layer)
         layer.let_go()
     if hasattr(model, "sylva_modules_to_save"):
         del model.sylva_modules_to_save

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from sylva_train._checks import atomic_write
+from sylva_train._torch import preserved_modes
 from sylva_train.data import Loader
 from sylva_train.progress import Report
 
@@ -215,11 +216,10 @@ def pooled_features(
     """
     backbone = cast(nn.Module, model.base_model)
     device = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     total = len(loader) if isinstance(loader, Sized) else 0
     rows, labels = [], []
-    try:
+    with preserved_modes(model):
+        model.eval()
         for batch in loader:
             inputs = {n: t.to(device) for n, t in batch.items() if n != "labels"}
             hidden = backbone(**inputs).last_hidden_state
@@ -228,9 +228,6 @@ def pooled_features(
             labels.append(batch["labels"])
             if progress is not None:
                 progress(len(rows), max(total, len(rows)))
-    finally:
-        for module, training in modes.items():
-            module.training = training
     features, classes = torch.cat(rows), torch.cat(labels).cpu()
     if isinstance(loader, Loader):
         order = loader.positions()

@@ -1,15 +1,8 @@
-"""Tables and pictures of a comparison: terminal, Markdown and one HTML page.
-
-All read the results of `sylva compare`. Beside what every comparison has, they use, where
-it is there: ``setup["higher_is_better"]`` (true unless said), ``setup["notes"]`` (texts
-for the end of the page), and in ``factor`` its ``side`` (``"in"`` or ``"out"``),
-``level_ranks`` (one a level), ``level_bytes`` (one a level, then the leaves) and
-``approximation`` (sampled like ``magnitude``).
-"""
+"""Tables and pictures of the results of `sylva compare`: terminal, Markdown, one HTML page."""
 
 from __future__ import annotations
 
-from .choices import write_choices
+from .choices import AGREEMENT, agreement_cells, write_choices
 from .figures import seeds_line
 from .headline import Headline, headline
 from .page import write_report
@@ -18,12 +11,14 @@ from .summary import Metric, Paired, Row, metric_of, percentage, summary_rows
 from .tables import markdown_table, summary_table
 
 __all__ = [
+    "AGREEMENT",
     "INK",
     "THEME",
     "Headline",
     "Metric",
     "Paired",
     "Row",
+    "agreement_cells",
     "headline",
     "looks",
     "markdown_table",

@@ -8,25 +8,26 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
-from sylva_train._checks import atomic_write
+from sylva_train._checks import write_text
+from sylva_train.comparison import FORMAT
+from sylva_train.masks import LayerMask, Masks
 
 from . import layers, masks
 from .headline import Headline
 from .page import document
 from .parts import Page, section
-from .summary import FORMAT
 
-__all__ = ["write_choices"]
+__all__ = ["AGREEMENT", "agreement_cells", "write_choices"]
 
-#: Columns of the table of layers.
-COLUMNS = ("layer", "blocks", "Spearman", "overlap", "of score")
+#: Columns of what is told of a layer.
+AGREEMENT = ("Spearman", "overlap", "of score")
 #: Colours of the blocks that both have, and that one has.
 BOTH, HERE, THERE = "var(--navy)", "var(--orange)", "var(--sky)"
 
-#: A file's name, and its masks and scores.
-Choice = tuple[str, Mapping[str, masks.Layers]]
+#: A file's name, and its masks and scores as in the results of a comparison.
+Choice = tuple[str, Mapping[str, Any]]
 
 
 def write_choices(
@@ -61,21 +62,18 @@ def write_choices(
     page = Page(results)
     sections = [layers.chosen_blocks(page), layers.block_scores(page)]
     if agreement is not None:
-        sections.insert(0, agreed(agreement, choices))
-    names = [name for name, _ in choices]
-    text = document(
-        "Sylva blocks", " · ".join(names), title(choices, agreement), sections
-    )
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        sections.insert(0, agreed(page, agreement))
+    names = " · ".join(name for name, _ in choices)
+    text = document("Sylva blocks", names, title(page, agreement), sections)
+    write_text(path, text)
     return Path(path)
 
 
-def title(choices: Sequence[Choice], agreement: Mapping[str, Any] | None) -> Headline:
+def title(page: Page, agreement: Mapping[str, Any] | None) -> Headline:
     """Return what the page says first."""
     if agreement is None:
-        grid = choices[0][1]["masks"]
-        count = sum(len(mask["indices"]) for mask in grid.values())
+        (grid,) = page.masks.values()
+        count = masks.count_blocks(grid)
         return Headline(f"{count:,} blocks in {len(grid)} layers", (), ())
     medians = agreement["median"]
     figures = [
@@ -90,32 +88,33 @@ def title(choices: Sequence[Choice], agreement: Mapping[str, Any] | None) -> Hea
     )
 
 
-def agreed(agreement: Mapping[str, Any], choices: Sequence[Choice]) -> str:
+def agreed(page: Page, agreement: Mapping[str, Any]) -> str:
     """Return the blocks of both in one picture, and a table of the layers."""
-    here, there = (escape(name) for name, _ in choices)
-    one, other = (choice["masks"] for _, choice in choices)
+    here, there = map(escape, page.labels.values())
+    one, other = page.masks.values()
     found = agreement["layers"]
-    both, mine, theirs = divided(
-        {n: one[n] for n in found}, {n: other[n] for n in found}
-    )
+    both, mine, theirs = divided({n: (one[n], other[n]) for n in found})
     swatch = '<i class="swatch" style="--c:{}"></i>'
     key = (
         f'<p class="note">{swatch.format(BOTH)}in both, {swatch.format(HERE)}only in'
         f" {here}, {swatch.format(THERE)}only in {there}.</p>"
     )
-    drawn = sum(
-        len(mask["indices"]) for grid in (both, mine, theirs) for mask in grid.values()
-    )
+    drawn = sum(map(masks.count_blocks, (both, mine, theirs)))
     picture = (
         masks.mask_grid(both, BOTH, [(mine, HERE), (theirs, THERE)])
         if drawn <= layers.MOST_BLOCKS
         else ""
     )
     rows = [
-        (name, f"{layer['blocks']:,}", *cells(layer)) for name, layer in found.items()
+        (name, f"{layer['blocks']:,}", *agreement_cells(layer))
+        for name, layer in found.items()
     ]
-    rows += [(name, "", *cells(agreement[name])) for name in ("least", "median")]
-    heads = "".join(f"<th scope=col>{name}</th>" for name in COLUMNS)
+    rows += [
+        (name, "", *agreement_cells(agreement[name])) for name in ("least", "median")
+    ]
+    heads = "".join(
+        f"<th scope=col>{name}</th>" for name in ("layer", "blocks", *AGREEMENT)
+    )
     lines = "".join(
         f"<tr><th scope=row>{escape(name)}</th>"
         + "".join(f"<td>{value}</td>" for value in values)
@@ -135,8 +134,8 @@ def agreed(agreement: Mapping[str, Any], choices: Sequence[Choice]) -> str:
     )
 
 
-def cells(layer: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Print what is told of a layer."""
+def agreement_cells(layer: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Print what `sylva_train.agreement` tells of a layer, as `AGREEMENT` names it."""
     return (
         number(layer["spearman"]),
         fraction(layer["overlap"]),
@@ -154,19 +153,13 @@ def fraction(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def divided(
-    one: masks.Layers, other: masks.Layers
-) -> tuple[masks.Layers, masks.Layers, masks.Layers]:
+def divided(pairs: Mapping[str, tuple[LayerMask, LayerMask]]) -> list[Masks]:
     """Return the blocks that both have, and those that only one has."""
-    found: tuple[dict[str, Any], ...] = ({}, {}, {})
-    for name, mask in one.items():
-        pair = [
-            np.asarray(m["indices"], dtype=np.int64).reshape(-1, 2)
-            for m in (mask, other[name])
-        ]
-        mine, theirs = (blocks[:, 0] << 32 | blocks[:, 1] for blocks in pair)
-        shared = np.isin(mine, theirs)
-        parts = pair[0][shared], pair[0][~shared], pair[1][~np.isin(theirs, mine)]
-        for grid, blocks in zip(found, parts, strict=True):
-            grid[name] = {**mask, "indices": blocks}
-    return found  # type: ignore[return-value]
+    parts: tuple[dict[str, LayerMask], ...] = ({}, {}, {})
+    for name, (one, other) in pairs.items():
+        shared = torch.isin(one.flat, other.flat)
+        alone = ~torch.isin(other.flat, one.flat)
+        blocks = one.indices[shared], one.indices[~shared], other.indices[alone]
+        for part, indices in zip(parts, blocks, strict=True):
+            part[name] = LayerMask(one.shape, one.block_size, indices)
+    return [Masks(part) for part in parts]

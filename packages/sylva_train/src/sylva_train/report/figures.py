@@ -192,7 +192,7 @@ def bars(
 
 def trade_off(rows: Sequence[Row], metric: Metric, looks: Mapping[str, Look]) -> Figure:
     """Draw score against trained weights; labels stand beside their points."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure, axes = frame(0.9 + max(2.1, 0.2 * len(rows)), left=0.5, right=0.25)
     for row in rows:
@@ -211,18 +211,10 @@ def trade_off(rows: Sequence[Row], metric: Metric, looks: Mapping[str, Look]) ->
         axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.set_xlabel("trained weights")
     axes.set_ylabel(metric.title)
-    axes.xaxis.set_major_formatter(lambda value, _: _magnitude(value))
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(True, axis="x")
     _beside(axes, rows, metric)
     return figure
-
-
-def _magnitude(value: float) -> str:
-    """Print a power of ten shortly."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:g} {unit}"
-    return f"{value:g}"
 
 
 def _beside(axes: Axes, rows: Sequence[Row], metric: Metric) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from .summary import Metric, Results, Row, best, metric_of, percentage, summary_rows
+from .summary import Paired, Results, Row, best, metric_of, percentage, summary_rows
 
 __all__ = ["Headline", "headline"]
 
@@ -29,245 +29,231 @@ class Headline:
     figures: tuple[tuple[str, str], ...]
 
 
-def times(ratio: float) -> str:
-    """Print a ratio."""
-    return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.0f}×"
-
-
 def headline(results: Results) -> Headline:
     """Say in plain words what a comparison found, and what it did not.
-
-    Parameters
-    ----------
-    results : dict
-        Results of `sylva compare`.
-
-    Returns
-    -------
-    Headline
-        Title, sentences and key figures, computed from the numbers alone.
 
     Raises
     ------
     DataError
         If ``results`` has another format or no runs.
     """
-    metric = metric_of(results)
-    rows = summary_rows(results)
-    named = {row.method: row for row in rows if row.mean is not None}
-    frozen, full = named.get("frozen"), named.get("full")
-    lora = best(rows, metric, lambda row: row.method.split(":")[0] == "lora")
-    control = best(rows, metric, lambda row: row.is_random)
-    # The control is Sylva's machinery without its idea: it may not stand for Sylva.
-    winner = best(rows, metric, lambda row: row.is_sylva and not row.is_random)
-    winner = winner or control
-    sentences: list[str] = []
-    figures: list[tuple[str, str]] = []
+    found = Findings(results)
+    winner = found.winner
     if winner is None:
-        title = f"{len(rows)} methods compared; no Sylva rule among them has a score."
-    else:
-        other = control if control is not winner else None
-        title = _gap(winner, other, frozen, full, metric, figures)
-        sentences.append(_levels(winner, frozen, full, lora, metric))
-        verdict = _versus_random(rows, metric, figures)
-        if verdict:
-            sentences.append(verdict)
-        figures.append(
-            (percentage(winner.trainable_fraction), "of the weights trained")
+        count = len(found.rows)
+        title = f"{count} methods compared; no Sylva rule among them has a score."
+        return Headline(title, tuple(found.cautions()), ())
+    title = found.gap(winner)
+    sentences = [found.levels(winner), *found.versus_random()]
+    found.figures.append(
+        (percentage(winner.trainable_fraction), "of the weights trained")
+    )
+    sentences += [*found.costs(winner), *found.cautions()]
+    return Headline(title, tuple(sentences), tuple(found.figures))
+
+
+class Findings:
+    """What stands out of a comparison; what says it adds its key figures."""
+
+    def __init__(self, results: Results) -> None:
+        self.metric, self.rows = metric_of(results), summary_rows(results)
+        self.sign = 1 if self.metric.higher else -1
+        self.figures: list[tuple[str, str]] = []
+        self.frozen = self.best(lambda row: row.method == "frozen")
+        self.full = self.best(lambda row: row.method == "full")
+        self.lora = self.best(lambda row: row.method.split(":")[0] == "lora")
+        self.control = self.best(lambda row: row.is_random)
+        # The control is Sylva's machinery without its idea: it stands for Sylva only
+        # where nothing else can.
+        self.winner = self.best(lambda row: row.is_sylva and not row.is_random)
+        if self.winner is None:
+            self.winner, self.control = self.control, None
+
+    def best(self, among: Callable[[Row], bool]) -> Row | None:
+        """Return the row of the best mean score among some that have one."""
+        return best(self.rows, self.metric, among)
+
+    def gap(self, winner: Row) -> str:
+        """Say how much of the way from frozen to full fine-tuning Sylva goes."""
+        if self.frozen is None or self.full is None:
+            return self.level(winner)
+        gap, gain = self.above(self.frozen, self.full), self.above(self.frozen, winner)
+        if gap <= 0:
+            return (
+                "Full fine-tuning gains nothing over the frozen model here, so there is"
+                " no gap for Sylva to close."
+            )
+        if gain <= 0:
+            return "Sylva does not improve on the frozen model here."
+        self.figures.append((f"{gain / gap:.0%}", "of the frozen-to-full gap closed"))
+        part = f"{gain / gap:.0%} of the gap" if gain < gap else "the whole gap"
+        beside = ""
+        if self.control is not None:
+            share = self.above(self.frozen, self.control) / gap
+            beside = f"; random blocks close {max(share, 0.0):.0%}"
+            if share >= 1:
+                beside = "; random blocks close all of it"
+                if gain >= gap:
+                    beside = "; so do random blocks"
+        return (
+            f"Sylva closes {part} between the frozen and the fully fine-tuned model"
+            f" while training {percentage(winner.trainable_fraction)} of the"
+            f" weights{beside}."
         )
-        sentences += _costs(winner, full, lora, figures)
-        if lora is not None and lora.trainable and winner.trainable:
-            ratio = lora.trainable / winner.trainable
+
+    def level(self, winner: Row) -> str:
+        """Say what Sylva reaches, where there is no gap to hold that against."""
+        reached, words = self.value(winner), self.metric.words
+        beside = ""
+        if self.control is not None:
+            beside = f"; random blocks reach {self.value(self.control)}"
+        self.figures.append((reached, f"{words}, {winner.rule}"))
+        return (
+            f"Sylva reaches {reached} {words} while training"
+            f" {percentage(winner.trainable_fraction)} of the weights{beside}."
+        )
+
+    def above(self, low: Row, high: Row) -> float:
+        """Return by how much one row's score is better than another's."""
+        return self.sign * ((high.mean or 0.0) - (low.mean or 0.0))
+
+    def value(self, row: Row) -> str:
+        """Print a row's mean score."""
+        return self.metric.value(row.mean or 0.0)
+
+    def levels(self, winner: Row) -> str:
+        """Say which scores the title rests on."""
+        others = [
+            f"{self.value(row)} {words}"
+            for row, words in (
+                (self.frozen, "frozen"),
+                (self.lora, "with LoRA"),
+                (self.full, "with full fine-tuning"),
+            )
+            if row is not None
+        ]
+        spread = "one seed"
+        if winner.std is not None:
+            spread = (
+                f"± {self.metric.number(winner.std)} over {len(winner.scores)} seeds"
+            )
+        rank = "" if winner.is_random else ", the best scoring rule here"
+        text = (
+            f"{self.metric.words.capitalize()} is {self.value(winner)} with"
+            f" {winner.rule}{rank} ({spread})"
+        )
+        return f"{text}, against {_listed(others)}." if others else f"{text}."
+
+    def versus_random(self) -> list[str]:
+        """Say whether choosing blocks by score beat drawing them at random."""
+        # By means over the common seeds: a rule is not picked on seeds of its own.
+        rules = [
+            (self.sign * row.versus_random.mean, row, row.versus_random)
+            for row in self.rows
+            if row.versus_random is not None
+        ]
+        if not rules:
+            return []
+        lead, row, pair = max(rules, key=lambda rule: rule[0])
+        unit = "points" if self.metric.percent else self.metric.words
+        self.figures.append(
+            (
+                self.metric.signed(pair.mean) + self.metric.spread(pair.std),
+                f"{unit}, {row.rule} against random blocks",
+            )
+        )
+        return [self.verdict(row.rule, lead, pair, len(rules))]
+
+    def verdict(self, rule: str, lead: float, pair: Paired, rules: int) -> str:
+        """Say whether the best rule's lead over random blocks is more than chance.
+
+        The rule is the best one on the very scores it is judged by, so the interval is
+        widened for the number of rules it was picked from.
+        """
+        count = len(pair.differences)
+        seeds = "one seed" if count == 1 else f"{count} seeds, paired"
+        if lead <= 0:
+            place = f"is {self.metric.gap(lead)} behind" if lead < 0 else "ties with"
+            return (
+                "Scoring does not beat random blocks here: the best scored rule,"
+                f" {rule}, {place} them ({seeds})."
+            )
+        ahead = f"{rule} is {self.metric.gap(lead)} ahead of them"
+        if count == 1:
+            return (
+                "Whether scoring beats random blocks cannot be told from one seed:"
+                f" {ahead}, but there is no spread to hold that against."
+            )
+        margin = pair.margin(rules)
+        # One digit more than scores have: an end near zero must show its side.
+        finer = replace(self.metric, decimals=self.metric.decimals + 1)
+        low, high = (finer.signed(pair.mean + end) for end in (-margin, margin))
+        widened = f", widened for picking the best of {rules} rules"
+        interval = (
+            f"95% interval {low} to {high}{widened if rules > 1 else ''}; {seeds}"
+        )
+        if lead > margin:
+            return (
+                f"Scoring beats random blocks beyond the spread: {ahead} ({interval})."
+            )
+        return (
+            "Scoring does not beat random blocks beyond the spread over seeds:"
+            f" {ahead}, which chance could explain ({interval})."
+        )
+
+    def costs(self, winner: Row) -> Iterator[str]:
+        """Say what a step, its memory and the scoring cost against other methods."""
+        for row, name in ((self.full, "full fine-tuning"), (self.lora, "LoRA")):
+            if row is None:
+                continue
+            step = _ratio(winner.step_seconds, row.step_seconds)
+            memory = _ratio(winner.peak_memory, row.peak_memory)
+            if row is self.full:
+                costs = (
+                    (step, f"the step time of {name}"),
+                    (memory, f"the peak memory of {name}"),
+                )
+                self.figures += [cost for cost in costs if cost[0]]
+            parts = [f"a step takes {step} the time"] if step else []
+            parts += [f"peak memory is {memory}"] if memory else []
+            if parts:
+                yield f"Against {name}, {_listed(parts)}."
+        if winner.score_seconds and winner.step_seconds:
+            steps = max(1, round(winner.score_seconds / winner.step_seconds))
+            yield (
+                f"Scoring the blocks takes {winner.score_seconds:.3g} s once, the time of"
+                f" {steps} training steps."
+            )
+        if self.lora is not None and self.lora.trainable and winner.trainable:
+            ratio = self.lora.trainable / winner.trainable
             if not 0.8 < ratio < 1.25:
-                sentences.append(
-                    f"The budgets differ: LoRA trains {times(ratio)} the weights that"
+                yield (
+                    f"The budgets differ: LoRA trains {_times(ratio)} the weights that"
                     " Sylva does."
                 )
-    sentences += _cautions(rows)
-    return Headline(title, tuple(sentences), tuple(figures))
+
+    def cautions(self) -> Iterator[str]:
+        """Say what limits the comparison."""
+        if max(len(row.scores) for row in self.rows) == 1:
+            yield "Every method ran with one seed, so no spread is known."
+        for row in self.rows:
+            if row.failed:
+                yield (
+                    f"{row.label}: {row.failed} of {row.failed + len(row.scores)} runs"
+                    " gave no finite score; the means leave it out."
+                )
 
 
-def _gap(
-    winner: Row,
-    control: Row | None,
-    frozen: Row | None,
-    full: Row | None,
-    metric: Metric,
-    figures: list[tuple[str, str]],
-) -> str:
-    """Say how much of the way from frozen to full fine-tuning Sylva goes."""
-    reached = winner.mean or 0.0
-    weights = percentage(winner.trainable_fraction)
-    if frozen is None or full is None:
-        level = f"{metric.value(reached)} {metric.words}"
-        beside = ""
-        if control is not None:
-            beside = f"; random blocks reach {metric.value(control.mean or 0.0)}"
-        figures.append((metric.value(reached), f"{metric.words}, {winner.rule}"))
-        return f"Sylva reaches {level} while training {weights} of the weights{beside}."
-    sign = 1 if metric.higher else -1
-    base = frozen.mean or 0.0
-    gap, gain = sign * ((full.mean or 0.0) - base), sign * (reached - base)
-    if gap <= 0:
-        return (
-            "Full fine-tuning gains nothing over the frozen model here, so there is no "
-            "gap for Sylva to close."
-        )
-    if gain <= 0:
-        return "Sylva does not improve on the frozen model here."
-    figures.append((f"{gain / gap:.0%}", "of the frozen-to-full gap closed"))
-    part = f"{gain / gap:.0%} of the gap" if gain < gap else "the whole gap"
-    beside = ""
-    if control is not None:
-        share = sign * ((control.mean or 0.0) - base) / gap
-        beside = f"; random blocks close {max(share, 0.0):.0%}"
-        if share >= 1:
-            both = gain >= gap
-            beside = (
-                "; so do random blocks" if both else "; random blocks close all of it"
-            )
-    return (
-        f"Sylva closes {part} between the frozen and the fully fine-tuned model while "
-        f"training {weights} of the weights{beside}."
-    )
+def _times(ratio: float) -> str:
+    """Print a ratio."""
+    return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.0f}×"
 
 
-def _levels(
-    winner: Row, frozen: Row | None, full: Row | None, lora: Row | None, metric: Metric
-) -> str:
-    """Say which scores the title rests on."""
-    others = [
-        f"{metric.value(row.mean)} {words}"
-        for row, words in (
-            (frozen, "frozen"),
-            (lora, "with LoRA"),
-            (full, "with full fine-tuning"),
-        )
-        if row is not None and row.mean is not None
-    ]
-    seeds = len(winner.scores)
-    spread = (
-        "one seed"
-        if winner.std is None
-        else f"± {metric.number(winner.std)} over {seeds} seeds"
-    )
-    rank = "" if winner.is_random else ", the best scoring rule here"
-    text = (
-        f"{metric.words.capitalize()} is {metric.value(winner.mean or 0.0)} with "
-        f"{winner.rule}{rank} ({spread})"
-    )
-    return f"{text}, against {_listed(others)}." if others else f"{text}."
+def _ratio(one: float | None, other: float | None) -> str:
+    """Print the ratio of two costs, nothing where one was not measured."""
+    return _times(one / other) if one and other else ""
 
 
 def _listed(parts: Sequence[str]) -> str:
     """Join parts as a sentence does."""
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
-
-
-def _versus_random(
-    rows: Sequence[Row], metric: Metric, figures: list[tuple[str, str]]
-) -> str | None:
-    """Say whether choosing blocks by score beat drawing them at random.
-
-    The rule is the best one on the very scores it is judged by, so the interval is
-    widened for the number of rules it was picked from.
-    """
-    rules = [row for row in rows if row.versus_random is not None]
-    sign = 1 if metric.higher else -1
-    # Means over the common seeds, so that a rule is not picked on seeds of its own.
-    rule = max(
-        rules,
-        key=lambda row: sign * row.versus_random.mean if row.versus_random else 0.0,
-        default=None,
-    )
-    if rule is None or rule.versus_random is None:
-        return None
-    pair = rule.versus_random
-    lead, count = sign * pair.mean, len(pair.differences)
-    unit = "points" if metric.percent else metric.words
-    figures.append(
-        (
-            metric.signed(pair.mean) + metric.spread(pair.std),
-            f"{unit}, {rule.rule} against random blocks",
-        )
-    )
-    if lead <= 0:
-        place = f"is {metric.gap(lead)} behind" if lead < 0 else "ties with"
-        return (
-            "Scoring does not beat random blocks here: the best scored rule, "
-            f"{rule.rule}, {place} them ({_seeds(count)})."
-        )
-    ahead = f"{rule.rule} is {metric.gap(lead)} ahead of them"
-    if count == 1:
-        return (
-            "Whether scoring beats random blocks cannot be told from one seed: "
-            f"{ahead}, but there is no spread to hold that against."
-        )
-    margin = pair.margin(len(rules))
-    low, high = pair.mean - margin, pair.mean + margin
-    widened = f", widened for picking the best of {len(rules)} rules"
-    # One digit more than scores have: an end near zero must show its side.
-    finer = replace(metric, decimals=metric.decimals + 1)
-    interval = (
-        f"95% interval {finer.signed(low)} to {finer.signed(high)}"
-        f"{widened if len(rules) > 1 else ''}; {_seeds(count)}"
-    )
-    if lead > margin:
-        return f"Scoring beats random blocks beyond the spread: {ahead} ({interval})."
-    return (
-        "Scoring does not beat random blocks beyond the spread over seeds: "
-        f"{ahead}, which chance could explain ({interval})."
-    )
-
-
-def _seeds(count: int) -> str:
-    """Print how many pairs of runs there are."""
-    return "one seed" if count == 1 else f"{count} seeds, paired"
-
-
-def _costs(
-    winner: Row,
-    full: Row | None,
-    lora: Row | None,
-    figures: list[tuple[str, str]],
-) -> list[str]:
-    """Say what a step, its memory and the scoring cost against other methods."""
-    sentences = []
-    for row, name in ((full, "full fine-tuning"), (lora, "LoRA")):
-        if row is None:
-            continue
-        parts = []
-        if winner.step_seconds and row.step_seconds:
-            ratio = winner.step_seconds / row.step_seconds
-            parts.append(f"a step takes {times(ratio)} the time")
-            if row is full:
-                figures.append((times(ratio), "the step time of full fine-tuning"))
-        if winner.peak_memory and row.peak_memory:
-            ratio = winner.peak_memory / row.peak_memory
-            parts.append(f"peak memory is {times(ratio)}")
-            if row is full:
-                figures.append((times(ratio), "the peak memory of full fine-tuning"))
-        if parts:
-            sentences.append(f"Against {name}, {_listed(parts)}.")
-    if winner.score_seconds and winner.step_seconds:
-        steps = winner.score_seconds / winner.step_seconds
-        sentences.append(
-            f"Scoring the blocks takes {winner.score_seconds:.3g} s once, the time of "
-            f"{max(1, round(steps))} training steps."
-        )
-    return sentences
-
-
-def _cautions(rows: Sequence[Row]) -> list[str]:
-    """Say what limits the comparison."""
-    cautions = []
-    if max(len(row.scores) for row in rows) == 1:
-        cautions.append("Every method ran with one seed, so no spread is known.")
-    for row in rows:
-        if row.failed:
-            total = row.failed + len(row.scores)
-            cautions.append(
-                f"{row.label}: {row.failed} of {total} runs gave no finite score; the "
-                "means leave it out."
-            )
-    return cautions

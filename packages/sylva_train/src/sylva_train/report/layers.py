@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from sylva_train.masks import LayerMask, Masks
+
 from . import masks, structure
 from .parts import Page, cells, facts, pair, section
 from .summary import BYTES, finite, percentage, quantity
@@ -28,7 +30,7 @@ Range = tuple[int, Sequence[float], float | None]
 
 def chosen_blocks(page: Page) -> str:
     """Return the masks over the layers: the best rule's, the others' folded away."""
-    every = page.by_method("masks")
+    every = page.masks
     if not every:
         return ""
     first = page.best if page.best in every else next(iter(every))
@@ -41,7 +43,7 @@ def chosen_blocks(page: Page) -> str:
     drawn = 0
     for method in (first, *(other for other in every if other != first)):
         grid = every[method]
-        drawn += sum(len(mask["indices"]) for mask in grid.values())
+        drawn += masks.count_blocks(grid)
         name, body = page.named(method), _mask_body(page, method, grid)
         if method == first:
             parts.append(f"<h3>{name}</h3>{body}")
@@ -54,7 +56,7 @@ def chosen_blocks(page: Page) -> str:
     return section("The chosen blocks", "".join(parts) + _overlap(page, every))
 
 
-def _mask_body(page: Page, method: str, grid: masks.Layers) -> str:
+def _mask_body(page: Page, method: str, grid: Masks) -> str:
     """Return one method's masks under the share of rows and columns they touch."""
     rows, columns = masks.touched(grid)
     colour = f"var(--{page.looks[method].name})"
@@ -65,12 +67,12 @@ def _mask_body(page: Page, method: str, grid: masks.Layers) -> str:
     )
 
 
-def _overlap(page: Page, every: Mapping[str, masks.Layers]) -> str:
+def _overlap(page: Page, every: Mapping[str, Masks]) -> str:
     """Return which share of their blocks the rules have in common."""
     methods = list(every)
     if len(methods) < 2:
         return ""
-    shares = 100 * masks.overlaps(every)
+    shares = 100 * masks.overlaps(list(every.values()))
     expected = 100 * masks.chance(every[methods[0]])
     chance = f" Two independent random draws would share about {expected:.2g}%."
     if len(methods) == 2:
@@ -106,32 +108,7 @@ def block_scores(page: Page) -> str:
         return ""
     method = next((name for name in scored if name == page.best), scored[0])
     grid = every[method]
-    parts = _ranges(grid)
-    values = [
-        quantiles[p]
-        for part in parts.values()
-        for _, quantiles, _ in part
-        for p in structure.PERCENTILES
-    ]
-    positive = np.array([value for value in values if finite(value) and value > 0])
-    pictures = []
-    if positive.size:
-        limits = (float(positive.min()) / 1.5, float(positive.max()) * 1.5)
-        look = page.looks[method]
-        pictures = [
-            page.cell(
-                partial(
-                    structure.score_ranges,
-                    found,
-                    limits,
-                    look,
-                    numbered=part != masks.OUTSIDE,
-                ),
-                escape(part),
-                f"Block scores of {part} by transformer layer",
-            )
-            for part, found in parts.items()
-        ]
+    pictures = _score_pictures(page, method, grid)
     examples = _example(page, method, grid)
     if not pictures and not examples:
         return ""
@@ -142,6 +119,35 @@ def block_scores(page: Page) -> str:
     )
     lede = f'<p class="lede">{page.named(method)}. {text}</p>' if pictures else ""
     return section("Block scores", f"{lede}{cells(pictures)}{examples}")
+
+
+def _score_pictures(page: Page, method: str, grid: Mapping[str, Any]) -> list[str]:
+    """Return a picture for each part of a layer, all on one scale."""
+    parts = _ranges(grid)
+    values = [
+        quantiles[p]
+        for part in parts.values()
+        for _, quantiles, _ in part
+        for p in structure.PERCENTILES
+    ]
+    positive = [value for value in values if finite(value) and value > 0]
+    if not positive:
+        return []
+    limits = min(positive) / 1.5, max(positive) * 1.5
+    return [
+        page.cell(
+            partial(
+                structure.score_ranges,
+                found,
+                limits,
+                page.looks[method],
+                numbered=part != masks.OUTSIDE,
+            ),
+            escape(part),
+            f"Block scores of {part} by transformer layer",
+        )
+        for part, found in parts.items()
+    ]
 
 
 def _ranges(grid: Mapping[str, Any]) -> dict[str, list[Range]]:
@@ -167,11 +173,12 @@ def _example(page: Page, method: str, grid: Mapping[str, Any]) -> str:
     there = [name for name in grid if grid[name].get("grid")]
     if not there:
         return ""
-    chosen = page.by_method("masks").get(method) or {}
-    full = [name for name in there if chosen.get(name, {}).get("indices")] or there
+    chosen: Mapping[str, LayerMask] = page.masks.get(method, {})
+    full = [name for name in there if len(chosen.get(name, ()))] or there
     name = wanted if wanted in full else full[len(full) // 2]
-    blocks = np.asarray(chosen.get(name, {"indices": []})["indices"], dtype=np.int64)
-    blocks = blocks.reshape(-1, 2)
+    blocks = np.zeros((0, 2), dtype=np.int64)
+    if name in chosen:
+        blocks = chosen[name].indices.numpy()
     values = np.asarray(grid[name]["grid"], dtype=np.float64)
     rows, columns = np.argsort(-values.sum(1)), np.argsort(-values.sum(0))
     moved = np.stack(
@@ -202,37 +209,10 @@ def factor(page: Page) -> str:
     found: Mapping[str, Any] | None = page.results.get("factor")
     if not found:
         return ""
-    size, kind = int(found["n"]), str(found["kind"])
-    dense = np.abs(np.asarray(found["magnitude"], dtype=np.float64))
-    top = float(dense.max(initial=0.0)) or 1.0
-    upper = [page.picture(partial(structure.heat_map, dense, size, top), "Dense")]
-    lower = []
-    if int(found["levels"]):
-        kept = found.get("approximation")
-        if kept:
-            draw = partial(structure.heat_map, np.abs(np.asarray(kept)), size, top)
-            upper.append(page.picture(draw, f"As {kind}"))
-        words = (
-            "A partition: off-diagonal blocks of low rank, dense leaves."
-            if kind.upper() == "HODLR"
-            else "A sum of block diagonals: each level adds low-rank blocks half the "
-            "size, the leaves are dense."
-        )
-        draw = partial(structure.block_structure, found)
-        lower.append(page.picture(draw, f"{kind}, level by level", words))
-    lower.append(
-        page.picture(
-            partial(structure.spectra, found),
-            "Spectrum of each level",
-            "All blocks of a level together, largest first, and the dense factor. "
-            "Values below 10⁻⁷ of the largest are not drawn.",
-        )
-    )
     stored, whole = float(found["bytes"]), float(found["dense_bytes"])
-    side = str(found.get("side") or "")
     pairs = [
         ("layer", found["layer"]),
-        ("factor", SIDES.get(side, side)),
+        ("factor", SIDES[found["side"]]),
         ("size", f"{quantity(stored, BYTES)} ({stored / whole:.0%} of dense)"),
         ("relative Frobenius error", percentage(float(found["error"]))),
     ]
@@ -243,6 +223,42 @@ def factor(page: Page) -> str:
     )
     return section(
         "Inside a Kronecker factor",
-        f'<p class="lede">{intro}</p>{facts(pairs)}{pair(upper, "pair small")}'
-        f"{pair(lower)}",
+        f'<p class="lede">{intro}</p>{facts(pairs)}'
+        f"{pair(_entries(page, found), 'pair small')}{pair(_levels(page, found))}",
     )
+
+
+def _entries(page: Page, found: Mapping[str, Any]) -> list[str]:
+    """Return maps of a factor's entries: of the factor itself, and as it is kept."""
+    dense = np.abs(np.asarray(found["magnitude"], dtype=np.float64))
+    top = float(dense.max(initial=0.0)) or 1.0
+    maps = {"Dense": dense}
+    if int(found["levels"]):
+        maps[f"As {found['kind']}"] = np.abs(np.asarray(found["approximation"]))
+    return [
+        page.picture(partial(structure.heat_map, values, int(found["n"]), top), title)
+        for title, values in maps.items()
+    ]
+
+
+def _levels(page: Page, found: Mapping[str, Any]) -> list[str]:
+    """Return pictures of a factor's levels: their blocks, and their spectra."""
+    kind, pictures = str(found["kind"]), []
+    if int(found["levels"]):
+        words = (
+            "A partition: off-diagonal blocks of low rank, dense leaves."
+            if kind.upper() == "HODLR"
+            else "A sum of block diagonals: each level adds low-rank blocks half the "
+            "size, the leaves are dense."
+        )
+        draw = partial(structure.block_structure, found)
+        pictures.append(page.picture(draw, f"{kind}, level by level", words))
+    pictures.append(
+        page.picture(
+            partial(structure.spectra, found),
+            "Spectrum of each level",
+            "All blocks of a level together, largest first, and the dense factor. "
+            "Values below 10⁻⁷ of the largest are not drawn.",
+        )
+    )
+    return pictures

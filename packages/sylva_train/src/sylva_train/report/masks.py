@@ -5,19 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sylva_train.masks import LayerMask, Masks
+
 __all__ = [
     "OUTSIDE",
     "Place",
-    "active_lines",
     "chance",
+    "count_blocks",
     "layer_places",
     "mask_grid",
     "mask_key",
@@ -27,9 +28,6 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
-
-#: Layer name to mask, as in the results.
-Layers = Mapping[str, Mapping[str, Any]]
 
 #: Title of the layers outside the lists of transformer layers.
 OUTSIDE = "other layers"
@@ -101,21 +99,15 @@ def _shortest(part: str, parts: Iterable[str]) -> str:
     )
 
 
-def mask_path(indices: Sequence[Sequence[int]]) -> str:
-    """Draw blocks as an SVG path to be stroked one unit wide, a run a stroke.
-
-    Parameters
-    ----------
-    indices : sequence of (int, int), length k
-        Block row and block column of the active blocks.
+def mask_path(mask: LayerMask) -> str:
+    """Draw active blocks as an SVG path to be stroked one unit wide, a run a stroke.
 
     Returns
     -------
     str
         Path data in units of one block; empty for no blocks.
     """
-    blocks = np.asarray(indices, dtype=np.int64).reshape(-1, 2)
-    blocks = blocks[np.lexsort((blocks[:, 1], blocks[:, 0]))]
+    blocks = mask.indices.numpy()
     first = np.ones(len(blocks), dtype=bool)
     first[1:] = (np.diff(blocks, axis=0) != [0, 1]).any(1)
     starts = np.flatnonzero(first)
@@ -124,79 +116,56 @@ def mask_path(indices: Sequence[Sequence[int]]) -> str:
     return "".join(f"M{c} {r}.5h{length}" for (r, c), length in strokes)
 
 
-def active_lines(mask: Mapping[str, Any]) -> tuple[int, int]:
+def active_lines(mask: LayerMask) -> list[int]:
     """Return how many block rows and block columns hold an active block."""
-    blocks = np.asarray(mask["indices"], dtype=np.int64).reshape(-1, 2)
-    return len(np.unique(blocks[:, 0])), len(np.unique(blocks[:, 1]))
+    return [len(lines.unique()) for lines in mask.indices.T]
 
 
-def overlaps(masks: Mapping[str, Mapping[str, Any]]) -> Floats:
-    """Return the share of blocks that two methods have in common.
-
-    Parameters
-    ----------
-    masks : mapping of m methods
-        Layer name to mask, for each method.
+def overlaps(masks: Sequence[Masks]) -> Floats:
+    """Return the share of blocks that two of m masks have in common.
 
     Returns
     -------
     ndarray of float64, shape (m, m)
         Common blocks by the smaller of the two counts, over all layers.
     """
-    names = {
-        name: place for place, name in enumerate(sorted(set().union(*masks.values())))
-    }
-    codes = []
-    for layers in masks.values():
-        code = [
-            np.asarray(mask["indices"], dtype=np.int64).reshape(-1, 2) @ [1 << 20, 1]
-            + (names[name] << 40)
-            for name, mask in layers.items()
-        ]
-        codes.append(np.concatenate([np.zeros(0, dtype=np.int64), *code]))
-    shares = np.eye(len(codes))
-    for i, j in itertools.combinations(range(len(codes)), 2):
-        common = len(np.intersect1d(codes[i], codes[j]))
-        shares[i, j] = shares[j, i] = common / max(1, min(len(codes[i]), len(codes[j])))
+    shares = np.eye(len(masks))
+    for i, j in itertools.combinations(range(len(masks)), 2):
+        less, more = sorted((masks[i], masks[j]), key=count_blocks)
+        shares[i, j] = shares[j, i] = less.overlap(more) if count_blocks(less) else 0.0
     return shares
 
 
-def chance(layers: Layers) -> float:
+def count_blocks(masks: Masks) -> int:
+    """Return the number of active blocks of all layers."""
+    return sum(map(len, masks.values()))
+
+
+def chance(masks: Masks) -> float:
     """Return the share of blocks that two random draws, as many a layer, have in common."""
-    counts = np.array([len(mask["indices"]) for mask in layers.values()], dtype=float)
-    totals = [
-        math.prod(-(-side // mask["block_size"]) for side in mask["shape"])
-        for mask in layers.values()
-    ]
-    return float((counts**2 / totals).sum() / max(1.0, counts.sum()))
+    expected = sum(len(m) ** 2 / math.prod(m.grid_shape) for m in masks.values())
+    return expected / max(1, count_blocks(masks))
 
 
-def touched(layers: Layers) -> tuple[float, float]:
+def touched(masks: Masks) -> tuple[float, float]:
     """Return the mean share of block rows and block columns that hold a block."""
-    shares = [
-        (
-            rows / -(-mask["shape"][0] // mask["block_size"]),
-            columns / -(-mask["shape"][1] // mask["block_size"]),
-        )
-        for mask in layers.values()
-        for rows, columns in [active_lines(mask)]
-    ]
+    shares = [np.divide(active_lines(m), m.grid_shape) for m in masks.values()]
     rows, columns = np.mean(shares, axis=0)
     return float(rows), float(columns)
 
 
 def mask_grid(
-    layers: Layers, colour: str, beside: Sequence[tuple[Layers, str]] = ()
+    layers: Masks, colour: str, beside: Sequence[tuple[Masks, str]] = ()
 ) -> str:
     """Draw every layer's mask as HTML, one group a transformer layer.
 
     Parameters
     ----------
-    layers : mapping
-        Layer name to mask.
+    layers : Masks
+        What to draw.
     colour : str
         CSS colour of the blocks.
-    beside : sequence of (mapping, str)
+    beside : sequence of (Masks, str)
         Further masks of these layers, drawn into the same matrices, and their colours.
 
     Returns
@@ -208,22 +177,21 @@ def mask_grid(
 
     def box(name: str) -> str:
         mask = layers[name]
-        out, width = mask["shape"]
-        size = mask["block_size"]
+        (out, width), size = mask.shape, mask.block_size
         rows, columns = active_lines(mask)
         told = escape(
-            f"{name}, {out} × {width}: {len(mask['indices'])} blocks in {rows} block "
+            f"{name}, {out} × {width}: {len(mask)} blocks in {rows} block "
             f"rows and {columns} block columns"
         )
         more = "".join(
-            f'<path style="--c:{other}" d="{mask_path(those[name]["indices"])}"/>'
+            f'<path style="--c:{other}" d="{mask_path(those[name])}"/>'
             for those, other in beside
         )
         # The last row and column of blocks may be ragged: the view box cuts them.
         return (
             f'<svg viewBox="0 0 {width / size:g} {out / size:g}" role="img" '
             f'aria-label="{told}"><title>{told}</title>'
-            f'<path d="{mask_path(mask["indices"])}"/>{more}</svg>'
+            f'<path d="{mask_path(mask)}"/>{more}</svg>'
         )
 
     cards = "".join(
@@ -233,13 +201,13 @@ def mask_grid(
     return f'<div class="masks" style="--c:{colour}">{cards}</div>'
 
 
-def mask_key(layers: Layers) -> str:
+def mask_key(layers: Masks) -> str:
     """Draw the matrices of one transformer layer larger, with names and shapes."""
     places = layer_places(layers)
     title, names = max(_groups(layers).items(), key=lambda group: len(group[1]))
 
     def box(name: str) -> str:
-        out, width = layers[name]["shape"]
+        out, width = layers[name].shape
         words = escape(places[name].part)
         words = re.sub(r"([._])", r"\1<wbr>", words)
         kind = " class=upright" if out > 2 * width else ""
@@ -249,12 +217,12 @@ def mask_key(layers: Layers) -> str:
     return f'<div class="masks key">{card}</div>'
 
 
-def _scale(layers: Layers) -> float:
+def _scale(layers: Masks) -> float:
     """Return pixels a weight."""
-    return LONGEST / max(float(max(mask["shape"])) for mask in layers.values())
+    return LONGEST / max(max(mask.shape) for mask in layers.values())
 
 
-def _groups(layers: Layers) -> dict[str, list[str]]:
+def _groups(layers: Masks) -> dict[str, list[str]]:
     """Return layer names by transformer layer."""
     places = layer_places(layers)
     stacks = {place.stack for place in places.values() if place.index >= 0}
@@ -271,14 +239,13 @@ def _groups(layers: Layers) -> dict[str, list[str]]:
 def _card(
     title: str,
     names: Sequence[str],
-    layers: Layers,
+    layers: Masks,
     scale: float,
     box: Callable[[str], str],
 ) -> str:
     """Lay out one transformer layer: tall matrices beside rows of the others."""
     sizes = {
-        name: [max(scale * side, GAP) for side in layers[name]["shape"]]
-        for name in names
+        name: [max(scale * side, GAP) for side in layers[name].shape] for name in names
     }
     tall = [name for name in names if sizes[name][0] > 1.6 * sizes[name][1]]
     rest = sorted(set(names) - set(tall), key=names.index)

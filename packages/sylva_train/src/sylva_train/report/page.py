@@ -86,7 +86,6 @@ def document(kind: str, subject: str, found: Headline, sections: Iterable[str]) 
 def _setup(page: Page) -> str:
     setup = dict(page.setup)
     versions: Mapping[str, Any] = setup.pop("versions", None) or {}
-    notes: Iterable[Any] = setup.pop("notes", None) or ()
     command = setup.pop("command", None)
     if setup.get("date"):
         setup["date"] = str(setup["date"]).replace("T", " ")
@@ -100,12 +99,11 @@ def _setup(page: Page) -> str:
         f"<div><dt>{escape(term)}</dt><dd>{escape(text)}</dd></div>"
         for term, text in _measures(page).items()
     )
-    more = "".join(f'<p class="note">{escape(str(note))}</p>' for note in notes)
     return section(
         "Setup",
         f"{facts(basic)}{facts(wide, 'facts wide')}"
         "<h3>How each number was measured</h3>"
-        f'<dl class="measures">{measures}</dl>{more}',
+        f'<dl class="measures">{measures}</dl>',
     )
 
 

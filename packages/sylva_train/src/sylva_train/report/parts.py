@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from sylva_train.masks import LayerMask, Masks
+
 from .style import Look, inline_svg, looks
 from .summary import Metric, Results, Row, metric_of, summary_rows
 
@@ -34,6 +36,15 @@ class Page:
         self.labels = {row.method: row.label for row in self.rows}
         self.best: str | None = next((r.method for r in self.rows if r.best), None)
         self.several = any(len(row.seeds) > 1 for row in self.rows)
+        self.masks = {
+            method: Masks(
+                {
+                    name: LayerMask(mask["shape"], mask["block_size"], mask["indices"])
+                    for name, mask in layers.items()
+                }
+            )
+            for method, layers in self.by_method("masks").items()
+        }
         self._names = (f"c{number}" for number in itertools.count())
 
     def by_method(self, key: str) -> dict[str, Mapping[str, Any]]:

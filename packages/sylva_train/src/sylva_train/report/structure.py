@@ -15,17 +15,16 @@ from .style import (
     MUTED,
     SURFACE,
     THEME,
+    WIDTH,
     Look,
     frame,
     in_powers,
-    power,
 )
 from .summary import BYTES, finite, quantity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import LineCollection
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -41,6 +40,8 @@ Floats = NDArray[np.float64]
 
 #: Percentiles that stand for a layer's distribution of block scores.
 PERCENTILES = (5, 25, 50, 75, 95, 100)
+#: Paper to deep blue; the page inverts it on a dark ground.
+DEPTH = ["#f7f6f3", "#cfe0ee", "#8fbbdc", "#4a8cc2", "#1d5a97", "#0b2e5c"]
 
 
 def score_ranges(
@@ -102,44 +103,26 @@ def score_ranges(
     return figure
 
 
-def _ramp() -> Colormap:
-    """Return paper to deep blue; the page inverts it on a dark ground."""
-    from matplotlib.colors import LinearSegmentedColormap
+def _magnitudes(
+    axes: Axes, values: Floats, top: float, decades: int, label: str
+) -> None:
+    """Draw the magnitude of a matrix's entries on a logarithmic scale, and its key."""
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
-    return LinearSegmentedColormap.from_list(
-        "depth", ["#f7f6f3", "#cfe0ee", "#8fbbdc", "#4a8cc2", "#1d5a97", "#0b2e5c"]
-    )
-
-
-def _logarithmic(values: Floats, decades: float) -> tuple[Floats, float, float]:
-    """Return base-10 logarithms within ``decades`` of the largest value."""
-    top = float(values.max(initial=0.0))
-    top = math.log10(top) if top > 0 else 0.0
-    with np.errstate(divide="ignore"):
-        logs = np.log10(np.abs(values))
-    return np.clip(logs, top - decades, top), top - decades, top
-
-
-def _key(axes: Axes, low: float, high: float, label: str) -> None:
-    """Draw the colour key of a logarithmic heat map as a thin bar at its right."""
-    key = axes.inset_axes((1.03, 0.0, 0.035, 1.0))
-    ramp = np.linspace(0, 1, 64)[:, None]
-    key.imshow(
-        ramp,
-        cmap=_ramp(),
-        aspect="auto",
-        origin="lower",
-        extent=(0, 1, low, high),
+    image = axes.imshow(
+        np.abs(values),
+        norm=LogNorm(top / 10**decades, top, clip=True),
+        cmap=LinearSegmentedColormap.from_list("depth", DEPTH),
         interpolation="none",
     )
-    ticks = range(math.ceil(low), math.floor(high) + 1)
-    key.set_yticks(list(ticks), [power(tick) for tick in ticks])
-    key.yaxis.tick_right()
-    key.set_xticks([])
-    key.grid(False)
-    key.tick_params(labelsize=8, pad=1)
-    for spine in key.spines.values():
-        spine.set_visible(False)
+    _plain(axes)
+    place = axes.inset_axes((1.03, 0.0, 0.035, 1.0))
+    key = axes.figure.colorbar(image, place, format=in_powers)
+    for steps in place.collections:
+        steps.set_rasterized(True)  # hundreds of rectangles
+    key.outline.set_visible(False)
+    key.minorticks_off()
+    place.tick_params(labelsize=8, pad=1, size=0)
     axes.text(1.03, 1.03, label, transform=axes.transAxes, color=MUTED, fontsize=8)
 
 
@@ -166,17 +149,8 @@ def heat_map(magnitudes: ArrayLike, size: int, top: float) -> Figure:
     """
     values = np.asarray(magnitudes, dtype=np.float64)
     figure, axes = frame(2.6, width=2.9, left=0.1, right=0.62, top=0.25, bottom=0.22)
-    logs, _, high = _logarithmic(np.append(values.ravel(), top), 4)
-    axes.imshow(
-        logs[:-1].reshape(values.shape),
-        cmap=_ramp(),
-        vmin=high - 4,
-        vmax=high,
-        interpolation="none",
-    )
-    _plain(axes)
+    _magnitudes(axes, values, top, 4, "|entry|")
     axes.set_xlabel(f"{size} × {size}", fontsize=8, labelpad=3)
-    _key(axes, high - 4, high, "|entry|")
     return figure
 
 
@@ -198,13 +172,10 @@ def score_grid(grid: ArrayLike, indices: Sequence[Sequence[int]]) -> Figure:
     figure, axes = frame(
         height, width=width, left=0.28, right=0.62, top=0.25, bottom=0.25
     )
-    logs, low, high = _logarithmic(values, 3)
-    axes.imshow(logs, cmap=_ramp(), vmin=low, vmax=high, interpolation="none")
-    _plain(axes)
+    _magnitudes(axes, values, float(values.max(initial=0.0)) or 1.0, 3, "score")
     axes.add_collection(_outline(values.shape, indices))
     axes.set_xlabel("in", fontsize=8, labelpad=2)
     axes.set_ylabel("out", fontsize=8, labelpad=2)
-    _key(axes, low, high, "score")
     return figure
 
 
@@ -232,7 +203,7 @@ def _outline(
 
 
 class Level(NamedTuple):
-    """A level of a hierarchical matrix, or its leaves, as pictures have it."""
+    """A level of a hierarchical matrix, or its leaves: rank and bytes are its note."""
 
     title: str
     note: str
@@ -240,25 +211,15 @@ class Level(NamedTuple):
 
 
 def levels_of(factor: Mapping[str, Any]) -> list[Level]:
-    """Return the levels, the coarsest first, and the leaves last.
-
-    Their notes are rank and bytes, as far as known.
-    """
-    levels = int(factor["levels"])
-    shades = np.linspace(0, len(LEVELS) - 2, max(levels, 1)).round().astype(int)
-    ranks = list(factor.get("level_ranks") or [factor.get("rank")] * levels)
-    sizes = list(factor.get("level_bytes") or ())
-    found = []
-    for level in range(levels + 1):
-        leaves = level == levels
-        known = level < len(ranks) and ranks[level] is not None
-        notes = ["dense"] if leaves else [f"rank {ranks[level]}"] if known else []
-        if level < len(sizes):
-            notes.append(quantity(float(sizes[level]), BYTES))
-        title = "leaves" if leaves else f"level {level}"
-        colour = LEVELS[-1 if leaves else shades[level]]
-        found.append(Level(title, "\n".join(notes), colour))
-    return found
+    """Return the levels, the coarsest first, and the leaves last."""
+    *sizes, leaves = [quantity(float(size), BYTES) for size in factor["level_bytes"]]
+    shades = np.linspace(0, len(LEVELS) - 2, len(sizes)).round().astype(int)
+    parts = zip(factor["level_ranks"], sizes, shades, strict=True)
+    levels = [
+        Level(f"level {number}", f"rank {rank}\n{size}", LEVELS[shade])
+        for number, (rank, size, shade) in enumerate(parts)
+    ]
+    return [*levels, Level("leaves", f"dense\n{leaves}", LEVELS[-1])]
 
 
 def _add_square(axes: Axes, x: float, y: float, size: float, colour: str) -> None:
@@ -291,37 +252,31 @@ def block_structure(factor: Mapping[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
     levels = levels_of(factor)
-    across = min(len(levels), 5)
-    down = -(-len(levels) // across)
-    width, gap = 4.4, 0.22
-    side = min(1.1, (width - 0.1) / across - gap)
-    figure = Figure(figsize=(width, down * (side + 0.72)))
-    height = down * (side + 0.72)
-    for number, level in enumerate(levels):
-        row, column = divmod(number, across)
-        axes = figure.add_axes(
-            (
-                (0.05 + column * (side + gap)) / width,
-                1 - (0.2 + side + row * (side + 0.72)) / height,
-                side / width,
-                side / height,
-            )
-        )
+    across = 5 if len(levels) > 4 else 4
+    down = math.ceil(len(levels) / across)
+    size = (WIDTH, down * (WIDTH / across + 0.4))  # with title and note
+    figure = Figure(figsize=size, layout="constrained")
+    squares = figure.subplots(down, across, squeeze=False).ravel()
+    for axes in squares[len(levels) :]:
+        axes.remove()
+    for number, (level, axes) in enumerate(zip(levels, squares, strict=False)):
+        axes.set_box_aspect(1)
         # The leaves are as many as the blocks of a next level would be.
-        size = 1 / 2**number
+        side = 1 / 2**number
         for place in range(2**number):
-            _add_square(axes, place * size, place * size, size, level.colour)
+            _add_square(axes, place * side, place * side, side, level.colour)
         _unit_square(axes)
         axes.set_title(level.title, fontsize=8, pad=3, loc="left")
         axes.set_xlabel(level.note, fontsize=8, labelpad=3, loc="left")
-        if level is not levels[-1] and column < across - 1:
-            place_x = 1 + gap / side / 2
-            axes.text(place_x, 0.5, "+", ha="center", va="center", color=MUTED)
+        if level is not levels[-1] and (number + 1) % across:
+            axes.text(1.15, 0.5, "+", ha="center", va="center", color=MUTED)
     return figure
 
 
 def _partition(factor: Mapping[str, Any]) -> Figure:
     """Draw the one partition of a HODLR matrix, its levels listed beside it."""
+    from matplotlib.patches import Patch
+
     *levels, leaves = levels_of(factor)
     figure, axes = frame(2.3, left=0.05, right=2.2, top=0.05, bottom=0.1)
     size = 1.0
@@ -334,12 +289,20 @@ def _partition(factor: Mapping[str, Any]) -> Figure:
     for leaf in range(2 ** len(levels)):
         _add_square(axes, leaf * size, leaf * size, size, leaves.colour)
     _unit_square(axes)
-    for number, (title, note, colour) in enumerate([*levels, leaves]):
-        y = (number + 0.5) / (len(levels) + 1)
-        axes.plot([1.08], [y], marker="s", ms=7, color=colour, clip_on=False, mew=0)
-        text = f"{title}: {', '.join(note.splitlines())}"
-        axes.text(1.14, y, text, va="center", fontsize=8)
+    notes = [(level, level.note.replace("\n", ", ")) for level in (*levels, leaves)]
+    _list_beside(
+        axes,
+        [Patch(color=level.colour, label=f"{level.title}: {x}") for level, x in notes],
+    )
     return figure
+
+
+def _list_beside(axes: Axes, handles: list[Any] | None = None) -> None:
+    """Name what is drawn, to the right of the frame."""
+    axes.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.04), frameon=False,
+        fontsize=8, handlelength=1.2, handletextpad=0.5,
+    )  # fmt: skip
 
 
 def spectra(factor: Mapping[str, Any]) -> Figure:
@@ -356,19 +319,14 @@ def spectra(factor: Mapping[str, Any]) -> Figure:
     top = max((float(v[0]) for _, v, _, _ in series if v.size), default=1.0)
     floor = top * 1e-7
     longest = max((v.size for _, v, _, _ in series), default=1)
-    key = 0
     for name, every, colour, size in series:
         values = every[every >= floor]
-        if not values.size:
-            continue
-        style: dict[str, Any] = {"color": colour, "marker": "o", "ms": size, "lw": 1.2}
-        style["mew"] = 0
-        axes.plot(np.arange(1, values.size + 1), values, **style)
-        y = 0.97 - 0.09 * key
-        place: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
-        axes.plot([1.02, 1.05, 1.08], [y] * 3, **style, **place)
-        axes.text(1.1, y, name, va="center", fontsize=8, **place)
-        key += 1
+        if values.size:
+            axes.plot(
+                np.arange(1, values.size + 1), values, "o-", ms=size, mew=0, lw=1.2,
+                color=colour, label=name,
+            )  # fmt: skip
+    _list_beside(axes)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.minorticks_off()

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sylva_train._checks import DataError
-from sylva_train.options import FRACTIONS
+from sylva_train.comparison import FORMAT
+from sylva_train.options import FRACTIONS, METHODS
 
 __all__ = [
     "BYTES",
     "COUNTS",
-    "FORMAT",
     "SECONDS",
     "Metric",
     "Paired",
@@ -34,34 +34,18 @@ __all__ = [
 #: The results dictionary of `sylva compare`, as read from its JSON file.
 Results = Mapping[str, Any]
 
-#: The layout of the results that this module reads.
-FORMAT = "sylva-comparison/1"
+#: The control: blocks drawn at random.
+RANDOM = "sylva:random"
 
-#: Rows of the table come in this order; other methods stand before the Sylva rules.
+#: Rows of the table come in this order, variants of a method behind it. The empty names
+#: stand for methods that `METHODS` does not have.
 ORDER = (
-    "frozen",
-    "full",
-    "lora",
-    "adapter",
-    "shira",
-    "supertuning",
-    "kfac-pruner",
+    *(name for name in METHODS if not name.startswith("sylva:")),
     "",
     "sylva:kfac",
-    "sylva:kfac:mlr",
-    "sylva:kfac:hodlr",
-    "sylva:kfac:dense",
-    "sylva:kfac-block",
-    "sylva:kfac-natural",
-    "sylva:kfac-element",
-    "sylva:fisher-diag",
-    "sylva:weight-gradient",
-    "sylva:gradient",
-    "sylva:wanda",
-    "sylva:magnitude",
-    "sylva:kfac-pruner",
+    *(name for name in METHODS if name.startswith("sylva:") and name != RANDOM),
     "sylva:",
-    "sylva:random",
+    RANDOM,
 )
 
 SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
@@ -210,8 +194,8 @@ class Row:
 
     @property
     def is_random(self) -> bool:
-        """Whether the method is the control: blocks drawn at random."""
-        return self.method.split(":")[:2] == ["sylva", "random"]
+        """Whether the method is the control."""
+        return self.method == RANDOM or self.method.startswith(f"{RANDOM}:")
 
     @property
     def rule(self) -> str:
@@ -336,19 +320,10 @@ def summarise(method: str, runs: Sequence[Mapping[str, Any]]) -> Row:
 
 
 def summary_rows(results: Results) -> list[Row]:
-    """Summarise each method of a comparison over its seeds.
+    """Summarise each method of a comparison over its seeds, in the order of `ORDER`.
 
-    Parameters
-    ----------
-    results : dict
-        Results of `sylva compare`.
-
-    Returns
-    -------
-    list of Row
-        Frozen, full, LoRA, K-FAC pruner, other baselines, then Sylva's rules with
-        random blocks last. The scoring rule of the best mean score is marked; random
-        blocks are the control, and never are.
+    The scoring rule of the best mean score is marked; random blocks, the control, never
+    are.
 
     Raises
     ------

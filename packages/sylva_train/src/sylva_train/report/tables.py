@@ -101,18 +101,7 @@ def suited(
 
 
 def summary_columns(results: Results) -> list[Column]:
-    """Return the summary table by columns; those without any value are left out.
-
-    Parameters
-    ----------
-    results : dict
-        Results of `sylva compare`.
-
-    Returns
-    -------
-    list of Column
-        Method first. The star marks the best scoring rule.
-    """
+    """Return the summary table by columns, methods first; empty ones are left out."""
     metric, rows = metric_of(results), summary_rows(results)
     ranges = Column("range", tuple(_range(row, metric) for row in rows))
     fractions = Column("of all", tuple(percentage(r.trainable_fraction) for r in rows))

@@ -13,11 +13,7 @@ from sylva_train._checks import ConfigError, write_text
 from sylva_train.comparison import (
     Comparison,
     Watcher,
-    check_output,
-    check_plan,
-    check_same,
-    done,
-    fresh,
+    jobs_folder,
     made,
     run_jobs,
 )
@@ -101,19 +97,13 @@ def reproduce(
         for name, one in settings.items()
     }
     plan = Plan(table, found, tune)
-    keep = check_output(output, resume=resume, overwrite=overwrite)
     tuning = plan.tuning()
-    runs = plan.runs(plan.rates({}))
-    if keep:
-        check_same(list(tuning.values()), output)
-    if not all(done(job, output) for _, job in runs):
-        for cell in {(c.setting, c.value): c for c in plan.cells}.values():
-            check_plan(plan.comparison(cell))
-    with fresh(output, keep=keep):
+    untuned = [job for _, job in plan.runs({})]
+    with jobs_folder(
+        untuned, output, resume=resume, overwrite=overwrite, check=plan.check
+    ):
         tuned = run_jobs(list(tuning.values()), output, tell, workers=workers)
         runs = plan.runs(plan.rates(dict(zip(tuning, tuned, strict=True))))
-        if keep:
-            check_same([job for _, job in runs], output)
         rows = run_jobs([job for _, job in runs], output, tell, workers=workers)
     tried = zip((cell for cell, _ in tuning), tuned, strict=True)
     reported = zip((cell for cell, _ in runs), rows, strict=True)

@@ -13,15 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sylva_train._checks import check_choice, write_text
-from sylva_train.comparison import (
-    Job,
-    Watcher,
-    check_output,
-    check_same,
-    fresh,
-    made,
-    run_jobs,
-)
+from sylva_train.comparison import Job, Watcher, jobs_folder, made, run_jobs
 from sylva_train.report import svg_file
 
 from .performance import measure_layer, measure_memory, measure_step
@@ -163,10 +155,7 @@ def measure(
         )
         for number, spec in enumerate(one.jobs(scale))
     ]
-    keep = check_output(output, resume=resume, overwrite=overwrite)
-    if keep:
-        check_same(jobs, output)
-    with fresh(output, keep=keep):
+    with jobs_folder(jobs, output, resume=resume, overwrite=overwrite):
         # One at a time: they would slow each other down.
         rows = run_jobs(jobs, output, watch or (lambda _: None))
     options = jobs[0].spec["options"]

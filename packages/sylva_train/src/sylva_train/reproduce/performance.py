@@ -223,26 +223,7 @@ def measure(spec: StepSpec, device: torch.device) -> dict[str, Any]:
     before = 0 if device.type == "cuda" else memory.bytes()
     model = build_model(spec.model, device, spec.dtype, spec.sequence, spec.seed)
     weights = sum(p.numel() for p in model.parameters())
-    if spec.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if spec.method == "frozen":
-        # As deep as an adapter's backward pass: down to the embedding.
-        model.enable_input_require_grads()
-    adapted, optimizer = adapt_model(
-        model,
-        spec.method,
-        density=spec.density,
-        block_size=spec.block_size,
-        mask=spec.mask,
-        rank=spec.rank,
-        max_columns=spec.max_columns,
-        seed=spec.seed,
-    )
-    count = trained(adapted)
-    if spec.method == "zero":
-        adapted, optimizer = shard(adapted, device)
-    elif spec.processes > 1 and count:
-        adapted = replicate(adapted, device)
+    adapted, optimizer = make_trainable(model, spec, device)
     shape = (spec.batch, spec.sequence)
     ids = torch.randint(model.config.vocab_size, shape, device=device)
     kept: list[torch.Tensor] = []
@@ -260,11 +241,37 @@ def measure(spec: StepSpec, device: torch.device) -> dict[str, Any]:
     tokens = spec.processes * spec.batch * spec.sequence
     return {
         "weights": weights,
-        "trainable": count,
+        "trainable": trained(adapted),
         "seconds": seconds,
         "tokens_per_second": tokens / seconds["total"]["median"],
         "peak_memory_bytes": max(0, memory.bytes() - before),
     }
+
+
+def make_trainable(
+    model: Any, spec: StepSpec, device: torch.device
+) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+    """Make a model trainable as a step says, spread over processes if it has several."""
+    if spec.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if spec.method == "frozen":
+        # As deep as an adapter's backward pass: down to the embedding.
+        model.enable_input_require_grads()
+    adapted, optimizer = adapt_model(
+        model,
+        spec.method,
+        density=spec.density,
+        block_size=spec.block_size,
+        mask=spec.mask,
+        rank=spec.rank,
+        max_columns=spec.max_columns,
+        seed=spec.seed,
+    )
+    if spec.method == "zero":
+        return shard(adapted, device)
+    if spec.processes > 1 and optimizer is not None:
+        adapted = replicate(adapted, device)
+    return adapted, optimizer
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sylva_train._checks import ConfigError, NonFiniteError, check_positive
 from sylva_train.baselines import parse_method
-from sylva_train.comparison import Comparison, Job
+from sylva_train.comparison import Comparison, Job, check_plan
 from sylva_train.data import LABELLED
 from sylva_train.evaluation import METRICS, known_metrics
 from sylva_train.workflow import HELD_OUT
@@ -218,6 +218,17 @@ class Plan:
         ]
         for cell in self.cells:
             self.comparison(cell)
+
+    def check(self) -> None:
+        """Find what is wrong with models, data and options before the first run does.
+
+        Raises
+        ------
+        SylvaError
+            As a run would.
+        """
+        for cell in {(c.setting, c.value): c for c in self.cells}.values():
+            check_plan(self.comparison(cell))
 
     def comparison(self, cell: Cell, **changes: Any) -> Comparison:
         """Return a cell's runs as a comparison of one method."""

@@ -20,7 +20,6 @@ from .weights import (
     is_plain,
     is_supported,
     loaded_weight,
-    replace_module,
     weight_device,
     weight_view,
 )
@@ -44,7 +43,6 @@ __all__ = [
     "layer_input",
     "loaded_weight",
     "matches",
-    "replace_module",
     "shared_inputs",
     "split_experts",
     "stacked_experts",

@@ -14,8 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from sylva_train._checks import TargetError
 
-from .weights import replace_module
-
 __all__ = ["SplitExperts", "join_experts", "split_experts", "stacked_experts"]
 
 
@@ -197,7 +195,7 @@ def split_experts(model: nn.Module) -> nn.Module:
             msg = f"the experts of `{name}` are spread over devices: load them on one."
             raise TargetError(msg)
     for name in names:
-        replace_module(model, name, SplitExperts(model.get_submodule(name)))
+        model.set_submodule(name, SplitExperts(model.get_submodule(name)))
     return model
 
 
@@ -234,5 +232,5 @@ def join_experts(model: nn.Module) -> nn.Module:
             )
             raise TargetError(msg)
     for name, experts in split.items():
-        replace_module(model, name, experts.joined())
+        model.set_submodule(name, experts.joined())
     return model

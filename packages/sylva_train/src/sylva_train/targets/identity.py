@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from sylva_train._torch import tensor_bytes
+
 from .finding import head_names, is_inside
 
 __all__ = ["fingerprint"]
@@ -42,5 +44,5 @@ def fingerprint(model: nn.Module, exclude: Iterable[str] | None = None) -> str:
         if tensor.is_meta:
             continue
         kept = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-        digest.update(kept.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(kept))
     return digest.hexdigest()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sylva_train._torch import on_device
+
 from .finding import find_targets
 
 __all__ = ["first_reader", "input_owners", "is_same", "layer_input", "shared_inputs"]
@@ -64,7 +66,7 @@ def shared_inputs(
         As `find_targets`.
     """
     device = next(model.parameters()).device
-    moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+    moved = on_device(batch, device)
     targets = find_targets(model, target_modules, exclude_modules)
     readers: dict[str, list[str]] = {}
     for name, owner in input_owners(targets, lambda: model(**moved)).items():

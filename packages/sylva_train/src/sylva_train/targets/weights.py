@@ -17,16 +17,9 @@ __all__ = [
     "is_plain",
     "is_supported",
     "loaded_weight",
-    "replace_module",
     "weight_device",
     "weight_view",
 ]
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put another module in the place of ``name``."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def is_supported(module: nn.Module) -> bool:

@@ -15,20 +15,10 @@ from sylva_train.curvature import LARGEST_SCALE, damage, loss_units, some_sample
 from sylva_train.layers import accumulating
 from sylva_train.processes import rank_and_size
 
-__all__ = ["Batch", "Loss", "accumulate_gradient", "clip_gradient", "move", "share"]
+__all__ = ["Batch", "Loss", "accumulate_gradient", "clip_gradient", "share"]
 
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
-
-
-def move(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """Return a batch whose tensors are on a device."""
-    return {
-        name: value.to(device, non_blocking=True)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in batch.items()
-    }
 
 
 def share(batch: Batch) -> Batch:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from sylva_train._checks import ConfigError, DataError
+from sylva_train._torch import on_device, preserved_modes
 from sylva_train.checkpoint import (
     Checkpoint,
     capture,
@@ -37,7 +38,7 @@ from sylva_train.optimizer import SparseAdamW
 from sylva_train.processes import agree, is_first, rank_and_size, together
 from sylva_train.progress import Progress
 
-from .gradient import Batch, Loss, accumulate_gradient, clip_gradient, move, share
+from .gradient import Batch, Loss, accumulate_gradient, clip_gradient, share
 from .parts import (
     check_parts,
     make_scheduler,
@@ -185,7 +186,7 @@ class Run:
         first = self.batch - len(group)
         where = f"step {self.step + 1} (epoch {self.epoch}, batch {first})"
         self.model.zero_grad(set_to_none=True)
-        batches = [move(batch, self.device) for batch in group]
+        batches = [on_device(batch, self.device) for batch in group]
         loss = accumulate_gradient(self.model, batches, self.loss, where)
         if self.idle != []:
             blocks = (n for n in self.named if "sylva_values" in n.split("."))
@@ -241,7 +242,7 @@ class Run:
         """
         with preserved_rng(self.device):
             for batch in itertools.islice(self.loader.epoch(0), 1):
-                part = share(move(batch, self.device))
+                part = share(on_device(batch, self.device))
                 if loss_units(self.model, part):
                     self.loss(self.model, part)
 
@@ -366,20 +367,18 @@ def train(
     )
     if evaluate is None and eval_loader is not None:
         evaluate = functools.partial(evaluate_model, loader=eval_loader)
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
-        with contextlib.ExitStack() as kept, preserved_rng(device):
-            with together():
-                if output is not None and is_first():
-                    kept.enter_context(claimed(output))
-            seed_everything(config.seed, device)
-            run_to_end(run, evaluate, output, callbacks, resume, progress)
-    finally:
-        model.zero_grad(set_to_none=True)
-        sync(model)
-        for module, training in modes.items():
-            module.training = training
+    with preserved_modes(model):
+        model.train()
+        try:
+            with contextlib.ExitStack() as kept, preserved_rng(device):
+                with together():
+                    if output is not None and is_first():
+                        kept.enter_context(claimed(output))
+                seed_everything(config.seed, device)
+                run_to_end(run, evaluate, output, callbacks, resume, progress)
+        finally:
+            model.zero_grad(set_to_none=True)
+            sync(model)
     if run.idle:
         warnings.warn(
             f"no step had a gradient for the blocks of {len(run.idle)} layers, like"

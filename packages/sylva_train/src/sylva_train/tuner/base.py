@@ -18,7 +18,6 @@ from sylva_train.layers import (
 )
 from sylva_train.targets import (
     fingerprint,
-    replace_module,
     stacked_experts,
     weight_view,
 )
@@ -41,13 +40,13 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
                 if module.shown.adapter is not None:
                     shown.append(module)
                 module.restore_()
-                replace_module(model, name, module.base_layer)
+                model.set_submodule(name, module.base_layer)
             else:
-                replace_module(model, name, module.original_module)
+                model.set_submodule(name, module.original_module)
         yield
     finally:
         for name, module in wrapped:
-            replace_module(model, name, module)
+            model.set_submodule(name, module)
         # Graphs that were captured go on with the weights, and do not look.
         for module in shown:
             module.sync()

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sylva_train._checks import AdapterError, ConfigError, atomic_folder
+from sylva_train._torch import note_tensors
 from sylva_train.config import KRONECKER, SylvaConfig, SylvaType
 from sylva_train.masks import LayerMask
 from sylva_train.targets import is_inside
@@ -88,10 +89,7 @@ def checksum(tensors: Mapping[str, torch.Tensor], config: SylvaConfig) -> str:
     facts = (config.block_size, config.block_counts, config.layer_shapes)
     head = json.dumps([*facts, config.base_fingerprint], sort_keys=True)
     digest = hashlib.sha256(head.encode())
-    for name, tensor in sorted((k.removeprefix(PREFIX), t) for k, t in tensors.items()):
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+    note_tensors({k.removeprefix(PREFIX): t for k, t in tensors.items()}, digest)
     return digest.hexdigest()
 
 

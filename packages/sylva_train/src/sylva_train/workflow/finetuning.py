@@ -16,8 +16,10 @@ from sylva_train._checks import (
     ConfigError,
     OutputExistsError,
     atomic_folder,
+    occupied,
     write_text,
 )
+from sylva_train._torch import tensor_bytes
 from sylva_train.checkpoint import checkpoints
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.data import Loader
@@ -32,7 +34,7 @@ from sylva_train.selection import select_as
 from sylva_train.training import number_of_steps, train
 from sylva_train.tuner import save_adapter
 
-from .outputs import check_folder, differences, occupied
+from .outputs import check_folder, differences
 from .runs import FORMAT, RECORD, read_run
 from .scoring import SELECTION, check_targets, score_task, sylva_options
 from .task import Task, heads, load_task, located
@@ -142,7 +144,6 @@ def finetune(
     first = is_first()
     with Progress(enabled=progress) as bars:
         task = load_task(task_config, seed=training.seed)
-        assert task.held_out is not None
         bars.say(
             f"{len(task.train):,} examples to train on ({task.train.name}),"
             f" {task.eval_examples:,} to evaluate on."
@@ -156,17 +157,7 @@ def finetune(
         if begun is not None:
             masks = Masks.load(output / MASKS)
         elif masks is None:
-            check_targets(task, config)
-            if scores is None:
-                scores = score_task(
-                    task,
-                    config,
-                    seed=training.seed,
-                    device=training.device,
-                    progress=bars,
-                )
-            few = task.score_loader(4, 0)
-            masks = select_as(config, scores, task.model, few)
+            masks, scores = choose(task, config, training, scores, bars)
         total = sum(p.numel() for p in task.model.parameters())
         agree(masks.digest(), "blocks to train")
         # Masks of another model stop here, before anything is written or replaced.
@@ -184,6 +175,21 @@ def finetune(
             write_text(output / RECORD, json.dumps(record, indent=1))
             shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return record
+
+
+def choose(
+    task: Task,
+    config: SylvaConfig,
+    training: TrainingConfig,
+    scores: Scores | None,
+    bars: Progress,
+) -> tuple[Masks, Scores]:
+    """Choose blocks by scores, which are made where there are none."""
+    check_targets(task, config)
+    if scores is None:
+        seed, device = training.seed, training.device
+        scores = score_task(task, config, seed=seed, device=device, progress=bars)
+    return select_as(config, scores, task.model, task.score_loader(4, 0)), scores
 
 
 def begun_run(
@@ -258,7 +264,7 @@ def origin(given: Masks | Scores) -> str:
         digest.update(name.encode())
         for part in (layer.s_out, layer.s_in, layer.grid):
             if part is not None:
-                digest.update(part.cpu().contiguous().numpy().tobytes())
+                digest.update(tensor_bytes(part))
     return f"scores {digest.hexdigest()}"
 
 

@@ -7,16 +7,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import ConfigError, OutputExistsError
+from sylva_train._checks import ConfigError, OutputExistsError, occupied
 
-__all__ = ["check_file", "check_folder", "differences", "occupied"]
-
-
-def occupied(path: Path) -> bool:
-    """Whether there is something at a path; an empty folder is nothing."""
-    if path.is_dir() and not path.is_symlink():
-        return any(path.iterdir())
-    return path.exists() or path.is_symlink()
+__all__ = ["check_file", "check_folder", "differences"]
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

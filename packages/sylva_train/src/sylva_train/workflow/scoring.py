@@ -11,9 +11,9 @@ from typing import Any
 
 from sylva_train._checks import ConfigError, OutputExistsError
 from sylva_train.config import (
-    GENERATION,
     KRONECKER,
     NEEDS_DATA,
+    WRITING,
     SylvaConfig,
     SylvaOptions,
     TaskConfig,
@@ -34,7 +34,7 @@ SELECTION = {"density", "block_size", "scope", "allocation", "spread", "max_colu
 #: Options that change no score, the block size not being one of them.
 LATER = SELECTION - {"block_size"} | {"modules_to_save"}
 #: Options of a task that say how to evaluate.
-EVALUATION = {"eval_limit", "metric", *GENERATION}
+EVALUATION = {"eval_limit", "metric", *WRITING}
 
 
 def sylva_options(config: SylvaConfig) -> dict[str, Any]:

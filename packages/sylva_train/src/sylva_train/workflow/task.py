@@ -113,9 +113,7 @@ class Task:
         check_ids(loader, self.model)
         return loader
 
-    def eval_loader(
-        self, batch_size: int = 64, *, progress: Report | None = None
-    ) -> Loader:
+    def eval_loader(self, *, progress: Report | None = None) -> Loader:
         """Return the evaluation batches.
 
         Raises
@@ -130,7 +128,6 @@ class Task:
             self.held_out,
             self.tokenizer,
             self.config.max_length,
-            batch_size,
             progress=progress,
         )
 
