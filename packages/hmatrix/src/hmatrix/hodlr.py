@@ -14,6 +14,7 @@ from hmatrix._backend import (
     Space,
     add_product,
     adjoint,
+    block_matrix,
     conjugate,
     in_own_precision,
     namespace,
@@ -175,9 +176,7 @@ class HODLR(StoredOperator):
             m = self.tree.size(level + 1)
             halves = xp.reshape(dense, (-1, 2, m, m))
             B12, B21 = (block.to_dense() for block in self.blocks(level))
-            top = xp.concat([halves[:, 0, :, :], B12], axis=-1)
-            bottom = xp.concat([B21, halves[:, 1, :, :]], axis=-1)
-            dense = xp.concat([top, bottom], axis=-2)
+            dense = block_matrix(halves[:, 0, ...], B12, B21, halves[:, 1, ...])
         rows = transpose(unpad_rows(dense[0, ...], self.tree))
         return transpose(unpad_rows(rows, self.tree))
 

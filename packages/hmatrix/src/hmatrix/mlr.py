@@ -13,6 +13,7 @@ from hmatrix._backend import (
     Space,
     add_product,
     adjoint,
+    block_matrix,
     conjugate,
     in_own_precision,
     nbytes,
@@ -146,11 +147,10 @@ class MLR(StoredOperator):
         for level in reversed(range(self.tree.levels)):
             m = self.tree.size(level + 1)
             halves = xp.reshape(dense, (-1, 2, m, m))
-            zero = xp.zeros_like(halves[:, 0, :, :])
-            top = xp.concat([halves[:, 0, :, :], zero], axis=-1)
-            bottom = xp.concat([zero, halves[:, 1, :, :]], axis=-1)
+            zero = xp.zeros_like(halves[:, 0, ...])
+            dense = block_matrix(halves[:, 0, ...], zero, zero, halves[:, 1, ...])
             F = self.factors[level]
-            dense = xp.concat([top, bottom], axis=-2) + self.sign * (F @ adjoint(F))
+            dense = dense + self.sign * (F @ adjoint(F))
         rows = transpose(unpad_rows(dense[0, ...], self.tree))
         return transpose(unpad_rows(rows, self.tree))
 

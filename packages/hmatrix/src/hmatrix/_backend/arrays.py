@@ -16,6 +16,7 @@ __all__ = [
     "Namespace",
     "add_product",
     "adjoint",
+    "block_matrix",
     "conjugate",
     "detach",
     "dtype_name",
@@ -119,6 +120,13 @@ def conjugate(x: Array) -> Array:
 def adjoint(x: Array) -> Array:
     """Swap the last two axes and conjugate."""
     return conjugate(transpose(x))
+
+
+def block_matrix(A11: Array, A12: Array, A21: Array, A22: Array) -> Array:
+    """Return ``[[A11, A12], [A21, A22]]``, of batches of matrices too."""
+    concat = namespace(A11).concat
+    rows = concat([A11, A12], axis=-1), concat([A21, A22], axis=-1)
+    return concat(rows, axis=-2)
 
 
 def is_writeable(x: Array) -> bool:

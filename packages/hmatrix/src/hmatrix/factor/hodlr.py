@@ -11,6 +11,7 @@ from hmatrix._backend import (
     Array,
     Space,
     adjoint,
+    block_matrix,
     conjugate,
     contiguous,
     detach,
@@ -224,9 +225,7 @@ class HODLRFactorization(Factorization):
         scales = xp.astype(scales, QY.dtype, copy=False)
         CQY = scales[..., None] * xp.flip(QY, axis=1)
         eye = xp.zeros_like(QY[:, 0, :, :]) + self.space.eye(width)
-        top = xp.concat([eye, CQY[:, 0, :, :]], axis=-1)
-        bottom = xp.concat([CQY[:, 1, :, :], eye], axis=-1)
-        K = xp.concat([top, bottom], axis=-2)
+        K = block_matrix(eye, CQY[:, 0, ...], CQY[:, 1, ...], eye)
         signs, logs = slogdet(K)
         self._sign = self._sign * xp.prod(detach(signs))
         self._logdet = self._logdet + xp.sum(xp.astype(logs, xp.float64))

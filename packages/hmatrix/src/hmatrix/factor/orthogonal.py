@@ -11,6 +11,7 @@ from hmatrix._backend import (
     Array,
     Space,
     adjoint,
+    block_matrix,
     complete_qr,
     contiguous,
     detach,
@@ -103,10 +104,8 @@ class _Step:
         y, f, w = self.eliminate(f, w)
         c = w.shape[1] - r
         across = -(_siblings(self.G) @ w[:, c:, :])
-        top = xp.concat([f[::2, ...], across[1::2, ...]], axis=-1)
-        bottom = xp.concat([across[::2, ...], f[1::2, ...]], axis=-1)
-        w = xp.concat([w[::2, :c, :], w[1::2, :c, :]], axis=-1)
-        return y, xp.concat([top, bottom], axis=1), w
+        f = block_matrix(f[::2, ...], across[1::2, ...], across[::2, ...], f[1::2, ...])
+        return y, f, xp.concat([w[::2, :c, :], w[1::2, :c, :]], axis=-1)
 
     def down_own(self, y: Array, x: Array) -> Array:
         """Return what is in the columns' own halves."""
@@ -238,10 +237,9 @@ class HODLROrthogonal(Factorization):
             G @ _siblings(adjoint(V[..., c - width :])), (-1, 2, m - e, m - e)
         )
         D = xp.reshape(D, B.shape)
-        top = xp.concat([D[:, 0, ...], B[:, 0, ...]], axis=-1)
-        bottom = xp.concat([B[:, 1, ...], D[:, 1, ...]], axis=-1)
+        D = block_matrix(D[:, 0, ...], B[:, 0, ...], B[:, 1, ...], D[:, 1, ...])
         U, V = (_merged(x[..., : c - width]) for x in (U, V))
-        return step, xp.concat([top, bottom], axis=-2), U, V
+        return step, D, U, V
 
     def _count(self, blocks: Array, level: int) -> None:
         """Count determinants of blocks of a level in."""
