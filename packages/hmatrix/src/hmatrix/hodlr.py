@@ -9,21 +9,18 @@ from typing import Any
 import numpy as np
 
 from hmatrix._backend import (
-    NUMBERS,
     Array,
-    Space,
     add_product,
     adjoint,
     block_matrix,
     conjugate,
     in_own_precision,
     namespace,
-    nbytes,
     transpose,
 )
-from hmatrix._checks import OverwrittenError, ShapeError, check_operand, check_space
+from hmatrix._checks import OverwrittenError, ShapeError, check_operand
 from hmatrix._operator import StoredOperator, real_rows, unpad_rows
-from hmatrix.lowrank import LowRank
+from hmatrix.lowrank import LowRank, scaled
 from hmatrix.tree import ClusterTree
 
 __all__ = ["HODLR", "apply_blocks", "clear_padding"]
@@ -82,12 +79,8 @@ class HODLR(StoredOperator):
     error: float | None = None
 
     def __post_init__(self) -> None:
-        check_space(self.space, NUMBERS)
-        tree, m = self.tree, self.tree.leaf_size
-        expected = (tree.nodes(tree.levels), m, m)
-        if tuple(self.leaves.shape) != expected:
-            msg = f"`leaves` must be {expected}, got {tuple(self.leaves.shape)}."
-            raise ShapeError(msg)
+        self._check_leaves()
+        tree = self.tree
         sides = {"upper": self.upper} | (
             {} if self.symmetric else {"lower": self.lower}
         )
@@ -107,11 +100,6 @@ class HODLR(StoredOperator):
     def symmetric(self) -> bool:
         """Whether one of the two off-diagonal blocks stands for both (Hermitian)."""
         return self.lower is None
-
-    @property
-    def space(self) -> Space:
-        """Library, dtype and device of the numbers."""
-        return Space.of(self.leaves)
 
     @property
     def H(self) -> HODLR:
@@ -142,15 +130,21 @@ class HODLR(StoredOperator):
     @property
     def _widths(self) -> list[int]:
         """Sizes of the small side of all stored matrices."""
-        blocks = (*self.upper, *(self.lower or ()))
-        return [self.tree.leaf_size, *(block.rank for block in blocks)]
+        return [self.tree.leaf_size, *(block.rank for block in self._blocks)]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the stored numbers."""
-        blocks = (*self.upper, *(self.lower or ()))
-        parts = [self.leaves, *(part for b in blocks for part in (b.U, b.S, b.V))]
-        return nbytes(*parts)
+    def _blocks(self) -> tuple[LowRank, ...]:
+        """All stored blocks."""
+        return (*self.upper, *(self.lower or ()))
+
+    def _arrays(self) -> dict[str, Array]:
+        sides = {"upper": self.upper, "lower": self.lower or ()}
+        return {"leaves": self.leaves} | {
+            f"{side}.{level}.{name}": getattr(block, name)
+            for side, blocks in sides.items()
+            for level, block in enumerate(blocks)
+            for name in "USV"
+        }
 
     def blocks(self, level: int) -> tuple[LowRank, LowRank]:
         """Return ``B12`` and ``B21`` of a level, also of a symmetric matrix."""
@@ -161,11 +155,6 @@ class HODLR(StoredOperator):
         """Return the diagonal (n,)."""
         diagonal = self.space.xp.linalg.diagonal(self.leaves)
         return unpad_rows(self.space.xp.reshape(diagonal, (-1,)), self.tree)
-
-    def trace(self) -> float | complex:
-        """Return the sum of the diagonal."""
-        total = self.space.xp.sum(self.diagonal())
-        return complex(total) if self.space.is_complex else float(total)
 
     @in_own_precision
     def to_dense(self) -> Array:
@@ -228,8 +217,7 @@ class HODLR(StoredOperator):
             half = self.tree.size(level + 1)
             node, side = divmod(row // half, 2)
             block = self.blocks(level)[side]
-            u = block.U[node, row % half, :]
-            u = u * xp.astype(block.S[node, :], u.dtype, copy=False)
+            u = scaled(block.U[node, row % half, :], block.S[node, :])
             other = xp.reshape(conjugate(block.V[node, ...]) @ u[:, None], (half,))
             found = xp.concat([other, found] if side else [found, other])
         return found
@@ -279,20 +267,14 @@ class HODLR(StoredOperator):
         shape = (self.tree.padded // 2, block.rank)
         U, V = (xp.reshape(x, shape) for x in (block.U, block.V))
         U = self._take(U, nodes * half + rows % half)
-        S = xp.astype(self._take(block.S, nodes), U.dtype, copy=False)
-        return U * S, self._take(V, columns // (2 * half) * half + columns % half)
-
-    def _take(self, x: Array, places: np.ndarray) -> Array:
-        """Return ``x[places]`` along the first axis."""
-        xp = self.space.xp
-        taken = xp.take(x, self.space.integers(places.ravel()), axis=0)
-        return xp.reshape(taken, (*places.shape, *x.shape[1:]))
+        V = self._take(V, columns // (2 * half) * half + columns % half)
+        return scaled(U, self._take(block.S, nodes)), V
 
     def __repr__(self) -> str:
         if "leaves" not in vars(self):
             return f"HODLR(n={self.tree.n}, levels={self.tree.levels}, overwritten)"
         kind = "symmetric" if self.symmetric else "general"
-        return self._describe(f"ranks={self.ranks}", kind, nbytes=self.nbytes)
+        return self._describe(f"ranks={self.ranks}", kind)
 
 
 def apply_blocks(pairs: Iterable[tuple[LowRank, LowRank]], x: Array, y: Array) -> Array:

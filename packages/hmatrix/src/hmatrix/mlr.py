@@ -8,20 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from hmatrix._backend import (
-    NUMBERS,
     Array,
-    Space,
     add_product,
     adjoint,
     block_matrix,
     conjugate,
     in_own_precision,
-    nbytes,
     squares,
     to_numpy,
     transpose,
 )
-from hmatrix._checks import ShapeError, check_operand, check_space
+from hmatrix._checks import ShapeError, check_operand
 from hmatrix._operator import StoredOperator, unpad_rows
 from hmatrix.tree import ClusterTree
 
@@ -72,13 +69,8 @@ class MLR(StoredOperator):
     sign: int = 1
 
     def __post_init__(self) -> None:
-        check_space(self.space, NUMBERS)
-        tree, m = self.tree, self.tree.leaf_size
-        expected = (tree.nodes(tree.levels), m, m)
-        if tuple(self.leaves.shape) != expected:
-            msg = f"`leaves` must be {expected}, got {tuple(self.leaves.shape)}."
-            raise ShapeError(msg)
-        shapes = [tuple(F.shape) for F in self.factors]
+        self._check_leaves()
+        tree, shapes = self.tree, [tuple(F.shape) for F in self.factors]
         wanted = [(tree.nodes(k), tree.size(k)) for k in range(tree.levels)]
         if [shape[:-1] for shape in shapes] != wanted:
             msg = f"`factors` must have shapes {wanted} with (…, r), got {shapes}."
@@ -88,11 +80,6 @@ class MLR(StoredOperator):
         if self.sign not in (1, -1):
             msg = f"`sign` must be 1 or -1, got {self.sign!r}."
             raise ValueError(msg)
-
-    @property
-    def space(self) -> Space:
-        """Library, dtype and device of the numbers."""
-        return Space.of(self.leaves)
 
     @property
     def H(self) -> MLR:
@@ -116,10 +103,9 @@ class MLR(StoredOperator):
         """Sizes of the small side of all stored matrices."""
         return [self.tree.leaf_size, *(int(F.shape[-1]) for F in self.factors)]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored numbers."""
-        return nbytes(self.leaves, *self.factors)
+    def _arrays(self) -> dict[str, Array]:
+        factors = {f"factors.{level}": F for level, F in enumerate(self.factors)}
+        return {"leaves": self.leaves} | factors
 
     def block_ranks(self, level: int) -> np.ndarray:
         """Return the number of non-zero columns of each factor, int64 (2**level,)."""
@@ -200,11 +186,7 @@ class MLR(StoredOperator):
         multiply: Callable[[Array, Array], Array],
     ) -> Array:
         """Entries at padded rows and columns, which broadcast."""
-        xp, m = self.space.xp, self.tree.leaf_size
-
-        def take(x: Array, places: np.ndarray) -> Array:
-            taken = xp.take(x, self.space.integers(places.ravel()), axis=0)
-            return xp.reshape(taken, (*places.shape, *x.shape[1:]))
+        xp, m, take = self.space.xp, self.tree.leaf_size, self._take
 
         def where_one_node(level: int, x: Array) -> Array:
             size = self.tree.size(level)
@@ -221,4 +203,4 @@ class MLR(StoredOperator):
 
     def __repr__(self) -> str:
         words = (f"ranks={self.ranks}", *(("sign=-1",) if self.sign < 0 else ()))
-        return self._describe(*words, nbytes=self.nbytes)
+        return self._describe(*words)

@@ -112,11 +112,10 @@ def _on_host(numbers: Sequence[Array]) -> list[float]:
 def _frobenius(H: HODLR | MLR) -> float:
     xp = H.space.xp
     if isinstance(H, HODLR):
-        halves = [*H.upper, *(H.lower or ())]
         # the cores of both QRs: no cancellation between dependent columns
         cores = [
             LowRank(triangle(block.U), block.S, triangle(block.V)).to_dense()
-            for block in halves
+            for block in H._blocks
         ]
         leaves, *off = safe_norms([H.leaves, *cores])
         return math.hypot(
