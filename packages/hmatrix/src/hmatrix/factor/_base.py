@@ -16,6 +16,7 @@ from hmatrix._backend import (
     Space,
     cholesky,
     detach,
+    known_gradients,
     nbytes,
     one_blas_thread_if_narrow,
     wants_gradient,
@@ -51,6 +52,7 @@ __all__ = [
     "telling_nan",
 ]
 
+Apply = Callable[[Array], Array]
 Fact = TypeVar("Fact", bound="Factorization")
 Result = TypeVar("Result")
 
@@ -161,7 +163,7 @@ class Factorization(ABC):
 
         def solve(b: Array) -> Array:
             def residual(x: Array) -> Array:
-                return cleared(b - product(x) - self.shift * x, self.tree)
+                return self._residual(b, x, product)
 
             x = apply(b)
             for _ in range(refine):
@@ -170,12 +172,25 @@ class Factorization(ABC):
 
         return apply_padded("b", b, self.tree, self.space, solve)
 
+    def _residual(self, b: Array, x: Array, product: Apply) -> Array:
+        """Return ``b − (H + shift·I) x`` of padded blocks, by the product with H."""
+        return cleared(b - product(x) - self.shift * x, self.tree)
+
+    def _with_gradients(
+        self, b: Array, product: Apply, solve: Apply, solve_adjoint: Apply
+    ) -> Array:
+        """Solve with a step of refinement, which has gradients: dx = A⁻¹ (db − dA x)."""
+        x = solve(detach(b))
+        residual = self._residual(b, x, product)
+        step = solve(detach(residual))
+        return x + known_gradients(step, lambda g: [solve_adjoint(g)], [residual])
+
     def _refine(
         self,
         b: Array,
         x: Array,
-        residual: Callable[[Array], Array],
-        apply: Callable[[Array], Array],
+        residual: Apply,
+        apply: Apply,
         rtol: float,
     ) -> Array:
         """Refine ``x`` until the residual of every column is small enough."""
@@ -392,8 +407,7 @@ def telling_nan(H: HODLR) -> Iterator[None]:
 
 def has_gradients(H: HODLR) -> bool:
     """Tell whether a matrix has tensors that want gradients."""
-    parts = (x for b in (*H.upper, *(H.lower or ())) for x in (b.U, b.S, b.V))
-    return any(map(wants_gradient, (H.leaves, *parts)))
+    return any(map(wants_gradient, H._arrays().values()))
 
 
 def take_array(

@@ -14,7 +14,6 @@ from hmatrix._backend import (
     in_own_precision,
     inverse_lower,
     is_writeable,
-    known_gradients,
     multiply_into,
     namespace,
 )
@@ -39,7 +38,7 @@ from hmatrix.factor.symmetric import (
     logdet_of_cholesky,
 )
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, orthonormal_parts
+from hmatrix.lowrank import LowRank, orthonormal_parts, scaled
 
 __all__ = ["HODLRCholesky", "has_cholesky"]
 
@@ -111,8 +110,8 @@ class HODLRCholesky(Factorization):
             Q, T, R = orthonormal_parts(columns)
             multiply_into(out, Q, T)
             R = xp.reshape(R, (nodes, 2, r, r))
-            S = xp.astype(upper[level].S[first : first + nodes, None, :], R.dtype)
-            K = (R[:, 0, :, :] * S) @ adjoint(R[:, 1, :, :])
+            S = upper[level].S[first : first + nodes, None, :]
+            K = scaled(R[:, 0, :, :], S) @ adjoint(R[:, 1, :, :])
             small = self.space.zeros(nodes, 2 * r, 2 * r) + eye(2 * r)
             small[:, :r, r:] = K
             small[:, r:, :r] = adjoint(K)
@@ -158,11 +157,7 @@ class HODLRCholesky(Factorization):
 
         if not self._has_gradients():
             return solve(x)
-        # a step of refinement: dy = A⁻¹ (dx − dA y)
-        y = solve(detach(x))
-        residual = cleared(x - self.matrix._apply(y) - self.shift * y, self.tree)
-        step = solve(detach(residual))
-        return y + known_gradients(step, lambda g: [solve(g)], [residual])
+        return self._with_gradients(x, self.matrix._apply, solve, solve)
 
     def _has_gradients(self) -> bool:
         return not self._overwritten and has_gradients(self.matrix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,7 +17,6 @@ from hmatrix._backend import (
     detach,
     in_own_precision,
     inverse_lower,
-    known_gradients,
     slogdet,
     solve,
 )
@@ -38,11 +37,9 @@ from hmatrix.factor.gradients import (
 )
 from hmatrix.factor.operator import HODLRInverse
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, pair
+from hmatrix.lowrank import LowRank, pair, scaled
 
 __all__ = ["HODLROrthogonal"]
-
-Apply = Callable[[Array], Array]
 
 #: Error of the inverse that only a matrix singular to working precision leaves.
 HOPELESS = 0.1
@@ -260,23 +257,14 @@ class HODLROrthogonal(Factorization):
         if plain is None:
             return self._solve(x)
         parts = (self.matrix._apply, plain._solve, plain._solve_adjoint)
-        return self._refined(x, *parts)
+        return self._with_gradients(x, *parts)
 
     def _apply_adjoint(self, x: Array) -> Array:
         plain = self._plain
         if plain is None:
             return self._solve_adjoint(x)
         parts = (self.matrix._apply_adjoint, plain._solve_adjoint, plain._solve)
-        return self._refined(x, *parts)
-
-    def _refined(
-        self, x: Array, product: Apply, solve: Apply, solve_adjoint: Apply
-    ) -> Array:
-        """Solve with a step of refinement: dy = A⁻¹ (dx − dA y)."""
-        y = solve(detach(x))
-        residual = cleared(x - product(y) - self.shift * y, self.tree)
-        step = solve(detach(residual))
-        return y + known_gradients(step, lambda g: [solve_adjoint(g)], [residual])
+        return self._with_gradients(x, *parts)
 
     def _solve(self, x: Array) -> Array:
         xp, leaves = self.space.xp, self.matrix.leaves
@@ -379,9 +367,9 @@ def _balanced(block: LowRank) -> tuple[Array, Array]:
     """Return U and V of ``U Vᴴ`` with columns of V of norm 1 or 0."""
     xp = Space.of(block.U).xp
     norms = xp.linalg.vector_norm(block.V, axis=-2, keepdims=True)
-    scales = xp.astype(norms * block.S[..., None, :], block.U.dtype, copy=False)
+    U = scaled(block.U, norms * block.S[..., None, :])
     norms = xp.where(norms > 0, norms, xp.ones_like(norms))
-    return block.U * scales, block.V / xp.astype(norms, block.V.dtype, copy=False)
+    return U, block.V / xp.astype(norms, block.V.dtype, copy=False)
 
 
 def _outer_space(U: Array, level: int) -> tuple[int, Array]:
