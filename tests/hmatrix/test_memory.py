@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import hmatrix as hm
-from hmatrix.factor import symmetric
+from hmatrix.factor import climb
 from tests.strategies import make_samples
 
 N, LEVELS, RANK = 4096, 6, 8
@@ -83,7 +83,7 @@ def test_a_matrix_takes_the_memory_that_its_ranks_need(kernel, rng):
 
 def test_factorizing_over_the_matrix_never_holds_both(rng, monkeypatch):
     """Matrix and factor are as large as each other; a worker's pieces come on top."""
-    monkeypatch.setattr(symmetric, "default_workers", lambda _: 1)
+    monkeypatch.setattr(climb, "default_workers", lambda _: 1)
     points = np.sort(rng.random(2**16))
     most = {}
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hmatrix as hm
-from hmatrix.factor import symmetric
+from hmatrix.factor import climb
 from tests.helpers import assert_in, definite_matrix, error_ratio, to_numpy
 from tests.strategies import SEEDS, SIZES, make_samples
 
@@ -246,10 +246,10 @@ def test_threads_and_pieces_do_not_change_the_factor(levels, rng, monkeypatch):
     whole = hm.factorize(H, method="cholesky")
     found = []
     for workers in (1, 3):
-        monkeypatch.setattr(symmetric, "default_workers", lambda _, w=workers: w)
-        monkeypatch.setattr(symmetric, "SMALL", 1)
-        monkeypatch.setattr(symmetric, "CACHE", 2**12)
-        monkeypatch.setattr(symmetric, "PIECE", 2**10)
+        monkeypatch.setattr(climb, "default_workers", lambda _, w=workers: w)
+        monkeypatch.setattr(climb, "SMALL", 1)
+        monkeypatch.setattr(climb, "CACHE", 2**12)
+        monkeypatch.setattr(climb, "PIECE", 2**10)
         found.append(hm.factorize(H, method="cholesky"))
     b = rng.standard_normal((500, 3))
     for F in found:

@@ -8,13 +8,9 @@ small factorization.
 from __future__ import annotations
 
 from hmatrix._backend import in_own_precision, one_blas_thread_if_narrow
-from hmatrix._checks import (
-    NotPositiveDefiniteError,
-    check_choice,
-    check_kind,
-)
+from hmatrix._checks import NotPositiveDefiniteError, check_choice, check_kind
 from hmatrix.factor._base import Factorization, telling_nan
-from hmatrix.factor.cholesky import HODLRCholesky, has_cholesky
+from hmatrix.factor.cholesky import HODLRCholesky
 from hmatrix.factor.hodlr import HODLRFactorization
 from hmatrix.factor.inversion import inverse, inversion_or_orthogonal
 from hmatrix.factor.mlr import MLRFactorization
@@ -158,7 +154,7 @@ def factorize(
 def _factorize(H: HODLR, shift: float, method: str, overwrite: bool) -> Factorization:
     if method == "orthogonal":
         return HODLROrthogonal(H, shift)
-    if method == "cholesky" or (method == "auto" and has_cholesky(H)):
+    if method == "cholesky" or (method == "auto" and H.symmetric):
         try:
             return HODLRCholesky(H, shift, overwrite=overwrite)
         except NotPositiveDefiniteError:

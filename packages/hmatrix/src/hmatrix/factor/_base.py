@@ -14,7 +14,6 @@ import numpy as np
 from hmatrix._backend import (
     Array,
     Space,
-    cholesky,
     detach,
     known_gradients,
     nbytes,
@@ -45,9 +44,7 @@ __all__ = [
     "Factorization",
     "cleared",
     "has_gradients",
-    "leaf_factors",
     "narrow",
-    "shifted_leaves",
     "take_array",
     "telling_nan",
 ]
@@ -435,31 +432,3 @@ def cleared(x: Array, tree: ClusterTree, rows: slice = slice(None)) -> Array:
     space = Space.of(x)
     real = places("rows", tree, space)[rows] < tree.n
     return space.xp.where(real[:, None], x, space.xp.zeros_like(x))
-
-
-def leaf_factors(H: HODLR | MLR, shift: float) -> Array:
-    """Return the Cholesky factors of shifted leaves.
-
-    They are known to exist: the host does not wait for a device to say so. A matrix that
-    was overwritten by then raises `OverwrittenError`.
-    """
-    return cholesky(shifted_leaves(H.tree, H.leaves, shift), sure=True)
-
-
-def shifted_leaves(
-    tree: ClusterTree, leaves: Array, shift: float, which: slice = slice(None)
-) -> Array:
-    """Add ``shift`` to the diagonal, and ones to the padded part of it.
-
-    Identity in the padded rows keeps them apart from the others and out of the
-    determinant.
-    """
-    space, m = Space.of(leaves), tree.leaf_size
-    xp, leaves = space.xp, space.asarray(leaves[which, ...], copy=True)
-    rows = xp.reshape(places("rows", tree, space), (-1, m))
-    real = rows[which, :] < tree.n
-    added = xp.full(real.shape, shift, dtype=space.dtype, device=space.device)
-    added = xp.where(real, added, xp.ones_like(added))
-    flat = xp.reshape(leaves, (-1, m * m))
-    flat[:, :: m + 1] += added
-    return xp.reshape(flat, leaves.shape)

@@ -30,9 +30,9 @@ from hmatrix.factor._base import (
     Factorization,
     cleared,
     narrow,
-    shifted_leaves,
     take_array,
 )
+from hmatrix.factor.leaves import shifted_leaves, without_padding
 from hmatrix.factor.operator import HODLRInverse
 from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR
@@ -156,11 +156,8 @@ class HODLRFactorization(Factorization):
 
     def _terms(self) -> tuple[Array, Iterator[Terms]]:
         """Leaves of the inverse, and what each level adds: −D P E Qᴴ D."""
-        real = self.space.xp.astype(real_rows(self.tree, self.space), self.space.dtype)
-        leaves = self._inverse_leaves
-        # padded rows of the inverse are identity here, zero outside
-        real = self.space.xp.reshape(real, (*leaves.shape[:2], 1))
-        return leaves * real, map(self._level_terms, range(self.tree.levels))
+        leaves = without_padding(self.tree, self._inverse_leaves)
+        return leaves, map(self._level_terms, range(self.tree.levels))
 
     def _level_terms(self, level: int) -> Terms:
         width = self._widths[level]

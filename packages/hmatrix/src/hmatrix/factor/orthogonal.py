@@ -28,13 +28,13 @@ from hmatrix.factor._base import (
     cleared,
     has_gradients,
     narrow,
-    shifted_leaves,
     take_array,
 )
 from hmatrix.factor.gradients import (
     diagonal_with_gradients_of,
     logdet_with_gradients_of,
 )
+from hmatrix.factor.leaves import shifted_leaves
 from hmatrix.factor.operator import HODLRInverse
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, pair, scaled
