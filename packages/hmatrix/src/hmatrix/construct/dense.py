@@ -24,7 +24,7 @@ from hmatrix._checks import (
     check_space,
 )
 from hmatrix._operator import pad_rows
-from hmatrix.construct.blocks import pieces
+from hmatrix.construct.blocks import chunks
 from hmatrix.construct.budget import (
     Guard,
     block_tolerance,
@@ -165,8 +165,7 @@ def _symmetrize(A: Array, symmetric: bool | None, norm: float) -> tuple[Array, b
 def _equals_adjoint(A: Array) -> bool:
     """Tell whether a matrix is Hermitian, tile by tile: columns of all rows are slow."""
     xp, n = namespace(A), int(A.shape[0])
-    step = TILE if Space.of(A).on_host else pieces(Space.of(A), n, n)
-    tiles = [slice(i, min(i + step, n)) for i in range(0, n, step)]
+    tiles = list(chunks(Space.of(A), n, 1, TILE))
     return all(
         bool(xp.all(A[rows, columns] == adjoint(A[columns, rows])))
         for k, rows in enumerate(tiles)

@@ -19,7 +19,7 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import ToleranceError, check_int, check_norm
 from hmatrix._operator import real_rows
-from hmatrix.construct.blocks import Blocks, Function, masked, pieces
+from hmatrix.construct.blocks import Blocks, Function, chunks, masked
 from hmatrix.construct.budget import block_tolerance, check_tolerances
 from hmatrix.construct.cross import Found, approximate
 from hmatrix.construct.near import Near
@@ -141,8 +141,7 @@ def blocks_of(
         function,
         halves[:, 0, ...],
         halves[:, 1, ...],
-        None if masks is None else masks[:, 0, :],
-        None if masks is None else masks[:, 1, :],
+        None if masks is None else (masks[:, 0, :], masks[:, 1, :]),
         space,
         None if near is None else near[level],
     )
@@ -196,11 +195,9 @@ def diagonal_blocks(
     xp, m, count = space.xp, tree.leaf_size, tree.nodes(tree.levels)
     labels = xp.reshape(labels, (count, m, *labels.shape[1:]))
     leaves = space.zeros(count, m, m)
-    step = pieces(space, m * m, count)
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        some = labels[start:stop, ...]
-        leaves[start:stop, :, :] = function(some[:, :, None, ...], some[:, None, ...])
+    for some in chunks(space, count, m * m):
+        x = labels[some, ...]
+        leaves[some, :, :] = function(x[:, :, None, ...], x[:, None, ...])
     if real is None:
         return leaves
     masks = xp.reshape(real, (count, m))
