@@ -27,8 +27,12 @@ from hmatrix._checks import (
     remedy,
 )
 from hmatrix._operator import Operator, pad_rows, real_rows, unpad_rows
-from hmatrix.construct.budget import block_tolerance, check_tolerances, make_tree
-from hmatrix.construct.cutting import cut_blocks
+from hmatrix.construct.budget import (
+    block_tolerance,
+    check_tolerances,
+    cut_blocks,
+    make_tree,
+)
 from hmatrix.construct.sampling import ROUNDING, Probes, Product, find_range
 from hmatrix.hodlr import HODLR, apply_blocks, clear_padding
 from hmatrix.lowrank import LowRank, recompress

@@ -24,8 +24,7 @@ from hmatrix._checks import (
     check_space,
 )
 from hmatrix._operator import pad_rows
-from hmatrix.construct.budget import check_tolerances, make_tree
-from hmatrix.construct.cutting import cut_blocks
+from hmatrix.construct.budget import check_tolerances, cut_blocks, make_tree
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
