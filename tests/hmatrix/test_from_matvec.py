@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 import hmatrix as hm
-from hmatrix.construct.sampling import PROBES
+from hmatrix.construct.probes import PROBES
 from tests.helpers import assert_in, error_ratio, to_numpy
 from tests.hmatrix.test_memory import peak_bytes
 from tests.strategies import SEEDS, square_matrices, trees

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from hmatrix._operator import StoredOperator, real_rows, unpad_rows
 from hmatrix.lowrank import LowRank, scaled
 from hmatrix.tree import ClusterTree
 
-__all__ = ["HODLR", "apply_blocks", "clear_padding"]
+__all__ = ["HODLR", "apply_blocks", "clear_padding", "from_sides"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,19 +82,16 @@ class HODLR(StoredOperator):
     def __post_init__(self) -> None:
         self._check_leaves()
         tree = self.tree
-        sides = {"upper": self.upper} | (
-            {} if self.symmetric else {"lower": self.lower}
-        )
-        for name, blocks in sides.items():
-            shapes = [block.shape for block in blocks or ()]
-            wanted = [
-                (tree.nodes(k), tree.size(k + 1), tree.size(k + 1))
-                for k in range(tree.levels)
-            ]
+        wanted = [
+            (tree.nodes(k), tree.size(k + 1), tree.size(k + 1))
+            for k in range(tree.levels)
+        ]
+        for name, blocks in self._sides.items():
+            shapes = [block.shape for block in blocks]
             if shapes != wanted:
                 msg = f"`{name}` must hold blocks of shapes {wanted}, got {shapes}."
                 raise ShapeError(msg)
-            for block in blocks or ():
+            for block in blocks:
                 check_operand(name, block.U, self.space)
 
     @property
@@ -133,15 +131,20 @@ class HODLR(StoredOperator):
         return [self.tree.leaf_size, *(block.rank for block in self._blocks)]
 
     @property
+    def _sides(self) -> dict[str, tuple[LowRank, ...]]:
+        """Stored blocks of each level, above the diagonal and, if general, below."""
+        upper = {"upper": self.upper}
+        return upper if self.lower is None else upper | {"lower": self.lower}
+
+    @property
     def _blocks(self) -> tuple[LowRank, ...]:
         """All stored blocks."""
         return (*self.upper, *(self.lower or ()))
 
     def _arrays(self) -> dict[str, Array]:
-        sides = {"upper": self.upper, "lower": self.lower or ()}
         return {"leaves": self.leaves} | {
             f"{side}.{level}.{name}": getattr(block, name)
-            for side, blocks in sides.items()
+            for side, blocks in self._sides.items()
             for level, block in enumerate(blocks)
             for name in "USV"
         }
@@ -180,10 +183,8 @@ class HODLR(StoredOperator):
         def mapped(blocks: tuple[LowRank, ...]) -> tuple[LowRank, ...]:
             return tuple(LowRank(change(b.U), scales(b.S), change(b.V)) for b in blocks)
 
-        lower = None if self.lower is None else mapped(self.lower)
-        return HODLR(
-            self.tree, change(self.leaves), mapped(self.upper), lower, self.error
-        )
+        sides = map(mapped, self._sides.values())
+        return from_sides(self.tree, change(self.leaves), sides, self.error)
 
     def _release(self) -> None:
         """Let go of the arrays, whose memory another object takes over."""
@@ -277,6 +278,17 @@ class HODLR(StoredOperator):
         return self._describe(f"ranks={self.ranks}", kind)
 
 
+def from_sides(
+    tree: ClusterTree,
+    leaves: Array,
+    sides: Iterable[Iterable[LowRank]],
+    error: float | None = None,
+) -> HODLR:
+    """Return a matrix of one side's blocks, if symmetric, or of those of both."""
+    upper, *lower = map(tuple, sides)
+    return HODLR(tree, leaves, upper, lower[0] if lower else None, error)
+
+
 def apply_blocks(pairs: Iterable[tuple[LowRank, LowRank]], x: Array, y: Array) -> Array:
     """Return ``y`` plus the product of ``x`` (padded, q) with off-diagonal blocks.
 
@@ -307,16 +319,14 @@ def clear_padding(H: HODLR) -> HODLR:
     def cleared(x: Array, which: Array) -> Array:
         return xp.where(which, x, xp.zeros_like(x))
 
-    def blocks(side: tuple[LowRank, ...], first: int) -> tuple[LowRank, ...]:
-        found = []
+    def blocks(first: int, side: tuple[LowRank, ...]) -> Iterator[LowRank]:
         for level, block in enumerate(side):
             halves = xp.reshape(real, (tree.nodes(level), 2, -1, 1))
             U = cleared(block.U, halves[:, first, :, :])
             V = cleared(block.V, halves[:, 1 - first, :, :])
-            found.append(LowRank(U, block.S, V))
-        return tuple(found)
+            yield LowRank(U, block.S, V)
 
     rows = xp.reshape(real, H.leaves.shape[:2])
     leaves = cleared(H.leaves, rows[:, :, None] & rows[:, None, :])
-    lower = None if H.lower is None else blocks(H.lower, 1)
-    return replace(H, leaves=leaves, upper=blocks(H.upper, 0), lower=lower)
+    sides = itertools.starmap(blocks, enumerate(H._sides.values()))
+    return from_sides(tree, leaves, sides, H.error)

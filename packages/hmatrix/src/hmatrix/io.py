@@ -22,7 +22,7 @@ from hmatrix.factor import (
     HODLROrthogonal,
     MLRFactorization,
 )
-from hmatrix.hodlr import HODLR
+from hmatrix.hodlr import HODLR, from_sides
 from hmatrix.lowrank import LowRank
 from hmatrix.mlr import MLR
 from hmatrix.tree import ClusterTree
@@ -226,16 +226,11 @@ def _rebuild(
     if kind != "HODLR":
         msg = f"unknown kind {kind!r}"
         raise ValueError(msg)
-    upper, lower = (
-        tuple(
-            LowRank(*(arrays[f"{side}.{k}.{part}"] for part in "USV")) for k in levels
-        )
-        for side in ("upper", "upper" if header["symmetric"] else "lower")
+    sides = (
+        [LowRank(*(arrays[f"{side}.{k}.{part}"] for part in "USV")) for k in levels]
+        for side in (("upper",) if header["symmetric"] else ("upper", "lower"))
     )
-    error = header["error"]
-    return HODLR(
-        tree, arrays["leaves"], upper, None if header["symmetric"] else lower, error
-    )
+    return from_sides(tree, arrays["leaves"], sides, header["error"])
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -16,7 +16,7 @@ from hmatrix._checks import NonFiniteError, check_int
 from hmatrix._operator import pad_rows
 from hmatrix.arithmetic.norms import safe_norm, safe_norms
 from hmatrix.construct import block_tolerance, check_rtol
-from hmatrix.hodlr import HODLR, clear_padding
+from hmatrix.hodlr import HODLR, clear_padding, from_sides
 from hmatrix.lowrank import LowRank, beside, cut_triplets, recompress
 from hmatrix.tree import ClusterTree
 
@@ -68,7 +68,7 @@ def assemble(
     max_rank = None if max_rank is None else check_int("max_rank", max_rank, 0)
     _check_finite(space, size)
     early = EARLY / 2 * rtol * size
-    sides: tuple[list[LowRank], ...] = ([],) if symmetric else ([], [])
+    sides: list[list[LowRank]] = [[]] if symmetric else [[], []]
     # B12 stands for B21 too if that is not stored, and so do the errors in it
     twice = math.sqrt(2) if symmetric else 1.0
     # of blocks, and of what is handed down
@@ -114,9 +114,7 @@ def assemble(
     lost += twice * math.hypot(*safe_norms(losses))
     # relative to the exact sum, whose norm may be smaller by what was lost
     error = lost / (norm - lost) if lost < norm else None if lost else 0.0
-    upper_blocks, *lower_blocks = map(tuple, sides)
-    lower = lower_blocks[0] if lower_blocks else None
-    return clear_padding(HODLR(tree, leaves, upper_blocks, lower, error))
+    return clear_padding(from_sides(tree, leaves, sides, error))
 
 
 def estimate_norm(

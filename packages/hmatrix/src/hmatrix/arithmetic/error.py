@@ -135,7 +135,7 @@ def _norms(H: HODLR) -> tuple[float, float]:
         rows, columns = (float(xp.max(xp.sum(sizes, axis=k))) for k in (-1, -2))
         total = diagonal * diagonal  # a power would raise on overflow
         two = min(diagonal, math.sqrt(rows * columns))
-        sides = [H.upper] if H.lower is None else [H.upper, H.lower]
+        sides = H._sides.values()
         if H.upper:
             found = [xp.stack([squares(block) for block in side]) for side in sides]
             both = to_numpy(xp.stack(found)).astype(np.float64)

@@ -9,7 +9,7 @@ from typing import Any
 from hmatrix._backend import Array, Space, frobenius, namespace
 from hmatrix._checks import ShapeError, check_float, check_int, check_kind
 from hmatrix._operator import real_rows
-from hmatrix.hodlr import HODLR, clear_padding
+from hmatrix.hodlr import HODLR, clear_padding, from_sides
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
 
@@ -69,19 +69,18 @@ def cut_blocks(
     HODLR
         Its ``error`` is what the cut lost.
     """
+    twice = math.sqrt(2) if lower is None else 1.0
     losses: list[float] = []
-    sides: tuple[list[LowRank], list[LowRank]] = ([], [])
-    for side, blocks in zip(sides, (upper, lower or ()), strict=True):
+    sides: list[list[LowRank]] = []
+    for blocks in (upper,) if lower is None else (upper, lower):
+        sides.append([])
         for level, block in enumerate(blocks):
             tolerance = block_tolerance(tree, level, total)
             cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
-            side.append(cut)
-            losses.append(
-                float(frobenius(lost)) * (math.sqrt(2) if lower is None else 1)
-            )
+            sides[-1].append(cut)
+            losses.append(float(frobenius(lost)) * twice)
     error = math.hypot(*losses) / norm if norm else 0.0
-    below = None if lower is None else tuple(sides[1])
-    return clear_padding(HODLR(tree, leaves, tuple(sides[0]), below, error))
+    return clear_padding(from_sides(tree, leaves, sides, error))
 
 
 class Guard:

@@ -33,7 +33,7 @@ from hmatrix.construct.budget import (
     make_tree,
 )
 from hmatrix.construct.sampled import cut_dense
-from hmatrix.hodlr import HODLR, clear_padding
+from hmatrix.hodlr import HODLR, clear_padding, from_sides
 from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
 
@@ -130,16 +130,13 @@ def from_dense(
     total = max(rtol * norm, atol)
     leaves = contiguous(_diagonal_blocks(A, tree, tree.levels))
     guard = Guard(tree, leaves, total) if definite else None
-    upper: list[LowRank] = []
-    lower: list[LowRank] = []
+    sides: list[list[LowRank]] = [[]] if symmetric else [[], []]
     losses: list[float] = []
     for level in range(tree.levels):
         nodes, half = _diagonal_blocks(A, tree, level), tree.size(level + 1)
         tolerance = block_tolerance(tree, level, total)
-        sides = [(upper, nodes[:, :half, half:])]
-        if not symmetric:
-            sides.append((lower, nodes[:, half:, :half]))
-        for side, blocks in sides:
+        both = nodes[:, :half, half:], nodes[:, half:, :half]
+        for side, blocks in zip(sides, both, strict=False):
             if guard is None:
                 block, lost, _ = cut_dense(blocks, tolerance, max_rank)
             else:
@@ -150,8 +147,7 @@ def from_dense(
         leaves, added = guard.finish()
         losses.append(added)
     error = math.hypot(*losses) / norm if norm else 0.0
-    below = None if symmetric else tuple(lower)
-    return clear_padding(HODLR(tree, leaves, tuple(upper), below, error))
+    return clear_padding(from_sides(tree, leaves, sides, error))
 
 
 def _symmetrize(A: Array, symmetric: bool | None, norm: float) -> tuple[Array, bool]:

@@ -33,7 +33,7 @@ from hmatrix.construct.budget import (
     cut_blocks,
     make_tree,
 )
-from hmatrix.construct.sampling import ROUNDING, Probes, Product, find_range
+from hmatrix.construct.probes import ROUNDING, Probes, Product, find_range
 from hmatrix.hodlr import HODLR, apply_blocks, clear_padding
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree

@@ -26,9 +26,9 @@ from hmatrix._checks import (
 )
 from hmatrix._operator import real_rows
 from hmatrix.construct.budget import block_tolerance, check_tolerances, make_tree
-from hmatrix.construct.sampling import ROUNDING, Probes, find_range
+from hmatrix.construct.probes import ROUNDING, Probes, find_range
 from hmatrix.construct.structured import is_real
-from hmatrix.hodlr import HODLR
+from hmatrix.hodlr import HODLR, from_sides
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
 
@@ -125,20 +125,19 @@ def from_toeplitz(
     norm = check_norm(float(frobenius(diagonals * weights)), space)
     allowed = max(rtol * norm, atol, ROUNDING * space.eps * norm)
 
-    sides: tuple[list[LowRank], list[LowRank]] = ([], [])
-    for level in range(tree.levels):
-        found = _toeplitz_level(
-            offsets, tree, level, allowed / 2, max_rank, seed, 1 if symmetric else 2
-        )
-        for side, block in zip(sides, found, strict=False):
-            side.append(block)
+    sides = 1 if symmetric else 2
+    found = [
+        _toeplitz_level(offsets, tree, level, allowed / 2, max_rank, seed, sides)
+        for level in range(tree.levels)
+    ]
     m, real = tree.leaf_size, xp.astype(real_rows(tree, space), space.dtype)
     index = xp.arange(m, device=space.device)
     index = tree.padded - 1 + index[:, None] - index[None, :]
     leaf = xp.reshape(xp.take(offsets, xp.reshape(index, (-1,))), (m, m))
     mask = xp.reshape(real, (-1, m))
     leaves = leaf * mask[:, :, None] * mask[:, None, :]
-    H = HODLR(tree, leaves, tuple(sides[0]), None if symmetric else tuple(sides[1]))
+    both = ([level[side] for level in found] for side in range(sides))
+    H = from_sides(tree, leaves, both)
     probes = Probes.of(
         lambda x: real[:, None] * _convolve(offsets, x), tree, space, seed
     )

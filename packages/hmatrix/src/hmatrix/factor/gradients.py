@@ -84,7 +84,7 @@ def _trace_gradients(X: HODLR, H: HODLR) -> list[Array]:
     """Return the gradients of ``tr(X A)`` to the arrays of H, X Hermitian if H is."""
     xp, found = H.space.xp, [adjoint(X.leaves)]  # in the order of H._arrays()
     both = 2 if H.symmetric else 1
-    for which, side in enumerate((H.upper, H.lower or ())):
+    for which, side in enumerate(H._sides.values()):
         for level, block in enumerate(side):
             # a block meets the one across the diagonal
             G = X.blocks(level)[1 - which].H
