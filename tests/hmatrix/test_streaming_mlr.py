@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -6,23 +8,13 @@ from hypothesis import strategies as st
 import hmatrix as hm
 from hmatrix._backend import eigh_descending
 from tests.helpers import assert_close, assert_in, dense, error_ratio, to_numpy
-from tests.strategies import SEEDS, batches, make_samples, trees
+from tests.strategies import SEEDS, batches, fed, make_samples, moment, trees
 
 METHODS = ("auto", "eigh", "randomized")
 ranks = st.integers(1, 6)
 
 
-def moment(data):
-    """Exact sum of zzᵀ, in float64."""
-    Z = np.concatenate(data).astype(np.float64)
-    return Z.T @ Z
-
-
-def stream_of(data, levels, rank, **options):
-    stream = hm.StreamingMLR(data[0].shape[1], levels, rank, like=data[0], **options)
-    for Z in data:
-        stream.update(Z)
-    return stream
+stream_of = partial(fed, hm.StreamingMLR)
 
 
 @st.composite

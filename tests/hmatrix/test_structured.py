@@ -8,7 +8,7 @@ from scipy import sparse
 
 import hmatrix as hm
 from hmatrix.construct import toeplitz
-from tests.helpers import assert_in, to_numpy
+from tests.helpers import assert_in, assert_padding_is_zero, relative, to_numpy
 from tests.hmatrix.test_memory import peak_bytes
 from tests.strategies import SEEDS, trees
 
@@ -23,11 +23,6 @@ N = 2**14
 QUARTER = 8 * N * N / 4
 
 
-def relative(H, A):
-    difference, norm = np.linalg.norm(to_numpy(H.to_dense()) - A), np.linalg.norm(A)
-    return difference / norm if norm else difference
-
-
 def tolerance(dtype):
     return 1e-5 if dtype in {"float32", "complex64"} else 1e-13
 
@@ -37,18 +32,6 @@ def numbers(rng, dtype, *shape):
     if dtype.startswith("complex"):
         x = x + 1j * rng.standard_normal(shape)
     return x.astype(dtype)
-
-
-def assert_padding_is_zero(H):
-    padding = H.tree.rows == H.tree.n
-    for level in range(H.tree.levels):
-        halves = padding.reshape(H.tree.nodes(level), 2, -1)
-        B12, B21 = H.blocks(level)
-        for rows, i in ((B12.U, 0), (B12.V, 1), (B21.U, 1), (B21.V, 0)):
-            assert not rows[halves[:, i]].any()
-    leaf = padding.reshape(-1, H.tree.leaf_size)
-    assert not H.leaves[leaf].any()
-    assert not H.leaves.swapaxes(1, 2)[leaf].any()
 
 
 # --- identity and diagonal
