@@ -15,6 +15,7 @@ __all__ = [
     "Array",
     "Namespace",
     "add_product",
+    "add_to_diagonals",
     "adjoint",
     "block_matrix",
     "conjugate",
@@ -160,6 +161,14 @@ def add_product(x: Array, a: Array, b: Array, sign: int = 1) -> Array:
     else:
         x += a @ b
     return x
+
+
+def add_to_diagonals(blocks: Array, added: Array) -> Array:
+    """Return blocks (b, m, m) with (b, m) on their diagonals, in the memory of ``blocks``."""
+    xp, m = namespace(blocks), int(blocks.shape[-1])
+    flat = xp.reshape(blocks, (-1, m * m))
+    flat[:, :: m + 1] += added
+    return xp.reshape(flat, blocks.shape)
 
 
 def plus_product(x: Array, a: Array, b: Array, *, own: bool = False) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hmatrix._backend import Array, Space, cholesky
+from hmatrix._backend import Array, Space, add_to_diagonals, cholesky
 from hmatrix._operator import places, real_rows
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
@@ -25,9 +25,7 @@ def shifted_leaves(
     real = rows[which, :] < tree.n
     added = xp.full(real.shape, shift, dtype=space.dtype, device=space.device)
     added = xp.where(real, added, xp.ones_like(added))
-    flat = xp.reshape(leaves, (-1, m * m))
-    flat[:, :: m + 1] += added
-    return xp.reshape(flat, leaves.shape)
+    return add_to_diagonals(leaves, added)
 
 
 def without_padding(tree: ClusterTree, leaves: Array) -> Array:

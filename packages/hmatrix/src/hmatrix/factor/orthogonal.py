@@ -159,7 +159,7 @@ class HODLROrthogonal(Factorization):
         U, V = (
             xp.reshape(x, (*D.shape[:2], x.shape[-1])) for x in (U / self._scale, V)
         )
-        self._sign: Any = xp.prod(self.space.ones(1))
+        self._sign: Any = self.space.ones()
         self._logdet = xp.full(
             (),
             tree.n * math.log(self._scale),
@@ -190,10 +190,7 @@ class HODLROrthogonal(Factorization):
         Columns of V have norm 1 or 0, those of U the scales of their terms.
         """
         xp, tree = self.space.xp, self.tree
-        left, right = (
-            [self.space.zeros(tree.padded, 0)],
-            [self.space.zeros(tree.padded, 0)],
-        )
+        left, right = ([self.space.zeros(tree.padded, 0)] for _ in range(2))
         for B12, B21 in map(self.matrix.blocks, range(tree.levels)):
             (U12, V12), (U21, V21) = map(_balanced, (B12, B21))
             for side, both in ((left, pair(U12, U21)), (right, pair(V21, V12))):
