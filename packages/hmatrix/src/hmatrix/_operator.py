@@ -29,6 +29,7 @@ __all__ = [
     "Operator",
     "StoredOperator",
     "apply_padded",
+    "cleared",
     "operation",
     "pad_rows",
     "places",
@@ -70,6 +71,19 @@ def places(name: str, tree: ClusterTree, space: Space) -> Array:
 def real_rows(tree: ClusterTree, space: Space) -> Array:
     """Which padded rows are rows of the matrix, bool (padded,)."""
     return places("rows", tree, space) < tree.n
+
+
+def cleared(x: Array, tree: ClusterTree, rows: slice = slice(None)) -> Array:
+    """Return ``rows`` of a padded block (rows, r) with zeros where they are padding.
+
+    Singular vectors of rounding errors point anywhere. Padding has ones on the diagonal,
+    so that in a matrix of another scale they would outweigh all else.
+    """
+    if tree.padded == tree.n:
+        return x
+    space = Space.of(x)
+    real = places("rows", tree, space)[rows] < tree.n  # of these rows alone
+    return space.xp.where(real[:, None], x, space.xp.zeros_like(x))
 
 
 @in_own_precision

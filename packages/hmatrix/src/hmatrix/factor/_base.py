@@ -13,7 +13,6 @@ import numpy as np
 
 from hmatrix._backend import (
     Array,
-    Space,
     detach,
     known_gradients,
     nbytes,
@@ -32,17 +31,15 @@ from hmatrix._checks import (
     check_float,
     check_int,
 )
-from hmatrix._operator import Operator, apply_padded, pad_rows, places
+from hmatrix._operator import Operator, apply_padded, cleared, pad_rows
 from hmatrix.arithmetic import norm, safe_norm
 from hmatrix.factor.symmetric import SymmetricFactor
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
-from hmatrix.tree import ClusterTree
 
 __all__ = [
     "PROBES",
     "Factorization",
-    "cleared",
     "has_gradients",
     "narrow",
     "take_array",
@@ -419,16 +416,3 @@ def take_array(
         msg = f"`{name}` must have shape {shape}, got {found}."
         raise ShapeError(msg)
     return arrays[name]
-
-
-def cleared(x: Array, tree: ClusterTree, rows: slice = slice(None)) -> Array:
-    """Return ``rows`` of a padded block (rows, r) with zeros where they are padding.
-
-    Singular vectors of rounding errors point anywhere. Padding has ones on the diagonal,
-    so that in a matrix of another scale they would outweigh all else.
-    """
-    if tree.padded == tree.n:
-        return x
-    space = Space.of(x)
-    real = places("rows", tree, space)[rows] < tree.n
-    return space.xp.where(real[:, None], x, space.xp.zeros_like(x))

@@ -18,10 +18,9 @@ from hmatrix._backend import (
     namespace,
 )
 from hmatrix._checks import PrecisionError, SingularBlockError
-from hmatrix._operator import unpad_rows
+from hmatrix._operator import cleared, unpad_rows
 from hmatrix.factor._base import (
     Factorization,
-    cleared,
     has_gradients,
     narrow,
     take_array,

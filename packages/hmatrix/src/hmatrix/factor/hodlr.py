@@ -23,12 +23,11 @@ from hmatrix._backend import (
     without_gradients,
 )
 from hmatrix._checks import SingularBlockError, SingularLeafError
-from hmatrix._operator import real_rows, unpad_rows
+from hmatrix._operator import cleared, real_rows, unpad_rows
 from hmatrix.arithmetic import Terms, estimate_norm
 from hmatrix.factor._base import (
     PROBES,
     Factorization,
-    cleared,
     narrow,
     take_array,
 )

@@ -21,11 +21,10 @@ from hmatrix._backend import (
     solve,
 )
 from hmatrix._checks import SingularBlockError
-from hmatrix._operator import unpad_rows
+from hmatrix._operator import cleared, unpad_rows
 from hmatrix.construct import from_matvec
 from hmatrix.factor._base import (
     Factorization,
-    cleared,
     has_gradients,
     narrow,
     take_array,
