@@ -301,6 +301,7 @@ def test_auto_inverts_what_is_not_definite(rng):
     sign, log = np.linalg.slogdet(D)
     assert F.slogdet() == (sign, pytest.approx(log))
     assert sign == -1
+    assert type(F).__name__ == "HODLRFactorization"
     b = rng.standard_normal(8)
     assert error_ratio(D @ F.solve(b), b) < 1e-13
     with pytest.raises(TypeError, match=r'no symmetric factor W.*method="cholesky"'):

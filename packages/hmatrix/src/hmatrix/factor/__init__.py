@@ -1,8 +1,8 @@
 """Factor once, apply many: solve, inverse, its diagonal, log-determinant.
 
-Both factorizations go from the leaves to the root, one batched call a level, and take
-the columns of all levels above along, so each level is two matrix products and one
-small factorization.
+All factorizations go from the leaves to the root, one batched call a level, and take
+the columns of all levels above along, so that each level is a few matrix products and
+one small factorization.
 """
 
 from __future__ import annotations
