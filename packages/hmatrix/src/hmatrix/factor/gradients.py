@@ -16,6 +16,7 @@ from hmatrix._backend import (
     conjugate,
     detach,
     known_gradients,
+    namespace,
     real_part,
 )
 from hmatrix._operator import real_rows
@@ -23,7 +24,7 @@ from hmatrix.arithmetic import matmul
 from hmatrix.construct import from_diagonal
 from hmatrix.factor.symmetric import SymmetricFactor
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import scaled
+from hmatrix.lowrank import LowRank, scaled
 
 __all__ = [
     "diagonal_with_gradients_of",
@@ -82,17 +83,22 @@ def diagonal_with_gradients_of(
 
 def _trace_gradients(X: HODLR, H: HODLR) -> list[Array]:
     """Return the gradients of ``tr(X A)`` to the arrays of H, X Hermitian if H is."""
-    xp, found = H.space.xp, [adjoint(X.leaves)]  # in the order of H._arrays()
+    found = [adjoint(X.leaves)]  # in the order of H._arrays()
     both = 2 if H.symmetric else 1
     for which, side in enumerate(H._sides.values()):
         for level, block in enumerate(side):
             # a block meets the one across the diagonal
             G = X.blocks(level)[1 - which].H
             times_V, times_U = G @ block.V, G.H @ block.U
-            scale = real_part(xp.sum(conjugate(block.U) * times_V, axis=-2))
-            U, V = (scaled(both * x, block.S[:, None, :]) for x in (times_V, times_U))
-            found += [U, both * scale, V]
+            found += _block_gradients(block, both * times_V, both * times_U)
     return found
+
+
+def _block_gradients(block: LowRank, times_V: Array, times_U: Array) -> list[Array]:
+    """Return those to U, S and V of blocks, from the blocks' own ones ``G V``, ``Gᴴ U``."""
+    S = block.S[:, None, :]
+    along = namespace(times_V).sum(conjugate(block.U) * times_V, axis=-2)
+    return [scaled(times_V, S), real_part(along), scaled(times_U, S)]
 
 
 def _logdet_gradients(factor: SymmetricFactor, H: HODLR) -> list[Array]:
@@ -113,9 +119,7 @@ def _logdet_gradients(factor: SymmetricFactor, H: HODLR) -> list[Array]:
         A2 = xp.concat([across[1], halves[:, 1, ...]], axis=-1)
         # both blocks of the matrix are this one: twice A⁻¹₁₂ = A1 A2ᴴ
         times_V, times_U = A1 @ (adjoint(A2) @ block.V), A2 @ (adjoint(A1) @ block.U)
-        scale = real_part(xp.sum(conjugate(block.U) * times_V, axis=-2))
-        U, V = (scaled(2 * x, block.S[:, None, :]) for x in (times_V, times_U))
-        found += [U, 2 * scale, V]
+        found += _block_gradients(block, 2 * times_V, 2 * times_U)
         own = xp.stack([M[:, :r, :r], M[:, r:, r:]], axis=1)
         ZM = xp.reshape(halves @ own, (tree.padded, r))
         left = xp.concat([left, ZM], axis=-1)

@@ -115,11 +115,7 @@ class HODLRFactorization(Factorization):
             if not width:
                 continue
             # rows of a half meet the columns of Dᴴ Q that come from the other block
-            Y = self._halves(level, self._Y[level])
-            Z = Y
-            if not self.symmetric:
-                x = self._solve_adjoint(self._Q[level], level + 1)
-                Z = self._halves(level, x)
+            Y, Z = self._term_bases(level)
             E = self._E[level]
             off = xp.stack([E[:, :width, width:], E[:, width:, :width]], axis=1)
             part = xp.reshape(xp.sum((Y @ off) * conjugate(Z), axis=-1), (-1,))
@@ -159,11 +155,7 @@ class HODLRFactorization(Factorization):
         return leaves, map(self._level_terms, range(self.tree.levels))
 
     def _level_terms(self, level: int) -> Terms:
-        width = self._widths[level]
-        Z = Y = self._halves(level, self._Y[level])
-        if not self.symmetric:
-            x = self._solve_adjoint(self._Q[level], level + 1)
-            Z = self._halves(level, x)
+        width, (Y, Z) = self._widths[level], self._term_bases(level)
         E, ones = self._E[level], self.space.real.ones(Y.shape[0], width)
 
         def term(row: int, column: int) -> LowRank:
@@ -172,6 +164,13 @@ class HODLRFactorization(Factorization):
             return LowRank(-Y[:, row, :, :] @ core, ones, Z[:, column, :, :])
 
         return term(0, 1), term(1, 0), stack(term(0, 0), term(1, 1))
+
+    def _term_bases(self, level: int) -> tuple[Array, Array]:
+        """Return D P and Dᴴ Q of a level, each (2**level, 2, half, r)."""
+        Y = self._halves(level, self._Y[level])
+        if self.symmetric:
+            return Y, Y
+        return Y, self._halves(level, self._solve_adjoint(self._Q[level], level + 1))
 
     def _apply(self, x: Array) -> Array:
         x = self._solve_leaves(x)
