@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,6 +101,15 @@ def definite_matrix(n, rng, *, is_complex=False, smallest=0.3):
     A = np.exp(-3 * abs(t[:, None] - t)) + B @ B.conj().T
     A = (A + A.conj().T) / 2
     return A + (smallest - min(0.0, np.linalg.eigvalsh(A)[0])) * np.eye(n)
+
+
+def traced(run):
+    """Return what ``run()`` gives, and the most bytes that NumPy held meanwhile."""
+    tracemalloc.start()
+    try:
+        return run(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def relative(H, A):
