@@ -241,6 +241,21 @@ class StoredOperator(Entries, Operator):
         ``scales`` is for those that are real in a complex matrix, if given.
         """
 
+    @abstractmethod
+    def _nodes(self, level: int, B11: Array, B22: Array) -> Array:
+        """Return the nodes of a level (b, 2m, 2m), from their halves' ones (b, m, m)."""
+
+    @in_own_precision
+    def to_dense(self) -> Array:
+        """Return the matrix as one array (n, n). For tests and small n."""
+        dense = self.leaves
+        for level in reversed(range(self.tree.levels)):
+            m = self.tree.size(level + 1)
+            halves = self.space.xp.reshape(dense, (-1, 2, m, m))
+            dense = self._nodes(level, halves[:, 0, ...], halves[:, 1, ...])
+        rows = transpose(unpad_rows(dense[0, ...], self.tree))
+        return transpose(unpad_rows(rows, self.tree))
+
     def to(self, *, like: Array | None = None, dtype: object = None) -> Self:
         """Return it in the library and device of ``like`` and in ``dtype``.
 

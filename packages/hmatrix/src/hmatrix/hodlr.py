@@ -15,9 +15,7 @@ from hmatrix._backend import (
     adjoint,
     block_matrix,
     conjugate,
-    in_own_precision,
     namespace,
-    transpose,
 )
 from hmatrix._checks import OverwrittenError, ShapeError, check_operand
 from hmatrix._operator import StoredOperator, real_rows, unpad_rows
@@ -159,18 +157,9 @@ class HODLR(StoredOperator):
         diagonal = self.space.xp.linalg.diagonal(self.leaves)
         return unpad_rows(self.space.xp.reshape(diagonal, (-1,)), self.tree)
 
-    @in_own_precision
-    def to_dense(self) -> Array:
-        """Return the matrix as one array (n, n). For tests and small n."""
-        xp = self.space.xp
-        dense = self.leaves
-        for level in reversed(range(self.tree.levels)):
-            m = self.tree.size(level + 1)
-            halves = xp.reshape(dense, (-1, 2, m, m))
-            B12, B21 = (block.to_dense() for block in self.blocks(level))
-            dense = block_matrix(halves[:, 0, ...], B12, B21, halves[:, 1, ...])
-        rows = transpose(unpad_rows(dense[0, ...], self.tree))
-        return transpose(unpad_rows(rows, self.tree))
+    def _nodes(self, level: int, B11: Array, B22: Array) -> Array:
+        B12, B21 = (block.to_dense() for block in self.blocks(level))
+        return block_matrix(B11, B12, B21, B22)
 
     def map(
         self,

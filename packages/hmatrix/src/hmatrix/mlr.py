@@ -13,10 +13,8 @@ from hmatrix._backend import (
     adjoint,
     block_matrix,
     conjugate,
-    in_own_precision,
     squares,
     to_numpy,
-    transpose,
 )
 from hmatrix._checks import ShapeError, check_operand
 from hmatrix._operator import StoredOperator, unpad_rows
@@ -125,20 +123,10 @@ class MLR(StoredOperator):
         """Return the sum of the diagonal, which is real."""
         return complex(self.space.xp.sum(self.diagonal())).real
 
-    @in_own_precision
-    def to_dense(self) -> Array:
-        """Return the matrix as one array (n, n). For tests and small n."""
-        xp = self.space.xp
-        dense = self.leaves
-        for level in reversed(range(self.tree.levels)):
-            m = self.tree.size(level + 1)
-            halves = xp.reshape(dense, (-1, 2, m, m))
-            zero = xp.zeros_like(halves[:, 0, ...])
-            dense = block_matrix(halves[:, 0, ...], zero, zero, halves[:, 1, ...])
-            F = self.factors[level]
-            dense = dense + self.sign * (F @ adjoint(F))
-        rows = transpose(unpad_rows(dense[0, ...], self.tree))
-        return transpose(unpad_rows(rows, self.tree))
+    def _nodes(self, level: int, B11: Array, B22: Array) -> Array:
+        F, zero = self.factors[level], self.space.xp.zeros_like(B11)
+        own = self.sign * (F @ adjoint(F))
+        return block_matrix(B11, zero, zero, B22) + own
 
     def map(
         self,

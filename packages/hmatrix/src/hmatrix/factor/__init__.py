@@ -119,14 +119,18 @@ def factorize(
 
     torch carries gradients through solutions, the inverse, its diagonal and the
     log-determinant to leaves, factors and right-hand sides; a shift that wants a gradient
-    is refused here and added by `hmatrix.shift`. Those of "inversion" are of its steps and can be
-    differentiated again. Those of "cholesky" are of the matrix, ``dx = A⁻¹ (db − dA x)``
-    and ``d log det A = tr(A⁻¹ dA)``, at the cost of a refinement step and of a selected
-    inverse, and raise if differentiated again; its diagonal of the inverse is taken from
-    "inversion" for them, or "orthogonal" where that fails. Those of "orthogonal" are alike, those of the log-determinant
-    and of the diagonal of the inverse from the stored inverse (see `inverse`), to the
-    square root of epsilon. ``sample`` and ``whiten`` have gradients to vectors, and to an
-    `MLR`.
+    is refused here and added by `hmatrix.shift`.
+
+    * Those of "inversion" are of its steps and can be differentiated again.
+    * Those of "cholesky" are of the matrix, ``dx = A⁻¹ (db − dA x)`` and
+      ``d log det A = tr(A⁻¹ dA)``, at the cost of a refinement step and of a selected
+      inverse, and raise if differentiated again; its diagonal of the inverse is taken
+      from "inversion" for them, or "orthogonal" where that fails.
+    * Those of "orthogonal" are alike; of the log-determinant and of the diagonal of the
+      inverse they are from the stored inverse (see `inverse`), to the square root of
+      epsilon.
+
+    ``sample`` and ``whiten`` have gradients to vectors, and to an `MLR`.
 
     Examples
     --------
