@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
+
+import hmatrix as hm
 
 #: Largest error ratio ``‖a − b‖ / ‖b‖`` of an operation in a dtype. "exact" is what
 #: rounding alone may do, "solve" is multiplied by the condition number.
@@ -52,13 +55,19 @@ def to_numpy(x):
 
 
 def dense(H):
-    """Return a hierarchical matrix as a float64 NumPy array."""
-    return to_numpy(H.to_dense()).astype(np.float64)
+    """Return a hierarchical matrix as a NumPy array in double precision."""
+    return double(H.to_dense())
+
+
+def double(x):
+    """Return an array of any library as one of NumPy in double precision."""
+    x = to_numpy(x)
+    return x.astype(np.result_type(x.dtype, np.float64))
 
 
 def error_ratio(actual, expected):
-    """Return ``‖actual − expected‖ / ‖expected‖`` in float64."""
-    a, b = (np.asarray(to_numpy(x), dtype=np.float64) for x in (actual, expected))
+    """Return ``‖actual − expected‖ / ‖expected‖`` in double precision."""
+    a, b = double(actual), double(expected)
     assert a.shape == b.shape, f"shape {a.shape}, expected {b.shape}"
     difference, norm = np.linalg.norm(a - b), np.linalg.norm(b)
     return difference / norm if norm else difference
@@ -94,6 +103,39 @@ def definite_matrix(n, rng, *, is_complex=False, smallest=0.3):
     return A + (smallest - min(0.0, np.linalg.eigvalsh(A)[0])) * np.eye(n)
 
 
+def traced(run):
+    """Return what ``run()`` gives, and the most bytes that NumPy held meanwhile."""
+    tracemalloc.start()
+    try:
+        return run(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 def relative(H, A):
     """Return the relative error of a matrix in the Frobenius norm."""
-    return np.linalg.norm(to_numpy(H.to_dense()) - A) / (np.linalg.norm(A) or 1.0)
+    return error_ratio(H.to_dense(), A)
+
+
+def padded_parts(H):
+    """Yield what a matrix has in padded rows and columns."""
+    tree = H.tree
+    padded = tree.rows >= tree.n
+    leaves = to_numpy(H.leaves)
+    rows = padded.reshape(leaves.shape[:2])
+    yield from (leaves[rows], leaves.transpose(0, 2, 1)[rows])
+    if isinstance(H, hm.MLR):
+        for F in map(to_numpy, H.factors):
+            yield F.reshape(tree.padded, -1)[padded]
+        return
+    for level in range(tree.levels):
+        halves = padded.reshape(tree.nodes(level), 2, -1)
+        for side, block in enumerate(H.blocks(level)):
+            yield to_numpy(block.U)[halves[:, side]]
+            yield to_numpy(block.V)[halves[:, 1 - side]]
+
+
+def assert_padding_is_zero(*matrices):
+    """Check that padded rows and columns of matrices are zero, to the last bit."""
+    for H in matrices:
+        assert not any(part.any() for part in padded_parts(H))

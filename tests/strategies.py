@@ -41,6 +41,13 @@ def make_samples(kind, c, n, rng):
     return X
 
 
+def mlr_matrix(n, levels, seed, rank=3):
+    """Return an MLR matrix, the second moments of smooth samples."""
+    stream = hm.StreamingMLR(n, levels, rank)
+    stream.update(make_samples("walk", 30, n, np.random.default_rng(seed)))
+    return stream.result()
+
+
 @st.composite
 def samples(draw, n, max_samples=40):
     """Draw a batch (c, n) of samples, c = 0 included."""
@@ -53,6 +60,20 @@ def samples(draw, n, max_samples=40):
 def batches(draw, n, max_batches=4):
     """Draw a list of batches of samples."""
     return draw(st.lists(samples(n), min_size=1, max_size=max_batches))
+
+
+def moment(data):
+    """Return the exact sum of zzᵀ over batches, in float64."""
+    Z = np.concatenate(data).astype(np.float64)
+    return Z.T @ Z
+
+
+def fed(kind, data, levels, rank, **options):
+    """Return an accumulator of a kind that has seen batches."""
+    stream = kind(data[0].shape[1], levels, rank, like=data[0], **options)
+    for Z in data:
+        stream.update(Z)
+    return stream
 
 
 @st.composite

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import hmatrix as hm
-from tests.helpers import assert_in, condition, to_numpy
+from tests.helpers import assert_in, condition, dense, to_numpy
 from tests.strategies import (
     SEEDS,
     cluster_trees,
@@ -21,10 +21,6 @@ from tests.strategies import (
 )
 
 TOLERANCES = st.sampled_from([1e-12, 1e-8, 1e-3, 0.3])
-
-
-def dense(H):
-    return to_numpy(H.to_dense())
 
 
 def distance(H, expected):

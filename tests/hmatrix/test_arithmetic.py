@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 import hmatrix as hm
 from tests.helpers import assert_close, dense, error_ratio, to_numpy
-from tests.strategies import SEEDS, hodlr_matrices, make_samples, square_matrices, trees
+from tests.strategies import SEEDS, hodlr_matrices, mlr_matrix, square_matrices, trees
 
 
 @st.composite
@@ -15,12 +15,6 @@ def pairs(draw):
         hm.from_dense(draw(square_matrices(n)), levels=levels, max_rank=4)
         for _ in range(2)
     ]
-
-
-def mlr(n, levels, seed, rank=4):
-    stream = hm.StreamingMLR(n, levels, rank)
-    stream.update(make_samples("walk", 20, n, np.random.default_rng(seed)))
-    return stream.result()
 
 
 @given(pairs(), st.floats(1e-10, 0.5))
@@ -96,7 +90,7 @@ def test_to_complex_and_to_single_keep_scales_real(H):
 
 @given(trees(), SEEDS)
 def test_mlr_sums_scales_and_shifts(size, seed):
-    H, G = mlr(*size, seed), mlr(*size, seed // 2)
+    H, G = mlr_matrix(*size, seed), mlr_matrix(*size, seed // 2)
     D = dense(H)
     assert_close(hm.add(H, G).to_dense(), D + dense(G), ("float64", "exact"))
     assert_close(hm.scale(H, 2.5).to_dense(), 2.5 * D, ("float64", "exact"))
@@ -107,7 +101,7 @@ def test_mlr_sums_scales_and_shifts(size, seed):
 
 @given(trees(), SEEDS)
 def test_truncating_an_mlr_keeps_its_diagonal(size, seed):
-    H = mlr(*size, seed)
+    H = mlr_matrix(*size, seed)
     cut = hm.truncate(H, max_rank=2)
     assert all(r <= 2 for r in cut.ranks)
     assert_close(cut.diagonal(), H.diagonal(), ("float64", "stream"))
@@ -117,7 +111,7 @@ def test_truncating_an_mlr_keeps_its_diagonal(size, seed):
 
 
 def test_norms_of_inverses(rng):
-    inverse = hm.factorize(mlr(40, 3, 0), 0.5).inverse()
+    inverse = hm.factorize(mlr_matrix(40, 3, 0), 0.5).inverse()
     assert hm.norm(inverse) == pytest.approx(np.linalg.norm(dense(inverse)))
 
 
@@ -126,15 +120,15 @@ def test_what_does_not_match_is_refused():
     with pytest.raises(hm.ShapeError, match="`G` must have ClusterTree"):
         hm.add(H, G)
     with pytest.raises(TypeError, match="`G` must be a HODLR, got MLR"):
-        hm.add(H, mlr(8, 1, 0))
+        hm.add(H, mlr_matrix(8, 1, 0))
     with pytest.raises(hm.DTypeError, match="`G` has dtype float32"):
         hm.add(H, H.to(dtype="float32"))
     with pytest.raises(ValueError, match="`factor` must be at least 0"):
-        hm.scale(mlr(8, 1, 0), -1.0)
+        hm.scale(mlr_matrix(8, 1, 0), -1.0)
     with pytest.raises(ValueError, match="truncated by `max_rank`"):
-        hm.truncate(mlr(8, 1, 0), rtol=1e-3)
+        hm.truncate(mlr_matrix(8, 1, 0), rtol=1e-3)
     with pytest.raises(ValueError, match="`G` must have sign 1, got -1"):
-        hm.add(mlr(8, 1, 0), hm.factorize(mlr(8, 1, 0), 1.0).inverse())
+        hm.add(mlr_matrix(8, 1, 0), hm.factorize(mlr_matrix(8, 1, 0), 1.0).inverse())
     with pytest.raises(hm.DTypeError, match="`factor` is complex, the matrix float64"):
         hm.scale(H, 1j)
     with pytest.raises(hm.DTypeError, match="`diagonal` has dtype complex128"):

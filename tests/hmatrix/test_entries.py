@@ -1,7 +1,5 @@
 """Matrices from functions of entries and from kernels on points."""
 
-import tracemalloc
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +8,7 @@ from hypothesis import strategies as st
 import hmatrix as hm
 import hmatrix.construct.cross
 from hmatrix._backend import namespace
-from tests.helpers import assert_in, dense, error_ratio, relative, to_numpy
+from tests.helpers import assert_in, dense, error_ratio, relative, to_numpy, traced
 from tests.strategies import SEEDS
 
 KERNELS = {
@@ -266,10 +264,9 @@ def test_an_absolute_tolerance_may_allow_more(rng):
 def test_no_array_of_the_whole_matrix():
     n = 2**14
     x = np.linspace(0, 1, n)
-    tracemalloc.start()
-    H = hm.from_kernel(lambda a, b: 1 / (1 + abs(a - b)), x, rtol=1e-8)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    H, peak = traced(
+        lambda: hm.from_kernel(lambda a, b: 1 / (1 + abs(a - b)), x, rtol=1e-8)
+    )
     assert peak < 4 * H.nbytes < 8 * n * n / 20
 
 

@@ -30,7 +30,6 @@ def test_readme_examples(tmp_path, monkeypatch):
     exec("\n".join(blocks), {})  # noqa: S102
 
 
-def test_the_public_names_are_sorted_and_there():
-    assert all(hasattr(hmatrix, name) for name in hmatrix.__all__)
+def test_the_public_names_are_there_and_documented():
     for name in hmatrix.__all__:
         assert getattr(hmatrix, name).__doc__, f"{name} has no docstring"

@@ -6,9 +6,15 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 import hmatrix as hm
-from hmatrix.construct.sampling import PROBES
-from tests.helpers import assert_in, error_ratio, to_numpy
-from tests.hmatrix.test_memory import peak_bytes
+from hmatrix.construct.probes import PROBES
+from tests.helpers import (
+    assert_in,
+    assert_padding_is_zero,
+    error_ratio,
+    relative,
+    to_numpy,
+    traced,
+)
 from tests.strategies import SEEDS, square_matrices, trees
 
 
@@ -31,11 +37,6 @@ class Products:
 def compress(A, **options):
     options = {"n": len(A), "dtype": A.dtype} | options
     return hm.from_matvec(lambda x: A @ x, lambda x: A.T.conj() @ x, **options)
-
-
-def relative(H, A):
-    difference, norm = np.linalg.norm(to_numpy(H.to_dense()) - A), np.linalg.norm(A)
-    return difference / norm if norm else difference
 
 
 def distances(n):
@@ -191,12 +192,7 @@ def test_rows_are_in_their_own_order_and_padding_is_zero(tree, rng):
     A = rng.standard_normal((43, 43))
     H = compress(A, tree=tree, rtol=1e-6)
     assert relative(H, A) <= 1e-6
-    padding = tree.rows == tree.n
-    for level in range(tree.levels):
-        halves = padding.reshape(tree.nodes(level), 2, -1)
-        B12, B21 = H.blocks(level)
-        for rows, i in ((B12.U, 0), (B12.V, 1), (B21.U, 1), (B21.V, 0)):
-            assert not rows[halves[:, i]].any()
+    assert_padding_is_zero(H)
 
 
 def test_the_same_seed_gives_the_same_matrix():
@@ -340,13 +336,8 @@ def test_the_matrix_is_never_built():
         upper = np.cumsum((x * decay[:, None])[::-1], axis=0)[::-1] / decay[:, None]
         return lower + upper - x
 
-    H = None
-
-    def run():
-        nonlocal H
-        H = hm.from_matvec(matvec, n=n, symmetric=True, rtol=1e-8)
-
-    assert peak_bytes(run) < 8 * n * n / 10
+    H, peak = traced(lambda: hm.from_matvec(matvec, n=n, symmetric=True, rtol=1e-8))
+    assert peak < 8 * n * n / 10
     assert H.ranks == (1,) * 8
     i = np.array([0, 77, 9000, n - 1])
     unit = np.zeros((n, 4))

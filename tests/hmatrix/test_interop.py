@@ -36,36 +36,24 @@ def test_complex_vectors_keep_their_imaginary_parts(rng):
         np.testing.assert_allclose(operator.H @ x, D.T @ x, rtol=1e-12)
 
 
-def test_the_inverse_preconditions(rng):
-    stream = hm.StreamingMLR(200, 3, 8)
-    X = make_samples("walk", 400, 200, rng)
-    stream.update(X)
-    A, b = X.T @ X / 400 + 1e-2 * np.eye(200), rng.standard_normal(200)
-    M = hm.aslinearoperator(hm.factorize(stream.result(), 1e-2).inverse())
-    steps = []
-    x, info = cg(A, b, M=M, rtol=1e-10, callback=lambda _: steps.append(1))
-    assert info == 0
-    assert_close(x, np.linalg.solve(A, b), ("float64", "solve"), 1e6)
-    plain = []
-    cg(A, b, rtol=1e-10, callback=lambda _: plain.append(1))
-    assert len(steps) < len(plain)
-
-
-def test_general_inverses_too(rng):
-    A = rng.standard_normal((50, 50)) + 20 * np.eye(50)
-    H = hm.from_dense(A, levels=2, max_rank=10)
-    inverse = hm.aslinearoperator(hm.factorize(H).inverse())
-    x, info = gmres(A, A @ np.ones(50), M=inverse, rtol=1e-10)
-    assert info == 0
-    np.testing.assert_allclose(x, 1, rtol=1e-8)
-
-
 def count_steps(solver, A, b, **options):
     """Return the number of iterations, and the solution."""
     steps = []
     x, info = solver(A, b, rtol=1e-10, callback=steps.append, **options)
     assert info == 0
     return len(steps), x
+
+
+def test_the_inverse_preconditions(rng):
+    stream = hm.StreamingMLR(200, 3, 8)
+    X = make_samples("walk", 400, 200, rng)
+    stream.update(X)
+    A, b = X.T @ X / 400 + 1e-2 * np.eye(200), rng.standard_normal(200)
+    M = hm.aslinearoperator(hm.factorize(stream.result(), 1e-2).inverse())
+    plain, _ = count_steps(cg, A, b)
+    steps, x = count_steps(cg, A, b, M=M)
+    assert steps < plain / 2
+    assert_close(x, np.linalg.solve(A, b), ("float64", "solve"), 1e6)
 
 
 @pytest.mark.parametrize("rtol", [1e-1, 1e-2, 1e-3])

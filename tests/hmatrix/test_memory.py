@@ -6,19 +6,11 @@ import numpy as np
 import pytest
 
 import hmatrix as hm
-from hmatrix.factor import symmetric
+from hmatrix.factor import climb
+from tests.helpers import traced
 from tests.strategies import make_samples
 
 N, LEVELS, RANK = 4096, 6, 8
-
-
-def peak_bytes(run):
-    tracemalloc.start()
-    try:
-        run()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("kind", [hm.StreamingMLR, hm.StreamingHODLR])
@@ -36,14 +28,13 @@ def test_streaming_and_inverting_never_build_the_matrix(kind, rng):
         H.diagonal()
         hm.norm(H)
 
-    assert peak_bytes(run) < 4 * N * N / 2.5
+    assert traced(run)[1] < 4 * N * N / 2.5
 
 
 def test_a_large_batch_is_taken_in_pieces(rng):
     batch = make_samples("walk", 8192, 512, rng).astype(np.float32)
     stream = hm.StreamingMLR(512, 2, RANK, dtype="float32")
-    several = peak_bytes(lambda: stream.update(batch))
-    assert several < 120e6
+    assert traced(lambda: stream.update(batch))[1] < 120e6
 
 
 def test_multiplying_and_inverting_into_blocks_never_build_the_matrix():
@@ -59,7 +50,7 @@ def test_multiplying_and_inverting_into_blocks_never_build_the_matrix():
         H.row(N // 2)
         H.block(range(50), range(N))
 
-    assert peak_bytes(run) < 4 * N * N / 2.5
+    assert traced(run)[1] < 4 * N * N / 2.5
 
 
 @pytest.mark.parametrize("kernel", ["exponential", "gaussian", "logarithm"])
@@ -83,7 +74,7 @@ def test_a_matrix_takes_the_memory_that_its_ranks_need(kernel, rng):
 
 def test_factorizing_over_the_matrix_never_holds_both(rng, monkeypatch):
     """Matrix and factor are as large as each other; a worker's pieces come on top."""
-    monkeypatch.setattr(symmetric, "default_workers", lambda _: 1)
+    monkeypatch.setattr(climb, "default_workers", lambda _: 1)
     points = np.sort(rng.random(2**16))
     most = {}
 
@@ -102,6 +93,6 @@ def test_factorizing_over_the_matrix_never_holds_both(rng, monkeypatch):
         most[overwrite] = tracemalloc.get_traced_memory()[1] / size
 
     for overwrite in (False, True):
-        peak_bytes(lambda which=overwrite: run(which))
+        traced(lambda which=overwrite: run(which))
     assert most[False] > 2
     assert most[True] < 1.5

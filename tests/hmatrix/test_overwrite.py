@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import hmatrix as hm
-from hmatrix.factor import symmetric
+from hmatrix.factor import climb
 from tests.helpers import definite_matrix, error_ratio, to_numpy
 
 
@@ -78,7 +78,7 @@ def test_factors_in_column_order_are_overwritten_alike(rng, monkeypatch):
     H = hm.from_dense(A, levels=4, rtol=1e-8, definite=True)
     expected = hm.factorize(H).solve(A)
     # several levels above what is worked on at once
-    monkeypatch.setattr(symmetric, "CACHE", 2**8)
+    monkeypatch.setattr(climb, "CACHE", 2**8)
     F = hm.factorize(H.map(in_columns), overwrite=True)
     np.testing.assert_allclose(F.solve(A), expected, rtol=1e-10, atol=1e-12)
 
@@ -90,7 +90,7 @@ def test_mlr_factors_in_column_order_give_the_same_samples(rng, monkeypatch):
         for k in range(4)
     )
     M = hm.MLR(tree, np.broadcast_to(np.eye(4), (16, 4, 4)), factors)
-    monkeypatch.setattr(symmetric, "CACHE", 2**8)
+    monkeypatch.setattr(climb, "CACHE", 2**8)
     W = hm.factorize(M).sample(np.eye(64))
     assert error_ratio(W @ W.T, M.to_dense()) < 1e-14
 

@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse
 
 import hmatrix as hm
-from tests.helpers import to_numpy
+from tests.helpers import assert_padding_is_zero as check
 from tests.strategies import make_samples
 
 TREES = [
@@ -26,29 +26,6 @@ def make(kind, n):
     if kind == "kernel":
         return np.exp(-100 * (t[:, None] - t) ** 2)
     return np.outer(t, t)
-
-
-def padded_parts(H):
-    """Yield what a matrix has in padded rows and columns."""
-    tree = H.tree
-    padded = tree.rows >= tree.n
-    leaves = to_numpy(H.leaves)
-    rows = padded.reshape(leaves.shape[:2])
-    yield from (leaves[rows], leaves.transpose(0, 2, 1)[rows])
-    if isinstance(H, hm.MLR):
-        for F in map(to_numpy, H.factors):
-            yield F.reshape(tree.padded, -1)[padded]
-        return
-    for level in range(tree.levels):
-        halves = padded.reshape(tree.nodes(level), 2, -1)
-        for side, block in enumerate(H.blocks(level)):
-            yield to_numpy(block.U)[halves[:, side]]
-            yield to_numpy(block.V)[halves[:, 1 - side]]
-
-
-def check(*matrices):
-    for H in matrices:
-        assert not any(part.any() for part in padded_parts(H))
 
 
 @pytest.mark.parametrize("tree", TREES, ids=str)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import hmatrix as hm
 from tests.helpers import assert_close, assert_in, dense, to_numpy
-from tests.strategies import SEEDS, make_samples, square_matrices, trees
+from tests.strategies import SEEDS, mlr_matrix, square_matrices, trees
 
 
 def general(n, levels, rng):
@@ -25,13 +25,7 @@ def uneven(n, levels, rng):
     return hm.from_dense(A, levels=levels)
 
 
-def mlr(n, levels, rng):
-    stream = hm.StreamingMLR(n, levels, rank=3)
-    stream.update(make_samples("walk", 20, n, rng))
-    return stream.result()
-
-
-MAKERS = [general, symmetric, uneven, mlr]
+MAKERS = [general, symmetric, uneven, mlr_matrix]
 makers = st.sampled_from(MAKERS)
 
 
@@ -99,9 +93,17 @@ def test_ranks_are_those_of_the_blocks(data):
     n, levels = data.draw(trees(max_levels=3))
     A = data.draw(square_matrices(n))
     H = hm.from_dense(A, levels=levels, rtol=1e-9)
+    padded = H.tree.padded
+    D = np.pad(dense(H), (0, padded - n))
     for k, rank in enumerate(H.ranks):
-        assert rank <= H.tree.size(k + 1)
-        assert rank == max(H.upper[k].largest_rank, H.blocks(k)[1].largest_rank)
+        half = H.tree.size(k + 1)
+        nodes = (
+            (slice(i, i + half), slice(i + half, i + 2 * half))
+            for i in range(0, padded, 2 * half)
+        )
+        blocks = [B for top, low in nodes for B in (D[top, low], D[low, top])]
+        # what is cut off is a thousand times as large
+        assert rank == max(np.linalg.matrix_rank(blocks, tol=1e-12 * np.linalg.norm(A)))
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -129,12 +131,12 @@ def test_repr_says_what_it_is(rng):
     assert repr(symmetric(40, 2, rng)) == (
         "HODLR(n=40, levels=2, ranks=(3, 3), symmetric, float64, numpy, 5.19 kB, 0.41 of dense)"
     )
-    assert repr(mlr(40, 2, rng)) == (
+    assert repr(mlr_matrix(40, 2, rng)) == (
         "MLR(n=40, levels=2, ranks=(3, 3), float64, numpy, 5.12 kB, 0.4 of dense)"
     )
 
 
-@pytest.mark.parametrize("make", [general, mlr])
+@pytest.mark.parametrize("make", [general, mlr_matrix])
 def test_operands_that_do_not_fit_are_refused(make, rng):
     import torch
 

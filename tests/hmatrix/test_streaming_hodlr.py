@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,19 +7,9 @@ from hypothesis import strategies as st
 
 import hmatrix as hm
 from tests.helpers import assert_close, assert_in, dense, error_ratio, to_numpy
-from tests.strategies import SEEDS, batches, make_samples, trees
+from tests.strategies import SEEDS, batches, fed, make_samples, moment, trees
 
-
-def moment(data):
-    Z = np.concatenate(data).astype(np.float64)
-    return Z.T @ Z
-
-
-def stream_of(data, levels, rank, **options):
-    stream = hm.StreamingHODLR(data[0].shape[1], levels, rank, like=data[0], **options)
-    for Z in data:
-        stream.update(Z)
-    return stream
+stream_of = partial(fed, hm.StreamingHODLR)
 
 
 def orthogonality(stream):

@@ -8,8 +8,7 @@ from scipy import sparse
 
 import hmatrix as hm
 from hmatrix.construct import toeplitz
-from tests.helpers import assert_in, to_numpy
-from tests.hmatrix.test_memory import peak_bytes
+from tests.helpers import assert_in, assert_padding_is_zero, relative, to_numpy, traced
 from tests.strategies import SEEDS, trees
 
 DTYPES = ["float32", "float64", "complex64", "complex128"]
@@ -23,11 +22,6 @@ N = 2**14
 QUARTER = 8 * N * N / 4
 
 
-def relative(H, A):
-    difference, norm = np.linalg.norm(to_numpy(H.to_dense()) - A), np.linalg.norm(A)
-    return difference / norm if norm else difference
-
-
 def tolerance(dtype):
     return 1e-5 if dtype in {"float32", "complex64"} else 1e-13
 
@@ -37,18 +31,6 @@ def numbers(rng, dtype, *shape):
     if dtype.startswith("complex"):
         x = x + 1j * rng.standard_normal(shape)
     return x.astype(dtype)
-
-
-def assert_padding_is_zero(H):
-    padding = H.tree.rows == H.tree.n
-    for level in range(H.tree.levels):
-        halves = padding.reshape(H.tree.nodes(level), 2, -1)
-        B12, B21 = H.blocks(level)
-        for rows, i in ((B12.U, 0), (B12.V, 1), (B21.U, 1), (B21.V, 0)):
-            assert not rows[halves[:, i]].any()
-    leaf = padding.reshape(-1, H.tree.leaf_size)
-    assert not H.leaves[leaf].any()
-    assert not H.leaves.swapaxes(1, 2)[leaf].any()
 
 
 # --- identity and diagonal
@@ -222,19 +204,13 @@ def test_the_trap_of_two_hubs_takes_no_square_memory():
     rows = np.concatenate([np.full(N, 40), lines, lines])
     columns = np.concatenate([lines, np.full(N, N - 40), lines])
     A = sparse.coo_array((np.ones(3 * N), (rows, columns)), shape=(N, N))
-    assert peak_bytes(lambda: hm.from_sparse(A)) < QUARTER / 8
+    assert traced(lambda: hm.from_sparse(A))[1] < QUARTER / 8
 
 
 def test_the_grid_laplacian_is_never_dense():
     one = sparse.diags_array([-1.0, 2.0, -1.0], offsets=[-1, 0, 1], shape=(128, 128))
     A = sparse.kronsum(one, one)
-    H = None
-
-    def run():
-        nonlocal H
-        H = hm.from_sparse(A, rtol=0)
-
-    peak = peak_bytes(run)
+    H, peak = traced(lambda: hm.from_sparse(A, rtol=0))
     assert peak < H.nbytes + QUARTER / 3
     assert H.symmetric
     assert max(H.ranks) == 128
@@ -345,13 +321,8 @@ def test_the_cap_on_toeplitz_ranks_wins():
 
 def test_a_large_toeplitz_matrix_is_never_dense():
     c = columns("smooth", N - 5)
-    H = None
-
-    def run():
-        nonlocal H
-        H = hm.from_toeplitz(c, rtol=1e-10)
-
-    assert peak_bytes(run) < QUARTER / 8
+    H, peak = traced(lambda: hm.from_toeplitz(c, rtol=1e-10))
+    assert peak < QUARTER / 8
     assert H.symmetric
     x = np.random.default_rng(0).standard_normal(N - 5)
     expected = scipy.linalg.matmul_toeplitz(c, x)

@@ -135,11 +135,17 @@ class Entries(ABC):
             raise EntryError(msg)
         slots = self.tree.slots
         row = self._row(int(slots[_positions("i", i, self.tree.n)]))
-        return self.space.xp.take(row, self.space.integers(slots), axis=0)
+        return self._take(row, slots)
 
     def column(self, i: int) -> Array:
         """Return column ``i`` (n,), the conjugate row of the adjoint; see `row`."""
         return conjugate(self.H.row(i))
+
+    def _take(self, x: Array, places: np.ndarray) -> Array:
+        """Return ``x[places]`` along the first axis."""
+        xp = self.space.xp
+        taken = xp.take(x, self.space.integers(places.ravel()), axis=0)
+        return xp.reshape(taken, (*places.shape, *x.shape[1:]))
 
     def __getitem__(self, key: Any) -> Array:
         """Return what a dense array would: entries, or a block where there is a slice."""

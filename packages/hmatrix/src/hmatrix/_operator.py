@@ -15,6 +15,7 @@ from hmatrix._backend import (
     Space,
     conjugate,
     in_own_precision,
+    nbytes,
     one_blas_thread_if_narrow,
     to_numpy,
     transpose,
@@ -28,6 +29,7 @@ __all__ = [
     "Operator",
     "StoredOperator",
     "apply_padded",
+    "cleared",
     "operation",
     "pad_rows",
     "places",
@@ -69,6 +71,19 @@ def places(name: str, tree: ClusterTree, space: Space) -> Array:
 def real_rows(tree: ClusterTree, space: Space) -> Array:
     """Which padded rows are rows of the matrix, bool (padded,)."""
     return places("rows", tree, space) < tree.n
+
+
+def cleared(x: Array, tree: ClusterTree, rows: slice = slice(None)) -> Array:
+    """Return ``rows`` of a padded block (rows, r) with zeros where they are padding.
+
+    Singular vectors of rounding errors point anywhere. Padding has ones on the diagonal,
+    so that in a matrix of another scale they would outweigh all else.
+    """
+    if tree.padded == tree.n:
+        return x
+    space = Space.of(x)
+    real = places("rows", tree, space)[rows] < tree.n  # of these rows alone
+    return space.xp.where(real[:, None], x, space.xp.zeros_like(x))
 
 
 @in_own_precision
@@ -123,6 +138,15 @@ class Operator(ABC):
     def _apply_adjoint(self, x: Array) -> Array:
         """Product of the adjoint with a padded block."""
 
+    @abstractmethod
+    def diagonal(self) -> Array:
+        """Return the diagonal (n,)."""
+
+    def trace(self) -> float | complex:
+        """Return the sum of the diagonal."""
+        total = self.space.xp.sum(self.diagonal())
+        return complex(total) if self.space.is_complex else float(total)
+
     @property
     def shape(self) -> tuple[int, int]:
         """``(n, n)``."""
@@ -167,23 +191,6 @@ class Operator(ABC):
             raise ValueError(msg)
         return np.asarray(to_numpy(self.to_dense()), dtype=dtype)
 
-    def _describe(self, *words: str, nbytes: int) -> str:
-        """Text of ``repr``: sizes, what the subclass adds, and where it lives."""
-        size, unit = float(nbytes), "B"
-        for larger in ("kB", "MB", "GB", "TB"):
-            if size >= 1000:
-                size, unit = size / 1000, larger
-        facts = (
-            f"n={self.tree.n}",
-            f"levels={self.tree.levels}",
-            *words,
-            self.space.name,
-            self.space.place,
-            f"{size:.3g} {unit}",
-            f"{nbytes / (self.space.itemsize * self.tree.n**2):.2g} of dense",
-        )
-        return f"{type(self).__name__}({', '.join(facts)})"
-
     def _product(self, x: Array, apply: Callable[[Array], Array], *ndims: int) -> Array:
         return apply_padded("x", x, self.tree, self.space, apply, ndims or (1, 2))
 
@@ -208,8 +215,20 @@ class StoredOperator(Entries, Operator):
     """An operator that is the arrays it holds."""
 
     leaves: Array
-    #: Dtypes that the format can have.
-    _dtypes: ClassVar[tuple[str, ...]] = NUMBERS
+
+    @property
+    def space(self) -> Space:
+        """Library, dtype and device of the numbers."""
+        return Space.of(self.leaves)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored numbers."""
+        return nbytes(*self._arrays().values())
+
+    @abstractmethod
+    def _arrays(self) -> dict[str, Array]:
+        """Return the stored arrays, by the names that files give them."""
 
     @abstractmethod
     def map(
@@ -221,6 +240,21 @@ class StoredOperator(Entries, Operator):
 
         ``scales`` is for those that are real in a complex matrix, if given.
         """
+
+    @abstractmethod
+    def _nodes(self, level: int, B11: Array, B22: Array) -> Array:
+        """Return the nodes of a level (b, 2m, 2m), from their halves' ones (b, m, m)."""
+
+    @in_own_precision
+    def to_dense(self) -> Array:
+        """Return the matrix as one array (n, n). For tests and small n."""
+        dense = self.leaves
+        for level in reversed(range(self.tree.levels)):
+            m = self.tree.size(level + 1)
+            halves = self.space.xp.reshape(dense, (-1, 2, m, m))
+            dense = self._nodes(level, halves[:, 0, ...], halves[:, 1, ...])
+        rows = transpose(unpad_rows(dense[0, ...], self.tree))
+        return transpose(unpad_rows(rows, self.tree))
 
     def to(self, *, like: Array | None = None, dtype: object = None) -> Self:
         """Return it in the library and device of ``like`` and in ``dtype``.
@@ -242,7 +276,7 @@ class StoredOperator(Entries, Operator):
             If it is another dtype, or a real one for a complex matrix.
         """
         like = self.leaves if like is None else like
-        space = check_space(Space.like(like, dtype), self._dtypes)
+        space = check_space(Space.like(like, dtype), NUMBERS)
         if self.space.is_complex and not space.is_complex:
             msg = f"`dtype` {space.name} cannot hold the imaginary parts of {self.space.name}."
             raise DTypeError(msg)
@@ -255,6 +289,32 @@ class StoredOperator(Entries, Operator):
     def conj(self) -> Self:
         """Return the complex conjugate: a real matrix itself, with the same arrays."""
         return self.map(conjugate)
+
+    def _check_leaves(self) -> None:
+        """Raise unless the leaves fit the tree."""
+        check_space(self.space, NUMBERS)
+        tree, m = self.tree, self.tree.leaf_size
+        expected = (tree.nodes(tree.levels), m, m)
+        if tuple(self.leaves.shape) != expected:
+            msg = f"`leaves` must be {expected}, got {tuple(self.leaves.shape)}."
+            raise ShapeError(msg)
+
+    def _describe(self, *words: str) -> str:
+        """Text of ``repr``: sizes, what the subclass adds, and where it lives."""
+        size, unit = float(self.nbytes), "B"
+        for larger in ("kB", "MB", "GB", "TB"):
+            if size >= 1000:
+                size, unit = size / 1000, larger
+        facts = (
+            f"n={self.tree.n}",
+            f"levels={self.tree.levels}",
+            *words,
+            self.space.name,
+            self.space.place,
+            f"{size:.3g} {unit}",
+            f"{self.nbytes / (self.space.itemsize * self.tree.n**2):.2g} of dense",
+        )
+        return f"{type(self).__name__}({', '.join(facts)})"
 
     # What makes new matrices is written in modules after this one, which enter it with
     # `operation`.

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hmatrix._backend import (
-    NUMBERS,
     Array,
-    Space,
     add_product,
     adjoint,
+    block_matrix,
     conjugate,
-    in_own_precision,
     namespace,
-    nbytes,
-    transpose,
 )
-from hmatrix._checks import OverwrittenError, ShapeError, check_operand, check_space
+from hmatrix._checks import OverwrittenError, ShapeError, check_operand
 from hmatrix._operator import StoredOperator, real_rows, unpad_rows
-from hmatrix.lowrank import LowRank
+from hmatrix.lowrank import LowRank, scaled
 from hmatrix.tree import ClusterTree
 
-__all__ = ["HODLR", "apply_blocks", "clear_padding"]
+__all__ = ["HODLR", "apply_blocks", "clear_padding", "from_sides"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,36 +78,24 @@ class HODLR(StoredOperator):
     error: float | None = None
 
     def __post_init__(self) -> None:
-        check_space(self.space, NUMBERS)
-        tree, m = self.tree, self.tree.leaf_size
-        expected = (tree.nodes(tree.levels), m, m)
-        if tuple(self.leaves.shape) != expected:
-            msg = f"`leaves` must be {expected}, got {tuple(self.leaves.shape)}."
-            raise ShapeError(msg)
-        sides = {"upper": self.upper} | (
-            {} if self.symmetric else {"lower": self.lower}
-        )
-        for name, blocks in sides.items():
-            shapes = [block.shape for block in blocks or ()]
-            wanted = [
-                (tree.nodes(k), tree.size(k + 1), tree.size(k + 1))
-                for k in range(tree.levels)
-            ]
+        self._check_leaves()
+        tree = self.tree
+        wanted = [
+            (tree.nodes(k), tree.size(k + 1), tree.size(k + 1))
+            for k in range(tree.levels)
+        ]
+        for name, blocks in self._sides.items():
+            shapes = [block.shape for block in blocks]
             if shapes != wanted:
                 msg = f"`{name}` must hold blocks of shapes {wanted}, got {shapes}."
                 raise ShapeError(msg)
-            for block in blocks or ():
+            for block in blocks:
                 check_operand(name, block.U, self.space)
 
     @property
     def symmetric(self) -> bool:
         """Whether one of the two off-diagonal blocks stands for both (Hermitian)."""
         return self.lower is None
-
-    @property
-    def space(self) -> Space:
-        """Library, dtype and device of the numbers."""
-        return Space.of(self.leaves)
 
     @property
     def H(self) -> HODLR:
@@ -141,15 +126,26 @@ class HODLR(StoredOperator):
     @property
     def _widths(self) -> list[int]:
         """Sizes of the small side of all stored matrices."""
-        blocks = (*self.upper, *(self.lower or ()))
-        return [self.tree.leaf_size, *(block.rank for block in blocks)]
+        return [self.tree.leaf_size, *(block.rank for block in self._blocks)]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the stored numbers."""
-        blocks = (*self.upper, *(self.lower or ()))
-        parts = [self.leaves, *(part for b in blocks for part in (b.U, b.S, b.V))]
-        return nbytes(*parts)
+    def _sides(self) -> dict[str, tuple[LowRank, ...]]:
+        """Stored blocks of each level, above the diagonal and, if general, below."""
+        upper = {"upper": self.upper}
+        return upper if self.lower is None else upper | {"lower": self.lower}
+
+    @property
+    def _blocks(self) -> tuple[LowRank, ...]:
+        """All stored blocks."""
+        return (*self.upper, *(self.lower or ()))
+
+    def _arrays(self) -> dict[str, Array]:
+        return {"leaves": self.leaves} | {
+            f"{side}.{level}.{name}": getattr(block, name)
+            for side, blocks in self._sides.items()
+            for level, block in enumerate(blocks)
+            for name in "USV"
+        }
 
     def blocks(self, level: int) -> tuple[LowRank, LowRank]:
         """Return ``B12`` and ``B21`` of a level, also of a symmetric matrix."""
@@ -161,25 +157,9 @@ class HODLR(StoredOperator):
         diagonal = self.space.xp.linalg.diagonal(self.leaves)
         return unpad_rows(self.space.xp.reshape(diagonal, (-1,)), self.tree)
 
-    def trace(self) -> float | complex:
-        """Return the sum of the diagonal."""
-        total = self.space.xp.sum(self.diagonal())
-        return complex(total) if self.space.is_complex else float(total)
-
-    @in_own_precision
-    def to_dense(self) -> Array:
-        """Return the matrix as one array (n, n). For tests and small n."""
-        xp = self.space.xp
-        dense = self.leaves
-        for level in reversed(range(self.tree.levels)):
-            m = self.tree.size(level + 1)
-            halves = xp.reshape(dense, (-1, 2, m, m))
-            B12, B21 = (block.to_dense() for block in self.blocks(level))
-            top = xp.concat([halves[:, 0, :, :], B12], axis=-1)
-            bottom = xp.concat([B21, halves[:, 1, :, :]], axis=-1)
-            dense = xp.concat([top, bottom], axis=-2)
-        rows = transpose(unpad_rows(dense[0, ...], self.tree))
-        return transpose(unpad_rows(rows, self.tree))
+    def _nodes(self, level: int, B11: Array, B22: Array) -> Array:
+        B12, B21 = (block.to_dense() for block in self.blocks(level))
+        return block_matrix(B11, B12, B21, B22)
 
     def map(
         self,
@@ -192,10 +172,8 @@ class HODLR(StoredOperator):
         def mapped(blocks: tuple[LowRank, ...]) -> tuple[LowRank, ...]:
             return tuple(LowRank(change(b.U), scales(b.S), change(b.V)) for b in blocks)
 
-        lower = None if self.lower is None else mapped(self.lower)
-        return HODLR(
-            self.tree, change(self.leaves), mapped(self.upper), lower, self.error
-        )
+        sides = map(mapped, self._sides.values())
+        return from_sides(self.tree, change(self.leaves), sides, self.error)
 
     def _release(self) -> None:
         """Let go of the arrays, whose memory another object takes over."""
@@ -229,8 +207,7 @@ class HODLR(StoredOperator):
             half = self.tree.size(level + 1)
             node, side = divmod(row // half, 2)
             block = self.blocks(level)[side]
-            u = block.U[node, row % half, :]
-            u = u * xp.astype(block.S[node, :], u.dtype, copy=False)
+            u = scaled(block.U[node, row % half, :], block.S[node, :])
             other = xp.reshape(conjugate(block.V[node, ...]) @ u[:, None], (half,))
             found = xp.concat([other, found] if side else [found, other])
         return found
@@ -280,20 +257,25 @@ class HODLR(StoredOperator):
         shape = (self.tree.padded // 2, block.rank)
         U, V = (xp.reshape(x, shape) for x in (block.U, block.V))
         U = self._take(U, nodes * half + rows % half)
-        S = xp.astype(self._take(block.S, nodes), U.dtype, copy=False)
-        return U * S, self._take(V, columns // (2 * half) * half + columns % half)
-
-    def _take(self, x: Array, places: np.ndarray) -> Array:
-        """Return ``x[places]`` along the first axis."""
-        xp = self.space.xp
-        taken = xp.take(x, self.space.integers(places.ravel()), axis=0)
-        return xp.reshape(taken, (*places.shape, *x.shape[1:]))
+        V = self._take(V, columns // (2 * half) * half + columns % half)
+        return scaled(U, self._take(block.S, nodes)), V
 
     def __repr__(self) -> str:
         if "leaves" not in vars(self):
             return f"HODLR(n={self.tree.n}, levels={self.tree.levels}, overwritten)"
         kind = "symmetric" if self.symmetric else "general"
-        return self._describe(f"ranks={self.ranks}", kind, nbytes=self.nbytes)
+        return self._describe(f"ranks={self.ranks}", kind)
+
+
+def from_sides(
+    tree: ClusterTree,
+    leaves: Array,
+    sides: Iterable[Iterable[LowRank]],
+    error: float | None = None,
+) -> HODLR:
+    """Return a matrix of one side's blocks, if symmetric, or of those of both."""
+    upper, *lower = map(tuple, sides)
+    return HODLR(tree, leaves, upper, lower[0] if lower else None, error)
 
 
 def apply_blocks(pairs: Iterable[tuple[LowRank, LowRank]], x: Array, y: Array) -> Array:
@@ -326,16 +308,14 @@ def clear_padding(H: HODLR) -> HODLR:
     def cleared(x: Array, which: Array) -> Array:
         return xp.where(which, x, xp.zeros_like(x))
 
-    def blocks(side: tuple[LowRank, ...], first: int) -> tuple[LowRank, ...]:
-        found = []
+    def blocks(first: int, side: tuple[LowRank, ...]) -> Iterator[LowRank]:
         for level, block in enumerate(side):
             halves = xp.reshape(real, (tree.nodes(level), 2, -1, 1))
             U = cleared(block.U, halves[:, first, :, :])
             V = cleared(block.V, halves[:, 1 - first, :, :])
-            found.append(LowRank(U, block.S, V))
-        return tuple(found)
+            yield LowRank(U, block.S, V)
 
     rows = xp.reshape(real, H.leaves.shape[:2])
     leaves = cleared(H.leaves, rows[:, :, None] & rows[:, None, :])
-    lower = None if H.lower is None else blocks(H.lower, 1)
-    return replace(H, leaves=leaves, upper=blocks(H.upper, 0), lower=lower)
+    sides = itertools.starmap(blocks, enumerate(H._sides.values()))
+    return from_sides(tree, leaves, sides, H.error)

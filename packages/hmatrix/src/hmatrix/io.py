@@ -22,7 +22,7 @@ from hmatrix.factor import (
     HODLROrthogonal,
     MLRFactorization,
 )
-from hmatrix.hodlr import HODLR
+from hmatrix.hodlr import HODLR, from_sides
 from hmatrix.lowrank import LowRank
 from hmatrix.mlr import MLR
 from hmatrix.tree import ClusterTree
@@ -159,19 +159,14 @@ def load(
 def _parts(H: HODLR | MLR) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what is in a matrix: a header for JSON, and arrays."""
     header: dict[str, Any] = {"n": H.tree.n, "levels": H.tree.levels}
-    arrays: dict[str, Any] = {"leaves": H.leaves}
+    if isinstance(H, HODLR):
+        header |= {"symmetric": H.symmetric, "error": H.error}
+    else:
+        header |= {"sign": H.sign}
+    arrays = H._arrays()
     for name in ("sizes", "permutation"):
         if getattr(H.tree, name) is not None:
             arrays[f"tree.{name}"] = getattr(H.tree, name)
-    if isinstance(H, HODLR):
-        header |= {"symmetric": H.symmetric, "error": H.error}
-        for side, blocks in (("upper", H.upper), ("lower", H.lower or ())):
-            for k, block in enumerate(blocks):
-                parts = {"U": block.U, "S": block.S, "V": block.V}
-                arrays |= {f"{side}.{k}.{name}": part for name, part in parts.items()}
-    else:
-        header |= {"sign": H.sign}
-        arrays |= {f"factors.{k}": F for k, F in enumerate(H.factors)}
     return header, arrays
 
 
@@ -231,16 +226,11 @@ def _rebuild(
     if kind != "HODLR":
         msg = f"unknown kind {kind!r}"
         raise ValueError(msg)
-    upper, lower = (
-        tuple(
-            LowRank(*(arrays[f"{side}.{k}.{part}"] for part in "USV")) for k in levels
-        )
-        for side in ("upper", "upper" if header["symmetric"] else "lower")
+    sides = (
+        [LowRank(*(arrays[f"{side}.{k}.{part}"] for part in "USV")) for k in levels]
+        for side in (("upper",) if header["symmetric"] else ("upper", "lower"))
     )
-    error = header["error"]
-    return HODLR(
-        tree, arrays["leaves"], upper, None if header["symmetric"] else lower, error
-    )
+    return from_sides(tree, arrays["leaves"], sides, header["error"])
 
 
 def _write(path: Path, data: bytes) -> None:

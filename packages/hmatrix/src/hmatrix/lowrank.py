@@ -35,6 +35,7 @@ __all__ = [
     "orthonormal_parts",
     "pair",
     "recompress",
+    "scaled",
     "stack",
     "triplets",
 ]
@@ -120,7 +121,7 @@ class LowRank:
     @property
     def scaled(self) -> Array:
         """Left factors times scales, ``U diag(S)``."""
-        return _scaled(self.U, self.S[..., None, :])
+        return scaled(self.U, self.S[..., None, :])
 
     @in_own_precision
     def to_dense(self) -> Array:
@@ -165,7 +166,7 @@ class LowRank:
         x = self._operand(x, self.U.shape[-2], axis=-1)
         if len(x.shape) == 1:
             return self.__rmatmul__(x[None, :])[..., 0, :]
-        return _scaled(x @ self.U, self.S[..., None, :]) @ adjoint(self.V)
+        return scaled(x @ self.U, self.S[..., None, :]) @ adjoint(self.V)
 
     def _operand(self, x: Array, size: int, axis: int = -2) -> Array:
         """Return ``x``, a vector (size,) or with so many rows or columns."""
@@ -179,7 +180,7 @@ class LowRank:
 
     def _inner(self, x: Array) -> Array:
         """Return ``diag(S) Vᴴ x``."""
-        return _scaled(adjoint(self.V) @ x, self.S[..., None])
+        return scaled(adjoint(self.V) @ x, self.S[..., None])
 
 
 def compress(
@@ -238,7 +239,7 @@ def _core(block: LowRank) -> tuple[Array, tuple[Array, Array, Array], Array]:
     """Return bases of both factors, and the singular triplets of what is between them."""
     Qu, Ru = qr(block.U)
     Qv, Rv = qr(block.V)
-    core = _scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
+    core = scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
     return Qu, svd(core), Qv
 
 
@@ -379,6 +380,6 @@ def kept(
     return keep[..., :rank], lost, largest
 
 
-def _scaled(x: Array, S: Array) -> Array:
+def scaled(x: Array, S: Array) -> Array:
     """Multiply with real scales, which the standard wants in the dtype of ``x``."""
     return x * namespace(x).astype(S, x.dtype, copy=False)

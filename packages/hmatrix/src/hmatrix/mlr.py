@@ -8,19 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from hmatrix._backend import (
-    NUMBERS,
     Array,
-    Space,
     add_product,
     adjoint,
+    block_matrix,
     conjugate,
-    in_own_precision,
-    nbytes,
     squares,
     to_numpy,
-    transpose,
 )
-from hmatrix._checks import ShapeError, check_operand, check_space
+from hmatrix._checks import ShapeError, check_operand
 from hmatrix._operator import StoredOperator, unpad_rows
 from hmatrix.tree import ClusterTree
 
@@ -71,13 +67,8 @@ class MLR(StoredOperator):
     sign: int = 1
 
     def __post_init__(self) -> None:
-        check_space(self.space, NUMBERS)
-        tree, m = self.tree, self.tree.leaf_size
-        expected = (tree.nodes(tree.levels), m, m)
-        if tuple(self.leaves.shape) != expected:
-            msg = f"`leaves` must be {expected}, got {tuple(self.leaves.shape)}."
-            raise ShapeError(msg)
-        shapes = [tuple(F.shape) for F in self.factors]
+        self._check_leaves()
+        tree, shapes = self.tree, [tuple(F.shape) for F in self.factors]
         wanted = [(tree.nodes(k), tree.size(k)) for k in range(tree.levels)]
         if [shape[:-1] for shape in shapes] != wanted:
             msg = f"`factors` must have shapes {wanted} with (…, r), got {shapes}."
@@ -87,11 +78,6 @@ class MLR(StoredOperator):
         if self.sign not in (1, -1):
             msg = f"`sign` must be 1 or -1, got {self.sign!r}."
             raise ValueError(msg)
-
-    @property
-    def space(self) -> Space:
-        """Library, dtype and device of the numbers."""
-        return Space.of(self.leaves)
 
     @property
     def H(self) -> MLR:
@@ -115,10 +101,9 @@ class MLR(StoredOperator):
         """Sizes of the small side of all stored matrices."""
         return [self.tree.leaf_size, *(int(F.shape[-1]) for F in self.factors)]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored numbers."""
-        return nbytes(self.leaves, *self.factors)
+    def _arrays(self) -> dict[str, Array]:
+        factors = {f"factors.{level}": F for level, F in enumerate(self.factors)}
+        return {"leaves": self.leaves} | factors
 
     def block_ranks(self, level: int) -> np.ndarray:
         """Return the number of non-zero columns of each factor, int64 (2**level,)."""
@@ -138,21 +123,10 @@ class MLR(StoredOperator):
         """Return the sum of the diagonal, which is real."""
         return complex(self.space.xp.sum(self.diagonal())).real
 
-    @in_own_precision
-    def to_dense(self) -> Array:
-        """Return the matrix as one array (n, n). For tests and small n."""
-        xp = self.space.xp
-        dense = self.leaves
-        for level in reversed(range(self.tree.levels)):
-            m = self.tree.size(level + 1)
-            halves = xp.reshape(dense, (-1, 2, m, m))
-            zero = xp.zeros_like(halves[:, 0, :, :])
-            top = xp.concat([halves[:, 0, :, :], zero], axis=-1)
-            bottom = xp.concat([zero, halves[:, 1, :, :]], axis=-1)
-            F = self.factors[level]
-            dense = xp.concat([top, bottom], axis=-2) + self.sign * (F @ adjoint(F))
-        rows = transpose(unpad_rows(dense[0, ...], self.tree))
-        return transpose(unpad_rows(rows, self.tree))
+    def _nodes(self, level: int, B11: Array, B22: Array) -> Array:
+        F, zero = self.factors[level], self.space.xp.zeros_like(B11)
+        own = self.sign * (F @ adjoint(F))
+        return block_matrix(B11, zero, zero, B22) + own
 
     def map(
         self,
@@ -200,11 +174,7 @@ class MLR(StoredOperator):
         multiply: Callable[[Array, Array], Array],
     ) -> Array:
         """Entries at padded rows and columns, which broadcast."""
-        xp, m = self.space.xp, self.tree.leaf_size
-
-        def take(x: Array, places: np.ndarray) -> Array:
-            taken = xp.take(x, self.space.integers(places.ravel()), axis=0)
-            return xp.reshape(taken, (*places.shape, *x.shape[1:]))
+        xp, m, take = self.space.xp, self.tree.leaf_size, self._take
 
         def where_one_node(level: int, x: Array) -> Array:
             size = self.tree.size(level)
@@ -221,4 +191,4 @@ class MLR(StoredOperator):
 
     def __repr__(self) -> str:
         words = (f"ranks={self.ranks}", *(("sign=-1",) if self.sign < 0 else ()))
-        return self._describe(*words, nbytes=self.nbytes)
+        return self._describe(*words)

@@ -15,7 +15,9 @@ __all__ = [
     "Array",
     "Namespace",
     "add_product",
+    "add_to_diagonals",
     "adjoint",
+    "block_matrix",
     "conjugate",
     "detach",
     "dtype_name",
@@ -121,6 +123,13 @@ def adjoint(x: Array) -> Array:
     return conjugate(transpose(x))
 
 
+def block_matrix(A11: Array, A12: Array, A21: Array, A22: Array) -> Array:
+    """Return ``[[A11, A12], [A21, A22]]``, of batches of matrices too."""
+    concat = namespace(A11).concat
+    rows = concat([A11, A12], axis=-1), concat([A21, A22], axis=-1)
+    return concat(rows, axis=-2)
+
+
 def is_writeable(x: Array) -> bool:
     """Tell whether every number of ``x`` has a place of its own that may be written to."""
     if array_api_compat.is_torch_array(x):
@@ -152,6 +161,14 @@ def add_product(x: Array, a: Array, b: Array, sign: int = 1) -> Array:
     else:
         x += a @ b
     return x
+
+
+def add_to_diagonals(blocks: Array, added: Array) -> Array:
+    """Return blocks (b, m, m) with (b, m) on their diagonals, in the memory of ``blocks``."""
+    xp, m = namespace(blocks), int(blocks.shape[-1])
+    flat = xp.reshape(blocks, (-1, m * m))
+    flat[:, :: m + 1] += added
+    return xp.reshape(flat, blocks.shape)
 
 
 def plus_product(x: Array, a: Array, b: Array, *, own: bool = False) -> Array:

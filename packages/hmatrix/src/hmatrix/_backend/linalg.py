@@ -9,7 +9,14 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from .arrays import Array, adjoint, multiply_into, namespace, transpose
+from .arrays import (
+    Array,
+    adjoint,
+    block_matrix,
+    multiply_into,
+    namespace,
+    transpose,
+)
 from .batched import householder_qr, in_turn
 from .gradients import wants_gradient
 from .space import Space, contiguous
@@ -126,10 +133,7 @@ def svd_by_eigh(a: Array) -> tuple[Array, Array, Array]:
         return U, S, V
     Q, R = householder_qr(a)
     zero = xp.zeros_like(R)
-    both = xp.concat(
-        [xp.concat([zero, R], axis=-1), xp.concat([adjoint(R), zero], axis=-1)], axis=-2
-    )
-    _, vectors = eigh_descending(both)
+    _, vectors = eigh_descending(block_matrix(zero, R, adjoint(R), zero))
     V, _ = householder_qr(vectors[..., n:, :n])
     U, R = householder_qr(R @ V)
     diagonal = xp.linalg.diagonal(R)

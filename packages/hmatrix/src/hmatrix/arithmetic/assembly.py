@@ -16,7 +16,7 @@ from hmatrix._checks import NonFiniteError, check_int
 from hmatrix._operator import pad_rows
 from hmatrix.arithmetic.norms import safe_norm, safe_norms
 from hmatrix.construct import block_tolerance, check_rtol
-from hmatrix.hodlr import HODLR, clear_padding
+from hmatrix.hodlr import HODLR, clear_padding, from_sides
 from hmatrix.lowrank import LowRank, beside, cut_triplets, recompress
 from hmatrix.tree import ClusterTree
 
@@ -68,31 +68,10 @@ def assemble(
     max_rank = None if max_rank is None else check_int("max_rank", max_rank, 0)
     _check_finite(space, size)
     early = EARLY / 2 * rtol * size
-    sides: tuple[list[LowRank], ...] = ([],) if symmetric else ([], [])
+    sides: list[list[LowRank]] = [[]] if symmetric else [[], []]
     # B12 stands for B21 too if that is not stored, and so do the errors in it
     twice = math.sqrt(2) if symmetric else 1.0
-    # of blocks, and of what is handed down
-    losses: list[Array] = []
-    losses_below: list[Array] = []
-    handed: LowRank | None = None
-    for level, (B12, B21, diagonal) in enumerate(terms):
-        below = [diagonal]
-        blocks = [B12, B21]
-        if handed is not None:
-            offsides, halves = _split(handed)
-            blocks = [beside(*two) for two in zip(blocks, offsides, strict=True)]
-            below.append(halves)
-        tolerance = block_tolerance(tree, level, early)
-        for side, block in zip(sides, blocks, strict=False):
-            kept, cost = recompress(block, tolerance=tolerance)
-            side.append(kept)
-            losses.append(cost)
-        handed = beside(*below)
-        if level + 1 < tree.levels:
-            # one share for each level that hands down, none to the leaves
-            share = early / ((tree.levels - 1) * math.sqrt(tree.nodes(level + 1)))
-            handed, cost = recompress(handed, tolerance=share)
-            losses_below.append(cost)
+    handed, losses, losses_below = _hand_down(tree, terms, early, sides)
     if handed is not None:
         leaves = leaves + handed.to_dense()
     if symmetric:
@@ -114,9 +93,38 @@ def assemble(
     lost += twice * math.hypot(*safe_norms(losses))
     # relative to the exact sum, whose norm may be smaller by what was lost
     error = lost / (norm - lost) if lost < norm else None if lost else 0.0
-    upper_blocks, *lower_blocks = map(tuple, sides)
-    lower = lower_blocks[0] if lower_blocks else None
-    return clear_padding(HODLR(tree, leaves, upper_blocks, lower, error))
+    return clear_padding(from_sides(tree, leaves, sides, error))
+
+
+def _hand_down(
+    tree: ClusterTree, terms: Iterable[Terms], early: float, sides: list[list[LowRank]]
+) -> tuple[LowRank | None, list[Array], list[Array]]:
+    """Put the blocks of all levels into ``sides``, and return what ends in the leaves.
+
+    And what was lost, by ``early`` at most: of blocks, and of what was handed down.
+    """
+    losses: list[Array] = []
+    losses_below: list[Array] = []
+    handed: LowRank | None = None
+    for level, (B12, B21, diagonal) in enumerate(terms):
+        below = [diagonal]
+        blocks = [B12, B21]
+        if handed is not None:
+            offsides, halves = _split(handed)
+            blocks = [beside(*two) for two in zip(blocks, offsides, strict=True)]
+            below.append(halves)
+        tolerance = block_tolerance(tree, level, early)
+        for side, block in zip(sides, blocks, strict=False):
+            kept, cost = recompress(block, tolerance=tolerance)
+            side.append(kept)
+            losses.append(cost)
+        handed = beside(*below)
+        if level + 1 < tree.levels:
+            # one share for each level that hands down, none to the leaves
+            share = early / ((tree.levels - 1) * math.sqrt(tree.nodes(level + 1)))
+            handed, cost = recompress(handed, tolerance=share)
+            losses_below.append(cost)
+    return handed, losses, losses_below
 
 
 def estimate_norm(

@@ -98,10 +98,9 @@ def _norm(H: HODLR) -> float:
     with np.errstate(over="ignore", invalid="ignore"):
         diagonal = float(frobenius(detach(H.leaves)))
         total = diagonal * diagonal  # a power would raise on overflow
-        blocks = (*H.upper, *(H.lower or ()))
-        if blocks:  # for all of which the host waits once
+        if H.upper:  # for all blocks the host waits once
             xp = H.space.xp
-            squares = xp.stack([xp.sum(real_part(_terms(block))) for block in blocks])
+            squares = xp.stack([xp.sum(real_part(_terms(b))) for b in H._blocks])
             off = float(np.sum(to_numpy(squares), dtype=np.float64))
             total += off * (2 if H.symmetric else 1)
     return math.sqrt(max(total, 0.0))
@@ -136,7 +135,7 @@ def _norms(H: HODLR) -> tuple[float, float]:
         rows, columns = (float(xp.max(xp.sum(sizes, axis=k))) for k in (-1, -2))
         total = diagonal * diagonal  # a power would raise on overflow
         two = min(diagonal, math.sqrt(rows * columns))
-        sides = [H.upper] if H.lower is None else [H.upper, H.lower]
+        sides = H._sides.values()
         if H.upper:
             found = [xp.stack([squares(block) for block in side]) for side in sides]
             both = to_numpy(xp.stack(found)).astype(np.float64)

@@ -27,7 +27,7 @@ from hmatrix._operator import operation, pad_rows
 from hmatrix.arithmetic.error import with_error_of_sum
 from hmatrix.arithmetic.truncation import truncate
 from hmatrix.construct import slices
-from hmatrix.hodlr import HODLR
+from hmatrix.hodlr import HODLR, from_sides
 from hmatrix.lowrank import LowRank, beside
 from hmatrix.mlr import MLR
 
@@ -185,15 +185,11 @@ def add(
     check_match(H, G)
     if isinstance(H, HODLR) and isinstance(G, HODLR):
         both = H.symmetric and G.symmetric
-        upper, *lower = (
-            tuple(
-                beside(H.blocks(k)[side], G.blocks(k)[side])
-                for k in range(H.tree.levels)
-            )
+        sides = (
+            [beside(H.blocks(k)[side], G.blocks(k)[side]) for k in range(H.tree.levels)]
             for side in ((0,) if both else (0, 1))
         )
-        leaves = H.leaves + G.leaves
-        total = HODLR(H.tree, leaves, upper, lower[0] if lower else None)
+        total = from_sides(H.tree, H.leaves + G.leaves, sides)
         total = with_error_of_sum(total, H, G)
     elif isinstance(H, MLR) and isinstance(G, MLR):
         if H.sign != G.sign:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from hmatrix._backend import (
     Array,
@@ -77,10 +78,8 @@ def norm(H: Operator, kind: str | int = "fro") -> float:
     if kind != "fro":
         msg = f"`kind` must be 'fro' or 2, got {kind!r}."
         raise ValueError(msg)
-    if not isinstance(H, HODLR | MLR):
-        msg = f"`H` must be a HODLR or MLR, got {type(H).__name__}."
-        raise TypeError(msg)
-    return _frobenius(H)
+    check_kind("H", H, HODLR, MLR)
+    return _frobenius_of_hodlr(H) if isinstance(H, HODLR) else _frobenius_of_mlr(H)
 
 
 def safe_norm(x: Array) -> float:
@@ -109,27 +108,21 @@ def _on_host(numbers: Sequence[Array]) -> list[float]:
     return found
 
 
-def _frobenius(H: HODLR | MLR) -> float:
+def _frobenius_of_hodlr(H: HODLR) -> float:
+    # the cores of both QRs: no cancellation between dependent columns
+    cores = [
+        LowRank(triangle(block.U), block.S, triangle(block.V)).to_dense()
+        for block in H._blocks
+    ]
+    leaves, *off = safe_norms([H.leaves, *cores])
+    return math.hypot(leaves, math.hypot(*off) * (math.sqrt(2) if H.symmetric else 1))
+
+
+def _frobenius_of_mlr(H: Any) -> float:
     xp = H.space.xp
-    if isinstance(H, HODLR):
-        halves = [*H.upper, *(H.lower or ())]
-        # the cores of both QRs: no cancellation between dependent columns
-        cores = [
-            LowRank(triangle(block.U), block.S, triangle(block.V)).to_dense()
-            for block in halves
-        ]
-        leaves, *off = safe_norms([H.leaves, *cores])
-        return math.hypot(
-            leaves, math.hypot(*off) * (math.sqrt(2) if H.symmetric else 1)
-        )
     # brought to about 1, so that squares of products stay in range
-    tops = _on_host(
-        [
-            xp.max(xp.abs(detach(x)))
-            for x in (H.leaves, *H.factors)
-            if math.prod(x.shape)
-        ]
-    )
+    arrays = [detach(x) for x in (H.leaves, *H.factors) if math.prod(x.shape)]
+    tops = _on_host([xp.max(xp.abs(x)) for x in arrays])
     scale = max(tops[0], *(top**2 for top in tops[1:]), 0.0)
     if not scale:
         return 0.0

@@ -11,7 +11,7 @@ from hmatrix._checks import NonFiniteError, check_int, check_kind
 from hmatrix.arithmetic.error import after
 from hmatrix.arithmetic.norms import norm, safe_norms
 from hmatrix.construct import Guard, block_tolerance, check_rtol
-from hmatrix.hodlr import HODLR, clear_padding
+from hmatrix.hodlr import HODLR, clear_padding, from_sides
 from hmatrix.lowrank import LowRank, cut_triplets, recompress, triplets
 from hmatrix.mlr import MLR
 from hmatrix.update import StreamingMLR
@@ -57,17 +57,20 @@ def truncate(
     check_kind("H", H, HODLR, MLR)
     if max_rank is not None:
         max_rank = check_int("max_rank", max_rank, 1 if isinstance(H, MLR) else 0)
-    if isinstance(H, MLR):
-        if rtol is not None or definite or max_rank is None:
-            msg = (
-                "An MLR matrix is truncated by `max_rank`, not by `rtol` or `definite`."
-            )
-            raise ValueError(msg)
-        stream = StreamingMLR(H.tree, rank=max_rank, like=H.leaves, method="eigh")
-        stream.add_factors(H.factors)
-        held = stream.result(normalize=False)
-        leaves = H.leaves + H.sign * held.leaves
-        return MLR(H.tree, leaves, held.factors, H.sign)
+    if isinstance(H, HODLR):
+        return _truncate_hodlr(H, rtol, max_rank, definite)
+    if rtol is not None or definite or max_rank is None:
+        msg = "An MLR matrix is truncated by `max_rank`, not by `rtol` or `definite`."
+        raise ValueError(msg)
+    stream = StreamingMLR(H.tree, rank=max_rank, like=H.leaves, method="eigh")
+    stream.add_factors(H.factors)
+    held = stream.result(normalize=False)
+    return MLR(H.tree, H.leaves + H.sign * held.leaves, held.factors, H.sign)
+
+
+def _truncate_hodlr(
+    H: HODLR, rtol: float | None, max_rank: int | None, definite: bool
+) -> HODLR:
     rtol, size = check_rtol(H.space, rtol), norm(H)
     if not math.isfinite(size):
         msg = f"`H` holds NaN or infinite values: its norm is {size}."
@@ -77,26 +80,21 @@ def truncate(
         raise ValueError(msg)
     leaves = H.leaves
     guard = Guard(H.tree, leaves, rtol * size) if definite else None
-    upper: list[LowRank] = []
-    lower: list[LowRank] = []
+    sides: list[list[LowRank]] = [[]] if H.symmetric else [[], []]
     losses: list[Array] = []
     for level in range(H.tree.levels):
         tolerance = block_tolerance(H.tree, level, rtol * size)
-        for side, block in zip((upper, lower), H.blocks(level), strict=True):
-            if side is lower and H.symmetric:
-                continue
+        for side, block in zip(sides, H.blocks(level), strict=False):
             if guard is None:
                 cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
             else:
-                cut, lost = guard.cut(
-                    level, partial(cut_triplets, *triplets(block)), max_rank
-                )
+                cut_at = partial(cut_triplets, *triplets(block))
+                cut, lost = guard.cut(level, cut_at, max_rank)
             side.append(cut)
             losses.append(lost)
     total = math.hypot(*safe_norms(losses)) * (math.sqrt(2) if H.symmetric else 1)
     if guard is not None:
         leaves, added = guard.finish()
         total = math.hypot(total, added)
-    error = total / size if size else 0.0
-    below, error_after = None if H.symmetric else tuple(lower), after(H.error, error)
-    return clear_padding(HODLR(H.tree, leaves, tuple(upper), below, error_after))
+    error = after(H.error, total / size if size else 0.0)
+    return clear_padding(from_sides(H.tree, leaves, sides, error))

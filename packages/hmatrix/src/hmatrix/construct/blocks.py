@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hmatrix._backend import Array, Space, conjugate
 from hmatrix.construct.near import Near
 
-__all__ = ["Blocks", "Function", "masked", "pick", "pieces"]
+__all__ = ["Blocks", "Function", "chunks", "masked", "pick"]
 
 #: From labels of rows and columns, broadcast, to entries.
 Function = Callable[[Array, Array], Array]
@@ -28,8 +28,8 @@ class Blocks:
         Gives entries for broadcast labels of rows and columns.
     rows, columns : array (b, m) or (b, m, d)
         Labels: row numbers, or points.
-    real_rows, real_columns : array (b, m) or None
-        Whether it is a row of the matrix, or padding; None without padding.
+    real : tuple of two arrays (b, m), or None
+        Whether rows, and columns, are of the matrix or padding; None without padding.
     space : Space
         Of the entries.
     near : tuple of array (b, q), optional
@@ -39,8 +39,7 @@ class Blocks:
     function: Function
     rows: Array
     columns: Array
-    real_rows: Array | None
-    real_columns: Array | None
+    real: tuple[Array, Array] | None
     space: Space
     near: Near | None = None
 
@@ -50,15 +49,15 @@ class Blocks:
         if len(parts) == 1:
             return parts[0]
 
-        def join(*arrays: Array | None) -> Array | None:
-            return None if arrays[0] is None else parts[0].xp.concat(arrays, axis=0)
+        def join(arrays: Iterable[Array]) -> Array:
+            return parts[0].xp.concat(list(arrays), axis=0)
 
+        masks = [x.real for x in parts if x.real is not None]
         return replace(
             parts[0],
-            rows=join(*(x.rows for x in parts)),
-            columns=join(*(x.columns for x in parts)),
-            real_rows=join(*(x.real_rows for x in parts)),
-            real_columns=join(*(x.real_columns for x in parts)),
+            rows=join(x.rows for x in parts),
+            columns=join(x.columns for x in parts),
+            real=tuple(map(join, zip(*masks, strict=True))) if masks else None,
             near=None,
         )
 
@@ -80,17 +79,13 @@ class Blocks:
     @property
     def lower(self) -> Blocks:
         """The blocks on the other side of the diagonal."""
-        near = None
-        if self.near is not None:
-            near = (self.near[1], self.near[0], self.near[2])
-        return Blocks(
-            self.function,
-            self.columns,
-            self.rows,
-            self.real_columns,
-            self.real_rows,
-            self.space,
-            near,
+        real, near = self.real, self.near
+        return replace(
+            self,
+            rows=self.columns,
+            columns=self.rows,
+            real=None if real is None else real[::-1],
+            near=None if near is None else (near[1], near[0], near[2]),
         )
 
     @property
@@ -113,43 +108,38 @@ class Blocks:
     def within(self, rows: Array, columns: Array) -> Blocks:
         """Return places ``rows`` and ``columns`` (b, q) or (q,) of all blocks."""
 
-        def take(x: Array | None, places: Array) -> Array | None:
-            if x is None:
-                return None
-            return (
-                pick(x, places) if places.ndim == 2 else self.xp.take(x, places, axis=1)
-            )
+        def take(x: Array, places: Array) -> Array:
+            if places.ndim == 2:
+                return pick(x, places)
+            return self.xp.take(x, places, axis=1)
 
+        real = self.real
         return replace(
             self,
             rows=take(self.rows, rows),
             columns=take(self.columns, columns),
-            real_rows=take(self.real_rows, rows),
-            real_columns=take(self.real_columns, columns),
+            real=None
+            if real is None
+            else (take(real[0], rows), take(real[1], columns)),
             near=None,
         )
 
     def _each(self, take: Callable[[Array], Array]) -> Blocks:
         """Apply ``take`` to all arrays."""
-
-        def taken(x: Array | None) -> Array | None:
-            return None if x is None else take(x)
-
         return replace(
             self,
             rows=take(self.rows),
             columns=take(self.columns),
-            real_rows=taken(self.real_rows),
-            real_columns=taken(self.real_columns),
+            real=None if self.real is None else tuple(map(take, self.real)),
             near=None if self.near is None else tuple(map(take, self.near)),
         )
 
     def at(self, i: Array, j: Array) -> Array:
         """Return entries at places i, j (b, q): (b, q)."""
         x = self.function(pick(self.rows, i), pick(self.columns, j))
-        if self.real_rows is None:
+        if self.real is None:
             return x
-        return masked(x, pick(self.real_rows, i), pick(self.real_columns, j))
+        return masked(x, pick(self.real[0], i), pick(self.real[1], j))
 
     def at_columns(self, j: Array, T: Array | None = None) -> Array:
         """Return columns at places j (b, q): (b, q, m), each of them contiguous.
@@ -159,12 +149,12 @@ class Blocks:
         count, q = j.shape
         m = self.size
         right = pick(self.columns, j)[:, :, None, ...]
-        real = None if self.real_columns is None else pick(self.real_columns, j)
+        real = None if self.real is None else (self.real[0], pick(self.real[1], j))
         x = None
-        for part in self.parts(m, int(count * q)):
+        for part in chunks(self.space, m, int(count * q)):
             y = self.function(self.rows[:, None, part, ...], right)
-            if self.real_rows is not None and real is not None:
-                y = masked(y, self.real_rows[:, None, part], real[:, :, None])
+            if real is not None:
+                y = masked(y, real[0][:, None, part], real[1][:, :, None])
             if T is not None:
                 y = T @ y
             if part.stop - part.start == m:
@@ -174,22 +164,12 @@ class Blocks:
             x[:, :, part] = y
         return x
 
-    def parts(self, count: int, width: int, size: int = CHUNK) -> Iterator[slice]:
-        """Yield slices of ``count`` rows of ``width`` numbers each.
-
-        On the host, of about ``size`` numbers, which stay in the cache with what is made
-        of them.
-        """
-        step = max(1, size // max(width, 1)) if self.space.on_host else count
-        for start in range(0, count, step):
-            yield slice(start, min(start + step, count))
-
     def dense(self) -> Array:
         """Return the blocks as arrays (b, m, m)."""
         x = self.function(self.rows[:, :, None, ...], self.columns[:, None, ...])
-        if self.real_rows is None or self.real_columns is None:
+        if self.real is None:
             return x
-        return masked(x, self.real_rows[:, :, None], self.real_columns[:, None, :])
+        return masked(x, self.real[0][:, :, None], self.real[1][:, None, :])
 
 
 def masked(x: Array, rows: Array, columns: Array) -> Array:
@@ -198,12 +178,15 @@ def masked(x: Array, rows: Array, columns: Array) -> Array:
     return xp.where(rows & columns, x, xp.zeros_like(x))
 
 
-def pieces(space: Space, width: int, count: int) -> int:
-    """Return how many of ``count`` rows of ``width`` entries to evaluate at once.
+def chunks(space: Space, count: int, width: int, size: int = CHUNK) -> Iterator[slice]:
+    """Yield slices of ``count`` rows of ``width`` numbers each, to be taken at once.
 
-    On the host the temporaries of a piece should stay in the cache.
+    On the host, of about ``size`` numbers, which stay in the cache with what is made of
+    them.
     """
-    return max(1, CHUNK // width) if space.on_host else count
+    step = max(1, size // max(width, 1)) if space.on_host else count
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
 
 
 def pick(x: Array, places: Array) -> Array:

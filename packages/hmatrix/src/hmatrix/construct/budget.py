@@ -1,15 +1,16 @@
-"""What every constructor decides first: the tree, and how much each block may lose."""
+"""What all constructors share: the tree, and how much each block may lose."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from hmatrix._backend import Array, Space, frobenius, namespace
 from hmatrix._checks import ShapeError, check_float, check_int, check_kind
 from hmatrix._operator import real_rows
-from hmatrix.lowrank import LowRank
+from hmatrix.hodlr import HODLR, clear_padding, from_sides
+from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "check_rtol",
     "check_symmetric",
     "check_tolerances",
+    "cut_blocks",
     "make_tree",
 ]
 
@@ -36,6 +38,49 @@ def block_tolerance(tree: ClusterTree, level: int, total: float) -> float:
     errors of all blocks together are then at most ``total``.
     """
     return total / math.sqrt(tree.levels * 2 * tree.nodes(level))
+
+
+def cut_blocks(
+    tree: ClusterTree,
+    leaves: Array,
+    upper: Iterable[LowRank],
+    lower: Iterable[LowRank] | None,
+    *,
+    norm: float,
+    total: float,
+    max_rank: int | None,
+) -> HODLR:
+    """Cut the blocks of a matrix to what it may lose.
+
+    Parameters
+    ----------
+    tree, leaves, upper, lower
+        Of the matrix, as `HODLR` takes them. Blocks are taken one by one, so that an
+        iterator need not hold them all; their factors need not be orthonormal.
+    norm : float
+        Frobenius norm of the matrix.
+    total : float
+        Frobenius norm that all blocks together may lose.
+    max_rank : int, optional
+        Cap on the ranks.
+
+    Returns
+    -------
+    HODLR
+        Its ``error`` is what the cut lost.
+    """
+    twice = math.sqrt(2) if lower is None else 1.0
+    losses: list[float] = []
+    sides: list[list[LowRank]] = []
+    for blocks in (upper,) if lower is None else (upper, lower):
+        sides.append([])
+        for level, block in enumerate(blocks):
+            tolerance = block_tolerance(tree, level, total)
+            cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
+            sides[-1].append(cut)
+            losses.append(float(frobenius(lost)) * twice)
+    error = math.hypot(*losses) / norm if norm else 0.0
+    return clear_padding(from_sides(tree, leaves, sides, error))
 
 
 class Guard:

@@ -22,7 +22,7 @@ from hmatrix._backend import (
     to_numpy,
     transpose,
 )
-from hmatrix.construct.blocks import Blocks, pick
+from hmatrix.construct.blocks import Blocks, chunks, pick
 from hmatrix.construct.pivots import (
     GROUP,
     SAMPLE,
@@ -85,9 +85,9 @@ def approximate(
         # all of their entries would be looked at in any case
         return [
             whole(blocks.group(some), tolerance, max_rank, expected)
-            for some in blocks.parts(blocks.count, blocks.size**2, ENTRIES)
+            for some in chunks(blocks.space, blocks.count, blocks.size**2, ENTRIES)
         ]
-    parts = enumerate(blocks.parts(blocks.count, blocks.size, GROUP))
+    parts = enumerate(chunks(blocks.space, blocks.count, blocks.size, GROUP))
     return [
         approximated(
             blocks.group(some),
@@ -139,11 +139,11 @@ def whole(
     """Approximate blocks by all of their entries."""
     xp, dense = blocks.xp, blocks.dense()
     found, lost, _ = cut_dense(dense, tolerance, max_rank, expected=expected)
-    if blocks.real_rows is not None and blocks.real_columns is not None:
+    if blocks.real is not None:
         # singular vectors of rounding point to padding too
         U, V = (
             xp.where(real[:, :, None], x, xp.zeros_like(x))
-            for x, real in ((found.U, blocks.real_rows), (found.V, blocks.real_columns))
+            for x, real in zip((found.U, found.V), blocks.real, strict=True)
         )
         found = LowRank(U, found.S, V)
     return found, lost
@@ -237,7 +237,7 @@ def residual(
     order, rows = chance.permutation(m), np.arange(m)
     shifts = chance.integers(0, m, (PASSES, b, 1))
     squares = xp.zeros_like(largest)
-    for part in blocks.parts(m, b * U.shape[-1]):
+    for part in chunks(blocks.space, m, b * U.shape[-1]):
         i = xp.broadcast_to(space.integers(rows[part]), (b, part.stop - part.start))
         left = U[:, part, :] @ core
         for shift in shifts:
@@ -252,7 +252,7 @@ def error_norm(blocks: Blocks, U: Array, core: Array, V: Array) -> Array:
     xp, entries = blocks.xp, U.shape[1] * V.shape[1]
     left, right = U @ core, adjoint(V)
     squares = []
-    for part in blocks.parts(blocks.count, entries):
+    for part in chunks(blocks.space, blocks.count, entries):
         error = left[part, ...] @ right[part, ...]
         error -= blocks.group(part).dense()
         squares.append(squared_norm(xp.reshape(error, (-1, entries))))

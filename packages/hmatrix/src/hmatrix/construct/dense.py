@@ -24,7 +24,7 @@ from hmatrix._checks import (
     check_space,
 )
 from hmatrix._operator import pad_rows
-from hmatrix.construct.blocks import pieces
+from hmatrix.construct.blocks import chunks
 from hmatrix.construct.budget import (
     Guard,
     block_tolerance,
@@ -33,7 +33,7 @@ from hmatrix.construct.budget import (
     make_tree,
 )
 from hmatrix.construct.sampled import cut_dense
-from hmatrix.hodlr import HODLR, clear_padding
+from hmatrix.hodlr import HODLR, clear_padding, from_sides
 from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
 
@@ -130,16 +130,13 @@ def from_dense(
     total = max(rtol * norm, atol)
     leaves = contiguous(_diagonal_blocks(A, tree, tree.levels))
     guard = Guard(tree, leaves, total) if definite else None
-    upper: list[LowRank] = []
-    lower: list[LowRank] = []
+    sides: list[list[LowRank]] = [[]] if symmetric else [[], []]
     losses: list[float] = []
     for level in range(tree.levels):
         nodes, half = _diagonal_blocks(A, tree, level), tree.size(level + 1)
         tolerance = block_tolerance(tree, level, total)
-        sides = [(upper, nodes[:, :half, half:])]
-        if not symmetric:
-            sides.append((lower, nodes[:, half:, :half]))
-        for side, blocks in sides:
+        both = nodes[:, :half, half:], nodes[:, half:, :half]
+        for side, blocks in zip(sides, both, strict=False):
             if guard is None:
                 block, lost, _ = cut_dense(blocks, tolerance, max_rank)
             else:
@@ -150,8 +147,7 @@ def from_dense(
         leaves, added = guard.finish()
         losses.append(added)
     error = math.hypot(*losses) / norm if norm else 0.0
-    below = None if symmetric else tuple(lower)
-    return clear_padding(HODLR(tree, leaves, tuple(upper), below, error))
+    return clear_padding(from_sides(tree, leaves, sides, error))
 
 
 def _symmetrize(A: Array, symmetric: bool | None, norm: float) -> tuple[Array, bool]:
@@ -165,8 +161,7 @@ def _symmetrize(A: Array, symmetric: bool | None, norm: float) -> tuple[Array, b
 def _equals_adjoint(A: Array) -> bool:
     """Tell whether a matrix is Hermitian, tile by tile: columns of all rows are slow."""
     xp, n = namespace(A), int(A.shape[0])
-    step = TILE if Space.of(A).on_host else pieces(Space.of(A), n, n)
-    tiles = [slice(i, min(i + step, n)) for i in range(0, n, step)]
+    tiles = list(chunks(Space.of(A), n, 1, TILE))
     return all(
         bool(xp.all(A[rows, columns] == adjoint(A[columns, rows])))
         for k, rows in enumerate(tiles)

@@ -11,17 +11,12 @@ from hmatrix._backend import (
     NUMBERS,
     Array,
     Space,
-    contiguous,
     detach,
     dtype_name,
     is_array,
-    namespace,
     to_numpy,
 )
 from hmatrix._checks import (
-    BackendError,
-    DTypeError,
-    NonFiniteError,
     ShapeError,
     check_array,
     check_finite,
@@ -32,12 +27,9 @@ from hmatrix._checks import (
 )
 from hmatrix._operator import pad_rows, real_rows
 from hmatrix.construct.blocks import Function
-from hmatrix.construct.budget import (
-    LEAF_SIZE,
-    make_tree,
-)
+from hmatrix.construct.budget import LEAF_SIZE, make_tree
+from hmatrix.construct.functions import broadcasting, checked
 from hmatrix.construct.levels import build
-from hmatrix.construct.lists import of_lists
 from hmatrix.construct.near import near_pairs
 from hmatrix.hodlr import HODLR
 from hmatrix.tree import ClusterTree
@@ -273,69 +265,3 @@ def padded_nugget(nugget: Any, tree: ClusterTree, space: Space) -> Array | None:
     if number == 0:
         return None
     return space.xp.astype(real_rows(tree, space), space.dtype) * number
-
-
-def broadcasting(function: Function, labels: Array, dims: int) -> tuple[Function, Any]:
-    """Return a function of labels that broadcast, and what the one given makes of a few.
-
-    That of two lists gives a row for one label and two.
-    """
-    few = labels[: min(2, int(labels.shape[0])), ...]
-    probe = function(labels[:1, ...], few)
-    if is_array(probe) and tuple(probe.shape) == (1, few.shape[0]):
-        function = of_lists(function, dims)
-    return function, probe
-
-
-def checked(function: Function, space: Space, dims: int = 0) -> Function:
-    """Return the function with its results checked and cast.
-
-    ``dims`` trailing axes of a label are those of a point.
-    """
-    xp = space.xp
-
-    def entries(a: Array, b: Array) -> Array:
-        if dims and space.on_host:
-            a, b = map(_by_coordinates, (a, b))
-        x = function(a, b)
-        if not is_array(x) or namespace(x) is not xp:
-            msg = (
-                f"The function must give a {space.library} array, got "
-                f"{type(x).__name__}; build it from its arguments."
-            )
-            raise BackendError(msg)
-        if Space.of(x).is_complex and not space.is_complex:
-            msg = (
-                f"The function gave {dtype_name(x.dtype)} entries for a matrix of "
-                f"{space.name}; give `dtype`, or take the real part."
-            )
-            raise DTypeError(msg)
-        shapes = (s[: len(s) - dims] for s in (tuple(a.shape), tuple(b.shape)))
-        expected = np.broadcast_shapes(*shapes)
-        if tuple(x.shape) != expected:
-            msg = (
-                f"The function must give an array of shape {expected} for arguments of "
-                f"shapes {tuple(a.shape)} and {tuple(b.shape)}, got {tuple(x.shape)}."
-            )
-            if dims and tuple(x.shape[:-1]) == expected:
-                msg = f"{msg[:-1]}; sum over the last axis, the coordinates."
-            raise ShapeError(msg)
-        x = detach(x)
-        # a sum is faster, and finite if all entries are, unless it overflows
-        if not bool(xp.isfinite(xp.sum(x))) and not bool(xp.all(xp.isfinite(x))):
-            msg = "The function gave NaN or infinite entries; it must be finite everywhere."
-            raise NonFiniteError(msg)
-        return xp.astype(x, space.dtype, copy=False)
-
-    return entries
-
-
-def _by_coordinates(points: Array) -> Array:
-    """Return points (..., d) whose first coordinates come first in memory, and so on.
-
-    So does what is made of them, and its sum over the last axis adds up whole arrays: up
-    to five times as fast as many sums of two or three numbers.
-    """
-    xp, last = namespace(points), points.ndim - 1
-    first = xp.permute_dims(points, (last, *range(last)))
-    return xp.permute_dims(contiguous(first), (*range(1, last + 1), 0))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from hmatrix._backend import (
     Array,
     Space,
+    add_to_diagonals,
     adjoint,
     conjugate,
     detach,
@@ -19,17 +21,20 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import ToleranceError, check_int, check_norm
 from hmatrix._operator import real_rows
-from hmatrix.construct.blocks import Blocks, Function, masked, pieces
+from hmatrix.construct.blocks import Blocks, Function, chunks, masked
 from hmatrix.construct.budget import block_tolerance, check_tolerances
 from hmatrix.construct.cross import Found, approximate
 from hmatrix.construct.near import Near
 from hmatrix.construct.pivots import SAMPLE, Pivots, search, together
 from hmatrix.construct.sampled import widened
-from hmatrix.hodlr import HODLR
+from hmatrix.hodlr import HODLR, from_sides
 from hmatrix.lowrank import LowRank, kept
 from hmatrix.tree import ClusterTree
 
 __all__ = ["build"]
+
+#: For each level, batches of the blocks on one side of the diagonal, with their errors.
+Side = list[list[Found]]
 
 
 @in_own_precision
@@ -53,75 +58,106 @@ def build(
     # some blocks at a time, which are small
     with one_blas_thread_if_narrow(space):
         rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
-        real = None
-        if tree.padded > tree.n:
-            real = real_rows(tree, space)
+        seed = check_int("seed", seed, 0)
+
+        def allowed(norm: float) -> float:
+            return max(rtol * norm, atol)
+
+        real = real_rows(tree, space) if tree.padded > tree.n else None
         leaves = diagonal_blocks(function, labels, real, tree, space)
         if nugget is not None:
-            count, m = leaves.shape[:2]
-            flat = space.xp.reshape(leaves, (count, m * m))
-            flat[:, :: m + 1] += space.xp.reshape(nugget, (count, m))
-            leaves = space.xp.reshape(flat, (count, m, m))
-        seed = check_int("seed", seed, 0)
+            nugget = space.xp.reshape(nugget, leaves.shape[:2])
+            leaves = add_to_diagonals(leaves, nugget)
         norm = check_norm(float(frobenius(detach(leaves))), space, whole=False)
         if symmetric is None:
             symmetric = looks_hermitian(function, labels, leaves, seed)
         elif symmetric:
-            leaves = symmetrized(leaves, max(rtol * norm, atol))
-        # of each side of the diagonal, for each level, batches of blocks with their errors
-        sides: list[list[list[Found]]] = [[] for _ in range(1 if symmetric else 2)]
+            leaves = symmetrized(leaves, allowed(norm))
         blocks = [
             blocks_of(function, labels, real, tree, level, space, near)
             for level in range(tree.levels)
         ]
-        once = together(blocks)
-        pivots: list[list[Pivots]] = [[] for _ in sides]
-        for level in reversed(range(tree.levels)):
-            # by what is known of the norm so far (too strict at first, and mended at the
-            # end), which is no smaller in the end than one whose squares are numbers
-            least = max(norm, space.smallest_norm) if norm else 0.0
-            known = max(rtol * least, atol)
-            if level + 1 == once:
-                tails = [block_tolerance(tree, k, known) / 4 for k in range(once)]
-                pivots[0] = search(blocks[:once], tails, max_rank, seed)
-                if not symmetric:
-                    mirrored = [x.lower for x in blocks[:once]]
-                    pivots[1] = search(mirrored, tails, max_rank, seed)
-            tolerance = block_tolerance(tree, level, known)
-            both = (blocks[level], blocks[level].lower)
-            for side, which, found in zip(sides, both, pivots, strict=False):
-                first = found[level] if found else None
-                below = max(block.rank for block, _ in side[0]) if side else 2
-                parts = approximate(which, tolerance, max_rank, seed, first, below)
-                side.insert(0, parts)
-                for block, lost in parts:
-                    # where a cap leaves little or nothing, the norm is in what it cut off
-                    size = max(float(frobenius(block.S)), float(frobenius(lost)))
-                    norm = math.hypot(norm, size * (math.sqrt(2) if symmetric else 1))
-            check_norm(norm, space, whole=False)
+        sides, norm = approximate_levels(
+            tree, blocks, norm, allowed, max_rank, seed, symmetric
+        )
         check_norm(norm, space)
-        total = max(rtol * norm, atol)
-        square, trimmed = 0.0, []
-        for side in sides:
-            out = []
-            for level, parts in enumerate(side):
-                block, lost = joined(
-                    parts, block_tolerance(tree, level, total), max_rank
-                )
-                parts.clear()
-                out.append(block)
-                square += lost * (2 if symmetric else 1)
-            trimmed.append(tuple(out))
-        reached = math.sqrt(square)
-        if max_rank is None and not reached <= total:
-            msg = (
-                f"The error is {reached / norm:.3g} of the norm by the estimate, "
-                f"{total / norm:.3g} was asked for: entries may be too rough or too noisy for "
-                "low rank. Use a larger `rtol`, another order of the rows, or a `max_rank`."
-            )
-            raise ToleranceError(msg, total / norm, reached / norm)
-        lower = None if symmetric else trimmed[1]
-        return HODLR(tree, leaves, trimmed[0], lower, reached / norm if norm else 0.0)
+        return trimmed(tree, leaves, sides, norm, allowed(norm), max_rank)
+
+
+def approximate_levels(
+    tree: ClusterTree,
+    blocks: list[Blocks],
+    norm: float,
+    allowed: Callable[[float], float],
+    max_rank: int | None,
+    seed: int,
+    symmetric: bool,
+) -> tuple[list[Side], float]:
+    """Approximate the blocks of all levels, the smallest first.
+
+    Each by what is ``allowed`` for the norm so far: too strict at first, and mended by
+    `trimmed`. Returns the blocks of one side or both, and the norm of the matrix, whose
+    leaves have the ``norm``.
+    """
+    sides: list[Side] = [[] for _ in range(1 if symmetric else 2)]
+    once = together(blocks)
+    pivots: list[list[Pivots]] = [[] for _ in sides]
+    for level in reversed(range(tree.levels)):
+        space = blocks[level].space
+        # no smaller in the end than one whose squares are numbers
+        known = allowed(max(norm, space.smallest_norm) if norm else 0.0)
+        if level + 1 == once:
+            tails = [block_tolerance(tree, k, known) / 4 for k in range(once)]
+            pivots[0] = search(blocks[:once], tails, max_rank, seed)
+            if not symmetric:
+                mirrored = [x.lower for x in blocks[:once]]
+                pivots[1] = search(mirrored, tails, max_rank, seed)
+        tolerance = block_tolerance(tree, level, known)
+        both = (blocks[level], blocks[level].lower)
+        for side, which, found in zip(sides, both, pivots, strict=False):
+            first = found[level] if found else None
+            below = max(block.rank for block, _ in side[0]) if side else 2
+            parts = approximate(which, tolerance, max_rank, seed, first, below)
+            side.insert(0, parts)
+            for block, lost in parts:
+                # where a cap leaves little or nothing, the norm is in what it cut off
+                size = max(float(frobenius(block.S)), float(frobenius(lost)))
+                norm = math.hypot(norm, size * (math.sqrt(2) if symmetric else 1))
+        check_norm(norm, space, whole=False)
+    return sides, norm
+
+
+def trimmed(
+    tree: ClusterTree,
+    leaves: Array,
+    sides: list[Side],
+    norm: float,
+    total: float,
+    max_rank: int | None,
+) -> HODLR:
+    """Return the matrix of blocks found, cut now that its norm is known.
+
+    Raises `ToleranceError` if it has lost more than ``total`` without a cap on the ranks.
+    """
+    square = 0.0
+    blocks: list[list[LowRank]] = []
+    for side in sides:
+        blocks.append([])
+        for level, parts in enumerate(side):
+            tolerance = block_tolerance(tree, level, total)
+            block, lost = joined(parts, tolerance, max_rank)
+            parts.clear()
+            blocks[-1].append(block)
+            square += lost * (2 if len(sides) == 1 else 1)
+    reached = math.sqrt(square)
+    if max_rank is None and not reached <= total:
+        msg = (
+            f"The error is {reached / norm:.3g} of the norm by the estimate, "
+            f"{total / norm:.3g} was asked for: entries may be too rough or too noisy for "
+            "low rank. Use a larger `rtol`, another order of the rows, or a `max_rank`."
+        )
+        raise ToleranceError(msg, total / norm, reached / norm)
+    return from_sides(tree, leaves, blocks, reached / norm if norm else 0.0)
 
 
 def blocks_of(
@@ -141,8 +177,7 @@ def blocks_of(
         function,
         halves[:, 0, ...],
         halves[:, 1, ...],
-        None if masks is None else masks[:, 0, :],
-        None if masks is None else masks[:, 1, :],
+        None if masks is None else (masks[:, 0, :], masks[:, 1, :]),
         space,
         None if near is None else near[level],
     )
@@ -196,11 +231,9 @@ def diagonal_blocks(
     xp, m, count = space.xp, tree.leaf_size, tree.nodes(tree.levels)
     labels = xp.reshape(labels, (count, m, *labels.shape[1:]))
     leaves = space.zeros(count, m, m)
-    step = pieces(space, m * m, count)
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        some = labels[start:stop, ...]
-        leaves[start:stop, :, :] = function(some[:, :, None, ...], some[:, None, ...])
+    for some in chunks(space, count, m * m):
+        x = labels[some, ...]
+        leaves[some, :, :] = function(x[:, :, None, ...], x[:, None, ...])
     if real is None:
         return leaves
     masks = xp.reshape(real, (count, m))

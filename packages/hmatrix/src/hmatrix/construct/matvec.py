@@ -27,9 +27,13 @@ from hmatrix._checks import (
     remedy,
 )
 from hmatrix._operator import Operator, pad_rows, real_rows, unpad_rows
-from hmatrix.construct.budget import block_tolerance, check_tolerances, make_tree
-from hmatrix.construct.cutting import cut_blocks
-from hmatrix.construct.sampling import ROUNDING, Probes, Product, find_range
+from hmatrix.construct.budget import (
+    block_tolerance,
+    check_tolerances,
+    cut_blocks,
+    make_tree,
+)
+from hmatrix.construct.probes import ROUNDING, Probes, Product, find_range
 from hmatrix.hodlr import HODLR, apply_blocks, clear_padding
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
@@ -151,34 +155,21 @@ def from_matvec(
     >>> bool(np.allclose(H.to_dense(), A, atol=1e-7)), H.error <= 1e-8, H.ranks
     (True, True, (1, 1, 1))
     """
-    if hasattr(matvec, "matmat") and hasattr(matvec, "shape"):
-        matvec, rmatvec, n, space = _of_operator(matvec, rmatvec, like, dtype, n)
-    elif not callable(matvec):
-        got = type(matvec).__name__
-        msg = f"`matvec` must be a function or operator, got {got}{remedy(matvec)}."
-        raise TypeError(msg)
-    else:
-        space = check_space(Space.like(like, dtype), NUMBERS)
-    if n is None:
-        msg = "`n`, the number of rows, is needed with a function as `matvec`."
-        raise ShapeError(msg)
-    if symmetric:
-        rmatvec = matvec
-    elif rmatvec is None:
-        raise ValueError(NO_ADJOINT)
+    forward, backward, n, space = _products(matvec, rmatvec, n, like, dtype, symmetric)
     tree = make_tree(n, levels, leaf_size, tree)
     rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
     step = check_int("oversampling", oversampling, 1)
     seed = check_int("seed", seed, 0)
-    peeling = _Peeling(
-        tree,
-        space,
-        _checked("matvec", matvec, space),
-        _checked("rmatvec", rmatvec, space),
-        symmetric,
-        seed,
-    )
-    probes = Probes.of(peeling.forward, tree, space, seed)
+    peeling = _Peeling(tree, space, forward, backward, symmetric, seed)
+    return _peeled(peeling, rtol, atol, max_rank, step)
+
+
+def _peeled(
+    peeling: _Peeling, rtol: float, atol: float, max_rank: int | None, step: int
+) -> HODLR:
+    """Find all levels and the leaves, cut them, and see whether the promise is kept."""
+    tree, space = peeling.tree, peeling.space
+    probes = Probes.of(peeling.forward, tree, space, peeling.seed)
     check_norm(probes.norm, space)
     asked = max(rtol, ROUNDING * space.eps)
     share = PEELING_SHARE / LEVEL_GROWTH**tree.levels * max(asked * probes.norm, atol)
@@ -187,7 +178,8 @@ def from_matvec(
         peeling.peel(level, share, step, max_rank)
     leaves = peeling.leaves()
     upper, lower = (tuple(pair[side] for pair in peeling.found) for side in (0, 1))
-    whole = clear_padding(HODLR(tree, leaves, upper, None if symmetric else lower))
+    below = None if peeling.symmetric else lower
+    whole = clear_padding(HODLR(tree, leaves, upper, below))
     xp = space.xp
     squares = sum(float(xp.sum(block.S**2)) for block in (*upper, *lower))
     norm = math.sqrt(squares + float(xp.sum(xp.abs(leaves) ** 2)))
@@ -296,6 +288,34 @@ class _Peeling:
         """Random signs, so that errors of the levels found add in squares."""
         drawn = self.space.real.normal(shape, _SIGN, level, self.seed)
         return 2 * self.space.xp.astype(drawn > 0, self.space.dtype) - 1
+
+
+def _products(
+    matvec: Any,
+    rmatvec: Product | None,
+    n: int | None,
+    like: Array | None,
+    dtype: object,
+    symmetric: bool,
+) -> tuple[Product, Product, int, Space]:
+    """Return checked products of both sides, the rows and the space of the result."""
+    if hasattr(matvec, "matmat") and hasattr(matvec, "shape"):
+        matvec, rmatvec, n, space = _of_operator(matvec, rmatvec, like, dtype, n)
+    elif not callable(matvec):
+        got = type(matvec).__name__
+        msg = f"`matvec` must be a function or operator, got {got}{remedy(matvec)}."
+        raise TypeError(msg)
+    else:
+        space = check_space(Space.like(like, dtype), NUMBERS)
+    if n is None:
+        msg = "`n`, the number of rows, is needed with a function as `matvec`."
+        raise ShapeError(msg)
+    if symmetric:
+        rmatvec = matvec
+    elif rmatvec is None:
+        raise ValueError(NO_ADJOINT)
+    both = _checked("matvec", matvec, space), _checked("rmatvec", rmatvec, space)
+    return *both, n, space
 
 
 def _of_operator(

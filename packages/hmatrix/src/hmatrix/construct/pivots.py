@@ -16,7 +16,7 @@ from hmatrix._backend import (
     to_numpy,
     transpose,
 )
-from hmatrix.construct.blocks import Blocks, pick
+from hmatrix.construct.blocks import Blocks, chunks, pick
 
 __all__ = ["GROUP", "SAMPLE", "Pivots", "dense_at_ends", "gather", "search", "together"]
 
@@ -248,7 +248,7 @@ def cross(
 def evaluated(blocks: Blocks) -> Array:
     """Return all entries of blocks (b, m, m), some blocks at a time."""
     x = blocks.space.zeros(blocks.count, blocks.size, blocks.size)
-    for some in blocks.parts(blocks.count, blocks.size**2):
+    for some in chunks(blocks.space, blocks.count, blocks.size**2):
         x[some, ...] = blocks.group(some).dense()
     return x
 

@@ -21,7 +21,7 @@ from hmatrix._backend import (
     svd,
     to_numpy,
 )
-from hmatrix.construct.blocks import pieces
+from hmatrix.construct.blocks import chunks
 from hmatrix.lowrank import LowRank, cut_triplets
 
 __all__ = ["cut_dense", "replace_blocks", "scatter", "widened"]
@@ -196,11 +196,9 @@ def _missed(blocks: Array, Q: Array, W: Array) -> Array:
 def _parts(blocks: Array) -> Iterator[tuple[slice, slice]]:
     """Yield which blocks and which of their rows stay in the cache together."""
     space, (count, m, n) = Space.of(blocks), blocks.shape
-    step, rows = pieces(space, m * n, count), pieces(space, n, m)
-    for first in range(0, count, step):
-        for start in range(0, m, rows):
-            batch = slice(first, min(first + step, count))
-            yield batch, slice(start, min(start + rows, m))
+    for batch in chunks(space, count, m * n):
+        for rows in chunks(space, m, n):
+            yield batch, rows
 
 
 def _cut(

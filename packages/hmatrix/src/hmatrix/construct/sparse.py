@@ -15,8 +15,12 @@ from hmatrix._checks import (
     check_finite,
     check_space,
 )
-from hmatrix.construct.budget import check_symmetric, check_tolerances, make_tree
-from hmatrix.construct.cutting import cut_blocks
+from hmatrix.construct.budget import (
+    check_symmetric,
+    check_tolerances,
+    cut_blocks,
+    make_tree,
+)
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree

@@ -24,8 +24,7 @@ from hmatrix._checks import (
     check_space,
 )
 from hmatrix._operator import pad_rows
-from hmatrix.construct.budget import check_tolerances, make_tree
-from hmatrix.construct.cutting import cut_blocks
+from hmatrix.construct.budget import check_tolerances, cut_blocks, make_tree
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
@@ -168,19 +167,14 @@ def from_low_rank(
     S = check_operand("S", S, space.real)
     diagonal = space.zeros(n) if diagonal is None else diagonal
     diagonal = check_operand("diagonal", diagonal, space)
-    shapes = {
-        "V": (V, (n, r)),
-        "S": (S, (r,)),
-        "diagonal": (diagonal, (n,)),
-    }
-    for name, (x, shape) in shapes.items():
+    shapes = {"U": (n, r), "V": (n, r), "S": (r,), "diagonal": (n,)}
+    for (name, shape), x in zip(shapes.items(), (U, V, S, diagonal), strict=True):
         if tuple(x.shape) != shape:
             msg = (
                 f"`{name}` must have shape {shape} to go with `U` {(n, r)}, got "
                 f"{tuple(x.shape)}."
             )
             raise ShapeError(msg)
-    for name, x in {"U": U, "V": V, "S": S, "diagonal": diagonal}.items():
         check_finite(name, x)
     V, S, diagonal = detach(V), detach(S), detach(diagonal)
     tree = make_tree(n, levels, leaf_size, tree)

@@ -26,9 +26,9 @@ from hmatrix._checks import (
 )
 from hmatrix._operator import real_rows
 from hmatrix.construct.budget import block_tolerance, check_tolerances, make_tree
-from hmatrix.construct.sampling import ROUNDING, Probes, find_range
+from hmatrix.construct.probes import ROUNDING, Probes, find_range
 from hmatrix.construct.structured import is_real
-from hmatrix.hodlr import HODLR
+from hmatrix.hodlr import HODLR, from_sides
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
 
@@ -119,31 +119,41 @@ def from_toeplitz(
     # by offsets i − j from 1 − padded to padded − 1
     padding = space.zeros(tree.padded - n)
     offsets = xp.concat([padding, xp.flip(row[1:]), column, padding])
-    counts = n - xp.abs(xp.arange(1 - n, n, device=space.device))
-    weights = xp.sqrt(xp.astype(counts, space.real.dtype))
-    diagonals = xp.abs(offsets[tree.padded - n : tree.padded + n - 1])
-    norm = check_norm(float(frobenius(diagonals * weights)), space)
+    norm = check_norm(_norm(offsets, n), space)
     allowed = max(rtol * norm, atol, ROUNDING * space.eps * norm)
 
-    sides: tuple[list[LowRank], list[LowRank]] = ([], [])
-    for level in range(tree.levels):
-        found = _toeplitz_level(
-            offsets, tree, level, allowed / 2, max_rank, seed, 1 if symmetric else 2
-        )
-        for side, block in zip(sides, found, strict=False):
-            side.append(block)
-    m, real = tree.leaf_size, xp.astype(real_rows(tree, space), space.dtype)
-    index = xp.arange(m, device=space.device)
-    index = tree.padded - 1 + index[:, None] - index[None, :]
-    leaf = xp.reshape(xp.take(offsets, xp.reshape(index, (-1,))), (m, m))
-    mask = xp.reshape(real, (-1, m))
-    leaves = leaf * mask[:, :, None] * mask[:, None, :]
-    H = HODLR(tree, leaves, tuple(sides[0]), None if symmetric else tuple(sides[1]))
+    sides = 1 if symmetric else 2
+    found = [
+        _toeplitz_level(offsets, tree, level, allowed / 2, max_rank, seed, sides)
+        for level in range(tree.levels)
+    ]
+    real = xp.astype(real_rows(tree, space), space.dtype)
+    both = ([level[side] for level in found] for side in range(sides))
+    H = from_sides(tree, _leaves(offsets, tree, real), both)
     probes = Probes.of(
         lambda x: real[:, None] * _convolve(offsets, x), tree, space, seed
     )
     advice = "The FFT rounds more than that; raise `rtol`"
     return probes.judge(H, norm, math.inf if max_rank is not None else allowed, advice)
+
+
+def _norm(offsets: Array, n: int) -> float:
+    """Return the Frobenius norm of n rows, each offset as often as its diagonal is long."""
+    space, middle = Space.of(offsets), offsets.shape[0] // 2
+    counts = n - space.xp.abs(space.xp.arange(1 - n, n, device=space.device))
+    weights = space.xp.sqrt(space.xp.astype(counts, space.real.dtype))
+    diagonals = space.xp.abs(offsets[middle - n + 1 : middle + n])
+    return float(frobenius(diagonals * weights))
+
+
+def _leaves(offsets: Array, tree: ClusterTree, real: Array) -> Array:
+    """Return the diagonal blocks, all alike but for padding."""
+    xp, m = namespace(offsets), tree.leaf_size
+    index = xp.arange(m, device=Space.of(offsets).device)
+    index = tree.padded - 1 + index[:, None] - index[None, :]
+    leaf = xp.reshape(xp.take(offsets, xp.reshape(index, (-1,))), (m, m))
+    mask = xp.reshape(real, (-1, m))
+    return leaf * mask[:, :, None] * mask[:, None, :]
 
 
 def _toeplitz_level(

@@ -1,20 +1,16 @@
 """Factor once, apply many: solve, inverse, its diagonal, log-determinant.
 
-Both factorizations go from the leaves to the root, one batched call a level, and take
-the columns of all levels above along, so each level is two matrix products and one
-small factorization.
+All factorizations go from the leaves to the root, one batched call a level, and take
+the columns of all levels above along, so that each level is a few matrix products and
+one small factorization.
 """
 
 from __future__ import annotations
 
 from hmatrix._backend import in_own_precision, one_blas_thread_if_narrow
-from hmatrix._checks import (
-    NotPositiveDefiniteError,
-    check_choice,
-    check_kind,
-)
+from hmatrix._checks import NotPositiveDefiniteError, check_choice, check_kind
 from hmatrix.factor._base import Factorization, telling_nan
-from hmatrix.factor.cholesky import HODLRCholesky, has_cholesky
+from hmatrix.factor.cholesky import HODLRCholesky
 from hmatrix.factor.hodlr import HODLRFactorization
 from hmatrix.factor.inversion import inverse, inversion_or_orthogonal
 from hmatrix.factor.mlr import MLRFactorization
@@ -123,14 +119,18 @@ def factorize(
 
     torch carries gradients through solutions, the inverse, its diagonal and the
     log-determinant to leaves, factors and right-hand sides; a shift that wants a gradient
-    is refused here and added by `hmatrix.shift`. Those of "inversion" are of its steps and can be
-    differentiated again. Those of "cholesky" are of the matrix, ``dx = A⁻¹ (db − dA x)``
-    and ``d log det A = tr(A⁻¹ dA)``, at the cost of a refinement step and of a selected
-    inverse, and raise if differentiated again; its diagonal of the inverse is taken from
-    "inversion" for them, or "orthogonal" where that fails. Those of "orthogonal" are alike, those of the log-determinant
-    and of the diagonal of the inverse from the stored inverse (see `inverse`), to the
-    square root of epsilon. ``sample`` and ``whiten`` have gradients to vectors, and to an
-    `MLR`.
+    is refused here and added by `hmatrix.shift`.
+
+    * Those of "inversion" are of its steps and can be differentiated again.
+    * Those of "cholesky" are of the matrix, ``dx = A⁻¹ (db − dA x)`` and
+      ``d log det A = tr(A⁻¹ dA)``, at the cost of a refinement step and of a selected
+      inverse, and raise if differentiated again; its diagonal of the inverse is taken
+      from "inversion" for them, or "orthogonal" where that fails.
+    * Those of "orthogonal" are alike; of the log-determinant and of the diagonal of the
+      inverse they are from the stored inverse (see `inverse`), to the square root of
+      epsilon.
+
+    ``sample`` and ``whiten`` have gradients to vectors, and to an `MLR`.
 
     Examples
     --------
@@ -158,7 +158,7 @@ def factorize(
 def _factorize(H: HODLR, shift: float, method: str, overwrite: bool) -> Factorization:
     if method == "orthogonal":
         return HODLROrthogonal(H, shift)
-    if method == "cholesky" or (method == "auto" and has_cholesky(H)):
+    if method == "cholesky" or (method == "auto" and H.symmetric):
         try:
             return HODLRCholesky(H, shift, overwrite=overwrite)
         except NotPositiveDefiniteError:

@@ -13,9 +13,8 @@ import numpy as np
 
 from hmatrix._backend import (
     Array,
-    Space,
-    cholesky,
     detach,
+    known_gradients,
     nbytes,
     one_blas_thread_if_narrow,
     wants_gradient,
@@ -32,25 +31,22 @@ from hmatrix._checks import (
     check_float,
     check_int,
 )
-from hmatrix._operator import Operator, apply_padded, pad_rows, places
+from hmatrix._operator import Operator, apply_padded, cleared, pad_rows
 from hmatrix.arithmetic import norm, safe_norm
 from hmatrix.factor.symmetric import SymmetricFactor
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
-from hmatrix.tree import ClusterTree
 
 __all__ = [
     "PROBES",
     "Factorization",
-    "cleared",
     "has_gradients",
-    "leaf_factors",
     "narrow",
-    "shifted_leaves",
     "take_array",
     "telling_nan",
 ]
 
+Apply = Callable[[Array], Array]
 Fact = TypeVar("Fact", bound="Factorization")
 Result = TypeVar("Result")
 
@@ -161,7 +157,7 @@ class Factorization(ABC):
 
         def solve(b: Array) -> Array:
             def residual(x: Array) -> Array:
-                return cleared(b - product(x) - self.shift * x, self.tree)
+                return self._residual(b, x, product)
 
             x = apply(b)
             for _ in range(refine):
@@ -170,12 +166,25 @@ class Factorization(ABC):
 
         return apply_padded("b", b, self.tree, self.space, solve)
 
+    def _residual(self, b: Array, x: Array, product: Apply) -> Array:
+        """Return ``b − (H + shift·I) x`` of padded blocks, by the product with H."""
+        return cleared(b - product(x) - self.shift * x, self.tree)
+
+    def _with_gradients(
+        self, b: Array, product: Apply, solve: Apply, solve_adjoint: Apply
+    ) -> Array:
+        """Solve with a step of refinement, which has gradients: dx = A⁻¹ (db − dA x)."""
+        x = solve(detach(b))
+        residual = self._residual(b, x, product)
+        step = solve(detach(residual))
+        return x + known_gradients(step, lambda g: [solve_adjoint(g)], [residual])
+
     def _refine(
         self,
         b: Array,
         x: Array,
-        residual: Callable[[Array], Array],
-        apply: Callable[[Array], Array],
+        residual: Apply,
+        apply: Apply,
         rtol: float,
     ) -> Array:
         """Refine ``x`` until the residual of every column is small enough."""
@@ -392,8 +401,7 @@ def telling_nan(H: HODLR) -> Iterator[None]:
 
 def has_gradients(H: HODLR) -> bool:
     """Tell whether a matrix has tensors that want gradients."""
-    parts = (x for b in (*H.upper, *(H.lower or ())) for x in (b.U, b.S, b.V))
-    return any(map(wants_gradient, (H.leaves, *parts)))
+    return any(map(wants_gradient, H._arrays().values()))
 
 
 def take_array(
@@ -408,44 +416,3 @@ def take_array(
         msg = f"`{name}` must have shape {shape}, got {found}."
         raise ShapeError(msg)
     return arrays[name]
-
-
-def cleared(x: Array, tree: ClusterTree, rows: slice = slice(None)) -> Array:
-    """Return ``rows`` of a padded block (rows, r) with zeros where they are padding.
-
-    Singular vectors of rounding errors point anywhere. Padding has ones on the diagonal,
-    so that in a matrix of another scale they would outweigh all else.
-    """
-    if tree.padded == tree.n:
-        return x
-    space = Space.of(x)
-    real = places("rows", tree, space)[rows] < tree.n
-    return space.xp.where(real[:, None], x, space.xp.zeros_like(x))
-
-
-def leaf_factors(H: HODLR | MLR, shift: float) -> Array:
-    """Return the Cholesky factors of shifted leaves.
-
-    They are known to exist: the host does not wait for a device to say so. A matrix that
-    was overwritten by then raises `OverwrittenError`.
-    """
-    return cholesky(shifted_leaves(H.tree, H.leaves, shift), sure=True)
-
-
-def shifted_leaves(
-    tree: ClusterTree, leaves: Array, shift: float, which: slice = slice(None)
-) -> Array:
-    """Add ``shift`` to the diagonal, and ones to the padded part of it.
-
-    Identity in the padded rows keeps them apart from the others and out of the
-    determinant.
-    """
-    space, m = Space.of(leaves), tree.leaf_size
-    xp, leaves = space.xp, space.asarray(leaves[which, ...], copy=True)
-    rows = xp.reshape(places("rows", tree, space), (-1, m))
-    real = rows[which, :] < tree.n
-    added = xp.full(real.shape, shift, dtype=space.dtype, device=space.device)
-    added = xp.where(real, added, xp.ones_like(added))
-    flat = xp.reshape(leaves, (-1, m * m))
-    flat[:, :: m + 1] += added
-    return xp.reshape(flat, leaves.shape)

@@ -14,23 +14,21 @@ from hmatrix._backend import (
     in_own_precision,
     inverse_lower,
     is_writeable,
-    known_gradients,
     multiply_into,
     namespace,
 )
 from hmatrix._checks import PrecisionError, SingularBlockError
-from hmatrix._operator import unpad_rows
+from hmatrix._operator import cleared, unpad_rows
 from hmatrix.factor._base import (
     Factorization,
-    cleared,
     has_gradients,
-    leaf_factors,
     narrow,
-    shifted_leaves,
     take_array,
 )
+from hmatrix.factor.climb import build
 from hmatrix.factor.gradients import logdet_with_gradients
 from hmatrix.factor.hodlr import HODLRFactorization
+from hmatrix.factor.leaves import leaf_factors, shifted_leaves
 from hmatrix.factor.operator import HODLRInverse
 from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.factor.symmetric import (
@@ -39,9 +37,9 @@ from hmatrix.factor.symmetric import (
     logdet_of_cholesky,
 )
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, orthonormal_parts
+from hmatrix.lowrank import LowRank, orthonormal_parts, scaled
 
-__all__ = ["HODLRCholesky", "has_cholesky"]
+__all__ = ["HODLRCholesky"]
 
 
 class HODLRCholesky(Factorization):
@@ -55,80 +53,21 @@ class HODLRCholesky(Factorization):
         self, H: HODLR, shift: float = 0.0, *, overwrite: bool = False
     ) -> None:
         super().__init__(H, shift)
-        _check(H)
+        if not H.symmetric:
+            msg = (
+                '`H` must be Hermitian for method="cholesky", and stored so (from_dense(A, '
+                'symmetric=True)); use method="inversion".'
+            )
+            raise ValueError(msg)
         differentiable = has_gradients(H)
         if differentiable and overwrite:
             msg = "`overwrite` must be False for tensors that want gradients; detach them."
             raise ValueError(msg)
-        H = H.map(detach) if differentiable else H
-        # what is singular to working precision is left to other methods
-        pivot = 10 * self.space.eps
-        xp, tree = self.space.xp, self.tree
-        eye = self.space.eye
-        logs: dict[tuple[int, int], Array] = {}  # by level and first node
-        leaves, upper = H.leaves, [_narrow(block) for block in H.upper]
-        # memory for the factor, which may be that of the matrix
-        halves, bases = leaves, []
-        if not overwrite or not is_writeable(leaves):
-            halves = self.space.zeros(*leaves.shape)
-        if overwrite:
-            H._release()
-            self._overwritten = True
-        for level, block in enumerate(upper):
-            nodes, half, r = block.U.shape
-            pairs = self.space.zeros(nodes, 2, half, r)
-            if overwrite:  # each level goes before the next is copied
-                pairs[:, 0, ...], pairs[:, 1, ...] = block.U, block.V
-                upper[level] = LowRank(pairs[:, 0, ...], block.S, pairs[:, 1, ...])
-            bases.append(xp.reshape(pairs, (2 * nodes, half, r)))
-        width = sum(block.rank for block in upper)
-
-        def columns(rows: slice) -> Array:
-            """Rows of U in the first half of each node, of V in the second."""
-            x, done = self.space.zeros(rows.stop - rows.start, width), 0
-            for block in upper:
-                _put_rows(x[:, done : done + block.rank], block, rows)
-                done += block.rank
-            return cleared(x, tree, rows)
-
-        def leaf(which: slice) -> Array:
-            blocks = shifted_leaves(tree, leaves, self.shift, which)
-            what, first = (tree.levels, "leaf"), which.start
-            L = checked_cholesky(blocks, *what, self.shift, pivot=pivot, first=first)
-            logs[tree.levels, first] = logdet_of_cholesky(L)
-            return L
-
-        def core(
-            level: int, first: int, columns: Array, out: Array
-        ) -> tuple[Array, Array, Array]:
-            """Factor ``[[I, B], [Bᴴ, I]]``, ``B = Q₁ K Q₂ᴴ``."""
-            nodes, r = columns.shape[0] // 2, columns.shape[-1]
-            if not r:
-                none = self.space.zeros(nodes, 0, 0)
-                return out, none, none
-            # Orthonormal bases keep the core as well conditioned as the node, whatever
-            # the scales of U and V
-            Q, T, R = orthonormal_parts(columns)
-            multiply_into(out, Q, T)
-            R = xp.reshape(R, (nodes, 2, r, r))
-            S = xp.astype(upper[level].S[first : first + nodes, None, :], R.dtype)
-            K = (R[:, 0, :, :] * S) @ adjoint(R[:, 1, :, :])
-            small = self.space.zeros(nodes, 2 * r, 2 * r) + eye(2 * r)
-            small[:, :r, r:] = K
-            small[:, r:, :r] = adjoint(K)
-            M = checked_cholesky(
-                small, level, "node", self.shift, pivot=pivot, first=first
-            )
-            logs[level, first] = logdet_of_cholesky(M)
-            X, Y = M - eye(2 * r), inverse_lower(M) - eye(2 * r)
-            return out, X, Y
-
+        self._overwritten = overwrite
+        source = _Source(H.map(detach) if differentiable else H, self.shift, overwrite)
         again = None if overwrite else partial(leaf_factors, self.matrix, self.shift)
-        self._factor = SymmetricFactor.build(
-            tree, halves, bases, columns, leaf, core, again=again, sparing=overwrite
-        )
-        # in an order of its own, whichever thread was first
-        self._logdet = sum(logs[key] for key in sorted(logs))
+        self._factor = build(self.tree, source, again=again, sparing=overwrite)
+        self._logdet = source.logdet()
         if differentiable:
             self._logdet = logdet_with_gradients(
                 self._logdet, self._factor, self.matrix
@@ -158,11 +97,7 @@ class HODLRCholesky(Factorization):
 
         if not self._has_gradients():
             return solve(x)
-        # a step of refinement: dy = A⁻¹ (dx − dA y)
-        y = solve(detach(x))
-        residual = cleared(x - self.matrix._apply(y) - self.shift * y, self.tree)
-        step = solve(detach(residual))
-        return y + known_gradients(step, lambda g: [solve(g)], [residual])
+        return self._with_gradients(x, self.matrix._apply, solve, solve)
 
     def _has_gradients(self) -> bool:
         return not self._overwritten and has_gradients(self.matrix)
@@ -212,18 +147,79 @@ class HODLRCholesky(Factorization):
         )
 
 
-def has_cholesky(H: HODLR) -> bool:
-    """Tell whether the method is made for ``H``, if it is definite."""
-    return H.symmetric
+class _Source:
+    """What the factor of a Hermitian matrix is made of; see `Source`.
 
+    Its memory is that of the matrix if this is to be overwritten.
+    """
 
-def _check(H: HODLR) -> None:
-    if not H.symmetric:
-        msg = (
-            '`H` must be Hermitian for method="cholesky", and stored so (from_dense(A, '
-            'symmetric=True)); use method="inversion".'
+    def __init__(self, H: HODLR, shift: float, overwrite: bool) -> None:
+        self.tree, self.space, self.shift = H.tree, H.space, shift
+        # what is singular to working precision is left to other methods
+        self.pivot = 10 * self.space.eps
+        self.logs: dict[tuple[int, int], Array] = {}  # by level and first node
+        self.given, self.upper = H.leaves, [_narrow(block) for block in H.upper]
+        self.width = sum(block.rank for block in self.upper)
+        self.leaves, self.bases = self.given, []
+        if not overwrite or not is_writeable(self.given):
+            self.leaves = self.space.zeros(*self.given.shape)
+        if overwrite:
+            H._release()
+        for level, block in enumerate(self.upper):
+            nodes, half, r = block.U.shape
+            pairs = self.space.zeros(nodes, 2, half, r)
+            if overwrite:  # each level goes before the next is copied
+                U, V = pairs[:, 0, ...], pairs[:, 1, ...]
+                U[...], V[...] = block.U, block.V
+                self.upper[level] = LowRank(U, block.S, V)
+            self.bases.append(self.space.xp.reshape(pairs, (2 * nodes, half, r)))
+
+    def columns(self, rows: slice) -> Array:
+        """Rows of U in the first half of each node, of V in the second."""
+        x, done = self.space.zeros(rows.stop - rows.start, self.width), 0
+        for block in self.upper:
+            _put_rows(x[:, done : done + block.rank], block, rows)
+            done += block.rank
+        return cleared(x, self.tree, rows)
+
+    def leaf(self, which: slice) -> Array:
+        blocks = shifted_leaves(self.tree, self.given, self.shift, which)
+        return self.cholesky(blocks, self.tree.levels, "leaf", which.start)
+
+    def core(
+        self, level: int, first: int, columns: Array, out: Array
+    ) -> tuple[Array, Array, Array]:
+        """Factor ``[[I, B], [Bᴴ, I]]``, ``B = Q₁ K Q₂ᴴ``."""
+        nodes, r = columns.shape[0] // 2, columns.shape[-1]
+        if not r:
+            none = self.space.zeros(nodes, 0, 0)
+            return out, none, none
+        # Orthonormal bases keep the core as well conditioned as the node, whatever the
+        # scales of U and V
+        Q, T, R = orthonormal_parts(columns)
+        multiply_into(out, Q, T)
+        R = self.space.xp.reshape(R, (nodes, 2, r, r))
+        S = self.upper[level].S[first : first + nodes, None, :]
+        K = scaled(R[:, 0, :, :], S) @ adjoint(R[:, 1, :, :])
+        eye = self.space.eye(2 * r)
+        small = self.space.zeros(nodes, 2 * r, 2 * r) + eye
+        small[:, :r, r:] = K
+        small[:, r:, :r] = adjoint(K)
+        M = self.cholesky(small, level, "node", first)
+        return out, M - eye, inverse_lower(M) - eye
+
+    def cholesky(self, blocks: Array, level: int, what: str, first: int) -> Array:
+        """Return the Cholesky factors of blocks, whose determinants count."""
+        L = checked_cholesky(
+            blocks, level, what, self.shift, pivot=self.pivot, first=first
         )
-        raise ValueError(msg)
+        self.logs[level, first] = logdet_of_cholesky(L)
+        return L
+
+    def logdet(self) -> Array:
+        """Return the log-determinant of all that was factored."""
+        # in an order of its own, whichever thread was first
+        return sum(self.logs[key] for key in sorted(self.logs))
 
 
 def _narrow(block: LowRank) -> LowRank:

@@ -12,11 +12,11 @@ from typing import Any
 
 from hmatrix._backend import (
     Array,
-    Space,
     adjoint,
     conjugate,
     detach,
     known_gradients,
+    namespace,
     real_part,
 )
 from hmatrix._operator import real_rows
@@ -24,6 +24,7 @@ from hmatrix.arithmetic import matmul
 from hmatrix.construct import from_diagonal
 from hmatrix.factor.symmetric import SymmetricFactor
 from hmatrix.hodlr import HODLR
+from hmatrix.lowrank import LowRank, scaled
 
 __all__ = [
     "diagonal_with_gradients_of",
@@ -34,14 +35,7 @@ __all__ = [
 
 def logdet_with_gradients(value: Array, factor: SymmetricFactor, H: HODLR) -> Any:
     """Return ``value``, the log-determinant of ``W Wᴴ = H + shift·I``, differentiable."""
-    fixed = H.map(detach)
-
-    def gradients(upstream: Array) -> list[Array]:
-        xp = Space.of(fixed.leaves).xp
-        found = _logdet_gradients(factor, fixed)
-        return [xp.astype(upstream, x.dtype) * x for x in found]
-
-    return known_gradients(value, gradients, _parts(H))
+    return _of_number(value, H, lambda fixed: _logdet_gradients(factor, fixed))
 
 
 def logdet_with_gradients_of(
@@ -51,13 +45,20 @@ def logdet_with_gradients_of(
 
     By its inverse as a stored matrix, which is made when it is asked for.
     """
+    return _of_number(value, H, lambda fixed: _trace_gradients(inverse(), fixed))
+
+
+def _of_number(
+    value: Array, H: HODLR, derivatives: Callable[[HODLR], list[Array]]
+) -> Any:
+    """Return a number differentiable, by derivatives that the detached matrix gives."""
     fixed = H.map(detach)
 
     def gradients(upstream: Array) -> list[Array]:
-        xp, found = fixed.space.xp, _trace_gradients(inverse(), fixed)
-        return [xp.astype(upstream, x.dtype) * x for x in found]
+        xp = fixed.space.xp
+        return [xp.astype(upstream, x.dtype) * x for x in derivatives(fixed)]
 
-    return known_gradients(value, gradients, _parts(H))
+    return known_gradients(value, gradients, list(H._arrays().values()))
 
 
 def diagonal_with_gradients_of(
@@ -77,28 +78,27 @@ def diagonal_with_gradients_of(
         XGX = matmul(X, matmul(from_diagonal(-weights, tree=fixed.tree), X))
         return _trace_gradients(XGX, fixed)
 
-    return known_gradients(value, gradients, _parts(H))
-
-
-def _parts(H: HODLR) -> list[Array]:
-    """Return the arrays that a matrix is made of."""
-    blocks = (*H.upper, *(H.lower or ()))
-    return [H.leaves, *(part for b in blocks for part in (b.U, b.S, b.V))]
+    return known_gradients(value, gradients, list(H._arrays().values()))
 
 
 def _trace_gradients(X: HODLR, H: HODLR) -> list[Array]:
     """Return the gradients of ``tr(X A)`` to the arrays of H, X Hermitian if H is."""
-    xp, found = H.space.xp, [adjoint(X.leaves)]
+    found = [adjoint(X.leaves)]  # in the order of H._arrays()
     both = 2 if H.symmetric else 1
-    for which, side in enumerate((H.upper, H.lower or ())):
+    for which, side in enumerate(H._sides.values()):
         for level, block in enumerate(side):
             # a block meets the one across the diagonal
             G = X.blocks(level)[1 - which].H
             times_V, times_U = G @ block.V, G.H @ block.U
-            S = xp.astype(block.S, times_V.dtype, copy=False)[:, None, :]
-            scale = real_part(xp.sum(conjugate(block.U) * times_V, axis=-2))
-            found += [both * times_V * S, both * scale, both * times_U * S]
+            found += _block_gradients(block, both * times_V, both * times_U)
     return found
+
+
+def _block_gradients(block: LowRank, times_V: Array, times_U: Array) -> list[Array]:
+    """Return those to U, S and V of blocks, from the blocks' own ones ``G V``, ``Gᴴ U``."""
+    S = block.S[:, None, :]
+    along = namespace(times_V).sum(conjugate(block.U) * times_V, axis=-2)
+    return [scaled(times_V, S), real_part(along), scaled(times_U, S)]
 
 
 def _logdet_gradients(factor: SymmetricFactor, H: HODLR) -> list[Array]:
@@ -118,14 +118,8 @@ def _logdet_gradients(factor: SymmetricFactor, H: HODLR) -> list[Array]:
         A1 = xp.concat([across[0], halves[:, 0, ...] @ M[:, :r, r:]], axis=-1)
         A2 = xp.concat([across[1], halves[:, 1, ...]], axis=-1)
         # both blocks of the matrix are this one: twice A⁻¹₁₂ = A1 A2ᴴ
-        S = xp.astype(block.S, A1.dtype, copy=False)[:, None, :]
         times_V, times_U = A1 @ (adjoint(A2) @ block.V), A2 @ (adjoint(A1) @ block.U)
-        scale = conjugate(block.U) * times_V
-        found += [
-            2 * times_V * S,
-            2 * real_part(xp.sum(scale, axis=-2)),
-            2 * times_U * S,
-        ]
+        found += _block_gradients(block, 2 * times_V, 2 * times_U)
         own = xp.stack([M[:, :r, :r], M[:, r:, r:]], axis=1)
         ZM = xp.reshape(halves @ own, (tree.padded, r))
         left = xp.concat([left, ZM], axis=-1)

@@ -11,6 +11,7 @@ from hmatrix._backend import (
     Array,
     Space,
     adjoint,
+    block_matrix,
     conjugate,
     contiguous,
     detach,
@@ -22,16 +23,15 @@ from hmatrix._backend import (
     without_gradients,
 )
 from hmatrix._checks import SingularBlockError, SingularLeafError
-from hmatrix._operator import real_rows, unpad_rows
+from hmatrix._operator import cleared, real_rows, unpad_rows
 from hmatrix.arithmetic import Terms, estimate_norm
 from hmatrix.factor._base import (
     PROBES,
     Factorization,
-    cleared,
     narrow,
-    shifted_leaves,
     take_array,
 )
+from hmatrix.factor.leaves import shifted_leaves, without_padding
 from hmatrix.factor.operator import HODLRInverse
 from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR
@@ -115,11 +115,7 @@ class HODLRFactorization(Factorization):
             if not width:
                 continue
             # rows of a half meet the columns of Dᴴ Q that come from the other block
-            Y = self._halves(level, self._Y[level])
-            Z = Y
-            if not self.symmetric:
-                x = self._solve_adjoint(self._Q[level], level + 1)
-                Z = self._halves(level, x)
+            Y, Z = self._term_bases(level)
             E = self._E[level]
             off = xp.stack([E[:, :width, width:], E[:, width:, :width]], axis=1)
             part = xp.reshape(xp.sum((Y @ off) * conjugate(Z), axis=-1), (-1,))
@@ -155,18 +151,11 @@ class HODLRFactorization(Factorization):
 
     def _terms(self) -> tuple[Array, Iterator[Terms]]:
         """Leaves of the inverse, and what each level adds: −D P E Qᴴ D."""
-        real = self.space.xp.astype(real_rows(self.tree, self.space), self.space.dtype)
-        leaves = self._inverse_leaves
-        # padded rows of the inverse are identity here, zero outside
-        real = self.space.xp.reshape(real, (*leaves.shape[:2], 1))
-        return leaves * real, map(self._level_terms, range(self.tree.levels))
+        leaves = without_padding(self.tree, self._inverse_leaves)
+        return leaves, map(self._level_terms, range(self.tree.levels))
 
     def _level_terms(self, level: int) -> Terms:
-        width = self._widths[level]
-        Z = Y = self._halves(level, self._Y[level])
-        if not self.symmetric:
-            x = self._solve_adjoint(self._Q[level], level + 1)
-            Z = self._halves(level, x)
+        width, (Y, Z) = self._widths[level], self._term_bases(level)
         E, ones = self._E[level], self.space.real.ones(Y.shape[0], width)
 
         def term(row: int, column: int) -> LowRank:
@@ -175,6 +164,13 @@ class HODLRFactorization(Factorization):
             return LowRank(-Y[:, row, :, :] @ core, ones, Z[:, column, :, :])
 
         return term(0, 1), term(1, 0), stack(term(0, 0), term(1, 1))
+
+    def _term_bases(self, level: int) -> tuple[Array, Array]:
+        """Return D P and Dᴴ Q of a level, each (2**level, 2, half, r)."""
+        Y = self._halves(level, self._Y[level])
+        if self.symmetric:
+            return Y, Y
+        return Y, self._halves(level, self._solve_adjoint(self._Q[level], level + 1))
 
     def _apply(self, x: Array) -> Array:
         x = self._solve_leaves(x)
@@ -224,9 +220,7 @@ class HODLRFactorization(Factorization):
         scales = xp.astype(scales, QY.dtype, copy=False)
         CQY = scales[..., None] * xp.flip(QY, axis=1)
         eye = xp.zeros_like(QY[:, 0, :, :]) + self.space.eye(width)
-        top = xp.concat([eye, CQY[:, 0, :, :]], axis=-1)
-        bottom = xp.concat([CQY[:, 1, :, :], eye], axis=-1)
-        K = xp.concat([top, bottom], axis=-2)
+        K = block_matrix(eye, CQY[:, 0, ...], CQY[:, 1, ...], eye)
         signs, logs = slogdet(K)
         self._sign = self._sign * xp.prod(detach(signs))
         self._logdet = self._logdet + xp.sum(xp.astype(logs, xp.float64))

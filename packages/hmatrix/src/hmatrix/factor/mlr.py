@@ -6,13 +6,9 @@ from collections.abc import Mapping
 from functools import cached_property, partial
 
 from hmatrix._backend import Array, adjoint, contiguous, in_own_precision, inverse_lower
-from hmatrix._operator import real_rows
-from hmatrix.factor._base import (
-    Factorization,
-    leaf_factors,
-    shifted_leaves,
-    take_array,
-)
+from hmatrix.factor._base import Factorization, take_array
+from hmatrix.factor.climb import build
+from hmatrix.factor.leaves import leaf_factors, shifted_leaves, without_padding
 from hmatrix.factor.symmetric import (
     SymmetricFactor,
     checked_cholesky,
@@ -37,7 +33,7 @@ class MLRFactorization(Factorization):
         half = inverse_lower(L)
         W: list[Array] = [None] * tree.levels
         if tree.levels:
-            columns = xp.concat(self._columns(), axis=-1)
+            columns = xp.concat(_columns(H), axis=-1)
             X = xp.reshape(columns, (*leaves.shape[:2], columns.shape[-1]))
             X = xp.reshape(adjoint(half) @ (half @ X), columns.shape)
             for level in reversed(range(tree.levels)):
@@ -52,13 +48,8 @@ class MLRFactorization(Factorization):
                 above = xp.reshape(columns, (*F.shape[:2], rest))
                 update = W[level] @ (adjoint(W[level]) @ above)
                 X = X - H.sign * xp.reshape(update, X.shape)
-        inverse_leaves = adjoint(half) @ half
-        # padded rows of the inverse are identity here, zero outside
-        real = xp.astype(real_rows(tree, self.space), self.space.dtype)
-        real = xp.reshape(real, leaves.shape[:2])
-        self._inverse = MLR(
-            tree, inverse_leaves * real[:, :, None], tuple(W), sign=-H.sign
-        )
+        inverse_leaves = without_padding(tree, adjoint(half) @ half)
+        self._inverse = MLR(tree, inverse_leaves, tuple(W), sign=-H.sign)
 
     def inverse(self) -> MLR:
         """Return the inverse, an `MLR` matrix with the other sign."""
@@ -72,49 +63,11 @@ class MLRFactorization(Factorization):
     def _apply(self, x: Array) -> Array:
         return self._inverse._apply(x)
 
-    def _columns(self) -> list[Array]:
-        """Return the factors of all levels, each (padded, r)."""
-        reshape, rows = self.space.xp.reshape, self.tree.padded
-        return [reshape(F, (rows, F.shape[-1])) for F in self.matrix.factors]
-
     @cached_property
     def _factor(self) -> SymmetricFactor:
         # made when first asked for: the inverse does not need it
-        xp, tree, sign = self.space.xp, self.tree, self.matrix.sign
-        parts = self._columns()
-        # copies, to be written over: what is recorded stays so
-        bases = [
-            contiguous(self.space.asarray(F, copy=True)) for F in self.matrix.factors
-        ]
-
-        def leaf(which: slice) -> Array:
-            leaves = shifted_leaves(tree, self.matrix.leaves, self.shift, which)
-            what, first = (tree.levels, "leaf"), which.start
-            return checked_cholesky(leaves, *what, self.shift, first=first)
-
-        def columns(rows: slice) -> Array:
-            return xp.concat([part[rows, :] for part in parts], axis=-1)
-
-        def core(
-            level: int, first: int, columns: Array, out: Array
-        ) -> tuple[Array, Array, Array]:
-            """Factor ``I ± F Fᴴ`` by ``R Rᴴ = I ± Fᴴ F`` without a QR decomposition.
-
-            ``X = ±(I + R)⁻¹`` solves ``X + Xᴴ + X Fᴴ F Xᴴ = ±I``.
-            """
-            F = contiguous(columns)
-            out[...] = F
-            eye = self.space.eye(F.shape[-1])
-            small = eye + sign * (adjoint(F) @ F)
-            R = checked_cholesky(small, level, "node", self.shift, first=first)
-            X = inverse_lower(eye + R)
-            return F, sign * X, -sign * (adjoint(X) @ inverse_lower(R))
-
-        memory = self.space.asarray(self.matrix.leaves, copy=True)
         again = partial(leaf_factors, self.matrix, self.shift)
-        return SymmetricFactor.build(
-            tree, memory, bases, columns, leaf, core, again=again
-        )
+        return build(self.tree, _Source(self.matrix, self.shift), again=again)
 
     def _symmetric_factor(self) -> SymmetricFactor:
         return self._factor
@@ -130,3 +83,43 @@ class MLRFactorization(Factorization):
         )
         sign = -self.matrix.sign
         self._inverse = MLR(self.tree, arrays["leaves"], factors, sign)
+
+
+class _Source:
+    """What the symmetric factor of a shifted matrix is made of; see `Source`."""
+
+    def __init__(self, H: MLR, shift: float) -> None:
+        self.matrix, self.shift, self.space = H, shift, H.space
+        # copies, to be written over: what is recorded stays so
+        self.leaves = self.space.asarray(H.leaves, copy=True)
+        self.bases = [contiguous(self.space.asarray(F, copy=True)) for F in H.factors]
+
+    def columns(self, rows: slice) -> Array:
+        parts = [part[rows, :] for part in _columns(self.matrix)]
+        return self.space.xp.concat(parts, axis=-1)
+
+    def leaf(self, which: slice) -> Array:
+        tree, first = self.matrix.tree, which.start
+        leaves = shifted_leaves(tree, self.matrix.leaves, self.shift, which)
+        return checked_cholesky(leaves, tree.levels, "leaf", self.shift, first=first)
+
+    def core(
+        self, level: int, first: int, columns: Array, out: Array
+    ) -> tuple[Array, Array, Array]:
+        """Factor ``I ± F Fᴴ`` by ``R Rᴴ = I ± Fᴴ F`` without a QR decomposition.
+
+        ``X = ±(I + R)⁻¹`` solves ``X + Xᴴ + X Fᴴ F Xᴴ = ±I``.
+        """
+        F, sign = contiguous(columns), self.matrix.sign
+        out[...] = F
+        eye = self.space.eye(F.shape[-1])
+        small = eye + sign * (adjoint(F) @ F)
+        R = checked_cholesky(small, level, "node", self.shift, first=first)
+        X = inverse_lower(eye + R)
+        return F, sign * X, -sign * (adjoint(X) @ inverse_lower(R))
+
+
+def _columns(H: MLR) -> list[Array]:
+    """Return the factors of all levels, each (padded, r)."""
+    reshape, rows = H.space.xp.reshape, H.tree.padded
+    return [reshape(F, (rows, F.shape[-1])) for F in H.factors]

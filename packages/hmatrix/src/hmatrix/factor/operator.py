@@ -45,11 +45,6 @@ class HODLRInverse(Operator):
         diagonal = self._factorization.inverse_diagonal()
         return conjugate(diagonal) if self._adjoint else diagonal
 
-    def trace(self) -> float | complex:
-        """Return the sum of the diagonal."""
-        total = self.space.xp.sum(self.diagonal())
-        return complex(total) if self.space.is_complex else float(total)
-
     def _apply(self, x: Array) -> Array:
         factor = self._factorization
         return (factor._apply_adjoint if self._adjoint else factor._apply)(x)

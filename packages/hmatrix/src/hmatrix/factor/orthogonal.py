@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,37 +11,34 @@ from hmatrix._backend import (
     Array,
     Space,
     adjoint,
+    block_matrix,
     complete_qr,
     contiguous,
     detach,
     in_own_precision,
     inverse_lower,
-    known_gradients,
     slogdet,
     solve,
 )
 from hmatrix._checks import SingularBlockError
-from hmatrix._operator import unpad_rows
+from hmatrix._operator import cleared, unpad_rows
 from hmatrix.construct import from_matvec
 from hmatrix.factor._base import (
     Factorization,
-    cleared,
     has_gradients,
     narrow,
-    shifted_leaves,
     take_array,
 )
 from hmatrix.factor.gradients import (
     diagonal_with_gradients_of,
     logdet_with_gradients_of,
 )
+from hmatrix.factor.leaves import shifted_leaves
 from hmatrix.factor.operator import HODLRInverse
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, pair
+from hmatrix.lowrank import LowRank, pair, scaled
 
 __all__ = ["HODLROrthogonal"]
-
-Apply = Callable[[Array], Array]
 
 #: Error of the inverse that only a matrix singular to working precision leaves.
 HOPELESS = 0.1
@@ -103,10 +100,8 @@ class _Step:
         y, f, w = self.eliminate(f, w)
         c = w.shape[1] - r
         across = -(_siblings(self.G) @ w[:, c:, :])
-        top = xp.concat([f[::2, ...], across[1::2, ...]], axis=-1)
-        bottom = xp.concat([across[::2, ...], f[1::2, ...]], axis=-1)
-        w = xp.concat([w[::2, :c, :], w[1::2, :c, :]], axis=-1)
-        return y, xp.concat([top, bottom], axis=1), w
+        f = block_matrix(f[::2, ...], across[1::2, ...], across[::2, ...], f[1::2, ...])
+        return y, f, xp.concat([w[::2, :c, :], w[1::2, :c, :]], axis=-1)
 
     def down_own(self, y: Array, x: Array) -> Array:
         """Return what is in the columns' own halves."""
@@ -163,7 +158,7 @@ class HODLROrthogonal(Factorization):
         U, V = (
             xp.reshape(x, (*D.shape[:2], x.shape[-1])) for x in (U / self._scale, V)
         )
-        self._sign: Any = xp.prod(self.space.ones(1))
+        self._sign: Any = self.space.ones()
         self._logdet = xp.full(
             (),
             tree.n * math.log(self._scale),
@@ -194,10 +189,7 @@ class HODLROrthogonal(Factorization):
         Columns of V have norm 1 or 0, those of U the scales of their terms.
         """
         xp, tree = self.space.xp, self.tree
-        left, right = (
-            [self.space.zeros(tree.padded, 0)],
-            [self.space.zeros(tree.padded, 0)],
-        )
+        left, right = ([self.space.zeros(tree.padded, 0)] for _ in range(2))
         for B12, B21 in map(self.matrix.blocks, range(tree.levels)):
             (U12, V12), (U21, V21) = map(_balanced, (B12, B21))
             for side, both in ((left, pair(U12, U21)), (right, pair(V21, V12))):
@@ -238,10 +230,9 @@ class HODLROrthogonal(Factorization):
             G @ _siblings(adjoint(V[..., c - width :])), (-1, 2, m - e, m - e)
         )
         D = xp.reshape(D, B.shape)
-        top = xp.concat([D[:, 0, ...], B[:, 0, ...]], axis=-1)
-        bottom = xp.concat([B[:, 1, ...], D[:, 1, ...]], axis=-1)
+        D = block_matrix(D[:, 0, ...], B[:, 0, ...], B[:, 1, ...], D[:, 1, ...])
         U, V = (_merged(x[..., : c - width]) for x in (U, V))
-        return step, xp.concat([top, bottom], axis=-2), U, V
+        return step, D, U, V
 
     def _count(self, blocks: Array, level: int) -> None:
         """Count determinants of blocks of a level in."""
@@ -262,23 +253,14 @@ class HODLROrthogonal(Factorization):
         if plain is None:
             return self._solve(x)
         parts = (self.matrix._apply, plain._solve, plain._solve_adjoint)
-        return self._refined(x, *parts)
+        return self._with_gradients(x, *parts)
 
     def _apply_adjoint(self, x: Array) -> Array:
         plain = self._plain
         if plain is None:
             return self._solve_adjoint(x)
         parts = (self.matrix._apply_adjoint, plain._solve_adjoint, plain._solve)
-        return self._refined(x, *parts)
-
-    def _refined(
-        self, x: Array, product: Apply, solve: Apply, solve_adjoint: Apply
-    ) -> Array:
-        """Solve with a step of refinement: dy = A⁻¹ (dx − dA y)."""
-        y = solve(detach(x))
-        residual = cleared(x - product(y) - self.shift * y, self.tree)
-        step = solve(detach(residual))
-        return y + known_gradients(step, lambda g: [solve_adjoint(g)], [residual])
+        return self._with_gradients(x, *parts)
 
     def _solve(self, x: Array) -> Array:
         xp, leaves = self.space.xp, self.matrix.leaves
@@ -381,9 +363,9 @@ def _balanced(block: LowRank) -> tuple[Array, Array]:
     """Return U and V of ``U Vᴴ`` with columns of V of norm 1 or 0."""
     xp = Space.of(block.U).xp
     norms = xp.linalg.vector_norm(block.V, axis=-2, keepdims=True)
-    scales = xp.astype(norms * block.S[..., None, :], block.U.dtype, copy=False)
+    U = scaled(block.U, norms * block.S[..., None, :])
     norms = xp.where(norms > 0, norms, xp.ones_like(norms))
-    return block.U * scales, block.V / xp.astype(norms, block.V.dtype, copy=False)
+    return U, block.V / xp.astype(norms, block.V.dtype, copy=False)
 
 
 def _outer_space(U: Array, level: int) -> tuple[int, Array]:

@@ -70,6 +70,7 @@ class Streaming(ABC):
         self._lost = [
             self.space.real.zeros(self.tree.nodes(k)) for k in range(self.tree.levels)
         ]
+        self._allocate()
 
     @property
     def count(self) -> float:
@@ -307,6 +308,10 @@ class Streaming(ABC):
             f"rank={self.rank}, count={self.count:g}, {self.space.name}, "
             f"{self.space.place})"
         )
+
+    @abstractmethod
+    def _allocate(self) -> None:
+        """Make the arrays of each level, which are zero."""
 
     @abstractmethod
     def _chunk(self, c: int) -> int:

@@ -7,7 +7,6 @@ from typing import Self
 from hmatrix._backend import Array, adjoint, contiguous, one_thread_if_small, qr, svd
 from hmatrix.hodlr import HODLR, clear_padding
 from hmatrix.lowrank import LowRank
-from hmatrix.tree import ClusterTree
 from hmatrix.update._base import Streaming
 
 __all__ = ["StreamingHODLR"]
@@ -46,17 +45,7 @@ class StreamingHODLR(Streaming):
 
     _series = ("_bases", "_scales", "_lost")
 
-    def __init__(
-        self,
-        n: int | ClusterTree,
-        levels: int = 4,
-        rank: int = 32,
-        *,
-        like: Array | None = None,
-        dtype: object = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(n, levels, rank, like=like, dtype=dtype, seed=seed)
+    def _allocate(self) -> None:
         tree = self.tree
         sizes = [
             (tree.nodes(k), tree.size(k + 1), min(self.rank, tree.size(k + 1)))

@@ -110,6 +110,8 @@ class StreamingMLR(Streaming):
         super().__init__(n, levels, rank, like=like, dtype=dtype, seed=seed)
         self.method = check_choice("method", method, METHODS)
         self._draws = 0
+
+    def _allocate(self) -> None:
         self._factors = [
             self.space.zeros(
                 self.tree.nodes(k),

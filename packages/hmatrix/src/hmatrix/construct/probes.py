@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hmatrix._backend import Array, Space, adjoint, frobenius, namespace, qr
 from hmatrix._checks import ToleranceError
@@ -99,4 +99,4 @@ class Probes:
             )
             raise ToleranceError(msg, allowed / scale, reached / scale)
         error = reached / norm if norm else 0.0
-        return HODLR(H.tree, H.leaves, H.upper, H.lower, error)
+        return replace(H, error=error)

@@ -1,0 +1,147 @@
+"""Functions of entries as users give them: made to broadcast, and checked."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from hmatrix._backend import (
+    Array,
+    Space,
+    contiguous,
+    detach,
+    dtype_name,
+    is_array,
+    namespace,
+)
+from hmatrix._checks import BackendError, DTypeError, NonFiniteError, ShapeError
+from hmatrix.construct.blocks import Function
+
+__all__ = ["broadcasting", "checked"]
+
+#: Pairs of labels that are looked up in one matrix of two lists, on its diagonal.
+TILE = 64
+
+
+def broadcasting(function: Function, labels: Array, dims: int) -> tuple[Function, Any]:
+    """Return a function of labels that broadcast, and what the one given makes of a few.
+
+    That of two lists gives a row for one label and two.
+    """
+    few = labels[: min(2, int(labels.shape[0])), ...]
+    probe = function(labels[:1, ...], few)
+    if is_array(probe) and tuple(probe.shape) == (1, few.shape[0]):
+        function = of_lists(function, dims)
+    return function, probe
+
+
+def checked(function: Function, space: Space, dims: int = 0) -> Function:
+    """Return the function with its results checked and cast.
+
+    ``dims`` trailing axes of a label are those of a point.
+    """
+    xp = space.xp
+
+    def entries(a: Array, b: Array) -> Array:
+        if dims and space.on_host:
+            a, b = map(_by_coordinates, (a, b))
+        x = function(a, b)
+        if not is_array(x) or namespace(x) is not xp:
+            msg = (
+                f"The function must give a {space.library} array, got "
+                f"{type(x).__name__}; build it from its arguments."
+            )
+            raise BackendError(msg)
+        if Space.of(x).is_complex and not space.is_complex:
+            msg = (
+                f"The function gave {dtype_name(x.dtype)} entries for a matrix of "
+                f"{space.name}; give `dtype`, or take the real part."
+            )
+            raise DTypeError(msg)
+        shapes = (s[: len(s) - dims] for s in (tuple(a.shape), tuple(b.shape)))
+        expected = np.broadcast_shapes(*shapes)
+        if tuple(x.shape) != expected:
+            msg = (
+                f"The function must give an array of shape {expected} for arguments of "
+                f"shapes {tuple(a.shape)} and {tuple(b.shape)}, got {tuple(x.shape)}."
+            )
+            if dims and tuple(x.shape[:-1]) == expected:
+                msg = f"{msg[:-1]}; sum over the last axis, the coordinates."
+            raise ShapeError(msg)
+        x = detach(x)
+        # a sum is faster, and finite if all entries are, unless it overflows
+        if not bool(xp.isfinite(xp.sum(x))) and not bool(xp.all(xp.isfinite(x))):
+            msg = "The function gave NaN or infinite entries; it must be finite everywhere."
+            raise NonFiniteError(msg)
+        return xp.astype(x, space.dtype, copy=False)
+
+    return entries
+
+
+def _by_coordinates(points: Array) -> Array:
+    """Return points (..., d) whose first coordinates come first in memory, and so on.
+
+    So does what is made of them, and its sum over the last axis adds up whole arrays: up
+    to five times as fast as many sums of two or three numbers.
+    """
+    xp, last = namespace(points), points.ndim - 1
+    first = xp.permute_dims(points, (last, *range(last)))
+    return xp.permute_dims(contiguous(first), (*range(1, last + 1), 0))
+
+
+def of_lists(function: Function, dims: int) -> Function:
+    """Return a function that broadcasts from one of two lists.
+
+    Parameters
+    ----------
+    function : callable
+        From labels (m, ...) and (q, ...) to entries (m, q), for any m and q.
+    dims : int
+        Axes of one label: 0 for a number, 1 for a point.
+
+    Returns
+    -------
+    callable
+        From labels that broadcast against each other to their entries. It is a call for each
+        index of the axes that both have, or for each ``TILE`` of pairs, where none is
+        that of rows or of columns alone.
+    """
+
+    def matrix(a: Array, b: Array) -> Array:
+        x, expected = function(a, b), (int(a.shape[0]), int(b.shape[0]))
+        if not is_array(x) or tuple(x.shape) != expected:
+            got = tuple(x.shape) if is_array(x) else type(x).__name__
+            msg = f"The function of two lists must give an array of shape {expected}, got {got}."
+            raise ShapeError(msg)
+        return x
+
+    def entries(a: Array, b: Array) -> Array:
+        xp, ndim = namespace(a), max(a.ndim, b.ndim) - dims
+        a, b = (
+            xp.reshape(x, (*[1] * (ndim + dims - x.ndim), *x.shape)) for x in (a, b)
+        )
+        sizes = list(zip(a.shape[:ndim], b.shape[:ndim], strict=True))
+        rows = [k for k, (m, q) in enumerate(sizes) if q == 1 < m]
+        columns = [k for k, (m, q) in enumerate(sizes) if m == 1 < q]
+        shared = [k for k in range(ndim) if k not in {*rows, *columns}]
+        order = [*shared, *rows, *columns]
+        count = math.prod(sizes[k][0] for k in shared)
+
+        def listed(x: Array) -> Array:
+            """Return the labels of each index of the shared axes in one list."""
+            moved = xp.permute_dims(x, (*order, *range(ndim, x.ndim)))
+            return xp.reshape(moved, (count, -1, *x.shape[ndim:]))
+
+        a, b = listed(a), listed(b)
+        if rows or columns:
+            found = xp.stack([matrix(a[k, ...], b[k, ...]) for k in range(count)])
+        else:
+            tiles = (slice(k, min(k + TILE, count)) for k in range(0, count, TILE))
+            tiled = (matrix(a[some, 0, ...], b[some, 0, ...]) for some in tiles)
+            found = xp.concat([xp.linalg.diagonal(x) for x in tiled])
+        found = xp.reshape(found, tuple(max(sizes[k]) for k in order))
+        return xp.permute_dims(found, tuple(order.index(k) for k in range(ndim)))
+
+    return entries

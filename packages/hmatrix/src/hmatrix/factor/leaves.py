@@ -1,0 +1,44 @@
+"""Leaves of matrices that are factorized: shifted, with identity in padded rows."""
+
+from __future__ import annotations
+
+from hmatrix._backend import Array, Space, add_to_diagonals, cholesky
+from hmatrix._operator import places, real_rows
+from hmatrix.hodlr import HODLR
+from hmatrix.mlr import MLR
+from hmatrix.tree import ClusterTree
+
+__all__ = ["leaf_factors", "shifted_leaves", "without_padding"]
+
+
+def shifted_leaves(
+    tree: ClusterTree, leaves: Array, shift: float, which: slice = slice(None)
+) -> Array:
+    """Add ``shift`` to the diagonal, and ones to the padded part of it.
+
+    Identity in the padded rows keeps them apart from the others and out of the
+    determinant.
+    """
+    space, m = Space.of(leaves), tree.leaf_size
+    xp, leaves = space.xp, space.asarray(leaves[which, ...], copy=True)
+    rows = xp.reshape(places("rows", tree, space), (-1, m))
+    real = rows[which, :] < tree.n
+    added = xp.full(real.shape, shift, dtype=space.dtype, device=space.device)
+    added = xp.where(real, added, xp.ones_like(added))
+    return add_to_diagonals(leaves, added)
+
+
+def without_padding(tree: ClusterTree, leaves: Array) -> Array:
+    """Return the inverses of shifted leaves with zeros in the padded rows again."""
+    space = Space.of(leaves)
+    real = space.xp.astype(real_rows(tree, space), space.dtype)
+    return leaves * space.xp.reshape(real, (*leaves.shape[:2], 1))
+
+
+def leaf_factors(H: HODLR | MLR, shift: float) -> Array:
+    """Return the Cholesky factors of shifted leaves.
+
+    They are known to exist: the host does not wait for a device to say so. A matrix that
+    was overwritten by then raises `OverwrittenError`.
+    """
+    return cholesky(shifted_leaves(H.tree, H.leaves, shift), sure=True)
