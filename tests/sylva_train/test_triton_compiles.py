@@ -34,12 +34,19 @@ def compiled(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-def test_products_use_tensor_cores_and_copies_of_16_bytes(compiled):
-    ptx = compiled["sddmm"]["ptx"]
+@pytest.mark.parametrize("kernel", ["sddmm", "sddmm_large"])
+def test_products_use_tensor_cores_and_copies_of_16_bytes(compiled, kernel):
+    ptx = compiled[kernel]["ptx"]
     assert "wgmma.mma_async" in ptx
     copies = [line for line in ptx.splitlines() if "shared.global" in line]
     assert copies
     assert all("cp.async.cg" in line and "0x10" in line for line in copies)
+
+
+def test_all_is_kept_in_registers(compiled):
+    assert {name: made["stack"] for name, made in compiled.items()} == dict.fromkeys(
+        compiled, 0
+    )
 
 
 def test_the_search_knows_the_shared_memory_of_a_configuration(compiled):

@@ -42,6 +42,7 @@ def sddmm_kernel(
     dy_ptr,
     x_ptr,
     result_ptr,
+    members_ptr,
     groups_ptr,
     pairs_ptr,
     slots_ptr,
@@ -66,13 +67,14 @@ def sddmm_kernel(
 ):
     """Store one tile of one stretch: (splits, blocks, BLOCK, BLOCK) += or =."""
     group, split = tl.program_id(0), tl.program_id(1)
-    super_row = tl.load(groups_ptr + 3 * group).to(tl.int64)
+    super_row = tl.load(groups_ptr + 3 * group)
     first = tl.load(groups_ptr + 3 * group + 1)
     end = tl.load(groups_ptr + 3 * group + 2)
 
     m = tl.arange(0, ROWS * BLOCK)
     n = tl.arange(0, COLUMNS * BLOCK)
-    row = super_row * (ROWS * BLOCK) + m
+    row = tl.load(members_ptr + super_row * ROWS + m // BLOCK).to(tl.int64)
+    row = row * BLOCK + m % BLOCK
     pair = first + n // BLOCK
     has_pair = pair < end
     column = tl.load(pairs_ptr + pair, mask=has_pair, other=0).to(tl.int64)
@@ -132,15 +134,25 @@ def supports(dtype: torch.dtype, block_size: int) -> bool:
 
 
 def configurations() -> list[triton.Config]:
-    """Return what the autotuner may choose from: few, since each is compiled.
+    """Return what the autotuner may choose from: of each tile half, see `warps`.
 
     The first fits into the 99 KB of shared memory of a consumer's GPU whatever the tile.
     """
-    choices = ((32, 2, 4), (32, 4, 8), (64, 3, 4), (64, 3, 8), (64, 4, 8), (128, 2, 8))
+    pieces = ((32, 2), (32, 4), (64, 3), (64, 4), (128, 2))
     return [
         triton.Config({"TOKENS": tokens}, num_stages=stages, num_warps=warps)
-        for tokens, stages, warps in choices
+        for warps in (4, 8)
+        for tokens, stages in pieces
     ]
+
+
+def warps(rows: int, columns: int, block_size: int) -> int:
+    """Return how many warps compute a tile.
+
+    Four would spill a sum of 128 × 128 out of their registers, and eight read the
+    operands of a smaller one more often than they compute with them.
+    """
+    return 8 if rows * columns * block_size**2 > 64 * 128 else 4
 
 
 def prune(
@@ -151,8 +163,9 @@ def prune(
     Exact products of float32 have no tensor cores: long pieces only take long to compile.
     """
     given = named | rest
+    rows, columns, block = given["ROWS"], given["COLUMNS"], given["BLOCK"]
     exact = given["dy_ptr"].itemsize == 4 and given["PRECISION"] == "ieee"
-    sides = (given["ROWS"] + given["COLUMNS"]) * given["BLOCK"]
+    sides = (rows + columns) * block
     memory = shared_memory(given["dy_ptr"].device)
 
     def fits(config: triton.Config) -> bool:
@@ -161,7 +174,8 @@ def prune(
         most: int = 32 if exact else max(32, given["tokens_per_split"])
         return size <= memory and tokens <= most
 
-    return [c for c in configs if fits(c)] or configs[:1]
+    mine = [c for c in configs if c.num_warps == warps(rows, columns, block)]
+    return [c for c in mine if fits(c)] or mine[:1]
 
 
 def shared_memory(device: torch.device) -> int:
@@ -180,7 +194,7 @@ def searched(kernel: Any, **options: Any) -> Any:
     is added to is put back between trials. Triton keeps what was found on disk, beside
     the compiled kernels, for the next process.
     """
-    key = ["BLOCK", "ROWS", "COLUMNS", "ADD", "PRECISION", "token_bucket", "device"]
+    key = ["BLOCK", "ROWS", "COLUMNS", "PRECISION", "token_bucket", "device"]
     return triton.autotune(
         configurations(),
         key=key,
@@ -219,8 +233,8 @@ def split(programs: int, tokens: int, device: torch.device) -> tuple[int, int]:
 
 def untuned(plan: Plan, block_size: int) -> dict[str, Any]:
     """Return a configuration that does for every tile, where no search may be made."""
-    area = plan.rows * plan.columns * block_size**2
-    return {"TOKENS": 32, "num_stages": 2, "num_warps": 8 if area > 64 * 128 else 4}
+    count = warps(plan.rows, plan.columns, block_size)
+    return {"TOKENS": 32, "num_stages": 2, "num_warps": count}
 
 
 def run_plan(
@@ -258,6 +272,7 @@ def run_plan(
         dy,
         x,
         parts,
+        plan.members,
         plan.groups,
         plan.pairs,
         plan.slots,
