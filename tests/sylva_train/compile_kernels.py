@@ -91,8 +91,8 @@ SIZES = {"CHUNK": triton_adamw.CHUNK, "FIELDS": triton_adamw.FIELDS, "ALIGNED": 
 
 
 def adamw(eight_bit=False):
-    constants = SIZES | {"BLOCK": 0, "TO_BASE": True, "SCALARS": triton_adamw.SCALARS}
-    constants |= {"EIGHT_BIT": eight_bit, "GROUP": triton_adamw.GROUP}
+    constants = SIZES | {"BLOCK": 64, "TO_BASE": True, "SCALARS": triton_adamw.SCALARS}
+    constants |= {"EIGHT_BIT": eight_bit, "GROUP": triton_adamw.GROUP, "LINES": True}
     types = TABLES | {"scalars_ptr": "*fp32"}
     return compile_for_gpu(triton_programs.adamw_kernel, types, constants)
 
