@@ -248,6 +248,30 @@ def test_a_search_is_made_once_and_never_in_a_graph(monkeypatch):
     assert len(triton_sddmm._found) == 2
 
 
+def test_without_memory_for_a_search_the_kernel_runs_all_the_same(monkeypatch):
+    if not triton_sddmm.INTERPRETED:
+        pytest.skip("stands in for a GPU by the interpreter")
+    asked = []
+
+    def timer(call, quantiles):
+        call()
+        asked.append(quantiles)
+        raise torch.OutOfMemoryError
+
+    tuned = triton_sddmm.searched(triton_sddmm.sddmm_kernel, do_bench=timer)
+    monkeypatch.setattr(triton_sddmm, "tuned_sddmm_kernel", tuned)
+    monkeypatch.setattr(triton_sddmm, "INTERPRETED", False)
+    monkeypatch.setattr(triton_sddmm, "_found", {})
+    mask = make_mask((70, 90), 16, 0.3, 3)
+    dy, x = (torch.randn(40, n).half() for n in mask.shape)
+    plan = make_plan(mask.indices, mask.shape, 16)
+    for _ in range(2):
+        out = torch.ones((len(mask), 16, 16))
+        triton_sddmm.run_plan(plan, dy, x, len(mask), 16, out)
+        check(out, dy, x, mask, before=1.0)
+    assert len(asked) == 1
+
+
 def test_the_self_check_finds_a_wrong_kernel(triton_device, monkeypatch):
     assert triton_sddmm.self_check(triton_device, torch.bfloat16, 32) < 1
     monkeypatch.setattr(triton_sddmm, "run_plan", lambda *_, **__: None)

@@ -9,6 +9,7 @@ process to the next; `torch.use_deterministic_algorithms` fixes it.)
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -220,21 +221,44 @@ def precision() -> str:
     return "tf32" if chosen == "tf32" or (not chosen and matmul.allow_tf32) else "ieee"
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Return the number of a GPU's processors."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def split(programs: int, tokens: int, device: torch.device) -> tuple[int, int]:
     """Return the number of stretches of tokens, and the tokens of each."""
-    processors = 1
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = triton.cdiv(WAVES * processors, programs)
+    # Not by `triton.cdiv`, which takes as long as all else here.
+    wanted = -(-WAVES * processors(device) // programs)
     splits = max(1, min(wanted, MOST_SPLITS, tokens // LEAST_TOKENS))
-    each = triton.cdiv(triton.cdiv(tokens, splits), 128) * 128
-    return triton.cdiv(tokens, each), each
+    each = -(-tokens // (128 * splits)) * 128
+    return -(-tokens // each), each
 
 
 def untuned(plan: Plan, block_size: int) -> dict[str, Any]:
     """Return a configuration that does for every tile, where no search may be made."""
     count = warps(plan.rows, plan.columns, block_size)
     return {"TOKENS": 32, "num_stages": 2, "num_warps": count}
+
+
+def search(
+    grid: tuple[int, int], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Time the configurations, launch the fastest and return it.
+
+    None, and nothing was launched, where memory does not suffice: trials take a copy of
+    the result and a piece of memory that fills the cache.
+    """
+    try:
+        with _searching:
+            tuned_sddmm_kernel[grid](*arguments, **options)
+            found: dict[str, Any] = tuned_sddmm_kernel.best_config.all_kwargs()
+    except torch.OutOfMemoryError:
+        return None
+    return found
 
 
 def run_plan(
@@ -256,7 +280,7 @@ def run_plan(
     shape = (blocks, block_size, block_size)
     if out is None:
         out = torch.empty(shape, dtype=torch.float32, device=device)
-    programs, tokens = len(plan.groups), len(dy)
+    programs, tokens = plan.groups.shape[0], dy.shape[0]
     count, each = splits or split(programs, tokens, device)
     parts = out if count == 1 else out.new_empty((count, *shape))
     options: dict[str, Any] = {
@@ -294,15 +318,15 @@ def run_plan(
         chosen = untuned(plan, block_size)
     elif chosen is None and is_capturing(device):
         chosen = untuned(plan, block_size)  # trials wait for the device
+    found = None
     with torch.cuda.device_of(dy):
-        if chosen is not None:
+        if chosen is None:
+            found = search((programs, count), arguments, options)
+            chosen = _found[key] = found or untuned(plan, block_size)
+        if found is None:
             sddmm_kernel[programs, count](*arguments, **options, **chosen)
-        else:
-            with _searching:
-                tuned_sddmm_kernel[programs, count](*arguments, **options)
-                _found[key] = tuned_sddmm_kernel.best_config.all_kwargs()
         if count > 1:
-            grid = (triton.cdiv(out.numel(), 1024),)
+            grid = (-(-out.numel() // 1024),)
             add_splits_kernel[grid](parts, out, out.numel(), count, ADD=add, CHUNK=1024)
     return out
 
@@ -319,13 +343,13 @@ def block_sddmm(
 
     Operands may have any strides. ``out`` has to be contiguous and float32.
     """
-    if len(indices) == 0 or len(dy) == 0:
+    if indices.shape[0] == 0 or dy.shape[0] == 0:
         return reference.block_sddmm(dy, x, indices, block_size, out=out)
     shape = (dy.shape[1], x.shape[1])
     plan = find_plan(indices, shape, block_size, dy.dtype.itemsize)
-    way = plan.way(len(dy))
+    way = plan.way(dy.shape[0])
     if way == "blocks":
-        return run_plan(plan, dy, x, len(indices), block_size, out)
+        return run_plan(plan, dy, x, indices.shape[0], block_size, out)
     take = reference.from_rectangle if way == "rectangle" else reference.from_dense
     blocks = take(dy, x, indices, block_size)
     return blocks if out is None else out.add_(blocks)
