@@ -11,9 +11,13 @@
   (`sylva_train.reproduce.measure_layer`).
 
 Candidates take turns; a timing is of several runs in a row, divided by their number:
-fewer of those that take long. Kernels are tuned and compiled in the runs before. What is
-measured is written after every row; ``--parts`` and ``--name`` divide the work. ``--tiny`` shows that it all runs, on
-a CPU with Triton's interpreter (``TRITON_INTERPRET=1``), and writes nothing.
+fewer of those that take long. Kernels are tuned and compiled in the runs before. Kernels
+are timed by the device's clock, with the host ahead of it; what is in its cache stays
+there from one run to the next, for all candidates alike. What is measured is written
+after every row. All of it takes hours; ``--parts``, ``--blocks``, ``--densities``,
+``--masks``, ``--tokens`` and ``--name`` divide the work: a part with ``--blocks 64
+--densities 0.05`` takes minutes. ``--tiny`` shows that it all runs, on a CPU with
+Triton's interpreter (``TRITON_INTERPRET=1``), and writes nothing.
 """
 
 from __future__ import annotations
@@ -26,52 +30,61 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _common import interleave, parser, setting, write
+from _common import parser, setting, summary, write
 from torch import nn
 
 from sylva_train import LayerMask, SparseAdamW, embed
 from sylva_train.kernels import block_sddmm, check_kernels, reference, scatter_blocks_
 from sylva_train.kernels.plan import find_plan
 from sylva_train.reproduce import draw_masks, measure_layer
+from sylva_train.reproduce.subjects import MASKS
 
 DEVICE = torch.device("cuda")
 #: Runs in a row of one timing, and the seconds that they may take if they are several.
 ROW, ROW_SECONDS = 20, 0.1
+#: Cycles for which the device is held up before it is timed, some milliseconds.
+AHEAD = 10_000_000
 #: What there is to measure.
 PARTS = ("gradient", "optimizer", "step")
 Task = Callable[[], Any]
 #: Options of ``--tiny``.
 TINY = {
     "tokens": [32], "shapes": [(64, 64), (96, 64)], "blocks": [16], "densities": [0.25],
-    "layers": 1, "copy_bits": 10, "repeats": 1, "compiled": False, "parts": PARTS,
+    "masks": ["random", "staircase"], "layers": 1, "copy_bits": 10, "repeats": 1,
+    "compiled": False, "parts": PARTS,
 }  # fmt: skip
 
 
+def seconds(task: Task, count: int) -> float:
+    """Time of a task on the device, as the mean of several runs in a row.
+
+    The device is held up first, so that the host is ahead of it, as it is in training:
+    small kernels take less time than their launches.
+    """
+    start = time.perf_counter()
+    if DEVICE.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(AHEAD)
+        begin.record()
+    for _ in range(count):
+        task()
+    if DEVICE.type != "cuda":
+        return (time.perf_counter() - start) / count
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000 / count
+
+
 def measure(repeats: int, *tasks: Task) -> list[dict[str, float]]:
-    """Time tasks in turn, each several times in a row, and wait for the device."""
-
-    def in_a_row(task: Task, count: int) -> Task:
-        def run() -> None:
-            for _ in range(count):
-                task()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-
-        return run
-
-    def seconds(task: Task) -> float:
-        start = time.perf_counter()
-        in_a_row(task, 1)()
-        return time.perf_counter() - start
-
+    """Time tasks in turn, each several times in a row."""
     for task in tasks:
         task()
-    counts = [max(1, min(ROW, int(ROW_SECONDS / seconds(task)))) for task in tasks]
-    found = interleave(repeats, *map(in_a_row, tasks, counts), warmup=1)
-    return [
-        {name: t / count for name, t in times.items()}
-        for times, count in zip(found, counts, strict=True)
+    counts = [max(1, min(ROW, int(ROW_SECONDS / seconds(t, 1)))) for t in tasks]
+    turns = [
+        [seconds(task, n) for task, n in zip(tasks, counts, strict=True)]
+        for _ in range(1 + repeats)
     ]
+    return [summary(list(taken)) for taken in zip(*turns[1:], strict=True)]
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -126,7 +139,7 @@ def settings(options: Any) -> Iterator[tuple[Any, ...]]:
     for block, density, kind, shape, tokens in itertools.product(
         options.blocks,
         options.densities,
-        ("random", "rectangle"),
+        options.masks,
         options.shapes,
         options.tokens,
     ):
@@ -234,8 +247,9 @@ def step(options: Any) -> Iterator[dict[str, Any]]:
     for tokens, shape, block, density, kind in settings(options):
         methods = ["full", "frozen", "lora", "sylva"]
         # Compiling takes long, and LoRA does not depend on the blocks.
-        if options.compiled and block == options.blocks[0] and kind == "random":
+        if options.compiled and (block, kind) == (options.blocks[0], options.masks[0]):
             methods.append("lora-compiled")
+            torch._dynamo.reset()  # it leaves models after the eighth uncompiled
         found = measure_layer(
             {
                 "out_features": shape[0],
@@ -293,6 +307,7 @@ def main() -> None:
     options.add_argument(
         "--densities", type=float, nargs="+", default=[0.05, 0.01, 0.2]
     )
+    options.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
     options.add_argument("--layers", type=int, default=32, help="of each shape")
     options.add_argument("--copy-bits", type=int, default=28, help="log2 of a copy")
     options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)

@@ -4,7 +4,8 @@ Models of LLaMA's architecture with random bfloat16 weights, with and without gr
 checkpointing: full fine-tuning, LoRA of PEFT with as many trainable weights, and Sylva
 with blocks anywhere in the columns and in few of them, at several densities; each in a
 process of its own (`sylva_train.reproduce.measure_step`). Where memory does not suffice,
-a row says so. ``--tiny`` shows that it all runs, on a CPU, and writes nothing.
+a row says so. ``--models``, ``--densities``, ``--checkpointing`` and ``--name`` divide the
+work. ``--tiny`` shows that it all runs, on a CPU, and writes nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def specs(options: Any) -> list[dict[str, Any]]:
         "device": options.device,
     }
     found = []
-    for model, checkpointing in itertools.product(options.models, (False, True)):
+    choices = [choice == "on" for choice in options.checkpointing]
+    for model, checkpointing in itertools.product(options.models, choices):
         own = common | {"model": model, "checkpointing": checkpointing}
         found.append(own | {"method": "full"})
         for density in options.densities:
@@ -79,6 +81,9 @@ def main() -> None:
     options.add_argument("--block", type=int, default=64)
     options.add_argument(
         "--densities", type=float, nargs="+", default=[0.01, 0.05, 0.1, 0.2]
+    )
+    options.add_argument(
+        "--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"]
     )
     options.add_argument("--name", default="model_gpu")
     options.add_argument("--tiny", action="store_true", help="on a CPU, as a test")

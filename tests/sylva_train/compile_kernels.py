@@ -7,9 +7,13 @@ token strides are multiples of 16, columns stand side by side.
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 
 from triton import compile as compile_kernel
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -19,7 +23,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 
 
 def compile_for_gpu(kernel, types, constants, **options):
-    """Return what the compiler made: PTX, and the shared memory that it needs."""
+    """Return what the compiler made: PTX, the shared memory and stack that it needs."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in constants.items()}
@@ -28,21 +32,39 @@ def compile_for_gpu(kernel, types, constants, **options):
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
     source = ASTSource(kernel, signature, constants, hints)
     made = compile_kernel(source, target=TARGET, options=options)
-    return {"ptx": made.asm["ptx"], "shared": made.metadata.shared}
+    return {
+        "ptx": made.asm["ptx"],
+        "shared": made.metadata.shared,
+        "stack": stack(made.asm["cubin"]),
+    }
 
 
-def sddmm():
-    tensors = ["dy", "x", "result", "groups", "pairs", "slots"]
-    kinds = ["*bf16", "*bf16", "*fp32", "*i32", "*i32", "*i32"]
+def stack(binary):
+    """Return the bytes of each thread that are not in registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(re.search(r"STACK:(\d+)", done.stdout)[1])
+
+
+def sddmm(rows=1):
+    tensors = ["dy", "x", "result", "members", "groups", "pairs", "slots"]
+    kinds = ["*bf16", "*bf16", "*fp32"] + 4 * ["*i32"]
     types = {f"{name}_ptr": kind for name, kind in zip(tensors, kinds, strict=True)}
     numbers = "tokens outputs inputs blocks tokens_per_split dy_token_stride"
     numbers += " x_token_stride token_bucket device"
     types |= dict.fromkeys(numbers.split(), "i32")
-    constants = {"dy_column_stride": 1, "x_column_stride": 1, "BLOCK": 64, "ROWS": 1}
+    constants = {"dy_column_stride": 1, "x_column_stride": 1, "BLOCK": 64, "ROWS": rows}
     constants |= {"COLUMNS": 2, "ADD": True, "WIDEN": False, "TOKENS": 64}
     constants |= {"PRECISION": "ieee"}
-    kernel = triton_sddmm.sddmm_kernel
-    return compile_for_gpu(kernel, types, constants, num_warps=4, num_stages=3)
+    kernel, warps = triton_sddmm.sddmm_kernel, triton_sddmm.warps(rows, 2, 64)
+    return compile_for_gpu(kernel, types, constants, num_warps=warps, num_stages=3)
+
+
+def sddmm_large():
+    return sddmm(rows=2)
 
 
 def add_splits():
@@ -69,8 +91,8 @@ SIZES = {"CHUNK": triton_adamw.CHUNK, "FIELDS": triton_adamw.FIELDS, "ALIGNED": 
 
 
 def adamw(eight_bit=False):
-    constants = SIZES | {"BLOCK": 0, "TO_BASE": True, "SCALARS": triton_adamw.SCALARS}
-    constants |= {"EIGHT_BIT": eight_bit, "GROUP": triton_adamw.GROUP}
+    constants = SIZES | {"BLOCK": 64, "TO_BASE": True, "SCALARS": triton_adamw.SCALARS}
+    constants |= {"EIGHT_BIT": eight_bit, "GROUP": triton_adamw.GROUP, "LINES": True}
     types = TABLES | {"scalars_ptr": "*fp32"}
     return compile_for_gpu(triton_programs.adamw_kernel, types, constants)
 
@@ -85,5 +107,5 @@ def square():
 
 
 if __name__ == "__main__":
-    kernels = [sddmm, add_splits, prepare, adamw, adamw_of_8_bits, square]
+    kernels = [sddmm, sddmm_large, add_splits, prepare, adamw, adamw_of_8_bits, square]
     json.dump({kernel.__name__: kernel() for kernel in kernels}, sys.stdout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +11,24 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sylva_train.config import SylvaConfig
+from sylva_train import load_adapter, merge, save_adapter, unload
+from sylva_train.config import SylvaConfig, TrainingConfig
 from sylva_train.importance import score
 from sylva_train.kernels import dispatch
 from sylva_train.layers import embed
 from sylva_train.optimizer import SparseAdamW
 from sylva_train.reproduce import timing
+from sylva_train.selection import select
+from sylva_train.training import train
 from tests import cuda_like
-from tests.sylva_train.models import random, random_masks
+from tests.sylva_train.models import (
+    logits,
+    make_batch,
+    make_model,
+    random,
+    random_masks,
+)
+from tests.sylva_train.toy import ToyLoader, toy_model
 
 pytestmark = pytest.mark.skipif(not cuda_like.usable, reason="no stand-in for CUDA")
 
@@ -97,6 +109,48 @@ def test_scoring_waits_a_few_times_for_each_layer_and_batch(waits, last):
     # whether all numbers are finite, and how many rows are no padding; the loss
     each = (waits.total() - once) / 3
     assert each <= 2 * len(model.layers) + 3, waits
+
+
+@pytest.mark.usefixtures("waits")
+def test_an_adapter_is_made_kept_and_taken_out_on_another_device(monkeypatch, tmp_path):
+    monkeypatch.setenv("SYLVA_KERNELS", "torch")
+    device = "cuda:1"
+    model, batch = make_model().to(device), make_batch()
+    there = {name: tensor.to(device) for name, tensor in batch.items()}
+    scores = score(model, [batch, make_batch(seed=1)], SylvaConfig(block_size=4))
+    embed(model, select(scores, 0.2, 4))
+    optimizer = SparseAdamW(model, lr=1.0)
+    for _ in range(2):
+        model(**there).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained, base = logits(model, there).cpu(), logits(make_model(), batch)
+    assert not torch.allclose(trained, base, atol=1e-3)
+    save_adapter(model, tmp_path / "adapter")
+    loaded = load_adapter(make_model().to(device), tmp_path / "adapter")
+    moved = copy.deepcopy(loaded).to("cuda:0")
+    first = {name: tensor.to("cuda:0") for name, tensor in batch.items()}
+
+    def is_near(model, inputs, wanted):
+        return torch.allclose(logits(model, inputs).cpu(), wanted, atol=1e-5)
+
+    assert is_near(loaded, there, trained)
+    assert is_near(merge(copy.deepcopy(loaded)), there, trained)
+    assert is_near(unload(loaded), there, base)
+    assert is_near(moved, first, trained)
+    assert is_near(moved.to("cpu"), batch, trained)
+
+
+@pytest.mark.usefixtures("waits")
+def test_training_takes_place_on_its_device(monkeypatch):
+    monkeypatch.setenv("SYLVA_KERNELS", "torch")
+    config = TrainingConfig(steps=2, device="cuda:1", lr=0.01)
+    model, twin = toy_model(dropout=0.0), toy_model(dropout=0.0)
+    result = train(model, ToyLoader(), config)
+    assert {p.device for p in model.parameters()} == {torch.device("cuda:1")}
+    expected = train(twin, ToyLoader(), dataclasses.replace(config, device="cpu"))
+    losses = [[row["loss"] for row in r.history] for r in (result, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.usefixtures("waits")

@@ -37,7 +37,7 @@ def test_programs_cover_each_block_once_and_in_its_place(case, data):
         assert 0 < end - first <= plan.columns
         for pair in range(first, end):
             for row, block_number in enumerate(plan.slots[pair].tolist()):
-                place = [super_row * plan.rows + row, int(plan.pairs[pair])]
+                place = [int(plan.members[super_row, row]), int(plan.pairs[pair])]
                 if block_number >= 0:
                     found.append(block_number)
                     assert indices[block_number].tolist() == place
@@ -63,6 +63,20 @@ def test_lone_blocks_are_not_padded_to_large_tiles():
     lone = torch.arange(0, 64, 8)[:, None].expand(-1, 2)
     plan = make_plan(lone, (64 * 64, 64 * 64), 64)
     assert (plan.rows, plan.columns) == (1, 1)
+
+
+def test_rows_with_the_same_columns_share_tiles_wherever_they_are():
+    generator = torch.Generator().manual_seed(0)
+    some = [torch.randperm(64, generator=generator)[:16] for _ in range(2)]
+    rectangle = torch.cartesian_prod(*some)
+    plan = make_plan(rectangle, (4096, 4096), 64)
+    assert len(plan.groups) * plan.rows * plan.columns == len(rectangle)
+    assert plan.rows * 64 == plan.columns * 64 == 128
+    # Of rank one: a row's columns are some of those of a row with more.
+    scores = [torch.randn(64, generator=generator).exp() for _ in range(2)]
+    nested = (scores[0][:, None] * scores[1] > 2).nonzero()
+    plan = make_plan(nested, (4096, 4096), 64, tile=(2, 2))
+    assert len(plan.groups) * plan.rows * plan.columns <= 1.3 * len(nested)
 
 
 def random_mask(grid, share, seed=0):

@@ -312,10 +312,19 @@ def test_rounding_to_bfloat16_is_pytorchs(triton_device):
 
 
 @pytest.mark.parametrize("dtype", triton_adamw.DTYPES, ids=str)
-def test_the_self_check_finds_a_wrong_kernel(triton_device, monkeypatch, dtype):
-    assert triton_adamw.self_check(triton_device, dtype, 16) < 1
+@pytest.mark.parametrize("block", [16, 32])
+def test_the_self_check_finds_a_wrong_kernel(triton_device, monkeypatch, dtype, block):
+    made, update = [], triton_adamw.Tables.update
+
+    def watched(tables, *args):
+        made.append((tables.eight_bit, tables.lines))
+        update(tables, *args)
+
+    monkeypatch.setattr(triton_adamw.Tables, "update", watched)
+    assert triton_adamw.self_check(triton_device, dtype, block) < 1
+    assert set(made) == {(False, False), (False, True), (True, True)}
     monkeypatch.setattr(triton_adamw.Tables, "update", lambda *_: None)
-    assert triton_adamw.self_check(triton_device, dtype, 16) > 1
+    assert triton_adamw.self_check(triton_device, dtype, block) > 1
     assert not triton_adamw.supports(torch.float64, 16)
 
 

@@ -34,12 +34,19 @@ def compiled(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-def test_products_use_tensor_cores_and_copies_of_16_bytes(compiled):
-    ptx = compiled["sddmm"]["ptx"]
+@pytest.mark.parametrize("kernel", ["sddmm", "sddmm_large"])
+def test_products_use_tensor_cores_and_copies_of_16_bytes(compiled, kernel):
+    ptx = compiled[kernel]["ptx"]
     assert "wgmma.mma_async" in ptx
     copies = [line for line in ptx.splitlines() if "shared.global" in line]
     assert copies
     assert all("cp.async.cg" in line and "0x10" in line for line in copies)
+
+
+def test_all_is_kept_in_registers(compiled):
+    assert {name: made["stack"] for name, made in compiled.items()} == dict.fromkeys(
+        compiled, 0
+    )
 
 
 def test_the_search_knows_the_shared_memory_of_a_configuration(compiled):
@@ -47,12 +54,17 @@ def test_the_search_knows_the_shared_memory_of_a_configuration(compiled):
     assert compiled["sddmm"]["shared"] == (1 + 2) * 64 * 64 * 2 * 3
 
 
-def test_masters_and_moments_are_read_and_written_in_wide_pieces(compiled):
-    lines = compiled["adamw"]["ptx"].splitlines()
-    assert sum("ld.global.v4" in line for line in lines) >= 8
-    assert sum("st.global.v4" in line for line in lines) >= 6
-    assert "ld.global.v4" in compiled["square"]["ptx"]
-    assert "ld.global.v4" in compiled["adamw_of_8_bits"]["ptx"]
+@pytest.mark.parametrize("kernel", ["adamw", "adamw_of_8_bits", "square"])
+def test_values_are_read_and_written_in_wide_pieces(compiled, kernel):
+    lines = compiled[kernel]["ptx"].splitlines()
+    assert any("ld.global.v4" in line for line in lines)
+    # Neither codes nor weights of 16 bits one at a time.
+    moves = [line for line in lines if "ld.global" in line or "st.global" in line]
+    narrow = (".b8", ".b16", ".u8", ".u16")
+    assert not [line for line in moves if any(kind in line for kind in narrow)]
+    if kernel == "adamw":
+        assert sum("ld.global.v4" in line for line in lines) >= 8
+        assert sum("st.global.v4" in line for line in lines) >= 8
 
 
 def test_steps_are_counted_in_float64(compiled):

@@ -2,7 +2,8 @@
 
 A lone block of 64 reads 32 FLOP's worth of each byte, a tenth of what a GPU can do with
 a byte from memory. So blocks share tiles: a *program* computes ``rows`` block rows times
-``columns`` active block columns at once, and keeps those blocks that the mask has.
+``columns`` active block columns at once, wherever in the weight these are, and keeps
+those blocks that the mask has. Rows with blocks in the same columns go together.
 Everything here is arithmetic on the table of indices, done once for a mask.
 """
 
@@ -43,8 +44,10 @@ class Plan:
     ----------
     rows, columns : int
         Block rows and block columns of one program's tile.
+    members : torch.Tensor, shape (super-rows, rows), int32
+        Block rows of each super-row; the last is filled up with one of them again.
     groups : torch.Tensor, shape (programs, 3), int32
-        Super-row (of ``rows`` block rows), first pair and end of the pairs of a program.
+        Super-row, first pair and end of the pairs of a program.
     pairs : torch.Tensor, shape (pairs,), int32
         Block column of each pair of a super-row and a column that is active in it.
     slots : torch.Tensor, shape (pairs, rows), int32
@@ -55,6 +58,7 @@ class Plan:
 
     rows: int
     columns: int
+    members: torch.Tensor
     groups: torch.Tensor
     pairs: torch.Tensor
     slots: torch.Tensor
@@ -104,8 +108,36 @@ def library_seconds(
     return 2 * 4 * out * inputs / MEMORY, token
 
 
+def arrange(
+    indices: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Put active rows next to each other that have blocks in the same columns.
+
+    Scores of (nearly) rank one choose, of a row with fewer blocks, some of the columns
+    of one with more: such rows fill a tile, wherever they are in the weight.
+
+    Returns
+    -------
+    rows, columns : torch.Tensor, shape (active,)
+        The active block rows in their new order: as words in a dictionary, whose letters
+        are the columns, the ones with most blocks first. The columns in that order.
+    places : torch.Tensor, shape (k, 2)
+        The blocks' places among these rows and columns.
+    """
+    rows, row_of = indices[:, 0].unique(return_inverse=True)
+    columns, column_of = indices[:, 1].unique(return_inverse=True)
+    by_count = column_of.bincount().argsort(descending=True, stable=True)
+    column_of = by_count.argsort()[column_of]
+    lacks = torch.ones((len(rows), len(columns)), dtype=torch.bool)
+    lacks[row_of, column_of] = False
+    _, word = lacks.unique(dim=0, return_inverse=True)
+    by_word = word.argsort(stable=True)
+    places = torch.stack([by_word.argsort()[row_of], column_of], 1)
+    return rows[by_word], columns[by_count], places
+
+
 def pair_up(
-    indices: torch.Tensor, rows: int
+    places: torch.Tensor, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Join blocks of one column in neighbouring rows.
 
@@ -116,12 +148,12 @@ def pair_up(
     slots : torch.Tensor, shape (pairs, rows)
         Which block each row of a pair is, or −1.
     """
-    width = int(indices[:, 1].max()) + 1
-    key, pair = (indices[:, 0] // rows * width + indices[:, 1]).unique(
+    width = int(places[:, 1].max()) + 1
+    key, pair = (places[:, 0] // rows * width + places[:, 1]).unique(
         return_inverse=True
     )
-    slots = indices.new_full((len(key), rows), -1)
-    slots[pair, indices[:, 0] % rows] = torch.arange(len(indices))
+    slots = places.new_full((len(key), rows), -1)
+    slots[pair, places[:, 0] % rows] = torch.arange(len(places))
     return key // width, key % width, slots
 
 
@@ -140,9 +172,9 @@ def chunk(super_row: torch.Tensor, columns: int) -> torch.Tensor:
 def order(groups: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     """Sort programs so that those that run side by side read the same activations.
 
-    Bands of super-rows, from left to right in each: the programs of a band share the
-    columns of ``x`` that they read at one time, and one row's share its columns of
-    ``dy``.
+    Bands of super-rows, and in each the columns with most blocks first: the programs of
+    a band share the columns of ``x`` that they read at one time, and one row's share its
+    columns of ``dy``.
     """
     band, left = groups[:, 0] // BAND, column[groups[:, 1]]
     width, height = int(column.max()) + 1, int(groups[:, 0].max()) + 1
@@ -186,7 +218,8 @@ def make_plan(
     device = indices.device
     indices = indices.detach().to("cpu", torch.int64)
     choices = [tile] if tile else tiles(block)
-    paired = {rows: pair_up(indices, rows) for rows in {rows for rows, _ in choices}}
+    block_rows, block_columns, places = arrange(indices)
+    paired = {rows: pair_up(places, rows) for rows in {rows for rows, _ in choices}}
     programs = {
         (rows, columns): chunk(paired[rows][0], columns) for rows, columns in choices
     }
@@ -194,8 +227,10 @@ def make_plan(
     rows, columns = min(each, key=lambda t: each[t])
     _, column, slots = paired[rows]
     groups = order(programs[rows, columns], column)
+    fill = block_rows[-1:].expand(-len(block_rows) % rows)
+    members = torch.cat([block_rows, fill]).view(-1, rows)
 
-    height, width = (len(of_one.unique()) * block for of_one in indices.unbind(1))
+    height, width = len(block_rows) * block, len(block_columns) * block
     seconds = {
         # The result is written once; what splitting adds is little beside the rest.
         "blocks": (4 * len(indices) * block**2 / MEMORY, each[rows, columns]),
@@ -205,8 +240,9 @@ def make_plan(
     return Plan(
         rows=rows,
         columns=columns,
+        members=members.to(device, torch.int32),
         groups=groups.to(device, torch.int32),
-        pairs=column.to(device, torch.int32),
+        pairs=block_columns[column].to(device, torch.int32),
         slots=slots.to(device, torch.int32),
         seconds=seconds,
     )

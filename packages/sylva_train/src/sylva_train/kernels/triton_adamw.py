@@ -78,8 +78,14 @@ class Tables:
         self.block = sides.pop() if len(sides) == 1 else 0
         self.to_base = self.layers[0].base is not None
         self.eight_bit = self.layers[0].exp_avg_scale is not None
-        # Addresses of masters and moments, and their sizes: wide loads need both.
-        self.aligned = not any(n % 16 for row in rows for n in (*row[:3], row[7]))
+        # Addresses of masters, moments and bases, and sizes: wide loads need them.
+        self.aligned = not any(
+            n % 16 for row in rows for n in (*row[:3], row[4], row[7])
+        )
+        self.lines = all(
+            row[12] == 1 and not any(n % 16 for n in (row[3], row[8], row[10], row[11]))
+            for row in rows
+        )
         self.table = torch.tensor(rows, dtype=torch.int64, device=device)
         self.owners = torch.tensor(owners, dtype=torch.int32, device=device)
         groups = [layer.group for layer in self.layers]
@@ -135,6 +141,7 @@ class Tables:
                 self.gradients.tensor,
                 self.scalars,
                 BLOCK=self.block,
+                LINES=self.lines,
                 TO_BASE=self.to_base,
                 SCALARS=SCALARS,
                 EIGHT_BIT=self.eight_bit,
@@ -150,20 +157,24 @@ def supports(dtype: torch.dtype, block_size: int) -> bool:
 
 def self_check(device: torch.device, dtype: torch.dtype, block_size: int) -> float:
     """Return the largest error on small random problems, in units of what is allowed."""
-    kinds = (False, True)
-    return max(check_kind(device, dtype, block_size, eight_bit) for eight_bit in kinds)
+    kinds = ((False, False), (False, True), (True, True))
+    return max(check_kind(device, dtype, block_size, *kind) for kind in kinds)
 
 
 def check_kind(
-    device: torch.device, dtype: torch.dtype, block_size: int, eight_bit: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int,
+    eight_bit: bool,
+    aligned: bool,
 ) -> float:
     """Take two steps beside the reference, or one with moments in 8 bits.
 
-    Of two layers with ragged edges, one of them transposed and without a gradient at
-    first, decaying towards a base.
+    Of two layers with ragged edges, one of them without a gradient at first and, unless
+    they are to be aligned, transposed; decaying towards a base.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = (2 * block_size, block_size + 3)
+    shape = (2 * block_size, block_size + (16 if aligned else 3))
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device)
@@ -176,7 +187,7 @@ def check_kind(
         layer = BlockState(values, m, v.square(), indices, weight, base.to(dtype))
         return in_8_bits(layer) if eight_bit else layer
 
-    layers = [make_layer(False), make_layer(True)]
+    layers = [make_layer(False), make_layer(not aligned)]
     copies = copy.deepcopy(layers)
     options = torch.tensor(
         [[0.01, 0.9, 0.999, 1e-4, 0.1, -1.0]], dtype=torch.float64, device=device

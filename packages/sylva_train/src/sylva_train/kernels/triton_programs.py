@@ -63,43 +63,43 @@ def prepare_kernel(
 
 
 @triton.jit
-def load_weights(pointer, dtype, place, inside):
+def typed(address, KIND: tl.constexpr, ALIGNED: tl.constexpr):
+    """Make a pointer of a 64-bit address; wide loads need to know that it is aligned."""
+    pointer = address.to(tl.pointer_type(KIND))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load_weights(address, dtype, place, inside, ALIGNED: tl.constexpr):
     """Read weights whose dtype is known by its number alone, as float32."""
     # A name may not stand for pointers of different types in different branches.
     if dtype == 0:
-        singles = pointer.to(tl.pointer_type(tl.float32)) + place
+        singles = typed(address, tl.float32, ALIGNED) + place
         weights = tl.load(singles, mask=inside, other=0.0)
     elif dtype == 1:
         # bfloat16 is the upper half of float32.
-        uppers = pointer.to(tl.pointer_type(tl.uint16)) + place
+        uppers = typed(address, tl.uint16, ALIGNED) + place
         bits = tl.load(uppers, mask=inside, other=0).to(tl.uint32) << 16
         weights = bits.to(tl.float32, bitcast=True)
     else:
-        halves = pointer.to(tl.pointer_type(tl.float16)) + place
+        halves = typed(address, tl.float16, ALIGNED) + place
         weights = tl.load(halves, mask=inside, other=0.0).to(tl.float32)
     return weights
 
 
 @triton.jit
-def store_weights(pointer, dtype, place, weights, inside):
+def store_weights(address, dtype, place, weights, inside, ALIGNED: tl.constexpr):
     """Write float32 into weights whose dtype is known by its number alone."""
     if dtype == 0:
-        tl.store(pointer.to(tl.pointer_type(tl.float32)) + place, weights, mask=inside)
+        tl.store(typed(address, tl.float32, ALIGNED) + place, weights, mask=inside)
     elif dtype == 1:
         bits = bfloat16_bits(weights)
-        tl.store(pointer.to(tl.pointer_type(tl.uint16)) + place, bits, mask=inside)
+        tl.store(typed(address, tl.uint16, ALIGNED) + place, bits, mask=inside)
     else:
         half = weights.to(tl.float16)
-        tl.store(pointer.to(tl.pointer_type(tl.float16)) + place, half, mask=inside)
-
-
-@triton.jit
-def float_pointer(address, ALIGNED: tl.constexpr):
-    """Make a pointer of a 64-bit address; wide loads need to know that it is aligned."""
-    pointer = address.to(tl.pointer_type(tl.float32))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+        tl.store(typed(address, tl.float16, ALIGNED) + place, half, mask=inside)
 
 
 @triton.jit
@@ -146,12 +146,16 @@ def adamw_kernel(
     BLOCK: tl.constexpr,
     TO_BASE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    LINES: tl.constexpr,
     FIELDS: tl.constexpr,
     SCALARS: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Update one stretch of one layer's values; see `adamw.adamw_` for the formulas."""
+    """Update one stretch of one layer's values; see `adamw.adamw_` for the formulas.
+
+    ``LINES``: rows of the weights are contiguous, and their length and start aligned.
+    """
     program = tl.program_id(0)
     layer = tl.load(owners_ptr + program)
     row = table_ptr + FIELDS * layer
@@ -169,17 +173,35 @@ def adamw_kernel(
         group = (program - first) * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
         element = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         live = element < size
-        values = float_pointer(tl.load(row), ALIGNED) + element
-        gradient = float_pointer(tl.load(gradients_ptr + layer), ALIGNED) + element
+        values = typed(tl.load(row), tl.float32, ALIGNED) + element
+        gradient = tl.load(gradients_ptr + layer)
+        gradient = typed(gradient, tl.float32, ALIGNED) + element
         weight_address, dtype = tl.load(row + 3), tl.load(row + 13)
+
+        # The indices before anything is written, after which loads would have to wait.
+        index = tl.load(row + 5).to(tl.pointer_type(tl.int32))
+        if BLOCK > 0:  # noqa: SIM108 - one branch is compiled
+            side = BLOCK
+        else:
+            side = tl.load(row + 8).to(tl.int32)
+        if BLOCK > 0 and BLOCK * BLOCK % CHUNK == 0:
+            # The stretch is a part of one block.
+            block = (program - first) * CHUNK // (BLOCK * BLOCK)
+            r, c = tl.load(index + 2 * block), tl.load(index + 2 * block + 1)
+        else:
+            block = element // (side * side)
+            r = tl.load(index + 2 * block, mask=live, other=0)
+            c = tl.load(index + 2 * block + 1, mask=live, other=0)
+        height, width = tl.load(row + 9), tl.load(row + 10)
+        row_stride, column_stride = tl.load(row + 11), tl.load(row + 12)
 
         g = tl.load(gradient, mask=live, other=0.0) * factor
         if EIGHT_BIT:
             full = group * GROUP < size
-            m_codes = tl.load(row + 1).to(tl.pointer_type(tl.int8)) + element
-            v_codes = tl.load(row + 2).to(tl.pointer_type(tl.uint8)) + element
-            m_scales = float_pointer(tl.load(row + 14), False) + group
-            v_scales = float_pointer(tl.load(row + 15), False) + group
+            m_codes = typed(tl.load(row + 1), tl.int8, ALIGNED) + element
+            v_codes = typed(tl.load(row + 2), tl.uint8, ALIGNED) + element
+            m_scales = typed(tl.load(row + 14), tl.float32, False) + group
+            v_scales = typed(tl.load(row + 15), tl.float32, False) + group
             m_scale = tl.load(m_scales, mask=full, other=0.0)[:, None]
             v_scale = tl.load(v_scales, mask=full, other=0.0)[:, None]
             q = tl.load(m_codes, mask=live, other=0).to(tl.float32)
@@ -187,15 +209,16 @@ def adamw_kernel(
             q = tl.load(v_codes, mask=live, other=0).to(tl.float32)
             v = level(q, False) * v_scale
         else:
-            exp_avg = float_pointer(tl.load(row + 1), ALIGNED) + element
-            exp_avg_sq = float_pointer(tl.load(row + 2), ALIGNED) + element
+            exp_avg = typed(tl.load(row + 1), tl.float32, ALIGNED) + element
+            exp_avg_sq = typed(tl.load(row + 2), tl.float32, ALIGNED) + element
             m = tl.load(exp_avg, mask=live, other=0.0)
             v = tl.load(exp_avg_sq, mask=live, other=0.0)
         w = tl.load(values, mask=live, other=0.0)
         m += (g - m) * rest1
         v = v * beta2 + g * g * rest2
         if TO_BASE:
-            w -= (w - load_weights(tl.load(row + 4), dtype, element, live)) * decay
+            base = load_weights(tl.load(row + 4), dtype, element, live, ALIGNED)
+            w -= (w - base) * decay
         else:
             w -= w * decay
         w -= rate * m / (tl.sqrt(v) / left2 + eps)
@@ -216,18 +239,18 @@ def adamw_kernel(
             tl.store(exp_avg, m, mask=live)
             tl.store(exp_avg_sq, v, mask=live)
         tl.store(values, w, mask=live)
-
-        if BLOCK > 0:  # noqa: SIM108 - one branch is compiled
-            side = BLOCK
-        else:
-            side = tl.load(row + 8).to(tl.int32)
-        block, inner = element // (side * side), element % (side * side)
-        index = tl.load(row + 5).to(tl.pointer_type(tl.int32)) + 2 * block
-        r = tl.load(index, mask=live, other=0).to(tl.int64) * side + inner // side
-        c = tl.load(index + 1, mask=live, other=0).to(tl.int64) * side + inner % side
-        inside = live & (r < tl.load(row + 9)) & (c < tl.load(row + 10))
-        place = r * tl.load(row + 11) + c * tl.load(row + 12)
-        store_weights(weight_address, dtype, place, w, inside)
+        if LINES:
+            width, row_stride = (
+                tl.multiple_of(width, 16),
+                tl.multiple_of(row_stride, 16),
+            )
+            column_stride = 1
+        inner = element - block * (side * side)
+        r = r.to(tl.int64) * side + inner // side
+        c = c.to(tl.int64) * side + inner % side
+        inside = live & (r < height) & (c < width)
+        place = r * row_stride + c * column_stride
+        store_weights(weight_address, dtype, place, w, inside, LINES)
 
 
 @triton.jit
@@ -251,5 +274,5 @@ def square_kernel(
         size = tl.multiple_of(size, 16)
     element = (program - first) * CHUNK + tl.arange(0, CHUNK)
     live = element < size
-    g = tl.load(float_pointer(address, ALIGNED) + element, mask=live, other=0.0)
+    g = tl.load(typed(address, tl.float32, ALIGNED) + element, mask=live, other=0.0)
     tl.store(sums_ptr + program, tl.sum(g * g))

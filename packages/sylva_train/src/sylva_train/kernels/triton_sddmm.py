@@ -9,6 +9,7 @@ process to the next; `torch.use_deterministic_algorithms` fixes it.)
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -42,6 +43,7 @@ def sddmm_kernel(
     dy_ptr,
     x_ptr,
     result_ptr,
+    members_ptr,
     groups_ptr,
     pairs_ptr,
     slots_ptr,
@@ -66,13 +68,14 @@ def sddmm_kernel(
 ):
     """Store one tile of one stretch: (splits, blocks, BLOCK, BLOCK) += or =."""
     group, split = tl.program_id(0), tl.program_id(1)
-    super_row = tl.load(groups_ptr + 3 * group).to(tl.int64)
+    super_row = tl.load(groups_ptr + 3 * group)
     first = tl.load(groups_ptr + 3 * group + 1)
     end = tl.load(groups_ptr + 3 * group + 2)
 
     m = tl.arange(0, ROWS * BLOCK)
     n = tl.arange(0, COLUMNS * BLOCK)
-    row = super_row * (ROWS * BLOCK) + m
+    row = tl.load(members_ptr + super_row * ROWS + m // BLOCK).to(tl.int64)
+    row = row * BLOCK + m % BLOCK
     pair = first + n // BLOCK
     has_pair = pair < end
     column = tl.load(pairs_ptr + pair, mask=has_pair, other=0).to(tl.int64)
@@ -132,15 +135,25 @@ def supports(dtype: torch.dtype, block_size: int) -> bool:
 
 
 def configurations() -> list[triton.Config]:
-    """Return what the autotuner may choose from: few, since each is compiled.
+    """Return what the autotuner may choose from: of each tile half, see `warps`.
 
     The first fits into the 99 KB of shared memory of a consumer's GPU whatever the tile.
     """
-    choices = ((32, 2, 4), (32, 4, 8), (64, 3, 4), (64, 3, 8), (64, 4, 8), (128, 2, 8))
+    pieces = ((32, 2), (32, 4), (64, 3), (64, 4), (128, 2))
     return [
         triton.Config({"TOKENS": tokens}, num_stages=stages, num_warps=warps)
-        for tokens, stages, warps in choices
+        for warps in (4, 8)
+        for tokens, stages in pieces
     ]
+
+
+def warps(rows: int, columns: int, block_size: int) -> int:
+    """Return how many warps compute a tile.
+
+    Four would spill a sum of 128 × 128 out of their registers, and eight read the
+    operands of a smaller one more often than they compute with them.
+    """
+    return 8 if rows * columns * block_size**2 > 64 * 128 else 4
 
 
 def prune(
@@ -151,8 +164,9 @@ def prune(
     Exact products of float32 have no tensor cores: long pieces only take long to compile.
     """
     given = named | rest
+    rows, columns, block = given["ROWS"], given["COLUMNS"], given["BLOCK"]
     exact = given["dy_ptr"].itemsize == 4 and given["PRECISION"] == "ieee"
-    sides = (given["ROWS"] + given["COLUMNS"]) * given["BLOCK"]
+    sides = (rows + columns) * block
     memory = shared_memory(given["dy_ptr"].device)
 
     def fits(config: triton.Config) -> bool:
@@ -161,7 +175,8 @@ def prune(
         most: int = 32 if exact else max(32, given["tokens_per_split"])
         return size <= memory and tokens <= most
 
-    return [c for c in configs if fits(c)] or configs[:1]
+    mine = [c for c in configs if c.num_warps == warps(rows, columns, block)]
+    return [c for c in mine if fits(c)] or mine[:1]
 
 
 def shared_memory(device: torch.device) -> int:
@@ -180,7 +195,7 @@ def searched(kernel: Any, **options: Any) -> Any:
     is added to is put back between trials. Triton keeps what was found on disk, beside
     the compiled kernels, for the next process.
     """
-    key = ["BLOCK", "ROWS", "COLUMNS", "ADD", "PRECISION", "token_bucket", "device"]
+    key = ["BLOCK", "ROWS", "COLUMNS", "PRECISION", "token_bucket", "device"]
     return triton.autotune(
         configurations(),
         key=key,
@@ -206,21 +221,44 @@ def precision() -> str:
     return "tf32" if chosen == "tf32" or (not chosen and matmul.allow_tf32) else "ieee"
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Return the number of a GPU's processors."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def split(programs: int, tokens: int, device: torch.device) -> tuple[int, int]:
     """Return the number of stretches of tokens, and the tokens of each."""
-    processors = 1
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = triton.cdiv(WAVES * processors, programs)
+    # Not by `triton.cdiv`, which takes as long as all else here.
+    wanted = -(-WAVES * processors(device) // programs)
     splits = max(1, min(wanted, MOST_SPLITS, tokens // LEAST_TOKENS))
-    each = triton.cdiv(triton.cdiv(tokens, splits), 128) * 128
-    return triton.cdiv(tokens, each), each
+    each = -(-tokens // (128 * splits)) * 128
+    return -(-tokens // each), each
 
 
 def untuned(plan: Plan, block_size: int) -> dict[str, Any]:
     """Return a configuration that does for every tile, where no search may be made."""
-    area = plan.rows * plan.columns * block_size**2
-    return {"TOKENS": 32, "num_stages": 2, "num_warps": 8 if area > 64 * 128 else 4}
+    count = warps(plan.rows, plan.columns, block_size)
+    return {"TOKENS": 32, "num_stages": 2, "num_warps": count}
+
+
+def search(
+    grid: tuple[int, int], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Time the configurations, launch the fastest and return it.
+
+    None, and nothing was launched, where memory does not suffice: trials take a copy of
+    the result and a piece of memory that fills the cache.
+    """
+    try:
+        with _searching:
+            tuned_sddmm_kernel[grid](*arguments, **options)
+            found: dict[str, Any] = tuned_sddmm_kernel.best_config.all_kwargs()
+    except torch.OutOfMemoryError:
+        return None
+    return found
 
 
 def run_plan(
@@ -242,7 +280,7 @@ def run_plan(
     shape = (blocks, block_size, block_size)
     if out is None:
         out = torch.empty(shape, dtype=torch.float32, device=device)
-    programs, tokens = len(plan.groups), len(dy)
+    programs, tokens = plan.groups.shape[0], dy.shape[0]
     count, each = splits or split(programs, tokens, device)
     parts = out if count == 1 else out.new_empty((count, *shape))
     options: dict[str, Any] = {
@@ -258,6 +296,7 @@ def run_plan(
         dy,
         x,
         parts,
+        plan.members,
         plan.groups,
         plan.pairs,
         plan.slots,
@@ -279,15 +318,15 @@ def run_plan(
         chosen = untuned(plan, block_size)
     elif chosen is None and is_capturing(device):
         chosen = untuned(plan, block_size)  # trials wait for the device
+    found = None
     with torch.cuda.device_of(dy):
-        if chosen is not None:
+        if chosen is None:
+            found = search((programs, count), arguments, options)
+            chosen = _found[key] = found or untuned(plan, block_size)
+        if found is None:
             sddmm_kernel[programs, count](*arguments, **options, **chosen)
-        else:
-            with _searching:
-                tuned_sddmm_kernel[programs, count](*arguments, **options)
-                _found[key] = tuned_sddmm_kernel.best_config.all_kwargs()
         if count > 1:
-            grid = (triton.cdiv(out.numel(), 1024),)
+            grid = (-(-out.numel() // 1024),)
             add_splits_kernel[grid](parts, out, out.numel(), count, ADD=add, CHUNK=1024)
     return out
 
@@ -304,13 +343,13 @@ def block_sddmm(
 
     Operands may have any strides. ``out`` has to be contiguous and float32.
     """
-    if len(indices) == 0 or len(dy) == 0:
+    if indices.shape[0] == 0 or dy.shape[0] == 0:
         return reference.block_sddmm(dy, x, indices, block_size, out=out)
     shape = (dy.shape[1], x.shape[1])
     plan = find_plan(indices, shape, block_size, dy.dtype.itemsize)
-    way = plan.way(len(dy))
+    way = plan.way(dy.shape[0])
     if way == "blocks":
-        return run_plan(plan, dy, x, len(indices), block_size, out)
+        return run_plan(plan, dy, x, indices.shape[0], block_size, out)
     take = reference.from_rectangle if way == "rectangle" else reference.from_dense
     blocks = take(dy, x, indices, block_size)
     return blocks if out is None else out.add_(blocks)
