@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ __all__ = ["LABELLED", "TASKS", "TextDataset", "load_data"]
 
 #: Column of the part of the data that a row belongs to.
 GROUP_NAME = "subject"
+#: A whole number that is written as a fraction.
+WHOLE = re.compile(r"-?\d+\.0+")
 
 Text = str | tuple[str, str]
 
@@ -289,13 +292,18 @@ def label_of(table: Table, line: int, row: Row, column: str | int) -> str:
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)
     if isinstance(value, int) or (isinstance(value, str) and value.strip()):
-        return str(value).strip()
+        return whole(str(value).strip())
     what = "no such column" if column not in row else repr(value)
     msg = (
         f"{table.name}:{line}: expected a label, a string or an integer, in column"
         f" {column!r}; got {what}."
     )
     raise DataError(msg)
+
+
+def whole(label: str) -> str:
+    """Return a whole number without its ``.0``, which pandas writes after missing values."""
+    return label.partition(".")[0] if WHOLE.fullmatch(label) else label
 
 
 def number_of(table: Table, line: int, row: Row, column: str | int) -> float:
@@ -341,7 +349,8 @@ def build(
     Raises
     ------
     DataError
-        If a row cannot be used, or all labels are the same and none were expected.
+        If a row cannot be used, or all labels are the same and none were expected, or
+        all numbers are -1.
 
     Warns
     -----
@@ -360,6 +369,12 @@ def build(
         return TextDataset(table.name, task, texts)
     if task == "regression":
         numbers = [number_of(table, n, row, label_column) for n, row in table.rows]
+        if len(numbers) > 1 and set(numbers) == {-1.0}:  # GLUE's test sets have that
+            msg = (
+                f"{table.name}: every number in column {label_column!r} is -1, as in test"
+                " sets without labels: `sylva predict` is for these."
+            )
+            raise DataError(msg)
         return TextDataset(table.name, task, texts, numbers)
     found = [label_of(table, line, row, label_column) for line, row in table.rows]
     names = order_labels(found) if labels is None else [str(label) for label in labels]
@@ -378,7 +393,7 @@ def build(
             " same way.",
             stacklevel=2,
         )
-    index = {name: number for number, name in enumerate(names)}
+    index = {whole(name): number for number, name in enumerate(names)}
     for (line, _), label in zip(table.rows, found, strict=True):
         if label not in index:
             msg = (
