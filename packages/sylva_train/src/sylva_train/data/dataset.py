@@ -292,7 +292,7 @@ def label_of(table: Table, line: int, row: Row, column: str | int) -> str:
     if isinstance(value, float) and math.isfinite(value) and value == int(value):
         value = int(value)
     if isinstance(value, int) or (isinstance(value, str) and value.strip()):
-        return whole(str(value).strip())
+        return str(value).strip()
     what = "no such column" if column not in row else repr(value)
     msg = (
         f"{table.name}:{line}: expected a label, a string or an integer, in column"
@@ -328,11 +328,11 @@ def number_of(table: Table, line: int, row: Row, column: str | int) -> float:
 
 def order_labels(found: Sequence[str]) -> list[str]:
     """Return distinct labels: integers by value, others by alphabet."""
-    distinct = sorted(set(found))
+    distinct = {whole(label): label for label in found}
     try:
         return sorted(distinct, key=int)
     except ValueError:
-        return distinct
+        return sorted(distinct.values())
 
 
 def build(
@@ -378,7 +378,7 @@ def build(
         return TextDataset(table.name, task, texts, numbers)
     found = [label_of(table, line, row, label_column) for line, row in table.rows]
     names = order_labels(found) if labels is None else [str(label) for label in labels]
-    if len(names) < 2 or len(set(names)) != len(names):
+    if len(names) < 2 or len(set(map(whole, names))) != len(names):
         msg = (
             f"{table.name}: expected at least two classes, all different; got"
             f" {names!r} in column {label_column!r}."
@@ -395,10 +395,12 @@ def build(
         )
     index = {whole(name): number for number, name in enumerate(names)}
     for (line, _), label in zip(table.rows, found, strict=True):
-        if label not in index:
+        if whole(label) not in index:
             msg = (
                 f"{table.name}:{line}: the label {label!r} is not among the known labels"
                 f" {names!r}; correct the row, or train with that class."
             )
             raise DataError(msg)
-    return TextDataset(table.name, task, texts, [index[name] for name in found], names)
+    return TextDataset(
+        table.name, task, texts, [index[whole(name)] for name in found], names
+    )
