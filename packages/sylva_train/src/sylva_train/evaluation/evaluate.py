@@ -42,9 +42,10 @@ def evaluate(
     loader : Loader or iterable of batches
         Labels of shape (batch,) are classes, or numbers if they are floating point; of
         shape (batch, length) they are tokens; −100 where none counts. They are shifted,
-        as those of a causal language model are, unless the model is an encoder-decoder or
-        its class's name ends in ``ForMaskedLM`` or ``ForTokenClassification``. To write
-        or to choose, a `Loader` of prompts with targets.
+        as those of a causal language model are, unless the model is an encoder-decoder,
+        or its class's name ends in ``ForMaskedLM`` or ``ForTokenClassification``, or it
+        has classes for at most half of the tokens that it knows. To write or to choose, a
+        `Loader` of prompts with targets.
     metric : str, optional
         The ``score``, one of ``METRICS``; by default ``"accuracy"`` for classes,
         ``"pearson"`` for numbers and ``"perplexity"`` for tokens. Of a language model
