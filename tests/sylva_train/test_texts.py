@@ -173,6 +173,10 @@ def test_exact_matches_heed_neither_case_nor_punctuation():
         ("7.", 7),
         ("none", None),
         ("3 #### none", None),
+        ("The answer is: 16\n\nQuestion: How many are 3 and 4?", 16),
+        ("The answer is 5 * 3 = 15.", 15),
+        ("The answer is 4. No, the answer is:\n-8 of 9\n10", 9),
+        ("Of 3 the answer is none.", 3),
     ],
 )
 def test_the_final_number_is_the_answer(text, number):

@@ -41,6 +41,8 @@ TOKEN = re.compile(
 )
 # No minus is part of "10-3".
 NUMBER = re.compile(r"(?<![0-9])-?[0-9][0-9,]*(?:\.[0-9]+)?")
+# What MetaMathQA's answers say last; a model may go on with another question behind it.
+SAID = "answer is"
 
 Texts = Sequence[str]
 #: For each text the references that it may be like.
@@ -91,7 +93,8 @@ def score_texts(
         same tokens. ``rouge_l``, from 0 to 1: mean F-measure against the best reference,
         of stems (as Super-NaturalInstructions has it). ``exact_match``, from 0 to 1:
         without case, punctuation and blanks. ``answer``, from 0 to 1: the number after
-        the last ``####``, else the last number, is that of a reference (GSM8K).
+        the last ``####``, else the last one of the line after "answer is", else the last
+        of all is that of a reference (GSM8K).
 
     Raises
     ------
@@ -275,12 +278,19 @@ def exact_match(answers: Texts, references: References) -> float:
 
 
 def final_number(text: str) -> Decimal | None:
-    """Return the number after the last ``####``, else the last one; None without one."""
+    """Return the number that a text ends in; None without one.
+
+    It is the first after the last ``####``, else the last of the line that follows the
+    last "answer is", else the last of all.
+    """
     _, mark, after = text.rpartition("####")
     found = NUMBER.findall(after)
-    if not found:
-        return None
-    return Decimal(found[0 if mark else -1].replace(",", ""))
+    if mark:
+        found = found[:1]
+    elif SAID in text.lower():
+        line = text.lower().rpartition(SAID)[2].lstrip(": \n").partition("\n")[0]
+        found = NUMBER.findall(line) or found
+    return Decimal(found[-1].replace(",", "")) if found else None
 
 
 def answer(answers: Texts, references: References) -> float:
