@@ -12,6 +12,7 @@ from sylva_train.config import KRONECKER, TaskConfig
 from sylva_train.evaluation import key_of
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
+from sylva_train.options import FRACTIONS
 from sylva_train.overlaps import agreement as compared
 from sylva_train.overlaps import best_blocks, usual_block_size
 from sylva_train.report import headline, summary_table, write_choices
@@ -51,12 +52,6 @@ __all__ = [
     "score_text",
     "scores",
 ]
-
-#: Metrics that are fractions.
-FRACTIONS = {
-    "accuracy", "f1", "f1_binary", "token_accuracy", "meteor", "rouge_l", "exact_match",
-    "answer", "choice",
-}  # fmt: skip
 
 
 def score_text(metric: str, value: float) -> str:

@@ -29,6 +29,7 @@ LIBRARIES = {
     "nist": ("nltk", "sacrebleu"),
     "meteor": ("pycocoevalcap",),
     "rouge-l": ("rouge_score",),
+    "rouge-l-coco": ("pycocoevalcap",),
     "cider": ("pycocoevalcap",),
 }
 #: Seconds that METEOR may take to start, and for each text.
@@ -91,8 +92,10 @@ def score_texts(
         mteval-v13a and the E2E challenge do. ``meteor``, from 0 to 1: version 1.5 with
         normalisation, of tokens without punctuation. ``cider``, from 0 to 10, of the
         same tokens. ``rouge_l``, from 0 to 1: mean F-measure against the best reference,
-        of stems (as Super-NaturalInstructions has it). ``exact_match``, from 0 to 1:
-        without case, punctuation and blanks. ``answer``, from 0 to 1: the number after
+        of stems (as Super-NaturalInstructions has it). ``rouge_l_coco``, from 0 to 1: that
+        of the E2E challenge, of CIDEr's tokens: the best precision and the best recall of
+        any reference, recall weighed more. ``exact_match``, from 0 to 1: without case,
+        punctuation and blanks. ``answer``, from 0 to 1: the number after
         the last ``####``, else the last one of the line after "answer is", else the last
         of all is that of a reference (GSM8K).
 
@@ -251,6 +254,18 @@ def rouge_l(answers: Texts, references: References) -> float:
     return math.fsum(scores) / len(scores)
 
 
+def rouge_l_coco(answers: Texts, references: References) -> float:
+    """Return the ROUGE-L of image captions and the E2E challenge, by pycocoevalcap."""
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    scorer = Rouge()
+    scores = [
+        scorer.calc_score([plain(text)], list(map(plain, group)))
+        for text, group in zip(answers, references, strict=True)
+    ]
+    return math.fsum(scores) / len(scores)
+
+
 def cider(answers: Texts, references: References) -> float:
     """Return the CIDEr of the corpus by pycocoevalcap."""
     from pycocoevalcap.cider.cider import Cider
@@ -316,6 +331,7 @@ SCORERS: dict[str, Callable[[Texts, References], float]] = {
     "nist": nist,
     "meteor": meteor,
     "rouge-l": rouge_l,
+    "rouge-l-coco": rouge_l_coco,
     "cider": cider,
     "exact-match": exact_match,
     "answer": answer,
