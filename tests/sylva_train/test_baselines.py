@@ -7,6 +7,16 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 from transformers.pytorch_utils import Conv1D
 
 from sylva_train._checks import TargetError
@@ -119,6 +129,44 @@ def test_serial_adapters_are_behind_each_sublayer_within_the_budget():
     y = layer.base(x := torch.randn(3, 5, 48))
     expected = y + layer.up(torch.nn.functional.gelu(layer.down(y)))
     torch.testing.assert_close(layer(x), expected)
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 2, "intermediate_size": 32}
+BEHIND = {
+    "roberta": (
+        lambda: RobertaForSequenceClassification(RobertaConfig(**SMALL)),
+        {"attention.output.dense", "output.dense"},
+    ),
+    "albert": (
+        lambda: AlbertForSequenceClassification(
+            AlbertConfig(**SMALL, embedding_size=16)
+        ),
+        {"attention.dense", "ffn_output"},
+    ),
+    "phi": (
+        lambda: PhiForCausalLM(PhiConfig(**SMALL)),
+        {"self_attn.dense", "mlp.fc2"},
+    ),
+    "neox": (
+        lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)),
+        {"attention.dense", "mlp.dense_4h_to_h"},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", BEHIND)
+def test_serial_adapters_are_behind_both_sublayers_and_not_in_the_head(family):
+    make, endings = BEHIND[family]
+    model = make()
+    heads = ["classifier"] if hasattr(model, "classifier") else None
+    size = sum(p.numel() for n, p in model.named_parameters() if "classifier" in n)
+    config = SylvaConfig(density=0.3, modules_to_save=heads)
+    adapted = adapt(parse_method("adapter"), model, config)
+    made = {n for n, m in model.named_modules() if isinstance(m, SerialAdapter)}
+    assert all(any(n.endswith(end) for n in made) for end in endings)
+    assert all(any(n.endswith(end) for end in endings) for n in made)
+    assert adapted.head == size
 
 
 def test_blocks_in_few_columns_are_in_the_same_ones_of_one_input():

@@ -109,6 +109,24 @@ def test_labels_have_a_stable_order(tmp_path):
     assert load_data(path, labels=["pos", "neg"]).labels == [0, 1, 0]
 
 
+def test_whole_numbers_are_the_same_classes_in_every_format(tmp_path):
+    """Of a column with missing values pandas makes fractions, and writes them so."""
+    files = [
+        write(tmp_path / "x.csv", "text,label\na,10.0\nb,2.0\n"),
+        write(tmp_path / "y.csv", "text,label\na,10\nb,2\n"),
+        write(
+            tmp_path / "x.jsonl",
+            '{"text": "a", "label": 10.0}\n{"text": "b", "label": 2}\n',
+        ),
+    ]
+    for path in files:
+        assert load_data(path).label_names == ["2", "10"]
+        data = load_data(path, labels=["10.0", "2.0"])
+        assert (data.labels, data.label_names) == ([0, 1], ["10.0", "2.0"])
+    path = write(tmp_path / "z.csv", "text,label\na,1.5\nb,v2.0\n")
+    assert load_data(path).label_names == ["1.5", "v2.0"]
+
+
 def test_classes_that_differ_in_case_alone_are_told(tmp_path):
     rows = [("one", "True"), ("two", "no"), ("three", "true")]
     path = write_rows(tmp_path / "cases.csv", rows)

@@ -212,7 +212,11 @@ def test_tokens_of_prompts_do_not_count():
     assert answers["loss"] != pytest.approx(everything["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForTokenClassification])
+class Tagger(BertForTokenClassification):
+    """Whose name tells nothing."""
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForTokenClassification, Tagger])
 def test_labels_of_each_token_are_not_shifted(kind):
     torch.manual_seed(0)
     model = kind(BertConfig(**TINY, num_labels=3)).eval()

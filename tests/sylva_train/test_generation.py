@@ -8,7 +8,13 @@ import functools
 import peft
 import pytest
 import torch
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train.config import TaskConfig, TrainingConfig
@@ -127,6 +133,48 @@ def test_options_of_a_task_reach_the_search(kind):
         len(set(text.split())) == len(text.split())
         for text in answers(model, batches, greedy)
     )
+
+
+def byte_tokenizer():
+    """A token for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {letter: number for number, letter in enumerate(["</s>", *alphabet])}
+    inner = Tokenizer(models.BPE(ids, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", pad_token="</s>"
+    )
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_answer_ends_before_a_stop_string(several):
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32
+    )
+    model = GPT2LMHeadModel(config).eval()
+    data = TextDataset("toy", "causal-lm", ["é b", "c"], targets=["d", "e"])
+    batches = Loader(data, tokenizer, 2)
+    options = {"max_new_tokens": 12, "do_sample": True, "temperature": 5.0}
+    torch.manual_seed(1)
+    before = answers(model, batches, GenerationConfig(**options))
+    stop = before[0][3]
+    options["stop_strings"] = [stop, "##"] if several else stop
+    torch.manual_seed(1)
+    found = answers(model, batches, GenerationConfig(**options))
+    assert found[0] == before[0].partition(stop)[0].strip()
+    assert len(found[0]) < len(before[0])
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_length": 20}, {"num_return_sequences": 2, "num_beams": 2}]
+)
+def test_options_that_do_not_suit_an_answer_are_refused(options):
+    name = next(iter(options))
+    with pytest.raises(ConfigError, match=f"`generation`.*`{name}`"):
+        answers(writer("gpt2"), loader("gpt2"), GenerationConfig(**options))
 
 
 def test_rows_of_one_text_are_one_prompt_with_several_references():

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from sylva_train._checks import ConfigError, DataError
 from sylva_train.data import Loader, TextDataset, ending, load_data
@@ -181,6 +183,35 @@ def test_only_the_answer_to_a_prompt_has_labels(tmp_path):
     batch = next(iter(Loader(data, word_tokenizer("decoder"), 1)))
     assert batch["input_ids"].tolist() == [ids("a b c d") + END]
     assert batch["labels"].tolist() == [[-100] * 3 + ids("d") + END]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "tokens"),
+    [
+        ("b:", "a", ["▁", "b", ":", "▁a", "</s>"]),
+        ("b\n", "a", ["▁", "b", "\n", "a", "</s>"]),
+        # A token would join prompt and answer, and the prompt is answered without it.
+        ("b: ", "a", ["▁", "b", ":", "▁", "▁a", "</s>"]),
+    ],
+)
+def test_answers_have_the_tokens_that_they_have_behind_their_prompts(
+    prompt, target, tokens
+):
+    """A SentencePiece vocabulary marks the beginning of each text as that of a word."""
+    pieces = ["<unk>", "</s>", "▁", "a", "b", ":", "\n", "▁a", "▁▁"]
+    merges = [("▁", "▁"), ("▁", "a")]
+    inner = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, merges))
+    marks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    inner.normalizer = normalizers.Sequence(marks)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", pad_token="<unk>"
+    )
+    data = TextDataset("toy", "causal-lm", [prompt], targets=[target])
+    (example,) = Loader(data, tokenizer, 1, max_length=16).examples
+    assert tokenizer.convert_ids_to_tokens(example["input_ids"]) == tokens
+    asked = len(tokenizer(prompt)["input_ids"])
+    assert example["labels"][:asked] == [-100] * asked
+    assert example["labels"][asked:] == example["input_ids"][asked:]
 
 
 def test_long_prompts_keep_the_token_that_texts_begin_with():

@@ -24,6 +24,9 @@ from transformers import (
     T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
+    XLNetConfig,
+    XLNetLMHeadModel,
+    XLNetModel,
 )
 
 from sylva_train._checks import ConfigError, ModelError
@@ -290,7 +293,40 @@ def test_a_model_that_writes_otherwise_names_its_task(
         load_model(path, task=task)
 
 
+XLNET = XLNetConfig(
+    vocab_size=VOCABULARY, d_model=16, n_layer=1, n_head=2, d_inner=28, pad_token_id=0
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [(BertForMaskedLM, BertConfig(**TINY)), (XLNetLMHeadModel, XLNET)],
+)
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq"])
+def test_encoders_do_not_predict_what_they_see(tmp_path, kind, config, task):
+    path = save_folder(tmp_path / "model", config, kind, word_tokenizer("decoder"))
+    with pytest.raises(ConfigError, match=r"is an encoder, of type (bert|xlnet)"):
+        load_model(path, task=task)
+
+
+def test_xlnet_classifies_whatever_the_padding(tmp_path):
+    """Its own class reads the last position, be it padding."""
+    path = save_folder(tmp_path / "model", XLNET, XLNetModel)
+    labels = ["no", "yes"]
+    with pytest.raises(ConfigError, match=r'padding in a batch.*`pooling="mean"`'):
+        load_model(path, labels=labels, pooling="native")
+    model, tokenizer = load_model(path, labels=labels)
+    data = TextDataset("toy", "classification", ["a b c", "d"], [0, 1], labels)
+    found = [
+        torch.cat([model(**batch).logits for batch in Loader(data, tokenizer, size)])
+        for size in (1, 2)
+    ]
+    torch.testing.assert_close(*found)
+
+
 def test_weights_that_would_be_random_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
     with pytest.raises(ModelError, match=r"lacks \d+ weights of BertLMHeadModel"):
         load_model(folder, task="causal-lm")
 

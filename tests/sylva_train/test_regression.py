@@ -78,6 +78,14 @@ def test_numbers_are_read_as_they_are(tmp_path):
     assert all(type(label) is float for label in data.labels)
 
 
+def test_a_test_set_without_labels_is_told_as_such(tmp_path):
+    """Its correlations would be 0: `datasets` gives each row of STS-B's a -1."""
+    path = tmp_path / "test.csv"
+    path.write_text("sentence,score\na,-1\nb,-1.0\n")
+    with pytest.raises(DataError, match=r"column 'score' is -1, as in test sets"):
+        load_data(path, task="regression")
+
+
 def test_a_first_row_with_a_number_is_no_header(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("a,0.5\nb,2\n")

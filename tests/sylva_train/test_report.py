@@ -15,6 +15,7 @@ from scipy import stats
 
 from sylva_train import report
 from sylva_train._checks import DataError
+from sylva_train.cli import show
 from tests.sylva_train.results import METHODS, Outline, scored, small_results, written
 
 
@@ -156,6 +157,20 @@ def test_the_terminal_table_cuts_nothing(every_method, width):
     assert "…" not in text
     assert "90.9" in text  # in the last column
     for row in report.summary_rows(every_method):
+        assert f"{100 * row.mean:.1f} ± {100 * row.std:.1f}" in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 79])
+def test_a_narrow_terminal_leaves_the_last_columns_out(
+    every_method, width, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", str(width))
+    show.comparison(every_method)
+    text = capsys.readouterr().out
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for row in report.summary_rows(every_method):
+        assert row.label.split()[0] in text
         assert f"{100 * row.mean:.1f} ± {100 * row.std:.1f}" in text
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from sylva_train._checks import ConfigError, NonFiniteError, OutputExistsError
 from sylva_train.cli.reproducing import score
-from sylva_train.comparison import Comparison, results
+from sylva_train.comparison import Comparison, results, single
 from sylva_train.reproduce import TABLES, Table, reproduce
 from sylva_train.reproduce.quality import TUNING_SEED, Plan
 from sylva_train.reproduce.settings import with_values
@@ -130,6 +130,33 @@ def test_a_rate_at_which_a_method_diverges_is_not_chosen(here, home, tmp_path):
     assert [text == "diverged" for text in texts] == [True, False, False]
     with pytest.raises(NonFiniteError, match=r"diverged at every rate .* smaller"):
         reproduce(table, settings, tmp_path / "other", tune=(1e30,))
+
+
+def test_a_run_that_diverges_does_not_stop_the_table(here, home, tmp_path, monkeypatch):
+    run = single.run
+
+    def diverging(spec, tell=None):
+        if spec["sylva"]["density"] == 0.25 and (
+            spec["method"] == "lora" or spec["training"]["seed"] == 1
+        ):
+            raise NonFiniteError("the loss is NaN")
+        return run(spec, tell or (lambda *_: None))
+
+    monkeypatch.setattr(single, "run", diverging)
+    output = tmp_path / "out"
+    settings = {"tiny": setting(home, seeds=(0, 1))}
+    found = reproduce(SWEEP, settings, output)
+    assert [run["score"] is None for run in found["runs"]].count(True) == 3
+    lines = (output / "table.md").read_text().splitlines()
+    cells = [line.split(" | ") for line in lines if " | 0.25 | " in line]
+    assert cells[0][2:4] == ["–", "(2 of 2 diverged)"]
+    assert cells[1][3].endswith(" (1 of 2 diverged)")
+    rows = list(csv.DictReader((output / "table.csv").read_text().splitlines()))
+    assert [row["score"] for row in rows].count("") == 3
+    assert "Sylva, magnitude, 0.25" in (output / "table.svg").read_text()
+    lost = dataclasses.replace(SWEEP, methods=("lora",), values=(0.25,))
+    with pytest.raises(NonFiniteError, match=r"every run of tiny diverged .*NaN"):
+        reproduce(lost, settings, tmp_path / "lost")
 
 
 def test_options_of_scoring_share_a_rate(home):

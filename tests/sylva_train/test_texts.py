@@ -134,6 +134,7 @@ def test_scores_are_those_of_the_e2e_challenge():
     assert found["bleu"] == pytest.approx(100 * 0.6278209072243728)
     assert found["nist"] == pytest.approx(8.00511194864532)
     assert found["cider"] == pytest.approx(1.9734622609961392)
+    assert found["rouge_l_coco"] == pytest.approx(0.6604817160283654)
 
 
 @pytest.mark.property
@@ -153,7 +154,8 @@ def test_a_text_that_is_a_reference_is_perfect(kept):
 @pytest.mark.parametrize("reference", ["food", "...", "a b c d e f"])
 def test_texts_of_no_word_and_of_one_have_scores(answers, reference):
     found = score_texts(answers, [[reference]] * len(answers))
-    assert found.keys() == {"bleu", "nist", "rouge_l", "cider", "exact_match"}
+    metrics = {"bleu", "nist", "rouge_l", "rouge_l_coco", "cider", "exact_match"}
+    assert found.keys() == metrics
     assert all(math.isfinite(value) and value >= 0 for value in found.values())
 
 
@@ -173,6 +175,10 @@ def test_exact_matches_heed_neither_case_nor_punctuation():
         ("7.", 7),
         ("none", None),
         ("3 #### none", None),
+        ("The answer is: 16\n\nQuestion: How many are 3 and 4?", 16),
+        ("The answer is 5 * 3 = 15.", 15),
+        ("The answer is 4. No, the answer is:\n-8 of 9\n10", 9),
+        ("Of 3 the answer is none.", 3),
     ],
 )
 def test_the_final_number_is_the_answer(text, number):
@@ -190,7 +196,9 @@ def test_answers_are_compared_as_numbers():
         score_texts(["3"], [["three"]], "answer")
 
 
-@pytest.mark.parametrize("metric", ["bleu", "nist", "rouge-l", "cider", "meteor"])
+@pytest.mark.parametrize(
+    "metric", ["bleu", "nist", "rouge-l", "rouge-l-coco", "cider", "meteor"]
+)
 def test_a_library_that_is_missing_is_named_where_it_is_needed(monkeypatch, metric):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert score_texts(["a"], [["a"]]).keys() == {"exact_match"}

@@ -106,6 +106,7 @@ METRICS = {
     "nist": True,
     "meteor": True,
     "rouge-l": True,
+    "rouge-l-coco": True,
     "cider": True,
     "exact-match": True,
     "answer": True,
@@ -113,8 +114,8 @@ METRICS = {
 }
 #: Those between 0 and 1, which readers expect in percent, by their names in results.
 FRACTIONS = {
-    "accuracy", "f1", "f1_binary", "token_accuracy", "meteor", "rouge_l", "exact_match",
-    "answer", "choice",
+    "accuracy", "f1", "f1_binary", "token_accuracy", "meteor", "rouge_l", "rouge_l_coco",
+    "exact_match", "answer", "choice",
 }  # fmt: skip
 #: Ways to train a model side by side, in the order of a full comparison.
 METHODS = (

@@ -13,15 +13,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from sylva_train._checks import TargetError
-from sylva_train.targets import is_supported, matches, weight_view
+from sylva_train.targets import (
+    head_names,
+    is_inside,
+    is_supported,
+    matches,
+    weight_view,
+)
 
 __all__ = ["SerialAdapter", "add_serial_adapters"]
 
 #: Endings of the projections that attention and feed-forward sublayers end with, in BERT
-#: and its kin, LLaMA, GPT-2, T5, BART and OPT, DistilBERT.
+#: and its kin, LLaMA, GPT-2, T5, BART and OPT, DistilBERT, ALBERT, Phi, GPT-NeoX, BLOOM.
 PROJECTIONS = (
     "output.dense", "o_proj", "down_proj", "c_proj", "o", "wo", "out_proj", "fc2",
-    "out_lin", "lin2",
+    "out_lin", "lin2", "attention.dense", "ffn_output", "self_attn.dense",
+    "self_attention.dense", "dense_4h_to_h",
 )  # fmt: skip
 
 
@@ -93,10 +100,14 @@ def add_serial_adapters(
     TargetError
         If no module has one of the known names of a sublayer's output projection.
     """
+    heads = head_names(model)  # RoBERTa's and BART's have an `out_proj` too
     found = {
         name: module
         for name, module in model.named_modules()
-        if matches(name, PROJECTIONS) and is_supported(module)
+        if matches(name, PROJECTIONS)
+        and is_supported(module)
+        and name not in heads
+        and not is_inside(name, modules_to_save)
     }
     if not found:
         msg = (

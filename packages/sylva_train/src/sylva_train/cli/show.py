@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.measure import Measurement
+
 from sylva_train._checks import ConfigError
 from sylva_train.comparison import load_results
 from sylva_train.config import KRONECKER, TaskConfig
@@ -209,7 +211,15 @@ def metrics(found: Mapping[str, Any], *, as_json: bool) -> None:
 
 def comparison(results: Mapping[str, Any], output: Path | None = None) -> None:
     """Print a comparison's table and where its files are."""
-    out().print(summary_table(results))
+    console, shown = out(), summary_table(results)
+    # Columns that a terminal has no room for are left out, and stand in the files: what
+    # does not fit would take the methods' names away.
+    unlimited = console.options.update(width=10_000)
+    while len(shown.columns) > 2 and (
+        Measurement.get(console, unlimited, shown).minimum > console.width
+    ):
+        shown.columns.pop()
+    console.print(shown)
     prose(headline(results).title)
     if output is not None:
         files = ("report.html", "results.json", "table.md")

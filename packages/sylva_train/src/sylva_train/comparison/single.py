@@ -222,7 +222,7 @@ def begun_row(method: Method, task: Task, training: TrainingConfig) -> dict[str,
 
 
 def try_rate(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
-    """As `run`, but a run that diverges is one without a score: its rate is too high."""
+    """As `run`, but a run that diverges is one without a score: it is a result too."""
     try:
         return run(spec, tell)
     except NonFiniteError as error:

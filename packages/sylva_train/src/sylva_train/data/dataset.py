@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ __all__ = ["LABELLED", "TASKS", "TextDataset", "load_data"]
 
 #: Column of the part of the data that a row belongs to.
 GROUP_NAME = "subject"
+#: A whole number that is written as a fraction.
+WHOLE = re.compile(r"-?\d+\.0+")
 
 Text = str | tuple[str, str]
 
@@ -298,6 +301,11 @@ def label_of(table: Table, line: int, row: Row, column: str | int) -> str:
     raise DataError(msg)
 
 
+def whole(label: str) -> str:
+    """Return a whole number without its ``.0``, which pandas writes after missing values."""
+    return label.partition(".")[0] if WHOLE.fullmatch(label) else label
+
+
 def number_of(table: Table, line: int, row: Row, column: str | int) -> float:
     """Return a row's number.
 
@@ -320,11 +328,11 @@ def number_of(table: Table, line: int, row: Row, column: str | int) -> float:
 
 def order_labels(found: Sequence[str]) -> list[str]:
     """Return distinct labels: integers by value, others by alphabet."""
-    distinct = sorted(set(found))
+    distinct = {whole(label): label for label in found}
     try:
         return sorted(distinct, key=int)
     except ValueError:
-        return distinct
+        return sorted(distinct.values())
 
 
 def build(
@@ -341,7 +349,8 @@ def build(
     Raises
     ------
     DataError
-        If a row cannot be used, or all labels are the same and none were expected.
+        If a row cannot be used, or all labels are the same and none were expected, or
+        all numbers are -1.
 
     Warns
     -----
@@ -360,10 +369,16 @@ def build(
         return TextDataset(table.name, task, texts)
     if task == "regression":
         numbers = [number_of(table, n, row, label_column) for n, row in table.rows]
+        if len(numbers) > 1 and set(numbers) == {-1.0}:  # GLUE's test sets have that
+            msg = (
+                f"{table.name}: every number in column {label_column!r} is -1, as in test"
+                " sets without labels: `sylva predict` is for these."
+            )
+            raise DataError(msg)
         return TextDataset(table.name, task, texts, numbers)
     found = [label_of(table, line, row, label_column) for line, row in table.rows]
     names = order_labels(found) if labels is None else [str(label) for label in labels]
-    if len(names) < 2 or len(set(names)) != len(names):
+    if len(names) < 2 or len(set(map(whole, names))) != len(names):
         msg = (
             f"{table.name}: expected at least two classes, all different; got"
             f" {names!r} in column {label_column!r}."
@@ -378,12 +393,14 @@ def build(
             " same way.",
             stacklevel=2,
         )
-    index = {name: number for number, name in enumerate(names)}
+    index = {whole(name): number for number, name in enumerate(names)}
     for (line, _), label in zip(table.rows, found, strict=True):
-        if label not in index:
+        if whole(label) not in index:
             msg = (
                 f"{table.name}:{line}: the label {label!r} is not among the known labels"
                 f" {names!r}; correct the row, or train with that class."
             )
             raise DataError(msg)
-    return TextDataset(table.name, task, texts, [index[name] for name in found], names)
+    return TextDataset(
+        table.name, task, texts, [index[whole(name)] for name in found], names
+    )

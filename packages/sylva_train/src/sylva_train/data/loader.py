@@ -348,16 +348,40 @@ def encode_prompts(
         for text, target in zip(texts, dataset.targets, strict=True)
     ]
     prompts = prompt_ids(texts, tokenizer)
-    answers = tokenizer(targets, add_special_tokens=False, verbose=False)["input_ids"]
+    answers = answer_ids(texts, targets, prompts, tokenizer)
     examples = []
     for prompt, answer in zip(prompts, answers, strict=True):
         # One prompt token at least: the first position has no prediction.
-        answer_ids = with_end(answer, tokenizer)[: max_length - 1]
-        room = max_length - len(answer_ids)
-        kept = ending(prompt, room, tokenizer)
-        labels = [IGNORED] * len(kept) + answer_ids
-        examples.append({"input_ids": kept + answer_ids, "labels": labels})
+        ids = with_end(answer, tokenizer)[: max_length - 1]
+        kept = ending(prompt, max_length - len(ids), tokenizer)
+        labels = [IGNORED] * len(kept) + ids
+        examples.append({"input_ids": kept + ids, "labels": labels})
     return examples
+
+
+def answer_ids(
+    texts: Sequence[str],
+    targets: Sequence[str],
+    prompts: Sequence[list[int]],
+    tokenizer: Any,
+) -> list[list[int]]:
+    """Return the token ids of targets as they are behind their prompts.
+
+    Some tokenizers (SentencePiece) mark the beginning of a text as that of a word, so that
+    a target by itself has other tokens than in its place. Where a token would join the
+    two, it is taken by itself, since a prompt to be answered ends where it ends.
+    """
+    whole = prompt_ids([a + b for a, b in zip(texts, targets, strict=True)], tokenizer)
+    found = [
+        ids[len(prompt) :] if ids[: len(prompt)] == prompt else []
+        for ids, prompt in zip(whole, prompts, strict=True)
+    ]
+    if alone := [number for number, ids in enumerate(found) if not ids]:
+        wanted = [targets[number] for number in alone]
+        every = tokenizer(wanted, add_special_tokens=False, verbose=False)["input_ids"]
+        for number, ids in zip(alone, every, strict=True):
+            found[number] = ids
+    return found
 
 
 def spaced(text: str, target: str) -> str:

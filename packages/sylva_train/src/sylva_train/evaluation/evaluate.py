@@ -43,16 +43,17 @@ def evaluate(
     loader : Loader or iterable of batches
         Labels of shape (batch,) are classes, or numbers if they are floating point; of
         shape (batch, length) they are tokens; −100 where none counts. They are shifted,
-        as those of a causal language model are, unless the model is an encoder-decoder or
-        its class's name ends in ``ForMaskedLM`` or ``ForTokenClassification``. To write
-        or to choose, a `Loader` of prompts with targets.
+        as those of a causal language model are, unless the model is an encoder-decoder,
+        or its class's name ends in ``ForMaskedLM`` or ``ForTokenClassification``, or it
+        has classes for at most half of the tokens that it knows. To write or to choose, a
+        `Loader` of prompts with targets.
     metric : str, optional
         The ``score``, one of ``METRICS``; by default ``"accuracy"`` for classes,
         ``"pearson"`` for numbers and ``"perplexity"`` for tokens. Of a language model
         also what it writes can be scored (``"bleu"``, ``"nist"``, ``"meteor"``,
-        ``"rouge-l"``, ``"cider"``, ``"exact-match"``, ``"answer"``; needs ``pip install
-        'sylva-train[metrics]'``), or which of the targets it finds likeliest
-        (``"choice"``).
+        ``"rouge-l"``, ``"rouge-l-coco"``, ``"cider"``, ``"exact-match"``, ``"answer"``;
+        needs ``pip install 'sylva-train[metrics]'``), or which of the targets it finds
+        likeliest (``"choice"``).
     predictions : bool
         Whether to return the predictions as well, in the order of the data set.
     generation : transformers.GenerationConfig, optional
@@ -71,11 +72,11 @@ def evaluate(
         ``loss`` (mean over all tokens that count, whatever the batches), ``perplexity``
         (its exponential) and ``token_accuracy``.
 
-        For what a model writes ``bleu``, ``nist``, ``meteor``, ``rouge_l``, ``cider``,
-        ``exact_match`` and ``answer``, as `sylva_train.evaluation.score_texts` has them;
-        rows with the same text are one example with several references. For what it
-        chooses ``choice``, the fraction of right options, and, where the data set has
-        groups, ``groups``: that of each.
+        For what a model writes ``bleu``, ``nist``, ``meteor``, ``rouge_l``,
+        ``rouge_l_coco``, ``cider``, ``exact_match`` and ``answer``, as
+        `sylva_train.evaluation.score_texts` has them; rows with the same text are one
+        example with several references. For what it chooses ``choice``, the fraction of
+        right options, and, where the data set has groups, ``groups``: that of each.
 
         For all of them ``score``, ``metric``, ``higher_is_better`` and ``examples``. With
         ``predictions`` the NumPy arrays ``predictions``, ``labels`` and ``logits``; of a

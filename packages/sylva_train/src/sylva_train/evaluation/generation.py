@@ -29,8 +29,25 @@ def options(
 
     The model's own configuration, which is left alone, fills the rest up; an answer ends
     at its end-of-sequence tokens and at the tokenizer's.
+
+    Raises
+    ------
+    ConfigError
+        If a length is given that counts the prompt too, or more answers than one.
     """
     chosen = copy.deepcopy(given) if given else GenerationConfig()
+    if chosen.max_length is not None and chosen.max_new_tokens is None:
+        msg = (
+            f"`generation` has `max_length` {chosen.max_length}, which counts the prompt's"
+            " tokens too; give `max_new_tokens`."
+        )
+        raise ConfigError(msg)
+    if (chosen.num_return_sequences or 1) > 1:
+        msg = (
+            "`generation`: one answer a prompt is scored, so that `num_return_sequences`"
+            f" must be 1; got {chosen.num_return_sequences}."
+        )
+        raise ConfigError(msg)
     own = getattr(model, "generation_config", None)
     ends = {tokenizer.eos_token_id}
     for config in (chosen, own):
@@ -106,6 +123,7 @@ def generated(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=config,
+            tokenizer=loader.tokenizer if config.stop_strings else None,
             **{name: value.expand(len(ids), -1) for name, value in inputs.items()},
         )
         if decoder:
@@ -173,12 +191,12 @@ def write(
     Returns
     -------
     list of str
-        Without blanks around them.
+        Without stop strings, and blanks around them.
 
     Raises
     ------
     ConfigError
-        If the model has no room for an answer.
+        If the model has no room for an answer, or an option does not suit one.
     """
     tokenizer = loader.tokenizer
     config = options(model, tokenizer, generation)
@@ -188,9 +206,13 @@ def write(
         prompts = cut(
             model, loader, prompt_ids(texts, tokenizer), config.max_new_tokens
         )
+    stops = config.stop_strings or ()
+    stops = [stops] if isinstance(stops, str) else stops
     answers = [""] * len(texts)
     for indices, output in generated(model, loader, prompts, config, progress):
         found = tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
         for index, answer in zip(indices, found, strict=True):
+            for stop in stops:
+                answer = answer.partition(stop)[0]  # noqa: PLW2901
             answers[index] = answer.strip()
     return answers

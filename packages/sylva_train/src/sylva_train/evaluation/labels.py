@@ -203,9 +203,16 @@ def class_part(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def labels_each_token(model: nn.Module) -> bool:
-    """Whether a model says something of each token, not of the one that follows it."""
-    return class_name(model).endswith(("ForMaskedLM", "ForTokenClassification"))
+def labels_each_token(model: Any, width: int) -> bool:
+    """Whether a model says something of each token, not of the one that follows it.
+
+    Its class's name tells, or that it has far fewer classes than there are tokens.
+    """
+    if class_name(model).endswith(("ForMaskedLM", "ForTokenClassification")):
+        return True
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = len(getattr(embedding, "weight", ()))
+    return 2 * width <= rows
 
 
 def language_part(
@@ -240,7 +247,7 @@ def language_part(
         )
         raise ConfigError(msg)
     examples = len(labels)
-    if not (is_encoder_decoder(model) or labels_each_token(model)):
+    if not (is_encoder_decoder(model) or labels_each_token(model, logits.shape[-1])):
         logits, labels = logits[:, :-1], labels[:, 1:]
     counted = labels.ne(-100)
     # Only positions that count: padding may have any logits, and most memory is here.

@@ -22,7 +22,9 @@ REGRESSION = ("pearson", "spearman", "mse")
 #: Of tokens.
 LANGUAGE = ("perplexity", "loss", "token_accuracy")
 #: Of the texts that a language model writes.
-GENERATION = ("bleu", "nist", "meteor", "rouge-l", "cider", "exact-match", "answer")
+GENERATION = (
+    "bleu", "nist", "meteor", "rouge-l", "rouge-l-coco", "cider", "exact-match", "answer",
+)  # fmt: skip
 #: Of the option that a language model finds likeliest.
 CHOICE = "choice"
 

@@ -29,6 +29,7 @@ LIBRARIES = {
     "nist": ("nltk", "sacrebleu"),
     "meteor": ("pycocoevalcap",),
     "rouge-l": ("rouge_score",),
+    "rouge-l-coco": ("pycocoevalcap",),
     "cider": ("pycocoevalcap",),
 }
 #: Seconds that METEOR may take to start, and for each text.
@@ -41,6 +42,8 @@ TOKEN = re.compile(
 )
 # No minus is part of "10-3".
 NUMBER = re.compile(r"(?<![0-9])-?[0-9][0-9,]*(?:\.[0-9]+)?")
+# What MetaMathQA's answers say last; a model may go on with another question behind it.
+SAID = "answer is"
 
 Texts = Sequence[str]
 #: For each text the references that it may be like.
@@ -89,9 +92,12 @@ def score_texts(
         mteval-v13a and the E2E challenge do. ``meteor``, from 0 to 1: version 1.5 with
         normalisation, of tokens without punctuation. ``cider``, from 0 to 10, of the
         same tokens. ``rouge_l``, from 0 to 1: mean F-measure against the best reference,
-        of stems (as Super-NaturalInstructions has it). ``exact_match``, from 0 to 1:
-        without case, punctuation and blanks. ``answer``, from 0 to 1: the number after
-        the last ``####``, else the last number, is that of a reference (GSM8K).
+        of stems (as Super-NaturalInstructions has it). ``rouge_l_coco``, from 0 to 1: that
+        of the E2E challenge, of CIDEr's tokens: the best precision and the best recall of
+        any reference, recall weighed more. ``exact_match``, from 0 to 1: without case,
+        punctuation and blanks. ``answer``, from 0 to 1: the number after
+        the last ``####``, else the last one of the line after "answer is", else the last
+        of all is that of a reference (GSM8K).
 
     Raises
     ------
@@ -248,6 +254,18 @@ def rouge_l(answers: Texts, references: References) -> float:
     return math.fsum(scores) / len(scores)
 
 
+def rouge_l_coco(answers: Texts, references: References) -> float:
+    """Return the ROUGE-L of image captions and the E2E challenge, by pycocoevalcap."""
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    scorer = Rouge()
+    scores = [
+        scorer.calc_score([plain(text)], list(map(plain, group)))
+        for text, group in zip(answers, references, strict=True)
+    ]
+    return math.fsum(scores) / len(scores)
+
+
 def cider(answers: Texts, references: References) -> float:
     """Return the CIDEr of the corpus by pycocoevalcap."""
     from pycocoevalcap.cider.cider import Cider
@@ -275,12 +293,19 @@ def exact_match(answers: Texts, references: References) -> float:
 
 
 def final_number(text: str) -> Decimal | None:
-    """Return the number after the last ``####``, else the last one; None without one."""
+    """Return the number that a text ends in; None without one.
+
+    It is the first after the last ``####``, else the last of the line that follows the
+    last "answer is", else the last of all.
+    """
     _, mark, after = text.rpartition("####")
     found = NUMBER.findall(after)
-    if not found:
-        return None
-    return Decimal(found[0 if mark else -1].replace(",", ""))
+    if mark:
+        found = found[:1]
+    elif SAID in text.lower():
+        line = text.lower().rpartition(SAID)[2].lstrip(": \n").partition("\n")[0]
+        found = NUMBER.findall(line) or found
+    return Decimal(found[-1].replace(",", "")) if found else None
 
 
 def answer(answers: Texts, references: References) -> float:
@@ -306,6 +331,7 @@ SCORERS: dict[str, Callable[[Texts, References], float]] = {
     "nist": nist,
     "meteor": meteor,
     "rouge-l": rouge_l,
+    "rouge-l-coco": rouge_l_coco,
     "cider": cider,
     "exact-match": exact_match,
     "answer": answer,

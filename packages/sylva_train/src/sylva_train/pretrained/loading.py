@@ -274,7 +274,18 @@ def saved_heads(config: Any) -> tuple[bool, bool]:
 
 
 def check_kind(source: str, config: Any, task: str) -> None:
-    """Raise `ConfigError` if a model is one of those that write for the other task."""
+    """Raise `ConfigError` if a model writes for the other task, or is an encoder."""
+    # transformers has a class for causal language modelling of such a one all the same.
+    encoder = (
+        type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "xlnet"
+    )
+    causal = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+    if encoder and not (causal or getattr(config, "causal", False)):
+        msg = (
+            f"`{source}` is an encoder, of type {config.model_type}, which sees the tokens"
+            f' that it would predict; `task` "{task}" needs another model.'
+        )
+        raise ConfigError(msg)
     able = [other for other, (_, kinds) in WRITERS.items() if type(config) in kinds]
     if able and task not in able:
         msg = (
@@ -298,9 +309,16 @@ def load_classifier(
         encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING
         mean = pooled or (encoder and not config.is_encoder_decoder)
         kept = native and (labels is None or len(labels) == config.num_labels)
+        mean |= config.model_type == "xlnet"
         pooling = "mean" if mean and not kept else "native"
     if pooling == "native" and pooled:
         msg = f'`{source}` was saved with `pooling="mean"`; load it so.'
+        raise ConfigError(msg)
+    if pooling == "native" and config.model_type == "xlnet":
+        msg = (
+            f"`{source}` is of type xlnet, whose own class reads a text's last position,"
+            ' which is padding in a batch; load it with `pooling="mean"`.'
+        )
         raise ConfigError(msg)
     if labels is None and not (pooled if pooling == "mean" else native):
         msg = f"`labels` must be given: `{source}` has no head to classify with."

@@ -195,6 +195,7 @@ def summary_table(results: Results) -> Table:
         If ``results`` has another format or no runs.
     """
     from rich import box
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
@@ -207,11 +208,13 @@ def summary_table(results: Results) -> Table:
         caption_justify="left",
     )
     for column in columns:
+        heading = _narrow_heading(column)
+        words = [*heading, *column.cells, *(column.minor.cells if column.minor else ())]
         table.add_column(
-            Text("\n".join(_narrow_heading(column))),
+            Text("\n".join(heading)),
             justify="right" if column.numeric else "left",
             no_wrap=column.numeric,
-            min_width=None if column.numeric else 12,
+            min_width=max(map(cell_len, words)) if column.numeric else 12,
         )
     for place, row in enumerate(rows):
         # Text, not str: a label with square brackets is not markup.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import ConfigError, write_text
+from sylva_train._checks import ConfigError, NonFiniteError, write_text
 from sylva_train.comparison import (
     Comparison,
     Watcher,
@@ -83,6 +83,8 @@ def reproduce(
         options.
     OutputExistsError
         If ``output`` has something in it and neither ``resume`` nor ``overwrite`` is set.
+    NonFiniteError
+        If every run of a setting diverged; the table tells of single ones.
     SylvaError
         If a run fails; those that were finished are kept.
     """
@@ -123,14 +125,21 @@ def gather(
     settings = {}
     for name, one in plan.settings.items():
         rows = [row for cell, row in reported if cell.setting == name]
+        scored = [row for row in rows if row["score"] is not None]
+        if not scored:
+            msg = (
+                f"every run of {name} diverged ({rows[0]['diverged']}). Give smaller"
+                " learning rates, or `tune`, in another folder."
+            )
+            raise NonFiniteError(msg)
         settings[name] = {
             "sylva": one.spec(one.methods[0], 0)["sylva"],
             "training": dataclasses.asdict(one.training),
             "metric": one.metric,
-            "train_examples": rows[0]["examples"][0],
-            "eval_examples": rows[0]["examples"][1],
-            "total_weights": rows[0]["total"],
-            "steps": max(len(row["history"]) for row in rows),
+            "train_examples": scored[0]["examples"][0],
+            "eval_examples": scored[0]["examples"][1],
+            "total_weights": scored[0]["total"],
+            "steps": max(len(row["history"]) for row in scored),
         }
 
     def entry(cell: Cell, row: Mapping[str, Any]) -> dict[str, Any]:

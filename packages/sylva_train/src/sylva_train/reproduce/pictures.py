@@ -9,7 +9,7 @@ from sylva_train.baselines import parse_method
 from sylva_train.report import INK, looks, seeds_line, shorten
 
 from .quality import average
-from .tables import cells, metric
+from .tables import cells, metric, scored
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,9 +35,10 @@ def draw(results: Mapping[str, Any]) -> Figure:
         shown = metric(results, setting)
         labels = []
         for place, cell in enumerate(lines[setting]):
-            scores = [shown.factor * run["score"] for run in found[cell]]
-            _, deviation = average(scores)
-            seeds_line(axes, place, scores, deviation or 0.0, look[cell.method])
+            scores = [shown.factor * run["score"] for run in scored(found[cell])]
+            if scores:
+                _, deviation = average(scores)
+                seeds_line(axes, place, scores, deviation or 0.0, look[cell.method])
             label = parse_method(cell.method).label
             labels.append(label if cell.value is None else f"{label}, {cell.value}")
         axes.set_ylim(len(labels) - 0.5, -0.5)

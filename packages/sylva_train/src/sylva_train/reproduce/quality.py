@@ -20,7 +20,7 @@ __all__ = ["TABLES", "TUNING_SEED", "Cell", "Plan", "Table"]
 
 #: Seed to choose learning rates with, which no reported run has.
 TUNING_SEED = 100
-#: What does a run that chooses one.
+#: What does a run: one that diverges is no reason to lose the others.
 TRY_RATE = "sylva_train.comparison.single:try_rate"
 #: The paper's rule with factors that stay definite, and the rule that is the default.
 SYLVA, NATURAL = "sylva:kfac:mlr", "sylva:kfac-natural"
@@ -261,14 +261,13 @@ class Plan:
                     seeds=(TUNING_SEED,),
                     learning_rates={cell.method: rate},
                 )
-                job = self.job(
+                found[cell, rate] = self.job(
                     cell,
                     one,
                     TUNING_SEED,
                     f"tune-{cell.name}-{rate:g}",
                     f"rate {rate:g}",
                 )
-                found[cell, rate] = dataclasses.replace(job, function=TRY_RATE)
         return found
 
     def tuning_metric(self, cell: Cell) -> str:
@@ -340,6 +339,7 @@ class Plan:
             label=f"{cell.label}, {words}",
             kind=f"{cell.setting} {cell.method}",
             spec=spec,
+            function=TRY_RATE,
         )
 
 

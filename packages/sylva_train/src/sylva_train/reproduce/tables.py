@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sylva_train.baselines import parse_method
@@ -49,10 +50,24 @@ def metric(results: Results, setting: str, name: str | None = None) -> Metric:
     )
 
 
-def printed(shown: Metric, values: Sequence[float]) -> str:
-    """Print mean and deviation."""
-    mean, deviation = average(values)
-    return shown.number(mean) + shown.spread(deviation)
+def scored(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the runs that did not diverge."""
+    return [run for run in runs if run["score"] is not None]
+
+
+def printed(
+    shown: Metric,
+    runs: Sequence[Mapping[str, Any]],
+    value: Callable[[Mapping[str, Any]], float],
+) -> str:
+    """Print mean and deviation of a cell's runs, and how many diverged."""
+    values, words = [value(run) for run in scored(runs)], []
+    if values:
+        mean, deviation = average(values)
+        words.append(shown.number(mean) + shown.spread(deviation))
+    if lost := len(runs) - len(values):
+        words.append(f"({lost} of {len(runs)} diverged)")
+    return " ".join(words) or MISSING
 
 
 def shown_metrics(results: Results, setting: str) -> list[str]:
@@ -63,7 +78,7 @@ def shown_metrics(results: Results, setting: str) -> list[str]:
         for name in METRICS
         if all(
             key_of(name) in run["metrics"]
-            for run in results["runs"]
+            for run in scored(results["runs"])
             if run["setting"] == setting
         )
     ]
@@ -86,7 +101,7 @@ def by_method(results: Results) -> str:
         line = [setting, shown.title]
         for method in methods:
             runs = found.get(Cell(setting, method, None), [])
-            line.append(printed(shown, [r["score"] for r in runs]) if runs else MISSING)
+            line.append(printed(shown, runs, lambda run: float(run["score"])))
         rows.append(line)
     return markdown(header, rows)
 
@@ -104,10 +119,11 @@ def by_value(results: Results) -> str:
             if cell.setting != setting:
                 continue
             columns = [
-                printed(m, [value_of(run, name) for run in runs])
+                printed(m, runs, functools.partial(value_of, name=name))
                 for name, m in zip(names, shown, strict=True)
             ]
-            fraction = percentage(average([r["trainable_fraction"] for r in runs])[0])
+            fractions = [run["trainable_fraction"] for run in scored(runs)]
+            fraction = percentage(average(fractions)[0]) if fractions else MISSING
             label = parse_method(cell.method).label
             rows.append([label, str(cell.value), fraction, *columns])
         parts.append(f"**{setting}**\n\n{markdown(header, rows)}")
@@ -203,7 +219,7 @@ def as_csv(results: Results) -> str:
             [
                 *(run[name] for name in plain),
                 *(run["metrics"].get(name) for name in metrics),
-                *(run[name] for name in costs),
+                *(run.get(name) for name in costs),
             ]
         )
     return text.getvalue()
