@@ -331,3 +331,32 @@ def test_diagonals_of_inverses_of_fewer_rows_than_are_looked_at(xp, n, rng):
     np.testing.assert_allclose(
         to_numpy(F.inverse_diagonal()), np.diag(np.linalg.inv(A))
     )
+
+
+def walk(dtype, rng):
+    """Covariance of a random walk and noise: condition number 1e4, no rank is low."""
+    X = rng.standard_normal((173, 173)).cumsum(1)
+    if np.dtype(dtype).kind == "c":
+        X = X + 1j * rng.standard_normal((173, 173)).cumsum(1)
+    A = (X @ X.conj().T / 173 + np.eye(173)).astype(dtype)
+    return hm.from_dense(A, levels=2, symmetric=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex64])
+def test_a_stored_inverse_has_the_digits_of_solutions(dtype, rng):
+    """The steps of inversion lose what the factor of a definite matrix keeps."""
+    H = walk(dtype, rng)
+    F = hm.factorize(H)
+    applied = F.inverse() @ np.eye(173, dtype=dtype)
+    for of in (H, F):
+        assert error_ratio(hm.inverse(of).to_dense(), applied) < 1e2 * H.space.eps
+
+
+def test_a_stored_inverse_without_a_tolerance_says_what_was_reached(rng):
+    H = walk(np.float32, rng)
+    F = hm.factorize(H, method="orthogonal")
+    X = hm.inverse(F)
+    exact = np.linalg.inv(H.to_dense().astype(float))
+    assert error_ratio(X.to_dense(), exact) < min(X.error, 0.01)
+    with pytest.raises(hm.ToleranceError):
+        hm.inverse(F, rtol=1e-6)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import starmap
 from typing import ClassVar
 
 from hmatrix._backend import (
@@ -19,6 +20,7 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import PrecisionError, SingularBlockError
 from hmatrix._operator import cleared, unpad_rows
+from hmatrix.arithmetic import Terms
 from hmatrix.factor._base import (
     Factorization,
     has_gradients,
@@ -28,7 +30,7 @@ from hmatrix.factor._base import (
 from hmatrix.factor.climb import build
 from hmatrix.factor.gradients import logdet_with_gradients
 from hmatrix.factor.hodlr import HODLRFactorization
-from hmatrix.factor.leaves import leaf_factors, shifted_leaves
+from hmatrix.factor.leaves import leaf_factors, shifted_leaves, without_padding
 from hmatrix.factor.operator import HODLRInverse
 from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.factor.symmetric import (
@@ -37,7 +39,7 @@ from hmatrix.factor.symmetric import (
     logdet_of_cholesky,
 )
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, orthonormal_parts, scaled
+from hmatrix.lowrank import LowRank, orthonormal_parts, scaled, stack
 
 __all__ = ["HODLRCholesky"]
 
@@ -88,6 +90,23 @@ class HODLRCholesky(Factorization):
             except (PrecisionError, SingularBlockError):
                 return HODLROrthogonal(self.matrix, self.shift).inverse_diagonal()
         return unpad_rows(self._factor.inverse_diagonal(), self.tree)
+
+    def _terms(self) -> tuple[Array, Iterator[Terms]]:
+        """Leaves of the inverse, and what each level adds: Z M Zᴴ."""
+        L = self._factor.inverse_leaves
+        leaves = without_padding(self.tree, adjoint(L) @ L)
+        return leaves, starmap(self._level_terms, self._factor.inverse_terms())
+
+    def _level_terms(self, Z: Array, M: Array) -> Terms:
+        xp, (nodes, r) = self.space.xp, (M.shape[0], Z.shape[-1])
+        Z = xp.reshape(Z, (nodes, 2, Z.shape[1], r))
+        ones = self.space.real.ones(nodes, r)
+
+        def term(row: int, column: int) -> LowRank:
+            core = M[:, r * row :, r * column :][:, :r, :r]
+            return LowRank(Z[:, row, :, :] @ core, ones, Z[:, column, :, :])
+
+        return term(0, 1), term(1, 0), stack(term(0, 0), term(1, 1))
 
     def _apply(self, x: Array) -> Array:
         factor = self._factor  # and not `self`, which would be held in a cycle

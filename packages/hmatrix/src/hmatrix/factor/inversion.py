@@ -11,7 +11,12 @@ from hmatrix._backend import (
     one_blas_thread_if_narrow,
     without_gradients,
 )
-from hmatrix._checks import PrecisionError, SingularBlockError, check_kind
+from hmatrix._checks import (
+    NotPositiveDefiniteError,
+    PrecisionError,
+    SingularBlockError,
+    check_kind,
+)
 from hmatrix.arithmetic import (
     after,
     assemble,
@@ -54,7 +59,7 @@ def inverse(
         Of a `HODLR`: promise ``‖result − X‖_F ≤ rtol · ‖X‖_F`` of what the
         factorization gives for the inverse ``X``, whose own error grows with the
         condition number. Default: rounding only, or the square root of epsilon where
-        that takes products.
+        that takes products, as far as solutions have that many digits.
     max_rank : int, optional
         Cap on the ranks. It wins over ``rtol``.
 
@@ -82,8 +87,9 @@ def inverse(
     Notes
     -----
     Each level of the recursive block inversion subtracts ``D P E Qᴴ D`` (see
-    `factorize`): its off-diagonal parts are blocks of low rank, its diagonal parts reach
-    into all levels below. Cost ``O(n r² K²)``. Where that fails or loses digits (see
+    `factorize`), and each of a definite matrix's ``W`` adds ``Z M Zᴴ``, which keeps more
+    digits: off-diagonal parts are blocks of low rank, diagonal parts reach into all levels
+    below. Cost ``O(n r² K²)``. Where that fails or loses digits (see
     `factorize`), or the result differs from solutions with random vectors, or ``H`` is a
     factorization by "orthogonal", it is found from solutions, as `from_matvec` does.
 
@@ -105,18 +111,18 @@ def inverse(
         )
         raise ValueError(msg)
     F = H
-    if isinstance(H, HODLRCholesky):
-        # W Wᴴ does not have the terms; inversion of the matrix behind it has
+    if isinstance(H, HODLRCholesky) and H._has_gradients():
+        # W has none to the matrix; the steps of inversion have
         F = inversion_or_orthogonal(H.matrix, H.shift, strict=False)
     elif isinstance(H, HODLR):
         with telling_nan(H):
-            F = inversion_or_orthogonal(H, shift, strict=False)
+            F = _factorized(H, shift)
     elif isinstance(H, MLR):
         F = MLRFactorization(H, shift)
     assert isinstance(F, Factorization)
     if isinstance(F, HODLROrthogonal):
         return _from_solutions(F, rtol, max_rank)
-    if not isinstance(F, HODLRFactorization):
+    if not isinstance(F, (HODLRCholesky, HODLRFactorization)):
         X: Any = F.inverse()
         if rtol is None and max_rank is None:
             return X  # type: ignore[no-any-return]
@@ -130,7 +136,7 @@ def inverse(
             size=estimate_norm(F._apply, F.tree, F.space),
             rtol=rtol,
             max_rank=max_rank,
-            symmetric=F.symmetric,
+            symmetric=F.matrix.symmetric,
         )
     with without_gradients(F.space.xp):
         off = _is_off(stored, F, rtol)
@@ -138,6 +144,16 @@ def inverse(
         return _from_solutions(HODLROrthogonal(F.matrix, F.shift), rtol, max_rank)
     error = after(inverse_error(stored, F.matrix), stored.error)
     return replace(stored, error=error)
+
+
+def _factorized(H: HODLR, shift: float) -> Factorization:
+    """Factorize for the terms of the inverse: W Wᴴ keeps the most digits, if there is W."""
+    if H.symmetric and not has_gradients(H):
+        try:
+            return HODLRCholesky(H, shift)
+        except NotPositiveDefiniteError:
+            pass
+    return inversion_or_orthogonal(H, shift, strict=False)
 
 
 def inversion_or_orthogonal(
@@ -175,12 +191,18 @@ def _from_solutions(
             "detached tensors."
         )
         raise ValueError(msg)
+    if rtol is None and max_rank is None:
+        max_rank = (
+            F.tree.n
+        )  # no cap: take what can be had, and say in `error` what that is
     stored = F.stored_inverse(rtol, max_rank)
     error = after(inverse_error(stored, F.matrix), stored.error)
     return replace(stored, error=error)
 
 
-def _is_off(X: HODLR, F: HODLRFactorization, rtol: float | None) -> bool:
+def _is_off(
+    X: HODLR, F: HODLRCholesky | HODLRFactorization, rtol: float | None
+) -> bool:
     """Tell whether the stored inverse differs from solutions by more than it may.
 
     They are refined and its terms are not: where inverses of halves are large beside
