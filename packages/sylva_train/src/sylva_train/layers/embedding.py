@@ -116,7 +116,13 @@ def check_masks(
             )
             raise ConfigError(msg)
         if name not in modules:
-            msg = f"`masks` names a layer `{name}` that the model does not have."
+            inner = next((n for n in modules if n.endswith(f".{name}")), None)
+            msg = f"`masks` names a layer `{name}` that the model does not have" + (
+                f"; `{inner}` is inside a wrapping (PEFT, DistributedDataParallel,"
+                " torch.compile), which goes around a model that has its blocks."
+                if inner
+                else "."
+            )
             raise TargetError(msg)
         if not len(mask):
             continue
@@ -227,9 +233,13 @@ def embed_blocks(
 
 
 def sync(model: nn.Module) -> None:
-    """Write every embedded layer's values into its dense weight, changed or not."""
+    """Write every embedded layer's values into its dense weight, changed or not.
+
+    Never between a forward pass and its backward pass.
+    """
     for layer in embedded_layers(model).values():
         layer.sync(force=True)
+        layer.settle()
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -11,9 +11,16 @@ from torch import nn
 from torch.func import functional_call
 
 from sylva_train._checks import AdapterError, ConfigError, TargetError
-from sylva_train.kernels import gather_blocks, scatter_blocks_
+from sylva_train.kernels import gather_blocks, is_capturing, scatter_blocks_
 from sylva_train.masks import LayerMask
-from sylva_train.targets import as_matrix, is_supported, layer_input, weight_view
+from sylva_train.targets import (
+    as_matrix,
+    is_packed,
+    is_supported,
+    layer_input,
+    stands_for_others,
+    weight_view,
+)
 
 from .gradient import BlockGradient, WeightGradient, is_product
 from .inputs import Reader
@@ -36,12 +43,21 @@ def values_dtype(weight: torch.Tensor) -> torch.dtype:
 
 def check_embeddable(layer: nn.Module) -> None:
     """Raise `TargetError` unless a layer's weight can hold trained values."""
+    if is_packed(layer):
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        kind = type(weight).__name__ if stands_for_others(weight) else weight.dtype
+        msg = (
+            f"`base_layer` is a {type(layer).__name__} with a quantized weight ({kind}),"
+            " but blocks are written into dense ones. Load the model in bfloat16, float16"
+            " or float32; quantize it after `sylva_train.merge`."
+        )
+        raise TargetError(msg)
     if not is_supported(layer) or weight_view(layer).dtype not in DTYPES:
-        weight = getattr(layer, "weight", None)
+        found = getattr(layer, "weight", None)
         msg = (
             "`base_layer` must be a torch.nn.Linear or Conv1D with a dense float64,"
             f" float32, bfloat16 or float16 weight; got a {type(layer).__name__}"
-            + (f" of {weight.dtype}." if isinstance(weight, torch.Tensor) else ".")
+            + (f" of {found.dtype}." if isinstance(found, torch.Tensor) else ".")
         )
         raise TargetError(msg)
 
@@ -181,34 +197,42 @@ class SparseEmbeddedLinear(nn.Module):
         # A replica's are no parameters.
         return self.sylva_values[name] if values is None else values
 
-    def check_indices(self, name: str) -> None:
-        """Raise `AdapterError` unless an adapter's indices are blocks of this weight."""
+    def check_indices(self, name: str, *, again: bool = False) -> None:
+        """Raise `AdapterError` unless an adapter's indices are blocks of this weight.
+
+        Those of the adapter that is in the weight are compared with where it is; ``again``
+        also if no change of them was seen.
+        """
         table = self.sylva_indices[name]
         seen = (table.data_ptr(), table._version)
-        if self._checked.get(name) != seen:
-            if name == self.shown.adapter:
-                known = self.shown.indices.to(table.device)  # type: ignore[union-attr]
-                if not torch.equal(known, table.long()):
-                    msg = (
-                        f"the block indices of adapter `{name}` changed while its blocks"
-                        " were in the weight. For another mask, `sylva_train.unload` and"
-                        " embed again; an average of weights must leave buffers out"
-                        " (`use_buffers=False`), since it rounds integers down."
-                    )
-                    raise AdapterError(msg)
-            try:
-                mask = LayerMask(self.shape, self.sylva_values[name].shape[-1], table)
-                sound = torch.equal(mask.indices, table.cpu().long())
-            except ConfigError:
-                sound = False
-            if not sound:
+        is_known = self._checked.get(name) == seen
+        if is_known and not again:
+            return
+        if name == self.shown.adapter:
+            written = self.shown.indices.to(table.device)  # type: ignore[union-attr]
+            if not torch.equal(written, table.long()):
                 msg = (
-                    f"the block indices of adapter `{name}` do not fit this"
-                    f" {self.shape} weight; the adapter is damaged or for another model."
+                    f"the block indices of adapter `{name}` changed while its blocks"
+                    " were in the weight. For another mask, `sylva_train.unload` and"
+                    " embed again; an average of weights must leave buffers out"
+                    " (`use_buffers=False`), since it rounds integers down."
                 )
                 raise AdapterError(msg)
-            self._checked[name] = seen
-            self._readers[name] = Reader(table, mask.block_size, self.shape[1])
+        if is_known:
+            return
+        try:
+            mask = LayerMask(self.shape, self.sylva_values[name].shape[-1], table)
+            sound = torch.equal(mask.indices, table.cpu().long())
+        except ConfigError:
+            sound = False
+        if not sound:
+            msg = (
+                f"the block indices of adapter `{name}` do not fit this"
+                f" {self.shape} weight; the adapter is damaged or for another model."
+            )
+            raise AdapterError(msg)
+        self._checked[name] = seen
+        self._readers[name] = Reader(table, mask.block_size, self.shape[1])
 
     def sync(self, *, force: bool = False) -> None:
         """Make the dense weight show the wanted adapter's values.
@@ -242,11 +266,23 @@ class SparseEmbeddedLinear(nn.Module):
         is_written = wanted == shown.adapter and shown.is_current(values, weight)
         if is_written and not force:
             return
-        self.check_indices(wanted)
+        # Averages copy integers through ``.data``, which leaves no trace. To look waits
+        # for the device.
+        again = (force or shown.is_due) and not is_capturing(weight.device)
+        self.check_indices(wanted, again=again)
         reader = self._readers[wanted]
         shown.write(base, weight, wanted, reader.table, values)
         watch(values, self)
-        reader.settle(values._version)
+        # The same values again, another adapter having been shown: a forward pass may be
+        # under way that gradient checkpointing is going to recompute.
+        if reader.version != values._version:
+            reader.settle(values._version)
+
+    def settle(self) -> None:
+        """Keep for backward passes to come what is known by now to be read together."""
+        name = self.shown.adapter
+        if name is not None:
+            self._readers[name].settle(self.values_of(name)._version)
 
     def write_replica(self, name: str) -> None:
         """Write an adapter's values into the weight of a copy that lives for one pass.
@@ -295,12 +331,16 @@ class SparseEmbeddedLinear(nn.Module):
 
     def check_shown(self, values: torch.Tensor) -> None:
         """Raise RuntimeError if values were not in the weight that forward used."""
-        if self.shown.is_stale(values):
+        shown = self.shown
+        if shown.is_stale(values) or (
+            shown.is_behind() and not shown.holds(self.base_layer, values)
+        ):
             msg = (
                 "values were changed without being written into the dense weight that"
-                " the forward pass used. After changing values by hand, call"
-                " `sylva_train.sync(model)` before a compiled forward pass, and never"
-                " between a forward pass and its backward pass."
+                " the forward pass used. After changing values by hand, or by wrapping"
+                " the model in DistributedDataParallel, call `sylva_train.sync(model)`"
+                " before a compiled forward pass, and never between a forward pass and its"
+                " backward pass."
             )
             raise RuntimeError(msg)
 

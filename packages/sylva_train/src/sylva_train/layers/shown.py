@@ -64,7 +64,12 @@ class Shown:
         Where they are: block rows and block columns, (k, 2), int64.
     is_due : bool
         Whether the weight is to be looked at even if no change is seen.
+    steps : int
+        Of all optimizers together. Values in a part of a larger memory (DeepSpeed ZeRO)
+        change with it, without a trace, at some time after each of these.
     """
+
+    steps = 0
 
     def __init__(self) -> None:
         self.adapter: str | None = None
@@ -73,6 +78,8 @@ class Shown:
         # Rarely needed: in the host's memory, and no buffer, which DDP would broadcast.
         self._original: torch.Tensor | None = None
         self._seen: tuple[Any, ...] = ()
+        # How many steps there had been, if the values are a part of a larger memory.
+        self._after: int | None = None
         # Versions of the weight: what it had as the base and as adapters that are not in
         # it, the highest of all, and its memory and version after the last write.
         self._base: int | None = None
@@ -82,7 +89,7 @@ class Shown:
 
     def is_current(self, values: torch.Tensor, weight: torch.Tensor) -> bool:
         """Whether the adapter's values and the weight are as after the last write."""
-        if not self._seen or self.is_due:
+        if not self._seen or self.is_due or self.is_behind():
             return False
         # One by one, cheapest first: every layer asks in every forward pass.
         known, address, version, is_trained, place, count = self._seen
@@ -95,10 +102,20 @@ class Shown:
             and place == weight.data_ptr()
         )
 
+    def is_behind(self) -> bool:
+        """Whether values may have changed without a trace since they were looked at."""
+        return self._after is not None and self._after != Shown.steps
+
     def is_stale(self, values: torch.Tensor) -> bool:
         """Whether the values that were written last were changed since."""
         seen = self._seen
         return bool(seen) and seen[0] is values and seen[2] != values._version
+
+    def holds(self, base: nn.Module, values: torch.Tensor) -> bool:
+        """Whether the base's weight is known to have these values, bit for bit."""
+        weight: torch.Tensor = base.weight  # type: ignore[assignment]
+        matrix, blocks = as_matrix(base, weight.detach()), values.detach()
+        return holds_blocks(matrix, self.indices.to(weight.device), blocks)  # type: ignore[union-attr]
 
     def is_in(self, weight: torch.Tensor) -> bool:
         """Whether a weight has the memory that was written into last."""
@@ -157,6 +174,8 @@ class Shown:
         """
         self._end(weight, version)
         self._seen, self.is_due = snapshot(values, weight), False
+        is_part = values.untyped_storage().nbytes() > values.nbytes
+        self._after = Shown.steps if is_part else None
 
     @torch.no_grad()
     def restore_(self, base: nn.Module) -> None:

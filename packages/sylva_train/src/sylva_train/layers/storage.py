@@ -15,6 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from sylva_train._checks import TargetError
 from sylva_train._identity import ByIdentity
 from sylva_train._torch import is_in_backward
+from sylva_train.targets import is_sharded
+
+from .shown import Shown
 
 __all__ = [
     "Masters",
@@ -38,7 +41,7 @@ class Masters(nn.ParameterDict):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse sharded values, which FSDP puts here: dense weights would stay behind."""
-        if hasattr(value, "device_mesh"):
+        if is_sharded(value):
             msg = (
                 "embedded blocks cannot be sharded (FSDP): their values are written into"
                 " dense weights of another layout. Use `sylva_train.train` under"
@@ -88,8 +91,18 @@ class Tables(nn.Module):
 
 
 def check_in_memory(layer: nn.Module) -> None:
-    """Raise `TargetError` if accelerate brings a layer's weight only while it runs."""
+    """Raise `TargetError` unless a layer's weight is here, whole, all the time.
+
+    accelerate may bring it only while the layer runs, and it may be sharded.
+    """
     weight = getattr(layer, "weight", None)
+    if is_sharded(weight):
+        msg = (
+            "a layer's weight is sharded (FSDP, tensor parallelism), but blocks are written"
+            " into dense weights. Embed them in the whole model, and use"
+            " `sylva_train.train` under torchrun, or DistributedDataParallel."
+        )
+        raise TargetError(msg)
     offloads = getattr(getattr(layer, "_hf_hook", None), "offload", False)
     if offloads and isinstance(weight, torch.Tensor) and weight.is_meta:
         msg = (
@@ -109,12 +122,13 @@ def own_weight(layer: nn.Module) -> torch.Tensor:
         If it is no matrix of the layer's own any more: written values would be lost.
     """
     weight = layer._parameters.get("weight")
-    if weight is None or weight.dim() != 2 or weight.grad_fn is not None:
+    is_own = weight is not None and weight.dim() == 2 and weight.grad_fn is None
+    if weight is None or not is_own or hasattr(weight, "__tensor_flatten__"):
         msg = (
             f"the `base_layer` of embedded blocks, a {type(layer).__name__}, has no weight"
             " of its own any more: it was wrapped (LoRA), pruned, parametrized (weight"
-            " norm) or sharded (FSDP, DeepSpeed) after blocks were embedded. Call"
-            " `sylva_train.merge` or `sylva_train.unload` before that."
+            " norm), quantized or sharded (FSDP, DeepSpeed ZeRO-3) after blocks were"
+            " embedded. Call `sylva_train.merge` or `sylva_train.unload` before that."
         )
         raise TargetError(msg)
     return weight
@@ -177,6 +191,7 @@ def watch_optimizers() -> None:
     # Compiled, a layer would not look whether its values changed.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        Shown.steps += 1
         if getattr(optimizer, "writes_through", False):
             return
         # A step inside a backward pass must leave the weights alone, which are still

@@ -38,6 +38,8 @@ def fingerprint(model: nn.Module, exclude: Iterable[str] | None = None) -> str:
     digest.update(str(kind).encode())
     for name, tensor in model.state_dict().items():
         owner = name.rpartition(".")[0]
+        if not isinstance(tensor, torch.Tensor):  # a module's extra state
+            continue
         if owner in heads or is_inside(owner, exclude):
             continue
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

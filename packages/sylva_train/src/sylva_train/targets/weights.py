@@ -13,10 +13,13 @@ from sylva_train._checks import TargetError
 __all__ = [
     "as_matrix",
     "check_weights",
+    "is_packed",
     "is_patched",
     "is_plain",
+    "is_sharded",
     "is_supported",
     "loaded_weight",
+    "stands_for_others",
     "weight_device",
     "weight_view",
 ]
@@ -31,13 +34,28 @@ def is_supported(module: nn.Module) -> bool:
         return False
     # A parametrized weight (weight norm) is computed: writing into it would be lost.
     weight = module._parameters.get("weight")
+    if weight is None or stands_for_others(weight):
+        return False
     # Quantized linear layers subclass nn.Linear but keep packed integers.
-    return weight is not None and weight.dim() == 2 and weight.is_floating_point()
+    return weight.dim() == 2 and weight.is_floating_point()
 
 
 #: Forward passes that are ``x Wᵀ + bias``, and classes that have such a one of their own.
 PRODUCTS = (nn.Linear.forward, Conv1D.forward)
 PRODUCT_CLASSES = {"FalconLinear"}
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a tensor is a part of a larger one, between processes (a `DTensor`)."""
+    return hasattr(tensor, "device_mesh")
+
+
+def stands_for_others(tensor: object) -> bool:
+    """Whether a tensor has integers inside and tells the dtype that they stand for.
+
+    torchao's quantized weights do.
+    """
+    return hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -85,15 +103,14 @@ def loaded_weight(module: nn.Module) -> torch.Tensor:
 def check_weights(model: nn.Module) -> None:
     """Raise `TargetError` unless the model computes with weights that it really has.
 
-    Refused are quantized models, whose integers stand for weights, and models whose
-    weights were never loaded. A weight that accelerate keeps on the CPU or on disk until
+    Refused are quantized models, whose integers stand for weights, models whose weights
+    were never loaded, and sharded ones. A weight that accelerate keeps on the CPU or on disk until
     its layer runs is there.
     """
     packed = [
         name
         for name, module in model.named_modules()
-        if type(module).__name__ in {"Linear4bit", "Linear8bitLt"}
-        or (isinstance(module, nn.Linear | Conv1D) and is_packed(module))
+        if type(module).__name__ in {"Linear4bit", "Linear8bitLt"} or is_packed(module)
     ]
     config = getattr(model, "config", None)
     if packed or getattr(config, "quantization_config", None) is not None:
@@ -102,6 +119,13 @@ def check_weights(model: nn.Module) -> None:
             f"this {type(model).__name__} is quantized ({where} 8-bit or 4-bit weights):"
             " it cannot be scored. Score the model in bfloat16, float16 or float32; the"
             " masks then fit every copy of it."
+        )
+        raise TargetError(msg)
+    sharded = next((n for n, p in model.named_parameters() if is_sharded(p)), None)
+    if sharded is not None:
+        msg = (
+            f"`{sharded}` is sharded (FSDP, tensor parallelism): score the whole model, as"
+            " each process holds it, before it is sharded."
         )
         raise TargetError(msg)
     for name, module in model.named_modules():
@@ -120,9 +144,10 @@ def check_weights(model: nn.Module) -> None:
             raise TargetError(msg)
 
 
-def is_packed(module: nn.Module) -> bool:
+def is_packed(layer: nn.Module) -> bool:
     """Whether a layer's weight is not of 16-bit floating-point numbers at least."""
-    weight = module._parameters.get("weight")
-    if weight is None:
+    weight = layer._parameters.get("weight")
+    if not isinstance(layer, nn.Linear | Conv1D) or weight is None:
         return False
-    return not weight.is_floating_point() or weight.element_size() < 2
+    wide = weight.is_floating_point() and weight.element_size() >= 2
+    return not wide or stands_for_others(weight)

@@ -18,6 +18,7 @@ from sylva_train.layers import (
 )
 from sylva_train.targets import (
     fingerprint,
+    is_packed,
     stacked_experts,
     weight_view,
 )
@@ -99,7 +100,7 @@ def check_base(
 ) -> None:
     """Raise `AdapterError` unless an adapter was made for this model's weights.
 
-    It is a `TargetError` if these are offloaded.
+    It is a `TargetError` if these are offloaded, sharded or quantized.
 
     Parameters
     ----------
@@ -114,6 +115,8 @@ def check_base(
     modules = dict(model.named_modules())
     for name in config.layer_shapes or {}:
         check_in_memory(modules.get(name, model))
+        if is_packed(modules.get(name, model)):
+            check_embeddable(modules[name])
         if name not in modules and stacked_experts(model):
             msg = (
                 f"the adapter has blocks for `{name}`, but the experts of this model are"

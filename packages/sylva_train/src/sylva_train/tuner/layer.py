@@ -50,6 +50,13 @@ class SylvaLayer(SparseEmbeddedLinear, BaseTunerLayer):  # type: ignore[misc]
         table = torch.full((count, 2), -1, dtype=torch.int32, device=device)
         self.sylva_indices[name] = table
 
+    def duplicate(self, source: str, name: str) -> None:
+        """Add an adapter that starts with another's blocks and their values."""
+        self.check_loaded(source)
+        values = self.sylva_values[source].detach().clone()
+        self.sylva_values[name] = nn.Parameter(values)
+        self.sylva_indices[name] = self.sylva_indices[source].clone()
+
     def is_loaded(self, name: str) -> bool:
         """Whether an adapter has its blocks, not only room for them."""
         table = self.sylva_indices[name]

@@ -34,7 +34,8 @@ class SylvaModel(BaseTuner):
     """Embed trainable blocks in a model, by PEFT's rules.
 
     Made by `peft.get_peft_model`, `peft.PeftModel.from_pretrained` and ``load_adapter``;
-    see `sylva_train.SylvaConfig` for the options.
+    see `sylva_train.SylvaConfig` for the options. The very configuration of an adapter
+    that is in the model, ``model.peft_config[name]``, makes a copy of its blocks.
     """
 
     prefix = "sylva_"
@@ -63,9 +64,22 @@ class SylvaModel(BaseTuner):
             )
             raise ConfigError(msg)
         # A copy, so that the facts of this adapter stay out of the caller's object.
-        config: Any = copy.copy(self.peft_config[adapter_name])
-        with base_in_place(model):
-            self._masks = plan(model, config)
+        given: Any = self.peft_config[adapter_name]
+        # Preference optimization asks so for the reference that a trained adapter starts
+        # from, and cannot copy the blocks itself.
+        self._source = next(
+            (
+                n
+                for n, c in self.peft_config.items()
+                if c is given and n != adapter_name
+            ),
+            None,
+        )
+        config = copy.copy(given)
+        self._masks = None
+        if self._source is None:
+            with base_in_place(model):
+                self._masks = plan(model, config)
         self.peft_config[adapter_name] = config
         patterns = config.target_modules, config.exclude_modules
         config.target_modules, config.exclude_modules = list(config.block_counts), None
@@ -73,7 +87,7 @@ class SylvaModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             config.target_modules, config.exclude_modules = patterns
-            self._masks = None
+            self._masks = self._source = None
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> bool:
@@ -94,7 +108,9 @@ class SylvaModel(BaseTuner):
         if not isinstance(layer, SylvaLayer):
             layer = SylvaLayer(target, self.active_adapters[0])
             layer.train(target.training)
-        if self._masks is None:
+        if self._source is not None:
+            layer.duplicate(self._source, adapter_name)
+        elif self._masks is None:
             assert peft_config.block_counts is not None
             count = peft_config.block_counts[current_key]
             layer.reserve(adapter_name, count, peft_config.block_size)

@@ -62,6 +62,8 @@ def describe(
 ) -> tuple[SylvaConfig, dict[str, torch.Tensor]]:
     """Return the configuration and the tensors of a model from `embed`."""
     layers = embedded_layers(model)
+    for layer in layers.values():
+        layer.sync(force=True)  # which finds indices that were changed
     masks = {name: layer.mask(str(layer.wanted())) for name, layer in layers.items()}
     sizes = {mask.block_size for mask in masks.values()}
     if len(sizes) > 1:
