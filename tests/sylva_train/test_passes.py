@@ -15,6 +15,7 @@ from torch import nn
 from sylva_train._checks import ConfigError, TargetError
 from sylva_train.config import SylvaConfig, memory_bytes
 from sylva_train.curvature import collect_curvature, curvature_bytes
+from sylva_train.curvature.factors import accumulator
 from sylva_train.curvature.planning import fill, plan_passes
 from sylva_train.importance import score
 from sylva_train.selection import select
@@ -374,3 +375,14 @@ def test_who_reads_an_input_is_looked_for_among_its_readers(monkeypatch):
     owners = {name: calls.first_reader(name) for name in calls.inputs}
     assert owners == {name: f"{name.partition('.')[0]}.gate" for name in owners}
     assert len(compared) == len(owners)
+
+
+def test_the_factor_of_a_vocabulary_is_no_larger_than_the_gradient():
+    sizes = curvature_bytes((128_256, 4096), SylvaConfig())
+    assert sizes["G"] < sizes["gradient"]
+    # Leaves of a usual size are as deep as asked for.
+    levels = [
+        accumulator(n, torch.empty(0, device="meta"), SylvaConfig()).tree.levels
+        for n in (4096, 11_008, 32_000, 32_769, 128_256)
+    ]
+    assert levels == [4, 4, 4, 5, 6]

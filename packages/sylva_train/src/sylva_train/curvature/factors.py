@@ -18,6 +18,9 @@ __all__ = ["DenseCovariance", "Factor", "accumulator", "describe", "revive"]
 
 #: Rows of a leaf below which a hierarchy is not worth its bookkeeping.
 SMALLEST_LEAF = 8
+#: Rows of a leaf above which there are more levels than asked for: of the output embedding
+#: of a vocabulary of 128,000, four would leave leaves that are larger than its gradient.
+LARGEST_LEAF = 2048
 #: Side of the pictures of a factor.
 PICTURE = 128
 LINALG_ERROR: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -184,14 +187,17 @@ def invertible() -> Iterator[None]:
 def accumulator(n: int, like: torch.Tensor, config: SylvaConfig) -> Any:
     """Make an empty covariance of the configured kind, on the device of ``like``.
 
-    Below ``config.exact_below`` rows it is exact. It adds up in float32, or in float64
+    Below ``config.exact_below`` rows it is exact. A very large one has as many levels as
+    leave its leaves no more than `LARGEST_LEAF` rows. It adds up in float32, or in float64
     where ``like`` is of it.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     like = torch.empty(0, device=like.device, dtype=dtype)
     if config.curvature == "dense" or n < config.exact_below:
         return DenseCovariance(n, like)
-    levels = min(config.levels, max(0, (n // SMALLEST_LEAF).bit_length() - 1))
+    most = max(0, (n // SMALLEST_LEAF).bit_length() - 1)
+    least = (-(-n // LARGEST_LEAF) - 1).bit_length()
+    levels = max(min(config.levels, most), least)
     kind = hm.StreamingMLR if config.curvature == "mlr" else hm.StreamingHODLR
     return kind(n, levels=levels, rank=config.rank, like=like)
 
