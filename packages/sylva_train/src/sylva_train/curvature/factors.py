@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ SMALLEST_LEAF = 8
 #: Rows of a leaf above which there are more levels than asked for: of the output embedding
 #: of a vocabulary of 128,000, four would leave leaves that are larger than its gradient.
 LARGEST_LEAF = 2048
+#: Numbers of a matrix that a factor is applied to at once: copies are of no more.
+LARGEST_PART = 1 << 23
 #: Side of the pictures of a factor.
 PICTURE = 128
 LINALG_ERROR: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -116,21 +119,40 @@ class Factor:
             ).inverse_diagonal()
             return diagonal
 
-    def solve(self, X: torch.Tensor, shift: float) -> torch.Tensor:
+    def quadratic_forms(self, X: torch.Tensor, shift: float) -> torch.Tensor:
+        """Return ``diag Xᵀ (matrix + shift·I) X`` for ``X`` (n, q): float64 (q,)."""
+        matrix, forms = self.double(), []
+        for part in parts_of(X):
+            columns = part.double()
+            products = (matrix @ columns).mul_(columns).sum(0)
+            forms.append(products + shift * columns.square().sum(0))
+        return torch.cat(forms)
+
+    def solve(
+        self, X: torch.Tensor, shift: float, *, overwrite: bool = False
+    ) -> torch.Tensor:
         """Return ``(matrix + shift·I)⁻¹ X`` of ``X`` (n, q), float64.
+
+        ``overwrite``: in the memory of ``X``, which is float64.
 
         Raises
         ------
         ConfigError
             If the shifted matrix is singular to working precision.
         """
+        apply: Callable[[torch.Tensor], torch.Tensor]
         with invertible():
             if isinstance(self.matrix, torch.Tensor):
-                factor = torch.linalg.cholesky(self.shifted(shift))
-                return torch.cholesky_solve(X.double(), factor)
-            # Refinement would gain digits that the sums do not have.
-            inverse = hm.factorize(self.double(), shift)
-            return inverse.solve(X.double(), refine=0)  # type: ignore[no-any-return]
+                lower = torch.linalg.cholesky(self.shifted(shift))
+                apply = lambda b: torch.cholesky_solve(b, lower)
+            else:
+                # Refinement would gain digits that the sums do not have.
+                inverse = hm.factorize(self.double(), shift)
+                apply = functools.partial(inverse.solve, refine=0)
+            result = X if overwrite else X.to(torch.float64, copy=True)
+            for part in parts_of(result):
+                part.copy_(apply(part))
+        return result
 
     def block_choleskys(self, size: int, shift: float) -> torch.Tensor:
         """Cholesky factors of the blocks on the diagonal, each with ``shift`` added.
@@ -172,6 +194,12 @@ class Factor:
         matrix: torch.Tensor = self.double().clone()
         matrix.diagonal().add_(shift)
         return matrix
+
+
+def parts_of(X: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Divide a matrix (n, q) by columns, into parts as large as are worked on at once."""
+    width = max(1, LARGEST_PART // max(1, len(X)))
+    return X.split(width, 1)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
