@@ -130,6 +130,12 @@ def test_experts_without_a_token_have_scores_and_a_gradient():
         assert layer.sylva_values["default"].grad is not None
 
 
+def test_experts_without_memory_are_not_taken_for_tied():
+    with torch.device("meta"):
+        planned = sylva.split_experts(KINDS["mixtral"]())
+    assert list(find_targets(planned)) == list(find_targets(mixture()))
+
+
 def test_what_cannot_be_split_or_joined_is_refused(tmp_path):
     with pytest.raises(TargetError, match="nothing to split"):
         sylva.split_experts(tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER)))

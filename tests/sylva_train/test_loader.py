@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sylva_train._checks import ConfigError, DataError
 from sylva_train.data import Loader, TextDataset, ending, load_data
+from sylva_train.data.examples import Examples
 from tests.sylva_train.words import word_tokenizer
 
 
@@ -254,3 +256,36 @@ def test_seq2seq_labels_are_the_targets(tmp_path):
     batch = next(iter(Loader(data, word_tokenizer("seq2seq"), 2)))
     assert batch["input_ids"].tolist() == [ids("a b") + END, ids("d") + END + [0]]
     assert batch["labels"].tolist() == [ids("c") + END + [-100], ids("e f") + END]
+
+
+def test_examples_are_kept_in_four_bytes_a_token():
+    def made(count=500, tokens=64):
+        rows = np.random.default_rng(0).integers(300, 30000, (count, tokens)).tolist()
+        return [{"input_ids": row, "labels": row} for row in rows]
+
+    tracemalloc.start()
+    try:
+        examples = Examples()
+        examples.add(made())
+        examples.add(made(3, 5))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 6 * 500 * 64
+    expected = made() + made(3, 5)
+    assert list(examples) == expected
+    assert examples[-1] == expected[-1]
+    assert examples[499:501] == expected[499:501]
+    with pytest.raises(IndexError):
+        examples[len(expected)]
+    assert examples.largest() == max(max(row["input_ids"]) for row in expected)
+    assert examples.lengths().tolist() == [64] * 500 + [5] * 3
+
+
+@pytest.mark.parametrize("label", [[1, 0], [0.5, -2.0], [[7, -100], [8]]])
+def test_examples_have_their_labels_as_they_were(label):
+    rows = [{"input_ids": [1, 2, 3], "labels": label[0]}]
+    rows += [{"input_ids": [], "labels": label[1]}]
+    examples = Examples()
+    examples.add(rows)
+    assert json.dumps(list(examples)) == json.dumps(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -154,3 +155,19 @@ def test_overlap_is_the_shared_fraction(first, second):
         with pytest.raises(ConfigError, match="`x`"):
             a.overlap(Masks({"x": second}))
     assert a.overlap(Masks({})) == (0 if len(first) else 1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_digest_is_of_all_layers_and_makes_one_of_them_text_at_a_time(
+    count, monkeypatch
+):
+    layers = {
+        str(i): LayerMask((8, 8), 2, torch.tensor([[i, 1]])) for i in range(count)
+    }
+    whole = [[n, m.shape, m.block_size, m.indices.tolist()] for n, m in layers.items()]
+    expected = hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+    texts = []
+    dumps = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda x: texts.append(x) or dumps(x))
+    assert Masks(layers).digest() == expected
+    assert len(texts) == count

@@ -15,10 +15,11 @@ from torch import nn
 from sylva_train._checks import ConfigError, TargetError
 from sylva_train.config import SylvaConfig, memory_bytes
 from sylva_train.curvature import collect_curvature, curvature_bytes
-from sylva_train.curvature.planning import plan_passes
+from sylva_train.curvature.factors import accumulator
+from sylva_train.curvature.planning import fill, plan_passes
 from sylva_train.importance import score
 from sylva_train.selection import select
-from sylva_train.targets import find_targets, input_owners
+from sylva_train.targets import Calls, find_targets, input_owners, is_same
 from tests.sylva_train.models import make_batch, make_model
 
 RULES = ("kfac", "kfac-pruner", "gradient", "fisher-diag")
@@ -343,3 +344,45 @@ def packed(kind):
 def test_quantized_models_are_refused(kind):
     with pytest.raises(TargetError, match="quantized"):
         score(packed(kind), data("bert"), config(importance="magnitude"))
+
+
+def test_each_of_many_layers_is_planned_once():
+    class Read(dict):
+        count = 0
+
+        def values(self):
+            Read.count += 1
+            return super().values()
+
+    sizes = {str(i): Read(A=1, G=1, gradient=2) for i in range(100)}
+    passes = fill(sizes, {}, budget=200)
+    assert [len(part.names) for part in passes] == [50, 50]
+    assert Read.count == len(sizes)
+
+
+def test_who_reads_an_input_is_looked_for_among_its_readers(monkeypatch):
+    compared = []
+
+    def same(one, other):
+        compared.append(one)
+        return is_same(one, other)
+
+    monkeypatch.setattr("sylva_train.targets.inputs.is_same", same)
+    calls = Calls()
+    for i, x in enumerate(torch.zeros(100, 1).split(1)):
+        for part in ("gate", "up"):
+            calls.note(f"{i}.{part}", x)
+    owners = {name: calls.first_reader(name) for name in calls.inputs}
+    assert owners == {name: f"{name.partition('.')[0]}.gate" for name in owners}
+    assert len(compared) == len(owners)
+
+
+def test_the_factor_of_a_vocabulary_is_no_larger_than_the_gradient():
+    sizes = curvature_bytes((128_256, 4096), SylvaConfig())
+    assert sizes["G"] < sizes["gradient"]
+    # Leaves of a usual size are as deep as asked for.
+    levels = [
+        accumulator(n, torch.empty(0, device="meta"), SylvaConfig()).tree.levels
+        for n in (4096, 11_008, 32_000, 32_769, 128_256)
+    ]
+    assert levels == [4, 4, 4, 5, 6]

@@ -146,6 +146,19 @@ def test_spreading_is_the_greedy_choice(grid, row_cap, column_cap):
     assert set(flat) == greedy(grid, row_cap, column_cap)
 
 
+def test_blocks_are_sorted_once_however_many_rounds_spread_them(monkeypatch):
+    sorts = []
+
+    def counting(tensor, *args):
+        sorts.append(args)
+        return argsort(tensor, *args)
+
+    argsort = torch.Tensor.argsort
+    monkeypatch.setattr(torch.Tensor, "argsort", counting)
+    spread_out(torch.rand(32, 32, generator=torch.Generator().manual_seed(0)), 2, 2)
+    assert len(sorts) == 2
+
+
 @given(grids, st.floats(0.05, 1), st.floats(1, 3))
 def test_a_spread_choice_keeps_its_caps_and_its_budget(grid, density, spread):
     count = math.floor(density * grid.numel() + 1e-9)

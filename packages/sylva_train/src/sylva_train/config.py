@@ -76,7 +76,8 @@ class SylvaConfig(SylvaOptions, PeftConfig):
         rank (``"mlr"``), as HODLR like the paper (``"hodlr"``), or exact (``"dense"``).
     levels, rank : int
         Depth of the hierarchy and rank of its blocks; layers too small for the depth
-        take fewer levels.
+        take fewer levels, and those that it would leave leaves of more than 2048 rows,
+        as of a large vocabulary, more.
     exact_below : int
         Size from which on a factor is kept hierarchically. Smaller ones are exact: a
         hierarchy saves little there, and takes longer to add up.

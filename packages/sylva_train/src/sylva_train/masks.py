@@ -164,11 +164,13 @@ class Masks(Layers[LayerMask]):
 
     def digest(self) -> str:
         """Hash the blocks of all layers, to tell whether two choices are the same."""
-        text = [
-            [name, mask.shape, mask.block_size, mask.indices.tolist()]
-            for name, mask in sorted(self.items())
-        ]
-        return hashlib.sha256(json.dumps(text).encode()).hexdigest()
+        # The JSON of a list of all layers, of which one at a time is text.
+        total = hashlib.sha256()
+        for number, (name, mask) in enumerate(sorted(self.items())):
+            layer = [name, mask.shape, mask.block_size, mask.indices.tolist()]
+            total.update(f"{', ' if number else '['}{json.dumps(layer)}".encode())
+        total.update(b"]" if self else b"[]")
+        return total.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to one safetensors file."""

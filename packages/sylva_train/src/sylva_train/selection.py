@@ -122,19 +122,26 @@ def spread_out(blocks: torch.Tensor, row_cap: int, column_cap: int) -> torch.Ten
     place = torch.empty(size, dtype=torch.int64)
     place[top_blocks(blocks, size)] = torch.arange(size)
     place = place.view(blocks.shape)
+    # The best first. Sorted once: what follows only counts those that are left.
+    by_row, by_column = place.argsort(1), place.T.contiguous().argsort(1)
     marked = torch.zeros(blocks.shape, dtype=torch.bool)
     possible = torch.ones_like(marked)
     # All at once that are sure: those with room enough for every better one that is still
     # possible in their row and column. The best of these always is, so this comes to an
     # end, with what the greedy choice takes.
     while bool(possible.any()):
-        ranked = torch.where(possible, place, size)
-        in_row, in_column = (ranked.argsort(d).argsort(d) for d in (1, 0))
+        in_row, in_column = counted(possible, by_row), counted(possible.T, by_column).T
         room = row_cap - marked.sum(1, keepdim=True), column_cap - marked.sum(0)
-        marked |= possible & (in_row < room[0]) & (in_column < room[1])
+        marked |= possible & (in_row <= room[0]) & (in_column <= room[1])
         full = (marked.sum(1, keepdim=True) >= row_cap) | (marked.sum(0) >= column_cap)
         possible &= ~(marked | full)
     return marked
+
+
+def counted(which: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Count the marked ones (bool) up to each place of a row, in the row's ``order``."""
+    counts = which.gather(1, order).cumsum(1, dtype=torch.int32)
+    return torch.empty_like(counts).scatter_(1, order, counts)
 
 
 def share_out(

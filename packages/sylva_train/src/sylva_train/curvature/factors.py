@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,11 @@ __all__ = ["DenseCovariance", "Factor", "accumulator", "describe", "revive"]
 
 #: Rows of a leaf below which a hierarchy is not worth its bookkeeping.
 SMALLEST_LEAF = 8
+#: Rows of a leaf above which there are more levels than asked for: of the output embedding
+#: of a vocabulary of 128,000, four would leave leaves that are larger than its gradient.
+LARGEST_LEAF = 2048
+#: Numbers of a matrix that a factor is applied to at once: copies are of no more.
+LARGEST_PART = 1 << 23
 #: Side of the pictures of a factor.
 PICTURE = 128
 LINALG_ERROR: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -113,21 +119,40 @@ class Factor:
             ).inverse_diagonal()
             return diagonal
 
-    def solve(self, X: torch.Tensor, shift: float) -> torch.Tensor:
+    def quadratic_forms(self, X: torch.Tensor, shift: float) -> torch.Tensor:
+        """Return ``diag Xᵀ (matrix + shift·I) X`` for ``X`` (n, q): float64 (q,)."""
+        matrix, forms = self.double(), []
+        for part in parts_of(X):
+            columns = part.double()
+            products = (matrix @ columns).mul_(columns).sum(0)
+            forms.append(products + shift * columns.square().sum(0))
+        return torch.cat(forms)
+
+    def solve(
+        self, X: torch.Tensor, shift: float, *, overwrite: bool = False
+    ) -> torch.Tensor:
         """Return ``(matrix + shift·I)⁻¹ X`` of ``X`` (n, q), float64.
+
+        ``overwrite``: in the memory of ``X``, which is float64.
 
         Raises
         ------
         ConfigError
             If the shifted matrix is singular to working precision.
         """
+        apply: Callable[[torch.Tensor], torch.Tensor]
         with invertible():
             if isinstance(self.matrix, torch.Tensor):
-                factor = torch.linalg.cholesky(self.shifted(shift))
-                return torch.cholesky_solve(X.double(), factor)
-            # Refinement would gain digits that the sums do not have.
-            inverse = hm.factorize(self.double(), shift)
-            return inverse.solve(X.double(), refine=0)  # type: ignore[no-any-return]
+                lower = torch.linalg.cholesky(self.shifted(shift))
+                apply = lambda b: torch.cholesky_solve(b, lower)
+            else:
+                # Refinement would gain digits that the sums do not have.
+                inverse = hm.factorize(self.double(), shift)
+                apply = functools.partial(inverse.solve, refine=0)
+            result = X if overwrite else X.to(torch.float64, copy=True)
+            for part in parts_of(result):
+                part.copy_(apply(part))
+        return result
 
     def block_choleskys(self, size: int, shift: float) -> torch.Tensor:
         """Cholesky factors of the blocks on the diagonal, each with ``shift`` added.
@@ -171,6 +196,12 @@ class Factor:
         return matrix
 
 
+def parts_of(X: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Divide a matrix (n, q) by columns, into parts as large as are worked on at once."""
+    width = max(1, LARGEST_PART // max(1, len(X)))
+    return X.split(width, 1)  # type: ignore[no-any-return]
+
+
 @contextlib.contextmanager
 def invertible() -> Iterator[None]:
     """Turn the errors of matrices that are singular into advice."""
@@ -184,14 +215,17 @@ def invertible() -> Iterator[None]:
 def accumulator(n: int, like: torch.Tensor, config: SylvaConfig) -> Any:
     """Make an empty covariance of the configured kind, on the device of ``like``.
 
-    Below ``config.exact_below`` rows it is exact. It adds up in float32, or in float64
+    Below ``config.exact_below`` rows it is exact. A very large one has as many levels as
+    leave its leaves no more than `LARGEST_LEAF` rows. It adds up in float32, or in float64
     where ``like`` is of it.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     like = torch.empty(0, device=like.device, dtype=dtype)
     if config.curvature == "dense" or n < config.exact_below:
         return DenseCovariance(n, like)
-    levels = min(config.levels, max(0, (n // SMALLEST_LEAF).bit_length() - 1))
+    most = max(0, (n // SMALLEST_LEAF).bit_length() - 1)
+    least = (-(-n // LARGEST_LEAF) - 1).bit_length()
+    levels = max(min(config.levels, most), least)
     kind = hm.StreamingMLR if config.curvature == "mlr" else hm.StreamingHODLR
     return kind(n, levels=levels, rank=config.rank, like=like)
 

@@ -20,7 +20,7 @@ from torch import nn
 from sylva_train._checks import ConfigError, NonFiniteError
 from sylva_train.config import SylvaConfig
 from sylva_train.targets import (
-    first_reader,
+    Calls,
     is_same,
     layer_input,
     weight_device,
@@ -46,7 +46,8 @@ ENCODER_SIDE = re.compile(
 def block_sums(matrix: torch.Tensor, block_size: int) -> torch.Tensor:
     """Sum a matrix (..., out, in) over square blocks; the last ones may be cut off."""
     out, inputs = matrix.shape[-2:]
-    matrix = F.pad(matrix, (0, -inputs % block_size, 0, -out % block_size))
+    if inputs % block_size or out % block_size:  # to pad by nothing is to copy
+        matrix = F.pad(matrix, (0, -inputs % block_size, 0, -out % block_size))
     columns: torch.Tensor = matrix.unflatten(-1, (-1, block_size)).sum(-1)
     return columns.unflatten(-2, (-1, block_size)).sum(-2)  # type: ignore[no-any-return]
 
@@ -139,7 +140,7 @@ class Collector:
     parts: set[tuple[int, int]] = field(default_factory=set)
     # Factors that layers of one input share, finished.
     finished: dict[str, Factor] = field(default_factory=dict)
-    inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    seen: Calls = field(default_factory=Calls)
     # Inputs that gradients were made to begin at, with the gradients they had.
     leaves: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
     # How often each layer was called, and inputs and gradients of those called again.
@@ -252,13 +253,13 @@ class Collector:
         for x, gradient in self.leaves:
             x.requires_grad_(False).grad = gradient
         self.leaves.clear()
-        self.inputs.clear()
+        self.seen.clear()
         self.calls.clear()
         self.waiting.clear()
 
     def count_calls(self) -> None:
         """Take note of how often each layer ran, between forward and backward."""
-        self.calls = {name: len(inputs) for name, inputs in self.inputs.items()}
+        self.calls = {name: len(inputs) for name, inputs in self.seen.inputs.items()}
 
     def finish(self) -> None:
         """Add what had to wait for the end of the backward pass."""
@@ -286,7 +287,7 @@ class Collector:
             x = layer_input(args, kwargs)
             if not y.requires_grad:  # first pass of reentrant checkpointing
                 return
-            self.inputs.setdefault(name, []).append(x)
+            self.seen.note(name, x)
             x, shape = x.detach(), y.shape
             # An activation in place takes a view's hooks away, but not its base's.
             base = y if y._base is None else y._base
@@ -380,8 +381,9 @@ class Collector:
         """See who reads the same input, call by call, once a batch has run forward."""
         owner = self.owner.get(name)
         if owner is None:
-            owner = self.owner[name] = first_reader(name, self.inputs)
-        if not is_same(self.inputs.get(owner, []), self.inputs[name]):
+            owner = self.owner[name] = self.seen.first_reader(name)
+        inputs = self.seen.inputs
+        if not is_same(inputs.get(owner, []), inputs[name]):
             msg = (
                 f"`{name}` took the same input as `{owner}` in the first batch but"
                 " another one now; score it in a call of its own (`target_modules`)."

@@ -190,35 +190,25 @@ def fill(
 ) -> list[Pass]:
     """Fill passes with layers, each as far as the budgets go; ``host``: main memory."""
     passes: list[Pass] = []
-    part = Pass((), 0)
-    for name in sizes:
-        longer = measured((*part.names, name), sizes, owner, hosted=host > 0)
-        if longer.nbytes > budget or longer.host_bytes > host:
-            passes.append(part)
-            longer = measured((name,), sizes, owner, hosted=host > 0)
-        part = longer
-    return [*passes, part]
-
-
-def measured(
-    names: tuple[str, ...],
-    sizes: Mapping[str, Mapping[str, int]],
-    owner: Mapping[str, str],
-    *,
-    hosted: bool,
-) -> Pass:
-    """Return a pass of some layers; ``hosted``: with their gradients in main memory."""
-    # Layers that read one input share its factor.
-    inputs = {owner.get(name, name): sizes[name].get("A", 0) for name in names}
-    gradients = [sizes[name].get("gradient", 0) for name in names]
-    nbytes = sum(inputs.values()) + sum(
-        size
-        for name in names
-        for part, size in sizes[name].items()
-        if part not in {"A", "gradient"}
-    )
-    if not hosted:
-        return Pass(names, nbytes + sum(gradients))
-    # On the device is the one that is being added to. PyTorch pins powers of two.
-    pinned = sum(1 << (size - 1).bit_length() for size in gradients)
-    return Pass(names, nbytes + max(gradients), pinned)
+    # Of the pass that is being filled: its layers, the inputs they read, and bytes of the
+    # factors, of the gradients on the device and of those in main memory.
+    names: list[str] = []
+    inputs: set[str] = set()
+    factors = here = pinned = 0
+    for name, parts in sizes.items():
+        reader, gradient = owner.get(name, name), parts.get("gradient", 0)
+        own = sum(parts.values()) - gradient
+        # PyTorch pins powers of two.
+        away = 1 << (gradient - 1).bit_length() if host else 0
+        # Layers that read one input share its factor. Of gradients in main memory the one
+        # that is being added to is on the device.
+        after = factors + own - (parts.get("A", 0) if reader in inputs else 0)
+        beside = max(here, gradient) if host else here + gradient
+        if names and (after + beside > budget or pinned + away > host):
+            passes.append(Pass(tuple(names), factors + here, pinned))
+            names, inputs = [], set()
+            after, beside, pinned = own, gradient, 0
+        names.append(name)
+        inputs.add(reader)
+        factors, here, pinned = after, beside, pinned + away
+    return [*passes, Pass(tuple(names), factors + here, pinned)]

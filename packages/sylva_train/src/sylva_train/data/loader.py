@@ -17,6 +17,7 @@ from sylva_train._checks import ConfigError, DataError, check_integer
 from sylva_train.progress import Report
 
 from .dataset import LABELLED, Text, TextDataset
+from .examples import Example, Examples
 
 __all__ = ["Loader", "ending", "prompt_ids", "spaced"]
 
@@ -24,8 +25,6 @@ __all__ = ["Loader", "ending", "prompt_ids", "spaced"]
 IGNORED = -100
 # Texts given to the tokenizer at once: enough to be fast, few enough to show progress.
 CHUNK = 1024
-
-Example = dict[str, Any]
 
 
 class Loader:
@@ -111,27 +110,24 @@ class Loader:
         self.drop_last = drop_last
         self.bucket = bucket
         self.task = dataset.task
-        self.examples: list[Example] = []
+        self.examples = Examples()
         texts: list[Text] = []
         for start in range(0, len(dataset), CHUNK):
             stop = min(start + CHUNK, len(dataset))
             part = fitted(dataset.subset(range(start, stop)), tokenizer, max_length)
             texts += part.texts
-            self.examples += encode(part, tokenizer, max_length, whole=pack)
+            self.examples.add(encode(part, tokenizer, max_length, whole=pack))
             if progress is not None:
                 progress(stop, len(dataset))
         # With the texts as they are taken, where there were several forms.
         self.dataset = replace(dataset, texts=texts, shorter=[])
         if pack:
-            self.examples = packed(self.examples, max_length)
-        for number, example in enumerate(self.examples):
-            if not example["input_ids"]:
-                msg = (
-                    f"{dataset.name}: example {number} has no token:"
-                    f" {dataset.texts[number]!r}."
-                )
-                raise DataError(msg)
-        self.lengths = np.array([len(e["input_ids"]) for e in self.examples])
+            self.examples = self.examples.packed(max_length)
+        self.lengths = self.examples.lengths()
+        if not self.lengths.all():
+            number = int(self.lengths.argmin())
+            msg = f"{dataset.name}: example {number} has no token: {dataset.texts[number]!r}."
+            raise DataError(msg)
         if not len(self):
             msg = (
                 f"`drop_last` leaves no batch: {len(self.examples)} examples are fewer"
@@ -405,11 +401,3 @@ def without_end(ids: list[int], tokenizer: Any) -> list[int]:
     """Take away the end-of-sequence token that some tokenizers close a prompt with."""
     end = tokenizer.eos_token_id
     return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
-
-
-def packed(examples: Sequence[Example], max_length: int) -> list[Example]:
-    """Join token ids and cut them to ``max_length``; the last may be shorter."""
-    ids = np.concatenate([example["input_ids"] for example in examples]).tolist()
-    cuts = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-    # A single token predicts nothing.
-    return [{"input_ids": c, "labels": c} for c in cuts if len(c) > 1 or len(cuts) == 1]

@@ -122,15 +122,15 @@ def kfac(inputs: Inputs) -> LayerScores:
         s_out[k] = Γ[k, :]  A Γ[k, :]ᵀ / [G⁻¹]_kk
         score[k, j] = s_out[k] · s_in[j]
     """
-    Γ = inputs.gradient
+    Γ = inputs.layer.gradient
+    assert Γ is not None
     if inputs.dead:
         out, in_ = inputs.shape
         nothing = torch.zeros(out + in_, dtype=torch.float64)
         return LayerScores(inputs.shape, s_out=nothing[:out], s_in=nothing[out:])
     λ_A, λ_G = inputs.shifts()
-    squares = Γ.square()
-    cost_in = (Γ * inputs.G.product(Γ)).sum(0) + λ_G * squares.sum(0)
-    cost_out = (Γ * inputs.A.product(Γ.T).T).sum(1) + λ_A * squares.sum(1)
+    cost_in = inputs.G.quadratic_forms(Γ, λ_G)
+    cost_out = inputs.A.quadratic_forms(Γ.T, λ_A)
     inverse_A, inverse_G = inputs.inverse_diagonals
     return LayerScores(
         inputs.shape,
@@ -159,11 +159,14 @@ def kfac_natural(inputs: Inputs) -> LayerScores:
     (Martens and Grosse 2015). A part can be negative: a weight that moves only to make
     up for others.
     """
-    Γ = inputs.gradient
+    Γ = inputs.layer.gradient
+    assert Γ is not None
     if inputs.dead:
         return inputs.zeros()
     λ_A, λ_G = inputs.shifts()
-    return inputs.summed(Γ * inputs.G.solve(inputs.A.solve(Γ.T, λ_A).T, λ_G))
+    # One copy in float64, in place: of a large layer's numbers a few take gigabytes.
+    step = inputs.A.solve(Γ.T, λ_A).T
+    return inputs.summed(inputs.G.solve(step, λ_G, overwrite=True).mul_(Γ))
 
 
 def kfac_block(inputs: Inputs) -> LayerScores:

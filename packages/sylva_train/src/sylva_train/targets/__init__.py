@@ -13,7 +13,7 @@ from .finding import (
     warn_of_others,
 )
 from .identity import fingerprint
-from .inputs import first_reader, input_owners, is_same, layer_input, shared_inputs
+from .inputs import Calls, input_owners, is_same, layer_input, shared_inputs
 from .weights import (
     as_matrix,
     check_weights,
@@ -29,6 +29,7 @@ from .weights import (
 )
 
 __all__ = [
+    "Calls",
     "as_matrix",
     "check_block_size",
     "check_tied",
@@ -36,7 +37,6 @@ __all__ = [
     "exclusion",
     "find_targets",
     "fingerprint",
-    "first_reader",
     "head_names",
     "input_owners",
     "is_inside",

@@ -80,20 +80,26 @@ def tied_weights(model: nn.Module) -> dict[int, list[str]]:
     for name, module in slots:
         for own, parameter in module._parameters.items():
             if parameter is not None:
-                # On the meta device all are at 0.
-                place = parameter.data_ptr() or id(parameter)
-                places.setdefault(place, []).append(f"{name}.{own}" if name else own)
+                path = f"{name}.{own}" if name else own
+                places.setdefault(place_of(parameter), []).append(path)
     return places
+
+
+def place_of(parameter: torch.Tensor) -> int:
+    """Return what is the same for parameters of one place in the memory, and them alone."""
+    # On the meta device there is no memory: all are at 0, and views at their offset.
+    return id(parameter) if parameter.is_meta else parameter.data_ptr() or id(parameter)
 
 
 def check_tied(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> None:
     """Raise `TargetError` if another module uses the same weight, by `tied_weights`."""
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    place = weight.data_ptr() or id(weight)
+    place = place_of(module.weight)  # type: ignore[arg-type]
     sharers = [other for other in tied[place] if other != f"{name}.weight"]
     if sharers:
+        more = f" and {len(sharers) - 5} others" if len(sharers) > 5 else ""
         msg = (
-            f"the weight of `{name}` is shared with {', '.join(f'`{s}`' for s in sharers)}"
+            f"the weight of `{name}` is shared with"
+            f" {', '.join(f'`{s}`' for s in sharers[:5])}{more}"
             " (tied weights): training blocks of it would silently change both. Leave the"
             " layer out of `target_modules`, or untie it first (an output embedding by"
             " `config.tie_word_embeddings=False`)."

@@ -13,7 +13,7 @@ from sylva_train._torch import on_device
 
 from .finding import find_targets
 
-__all__ = ["first_reader", "input_owners", "is_same", "layer_input", "shared_inputs"]
+__all__ = ["Calls", "input_owners", "is_same", "layer_input", "shared_inputs"]
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -27,15 +27,37 @@ def is_same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
-def first_reader(name: str, inputs: Mapping[str, list[torch.Tensor]]) -> str:
-    """Return the first layer that had the same input as another in each of its calls."""
-    own = inputs[name]
-    # The first call tells most apart: a mixture may have ten thousand layers.
-    return next(
-        n
-        for n, others in inputs.items()
-        if others[0] is own[0] and is_same(others, own)
-    )
+class Calls:
+    """What layers were called with, call by call.
+
+    Attributes
+    ----------
+    inputs : dict of str to list of torch.Tensor
+        By layer. They are kept alive, or another tensor might get one's identity.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, list[torch.Tensor]] = {}
+        # Layers by the input of their first call: a mixture may have ten thousand.
+        self._readers: dict[int, list[str]] = {}
+
+    def note(self, name: str, x: torch.Tensor) -> None:
+        """Take note of a layer's next call."""
+        if name not in self.inputs:
+            self.inputs[name] = []
+            self._readers.setdefault(id(x), []).append(name)
+        self.inputs[name].append(x)
+
+    def first_reader(self, name: str) -> str:
+        """Return the first layer that had the same input as another in each of its calls."""
+        own = self.inputs[name]
+        readers = self._readers[id(own[0])]
+        return next(n for n in readers if is_same(self.inputs[n], own))
+
+    def clear(self) -> None:
+        """Let go of the inputs."""
+        self.inputs.clear()
+        self._readers.clear()
 
 
 def shared_inputs(
@@ -91,12 +113,11 @@ def input_owners(
     dict of str to str
         For each layer that ran the first one that had its input.
     """
-    # the tensors are kept, or another might get the same identity
-    inputs: dict[str, list[torch.Tensor]] = {}
+    calls = Calls()
 
     def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs.setdefault(name, []).append(layer_input(args, kwargs))
+            calls.note(name, layer_input(args, kwargs))
 
         return before
 
@@ -110,4 +131,4 @@ def input_owners(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: first_reader(name, inputs) for name in inputs}
+    return {name: calls.first_reader(name) for name in calls.inputs}

@@ -136,10 +136,8 @@ def check_ids(loader: Loader, model: nn.Module) -> None:
     """Raise `ModelError` for a token, or a padding, that the model has no vector of."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     rows = len(embedding.weight)
-    texts = [example["input_ids"] for example in loader.examples]
-    if loader.task == "seq2seq":
-        texts += [example["labels"] for example in loader.examples]
-    most = max(loader.tokenizer.pad_token_id, *map(max, filter(None, texts)))
+    names = ["input_ids", "labels"] if loader.task == "seq2seq" else ["input_ids"]
+    most = max(loader.tokenizer.pad_token_id, *map(loader.examples.largest, names))
     if most >= rows:
         msg = (
             f"the tokenizer has a token of number {most}, the model vectors for {rows}"
