@@ -117,3 +117,18 @@ def test_one_entry_of_a_small_matrix_is_seen():
     H = hm.from_entries(lambda i, j: A[i, j], 129, leaf_size=16)
     assert not H.symmetric
     np.testing.assert_allclose(H.to_dense(), A, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "length"), [("exponential", 2e-3), ("hat", 2e-2)])
+def test_short_range_in_blocks_too_large_to_decompose(kind, length):
+    """Ranks are small beside the blocks, but few of their rows have more than zeros."""
+    x = np.random.default_rng(2).random((4200, 2))
+
+    def kernel(a, b):
+        return NARROW[kind](np.sqrt(((a - b) ** 2).sum(axis=-1)) / length)
+
+    H = hm.from_kernel(kernel, x, rtol=1e-4, symmetric=True)
+    # those where the largest blocks meet, of a tree that halves the first axis
+    rows = np.argsort(abs(x[:, 0] - np.median(x[:, 0])))[:100]
+    A = kernel(x[rows, None], x)
+    assert np.linalg.norm(H[rows, :] - A) <= 1e-3 * np.linalg.norm(A)

@@ -32,8 +32,8 @@ class Blocks:
         Whether it is a row of the matrix, or padding; None without padding.
     space : Space
         Of the entries.
-    near : tuple of array (b, q), optional
-        Places of entries that may stand out, as of `near_pairs`.
+    near : Near, optional
+        Where entries may stand out, as of `near_parts`.
     """
 
     function: Function
@@ -80,9 +80,7 @@ class Blocks:
     @property
     def lower(self) -> Blocks:
         """The blocks on the other side of the diagonal."""
-        near = None
-        if self.near is not None:
-            near = (self.near[1], self.near[0], self.near[2])
+        near = None if self.near is None else self.near.lower
         return Blocks(
             self.function,
             self.columns,
@@ -141,7 +139,7 @@ class Blocks:
             columns=take(self.columns),
             real_rows=taken(self.real_rows),
             real_columns=taken(self.real_columns),
-            near=None if self.near is None else tuple(map(take, self.near)),
+            near=None if self.near is None else self.near.each(take),
         )
 
     def at(self, i: Array, j: Array) -> Array:
