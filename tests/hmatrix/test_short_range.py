@@ -117,3 +117,33 @@ def test_one_entry_of_a_small_matrix_is_seen():
     H = hm.from_entries(lambda i, j: A[i, j], 129, leaf_size=16)
     assert not H.symmetric
     np.testing.assert_allclose(H.to_dense(), A, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "length"), [("exponential", 2e-3), ("hat", 2e-2)])
+def test_short_range_in_blocks_too_large_to_decompose(kind, length):
+    """Ranks are small beside the blocks, but few of their rows have more than zeros."""
+    x = np.random.default_rng(2).random((4200, 2))
+
+    def kernel(a, b):
+        return NARROW[kind](np.sqrt(((a - b) ** 2).sum(axis=-1)) / length)
+
+    H = hm.from_kernel(kernel, x, rtol=1e-4, symmetric=True)
+    # those where the largest blocks meet, of a tree that halves the first axis
+    rows = np.argsort(abs(x[:, 0] - np.median(x[:, 0])))[:100]
+    A = kernel(x[rows, None], x)
+    assert np.linalg.norm(H[rows, :] - A) <= 1e-3 * np.linalg.norm(A)
+
+
+def test_points_unlike_any_pivot_are_compared_whole():
+    """Two entries of an outlying point were 5 times all that may be lost, unseen."""
+    rng = np.random.default_rng(20)
+    rng.integers(1100, 2000)  # the points are those after it
+    clusters = [rng.normal(c, 0.02, (475, 2)) for c in rng.random((4, 2))]
+    x = np.concatenate(clusters)
+
+    def gaussian(x, y):
+        return np.exp(-((x - y) ** 2).sum(-1) / 0.02**2)
+
+    A = gaussian(x[:, None], x) + 0.01 * np.eye(1900)
+    H = hm.from_kernel(gaussian, x, nugget=0.01, rtol=1e-6)
+    assert relative(H, A) < 1e-6

@@ -32,8 +32,8 @@ class Blocks:
         Whether rows, and columns, are of the matrix or padding; None without padding.
     space : Space
         Of the entries.
-    near : tuple of array (b, q), optional
-        Places of entries that may stand out, as of `near_pairs`.
+    near : Near, optional
+        Where entries may stand out, as of `near_parts`.
     """
 
     function: Function
@@ -79,13 +79,12 @@ class Blocks:
     @property
     def lower(self) -> Blocks:
         """The blocks on the other side of the diagonal."""
-        real, near = self.real, self.near
         return replace(
             self,
             rows=self.columns,
             columns=self.rows,
-            real=None if real is None else real[::-1],
-            near=None if near is None else (near[1], near[0], near[2]),
+            real=None if self.real is None else self.real[::-1],
+            near=None if self.near is None else self.near.lower,
         )
 
     @property
@@ -131,7 +130,7 @@ class Blocks:
             rows=take(self.rows),
             columns=take(self.columns),
             real=None if self.real is None else tuple(map(take, self.real)),
-            near=None if self.near is None else tuple(map(take, self.near)),
+            near=None if self.near is None else self.near.each(take),
         )
 
     def at(self, i: Array, j: Array) -> Array:

@@ -17,20 +17,13 @@ from hmatrix._backend import (
     adjoint,
     conjugate,
     inverse_lower,
-    namespace,
     svd,
     to_numpy,
     transpose,
 )
 from hmatrix.construct.blocks import Blocks, chunks, pick
-from hmatrix.construct.pivots import (
-    GROUP,
-    SAMPLE,
-    Pivots,
-    dense_at_ends,
-    gather,
-    search,
-)
+from hmatrix.construct.pivots import GROUP, SAMPLE, Pivots, gather, search
+from hmatrix.construct.residual import residual, strays
 from hmatrix.construct.sampled import cut_dense, replace_blocks, scatter
 from hmatrix.lowrank import LowRank, cut_triplets, orthonormal_parts
 
@@ -38,11 +31,6 @@ __all__ = ["Found", "approximate"]
 
 Found = tuple[LowRank, Array]
 
-#: Entries of each row and column that check a block larger than a sample.
-PASSES = 2
-#: Blocks of points up to this size are checked whole: a few of their pairs may be close,
-#: and what ranks there are costs more than that.
-WHOLE = 512
 #: Entries of smaller blocks that are evaluated at once on the host.
 ENTRIES = 2**18
 #: Blocks up to this size are cut from all entries if cross approximation fails.
@@ -119,6 +107,8 @@ def approximated(
             break
         # where singular values decay slowly, what follows a small step is not small
         sample, tail, seed = 4 * sample, tail / 4, seed + 1
+        if sample >= blocks.size:
+            tail = tolerance / 8  # what is left is looked at
         rest = blocks.taken(space.integers(bad))
         (pivots,) = search([rest], [tail], None, seed, sample)
         again = attempt(rest, pivots, sample, tolerance, None, seed)
@@ -167,12 +157,15 @@ def attempt(
     if m > sample:
         places = (pick(pivots.rows, i), pick(pivots.columns, j))
         U, V = extend(blocks, places, gather(U, i), gather(V, j), D, valid)
-    D = xp.where(valid, D, xp.zeros_like(D))
+    D, coefficients = xp.where(valid, D, xp.zeros_like(D)), (U, V)
     # rows of very different norms, which is how partial pivoting leaves them, are
     # brought to norm 1, and conditioned well enough for Cholesky QR
     (U, Tu, Ru), (V, Tv, Rv) = (orthonormal_parts(transpose(x)) for x in (U, V))
     core = (Ru * D[:, None, :]) @ adjoint(Rv)
-    estimate = residual(blocks, U, Tu @ core @ adjoint(Tv), V, sample, seed)
+    left = U @ (Tu @ core @ adjoint(Tv))
+    estimate, _ = residual(blocks, left, V, sample, seed)
+    if m > sample:
+        estimate = xp.maximum(estimate, strays(blocks, left, V, *coefficients))
     small, lost, _ = cut_triplets(*svd(core), tolerance * 0.8, max_rank)
     found = LowRank(U @ (Tu @ small.U), small.S, V @ (Tv @ small.V))
     return found, xp.sqrt(lost**2 + estimate**2)
@@ -206,60 +199,3 @@ def extend(
         rows, conjugate(inverse_lower(lower_U)) * keep / conjugate(D)
     )
     return U, V
-
-
-def residual(
-    blocks: Blocks, U: Array, core: Array, V: Array, sample: int, seed: int
-) -> Array:
-    """Estimate the Frobenius norms (b,) of blocks less ``U core Vᴴ``.
-
-    A block no larger than the sample, or of at most ``WHOLE`` points in a plane or in
-    space, is compared whole. Of others, as many rows and
-    columns as the sample has, others than it has but also dense at the corners, where a
-    narrow band or a sharp peak would be; the near pairs; and ``PASSES`` times an entry of
-    each row and each column, by chance: a wrong row or column shows every time. The
-    largest of the estimates counts.
-    """
-    space, xp, m, b = blocks.space, blocks.xp, blocks.size, blocks.count
-    if m <= (sample if blocks.near is None else max(sample, WHOLE)):
-        return error_norm(blocks, U, core, V)
-    chance = np.random.default_rng((seed, m, b))
-    i, j = (
-        space.integers(np.unique(dense_at_ends(m, sample, chance))) for _ in range(2)
-    )
-    corners = (xp.take(x, k, axis=1) for x, k in ((U, i), (V, j)))
-    largest = error_norm(blocks.within(i, j), next(corners), core, next(corners))
-    if blocks.near is not None:
-        i, j, used = blocks.near
-        error = xp.vecdot(pick(V, j), pick(U, i) @ core) - blocks.at(i, j)
-        peaks = squared_norm(error * xp.astype(used, error.dtype, copy=False))
-        largest = xp.maximum(largest, xp.sqrt(peaks))
-    order, rows = chance.permutation(m), np.arange(m)
-    shifts = chance.integers(0, m, (PASSES, b, 1))
-    squares = xp.zeros_like(largest)
-    for part in chunks(blocks.space, m, b * U.shape[-1]):
-        i = xp.broadcast_to(space.integers(rows[part]), (b, part.stop - part.start))
-        left = U[:, part, :] @ core
-        for shift in shifts:
-            j = space.integers(order[(rows[part] + shift) % m])
-            error = xp.vecdot(pick(V, j), left) - blocks.at(i, j)
-            squares = squares + m / PASSES * squared_norm(error)
-    return xp.maximum(largest, xp.sqrt(squares))
-
-
-def error_norm(blocks: Blocks, U: Array, core: Array, V: Array) -> Array:
-    """Return the Frobenius norms (b,) of blocks less ``U core Vᴴ``."""
-    xp, entries = blocks.xp, U.shape[1] * V.shape[1]
-    left, right = U @ core, adjoint(V)
-    squares = []
-    for part in chunks(blocks.space, blocks.count, entries):
-        error = left[part, ...] @ right[part, ...]
-        error -= blocks.group(part).dense()
-        squares.append(squared_norm(xp.reshape(error, (-1, entries))))
-    return xp.sqrt(xp.concat(squares))
-
-
-def squared_norm(x: Array) -> Array:
-    """Return the squares of the norms of rows x (b, q), real."""
-    xp = namespace(x)
-    return xp.abs(xp.vecdot(x, x))

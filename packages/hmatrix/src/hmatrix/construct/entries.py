@@ -30,7 +30,7 @@ from hmatrix.construct.blocks import Function
 from hmatrix.construct.budget import LEAF_SIZE, make_tree
 from hmatrix.construct.functions import broadcasting, checked
 from hmatrix.construct.levels import build
-from hmatrix.construct.near import near_pairs
+from hmatrix.construct.near import near_parts
 from hmatrix.hodlr import HODLR
 from hmatrix.tree import ClusterTree
 
@@ -76,7 +76,9 @@ def from_entries(
     symmetric : bool, optional
         Store one of the two off-diagonal blocks. Default: whether the leaves, and eight
         other entries of each row and column (all entries of up to 256 rows), are
-        Hermitian. If true, it is believed of all but the leaves.
+        Hermitian. If true, it is believed of all but the leaves. A few entries elsewhere
+        that differ from their mirror images are missed, and are then lost or doubled
+        without a sign; with false, those in blocks of up to 128 rows are seen.
     seed : int
         Of the checks.
 
@@ -105,7 +107,7 @@ def from_entries(
     from a sample of each block (Bebendorf 2000); where the check fails, from a larger
     sample, in the end from the whole block, and up to 2048 rows from all entries.
 
-    Of larger ones it is 128 other rows and
+    Blocks of up to 128 rows are checked whole. Of larger ones it is 128 other rows and
     columns, those at the corners among them, and two entries of each row and column. What
     is wrong in a whole row or column shows, and so does what decays from a corner. A few
     entries or a small patch that stand out inside a block which is smooth otherwise (of a
@@ -189,11 +191,12 @@ def from_kernel(
     Notes
     -----
     As `from_entries`. A function of two lists is known by ``kernel(points[:1],
-    points[:2])``, a matrix (1, 2). Where points are not sorted numbers, pivots and check also have up
-    to 512 entries of each block that belong to the closest pairs of points in different
-    clusters, out of the 8 nearest neighbours of each, and blocks of up to 512 rows are
-    checked whole. In larger ones a kernel that peaks elsewhere than where points meet, at
-    a fixed distance say, has no more than what is said there.
+    points[:2])``, a matrix (1, 2). Where points are not sorted numbers, samples are of
+    points close to the other cluster, more than of others, and pivots and check also have
+    the entries of the closest pairs of points in different clusters, out of the 8 nearest
+    neighbours of each; blocks of up to 512 rows are checked whole. In larger ones a kernel
+    that peaks elsewhere than where points meet, at a fixed distance say, has no more than
+    what is said there.
 
     Examples
     --------
@@ -235,7 +238,7 @@ def from_kernel(
     function = checked(kernel, space, dims)
     near = None
     if not (sorted_ and tree.permutation is None):
-        near = near_pairs(to_numpy(points).reshape(n, -1), tree, space)
+        near = near_parts(to_numpy(points).reshape(n, -1), tree, space)
     added = padded_nugget(nugget, tree, space)
     return build(
         function,

@@ -1,28 +1,66 @@
-"""Pairs of close points in different clusters: where kernels peak in a block."""
+"""What of a block is close: where kernels of points peak."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from hmatrix._backend import Array, Space
 from hmatrix.tree import ClusterTree
 
-__all__ = ["Near", "near_pairs"]
+__all__ = ["Near", "near_parts"]
 
-#: Rows and columns (b, q) of pairs in blocks, the closest first; and 1, or 0 where a block
-#: has fewer.
-Near = tuple[Array, Array, Array]
-
-#: Neighbours of each point, and pairs of each block at most.
-NEIGHBOURS, PAIRS = 8, 512
+#: Neighbours of each point.
+NEIGHBOURS = 8
+#: Pairs of each block at most, and for each of its rows: more than there are in space.
+PAIRS, SHARE = 512, 1 / 4
 
 
-def near_pairs(
+@dataclass(frozen=True)
+class Near:
+    """Close points in blocks of two clusters each.
+
+    Parameters
+    ----------
+    rows, columns : array (b, q)
+        Pairs of them, the closest first.
+    used : array (b, q)
+        1, or 0 where a block has fewer pairs.
+    row_order, column_order : array (b, m)
+        All rows and all columns, those first that are close to the other cluster's box.
+    """
+
+    rows: Array
+    columns: Array
+    used: Array
+    row_order: Array
+    column_order: Array
+
+    @property
+    def count(self) -> int:
+        """Pairs of each block."""
+        return int(self.rows.shape[1])
+
+    @property
+    def lower(self) -> Near:
+        """That of the blocks on the other side of the diagonal."""
+        return Near(
+            self.columns, self.rows, self.used, self.column_order, self.row_order
+        )
+
+    def each(self, take: Callable[[Array], Array]) -> Near:
+        """Apply ``take`` to all arrays."""
+        return Near(*map(take, vars(self).values()))
+
+
+def near_parts(
     points: np.ndarray, tree: ClusterTree, space: Space
 ) -> list[Near] | None:
-    """Return the near pairs of all levels' off-diagonal blocks.
+    """Return what is close in all levels' off-diagonal blocks.
 
-    None for numbers that the tree sorts: theirs are in the corners.
+    None for numbers that the tree sorts: what is close is in the corners.
 
     Parameters
     ----------
@@ -48,27 +86,43 @@ def near_pairs(
     i, j = np.divmod(key, tree.padded)
     # the level of the node in whose halves the two are
     apart = np.frexp(i // tree.leaf_size ^ j // tree.leaf_size)[1]
-    return [
-        _of_level(i[some], j[some], tree, level, space)
-        for level in range(tree.levels)
-        for some in [apart == tree.levels - level]
-    ]
+    padded = np.full((tree.padded, points.shape[1]), np.nan)
+    padded[tree.slots] = points
+    near = []
+    for level in range(tree.levels):
+        some = apart == tree.levels - level
+        pairs = _pairs(i[some], j[some], tree, level)
+        rows, columns, used = map(space.integers, pairs)
+        orders = map(space.integers, _orders(padded, tree, level))
+        near.append(
+            Near(rows, columns, space.xp.astype(used, space.real.dtype), *orders)
+        )
+    return near
 
 
-def _of_level(
-    i: np.ndarray, j: np.ndarray, tree: ClusterTree, level: int, space: Space
-) -> Near:
+def _pairs(i: np.ndarray, j: np.ndarray, tree: ClusterTree, level: int) -> np.ndarray:
+    """Return rows, columns and whether they are any, of a level's blocks: (3, b, q)."""
     half, nodes = tree.size(level + 1), tree.nodes(level)
     node = i // (2 * half)
     counts = np.bincount(node, minlength=nodes)
     order = np.argsort(node, kind="stable")
     node = node[order]
     rank = np.arange(len(node)) - (np.cumsum(counts) - counts)[node]
-    keep = rank < PAIRS
+    most = min(int(counts.max(initial=0)), max(PAIRS, int(half * SHARE)))
+    keep = rank < most
     order, node, rank = order[keep], node[keep], rank[keep]
-    places = np.zeros(
-        (3, nodes, min(int(counts.max(initial=0)), PAIRS)), dtype=np.int64
-    )
+    places = np.zeros((3, nodes, most), dtype=np.int64)
     places[:, node, rank] = np.stack([i[order] % half, j[order] % half, 0 * order + 1])
-    rows, columns, used = map(space.integers, places)
-    return rows, columns, space.xp.astype(used, space.real.dtype)
+    return places
+
+
+def _orders(points: np.ndarray, tree: ClusterTree, level: int) -> np.ndarray:
+    """Return rows and columns by their distances to the others' box: (2, b, m)."""
+    halves = np.reshape(points, (tree.nodes(level), 2, tree.size(level + 1), -1))
+    # padding, which is not a number, is in no box and comes last
+    low, high = (
+        np.flip(f(halves, axis=2, keepdims=True), axis=1)
+        for f in (np.fmin.reduce, np.fmax.reduce)
+    )
+    outside = np.maximum(np.maximum(low - halves, halves - high), 0.0)
+    return np.moveaxis(np.argsort((outside**2).sum(axis=-1), axis=-1), 1, 0)

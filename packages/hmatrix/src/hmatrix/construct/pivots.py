@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 
 import numpy as np
 
@@ -17,13 +18,13 @@ from hmatrix._backend import (
     transpose,
 )
 from hmatrix.construct.blocks import Blocks, chunks, pick
+from hmatrix.construct.places import grid
+from hmatrix.construct.residual import Left, compare, residual
 
-__all__ = ["GROUP", "SAMPLE", "Pivots", "dense_at_ends", "gather", "search", "together"]
+__all__ = ["GROUP", "SAMPLE", "Pivots", "gather", "search", "together"]
 
 #: Rows and columns of the first sample.
 SAMPLE = 128
-#: The part of a sample that lies next to each other at either end.
-ENDS = 1 / 8
 #: Rows and columns of near pairs that a sample has in addition.
 PEAKS = 64
 #: Rows of samples, or of blocks on the host, at once: their factors stay in the cache.
@@ -35,6 +36,8 @@ STEP = 16
 WIDE, TABLE = 8, 2**20
 #: Small steps in a row, and rows without a residual in a row, that end the search.
 QUIET, NULLS = 2, 3
+#: What may be left of the entries looked at, in units of such a step.
+LEFT = 2
 #: Entries of a column that make its pivot too small, and turns to find a larger one.
 GROWTH, TURNS = 8.0, 4
 
@@ -83,8 +86,8 @@ def together(levels: Sequence[Blocks]) -> int:
 
 def sampled_rows(blocks: Blocks) -> int:
     """Return the rows of a first sample."""
-    near = 0 if blocks.near is None else int(blocks.near[0].shape[1])
-    return SAMPLE + min(near, PEAKS)
+    near = 0 if blocks.near is None else min(blocks.near.count, PEAKS)
+    return SAMPLE + near
 
 
 def search(
@@ -96,26 +99,39 @@ def search(
 ) -> list[Pivots]:
     """Find pivots of blocks of several sizes in samples of one size.
 
-    Until the steps of the blocks of each part are no larger than its ``tail``.
+    Until the steps of the blocks of each part are no larger than its ``tail``; and, of
+    samples with near pairs and of whole blocks, until what is left is not much larger.
     """
     space, xp = parts[0].space, parts[0].xp
     inners, rows, columns, least = [], [], [], []
+    whole = sample >= parts[0].size
     for blocks, tail in zip(parts, tails, strict=True):
-        index = space.integers(dense_at_ends(blocks.size, sample))
         # numbers of the rows and columns, some of them twice
-        both = (blocks.count, index.shape[0])
-        i = j = index + xp.zeros(both, dtype=index.dtype, device=space.device)
-        if blocks.size > sample and blocks.near is not None:
-            i, j = (xp.concat([i, x[:, :PEAKS]], axis=1) for x in blocks.near[:2])
-        inners.append(blocks.within(i, j) if blocks.size > sample else blocks)
+        i, j, _ = grid(blocks, min(sample, blocks.size))
+        share = tail * i.shape[1] / blocks.size
+        if blocks.near is not None and not whole:
+            peaks = slice(PEAKS * sample // SAMPLE)
+            pairs = blocks.near.rows[:, peaks], blocks.near.columns[:, peaks]
+            i, j = (xp.concat(both, axis=1) for both in zip((i, j), pairs, strict=True))
+        inners.append(blocks if whole else blocks.within(i, j))
         rows.append(i)
         columns.append(j)
-        share = tail * index.shape[0] / blocks.size
         least.append(share * space.real.ones(blocks.count))
     inner = Blocks.joined(inners)
     i, j, tolerances = (xp.concat(x, axis=0) for x in (rows, columns, least))
     limit = inner.size if max_rank is None else min(inner.size, max_rank + 8)
-    found = Pivots(i, j, *cross(inner, i, j, tolerances, limit, seed))
+    looks = count()
+
+    def left(U: Array, V: Array) -> Left:
+        if whole:
+            norms, rows = residual(inner, U, V, SAMPLE, seed, next(looks))
+            if bool(xp.any(norms > LEFT * tolerances)):
+                return norms, rows
+        # of a sample, or where all that was looked at is small: a few entries may not be
+        return compare(inner, U, V)
+
+    known = left if whole or parts[0].near is not None else None
+    found = Pivots(i, j, *cross(inner, i, j, tolerances, limit, seed, known))
     if len(parts) == 1:
         return [found]
     valid, start, each = to_numpy(found.valid), 0, []
@@ -127,28 +143,6 @@ def search(
     return each
 
 
-def dense_at_ends(
-    m: int, count: int, chance: np.random.Generator | None = None
-) -> np.ndarray:
-    """Return ``count`` of m places, or all, more of them where clusters meet.
-
-    All at either end, which a kernel of short range may be all there is in a block of
-    sorted points; then fewer and fewer, some of them twice. With ``chance``, others each
-    time: one by chance from each stretch between neighbours.
-    """
-    if m <= count:
-        return np.arange(m)
-    edge = np.arange(int(count * ENDS))
-    steps = np.arange(count - 2 * len(edge))
-    if chance is not None:
-        steps = np.clip(
-            steps + chance.uniform(-0.5, 0.5, len(steps)), 0, len(steps) - 1
-        )
-    ends = (1 - np.cos(np.pi * steps / (len(steps) - 1))) / 2
-    inner = np.round(ends * (m - 1)).astype(np.int64)
-    return np.concatenate([edge, inner, m - 1 - edge])
-
-
 def cross(
     blocks: Blocks,
     rows: Array,
@@ -156,12 +150,15 @@ def cross(
     tolerance: Array,
     limit: int,
     seed: int,
+    left: Callable[[Array, Array], Left] | None,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Cross approximation with partial pivoting: blocks ≈ Uᵀ conj(V).
 
-    Until the steps of a block are no larger than its ``tolerance`` (b,). ``rows`` and
-    ``columns`` (b, m) number those of the blocks: what has the same number is the same,
-    and no pivot twice.
+    Until the steps of a block are no larger than its ``tolerance`` (b,). Small steps and
+    rows of zeros say little where a few rows hold all there is, as of a narrow kernel: if
+    ``left`` tells what is left, of ``U Vᴴ`` with U and V (b, m, r), the search goes on
+    there. ``rows`` and ``columns`` (b, m) number those of the blocks: what has the same
+    number is the same, and no pivot twice.
 
     Returns
     -------
@@ -192,8 +189,11 @@ def cross(
         """Return ``x[b, places[b]]`` of x (b, m)."""
         return xp.take(xp.reshape(x, (-1,)), first + places, axis=0)
 
-    for k in range(min(m, limit)):
-        if k == m // WIDE and b * m * m <= TABLE:
+    for taken in range(m):
+        k = len(steps)
+        if k == limit:
+            break
+        if taken == m // WIDE and b * m * m <= TABLE:
             # what has been evaluated is a good part of all entries, and more is to come
             x = evaluated(blocks)
             row_at = partial(pick, conjugate(x))
@@ -223,21 +223,32 @@ def cross(
             if turn + 1 == TURNS or not bool(xp.any(turned)):
                 break
             row = xp.where(turned, top, row)
-        used_rows = used_rows | (rows == chosen(rows, row)[:, None])
+        same = rows == chosen(rows, row)[:, None]
+        used_rows = used_rows | (alive[:, None] & same)
         same = columns == chosen(columns, column)[:, None]
         used_columns = used_columns | (good[:, None] & same)
         u = u / xp.where(good, conjugate(pivot), zero + 1)[:, None]
         u = xp.where(good[:, None], u, zero)
         v = xp.where(good[:, None], v, zero)
-        U[:, k, :], V[:, k, :] = u, v
         norm = xp.linalg.vector_norm(u, axis=-1) * xp.linalg.vector_norm(v, axis=-1)
         small = norm <= tolerance
-        steps.append((row, column, good))
+        if not taken or bool(xp.any(good)):
+            U[:, k, :], V[:, k, :] = u, v
+            steps.append((row, column, good))
         quiet = xp.where(good & small, quiet + 1, no_steps)
         nulls = xp.where(good, no_steps, nulls + 1)
         alive = alive & (quiet < QUIET) & (nulls < NULLS)
         if not bool(xp.any(alive)):
-            break
+            if left is None:
+                break
+            norms, row = left(*(transpose(x[:, : len(steps), :]) for x in (U, V)))
+            # more than rounding, and than what steps of this size may leave
+            limits = xp.maximum(LEFT * tolerance, 8 * space.eps * m * largest)
+            alive = (norms > limits) & ~chosen(used_rows, row)
+            if not bool(xp.any(alive)):
+                break
+            quiet, nulls = (xp.zeros_like(x) for x in (quiet, nulls))
+            continue
         # once nothing is found where it was expected, rows by chance
         score = xp.where(small[:, None], chance, xp.abs(u))
         row = xp.argmax(xp.where(used_rows, -xp.ones_like(score), score), axis=-1)

@@ -61,10 +61,9 @@ def factorize(
 
         "auto" takes the first of these that applies and keeps the digits: "inversion" if
         the Frobenius norm of its ``E`` (see `PrecisionError` below) is at most
-        ``sqrt(eps)``. One step of refinement mends solutions above that, but the operator
-        that ``inverse`` gives is not refined and can be far off. ``inverse_diagonal`` is
-        compared with solutions, and found by "orthogonal" where it differs. An `MLR` has
-        one method.
+        ``sqrt(eps)``. One step of refinement mends solutions above that, and products of
+        the operator that ``inverse`` gives. ``inverse_diagonal`` is compared with
+        solutions, and found by "orthogonal" where it differs. An `MLR` has one method.
     overwrite : bool
         Let "cholesky" write the factor over the arrays of ``H``, as SciPy's
         ``overwrite_a``: matrix and factor are never in memory both. ``H`` raises

@@ -91,7 +91,7 @@ class HODLRFactorization(Factorization):
 
     def inverse(self) -> HODLRInverse:
         """Return the inverse as an operator; nothing is formed."""
-        return HODLRInverse(self)
+        return HODLRInverse(self, refined=self._lost > math.sqrt(self.space.eps))
 
     def _sign_of_determinant(self) -> float | complex:
         sign = complex(self._sign)
@@ -281,6 +281,7 @@ class HODLRFactorization(Factorization):
 
     def _set_arrays(self, arrays: Mapping[str, Array]) -> None:
         self._take_bases()
+        self._lost = math.inf  # not known: as if digits were lost
         tree, widths = self.tree, self._widths
         self._sign = take_array(arrays, "sign", ())
         leaf = tuple(self.matrix.leaves.shape)

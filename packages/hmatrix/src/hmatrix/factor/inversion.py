@@ -161,8 +161,8 @@ def inversion_or_orthogonal(
 ) -> Factorization:
     """Factorize by inversion, or orthogonally where that fails or loses digits.
 
-    The inverse as an operator is not refined: what `HODLRFactorization` lets pass by
-    itself, because refinement converges, is too much if ``strict``.
+    What `HODLRFactorization` lets pass by itself, because refinement converges, is too much
+    if ``strict``: its log-determinant is as far off.
     """
     try:
         first = HODLRFactorization(H, shift)

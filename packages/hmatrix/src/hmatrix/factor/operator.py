@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hmatrix._backend import Array, Space, conjugate
 from hmatrix._checks import DTypeError
-from hmatrix._operator import Operator
+from hmatrix._operator import Operator, cleared
 from hmatrix.factor._base import Factorization
 
 __all__ = ["HODLRInverse"]
@@ -14,13 +14,20 @@ class HODLRInverse(Operator):
     """Inverse of a `HODLR` matrix as an operator.
 
     Its off-diagonal blocks have growing ranks, so it is applied from the factorization
-    instead of being stored.
+    instead of being stored. Where that has lost digits, products have a step of refinement,
+    as solutions do.
     """
 
-    def __init__(self, factorization: Factorization, *, adjoint: bool = False) -> None:
+    def __init__(
+        self,
+        factorization: Factorization,
+        *,
+        adjoint: bool = False,
+        refined: bool = False,
+    ) -> None:
         self.tree = factorization.tree
         self._factorization = factorization
-        self._adjoint = adjoint
+        self._adjoint, self._refined = adjoint, refined
 
     @property
     def space(self) -> Space:
@@ -30,7 +37,9 @@ class HODLRInverse(Operator):
     @property
     def H(self) -> HODLRInverse:
         """The adjoint inverse."""
-        return HODLRInverse(self._factorization, adjoint=not self._adjoint)
+        return HODLRInverse(
+            self._factorization, adjoint=not self._adjoint, refined=self._refined
+        )
 
     @property
     def T(self) -> HODLRInverse:
@@ -46,8 +55,15 @@ class HODLRInverse(Operator):
         return conjugate(diagonal) if self._adjoint else diagonal
 
     def _apply(self, x: Array) -> Array:
-        factor = self._factorization
-        return (factor._apply_adjoint if self._adjoint else factor._apply)(x)
+        factor, matrix = self._factorization, self._factorization.matrix
+        inverse, product = factor._apply, matrix._apply
+        if self._adjoint:
+            inverse, product = factor._apply_adjoint, matrix._apply_adjoint
+        y = inverse(x)
+        if not self._refined:
+            return y
+        y = cleared(y, self.tree)
+        return y + inverse(cleared(x - product(y) - factor.shift * y, self.tree))
 
     def _apply_adjoint(self, x: Array) -> Array:
         return self.H._apply(x)

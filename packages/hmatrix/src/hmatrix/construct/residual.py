@@ -1,0 +1,119 @@
+"""What low-rank approximations leave of blocks, by all or some of their entries."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hmatrix._backend import Array, adjoint, conjugate, namespace, transpose
+from hmatrix.construct.blocks import Blocks, chunks, pick
+from hmatrix.construct.places import grid
+
+__all__ = ["WHOLE", "Left", "compare", "residual", "strays"]
+
+#: Frobenius norms (b,) of what is left, and the rows (b,) where most of it is.
+Left = tuple[Array, Array]
+
+#: Entries of each row and column that are looked at by chance.
+PASSES = 2
+#: Blocks of points up to this size are compared whole: a few of their pairs may be close,
+#: and what ranks there are costs more than that.
+WHOLE = 512
+#: Rows and columns of larger ones, where the points are close.
+MEETING = 256
+#: Rows and columns with the largest coefficients that are compared whole, if any is large.
+STRAYS, LARGE = 8, 10.0
+
+
+def residual(blocks: Blocks, U: Array, V: Array, sample: int, *seed: int) -> Left:
+    """Estimate the Frobenius norms (b,) of blocks less ``U Vᴴ``, U and V (b, m, r).
+
+    A block no larger than the sample, or of at most ``WHOLE`` points in a plane or in
+    space, is compared whole. Of others, as many rows and columns as the sample has, others
+    than it has but also dense where they meet, as a narrow band or a sharp peak would be;
+    the near pairs; and ``PASSES`` times an entry of each row and each column, by chance: a
+    wrong row or column shows every time. The largest of the estimates counts.
+    """
+    space, xp, m, b = blocks.space, blocks.xp, blocks.size, blocks.count
+    if m <= (sample if blocks.near is None else max(sample, WHOLE)):
+        return compare(blocks, U, V)
+    chance = np.random.default_rng((*seed, m, b))
+    count = sample if blocks.near is None else max(sample, MEETING)
+    i, j, weights = grid(blocks, min(count, m), chance)
+    norms, rows = compare(blocks.within(i, j), pick(U, i), pick(V, j), weights)
+    rows = pick(i, rows[:, None])[:, 0]
+    found = [(norms, rows)]
+    if blocks.near is not None and blocks.near.count:
+        near = blocks.near
+        squares = near.used * _squares(blocks, near.rows, near.columns, U, V)
+        found.append(_most(squares, near.rows))
+    order, numbers = chance.permutation(m), np.arange(m)
+    shifts = chance.integers(0, m, (PASSES, b, 1))
+    squares = space.real.zeros(b, m)
+    for part in chunks(blocks.space, m, b * U.shape[-1]):
+        i = xp.broadcast_to(space.integers(numbers[part]), (b, part.stop - part.start))
+        for shift in shifts:
+            j = space.integers(order[(numbers[part] + shift) % m])
+            squares[:, part] += m / PASSES * _squares(blocks, i, j, U, V, part)
+    found.append(_most(squares, xp.broadcast_to(space.integers(numbers), (b, m))))
+    norms, rows = found[0]
+    for more, others in found[1:]:
+        rows = xp.where(more > norms, others, rows)
+        norms = xp.maximum(norms, more)
+    return norms, rows
+
+
+def compare(blocks: Blocks, U: Array, V: Array, weights: Array | None = None) -> Left:
+    """Return the Frobenius norms (b,) of blocks less ``U Vᴴ``, from all entries.
+
+    Rows and columns count as often as the squares of ``weights`` (m,) say.
+    """
+    xp, right, squares = blocks.xp, adjoint(V), []
+    for part in chunks(blocks.space, blocks.count, U.shape[1] * V.shape[1]):
+        error = U[part, ...] @ right[part, ...]
+        error -= blocks.group(part).dense()
+        if weights is not None:
+            error *= weights * weights[:, None]
+        squares.append(xp.abs(xp.vecdot(error, error)))
+    each = xp.concat(squares)
+    return xp.sqrt(xp.sum(each, axis=-1)), xp.argmax(each, axis=-1)
+
+
+def strays(blocks: Blocks, U: Array, V: Array, rows: Array, columns: Array) -> Array:
+    """Return what is left of the rows and columns (b,) that pivots stand for worst.
+
+    A row of the block is a combination of the pivots' rows; where ``rows`` (b, r, m), and
+    alike ``columns``, has coefficients far above 1, no pivot is like it: an outlying point,
+    say, that no sample has.
+    """
+    xp, norms = blocks.xp, blocks.space.real.zeros(blocks.count)
+    sides = ((blocks.adjoint, V, U, rows), (blocks, U, V, columns))
+    for part, left, right, coefficients in sides:
+        largest = xp.max(xp.abs(coefficients), axis=1)
+        if not bool(xp.any(largest > LARGE)):
+            continue
+        places = xp.argsort(-largest, axis=-1)[:, :STRAYS]
+        error = part.at_columns(places)
+        error = error - conjugate(pick(right, places)) @ transpose(left)
+        norms = xp.maximum(norms, xp.sqrt(xp.sum(xp.abs(error) ** 2, axis=(1, 2))))
+    return norms
+
+
+def _squares(
+    blocks: Blocks,
+    i: Array,
+    j: Array,
+    U: Array,
+    V: Array,
+    rows: slice | None = None,
+) -> Array:
+    """Return squares of what is left at places i, j (b, q), i being ``rows`` if given."""
+    xp = blocks.xp
+    left = pick(U, i) if rows is None else U[:, rows, :]
+    return xp.abs(xp.vecdot(pick(V, j), left) - blocks.at(i, j)) ** 2
+
+
+def _most(squares: Array, rows: Array) -> Left:
+    """Return norms, and of ``rows`` (b, q) those of the largest squares (b, q)."""
+    xp = namespace(squares)
+    row = pick(rows, xp.argmax(squares, axis=-1)[:, None])[:, 0]
+    return xp.sqrt(xp.sum(squares, axis=-1)), row
