@@ -189,7 +189,11 @@ def _compute(op: Any, args: Any, kwargs: Any) -> Any:
             return torch.device("cpu")
         return twins.get(id(x), x) if isinstance(x, torch.Tensor) else x
 
-    args = tuple(map(_as_tensor, args, op._schema.arguments))
+    wide = any(t.dtype in (torch.float64, torch.complex128) for t in on_device)
+    args = tuple(
+        _as_tensor(x, argument, wide)
+        for x, argument in zip(args, op._schema.arguments, strict=False)
+    )
     low_args, low_kwargs = pytree.tree_map(lower, (args, kwargs))
     if "pin_memory" in low_kwargs:
         low_kwargs["pin_memory"] = False
@@ -240,10 +244,13 @@ def _again(run: Any, args: Any, kwargs: Any, made: Any) -> None:
             twin(old).copy_(new)
 
 
-def _as_tensor(x: Any, argument: Any) -> Any:
+def _as_tensor(x: Any, argument: Any, wide: bool) -> Any:
     """Undo that a number which PyTorch wrapped comes as a number again."""
-    is_number = isinstance(x, int | float | complex)
-    return torch.tensor(x) if is_number and str(argument.type) == "Tensor" else x
+    if not isinstance(x, int | float | complex) or str(argument.type) != "Tensor":
+        return x
+    dtypes = {float: torch.float64, complex: torch.complex128}
+    # in double precision beside tensors of it, and else such as promotes none of them
+    return torch.tensor(x, dtype=dtypes.get(type(x)) if wide else None)
 
 
 def _move(t: torch.Tensor, low: torch.Tensor) -> None:
