@@ -157,15 +157,16 @@ def attempt(
     if m > sample:
         places = (pick(pivots.rows, i), pick(pivots.columns, j))
         U, V = extend(blocks, places, gather(U, i), gather(V, j), D, valid)
-    D, coefficients = xp.where(valid, D, xp.zeros_like(D)), (U, V)
+    D = xp.where(valid, D, xp.zeros_like(D))
+    largest = [xp.max(xp.abs(x), axis=1) for x in (U, V)] if m > sample else []
     # rows of very different norms, which is how partial pivoting leaves them, are
     # brought to norm 1, and conditioned well enough for Cholesky QR
     (U, Tu, Ru), (V, Tv, Rv) = (orthonormal_parts(transpose(x)) for x in (U, V))
     core = (Ru * D[:, None, :]) @ adjoint(Rv)
     left = U @ (Tu @ core @ adjoint(Tv))
     estimate, _ = residual(blocks, left, V, sample, seed)
-    if m > sample:
-        estimate = xp.maximum(estimate, strays(blocks, left, V, *coefficients))
+    if largest:
+        estimate = xp.maximum(estimate, strays(blocks, left, V, *largest))
     small, lost, _ = cut_triplets(*svd(core), tolerance * 0.8, max_rank)
     found = LowRank(U @ (Tu @ small.U), small.S, V @ (Tv @ small.V))
     return found, xp.sqrt(lost**2 + estimate**2)

@@ -81,14 +81,13 @@ def compare(blocks: Blocks, U: Array, V: Array, weights: Array | None = None) ->
 def strays(blocks: Blocks, U: Array, V: Array, rows: Array, columns: Array) -> Array:
     """Return what is left of the rows and columns (b,) that pivots stand for worst.
 
-    A row of the block is a combination of the pivots' rows; where ``rows`` (b, r, m), and
-    alike ``columns``, has coefficients far above 1, no pivot is like it: an outlying point,
-    say, that no sample has.
+    A row of the block is a combination of the pivots' rows; where the largest coefficient
+    of one, ``rows`` (b, m), and alike ``columns``, is far above 1, no pivot is like it: an
+    outlying point, say, that no sample has.
     """
     xp, norms = blocks.xp, blocks.space.real.zeros(blocks.count)
     sides = ((blocks.adjoint, V, U, rows), (blocks, U, V, columns))
-    for part, left, right, coefficients in sides:
-        largest = xp.max(xp.abs(coefficients), axis=1)
+    for part, left, right, largest in sides:
         if not bool(xp.any(largest > LARGE)):
             continue
         places = xp.argsort(-largest, axis=-1)[:, :STRAYS]
