@@ -201,19 +201,24 @@ def test_every_tile_fits_into_a_small_gpu(monkeypatch, block, dtype, precision):
             assert size <= memory
 
 
-def test_a_search_is_made_once_and_never_in_a_graph(monkeypatch):
+def search_with(timer, monkeypatch):
+    """Search configurations by a timer, as on a GPU, for which the interpreter stands in."""
     if not triton_sddmm.INTERPRETED:
-        pytest.skip("stands in for a GPU by the interpreter")
+        pytest.skip("needs the interpreter")
+    tuned = triton_sddmm.searched(triton_sddmm.sddmm_kernel, do_bench=timer)
+    monkeypatch.setattr(triton_sddmm, "tuned_sddmm_kernel", tuned)
+    monkeypatch.setattr(triton_sddmm, "INTERPRETED", False)
+    monkeypatch.setattr(triton_sddmm, "_found", {})
+
+
+def test_a_search_is_made_once_and_never_in_a_graph(monkeypatch):
     timed = []
 
     def timer(_, quantiles):
         timed.append(quantiles)
         return [1.0 if len(timed) == 2 else 2.0] * 3
 
-    tuned = triton_sddmm.searched(triton_sddmm.sddmm_kernel, do_bench=timer)
-    monkeypatch.setattr(triton_sddmm, "tuned_sddmm_kernel", tuned)
-    monkeypatch.setattr(triton_sddmm, "INTERPRETED", False)
-    monkeypatch.setattr(triton_sddmm, "_found", {})
+    search_with(timer, monkeypatch)
     mask = make_mask((70, 90), 16, 0.3, 3)
     dy, x = (torch.randn(300, n).half() for n in mask.shape)
     plan = make_plan(mask.indices, mask.shape, 16)
@@ -249,8 +254,6 @@ def test_a_search_is_made_once_and_never_in_a_graph(monkeypatch):
 
 
 def test_without_memory_for_a_search_the_kernel_runs_all_the_same(monkeypatch):
-    if not triton_sddmm.INTERPRETED:
-        pytest.skip("stands in for a GPU by the interpreter")
     asked = []
 
     def timer(call, quantiles):
@@ -258,10 +261,7 @@ def test_without_memory_for_a_search_the_kernel_runs_all_the_same(monkeypatch):
         asked.append(quantiles)
         raise torch.OutOfMemoryError
 
-    tuned = triton_sddmm.searched(triton_sddmm.sddmm_kernel, do_bench=timer)
-    monkeypatch.setattr(triton_sddmm, "tuned_sddmm_kernel", tuned)
-    monkeypatch.setattr(triton_sddmm, "INTERPRETED", False)
-    monkeypatch.setattr(triton_sddmm, "_found", {})
+    search_with(timer, monkeypatch)
     mask = make_mask((70, 90), 16, 0.3, 3)
     dy, x = (torch.randn(40, n).half() for n in mask.shape)
     plan = make_plan(mask.indices, mask.shape, 16)

@@ -17,7 +17,7 @@ from .collect import (
     describe_factor,
 )
 from .factors import Factor
-from .hooks import LayerCurvature, block_sums
+from .layer import LayerCurvature, block_sums
 from .planning import curvature_bytes
 from .state import Store, settings
 

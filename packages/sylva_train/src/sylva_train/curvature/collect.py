@@ -34,7 +34,8 @@ from .batches import (
     some_samples,
 )
 from .factors import describe
-from .hooks import Collector, LayerCurvature
+from .hooks import Collector
+from .layer import LayerCurvature
 from .merging import merge
 from .planning import Pass, plan_passes, size_words
 from .state import Position, Store

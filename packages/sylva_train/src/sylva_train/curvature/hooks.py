@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sylva_train._checks import ConfigError, NonFiniteError
@@ -29,8 +28,9 @@ from sylva_train.targets import (
 
 from .batches import batch_size
 from .factors import Factor, accumulator
+from .layer import Accumulators, LayerCurvature, block_sums
 
-__all__ = ["Accumulators", "Collector", "LayerCurvature", "block_sums"]
+__all__ = ["Collector"]
 
 #: Largest stack of per-sample gradients that is held at once, in numbers.
 LARGEST_STACK = 1 << 24
@@ -41,15 +41,6 @@ ENCODER_SIDE = re.compile(
     r".*(\bk|\bv|k_proj|v_proj|key|value|c_attn)(_proj)?",  # c_attn: GPT-2's, of both
     re.IGNORECASE,
 )
-
-
-def block_sums(matrix: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Sum a matrix (..., out, in) over square blocks; the last ones may be cut off."""
-    out, inputs = matrix.shape[-2:]
-    if inputs % block_size or out % block_size:  # to pad by nothing is to copy
-        matrix = F.pad(matrix, (0, -inputs % block_size, 0, -out % block_size))
-    columns: torch.Tensor = matrix.unflatten(-1, (-1, block_size)).sum(-1)
-    return columns.unflatten(-2, (-1, block_size)).sum(-2)  # type: ignore[no-any-return]
 
 
 def finite(*tensors: torch.Tensor) -> bool:
@@ -63,47 +54,6 @@ def finite(*tensors: torch.Tensor) -> bool:
         if x.numel()
     ]
     return not found or bool(torch.stack([f.to(found[0].device) for f in found]).all())
-
-
-@dataclass
-class Accumulators:
-    """Running sums of one layer; those that were not asked for stay None."""
-
-    A: Any = None
-    G: Any = None
-    gradient: torch.Tensor | None = None
-    fisher: torch.Tensor | None = None
-    input_squares: torch.Tensor | None = None
-    rows: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored numbers."""
-        parts = (self.A, self.G, self.gradient, self.fisher, self.input_squares)
-        return sum(part.nbytes for part in parts if part is not None)
-
-
-@dataclass
-class LayerCurvature:
-    """What the data tells about one layer.
-
-    Attributes
-    ----------
-    A, G : Factor or None
-        Kronecker factors of inputs and output gradients.
-    gradient : torch.Tensor (out, in) or None
-        Mean gradient Γ, float32 (float64 where the model is).
-    fisher : torch.Tensor or None
-        Diagonal Fisher, mean of squared per-sample gradients, summed over blocks.
-    input_squares : torch.Tensor (in,) or None
-        Mean square of each input over the tokens.
-    """
-
-    A: Factor | None = None
-    G: Factor | None = None
-    gradient: torch.Tensor | None = None
-    fisher: torch.Tensor | None = None
-    input_squares: torch.Tensor | None = None
 
 
 @dataclass

@@ -20,7 +20,8 @@ from sylva_train.processes import rank_and_size
 from sylva_train.targets import weight_device, weight_view
 
 from .factors import revive
-from .hooks import Accumulators, Collector
+from .hooks import Collector
+from .layer import Accumulators
 
 __all__ = ["Position", "Store", "settings"]
 
