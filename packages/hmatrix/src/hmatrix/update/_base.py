@@ -13,7 +13,6 @@ from hmatrix._backend import (
     Array,
     Space,
     adjoint,
-    contiguous,
     detach,
     in_own_precision,
     is_array,
@@ -132,7 +131,7 @@ class Streaming(ABC):
         xp = self.space.xp
         for piece in pieces:
             E = xp.astype(piece, self.space.dtype, copy=False)
-            E = contiguous(adjoint(E if root == 1 else E * root))
+            E = adjoint(E if root == 1 else E * root)
             self._add(pad_rows(E, self.tree))
         self._count += weight * int(Z.shape[0])
 
