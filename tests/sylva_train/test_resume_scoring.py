@@ -85,6 +85,17 @@ def test_a_later_pass_does_not_repeat_the_ones_before(tmp_path):
     assert ran <= 2
 
 
+def test_a_pass_does_not_read_the_sums_of_the_one_before(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("sylva_train.curvature.state.read_tensors", read.append)
+    options = config(memory_budget=smallest_budget("llama", config()))
+    score(
+        make_model("llama"), data("llama"), options, checkpoint=tmp_path,
+        checkpoint_minutes=0.0,
+    )  # fmt: skip
+    assert not read
+
+
 @pytest.mark.parametrize("rule", ["gradient", "fisher-diag", "kfac-pruner"])
 def test_other_rules_go_on_as_well(rule, tmp_path):
     options = config(importance=rule)

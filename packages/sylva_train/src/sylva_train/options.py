@@ -240,7 +240,8 @@ class TrainingConfig:
     steps : int, optional
         Optimizer steps in all.
     batch_size : int
-        Sequences in a batch.
+        Sequences in a batch. `finetune` scores no more at once, and evaluates at most
+        twice as many.
     bucket : int
         Batches that are filled by length together, out of which they come in random
         order: less padding, so faster steps. 0 fills each by chance.

@@ -76,10 +76,7 @@ def flatten(value: Any, tensors: dict[str, torch.Tensor], key: str) -> Any:
     Dicts become lists of pairs, so that keys which are numbers stay numbers.
     """
     if isinstance(value, torch.Tensor):
-        # A copy: safetensors refuses tensors that share memory.
-        tensors[key] = value.detach().to(
-            "cpu", copy=True, memory_format=torch.contiguous_format
-        )
+        tensors[key] = value.detach().cpu().contiguous()
         return {"tensor": key}
     if isinstance(value, Mapping):
         pairs = [[k, flatten(v, tensors, f"{key}/{k}")] for k, v in value.items()]
@@ -96,6 +93,16 @@ def flatten(value: Any, tensors: dict[str, torch.Tensor], key: str) -> Any:
         " or with an optimizer and scheduler whose state is made of these."
     )
     raise ConfigError(msg)
+
+
+def separate(tensors: dict[str, torch.Tensor]) -> None:
+    """Copy those of some tensors that share memory with others: safetensors refuses them."""
+    end = 0
+    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            tensors[key] = tensor.clone()
+        else:
+            end = tensor.data_ptr() + tensor.nbytes
 
 
 def unflatten(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -196,6 +203,7 @@ def save_checkpoint(
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = flatten(checkpoint.state, tensors, "")
+    separate(tensors)
     path = Path(output) / f"checkpoint-{checkpoint.step}"
     # A folder of this name is a damaged one that the run went back from.
     with atomic_folder(path, overwrite=True) as temporary:

@@ -42,6 +42,7 @@ from sylva_train.training import (
 )
 from sylva_train.tuner import save_adapter
 from sylva_train.workflow import (
+    SCORED,
     Task,
     evaluation_loader,
     heads,
@@ -82,7 +83,7 @@ def run_frozen(task: Task, training: TrainingConfig, tell: Tell) -> dict[str, An
         task.model, loader, progress=partial(tell, "reading features")
     )
     eval_features, eval_labels = pooled_features(
-        task.model, task.eval_loader(), progress=partial(tell, "evaluating")
+        task.model, task.eval_loader(training), progress=partial(tell, "evaluating")
     )
     predictions, size = probe(features, labels, eval_features, seed=training.seed)
     if task.config.task == "regression":
@@ -111,7 +112,7 @@ def train_measured(
     tell: Tell,
 ) -> tuple[TrainResult, int]:
     """Train, and return the result and the peak memory without that of evaluations."""
-    eval_loader = task.eval_loader()
+    eval_loader = task.eval_loader(training)
     memory.reset()
     peak = 0
 
@@ -171,7 +172,9 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
         return row
     loader = task.loader(training)
     # what `finetune` scores with the same seed
-    samples = task.score_loader(config.samples, training.seed)
+    samples = task.score_loader(
+        config.samples, training.seed, min(SCORED, training.batch_size)
+    )
     task.model.to(device)
     if spec["describe"] and method.curvature is not None:
         row["factor"] = factor_entry(task, config, method, samples)

@@ -16,7 +16,7 @@ from .collect import (
     damage,
     describe_factor,
 )
-from .factors import Factor
+from .factors import Factor, strips
 from .layer import LayerCurvature, block_sums
 from .planning import curvature_bytes
 from .state import Store, settings
@@ -40,4 +40,5 @@ __all__ = [
     "note",
     "settings",
     "some_samples",
+    "strips",
 ]

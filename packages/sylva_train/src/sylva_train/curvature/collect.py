@@ -183,6 +183,8 @@ class Curvatures(Mapping[str, LayerCurvature]):
         """Run the data through once more, for the layers that are next."""
         if self.done and self.between is not None:
             self.between()
+        if self.done and self.store is not None:
+            self.store.clear()  # or this pass would read, and check, all of them
         self.layers.clear()
         # The sums of the pass before go first: both are not to be held together.
         self.collector = self.collect_nothing(self.plan[self.done])

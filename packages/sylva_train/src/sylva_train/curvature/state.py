@@ -149,6 +149,10 @@ class Store:
         write_tensors(self.path, tensors, header)
         self.saved = time.monotonic()
 
+    def clear(self) -> None:
+        """Take the sums of a pass away, whose layers are scored."""
+        self.path.unlink(missing_ok=True)
+
     def load(self, collector: Collector) -> Position | None:
         """Put back what `save` wrote, if it is of the same pass."""
         if not self.path.exists():

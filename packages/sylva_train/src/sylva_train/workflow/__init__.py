@@ -28,6 +28,7 @@ from .runs import (
 from .scoring import score_file, score_task
 from .task import (
     HELD_OUT,
+    SCORED,
     Task,
     evaluated_on,
     evaluation_loader,
@@ -38,6 +39,7 @@ from .task import (
 
 __all__ = [
     "HELD_OUT",
+    "SCORED",
     "Task",
     "check_file",
     "check_folder",

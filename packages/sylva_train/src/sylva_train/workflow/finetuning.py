@@ -37,7 +37,7 @@ from sylva_train.tuner import save_adapter
 from .outputs import check_folder, differences
 from .runs import FORMAT, RECORD, read_run
 from .scoring import SELECTION, check_targets, score_task, sylva_options
-from .task import Task, heads, load_task, located
+from .task import SCORED, Task, heads, load_task, located
 
 __all__ = ["finetune"]
 
@@ -150,7 +150,7 @@ def finetune(
         )
         # What the data and the tokenizer do not allow is found before anything is scored.
         loader = task.loader(training, progress=bars.stage("tokenizing"))
-        eval_loader = task.eval_loader(progress=bars.stage("tokenizing"))
+        eval_loader = task.eval_loader(training, progress=bars.stage("tokenizing"))
         if config.modules_to_save is None:
             config = dataclasses.replace(config)
             config.modules_to_save = heads(task.model, task_config.task)
@@ -187,8 +187,14 @@ def choose(
     """Choose blocks by scores, which are made where there are none."""
     check_targets(task, config)
     if scores is None:
-        seed, device = training.seed, training.device
-        scores = score_task(task, config, seed=seed, device=device, progress=bars)
+        scores = score_task(
+            task,
+            config,
+            seed=training.seed,
+            batch_size=min(SCORED, training.batch_size),
+            device=training.device,
+            progress=bars,
+        )
     return select_as(config, scores, task.model, task.score_loader(4, 0)), scores
 
 

@@ -25,7 +25,7 @@ from sylva_train.targets import check_block_size, find_targets
 from sylva_train.training import pick_device
 
 from .outputs import check_file, differences
-from .task import Task, load_task, located
+from .task import SCORED, Task, load_task, located
 
 __all__ = ["SELECTION", "check_targets", "score_file", "score_task", "sylva_options"]
 
@@ -91,6 +91,7 @@ def score_task(
     config: SylvaConfig,
     *,
     seed: int = 0,
+    batch_size: int = SCORED,
     device: str = "auto",
     progress: Progress | None = None,
     checkpoint: Path | None = None,
@@ -106,6 +107,8 @@ def score_task(
         Layers, rule and its options.
     seed : int
         Seed of which samples.
+    batch_size : int
+        Samples that are run at once.
     device : str
         Where to.
     progress : Progress, optional
@@ -128,7 +131,7 @@ def score_task(
     rule = config.importance
     words = f"{rule} ({config.curvature})" if rule in KRONECKER else rule
     if rule in NEEDS_DATA:
-        loader = task.score_loader(config.samples, seed)
+        loader = task.score_loader(config.samples, seed, batch_size)
         progress.say(f"Scoring by {words} on {len(loader.examples):,} examples.")
     else:
         progress.say(f"Scoring by {words}; this needs no data.")
@@ -152,6 +155,7 @@ def score_file(
     output: str | os.PathLike[str],
     *,
     seed: int = 0,
+    batch_size: int = SCORED,
     device: str = "auto",
     checkpoint_minutes: float = 10.0,
     resume: bool = False,
@@ -168,6 +172,8 @@ def score_file(
         A safetensors file; `sylva_train.Scores.load` reads it.
     seed : int
         Seed of a new head and of which samples.
+    batch_size : int
+        Samples that are run at once; fewer take less memory for their activations.
     device : str
         Where to.
     checkpoint_minutes : float
@@ -225,6 +231,7 @@ def score_file(
             task,
             config,
             seed=seed,
+            batch_size=batch_size,
             device=device,
             progress=bars,
             checkpoint=unfinished,

@@ -33,6 +33,7 @@ from sylva_train.progress import Report
 
 __all__ = [
     "HELD_OUT",
+    "SCORED",
     "Task",
     "evaluated_on",
     "evaluation_loader",
@@ -45,6 +46,8 @@ __all__ = [
 #: Part of a single file that is kept for evaluation.
 HOLDOUT = 0.1
 TENTH = "a tenth held out"
+#: Examples in a batch of scoring, and of evaluation, at most.
+SCORED, EVALUATED = 32, 64
 #: As ``eval_split``: a tenth of the training data.
 HELD_OUT = "held-out"
 
@@ -96,7 +99,7 @@ class Task:
         check_ids(loader, self.model)
         return loader
 
-    def score_loader(self, samples: int, seed: int, batch_size: int = 32) -> Loader:
+    def score_loader(self, samples: int, seed: int, batch_size: int = SCORED) -> Loader:
         """Return batches of as many training examples as are scored, and no more.
 
         They are the first ones of a permutation by the seed, filled by length.
@@ -113,8 +116,12 @@ class Task:
         check_ids(loader, self.model)
         return loader
 
-    def eval_loader(self, *, progress: Report | None = None) -> Loader:
-        """Return the evaluation batches.
+    def eval_loader(
+        self, training: TrainingConfig, *, progress: Report | None = None
+    ) -> Loader:
+        """Return the evaluation batches, at most twice as large as those of training.
+
+        What trained for hours must not fail for want of memory at its end.
 
         Raises
         ------
@@ -128,6 +135,7 @@ class Task:
             self.held_out,
             self.tokenizer,
             self.config.max_length,
+            min(EVALUATED, 2 * training.batch_size),
             progress=progress,
         )
 
@@ -151,7 +159,7 @@ def evaluation_loader(
     dataset: TextDataset,
     tokenizer: Any,
     max_length: int,
-    batch_size: int = 64,
+    batch_size: int = EVALUATED,
     *,
     progress: Report | None = None,
 ) -> Loader:
