@@ -233,7 +233,7 @@ def from_kernel(
     kernel, probe = broadcasting(kernel, points, dims)
     # a kernel may be complex where points are real; it may also be one of integers
     if is_array(probe) and dtype_name(probe.dtype) in NUMBERS:
-        space = check_space(Space.of(probe), NUMBERS)
+        space = check_space(Space.like(points, probe.dtype), NUMBERS)
     labels = xp.take(points, space.integers(np.minimum(tree.rows, n - 1)), axis=0)
     function = checked(kernel, space, dims)
     near = None
