@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from hmatrix._backend import Array, Space, dtype_name, to_numpy, transpose
-from hmatrix._checks import FileFormatError, HMatrixError, check_kind
+from hmatrix._checks import FileFormatError, HMatrixError, check_array, check_kind
 from hmatrix.factor import (
     Factorization,
     HODLRCholesky,
@@ -116,11 +116,15 @@ def load(
     ------
     FileNotFoundError
         If there is no such file.
+    BackendError
+        If ``like`` is not an array.
     FileFormatError
         If it is truncated, damaged (each array has a checksum), of another format or of
         a newer version.
     """
     path = Path(path)
+    if like is not None:
+        check_array("like", like)
     if not path.exists():
         msg = f"`path`: there is no file {path}."
         raise FileNotFoundError(msg)
