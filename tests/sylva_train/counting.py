@@ -8,11 +8,15 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """Notes the shapes of tensors that operations make in memory of their own."""
+    """Notes shapes and types of tensors that operations make in memory of their own."""
 
     def __init__(self):
         super().__init__()
-        self.shapes = []
+        self.made = []
+
+    @property
+    def shapes(self):
+        return [shape for shape, _ in self.made]
 
     def __torch_dispatch__(self, operation, _types, args=(), kwargs=None):
         made = operation(*args, **(kwargs or {}))
@@ -21,7 +25,9 @@ class Allocations(TorchDispatchMode):
             for tree in ((args, kwargs), made)
         )
         there = {x.untyped_storage().data_ptr() for x in given}
-        self.shapes += [
-            tuple(x.shape) for x in found if x.untyped_storage().data_ptr() not in there
+        self.made += [
+            (tuple(x.shape), x.dtype)
+            for x in found
+            if x.untyped_storage().data_ptr() not in there
         ]
         return made

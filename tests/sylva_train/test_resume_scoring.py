@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sylva_train._checks import AdapterError, ConfigError
+from sylva_train._checks import AdapterError, ConfigError, atomic_write
 from sylva_train.importance import score
 from tests.sylva_train.models import make_model
 from tests.sylva_train.test_passes import (
@@ -106,6 +106,16 @@ def test_other_rules_go_on_as_well(rule, tmp_path):
 def test_nothing_is_saved_before_its_time(tmp_path):
     _, ran = resumed("bert", tmp_path, config(), 2, minutes=60.0)
     assert ran == 3
+
+
+def test_what_a_killed_process_was_writing_goes(tmp_path):
+    killed = atomic_write(tmp_path / "sums-0.safetensors")
+    # safetensors writes to a file of another name first.
+    left = killed.__enter__().with_name("another")
+    left.write_bytes(b"")
+    score(make_model(), data("bert"), config(), checkpoint=tmp_path)
+    assert not left.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"]
 
 
 def test_finished_scoring_is_read_back(tmp_path):

@@ -155,19 +155,21 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path``, renamed to it if the block succeeds."""
+    """Yield a file in a temporary sibling folder, which becomes ``path`` if the block succeeds.
+
+    In a folder, so that what a process that is killed leaves there has one name: safetensors
+    writes to a file of its own first.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         with naming(path):
-            yield temporary
-        publish(temporary)
-        temporary.replace(path)
+            yield folder / path.name
+        publish(folder)
+        (folder / path.name).replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

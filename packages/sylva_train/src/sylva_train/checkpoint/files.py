@@ -30,6 +30,7 @@ from sylva_train._checks import (
     OutputExistsError,
     SylvaError,
     atomic_folder,
+    write_text,
 )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "claimed",
     "load_checkpoint",
     "save_checkpoint",
+    "update_record",
 ]
 
 FORMAT = "sylva-checkpoint/1"
@@ -216,10 +218,23 @@ def save_checkpoint(
             "state": tree,
             TENSORS: file_digest(temporary / TENSORS),
         }
-        content = {"sha256": text_digest(body), "body": body}
-        (temporary / STATE).write_text(json.dumps(content), encoding="utf-8")
+        (temporary / STATE).write_text(signed(body), encoding="utf-8")
     prune(Path(output), checkpoint.step)
     return path
+
+
+def signed(body: Mapping[str, Any]) -> str:
+    """Return a state file's text: its content and the checksum of it."""
+    return json.dumps({"sha256": text_digest(body), "body": body})
+
+
+def update_record(
+    output: str | os.PathLike[str], step: int, record: Mapping[str, Any]
+) -> None:
+    """Replace a checkpoint's ``record``, and no tensor of it."""
+    file = Path(output) / f"checkpoint-{step}" / STATE
+    body = json.loads(file.read_text(encoding="utf-8"))["body"]
+    write_text(file, signed(body | {"record": record}))
 
 
 def prune(output: Path, step: int) -> None:

@@ -41,7 +41,7 @@ class Pass:
 def size_words(size: float) -> str:
     """Print a number of bytes as people say it."""
     for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= scale:
+        if size >= 0.9995 * scale:  # what three digits round to it
             return f"{size / scale:.3g} {unit}"
     return f"{size:.0f} bytes"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from sylva_train._checks import ConfigError, check_positive
 from sylva_train._files import read_tensors, write_tensors
 from sylva_train._torch import tensor_bytes
 from sylva_train.config import SylvaConfig
-from sylva_train.processes import rank_and_size
+from sylva_train.processes import is_first, rank_and_size
 from sylva_train.targets import weight_device, weight_view
 
 from .factors import revive
@@ -96,6 +97,10 @@ class Store:
         self.settings = dict(settings)
         self.saved = time.monotonic()
         self.path = folder / f"sums-{rank_and_size()[0]}.safetensors"
+        if is_first():
+            # What processes left that were killed while they saved: gigabytes each.
+            for leftover in folder.glob(".*.safetensors.*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def check(self, found: Mapping[str, Any]) -> None:
         """Raise `ConfigError` where a file there was made with other settings."""
