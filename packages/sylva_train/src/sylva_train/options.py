@@ -32,6 +32,7 @@ __all__ = [
     "FRACTIONS",
     "IMPORTANCES",
     "KRONECKER",
+    "LABELLED",
     "METHODS",
     "METRICS",
     "MINILM",
@@ -52,6 +53,8 @@ __all__ = [
 
 #: What data and a model are for; the first is the default.
 TASKS = ("classification", "regression", "causal-lm", "seq2seq")
+#: Those with a label for each text: a class or a number.
+LABELLED = ("classification", "regression")
 #: Rules that score a weight's importance; `kfac` is the paper's. From second-order ones
 #: down to the control, the order of tables.
 IMPORTANCES = (
@@ -337,7 +340,7 @@ class TaskConfig:
         For classification and regression: ``"mean"`` over the tokens of an encoder, the
         model's ``"native"`` head, or ``"auto"``.
     metric : str, optional
-        What to report, one of `sylva_train.evaluation.METRICS`; by default accuracy,
+        What to report, one of `sylva_train.options.METRICS`; by default accuracy,
         Pearson's correlation or perplexity.
     max_new_tokens : int
         For metrics of what a language model writes: tokens of an answer at most.

@@ -6,13 +6,14 @@ import dataclasses
 import shlex
 from pathlib import Path
 
+from sylva_train._checks import folder_size
 from sylva_train.baselines import parse_method
 from sylva_train.comparison import Comparison, check_output
 from sylva_train.workflow import finetune, predict
 
 from . import show
 from .comparing import run_comparison
-from .printing import folder_size, out, prose, say, size, table, written
+from .printing import out, prose, say, size, table, written
 
 __all__ = ["SENTENCES", "run_demo"]
 

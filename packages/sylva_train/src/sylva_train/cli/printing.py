@@ -12,7 +12,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sylva_train._checks import folder_size
 from sylva_train.config_files import config_names, find_config, read_config_file
 
 __all__ = [
@@ -20,7 +19,6 @@ __all__ = [
     "configs",
     "count",
     "facts",
-    "folder_size",
     "lines",
     "out",
     "prose",

@@ -8,15 +8,16 @@ from typing import Any
 
 from rich.measure import Measurement
 
-from sylva_train._checks import ConfigError
+from sylva_train._checks import ConfigError, folder_size
 from sylva_train.comparison import load_results
-from sylva_train.config import KRONECKER, TaskConfig
+from sylva_train.config import TaskConfig
 from sylva_train.evaluation import key_of
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
-from sylva_train.options import FRACTIONS
+from sylva_train.options import FRACTIONS, KRONECKER
 from sylva_train.overlaps import agreement as compared
 from sylva_train.overlaps import best_blocks, usual_block_size
+from sylva_train.progress import duration
 from sylva_train.report import (
     AGREEMENT,
     agreement_cells,
@@ -28,7 +29,6 @@ from sylva_train.tuner import inspect_adapter
 from sylva_train.workflow import (
     describe_masks,
     describe_scores,
-    duration,
     evaluated_on,
     load_choice,
     mask_entries,
@@ -36,18 +36,7 @@ from sylva_train.workflow import (
     score_entries,
 )
 
-from .printing import (
-    as_text,
-    count,
-    facts,
-    folder_size,
-    out,
-    prose,
-    say,
-    size,
-    table,
-    written,
-)
+from .printing import as_text, count, facts, out, prose, say, size, table, written
 
 __all__ = [
     "agreement",

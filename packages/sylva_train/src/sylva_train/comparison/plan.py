@@ -10,12 +10,12 @@ from typing import Any
 from sylva_train._checks import ConfigError, check_integer, check_positive
 from sylva_train.baselines import parse_method
 from sylva_train.config import SylvaConfig
-from sylva_train.data import LABELLED
 from sylva_train.evaluation import REGRESSION, known_metrics
 from sylva_train.options import (
     DEMO,
     DEMO_STEPS,
     DEMO_TASK,
+    LABELLED,
     METHODS,
     SylvaOptions,
     TaskConfig,

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError
-from sylva_train.config import SylvaConfig, memory_bytes
+from sylva_train.config import SylvaConfig
+from sylva_train.options import memory_bytes
 from sylva_train.targets import weight_device, weight_view
 
 from .factors import accumulator

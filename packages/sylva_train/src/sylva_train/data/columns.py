@@ -9,13 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from sylva_train._checks import ConfigError, DataError
-from sylva_train.options import TASKS
+from sylva_train.options import LABELLED
 
 from .files import HeaderTest, Row, Table, other_separator
 
 __all__ = [
-    "LABELLED",
-    "TASKS",
     "choose_columns",
     "choose_texts",
     "columns_of",
@@ -23,9 +21,6 @@ __all__ = [
     "number_in",
     "without_header",
 ]
-
-#: Those with a label for each text: a class or a number.
-LABELLED = ("classification", "regression")
 
 # Column names that are taken where none is given, whatever their case; the pairs are
 # GLUE's: RTE and STS-B (and MNLI's own files), MNLI, QQP, QNLI, MRPC.

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from sylva_train._checks import ConfigError, DataError, check_choice, check_integer
+from sylva_train.options import LABELLED, TASKS
 
 from .columns import (
-    LABELLED,
-    TASKS,
     choose_columns,
     columns_of,
     header_test,
@@ -28,7 +27,7 @@ from .files import Row, Table
 from .prompts import as_prompts
 from .sources import find_table
 
-__all__ = ["LABELLED", "TASKS", "TextDataset", "load_data"]
+__all__ = ["TextDataset", "load_data"]
 
 #: Column of the part of the data that a row belongs to.
 GROUP_NAME = "subject"

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sylva_train._checks import check_choice
+from sylva_train.options import LABELLED, TASKS
 
-from .columns import LABELLED, TASKS, choose_texts, columns_of, header_test
+from .columns import choose_texts, columns_of, header_test
 from .dataset import TextDataset, pair_in, text_of
 from .files import Row, Table
 from .prompts import as_prompts

@@ -6,7 +6,6 @@ from .labels import label_logits, number_metrics, prediction_metrics
 from .metrics import (
     CHOICE,
     GENERATION,
-    METRICS,
     REGRESSION,
     key_of,
     known_metrics,
@@ -16,7 +15,6 @@ from .texts import check_libraries, score_texts
 __all__ = [
     "CHOICE",
     "GENERATION",
-    "METRICS",
     "REGRESSION",
     "check_libraries",
     "check_prompts",

@@ -12,12 +12,13 @@ from transformers import GenerationConfig
 from sylva_train._checks import ConfigError, DataError, check_choice
 from sylva_train._torch import preserved_modes
 from sylva_train.data import Loader, TextDataset
+from sylva_train.options import METRICS
 from sylva_train.progress import Report
 
 from .choice import choice_metrics
 from .generation import write
 from .labels import label_metrics
-from .metrics import CHOICE, GENERATION, METRICS, key_of
+from .metrics import CHOICE, GENERATION, key_of
 from .texts import check_libraries, score_texts
 
 __all__ = ["check_prompts", "evaluate"]

@@ -1,15 +1,12 @@
-"""Which metrics there are, and whether more of one is better."""
+"""Which metrics suit what a model does; `sylva_train.options.METRICS` has them all."""
 
 from __future__ import annotations
-
-from sylva_train.options import METRICS
 
 __all__ = [
     "CHOICE",
     "CLASSIFICATION",
     "GENERATION",
     "LANGUAGE",
-    "METRICS",
     "REGRESSION",
     "key_of",
     "known_metrics",

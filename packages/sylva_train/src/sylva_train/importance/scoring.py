@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError, TargetError, check_choice
-from sylva_train.config import IMPORTANCES, KRONECKER, NEEDS_DATA, SylvaConfig
+from sylva_train.config import SylvaConfig
 from sylva_train.curvature import (
     LayerCurvature,
     Store,
     collect_curvature,
     settings,
 )
+from sylva_train.options import IMPORTANCES, KRONECKER, NEEDS_DATA
 from sylva_train.processes import from_first, is_first, together
 from sylva_train.targets import (
     check_block_size,
@@ -141,7 +142,7 @@ def score_rules(
     config : SylvaConfig
         As for `score`; its own rule does not count.
     rules : sequence of str
-        Of `sylva_train.config.IMPORTANCES`.
+        Of `sylva_train.options.IMPORTANCES`.
 
     Returns
     -------

@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 
 from sylva_train._checks import AdapterError, ConfigError, atomic_folder
 from sylva_train._torch import note_tensors
-from sylva_train.config import KRONECKER, SylvaConfig, SylvaType
+from sylva_train.config import SylvaConfig, SylvaType
 from sylva_train.masks import LayerMask
+from sylva_train.options import KRONECKER
 from sylva_train.targets import is_inside
 
 __all__ = [

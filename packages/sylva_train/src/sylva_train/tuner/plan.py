@@ -10,10 +10,11 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from sylva_train._checks import ConfigError
-from sylva_train.config import NEEDS_DATA, SylvaConfig
+from sylva_train.config import SylvaConfig
 from sylva_train.importance import score
 from sylva_train.layers import check_masks, find_saved, warn_of_statistics
 from sylva_train.masks import LayerMask, Masks
+from sylva_train.options import NEEDS_DATA
 from sylva_train.selection import select_as
 from sylva_train.targets import is_inside, is_supported, matches
 

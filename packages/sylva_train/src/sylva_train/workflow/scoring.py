@@ -10,15 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sylva_train._checks import ConfigError, OutputExistsError
-from sylva_train.config import (
-    KRONECKER,
-    NEEDS_DATA,
-    WRITING,
-    SylvaConfig,
-    SylvaOptions,
-    TaskConfig,
-)
+from sylva_train.config import SylvaConfig, TaskConfig
 from sylva_train.importance import Scores, score
+from sylva_train.options import KRONECKER, NEEDS_DATA, WRITING, SylvaOptions
 from sylva_train.processes import is_first, together
 from sylva_train.progress import Progress
 from sylva_train.targets import check_block_size, find_targets

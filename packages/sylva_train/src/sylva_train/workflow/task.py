@@ -14,7 +14,6 @@ from torch import nn
 from sylva_train._checks import ConfigError, DataError, ModelError, check_choice
 from sylva_train.config import TaskConfig, TrainingConfig
 from sylva_train.data import (
-    LABELLED,
     Loader,
     TextDataset,
     builtin_names,
@@ -27,7 +26,7 @@ from sylva_train.evaluation import (
     check_prompts,
     known_metrics,
 )
-from sylva_train.options import MINILM
+from sylva_train.options import LABELLED, MINILM
 from sylva_train.pretrained import load_model, saved_labels
 from sylva_train.progress import Report
 
