@@ -340,8 +340,8 @@ def test_a_process_tells_its_error_and_ends(home, tmp_path):
     job.spec["task"]["data"] = str(tmp_path / "missing.csv")
     words = r"Full fine-tuning, seed 0: .*missing\.csv: there is no such file"
     with pytest.raises(DataError, match=words):
-        start(job, tmp_path / "row.json", lambda *_: None, Processes())
-    assert list(tmp_path.iterdir()) == []
+        start(job, tmp_path, lambda *_: None, Processes())
+    assert [path.exists() for path in job.files(tmp_path)] == [False, True]
 
 
 @pytest.mark.slow

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import torch
 
-from ._checks import ConfigError, NonFiniteError, check_density, check_integer
+from ._checks import ConfigError, check_density, check_integer
 from .importance import LayerScores, Scores
 from .masks import LayerMask, Masks
-from .selection import top_blocks
+from .selection import blocks_of, top_blocks
 
 __all__ = ["agreement", "best_blocks", "usual_block_size"]
 
@@ -117,7 +117,7 @@ def agreement(
             "score_share": score_share(grids[0], mine, theirs),
         }
         expected += len(mine) * len(theirs) / math.prod(mine.grid_shape)
-    chosen = sum(map(len, best.values()))
+    chosen = best.blocks
     return {
         "density": None if masks else density,
         "block_size": side,
@@ -221,17 +221,12 @@ def best_blocks(
     if isinstance(choice, Masks):
         return choice
     found = {}
-    for name, layer in choice.items():
-        blocks = layer.blocks(block_size)
-        if not bool(blocks.isfinite().all()):
-            msg = f"scores of `{name}` are NaN or infinite: none are the highest."
-            raise NonFiniteError(msg)
+    for name, blocks in blocks_of(choice, block_size).items():
         count = max(1, math.floor(density * blocks.numel() + 1e-9))
         if like is not None and name in like:
             count = len(like[name])
-        flat, columns = top_blocks(blocks, count), blocks.shape[1]
-        indices = torch.stack([flat // columns, flat % columns], 1)
-        found[name] = LayerMask(layer.shape, block_size, indices)
+        flat = top_blocks(blocks, count)
+        found[name] = LayerMask.from_flat(choice[name].shape, block_size, flat)
     return Masks(found, choice.metadata)
 
 

@@ -101,23 +101,26 @@ def concentrate(
     return kept
 
 
-def spread_out(blocks: torch.Tensor, row_cap: int, column_cap: int) -> torch.Tensor:
+def spread_out(blocks: torch.Tensor, share: float) -> torch.Tensor:
     """Mark blocks that share their rows and columns with few better ones.
 
-    Taken one by one from the best down, a block is marked if fewer than ``row_cap`` of
-    its row and ``column_cap`` of its column are.
+    Taken one by one from the best down, a block is marked if less than a share of its
+    row and of its column, rounded up, are.
 
     Parameters
     ----------
     blocks : torch.Tensor, shape (rows, columns)
         Their scores; ties go to the smaller index.
-    row_cap, column_cap : int
-        At least 1.
+    share : float
+        Of the blocks of a row or column; one may always be marked.
 
     Returns
     -------
     torch.Tensor, shape (rows, columns), bool
     """
+    row_cap, column_cap = (
+        max(math.ceil(share * n - 1e-9), 1) for n in reversed(blocks.shape)
+    )
     size = blocks.numel()
     place = torch.empty(size, dtype=torch.int64)
     place[top_blocks(blocks, size)] = torch.arange(size)
@@ -370,11 +373,7 @@ def select(
     if spread:
         for name, block in blocks.items():
             own = counts[name] / block.numel() if shared else density
-            row_cap, column_cap = (
-                max(math.ceil(spread * own * n - 1e-9), 1)
-                for n in reversed(block.shape)
-            )
-            preferred[name] = spread_out(block, row_cap, column_cap)
+            preferred[name] = spread_out(block, spread * own)
     if scope == "layer":
         chosen = {
             name: top_blocks(block, counts[name], preferred[name])
@@ -388,11 +387,10 @@ def select(
         chosen = best_of_all(blocks, density, preferred)
     if not any(len(flat) for flat in chosen.values()):
         raise none_left(blocks, density, block_size, scope)
-    masks = {}
-    for name, flat in chosen.items():
-        columns = blocks[name].shape[1]
-        indices = torch.stack([flat // columns, flat % columns], 1)
-        masks[name] = LayerMask(scores[name].shape, block_size, indices)
+    masks = {
+        name: LayerMask.from_flat(scores[name].shape, block_size, flat)
+        for name, flat in chosen.items()
+    }
     metadata = dict(scores.metadata) | {
         "density": density,
         "block_size": block_size,

@@ -22,7 +22,7 @@ from sylva_train.options import (
     TrainingConfig,
 )
 
-from .job import Job
+from .process import Job
 
 __all__ = [
     "LEARNING_RATES",

@@ -73,8 +73,7 @@ def title(page: Page, agreement: Mapping[str, Any] | None) -> Headline:
     """Return what the page says first."""
     if agreement is None:
         (grid,) = page.masks.values()
-        count = masks.count_blocks(grid)
-        return Headline(f"{count:,} blocks in {len(grid)} layers", (), ())
+        return Headline(f"{grid.blocks:,} blocks in {len(grid)} layers", (), ())
     medians = agreement["median"]
     figures = [
         (fraction(agreement["chance"]), "would be the same by chance"),
@@ -99,7 +98,7 @@ def agreed(page: Page, agreement: Mapping[str, Any]) -> str:
         f'<p class="note">{swatch.format(BOTH)}in both, {swatch.format(HERE)}only in'
         f" {here}, {swatch.format(THERE)}only in {there}.</p>"
     )
-    drawn = sum(map(masks.count_blocks, (both, mine, theirs)))
+    drawn = both.blocks + mine.blocks + theirs.blocks
     picture = (
         masks.mask_grid(both, BOTH, [(mine, HERE), (theirs, THERE)])
         if drawn <= layers.MOST_BLOCKS

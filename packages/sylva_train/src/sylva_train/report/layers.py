@@ -43,7 +43,7 @@ def chosen_blocks(page: Page) -> str:
     drawn = 0
     for method in (first, *(other for other in every if other != first)):
         grid = every[method]
-        drawn += masks.count_blocks(grid)
+        drawn += grid.blocks
         name, body = page.named(method), _mask_body(page, method, grid)
         if method == first:
             parts.append(f"<h3>{name}</h3>{body}")

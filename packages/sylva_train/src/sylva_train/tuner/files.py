@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from sylva_train._checks import AdapterError, ConfigError, atomic_folder
 from sylva_train._torch import note_tensors
 from sylva_train.config import SylvaConfig, SylvaType
-from sylva_train.masks import LayerMask
+from sylva_train.masks import LayerMask, Masks
 from sylva_train.options import KRONECKER
 from sylva_train.targets import is_inside
 
@@ -55,7 +55,7 @@ class Adapter:
     ----------
     config : SylvaConfig
         As it was written.
-    masks : dict of str to LayerMask
+    masks : Masks
         By the layer's name in the base model.
     values : dict of str to torch.Tensor
         (k, b, b) float32 for each layer.
@@ -66,7 +66,7 @@ class Adapter:
     """
 
     config: SylvaConfig
-    masks: dict[str, LayerMask]
+    masks: Masks
     values: dict[str, torch.Tensor]
     modules: dict[str, torch.Tensor]
     embeddings: dict[str, torch.Tensor]
@@ -246,7 +246,7 @@ def verify(
             f" {digest[:12]}…, not {str(config.checksum)[:12]}…. Get the adapter again."
         )
         raise AdapterError(msg)
-    return Adapter(config, masks, values, rest, embeddings)
+    return Adapter(config, Masks(masks), values, rest, embeddings)
 
 
 def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
         If the adapter is damaged.
     """
     adapter = read_adapter(path)
-    config = adapter.config
+    config, masks = adapter.config, adapter.masks
     layers = {
         name: {
             "shape": mask.shape,
@@ -280,10 +280,8 @@ def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
             "trainable": mask.trainable,
             "density": mask.trainable / mask.total,
         }
-        for name, mask in adapter.masks.items()
+        for name, mask in masks.items()
     }
-    trainable = sum(mask.trainable for mask in adapter.masks.values())
-    total = sum(mask.total for mask in adapter.masks.values())
     return {
         "base": {
             "name": config.to_dict()["base_model_name_or_path"],
@@ -293,10 +291,10 @@ def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
         "curvature": config.curvature if config.importance in KRONECKER else None,
         "block_size": config.block_size,
         "layers": layers,
-        "blocks": sum(map(len, adapter.masks.values())),
-        "trainable": trainable,
-        "total": total,
-        "density": trainable / total,
+        "blocks": masks.blocks,
+        "trainable": masks.trainable,
+        "total": masks.total,
+        "density": masks.density,
         "modules_to_save": {k: tuple(t.shape) for k, t in adapter.modules.items()},
         "modules_trainable": sum(t.numel() for t in adapter.modules.values()),
         "bytes": sum(f.stat().st_size for f in Path(path).iterdir() if f.is_file()),

@@ -297,9 +297,9 @@ def train_blocks(
     """Train embedded blocks, evaluate them and save the adapter."""
     loader, eval_loader = loaders
     steps = number_of_steps(loader, training)
-    blocks, none = sum(map(len, masks.values())), sum(not m for m in masks.values())
+    none = sum(not mask for mask in masks.values())
     bars.say(
-        f"Training {masks.trainable:,} weights for {steps:,} steps: {blocks:,} blocks,"
+        f"Training {masks.trainable:,} weights for {steps:,} steps: {masks.blocks:,} blocks,"
         f" {masks.density:.1%} of the weights of {len(masks)} layers"
         + (f" ({none} without a block)." if none else ".")
     )
@@ -343,7 +343,7 @@ def train_blocks(
         "history": result.history,
         "seconds_per_step": result.seconds_per_step,
         "train_seconds": result.train_seconds,
-        "blocks": blocks,
+        "blocks": masks.blocks,
         "trainable": masks.trainable + head,
         "head": head,
         "density": masks.density,
