@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ._checks import AdapterError, atomic_write
 from ._torch import note_tensors
 
-__all__ = ["Layers", "read_tensors", "write_tensors"]
+__all__ = ["Layers", "as_read", "read_tensors", "write_tensors"]
 
 Layer = TypeVar("Layer")
 
@@ -39,6 +39,12 @@ class Layers(Mapping[str, Layer]):
         return len(self.layers)
 
 
+def as_read(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return content as JSON gives it back: no tuples, and no keys but strings."""
+    read: dict[str, Any] = json.loads(json.dumps(content))
+    return read
+
+
 def checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> str:
     """Hash tensors, by name, and their header."""
     total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
@@ -53,8 +59,7 @@ def write_tensors(
 ) -> None:
     """Write tensors and a header with a ``format`` and a checksum, or nothing."""
     kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    # As it will be read: JSON has no tuples, and no keys but strings.
-    plain = json.loads(json.dumps(header))
+    plain = as_read(header)
     plain["sha256"] = checksum(kept, plain)
     with atomic_write(path) as temporary:
         save_file(kept, temporary, metadata={"sylva": json.dumps(plain)})

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from sylva_train._checks import atomic_write
+from sylva_train._checks import write_text
 from sylva_train._torch import preserved_modes
 from sylva_train.data import Loader
 from sylva_train.progress import Report
@@ -136,8 +136,7 @@ class PooledClassifier(PreTrainedModel):
         if path.exists():  # only the main process writes it
             fields = json.loads(path.read_text(encoding="utf-8"))
             fields["model_type"] = SAVED + self.config.model_type
-            with atomic_write(path) as temporary:
-                temporary.write_text(json.dumps(fields, indent=2), encoding="utf-8")
+            write_text(path, json.dumps(fields, indent=2))
 
     def forward(
         self,

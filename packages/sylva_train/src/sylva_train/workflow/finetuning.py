@@ -19,6 +19,7 @@ from sylva_train._checks import (
     occupied,
     write_text,
 )
+from sylva_train._files import as_read
 from sylva_train._torch import tensor_bytes
 from sylva_train.checkpoint import checkpoints
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
@@ -61,9 +62,7 @@ def run_record(
         "training": dataclasses.asdict(training),
         "source": source,
     }
-    # As it will be read: tuples become lists, numbers keep their type.
-    read: dict[str, Any] = json.loads(json.dumps(record))
-    return read
+    return as_read(record)
 
 
 def check_same(begun: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from sylva_train._checks import ConfigError, OutputExistsError
+from sylva_train._files import as_read
 from sylva_train.config import SylvaConfig, TaskConfig
 from sylva_train.importance import Scores, score
 from sylva_train.options import KRONECKER, NEEDS_DATA, WRITING, SylvaOptions
@@ -45,8 +45,7 @@ def asked(task: TaskConfig, config: SylvaConfig, seed: int) -> dict[str, Any]:
         "task": {n: v for n, v in about.items() if n not in EVALUATION},
         "sylva": {n: v for n, v in sylva_options(config).items() if n not in LATER},
     }
-    read: dict[str, Any] = json.loads(json.dumps(parts))
-    return read
+    return as_read(parts)
 
 
 def finished(output: Path, wanted: dict[str, Any]) -> Scores | None:
