@@ -101,26 +101,28 @@ def concentrate(
     return kept
 
 
-def spread_out(blocks: torch.Tensor, share: float) -> torch.Tensor:
+def caps(shape: torch.Size, share: float) -> tuple[int, ...]:
+    """Return how many blocks a row and a column may have: a share of its own, at least 1."""
+    return tuple(max(math.ceil(share * n - 1e-9), 1) for n in reversed(shape))
+
+
+def spread_out(blocks: torch.Tensor, row_cap: int, column_cap: int) -> torch.Tensor:
     """Mark blocks that share their rows and columns with few better ones.
 
-    Taken one by one from the best down, a block is marked if less than a share of its
-    row and of its column, rounded up, are.
+    Taken one by one from the best down, a block is marked if fewer than ``row_cap`` of
+    its row and ``column_cap`` of its column are.
 
     Parameters
     ----------
     blocks : torch.Tensor, shape (rows, columns)
         Their scores; ties go to the smaller index.
-    share : float
-        Of the blocks of a row or column; one may always be marked.
+    row_cap, column_cap : int
+        At least 1.
 
     Returns
     -------
     torch.Tensor, shape (rows, columns), bool
     """
-    row_cap, column_cap = (
-        max(math.ceil(share * n - 1e-9), 1) for n in reversed(blocks.shape)
-    )
     size = blocks.numel()
     place = torch.empty(size, dtype=torch.int64)
     place[top_blocks(blocks, size)] = torch.arange(size)
@@ -373,7 +375,7 @@ def select(
     if spread:
         for name, block in blocks.items():
             own = counts[name] / block.numel() if shared else density
-            preferred[name] = spread_out(block, spread * own)
+            preferred[name] = spread_out(block, *caps(block.shape, spread * own))
     if scope == "layer":
         chosen = {
             name: top_blocks(block, counts[name], preferred[name])
