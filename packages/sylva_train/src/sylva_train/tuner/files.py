@@ -37,6 +37,7 @@ __all__ = [
     "inspect_adapter",
     "own_tensors",
     "read_adapter",
+    "state_blocks",
     "write_adapter",
 ]
 
@@ -92,6 +93,23 @@ def checksum(tensors: Mapping[str, torch.Tensor], config: SylvaConfig) -> str:
     digest = hashlib.sha256(head.encode())
     note_tensors({k.removeprefix(PREFIX): t for k, t in tensors.items()}, digest)
     return digest.hexdigest()
+
+
+def state_blocks(config: SylvaConfig, masks: Mapping[str, LayerMask]) -> None:
+    """Write into a configuration which blocks its adapter has.
+
+    Raises
+    ------
+    ConfigError
+        If they have several sizes.
+    """
+    sizes = {mask.block_size for mask in masks.values()}
+    if len(sizes) > 1:
+        msg = f"`masks` of one adapter must have one block size; got {sorted(sizes)}."
+        raise ConfigError(msg)
+    config.masks, config.block_size = None, sizes.pop()
+    config.block_counts = {name: len(mask) for name, mask in masks.items()}
+    config.layer_shapes = {name: list(mask.shape) for name, mask in masks.items()}
 
 
 def write_adapter(
@@ -201,36 +219,14 @@ def verify(
         for name, tensor in plain.items()
         if name not in rest and not is_repeated(name)
     }
-    assert config.block_counts is not None
-    assert config.layer_shapes is not None
     masks, values = {}, {}
-    side = config.block_size
-    for name, count in config.block_counts.items():
-        value, table = (
-            rest.pop(f"{name}.{VALUES}", None),
-            rest.pop(f"{name}.{INDICES}", None),
-        )
+    for name in config.block_counts or {}:
+        value, table = (rest.pop(f"{name}.{k}", None) for k in (VALUES, INDICES))
         if value is None or table is None:
             msg = f"the adapter `{origin}` is damaged: it has no blocks for `{name}`."
             raise AdapterError(msg)
-        got = (tuple(value.shape), tuple(table.shape))
-        if got != ((count, side, side), (count, 2)) or value.dtype not in FLOATS:
-            msg = (
-                f"the adapter `{origin}` is damaged: `{name}` should have {count} blocks"
-                f" of {side} × {side} float values, but has values {got[0]}"
-                f" {value.dtype} and indices {got[1]}."
-            )
-            raise AdapterError(msg)
-        try:
-            out, inputs = config.layer_shapes[name]
-            mask = LayerMask((out, inputs), side, table)
-            sorted_right = torch.equal(mask.indices, table.cpu().long())
-        except (ConfigError, ValueError, TypeError):
-            sorted_right = False
-        if not sorted_right:
-            msg = f"the adapter `{origin}` is damaged: the block indices of `{name}`."
-            raise AdapterError(msg)
-        masks[name], values[name] = mask, value
+        masks[name] = checked_mask(name, value, table, config, origin)
+        values[name] = value
     for name in rest | embeddings:
         if name.endswith((VALUES, INDICES)) or (
             name in embeddings and not name.endswith((".weight", ".bias"))
@@ -247,6 +243,42 @@ def verify(
         )
         raise AdapterError(msg)
     return Adapter(config, Masks(masks), values, rest, embeddings)
+
+
+def checked_mask(
+    name: str,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    config: SylvaConfig,
+    origin: str,
+) -> LayerMask:
+    """Return the mask of a layer's indices, which fit its values and its shape.
+
+    Raises
+    ------
+    AdapterError
+        If they do not.
+    """
+    assert config.block_counts is not None
+    assert config.layer_shapes is not None
+    count, side = config.block_counts[name], config.block_size
+    got = (tuple(values.shape), tuple(table.shape))
+    if got != ((count, side, side), (count, 2)) or values.dtype not in FLOATS:
+        msg = (
+            f"the adapter `{origin}` is damaged: `{name}` should have {count} blocks"
+            f" of {side} × {side} float values, but has values {got[0]}"
+            f" {values.dtype} and indices {got[1]}."
+        )
+        raise AdapterError(msg)
+    try:
+        out, inputs = config.layer_shapes[name]
+        mask = LayerMask((out, inputs), side, table)
+        if torch.equal(mask.indices, table.cpu().long()):
+            return mask
+    except (ConfigError, ValueError, TypeError):
+        pass
+    msg = f"the adapter `{origin}` is damaged: the block indices of `{name}`."
+    raise AdapterError(msg)
 
 
 def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
