@@ -29,12 +29,10 @@ __all__ = [
     "DEMO_STEPS",
     "DEMO_TASK",
     "DTYPES",
-    "FRACTIONS",
     "IMPORTANCES",
     "KRONECKER",
     "LABELLED",
     "METHODS",
-    "METRICS",
     "MINILM",
     "NEEDS_DATA",
     "POOLINGS",
@@ -93,33 +91,6 @@ POOLINGS = ("auto", "mean", "native")
 SCHEDULES = ("linear", "cosine", "constant")
 #: Options of `TaskConfig` that say how a language model writes.
 WRITING = ("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_size")
-#: Metrics that can be the score, and whether more is better.
-METRICS = {
-    "accuracy": True,
-    "f1": True,
-    "f1-binary": True,
-    "mcc": True,
-    "pearson": True,
-    "spearman": True,
-    "mse": False,
-    "loss": False,
-    "perplexity": False,
-    "token_accuracy": True,
-    "bleu": True,
-    "nist": True,
-    "meteor": True,
-    "rouge-l": True,
-    "rouge-l-coco": True,
-    "cider": True,
-    "exact-match": True,
-    "answer": True,
-    "choice": True,
-}
-#: Those between 0 and 1, which readers expect in percent, by their names in results.
-FRACTIONS = {
-    "accuracy", "f1", "f1_binary", "token_accuracy", "meteor", "rouge_l", "rouge_l_coco",
-    "exact_match", "answer", "choice",
-}  # fmt: skip
 #: Ways to train a model side by side, in the order of a full comparison.
 METHODS = (
     "frozen",
@@ -340,7 +311,7 @@ class TaskConfig:
         For classification and regression: ``"mean"`` over the tokens of an encoder, the
         model's ``"native"`` head, or ``"auto"``.
     metric : str, optional
-        What to report, one of `sylva_train.options.METRICS`; by default accuracy,
+        What to report, one of `sylva_train.metrics.METRICS`; by default accuracy,
         Pearson's correlation or perplexity.
     max_new_tokens : int
         For metrics of what a language model writes: tokens of an answer at most.

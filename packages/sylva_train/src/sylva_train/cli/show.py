@@ -11,10 +11,10 @@ from rich.measure import Measurement
 from sylva_train._checks import ConfigError, folder_size
 from sylva_train.comparison import load_results
 from sylva_train.config import TaskConfig
-from sylva_train.evaluation import key_of
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
-from sylva_train.options import FRACTIONS, KRONECKER
+from sylva_train.metrics import FRACTIONS, key_of
+from sylva_train.options import KRONECKER
 from sylva_train.overlaps import agreement as compared
 from sylva_train.overlaps import best_blocks, usual_block_size
 from sylva_train.progress import duration

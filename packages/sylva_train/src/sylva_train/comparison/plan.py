@@ -10,7 +10,7 @@ from sylva_train._checks import ConfigError, check_integer, check_positive
 from sylva_train._files import as_read
 from sylva_train.baselines import parse_method
 from sylva_train.config import SylvaConfig
-from sylva_train.evaluation import REGRESSION, known_metrics
+from sylva_train.metrics import REGRESSION, known_metrics
 from sylva_train.options import (
     DEMO,
     DEMO_STEPS,

@@ -25,13 +25,8 @@ from sylva_train.baselines import (
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.curvature import describe_factor
 from sylva_train.data import Loader
-from sylva_train.evaluation import (
-    evaluate,
-    key_of,
-    known_metrics,
-    number_metrics,
-    prediction_metrics,
-)
+from sylva_train.evaluation import evaluate, number_metrics, prediction_metrics
+from sylva_train.metrics import key_of, known_metrics
 from sylva_train.pretrained import pooled_features, quiet
 from sylva_train.targets import find_targets
 from sylva_train.training import (

@@ -10,7 +10,8 @@ from typing import Any
 
 from sylva_train._checks import DataError
 from sylva_train.comparison import FORMAT
-from sylva_train.options import FRACTIONS, METHODS
+from sylva_train.metrics import FRACTIONS, key_of
+from sylva_train.options import METHODS
 
 __all__ = [
     "BYTES",
@@ -241,7 +242,7 @@ def metric_of(results: Results) -> Metric:
     """Return how the scores of a comparison are named and printed."""
     setup = results.get("setup", {})
     name = str(setup.get("metric") or "score")
-    percent = name.replace("-", "_") in FRACTIONS
+    percent = key_of(name) in FRACTIONS
     # One example of a small evaluation set is worth more than 0.02 points.
     many = (setup.get("eval_examples") or 0) >= 5000
     return Metric(

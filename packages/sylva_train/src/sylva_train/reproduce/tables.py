@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sylva_train.baselines import parse_method
-from sylva_train.evaluation import key_of
-from sylva_train.options import METRICS
+from sylva_train.metrics import METRICS, key_of
 from sylva_train.report import Metric, metric_of, percentage
 
 from .quality import Cell, average

@@ -20,12 +20,8 @@ from sylva_train.data import (
     is_single,
     load_data,
 )
-from sylva_train.evaluation import (
-    GENERATION,
-    check_libraries,
-    check_prompts,
-    known_metrics,
-)
+from sylva_train.evaluation import check_libraries, check_prompts
+from sylva_train.metrics import GENERATION, known_metrics
 from sylva_train.options import LABELLED, MINILM
 from sylva_train.pretrained import load_model, saved_labels
 from sylva_train.progress import Report
