@@ -17,7 +17,7 @@ from sylva_train.masks import LayerMask, Masks
 from . import layers, masks
 from .headline import Headline
 from .page import document
-from .parts import Page, section
+from .page_parts import Page, section, table
 
 __all__ = ["AGREEMENT", "agreement_cells", "write_choices"]
 
@@ -126,9 +126,7 @@ def agreed(page: Page, agreement: Mapping[str, Any]) -> str:
     )
     return section(
         "How far they agree",
-        f"{key if picture else ''}{picture}"
-        '<div class="scroll"><table class="summary">'
-        f"<thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>"
+        f"{key if picture else ''}{picture}{table('summary', heads, lines)}"
         f'<p class="note">{note}</p>',
     )
 

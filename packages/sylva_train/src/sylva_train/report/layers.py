@@ -12,7 +12,7 @@ import numpy as np
 from sylva_train.masks import LayerMask, Masks
 
 from . import masks, structure
-from .parts import Page, cells, facts, pair, section
+from .page_parts import Page, cells, facts, pair, section, table
 from .summary import BYTES, finite, percentage, quantity
 
 __all__ = ["block_scores", "chosen_blocks", "factor"]
@@ -93,8 +93,7 @@ def _overlap(page: Page, every: Mapping[str, Masks]) -> str:
     note = f"Of the smaller mask, over all layers; first seed.{chance}"
     return (
         "<h3>Blocks that two rules have in common, %</h3>"
-        '<div class="scroll"><table class="overlap">'
-        f"<thead><tr><th></th>{heads}</tr></thead><tbody>{lines}</tbody></table></div>"
+        f"{table('overlap', f'<th></th>{heads}', lines)}"
         f'<p class="note">{note}</p>'
     )
 

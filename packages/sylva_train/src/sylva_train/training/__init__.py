@@ -1,7 +1,7 @@
 """One training loop over parts that are passed in, resumable bit for bit."""
 
 from .loop import BatchLoader, TrainResult, number_of_steps, train
-from .parts import make_scheduler, pick_device
+from .setup import make_scheduler, pick_device
 
 __all__ = [
     "BatchLoader",

@@ -39,7 +39,7 @@ from sylva_train.processes import agree, is_first, rank_and_size, together
 from sylva_train.progress import Progress
 
 from .gradient import Batch, Loss, accumulate_gradient, clip_gradient, share
-from .parts import (
+from .setup import (
     check_parts,
     make_scheduler,
     place,
