@@ -186,7 +186,6 @@ def make_plan(
     shape: tuple[int, int],
     block: int,
     itemsize: int = 2,
-    tile: tuple[int, int] | None = None,
 ) -> Plan:
     """Plan the computation of a mask's blocks.
 
@@ -200,8 +199,6 @@ def make_plan(
         Side of a block.
     itemsize : int
         Bytes of an element of the operands, 2 or 4.
-    tile : (int, int), optional
-        Block rows and columns of a program, instead of what the cost model chooses.
 
     Returns
     -------
@@ -217,7 +214,7 @@ def make_plan(
     """
     device = indices.device
     indices = indices.detach().to("cpu", torch.int64)
-    choices = [tile] if tile else tiles(block)
+    choices = tiles(block)
     block_rows, block_columns, places = arrange(indices)
     paired = {rows: pair_up(places, rows) for rows in {rows for rows, _ in choices}}
     programs = {
