@@ -17,7 +17,7 @@ from sylva_train.metrics import FRACTIONS, key_of
 from sylva_train.options import KRONECKER
 from sylva_train.overlaps import agreement as compared
 from sylva_train.overlaps import best_blocks, usual_block_size
-from sylva_train.progress import duration
+from sylva_train.progress import duration, size_words
 from sylva_train.report import (
     AGREEMENT,
     agreement_cells,
@@ -36,7 +36,7 @@ from sylva_train.workflow import (
     score_entries,
 )
 
-from .printing import as_text, count, facts, out, prose, say, size, table, written
+from .printing import as_text, count, facts, out, prose, say, table, written
 
 __all__ = [
     "agreement",
@@ -142,7 +142,7 @@ def adapter(path: Path) -> None:
             "rule": f"{rule} ({about['curvature']})" if about["curvature"] else rule,
             "block size": about["block_size"],
             "trained whole": modules and f"{modules} ({about['modules_trainable']:,})",
-            "on disk": size(about["bytes"]),
+            "on disk": size_words(about["bytes"]),
         }
     )
     # Layers without a block are not in an adapter.
@@ -173,7 +173,7 @@ def run(record: Mapping[str, Any], path: Path) -> None:
             + (f", {seconds:.3g} s each" if seconds else ""),
             "result": f"{score_text(found['metric'], found['score'])} on"
             f" {found['examples']:,} examples",
-            "on disk": size(folder_size(path / "adapter")),
+            "on disk": size_words(folder_size(path / "adapter")),
         }
     )
 
@@ -227,7 +227,9 @@ def diagnosis(found: Mapping[str, Any], *, as_json: bool) -> None:
         tried = f" ({about['tried']} tried)" if about["tried"] else ""
         memory = about.get("memory_bytes")
         threads = about.get("threads")
-        room = size(memory) if memory else f"{threads} thread{'s' * (threads != 1)}"
+        room = (
+            size_words(memory) if memory else f"{threads} thread{'s' * (threads != 1)}"
+        )
         facts(
             {
                 "device": f"{about['device']}: {about['name']}, {room}; kernels of"

@@ -22,6 +22,7 @@ from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train._torch import on_device, preserved_modes
 from sylva_train.config import SylvaConfig
 from sylva_train.processes import agree, rank_and_size, together
+from sylva_train.progress import size_words
 from sylva_train.targets import exclusion, find_targets, input_owners, weight_device
 
 from .batches import (
@@ -37,7 +38,7 @@ from .factors import describe
 from .hooks import Collector
 from .layer import LayerCurvature
 from .merging import merge
-from .planning import Pass, plan_passes, size_words
+from .planning import Pass, plan_passes
 from .state import Position, Store
 
 __all__ = ["Curvatures", "collect_curvature", "damage", "describe_factor"]
