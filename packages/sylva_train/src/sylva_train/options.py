@@ -38,6 +38,8 @@ __all__ = [
     "POOLINGS",
     "SCHEDULES",
     "SCOPES",
+    "SCORING",
+    "SELECTION",
     "SUITABLE",
     "TASKS",
     "TOKENS",
@@ -89,6 +91,10 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 POOLINGS = ("auto", "mean", "native")
 #: Learning-rate schedules after the warm-up.
 SCHEDULES = ("linear", "cosine", "constant")
+#: Options of `SylvaConfig` that change scores, beside the rule, the samples and the layers,
+#: and those that say which blocks to choose by given scores.
+SCORING = ("curvature", "levels", "rank", "exact_below", "tokens", "damping", "seed")
+SELECTION = {"density", "block_size", "scope", "allocation", "spread", "max_columns"}
 #: Options of `TaskConfig` that say how a language model writes.
 WRITING = ("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_size")
 #: Ways to train a model side by side, in the order of a full comparison.

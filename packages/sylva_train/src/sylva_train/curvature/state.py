@@ -16,6 +16,7 @@ from sylva_train._checks import ConfigError, check_positive
 from sylva_train._files import read_tensors, write_tensors
 from sylva_train._torch import sampled, tensor_bytes
 from sylva_train.config import SylvaConfig
+from sylva_train.options import SCORING
 from sylva_train.processes import rank_and_size
 from sylva_train.targets import weight_device, weight_view
 
@@ -26,11 +27,8 @@ from .layer import Accumulators
 __all__ = ["Position", "Store", "settings"]
 
 FORMAT = "sylva-scoring/1"
-#: Options that change the statistics.
-OPTIONS = (
-    "importance", "curvature", "levels", "rank", "exact_below", "tokens", "samples",
-    "block_size", "damping", "seed",
-)  # fmt: skip
+#: Options that change the statistics, and the scores beside them.
+OPTIONS = ("importance", "samples", "block_size", *SCORING)
 
 
 def settings(

@@ -19,7 +19,7 @@ from sylva_train.curvature import (
     collect_curvature,
     settings,
 )
-from sylva_train.options import IMPORTANCES, KRONECKER, NEEDS_DATA
+from sylva_train.options import IMPORTANCES, KRONECKER, NEEDS_DATA, SCORING
 from sylva_train.processes import from_first, is_first, together
 from sylva_train.targets import (
     check_block_size,
@@ -277,10 +277,9 @@ def described(
     rule: str, config: SylvaConfig, samples: int, indefinite: int
 ) -> dict[str, Any]:
     """Return what is worth keeping with scores: how they were made."""
-    names = ("curvature", "levels", "rank", "exact_below", "tokens", "damping", "seed")
     return {
         "importance": rule,
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in SCORING},
         "samples": samples if rule in NEEDS_DATA else 0,
         "indefinite": indefinite if rule in KRONECKER else 0,
     }

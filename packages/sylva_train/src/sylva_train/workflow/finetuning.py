@@ -28,7 +28,7 @@ from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.layers import embed
 from sylva_train.masks import Masks
-from sylva_train.options import SylvaOptions
+from sylva_train.options import SCORING, SELECTION, SylvaOptions
 from sylva_train.processes import agree, is_first, together
 from sylva_train.progress import Progress
 from sylva_train.selection import select_as
@@ -37,17 +37,14 @@ from sylva_train.tuner import save_adapter
 
 from .outputs import check_folder, differences
 from .runs import FORMAT, RECORD, read_run
-from .scoring import SELECTION, check_targets, score_task, sylva_options
+from .scoring import check_targets, score_task, sylva_options
 from .task import SCORED, Task, heads, load_task, located
 
 __all__ = ["finetune"]
 
 MASKS = "masks.safetensors"
 #: Options that say how to choose blocks, which masks bring with them.
-CHOICE = SELECTION | {
-    "importance", "curvature", "levels", "rank", "exact_below", "samples", "tokens",
-    "damping", "seed",
-}  # fmt: skip
+CHOICE = SELECTION | {"importance", "samples", *SCORING}
 
 
 def run_record(

@@ -12,7 +12,13 @@ from sylva_train._checks import ConfigError, OutputExistsError
 from sylva_train._files import as_read
 from sylva_train.config import SylvaConfig, TaskConfig
 from sylva_train.importance import Scores, score
-from sylva_train.options import KRONECKER, NEEDS_DATA, WRITING, SylvaOptions
+from sylva_train.options import (
+    KRONECKER,
+    NEEDS_DATA,
+    SELECTION,
+    WRITING,
+    SylvaOptions,
+)
 from sylva_train.processes import is_first, together
 from sylva_train.progress import Progress
 from sylva_train.targets import check_block_size, find_targets
@@ -21,10 +27,8 @@ from sylva_train.training import pick_device
 from .outputs import check_file, differences
 from .task import SCORED, Task, load_task, located
 
-__all__ = ["SELECTION", "check_targets", "score_file", "score_task", "sylva_options"]
+__all__ = ["check_targets", "score_file", "score_task", "sylva_options"]
 
-#: Options that say which blocks to choose by given scores.
-SELECTION = {"density", "block_size", "scope", "allocation", "spread", "max_columns"}
 #: Options that change no score, the block size not being one of them.
 LATER = SELECTION - {"block_size"} | {"modules_to_save"}
 #: Options of a task that say how to evaluate.
