@@ -15,6 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from sylva_train._artifacts import write_tensors
 from sylva_train._checks import (
     AdapterError,
     ConfigError,
@@ -22,7 +23,6 @@ from sylva_train._checks import (
     NonFiniteError,
     TargetError,
 )
-from sylva_train._files import write_tensors
 from sylva_train.config import SylvaConfig
 from sylva_train.curvature import describe_factor
 from sylva_train.curvature.collect import Collector

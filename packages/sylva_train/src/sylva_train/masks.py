@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ._artifacts import Layers, read_tensors, write_tensors
 from ._checks import ConfigError, check_integer
-from ._files import Layers, read_tensors, write_tensors
 
 __all__ = ["LayerMask", "Masks"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sylva_train._files import as_read
+from sylva_train._artifacts import as_read
 from sylva_train._torch import sampled, tensor_bytes
 from sylva_train.config import TrainingConfig
 from sylva_train.layers import embedded_layers

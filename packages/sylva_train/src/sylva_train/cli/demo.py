@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from sylva_train._checks import folder_size
+from sylva_train._files import folder_size
 from sylva_train.baselines import parse_method
 from sylva_train.comparison import Comparison, check_output
 from sylva_train.progress import size_words

@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.measure import Measurement
 
-from sylva_train._checks import ConfigError, folder_size
+from sylva_train._checks import ConfigError
+from sylva_train._files import folder_size
 from sylva_train.comparison import load_results
 from sylva_train.config import TaskConfig
 from sylva_train.importance import Scores

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from sylva_train._artifacts import as_read
 from sylva_train._checks import ConfigError, check_integer, check_positive
-from sylva_train._files import as_read
 from sylva_train.baselines import parse_method
 from sylva_train.config import SylvaConfig
 from sylva_train.metrics import REGRESSION, known_metrics

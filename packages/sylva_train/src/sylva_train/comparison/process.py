@@ -19,7 +19,8 @@ from typing import Any
 from transformers.utils import logging
 
 from sylva_train import _checks
-from sylva_train._checks import SylvaError, write_text
+from sylva_train._checks import SylvaError
+from sylva_train._files import write_text
 
 from .events import decode_event, send
 

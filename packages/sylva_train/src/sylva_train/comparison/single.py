@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sylva_train._checks import NonFiniteError, folder_size
+from sylva_train._checks import NonFiniteError
+from sylva_train._files import folder_size
 from sylva_train.baselines import (
     Adapted,
     Method,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sylva_train._artifacts import read_tensors, write_tensors
 from sylva_train._checks import ConfigError, check_positive
-from sylva_train._files import read_tensors, write_tensors
 from sylva_train._torch import sampled, tensor_bytes
 from sylva_train.config import SylvaConfig
 from sylva_train.options import SCORING

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from sylva_train._checks import write_text
+from sylva_train._files import write_text
 from sylva_train._torch import preserved_modes
 from sylva_train.data import Loader
 from sylva_train.progress import Report

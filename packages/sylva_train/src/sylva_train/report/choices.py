@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sylva_train._checks import write_text
+from sylva_train._files import write_text
 from sylva_train.comparison import FORMAT
 from sylva_train.masks import LayerMask, Masks
 

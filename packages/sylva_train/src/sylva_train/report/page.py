@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import write_text
+from sylva_train._files import write_text
 
 from . import layers, methods
 from .headline import Headline, headline

@@ -24,7 +24,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sylva_train._checks import AdapterError, ConfigError, atomic_folder
+from sylva_train._checks import AdapterError, ConfigError
+from sylva_train._files import atomic_folder
 from sylva_train._torch import note_tensors
 from sylva_train.config import SylvaConfig, SylvaType
 from sylva_train.masks import LayerMask, Masks

@@ -12,14 +12,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import (
-    ConfigError,
-    OutputExistsError,
-    atomic_folder,
-    occupied,
-    write_text,
-)
-from sylva_train._files import as_read
+from sylva_train._artifacts import as_read
+from sylva_train._checks import ConfigError, OutputExistsError
+from sylva_train._files import atomic_folder, occupied, write_text
 from sylva_train._torch import tensor_bytes
 from sylva_train.checkpoint import checkpoints
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import ConfigError, DataError, atomic_write
+from sylva_train._checks import ConfigError, DataError
+from sylva_train._files import atomic_write
 from sylva_train.config import TaskConfig
 from sylva_train.data import Loader, TextDataset, load_texts
 from sylva_train.evaluation import label_logits, write

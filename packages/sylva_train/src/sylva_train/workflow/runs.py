@@ -10,12 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from sylva_train._checks import (
-    AdapterError,
-    ConfigError,
-    atomic_folder,
-    atomic_write,
-)
+from sylva_train._checks import AdapterError, ConfigError
+from sylva_train._files import atomic_folder, atomic_write
 from sylva_train.config import TaskConfig
 from sylva_train.evaluation import evaluate
 from sylva_train.layers import merge

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sylva_train._artifacts import as_read
 from sylva_train._checks import ConfigError, OutputExistsError
-from sylva_train._files import as_read
 from sylva_train.config import SylvaConfig, TaskConfig
 from sylva_train.importance import Scores, score
 from sylva_train.options import (
