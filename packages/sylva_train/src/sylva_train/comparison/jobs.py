@@ -18,7 +18,7 @@ from sylva_train._checks import ConfigError, check_integer
 from sylva_train.workflow import check_folder, differences
 
 from .events import Clock, Event, Watcher
-from .process import RUNS, Job, Processes, done, start
+from .process import RUNS, Job, Processes, Tell, done, start
 
 __all__ = [
     "RESULTS",
@@ -216,9 +216,7 @@ class Queue:
         self.tell(event, kind="end", row=row, left=self.clock.left())
         return row
 
-    def stages(
-        self, event: Event, number: int, begin: float
-    ) -> Callable[[str, int, int], None]:
+    def stages(self, event: Event, number: int, begin: float) -> Tell:
         """Return the function of (stage, done, total) that tells a job's progress on."""
 
         def report(stage: str, done: int, total: int) -> None:

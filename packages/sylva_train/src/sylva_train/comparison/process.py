@@ -24,10 +24,13 @@ from sylva_train._files import write_text
 
 from .events import decode_event, send
 
-__all__ = ["RUNS", "Job", "Processes", "done", "start", "worker"]
+__all__ = ["RUNS", "Job", "Processes", "Tell", "done", "start", "worker"]
 
 #: Folder of the jobs' files, in that of what they belong to.
 RUNS = "runs"
+
+#: Told (stage, done, total).
+Tell = Callable[[str, int, int], None]
 
 #: What a run's process ends with where its error was told to the parent.
 TOLD = 3
@@ -123,7 +126,7 @@ class Processes:
 def start(
     job: Job,
     output: Path,
-    report: Callable[[str, int, int], None],
+    report: Tell,
     processes: Processes,
 ) -> dict[str, Any]:
     """Do a job in a process of its own and return its row; its files keep both.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,9 @@ from sylva_train.workflow import (
 )
 
 from .memory import PeakMemory
+from .process import Tell
 
 __all__ = ["run"]
-
-Tell = Callable[[str, int, int], None]
 
 
 def saved_bytes(adapted: Adapted, config: SylvaConfig) -> int:

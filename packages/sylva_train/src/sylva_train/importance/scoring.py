@@ -15,12 +15,14 @@ from sylva_train._checks import ConfigError, TargetError, check_choice
 from sylva_train.config import SylvaConfig
 from sylva_train.curvature import (
     LayerCurvature,
+    Loss,
     Store,
     collect_curvature,
     settings,
 )
 from sylva_train.options import IMPORTANCES, KRONECKER, NEEDS_DATA, SCORING
 from sylva_train.processes import from_first, is_first, together
+from sylva_train.progress import Report
 from sylva_train.targets import (
     check_block_size,
     check_weights,
@@ -42,8 +44,8 @@ def score(
     dataloader: Iterable[Mapping[str, Any]] | None = None,
     config: SylvaConfig | None = None,
     *,
-    loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    loss: Loss | None = None,
+    progress: Report | None = None,
     log: Callable[[str], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_minutes: float = 10.0,
@@ -131,7 +133,7 @@ def score_rules(
     config: SylvaConfig,
     rules: Sequence[str],
     *,
-    loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
+    loss: Loss | None = None,
 ) -> dict[str, Scores]:
     """Score by several rules in one pass over the data.
 
