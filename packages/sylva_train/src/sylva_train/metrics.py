@@ -15,33 +15,6 @@ __all__ = [
     "known_metrics",
 ]
 
-#: Metrics that can be the score, and whether more is better.
-METRICS = {
-    "accuracy": True,
-    "f1": True,
-    "f1-binary": True,
-    "mcc": True,
-    "pearson": True,
-    "spearman": True,
-    "mse": False,
-    "loss": False,
-    "perplexity": False,
-    "token_accuracy": True,
-    "bleu": True,
-    "nist": True,
-    "meteor": True,
-    "rouge-l": True,
-    "rouge-l-coco": True,
-    "cider": True,
-    "exact-match": True,
-    "answer": True,
-    "choice": True,
-}
-#: Those between 0 and 1, which readers expect in percent, by their names in results.
-FRACTIONS = {
-    "accuracy", "f1", "f1_binary", "token_accuracy", "meteor", "rouge_l", "rouge_l_coco",
-    "exact_match", "answer", "choice",
-}  # fmt: skip
 #: Of classes; the first is the default.
 CLASSIFICATION = ("accuracy", "f1", "f1-binary", "mcc", "loss")
 #: Of numbers.
@@ -56,6 +29,16 @@ GENERATION = (
 CHOICE = "choice"
 #: Of what a language model answers: it writes, or chooses.
 ANSWERS = (*GENERATION, CHOICE)
+#: Metrics that can be the score, and whether more is better.
+METRICS = {
+    name: name not in {"loss", "mse", "perplexity"}
+    for name in (*CLASSIFICATION, *REGRESSION, *LANGUAGE, *ANSWERS)
+}
+#: Those between 0 and 1, which readers expect in percent, by their names in results.
+FRACTIONS = {
+    "accuracy", "f1", "f1_binary", "token_accuracy", "meteor", "rouge_l", "rouge_l_coco",
+    "exact_match", "answer", "choice",
+}  # fmt: skip
 
 
 def key_of(metric: str) -> str:
