@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = [
     "RATES",
     "READERS",
-    "SECTIONS",
     "alternatives",
     "check_sections",
     "config_names",

@@ -25,7 +25,7 @@ from .masks import LayerMask, Masks
 from .options import SCOPES, SUITABLE
 from .targets import shared_inputs
 
-__all__ = ["select", "select_as"]
+__all__ = ["blocks_of", "select", "select_as", "top_blocks"]
 
 
 def top_blocks(

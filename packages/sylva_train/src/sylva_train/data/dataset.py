@@ -28,7 +28,7 @@ from .files import Row, Table
 from .prompts import as_prompts
 from .sources import find_table
 
-__all__ = ["TextDataset", "load_data"]
+__all__ = ["Text", "TextDataset", "load_data", "texts_of"]
 
 #: Column of the part of the data that a row belongs to.
 GROUP_NAME = "subject"

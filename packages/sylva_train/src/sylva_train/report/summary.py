@@ -22,7 +22,6 @@ __all__ = [
     "Results",
     "Row",
     "best",
-    "check_results",
     "digits",
     "finite",
     "metric_of",

@@ -25,7 +25,7 @@ from .tables import markdown, provenance
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MEASUREMENTS", "Measurement", "measure", "write_measurement"]
+__all__ = ["MEASUREMENTS", "Measurement", "measure"]
 
 FORMAT, RESULTS = "sylva-measurement/1", "results.json"
 Rows = list[dict[str, Any]]

@@ -16,7 +16,7 @@ from sylva_train.metrics import METRICS, known_metrics
 from sylva_train.options import LABELLED
 from sylva_train.workflow import HELD_OUT
 
-__all__ = ["TABLES", "TUNING_SEED", "Cell", "Plan", "Table"]
+__all__ = ["TABLES", "TUNING_SEED", "Cell", "Plan", "Table", "average"]
 
 #: Seed to choose learning rates with, which no reported run has.
 TUNING_SEED = 100

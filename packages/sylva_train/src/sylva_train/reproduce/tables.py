@@ -14,7 +14,15 @@ from sylva_train.report import Metric, metric_of, percentage
 
 from .quality import Cell, average
 
-__all__ = ["as_csv", "as_markdown", "markdown", "provenance"]
+__all__ = [
+    "as_csv",
+    "as_markdown",
+    "cells",
+    "markdown",
+    "metric",
+    "provenance",
+    "scored",
+]
 
 Results = Mapping[str, Any]
 MISSING = "–"

@@ -47,7 +47,7 @@ from .setup import (
     seed_everything,
 )
 
-__all__ = ["BatchLoader", "TrainResult", "train"]
+__all__ = ["BatchLoader", "TrainResult", "number_of_steps", "train"]
 
 Evaluate = Callable[[nn.Module], Mapping[str, Any] | float]
 

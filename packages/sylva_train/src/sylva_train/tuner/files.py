@@ -33,12 +33,16 @@ from sylva_train.options import KRONECKER
 from sylva_train.targets import is_inside
 
 __all__ = [
+    "INDICES",
+    "PREFIX",
+    "VALUES",
     "Adapter",
     "checksum",
     "inspect_adapter",
     "own_tensors",
     "read_adapter",
     "state_blocks",
+    "verify",
     "write_adapter",
 ]
 
