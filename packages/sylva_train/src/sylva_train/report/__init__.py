@@ -7,7 +7,7 @@ from .figures import label_rows, seeds_line
 from .headline import headline
 from .page import write_report
 from .style import THEME, looks, shorten, svg_file
-from .summary import Metric, metric_of, percentage, summary_rows
+from .summary import Metric, percentage, summary_rows
 from .tables import markdown_table, summary_table
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "label_rows",
     "looks",
     "markdown_table",
-    "metric_of",
     "percentage",
     "seeds_line",
     "shorten",
