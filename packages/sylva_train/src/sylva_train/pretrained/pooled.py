@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import operator
 import os
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -215,7 +216,8 @@ def pooled_features(
     """
     backbone = cast(nn.Module, model.base_model)
     device = next(model.parameters()).device
-    total = len(loader) if isinstance(loader, Sized) else 0
+    # A DataLoader of a stream has a method for its length, which fails.
+    total = operator.length_hint(loader)
     rows, labels = [], []
     with preserved_modes(model):
         model.eval()
