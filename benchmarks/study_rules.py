@@ -41,8 +41,8 @@ from sylva_train import (
     train,
 )
 from sylva_train.baselines import lora_config
-from sylva_train.config import KRONECKER
 from sylva_train.importance import LayerScores, score_rules
+from sylva_train.options import KRONECKER
 from sylva_train.pretrained import pooled_features
 from sylva_train.targets import find_targets
 

@@ -23,7 +23,8 @@ from transformers import (
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train.data import Loader, TextDataset
-from sylva_train.evaluation import METRICS, evaluate
+from sylva_train.evaluation import evaluate
+from sylva_train.metrics import METRICS
 from sylva_train.pretrained import PooledClassifier
 from tests.sylva_train.counting import Allocations
 from tests.sylva_train.words import TINY, VOCABULARY, word_tokenizer

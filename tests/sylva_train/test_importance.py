@@ -16,6 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from sylva_train._artifacts import write_tensors
 from sylva_train._checks import (
     AdapterError,
     ConfigError,
@@ -23,14 +24,14 @@ from sylva_train._checks import (
     NonFiniteError,
     TargetError,
 )
-from sylva_train._files import write_tensors
-from sylva_train.config import NEEDS_DATA, SylvaConfig
+from sylva_train.config import SylvaConfig
 from sylva_train.curvature import describe_factor
 from sylva_train.curvature.collect import Collector
 from sylva_train.data import TextDataset
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores, score
 from sylva_train.layers import embed, merge
+from sylva_train.options import NEEDS_DATA
 from sylva_train.overlaps import agreement
 from sylva_train.selection import select
 from tests.sylva_train.counting import Allocations

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sylva_train._checks import ConfigError, TargetError
-from sylva_train.config import SylvaConfig, memory_bytes
+from sylva_train.config import SylvaConfig
 from sylva_train.curvature import collect_curvature, curvature_bytes
 from sylva_train.curvature.factors import accumulator
 from sylva_train.curvature.planning import fill, plan_passes, size_words
 from sylva_train.importance import score
+from sylva_train.options import memory_bytes
 from sylva_train.selection import select
 from sylva_train.targets import Calls, find_targets, input_owners, is_same
 from tests.sylva_train.models import make_batch, make_model

@@ -180,8 +180,8 @@ def test_damaged_sums_are_refused(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from sylva_train._files import save_file
-from sylva_train import _files, score
+from sylva_train._artifacts import save_file
+from sylva_train import _artifacts, score
 from tests.sylva_train.models import make_model
 from tests.sylva_train.test_passes import config, data
 
@@ -192,7 +192,7 @@ def dying(tensors, path, metadata):
     if len(saved) == 2:  # the second file is written, and not yet in its place
         os.kill(os.getpid(), signal.SIGKILL)
 
-_files.save_file = dying
+_artifacts.save_file = dying
 score(make_model(), data("bert"), config(), checkpoint=sys.argv[1], checkpoint_minutes=0.0)
 """
 

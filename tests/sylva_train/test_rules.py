@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from sylva_train._checks import ConfigError
-from sylva_train.config import IMPORTANCES, KRONECKER, NEEDS_DATA, SylvaConfig
+from sylva_train.config import SylvaConfig
 from sylva_train.curvature import Factor, LayerCurvature
 from sylva_train.importance import score, score_rules
 from sylva_train.importance.rules import RULES, Inputs
+from sylva_train.options import IMPORTANCES, KRONECKER, NEEDS_DATA
 from tests.sylva_train.counting import Allocations
 from tests.sylva_train.scored import LAYER, batches, bert, blocked, config, per_sample
 

@@ -25,13 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sylva_train._checks import (
-    ConfigError,
-    OutputExistsError,
-    SylvaError,
-    atomic_folder,
-    write_text,
-)
+from sylva_train._checks import ConfigError, OutputExistsError, SylvaError
+from sylva_train._files import atomic_folder, write_text
 
 __all__ = [
     "Checkpoint",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sylva_train._checks import NonFiniteError, folder_size
+from sylva_train._checks import NonFiniteError
+from sylva_train._files import folder_size
 from sylva_train.baselines import (
     Adapted,
     Method,
@@ -25,13 +26,8 @@ from sylva_train.baselines import (
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.curvature import describe_factor
 from sylva_train.data import Loader
-from sylva_train.evaluation import (
-    evaluate,
-    key_of,
-    known_metrics,
-    number_metrics,
-    prediction_metrics,
-)
+from sylva_train.evaluation import evaluate, number_metrics, prediction_metrics
+from sylva_train.metrics import key_of, known_metrics
 from sylva_train.pretrained import pooled_features, quiet
 from sylva_train.targets import find_targets
 from sylva_train.training import (
@@ -52,10 +48,9 @@ from sylva_train.workflow import (
 )
 
 from .memory import PeakMemory
+from .process import Tell
 
 __all__ = ["run"]
-
-Tell = Callable[[str, int, int], None]
 
 
 def saved_bytes(adapted: Adapted, config: SylvaConfig) -> int:

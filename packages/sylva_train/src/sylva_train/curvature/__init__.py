@@ -11,7 +11,7 @@ from .batches import (
 )
 from .collect import (
     LARGEST_SCALE,
-    Curvatures,
+    Loss,
     collect_curvature,
     damage,
     describe_factor,
@@ -23,9 +23,9 @@ from .state import Store, settings
 
 __all__ = [
     "LARGEST_SCALE",
-    "Curvatures",
     "Factor",
     "LayerCurvature",
+    "Loss",
     "Store",
     "batches_of",
     "block_sums",

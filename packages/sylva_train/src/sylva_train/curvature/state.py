@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from sylva_train._artifacts import read_tensors, write_tensors
 from sylva_train._checks import ConfigError, check_positive
-from sylva_train._files import read_tensors, write_tensors
-from sylva_train._torch import tensor_bytes
+from sylva_train._torch import sampled, tensor_bytes
 from sylva_train.config import SylvaConfig
+from sylva_train.options import SCORING
 from sylva_train.processes import is_first, rank_and_size
 from sylva_train.targets import weight_device, weight_view
 
@@ -27,13 +28,8 @@ from .layer import Accumulators
 __all__ = ["Position", "Store", "settings"]
 
 FORMAT = "sylva-scoring/1"
-#: Elements of each weight that identify the model.
-SAMPLE = 256
-#: Options that change the statistics.
-OPTIONS = (
-    "importance", "curvature", "levels", "rank", "exact_below", "tokens", "samples",
-    "block_size", "damping", "seed",
-)  # fmt: skip
+#: Options that change the statistics, and the scores beside them.
+OPTIONS = ("importance", "samples", "block_size", *SCORING)
 
 
 def settings(
@@ -44,8 +40,7 @@ def settings(
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{parameter.dtype}{tuple(parameter.shape)}".encode())
         if not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
-            digest.update(tensor_bytes(flat[:: max(1, len(flat) // SAMPLE)]))
+            digest.update(tensor_bytes(sampled(parameter)))
     shapes = {name: list(weight_view(m).shape) for name, m in targets.items()}
     found = {name: getattr(config, name) for name in OPTIONS}
     found |= {"model": digest.hexdigest(), "layers": shapes}

@@ -16,9 +16,8 @@ from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train._torch import on_device
 from sylva_train.curvature import batches_of, class_name, is_encoder_decoder
 from sylva_train.data import Loader
+from sylva_train.metrics import ANSWERS, CLASSIFICATION, LANGUAGE, REGRESSION, key_of
 from sylva_train.progress import Report
-
-from .metrics import CHOICE, CLASSIFICATION, GENERATION, LANGUAGE, REGRESSION, key_of
 
 __all__ = ["label_logits", "label_metrics", "number_metrics", "prediction_metrics"]
 
@@ -55,7 +54,7 @@ def label_metrics(
     if kind == "tokens" and predictions:
         msg = (
             "`predictions` of a language model are texts or options: give a `metric` of"
-            f" these, {', '.join(map(repr, (*GENERATION, CHOICE)))}."
+            f" these, {', '.join(map(repr, ANSWERS))}."
         )
         raise ConfigError(msg)
     found: dict[str, Any] = {**measure(parts)}

@@ -32,15 +32,15 @@ from sylva_train.checkpoint import (
     update_record,
 )
 from sylva_train.config import TrainingConfig
-from sylva_train.curvature import default_loss, loss_units, note
+from sylva_train.curvature import Loss, default_loss, loss_units, note
 from sylva_train.evaluation import evaluate as evaluate_model
 from sylva_train.layers import sync
 from sylva_train.optimizer import SparseAdamW
 from sylva_train.processes import agree, is_first, rank_and_size, together
 from sylva_train.progress import Progress
 
-from .gradient import Batch, Loss, accumulate_gradient, clip_gradient, share
-from .parts import (
+from .gradient import Batch, accumulate_gradient, clip_gradient, share
+from .setup import (
     check_parts,
     make_scheduler,
     place,
@@ -48,7 +48,7 @@ from .parts import (
     seed_everything,
 )
 
-__all__ = ["BatchLoader", "TrainResult", "train"]
+__all__ = ["BatchLoader", "TrainResult", "number_of_steps", "train"]
 
 Evaluate = Callable[[nn.Module], Mapping[str, Any] | float]
 

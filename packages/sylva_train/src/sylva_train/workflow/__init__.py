@@ -5,8 +5,6 @@ A fine-tuning is a folder: ``adapter/`` (PEFT's layout), ``masks.safetensors``,
 ``sylva.json`` with the task, the options, the classes and, once it is done, the results.
 """
 
-from sylva_train.progress import duration
-
 from .diagnosis import diagnose
 from .finetuning import finetune
 from .inspection import (
@@ -47,7 +45,6 @@ __all__ = [
     "describe_scores",
     "diagnose",
     "differences",
-    "duration",
     "evaluate_folder",
     "evaluated_on",
     "evaluation_loader",

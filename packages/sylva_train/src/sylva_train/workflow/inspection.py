@@ -134,7 +134,7 @@ def describe_masks(masks: Masks) -> dict[str, Any]:
     return {
         "metadata": masks.metadata,
         "layers": layers,
-        "blocks": sum(map(len, masks.values())),
+        "blocks": masks.blocks,
         "trainable": masks.trainable,
         "density": masks.density,
     }

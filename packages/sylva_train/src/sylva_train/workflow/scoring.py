@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from sylva_train._artifacts import as_read
 from sylva_train._checks import ConfigError, OutputExistsError
-from sylva_train.config import (
+from sylva_train.config import SylvaConfig, TaskConfig
+from sylva_train.importance import Scores, score
+from sylva_train.options import (
     KRONECKER,
     NEEDS_DATA,
+    SELECTION,
     WRITING,
-    SylvaConfig,
     SylvaOptions,
-    TaskConfig,
 )
-from sylva_train.importance import Scores, score
 from sylva_train.processes import is_first, together
 from sylva_train.progress import Progress
 from sylva_train.targets import check_block_size, find_targets
@@ -27,10 +27,8 @@ from sylva_train.training import pick_device
 from .outputs import check_file, differences
 from .task import SCORED, Task, load_task, located
 
-__all__ = ["SELECTION", "check_targets", "score_file", "score_task", "sylva_options"]
+__all__ = ["check_targets", "score_file", "score_task", "sylva_options"]
 
-#: Options that say which blocks to choose by given scores.
-SELECTION = {"density", "block_size", "scope", "allocation", "spread", "max_columns"}
 #: Options that change no score, the block size not being one of them.
 LATER = SELECTION - {"block_size"} | {"modules_to_save"}
 #: Options of a task that say how to evaluate.
@@ -51,8 +49,7 @@ def asked(task: TaskConfig, config: SylvaConfig, seed: int) -> dict[str, Any]:
         "task": {n: v for n, v in about.items() if n not in EVALUATION},
         "sylva": {n: v for n, v in sylva_options(config).items() if n not in LATER},
     }
-    read: dict[str, Any] = json.loads(json.dumps(parts))
-    return read
+    return as_read(parts)
 
 
 def finished(output: Path, wanted: dict[str, Any]) -> Scores | None:

@@ -14,20 +14,15 @@ from torch import nn
 from sylva_train._checks import ConfigError, DataError, ModelError, check_choice
 from sylva_train.config import TaskConfig, TrainingConfig
 from sylva_train.data import (
-    LABELLED,
     Loader,
     TextDataset,
     builtin_names,
     is_single,
     load_data,
 )
-from sylva_train.evaluation import (
-    GENERATION,
-    check_libraries,
-    check_prompts,
-    known_metrics,
-)
-from sylva_train.options import MINILM
+from sylva_train.evaluation import check_libraries, check_prompts
+from sylva_train.metrics import GENERATION, known_metrics
+from sylva_train.options import LABELLED, MINILM
 from sylva_train.pretrained import load_model, saved_labels
 from sylva_train.progress import Report
 
@@ -35,9 +30,11 @@ __all__ = [
     "HELD_OUT",
     "SCORED",
     "Task",
+    "check_metric",
     "evaluated_on",
     "evaluation_loader",
     "heads",
+    "is_file",
     "load_task",
     "located",
     "read_data",
