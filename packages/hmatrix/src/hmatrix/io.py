@@ -18,6 +18,7 @@ from hmatrix._checks import FileFormatError, HMatrixError, check_array, check_ki
 from hmatrix.factor import (
     Factorization,
     HODLRCholesky,
+    HODLREquilibrated,
     HODLRFactorization,
     HODLROrthogonal,
     MLRFactorization,
@@ -37,6 +38,7 @@ _PREFIX = "factorization."
 _FACTORIZATIONS: dict[str, tuple[type, type[Factorization]]] = {
     "HODLRFactorization": (HODLR, HODLRFactorization),
     "HODLRCholesky": (HODLR, HODLRCholesky),
+    "HODLREquilibrated": (HODLR, HODLREquilibrated),
     "HODLROrthogonal": (HODLR, HODLROrthogonal),
     "MLRFactorization": (MLR, MLRFactorization),
 }
