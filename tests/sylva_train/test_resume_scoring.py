@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sylva_train._checks import AdapterError, ConfigError, atomic_write
+from sylva_train._checks import AdapterError, ConfigError
+from sylva_train._files import atomic_write
 from sylva_train.importance import score
 from tests.sylva_train.models import make_model
 from tests.sylva_train.test_passes import (
