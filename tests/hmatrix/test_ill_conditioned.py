@@ -182,6 +182,8 @@ def test_auto_keeps_digits_of_what_is_not_refined(seed):
     assert condition(A) < 1e4
     H, exact = hm.from_dense(A, leaf_size=10, rtol=0), np.linalg.inv(A)
     F = hm.factorize(H)
+    tolerance = FACTOR * EPS["float64"] * condition(A)
+    assert abs(F.slogdet()[1] - np.linalg.slogdet(A)[1]) <= tolerance
     assert error_ratio(F.inverse_diagonal(), np.diag(exact)) <= 1e-9
     assert error_ratio(F.inverse() @ np.eye(40), exact) <= 1e-9
     assert error_ratio(hm.inverse(H, rtol=1e-8).to_dense(), exact) <= 1e-8
@@ -213,6 +215,21 @@ def test_diagonals_of_inverses_whose_terms_cancel(xp, method, rng):
     F = hm.factorize(hm.from_dense(xp.asarray(A), levels=3, rtol=0), method=method)
     off = abs(to_numpy(F.inverse_diagonal()) - np.diag(exact))
     assert off.max() <= 1e-7 * np.linalg.norm(exact, 2)
+
+
+def test_inverses_found_from_solutions_have_the_digits_that_there_are(rng):
+    H = hm.from_dense(ill_conditioned("general", 11, rng), levels=2, rtol=1e-16)
+    exact, tolerance = np.linalg.inv(dense(H)), FACTOR * 1e11 * EPS["float64"]
+    assert error_ratio(hm.inverse(H).to_dense(), exact) <= tolerance
+    with pytest.raises(hm.ToleranceError):
+        hm.inverse(H, rtol=1e-9)
+
+
+def test_their_errors_are_upper_bounds_too(rng):
+    A = ill_conditioned("small pivots", 15, rng)
+    H = hm.from_dense(A, levels=3, rtol=1e-4)
+    X = hm.inverse(hm.factorize(H, method="orthogonal"))
+    assert error_ratio(X.to_dense(), np.linalg.inv(A)) <= X.error < 1
 
 
 def test_stored_inverses_of_ill_conditioned_matrices_need_no_elimination(rng):
