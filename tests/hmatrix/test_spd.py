@@ -404,6 +404,16 @@ def test_truncation_never_goes_below_either(case, rtol):
     assert all(a <= b for a, b in zip(G.ranks, H.ranks, strict=True))
 
 
+def test_what_is_cut_and_what_is_added_for_it_share_the_tolerance():
+    """Both as large as they may be: a block of equal singular values."""
+    Q = np.linalg.qr(np.random.default_rng(0).standard_normal((32, 32)))[0]
+    for size in (0.0705, 0.09):
+        A = np.block([[np.eye(32), size * Q], [size * Q.T, np.eye(32)]])
+        H = hm.from_dense(A, levels=1, rtol=0.1, definite=True)
+        assert H.ranks == ((0,) if size < 0.1 / math.sqrt(2) else (32,))
+        assert error_ratio(H.to_dense(), A) <= 0.1
+
+
 @pytest.mark.parametrize("rtol", [1e-2, 1e-4])
 def test_without_it_definiteness_is_lost(xp, rtol):
     t = np.linspace(0, 1, 128)
