@@ -72,11 +72,12 @@ def test_operands_are_left_alone(kind, xp, rng):
         operations.append(partial(F.solve, refine=refine, adjoint=adjoint))
     if kind in ("cholesky", "mlr"):
         operations += [F.sample, F.whiten]
-    X = rng.standard_normal((64, 5))
+    X, before = rng.standard_normal((64, 5)), dense(H)
     for operation in operations:
         x = xp.asarray(X.copy())
         operation(x)
         np.testing.assert_array_equal(to_numpy(x), X)
+    np.testing.assert_array_equal(dense(H), before)
 
 
 @given(factored())

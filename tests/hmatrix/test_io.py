@@ -48,6 +48,13 @@ def test_a_file_is_replaced_whole(H, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["H.safetensors"]
 
 
+def test_whoever_may_read_other_files_may_read_these(tmp_path):
+    other, path = tmp_path / "other", tmp_path / "H.safetensors"
+    other.touch()
+    hm.save(path, hm.identity(4))
+    assert path.stat().st_mode == other.stat().st_mode
+
+
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
     H = hm.from_dense(np.eye(4), levels=1)
     path = tmp_path / "H.safetensors"

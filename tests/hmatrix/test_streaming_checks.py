@@ -107,6 +107,8 @@ def test_squares_that_overflow_are_refused(kind):
     stream = kind(4, 1, 2, dtype="float32")
     with pytest.raises(hm.NonFiniteError, match=r"values too large .* float32"):
         stream.update(np.full((2, 4), 1e25, dtype=np.float32))
+    with pytest.raises(hm.NonFiniteError, match=r"values too large .* float32"):
+        stream.update(np.ones((2, 4), dtype=np.float32), weight=1e39)
 
 
 @pytest.mark.parametrize(
