@@ -353,6 +353,8 @@ def test_padding_does_not_mind_the_scale_of_the_matrix(xp, sizes, dtype, scale, 
     assert F.logdet() == pytest.approx(logdet, rel=rounding)
     x = to_numpy(F.solve(xp.asarray(t.astype(dtype)))).astype(np.float64) * scale
     assert error_ratio(A @ x, t) <= rounding
+    X = to_numpy(hm.inverse(F, rtol=1e-3).to_dense()).astype(np.float64) * scale
+    assert error_ratio(X, np.linalg.inv(A.astype(np.float64))) <= 1e-3 + rounding
 
 
 def test_nan_is_told_apart_from_singular_blocks():
