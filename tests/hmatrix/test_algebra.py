@@ -411,6 +411,15 @@ def test_bounds_of_products_and_inverses_are_close_where_norms_are_small(symmetr
         assert error <= X.error <= 10 * error
 
 
+def test_bounds_count_what_is_of_second_order():
+    A, H = np.eye(400), hm.identity(400, levels=1)
+    A[0, 0] = 3.0  # taken for 1
+    H = hm.HODLR(H.tree, H.leaves, H.upper, error=2 / np.linalg.norm(A))
+    assert distance(H @ H, A @ A) <= (H @ H).error * np.linalg.norm(A @ A)
+    short = hm.HODLR(hm.ClusterTree(1, 0), np.full((1, 1, 1), 0.9), (), error=0.1)
+    assert hm.shift(short, 1.5).error >= 0.1 / 2.5  # of 1, taken for 0.9
+
+
 def test_matrices_without_errors_stay_so():
     H = hm.identity(20, levels=2)
     for X in (H + H, hm.shift(H, 1.0), H @ H, hm.inverse(H)):
