@@ -134,8 +134,10 @@ def test_bad_matrices_are_refused(A, error, match):
 
 
 def test_false_symmetry_is_refused():
-    with pytest.raises(ValueError, match="`symmetric` or `definite` is true"):
-        hm.from_dense(np.triu(np.ones((8, 8))), levels=1, symmetric=True)
+    for much in (1.0, 1e-9):
+        A = np.ones((8, 8)) - much * np.tril(np.ones((8, 8)), -1)
+        with pytest.raises(ValueError, match="`symmetric` or `definite` is true"):
+            hm.from_dense(A, levels=1, symmetric=True)
 
 
 def test_parts_of_other_dtypes_are_refused():

@@ -309,6 +309,7 @@ def test_symmetry_is_not_believed_against_the_leaves():
         lambda i, j: 1 / (1 + abs(i - j) + 1e-11 * (i > j)), 200, symmetric=True
     )
     assert H.symmetric
+    assert np.array_equal(H.leaves, H.leaves.mT)
 
 
 @pytest.mark.parametrize("how", ["entries", "matvec"])
