@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import peft
 import torch
 from _common import RESULTS, setting
 from sklearn.linear_model import LogisticRegression
+from torch import nn
 
 from sylva_train import (
     Loader,
@@ -41,7 +42,7 @@ from sylva_train import (
     train,
 )
 from sylva_train.baselines import lora_config
-from sylva_train.config import KRONECKER
+from sylva_train.curvature import block_sums, collect_curvature, loss_units
 from sylva_train.importance import LayerScores, score_rules
 from sylva_train.pretrained import pooled_features
 from sylva_train.targets import find_targets
@@ -52,8 +53,15 @@ RULES = (
     "kfac", "kfac-element", "kfac-natural", "kfac-block",
 )  # fmt: skip
 #: Random blocks, in layers that share the budget as `kfac-natural` shares it out: what
-#: choosing layers is worth by itself.
+#: choosing layers is worth by itself. In general `a@b` has blocks by `a` in `b`'s layers.
 LAYERS_ALONE = "kfac-natural-layers"
+#: `kfac-natural` without the gradient's noise, by all training sentences, and by the first
+#: tokens of more sentences, as many tokens in all.
+UNBIASED, MANY, SHORT = (
+    f"kfac-natural-{name}" for name in ("unbiased", "many", "short")
+)
+#: Tokens that a sentence has in the last of these.
+FIRST_TOKENS = 12
 ANCHORS = ("frozen", "lora", "full")
 #: Peak learning rates to choose from: of blocks, and of what they stand between.
 RATES = {"llama": (2e-2, 6e-2, 2e-1, 6e-1), "minilm": (3e-3, 1e-2, 3e-2, 1e-1)}
@@ -65,6 +73,8 @@ ANCHOR_RATES = {
     ("full", "llama"): (1e-3, 4e-3),
     ("full", "minilm"): (2e-4, 6e-4),
 }
+#: Parts of the samples whose gradients are multiplied with each other.
+PARTS = 16
 #: Seed to choose them with.
 TUNING_SEED = 100
 
@@ -170,12 +180,43 @@ class Setup:
             seed=self.seed,
         )
         found = score_rules(self.model, self.samples, config, RULES)
-        layers = {}
-        for name, natural in found["kfac-natural"].items():
-            grid = found["random"][name].blocks(block)
-            grid *= natural.blocks(block).mean().clamp(min=0) / grid.mean()
-            layers[name] = LayerScores(natural.shape, grid=grid, unit=block)
-        return found | {LAYERS_ALONE: Scores(layers, {"importance": LAYERS_ALONE})}
+        parts = self.scored(self.sizes.samples, self.sizes.samples // PARTS)
+        found[UNBIASED] = unbiased(self.model, list(parts), config)
+        for name, loader in ((MANY, self.scored(None, 32)), (SHORT, self.short())):
+            more = dataclasses.replace(config, samples=self.sizes.train)
+            (found[name],) = score_rules(
+                self.model, loader, more, ["kfac-natural"]
+            ).values()
+        return found
+
+    def scored(self, count: int | None, batch: int, **options: Any) -> Loader:
+        """Return batches of the first training sentences, not sorted by length."""
+        data = self.loader.dataset.subset(range(len(self.loader.dataset))[:count])
+        options = {"max_length": 64} | options
+        return Loader(data, self.loader.tokenizer, batch, **options)
+
+    def short(self) -> Loader:
+        """Return as many sentences, cut short, as have as many tokens."""
+        tokens = sum(int(b["attention_mask"].sum()) for b in self.samples)
+        cut = self.scored(None, 1, max_length=FIRST_TOKENS)
+        each = [int(b["attention_mask"].sum()) for b in cut]
+        count = sum(sum(each[: k + 1]) <= tokens for k in range(len(each)))
+        return self.scored(count, 32, max_length=FIRST_TOKENS)
+
+    def chosen(self, cell: Cell, rule: str) -> Scores:
+        """Return the scores that a rule, or one in the layers of another, chooses by."""
+        found = self.scores(cell.block, cell.damping)
+        rule = rule if rule != LAYERS_ALONE else "random@kfac-natural"
+        blocks, _, layers = rule.partition("@")
+        if not layers:
+            return found[blocks]
+        made = {}
+        for name, other in found[layers].items():
+            grid = found[blocks][name].blocks(cell.block)
+            # The order is the one's, the mean the other's.
+            grid += other.blocks(cell.block).mean() - grid.mean()
+            made[name] = LayerScores(other.shape, grid=grid, unit=cell.block)
+        return Scores(made, {"importance": rule})
 
     def run(self, cell: Cell, rule: str, rate: float) -> dict[str, Any]:
         """Train what a rule chooses and evaluate it."""
@@ -197,10 +238,9 @@ class Setup:
             for name in self.modules_to_save or []:
                 model.get_submodule(name).requires_grad_(True)
         else:
-            found = self.scores(cell.block, cell.damping)
             masks, reference = (
                 select(
-                    found[name],
+                    self.chosen(cell, name),
                     cell.density,
                     cell.block,
                     cell.scope,
@@ -239,6 +279,41 @@ class Setup:
         return row | {split: {name: found[name] for name in names if name in found}}
 
 
+def unbiased(
+    model: nn.Module, parts: Sequence[Mapping[str, Any]], config: SylvaConfig
+) -> Scores:
+    """Score by ``Γ ∘ G⁻¹ Γ A⁻¹`` without what the noise of the mean gradient adds to it.
+
+    With ``Γ = Σ Γₚ`` over parts of the samples, the products of different parts alone:
+    the noise of the one is independent of the other's. Two parts of equal size would be
+    ``4 Γ₁ ∘ G⁻¹ Γ₂ A⁻¹``; more have less noise of their own.
+    """
+    targets = find_targets(model)
+    whole, _ = collect_curvature(model, targets, parts, config, ["factors", "gradient"])
+    terms = [loss_units(model, part) for part in parts]
+    weights = [count / sum(terms) for count in terms]
+
+    def decrease(name: str, gradient: torch.Tensor) -> torch.Tensor:
+        A, G = whole[name].A, whole[name].G
+        λ_A, λ_G = (config.damping * factor.mean_eigenvalue() for factor in (A, G))
+        step = G.solve(A.solve(gradient.T, λ_A).T, λ_G)
+        return block_sums(step * gradient, config.block_size)
+
+    grids = {name: decrease(name, whole[name].gradient.double()) for name in targets}
+    for part, weight in zip(parts, weights, strict=True):
+        layers, _ = collect_curvature(model, targets, [part], config, ["gradient"])
+        for name in targets:
+            grids[name] -= decrease(name, weight * layers[name].gradient.double())
+    left = 1 - sum(weight**2 for weight in weights)
+    scores = {
+        name: LayerScores(
+            module.weight.shape, grid=grids[name] / left, unit=config.block_size
+        )
+        for name, module in targets.items()
+    }
+    return Scores(scores, {"importance": UNBIASED})
+
+
 def rates(cell: Cell, rule: str) -> tuple[float, ...]:
     """Return the peak learning rates to choose from."""
     return ANCHOR_RATES.get((rule, cell.model), RATES[cell.model])
@@ -258,7 +333,7 @@ def key(cell: Cell, rule: str, rate: float, seed: int) -> str:
     about = dataclasses.asdict(cell) | {"rule": rule, "lr": rate, "seed": seed}
     if not cell.allocation:
         del about["allocation"]  # which runs of before it was an option do not name
-    if rule not in (*KRONECKER, LAYERS_ALONE):
+    if "kfac" not in rule:
         about["damping"] = None  # which no other rule knows
     return json.dumps(about, sort_keys=True)
 
