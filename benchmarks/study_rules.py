@@ -53,15 +53,10 @@ RULES = (
     "kfac", "kfac-element", "kfac-natural", "kfac-block",
 )  # fmt: skip
 #: Random blocks, in layers that share the budget as `kfac-natural` shares it out: what
-#: choosing layers is worth by itself. In general `a@b` has blocks by `a` in `b`'s layers.
+#: choosing layers is worth by itself. In general, `a@b` has blocks by `a` in `b`'s layers.
 LAYERS_ALONE = "kfac-natural-layers"
-#: `kfac-natural` without the gradient's noise, by all training sentences, and by the first
-#: tokens of more sentences, as many tokens in all.
-UNBIASED, MANY, SHORT = (
-    f"kfac-natural-{name}" for name in ("unbiased", "many", "short")
-)
-#: Tokens that a sentence has in the last of these.
-FIRST_TOKENS = 12
+#: `kfac-natural` without the gradient's noise, and by all training sentences.
+UNBIASED, MANY = "kfac-natural-unbiased", "kfac-natural-many"
 ANCHORS = ("frozen", "lora", "full")
 #: Peak learning rates to choose from: of blocks, and of what they stand between.
 RATES = {"llama": (2e-2, 6e-2, 2e-1, 6e-1), "minilm": (3e-3, 1e-2, 3e-2, 1e-1)}
@@ -73,8 +68,6 @@ ANCHOR_RATES = {
     ("full", "llama"): (1e-3, 4e-3),
     ("full", "minilm"): (2e-4, 6e-4),
 }
-#: Parts of the samples whose gradients are multiplied with each other.
-PARTS = 16
 #: Seed to choose them with.
 TUNING_SEED = 100
 
@@ -113,7 +106,14 @@ class Sizes:
 class Setup:
     """A task's model and batches for one seed; scores are computed once."""
 
-    def __init__(self, cell: Cell, seed: int, sizes: Sizes, paths: argparse.Namespace):
+    def __init__(
+        self,
+        cell: Cell,
+        seed: int,
+        sizes: Sizes,
+        paths: argparse.Namespace,
+        rules: frozenset[str],
+    ):
         language = cell.model == "llama"
         source = paths.sst2 if cell.task.endswith("sst2") else "e2e-rating"
         task = "causal-lm" if language else "classification"
@@ -134,7 +134,7 @@ class Setup:
         name = paths.llama if language else "minilm"
         self.model, tokenizer = load_model(name, task=task, labels=labels, seed=seed)
         self.modules_to_save = None if language else ["classifier"]
-        self.seed, self.sizes = seed, sizes
+        self.seed, self.sizes, self.rules = seed, sizes, rules
         options = {"max_length": 64}
         self.loader = Loader(
             data["train"], tokenizer, cell.batch, shuffle=True, seed=seed, bucket=8,
@@ -146,6 +146,11 @@ class Setup:
         }
         self.samples = Loader(
             data["train"].subset(range(sizes.samples)), tokenizer, 32, bucket=16,
+            **options,
+        )  # fmt: skip
+        # Not sorted by length: two halves that are alike.
+        self.halves = Loader(
+            data["train"].subset(range(sizes.samples)), tokenizer, sizes.samples // 2,
             **options,
         )  # fmt: skip
         if cell.head == "fitted" and not language:
@@ -179,41 +184,27 @@ class Setup:
             samples=self.sizes.samples,
             seed=self.seed,
         )
-        found = score_rules(self.model, self.samples, config, RULES)
-        parts = self.scored(self.sizes.samples, self.sizes.samples // PARTS)
-        found[UNBIASED] = unbiased(self.model, list(parts), config)
-        for name, loader in ((MANY, self.scored(None, 32)), (SHORT, self.short())):
+        found = score_rules(
+            self.model, self.samples, config, [r for r in RULES if r in self.rules]
+        )
+        if UNBIASED in self.rules:
+            found[UNBIASED] = unbiased(self.model, list(self.halves), config)
+        if MANY in self.rules:
             more = dataclasses.replace(config, samples=self.sizes.train)
-            (found[name],) = score_rules(
-                self.model, loader, more, ["kfac-natural"]
-            ).values()
+            by_all = score_rules(self.model, self.loader, more, ["kfac-natural"])
+            found[MANY] = by_all["kfac-natural"]
         return found
-
-    def scored(self, count: int | None, batch: int, **options: Any) -> Loader:
-        """Return batches of the first training sentences, not sorted by length."""
-        data = self.loader.dataset.subset(range(len(self.loader.dataset))[:count])
-        options = {"max_length": 64} | options
-        return Loader(data, self.loader.tokenizer, batch, **options)
-
-    def short(self) -> Loader:
-        """Return as many sentences, cut short, as have as many tokens."""
-        tokens = sum(int(b["attention_mask"].sum()) for b in self.samples)
-        cut = self.scored(None, 1, max_length=FIRST_TOKENS)
-        each = [int(b["attention_mask"].sum()) for b in cut]
-        count = sum(sum(each[: k + 1]) <= tokens for k in range(len(each)))
-        return self.scored(count, 32, max_length=FIRST_TOKENS)
 
     def chosen(self, cell: Cell, rule: str) -> Scores:
         """Return the scores that a rule, or one in the layers of another, chooses by."""
         found = self.scores(cell.block, cell.damping)
-        rule = rule if rule != LAYERS_ALONE else "random@kfac-natural"
-        blocks, _, layers = rule.partition("@")
+        blocks, _, layers = parts(rule)
         if not layers:
             return found[blocks]
         made = {}
         for name, other in found[layers].items():
+            # The order of the one, the mean of the other.
             grid = found[blocks][name].blocks(cell.block)
-            # The order is the one's, the mean the other's.
             grid += other.blocks(cell.block).mean() - grid.mean()
             made[name] = LayerScores(other.shape, grid=grid, unit=cell.block)
         return Scores(made, {"importance": rule})
@@ -279,38 +270,38 @@ class Setup:
         return row | {split: {name: found[name] for name in names if name in found}}
 
 
-def unbiased(
-    model: nn.Module, parts: Sequence[Mapping[str, Any]], config: SylvaConfig
-) -> Scores:
-    """Score by ``Γ ∘ G⁻¹ Γ A⁻¹`` without what the noise of the mean gradient adds to it.
+def parts(rule: str) -> tuple[str, str, str]:
+    """Return the rule that blocks are chosen by, and after an `@` the layers' own one."""
+    return ("random@kfac-natural" if rule == LAYERS_ALONE else rule).partition("@")
 
-    With ``Γ = Σ Γₚ`` over parts of the samples, the products of different parts alone:
-    the noise of the one is independent of the other's. Two parts of equal size would be
-    ``4 Γ₁ ∘ G⁻¹ Γ₂ A⁻¹``; more have less noise of their own.
+
+def unbiased(
+    model: nn.Module, halves: Sequence[Mapping[str, Any]], config: SylvaConfig
+) -> Scores:
+    """Score by ``Γ₁ ∘ G⁻¹ Γ₂ A⁻¹ + Γ₂ ∘ G⁻¹ Γ₁ A⁻¹`` over two, of two halves' gradients.
+
+    Of which the noise is not the same, so that it does not add up as a square does.
     """
     targets = find_targets(model)
-    whole, _ = collect_curvature(model, targets, parts, config, ["factors", "gradient"])
-    terms = [loss_units(model, part) for part in parts]
-    weights = [count / sum(terms) for count in terms]
-
-    def decrease(name: str, gradient: torch.Tensor) -> torch.Tensor:
+    whole, _ = collect_curvature(
+        model, targets, halves, config, ["factors", "gradient"]
+    )
+    half, _ = collect_curvature(model, targets, halves[:1], config, ["gradient"])
+    terms = [loss_units(model, batch) for batch in halves]
+    scores = {}
+    for name in targets:
         A, G = whole[name].A, whole[name].G
         λ_A, λ_G = (config.damping * factor.mean_eigenvalue() for factor in (A, G))
-        step = G.solve(A.solve(gradient.T, λ_A).T, λ_G)
-        return block_sums(step * gradient, config.block_size)
-
-    grids = {name: decrease(name, whole[name].gradient.double()) for name in targets}
-    for part, weight in zip(parts, weights, strict=True):
-        layers, _ = collect_curvature(model, targets, [part], config, ["gradient"])
-        for name in targets:
-            grids[name] -= decrease(name, weight * layers[name].gradient.double())
-    left = 1 - sum(weight**2 for weight in weights)
-    scores = {
-        name: LayerScores(
-            module.weight.shape, grid=grids[name] / left, unit=config.block_size
+        total, first = (part[name].gradient.double() for part in (whole, half))
+        second = (sum(terms) * total - terms[0] * first) / terms[1]
+        products = (
+            one * G.solve(A.solve(other.T, λ_A).T, λ_G)
+            for one, other in ((first, second), (second, first))
         )
-        for name, module in targets.items()
-    }
+        grid = block_sums(sum(products) / 2, config.block_size)
+        scores[name] = LayerScores(
+            tuple(total.shape), grid=grid, unit=config.block_size
+        )
     return Scores(scores, {"importance": UNBIASED})
 
 
@@ -392,8 +383,12 @@ def main() -> None:
             runs[row["key"]] = row
     made = setting(packages=("transformers", "peft"))
     setups: dict[Any, Setup] = {}
+    groups = json.loads(Path(options.cells).read_text(encoding="utf-8"))
+    # Those that are to be scored by; what is chosen is held against the gradient's choice.
+    named = {part for g in groups for r in g.get("rules", RULES) for part in parts(r)}
+    scored = frozenset(named | {"gradient"})
     with options.output.open("a", encoding="utf-8") as file:
-        for group in json.loads(Path(options.cells).read_text(encoding="utf-8")):
+        for group in groups:
             rules, seeds = tuple(group.pop("rules", RULES)), group.pop("seeds", 3)
             elsewhere = group.pop("tuned", {})
             tuned = Cell(**(group | elsewhere))
@@ -402,7 +397,7 @@ def main() -> None:
             ):
                 which = (cell.task, cell.head, cell.batch, seed)
                 if which not in setups:
-                    setups[which] = Setup(cell, seed, sizes, options)
+                    setups[which] = Setup(cell, seed, sizes, options, scored)
                 row = {"key": key(cell, rule, rate, seed), **dataclasses.asdict(cell)}
                 row |= {"rule": rule, "lr": rate, "seed": seed}
                 row |= setups[which].run(cell, rule, rate)
