@@ -55,7 +55,8 @@ RULES = (
 #: Random blocks, in layers that share the budget as `kfac-natural` shares it out: what
 #: choosing layers is worth by itself. In general, `a@b` has blocks by `a` in `b`'s layers.
 LAYERS_ALONE = "kfac-natural-layers"
-#: `kfac-natural` without the gradient's noise, and by all training sentences.
+#: `kfac-natural` without the gradient's noise, and by all training sentences with exact
+#: factors.
 UNBIASED, MANY = "kfac-natural-unbiased", "kfac-natural-many"
 ANCHORS = ("frozen", "lora", "full")
 #: Peak learning rates to choose from: of blocks, and of what they stand between.
@@ -149,10 +150,13 @@ class Setup:
             **options,
         )  # fmt: skip
         # Not sorted by length: two halves that are alike.
-        self.halves = Loader(
-            data["train"].subset(range(sizes.samples)), tokenizer, sizes.samples // 2,
-            **options,
-        )  # fmt: skip
+        self.halves, self.everything = (
+            Loader(data["train"].subset(range(count)), tokenizer, batch, **options)
+            for count, batch in (
+                (sizes.samples, sizes.samples // 2),
+                (len(data["train"]), 128),
+            )
+        )
         if cell.head == "fitted" and not language:
             self.fit_head()
 
@@ -190,8 +194,10 @@ class Setup:
         if UNBIASED in self.rules:
             found[UNBIASED] = unbiased(self.model, list(self.halves), config)
         if MANY in self.rules:
-            more = dataclasses.replace(config, samples=self.sizes.train)
-            by_all = score_rules(self.model, self.loader, more, ["kfac-natural"])
+            more = dataclasses.replace(
+                config, samples=self.sizes.train, curvature="dense"
+            )
+            by_all = score_rules(self.model, self.everything, more, ["kfac-natural"])
             found[MANY] = by_all["kfac-natural"]
         return found
 
