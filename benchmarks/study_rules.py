@@ -392,7 +392,7 @@ def main() -> None:
     groups = json.loads(Path(options.cells).read_text(encoding="utf-8"))
     # Those that are to be scored by; what is chosen is held against the gradient's choice.
     named = {part for g in groups for r in g.get("rules", RULES) for part in parts(r)}
-    scored = frozenset(named | {"gradient"})
+    needed = frozenset(named | {"gradient"})
     with options.output.open("a", encoding="utf-8") as file:
         for group in groups:
             rules, seeds = tuple(group.pop("rules", RULES)), group.pop("seeds", 3)
@@ -403,7 +403,7 @@ def main() -> None:
             ):
                 which = (cell.task, cell.head, cell.batch, seed)
                 if which not in setups:
-                    setups[which] = Setup(cell, seed, sizes, options, scored)
+                    setups[which] = Setup(cell, seed, sizes, options, needed)
                 row = {"key": key(cell, rule, rate, seed), **dataclasses.asdict(cell)}
                 row |= {"rule": rule, "lr": rate, "seed": seed}
                 row |= setups[which].run(cell, rule, rate)
