@@ -205,15 +205,7 @@ class Setup:
         """Return the scores that a rule, or one in the layers of another, chooses by."""
         found = self.scores(cell.block, cell.damping)
         blocks, _, layers = parts(rule)
-        if not layers:
-            return found[blocks]
-        made = {}
-        for name, other in found[layers].items():
-            # The order of the one, the mean of the other.
-            grid = found[blocks][name].blocks(cell.block)
-            grid += other.blocks(cell.block).mean() - grid.mean()
-            made[name] = LayerScores(other.shape, grid=grid, unit=cell.block)
-        return Scores(made, {"importance": rule})
+        return in_layers(found[blocks], found[layers or blocks], cell.block)
 
     def run(self, cell: Cell, rule: str, rate: float) -> dict[str, Any]:
         """Train what a rule chooses and evaluate it."""
@@ -281,25 +273,39 @@ def parts(rule: str) -> tuple[str, str, str]:
     return ("random@kfac-natural" if rule == LAYERS_ALONE else rule).partition("@")
 
 
-def unbiased(
-    model: nn.Module, halves: Sequence[Mapping[str, Any]], config: SylvaConfig
-) -> Scores:
-    """Score by ``Γ₁ ∘ G⁻¹ Γ₂ A⁻¹ + Γ₂ ∘ G⁻¹ Γ₁ A⁻¹`` over two, of two halves' gradients.
+def in_layers(blocks: Scores, layers: Scores, size: int) -> Scores:
+    """Give the blocks of a layer the order of the one, and the mean of the other."""
+    made = {}
+    for name, other in layers.items():
+        grid = blocks[name].blocks(size)
+        grid += other.blocks(size).mean() - grid.mean()
+        made[name] = LayerScores(other.shape, grid=grid, unit=size)
+    return Scores(made, blocks.metadata)
 
-    Of which the noise is not the same, so that it does not add up as a square does.
+
+def unbiased(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], config: SylvaConfig
+) -> Scores:
+    """Score as `kfac-natural` does, without what the gradient's noise adds to it.
+
+    By ``(Γ₁ ∘ G⁻¹ Γ₂ A⁻¹ + Γ₂ ∘ G⁻¹ Γ₁ A⁻¹) / 2``: the gradients of every other batch and
+    of the rest have noise of their own, which their product does not add up as a square.
     """
     targets = find_targets(model)
     whole, _ = collect_curvature(
-        model, targets, halves, config, ["factors", "gradient"]
+        model, targets, batches, config, ["factors", "gradient"]
     )
-    half, _ = collect_curvature(model, targets, halves[:1], config, ["gradient"])
-    terms = [loss_units(model, batch) for batch in halves]
+    half, _ = collect_curvature(model, targets, batches[::2], config, ["gradient"])
+    terms, others = (
+        sum(loss_units(model, batch) for batch in part)
+        for part in (batches[::2], batches[1::2])
+    )
     scores = {}
     for name in targets:
         A, G = whole[name].A, whole[name].G
         λ_A, λ_G = (config.damping * factor.mean_eigenvalue() for factor in (A, G))
         total, first = (part[name].gradient.double() for part in (whole, half))
-        second = (sum(terms) * total - terms[0] * first) / terms[1]
+        second = ((terms + others) * total - terms * first) / others
         products = (
             one * G.solve(A.solve(other.T, λ_A).T, λ_G)
             for one, other in ((first, second), (second, first))
