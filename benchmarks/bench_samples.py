@@ -65,15 +65,20 @@ def total(scores: Scores, block_size: int) -> float:
 
 
 def agreed_with(
-    name: str, task: Task, counts: list[int], draws: int, config: SylvaConfig
+    name: str,
+    task: Task,
+    counts: list[int],
+    draws: int,
+    config: SylvaConfig,
+    most: int,
 ) -> list[dict[str, Any]]:
     """Hold what few samples choose against what many others do."""
     order = np.random.default_rng(0).permutation(len(task.train)).tolist()
     many, few = (
         dataclasses.replace(task, train=task.train.subset(part))
-        for part in (order[POOL : POOL + MOST], order[:POOL])
+        for part in (order[POOL : POOL + most], order[:POOL])
     )
-    truth, best = chosen(many, dataclasses.replace(config, samples=MOST), 0)
+    truth, best = chosen(many, dataclasses.replace(config, samples=most), 0)
     rows = []
     for count in counts:
         found = []
@@ -162,6 +167,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--configs", default="minilm-e2e-rating")
     options.add_argument("--counts", default="32,64,128,256,512")
+    options.add_argument("--most", type=int, default=MOST, help="of the others")
     options.add_argument("--draws", type=int, default=2)
     options.add_argument("--seeds", type=int, default=3, help="of the demo; 0: none")
     options.add_argument("--name", default="samples", help="of the file of results")
@@ -173,7 +179,9 @@ def main() -> None:
     for name, setup in load_settings(options.configs.split(",")).items():
         whole = dataclasses.replace(setup.task, limit=None)
         task = load_task(whole, evaluation=False)
-        rows += agreed_with(name, task, counts, options.draws, setup.sylva)
+        rows += agreed_with(
+            name, task, counts, options.draws, setup.sylva, options.most
+        )
     levels = SylvaConfig().levels
     variants = [{"samples": n, "levels": levels} for n in (32, 64, 128)]
     variants.append({"samples": 64, "levels": levels - 1})
