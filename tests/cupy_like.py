@@ -35,12 +35,17 @@ ABSENT = {
     "concat",
     "cumulative_prod",
     "cumulative_sum",
+    "errstate",
+    "geomspace",
     "insert",
     "isdtype",
     "matrix_transpose",
     "matvec",
+    "ndenumerate",
+    "nditer",
     "permute_dims",
     "pow",
+    "spacing",
     "unique_all",
     "unique_counts",
     "unique_inverse",
@@ -65,8 +70,7 @@ class Device:
     def __eq__(self, other):
         return isinstance(other, Device)
 
-    def __hash__(self):
-        return 0
+    __hash__ = None
 
     def __enter__(self):
         return self
@@ -144,6 +148,7 @@ class ndarray:  # noqa: N801
         return (ndarray(np.asarray(x)) for x in self._a)
 
     def __dlpack_device__(self):
+        assert self.size, "CuPy asks CUDA what memory at address 0 is"
         return 2, 0
 
     def __dlpack__(self, **options):
@@ -151,7 +156,7 @@ class ndarray:  # noqa: N801
         raise BufferError(msg)
 
     __float__, __int__, __bool__ = map(_waits, (float, int, bool))
-    __complex__, __index__ = map(_waits, (complex, operator.index))
+    __complex__ = _waits(complex)
     item = _waits(np.ndarray.item)
 
     def __repr__(self):

@@ -52,6 +52,22 @@ def test_what_is_masked_is_not_taken_for_numbers(A):
             make()
 
 
+def test_the_name_of_a_library_or_device_is_not_like_an_array(A, tmp_path):
+    H = hm.from_dense(A, levels=2)
+    hm.save(tmp_path / "H.safetensors", H)
+    for make in (
+        lambda like: H.to(like=like),
+        lambda like: hm.load(tmp_path / "H.safetensors", like=like),
+        lambda like: hm.identity(40, like=like),
+        lambda like: hm.from_entries(lambda i, j: A[i, j], 40, like=like),
+        lambda like: hm.from_matvec(lambda x: A @ x, n=40, like=like),
+        lambda like: hm.from_sparse(sparse.csr_array(A), like=like),
+        lambda like: hm.StreamingMLR(40, levels=1, like=like),
+    ):
+        with pytest.raises(hm.BackendError, match=r"`like` must be .* array, got str"):
+            make("cuda")
+
+
 WRONG = {
     "`from_sparse`": lambda given: hm.from_dense(sparse.csr_array(given.A)),
     "got int64; .* convert the array": lambda given: hm.from_dense(given.A.astype(int)),

@@ -40,6 +40,15 @@ def test_lists_give_what_broadcasting_gives(n, leaf_size, symmetric, rng):
     assert relative(H, dense(expected)) <= 1e-15
 
 
+@pytest.mark.parametrize("kernel", [gaussian, of_lists])
+def test_entries_stay_where_the_points_are(kernel, rng):
+    """A matrix on the host of points that are not would come as a surprise."""
+    x = torch.asarray(rng.random((40, 2)))
+    on_host = lambda x, y: kernel(x.numpy(), y.numpy())
+    with pytest.raises(hm.BackendError, match="must give a torch array, got numpy;"):
+        hm.from_kernel(on_host, x)
+
+
 def test_lists_in_every_library(xp, rng):
     x = rng.random((400, 1))
 

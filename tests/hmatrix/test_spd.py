@@ -123,6 +123,20 @@ def test_samples_have_the_covariance(rng):
     assert error_ratio(X @ X.T / X.shape[1], A) < 0.05
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+def test_samples_are_drawn_by_a_generator(dtype, xp, rng):
+    n = 24
+    A = xp.asarray(definite_matrix(n, rng).astype(dtype))
+    F = hm.factorize(hm.from_dense(A, levels=2), method="cholesky")
+    X = F.sample(np.random.default_rng(1), 20_000)
+    assert (X.dtype, tuple(X.shape)) == (A.dtype, (n, 20_000))
+    X, A = to_numpy(X), to_numpy(A)
+    assert error_ratio(X @ X.conj().T / X.shape[1], A) < 0.05
+    assert tuple(F.sample(np.random.default_rng(1)).shape) == (n,)
+    with pytest.raises(TypeError, match="`size` goes with"):
+        F.sample(xp.asarray(X[:, 0]), 3)
+
+
 def test_scaled_bases_do_not_harm_the_factor(rng):
     """Neither wild scales in U and V nor dependent columns are the matrix's fault."""
     tree, A = hm.ClusterTree(32, 1), 2.0 * np.eye(32)

@@ -153,8 +153,10 @@ def run_here(done: list):
     Adds them to a list.
     """
 
-    def start(job, path: Path, tell, _) -> dict:
+    def start(job, output: Path, tell, _) -> dict:
         done.append(job)
+        path, spec_path = job.files(output)
+        spec_path.write_text(json.dumps(job.spec))
         module, _, name = job.function.partition(":")
         function = getattr(importlib.import_module(module), name)
         row = json.loads(json.dumps(function(job.spec, tell)))

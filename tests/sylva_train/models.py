@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
 from collections.abc import Callable
+from unittest import mock
 
 import peft
 import torch
@@ -29,6 +31,7 @@ from transformers import (
 )
 
 from sylva_train.config import SylvaConfig
+from sylva_train.kernels import plan
 from sylva_train.layers import embed
 from sylva_train.masks import LayerMask
 from sylva_train.targets import find_targets, weight_view
@@ -303,3 +306,10 @@ __all__ = [
     "trainable",
     "two_layers",
 ]
+
+
+def plans_of(tile):
+    """Let programs of a kernel have one tile, or with None what the cost model chooses."""
+    if tile is None:
+        return contextlib.nullcontext()
+    return mock.patch.object(plan, "tiles", return_value=[tile])

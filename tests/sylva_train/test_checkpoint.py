@@ -23,9 +23,10 @@ from sylva_train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from sylva_train.checkpoint.files import STATE, TENSORS, flatten, read, unflatten
+from sylva_train.checkpoint.files import STATE, TENSORS, flatten, read
 from sylva_train.config import TrainingConfig
 from sylva_train.training import train
+from tests.sylva_train.counting import Allocations
 from tests.sylva_train.models import same
 from tests.sylva_train.toy import (
     CONFIG,
@@ -269,12 +270,19 @@ def test_state_that_json_cannot_hold_is_named(value):
         flatten({"optimizer": {"odd": value}}, {}, "")
 
 
-def test_tensors_that_share_memory_are_copied():
-    shared = torch.zeros(4)
-    tensors = {}
-    tree = flatten([shared, shared[1:], shared[::2]], tensors, "")
-    shared += 1
-    assert all(not tensor.any() for tensor in unflatten(tree, tensors))
+def test_tensors_that_share_memory_come_back(tmp_path):
+    shared = torch.arange(12.0)
+    state = [shared, shared[1:], shared[::2], shared.view(3, 4).T, shared[:0]]
+    save_checkpoint(tmp_path, Checkpoint(1, {"tree": state}, {}), {})
+    assert alike(load_checkpoint(tmp_path, {}).state["tree"], state)
+
+
+def test_no_other_tensor_is_copied(tmp_path):
+    packed, other = torch.zeros(8, 4), torch.ones(5)
+    state = {"packed": [*packed.split(2)], "other": other}
+    with Allocations() as found:
+        save_checkpoint(tmp_path, Checkpoint(1, state, {}), {})
+    assert not found.shapes
 
 
 def test_the_state_file_is_json_for_people(tmp_path):

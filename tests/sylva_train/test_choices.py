@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,20 @@ def test_one_file_is_drawn(tmp_path):
     assert "<a>.safetensors" in text
     assert "Block scores" in text
     assert "How far they agree" not in text
+
+
+@pytest.mark.parametrize("empty", [(), (1,)])
+def test_of_one_layer_alone_the_scores_of_all_blocks_are_kept(empty):
+    scores = drawn(0)
+    masks = best_blocks(scores, 8, 0.25)
+    names = list(masks)
+    for number in empty:
+        mask = masks[names[number]]
+        masks.layers[names[number]] = replace(mask, indices=mask.indices[:0])
+    found = score_entries(scores, masks)
+    (kept,) = (name for name, entry in found.items() if "grid" in entry)
+    assert len(masks[kept])
+    assert found[kept]["grid"] == scores[kept].blocks(8).tolist()
 
 
 def test_masks_alone_are_drawn(tmp_path):

@@ -223,13 +223,13 @@ def test_a_comparison_is_not_overwritten_unless_told(here, home, tmp_path):
 def test_a_failure_keeps_what_is_finished_and_leaves_nothing_else(
     home, tmp_path, monkeypatch
 ):
-    def start_once(job, path, tell, _):
+    start_here = jobs.run_here([])
+
+    def start_once(job, *arguments):
         if job.kind == "sylva:random":
             msg = "no luck"
             raise SylvaError(msg)
-        row = run(job.spec, tell)
-        path.write_text(json.dumps(row))
-        return row
+        return start_here(job, *arguments)
 
     monkeypatch.setattr(module, "start", start_once)
     with pytest.raises(SylvaError, match="no luck"):
@@ -340,8 +340,8 @@ def test_a_process_tells_its_error_and_ends(home, tmp_path):
     job.spec["task"]["data"] = str(tmp_path / "missing.csv")
     words = r"Full fine-tuning, seed 0: .*missing\.csv: there is no such file"
     with pytest.raises(DataError, match=words):
-        start(job, tmp_path / "row.json", lambda *_: None, Processes())
-    assert list(tmp_path.iterdir()) == []
+        start(job, tmp_path, lambda *_: None, Processes())
+    assert [path.exists() for path in job.files(tmp_path)] == [False, True]
 
 
 @pytest.mark.slow

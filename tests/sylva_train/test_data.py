@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -50,6 +51,20 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
         ('a "b", c', 1),
     ]
     assert data.label_names == ["neg", "pos"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet"])
+def test_a_row_takes_little_more_than_its_text(tmp_path, suffix):
+    """One letter of four bytes, and rows of their own for columns that all share."""
+    rows = [(f"number {i} is a film 😀", "ab"[i % 2]) for i in range(3000)]
+    path = write_rows(tmp_path / f"data.{suffix}", rows)
+    load_data(path, limit=1)  # what is imported once
+    tracemalloc.start()
+    data = load_data(path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (data.texts[2999], data.labels[2999]) == (rows[2999][0], 1)
+    assert most / len(rows) < 550
 
 
 def test_json_lines_are_read_whatever_the_suffix(tmp_path):

@@ -23,8 +23,10 @@ from transformers import (
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train.data import Loader, TextDataset
-from sylva_train.evaluation import METRICS, evaluate
+from sylva_train.evaluation import evaluate
+from sylva_train.metrics import METRICS
 from sylva_train.pretrained import PooledClassifier
+from tests.sylva_train.counting import Allocations
 from tests.sylva_train.words import TINY, VOCABULARY, word_tokenizer
 
 TEXTS = ["a good film", "bad", "not good", "a b c d e f", "film", "b a d", "c"]
@@ -201,6 +203,33 @@ def test_language_model_loss_is_the_mean_over_tokens(kind, size):
     assert found["score"] == found["perplexity"]
     assert not found["higher_is_better"]
     assert found["examples"] == len(TEXTS)
+
+
+class Bigrams(nn.Module):
+    """The logits of a token's successor are a row of a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(64, 64, dtype=torch.bfloat16))
+
+    def forward(self, input_ids, **_):
+        return SimpleNamespace(logits=nn.functional.embedding(input_ids, self.table))
+
+
+def test_the_logits_of_a_large_vocabulary_are_not_copied(monkeypatch):
+    torch.manual_seed(0)
+    model, ids = Bigrams(), torch.randint(64, (5, 40))
+    batch = {"input_ids": ids, "labels": ids.masked_fill(torch.rand(5, 40) < 0.2, -100)}
+    whole = evaluate(model, [batch])
+    monkeypatch.setattr("sylva_train.evaluation.labels.LARGEST_PART", 1000)
+    with Allocations() as found:
+        parts = evaluate(model, [batch])
+    for name in ("loss", "token_accuracy"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-6)
+    large = [shape for shape in found.shapes if math.prod(shape) > 1000]
+    assert large == [(5, 40, 64)]  # the model's own
+    none = {**batch, "labels": torch.full_like(ids, -100)}
+    assert evaluate(model, [batch, none])["loss"] == parts["loss"]
 
 
 def test_tokens_of_prompts_do_not_count():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from sylva_train._artifacts import write_tensors
 from sylva_train._checks import (
     AdapterError,
     ConfigError,
@@ -22,16 +24,17 @@ from sylva_train._checks import (
     NonFiniteError,
     TargetError,
 )
-from sylva_train._files import write_tensors
-from sylva_train.config import NEEDS_DATA, SylvaConfig
+from sylva_train.config import SylvaConfig
 from sylva_train.curvature import describe_factor
 from sylva_train.curvature.collect import Collector
 from sylva_train.data import TextDataset
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores, score
 from sylva_train.layers import embed, merge
+from sylva_train.options import NEEDS_DATA
 from sylva_train.overlaps import agreement
 from sylva_train.selection import select
+from tests.sylva_train.counting import Allocations
 from tests.sylva_train.scored import LAYER, batches, bert, blocked, config
 
 
@@ -88,6 +91,22 @@ def test_batching_of_the_samples_does_not_matter():
         torch.testing.assert_close(
             one[LAYER].blocks(8), other[LAYER].blocks(8), rtol=1e-3, atol=1e-12
         )
+
+
+def test_a_batch_is_copied_once_to_a_wider_type():
+    model = nn.Sequential(nn.Linear(24, 40)).bfloat16()
+    batch = {"x": torch.randn(4, 16, 24).bfloat16(), "labels": torch.zeros(4)}
+    options = SylvaConfig(target_modules=["0"], importance="gradient", block_size=8)
+    with Allocations() as found:
+        score(
+            model, [batch], options, loss=lambda m, b: m(b["x"]).square().mean()
+        )  # fmt: skip
+    wide = [
+        shape
+        for shape, dtype in found.made
+        if dtype == torch.float32 and math.prod(shape) >= 4 * 16 * 24
+    ]
+    assert wide == [(64, 24), (64, 40)]
 
 
 def test_samples_bounds_what_is_drawn():

@@ -9,7 +9,7 @@ import pytest
 
 from sylva_train._checks import DataError
 from sylva_train.comparison import Job, jobs_folder, run_jobs
-from sylva_train.comparison.events import Clock, decode_event, encode_event
+from sylva_train.comparison.events import Clock, decode_event, send
 from sylva_train.comparison.process import TOLD, Processes
 
 
@@ -69,10 +69,12 @@ def test_the_clock_takes_a_method_for_as_long_as_it_took():
     assert Clock(["a"], workers=2).left() is None
 
 
-def test_lines_that_are_no_events_are_none():
+def test_lines_that_are_no_events_are_none(capsys):
     body = {"stage": "scoring", "done": 1, "total": 2}
-    assert decode_event(encode_event(body)) == body
-    for line in ("", "hello", encode_event(body)[:-5], "\x1esylva [1]"):
+    send(**body)
+    told = capsys.readouterr().out
+    assert decode_event(told) == body
+    for line in ("", "hello", told[:-5], "\x1esylva [1]"):
         assert decode_event(line) is None
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from sylva_train._checks import DataError
-from sylva_train.data import load_data
+from sylva_train.data import Loader, load_data
 from tests.sylva_train.jobs import write_mmlu
+from tests.sylva_train.words import word_tokenizer
 
 SAMPLE = Path(__file__).parents[1] / "data" / "mmlu" / "sample.jsonl"
 LISTED = r".*?\n\n(.*)\nA\. (.*)\nB\. (.*)\nC\. (.*)\nD\. (.*)\nAnswer:"
@@ -31,6 +32,21 @@ def test_questions_come_after_five_examples(tmp_path):
         f"high_school_art dev {n}?\n{listed} {'ABCD'[n % 4]}" for n in range(5)
     ]
     assert parts[6:] == [f"high_school_art test 1?\n{listed}"]
+
+
+def test_long_questions_come_after_fewer_examples(tmp_path):
+    tokenizer = word_tokenizer("decoder")
+    data = load_data(write_mmlu(tmp_path / "m"), task="causal-lm", split="test")
+    sizes = [
+        [len(ids) for ids in tokenizer(list(forms))["input_ids"]]
+        for forms in zip(data.texts, *zip(*data.shorter, strict=True), strict=True)
+    ]
+    assert [text.count("Answer:") for text in data.shorter[0]] == [5, 4, 3, 2, 1]
+    loader = Loader(data, tokenizer, 4, max_length=sizes[0][2] + 2)
+    assert loader.dataset.texts[0] == data.shorter[0][1]
+    # Too long even without an example: the question is kept, its beginning is not.
+    loader = Loader(data, tokenizer, 4, max_length=8)
+    assert loader.dataset.texts[0].count("Answer:") == 1
 
 
 def test_splits_answer_to_their_usual_names(tmp_path):

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sylva_train._checks import ConfigError, TargetError
-from sylva_train.config import SylvaConfig, memory_bytes
+from sylva_train.config import SylvaConfig
 from sylva_train.curvature import collect_curvature, curvature_bytes
 from sylva_train.curvature.factors import accumulator
-from sylva_train.curvature.planning import fill, plan_passes
+from sylva_train.curvature.planning import fill, plan_passes, size_words
 from sylva_train.importance import score
+from sylva_train.options import memory_bytes
 from sylva_train.selection import select
 from sylva_train.targets import Calls, find_targets, input_owners, is_same
 from tests.sylva_train.models import make_batch, make_model
@@ -386,3 +387,11 @@ def test_the_factor_of_a_vocabulary_is_no_larger_than_the_gradient():
         for n in (4096, 11_008, 32_000, 32_769, 128_256)
     ]
     assert levels == [4, 4, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(999, "999 bytes"), (999_499, "999 kB"), (999_600_000, "1 GB"), (1.5e9, "1.5 GB")],
+)
+def test_bytes_are_told_in_three_digits(size, words):
+    assert size_words(size) == words

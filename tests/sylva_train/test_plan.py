@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sylva_train._checks import ConfigError
 from sylva_train.kernels import plan as plans
 from sylva_train.kernels.plan import find_plan, make_plan
+from tests.sylva_train.models import plans_of
 
 
 @st.composite
@@ -29,7 +30,8 @@ def tables(draw):
 def test_programs_cover_each_block_once_and_in_its_place(case, data):
     indices, block = case
     tile = data.draw(st.sampled_from([None, *plans.tiles(block)]))
-    plan = make_plan(indices, (2560, 2560), block, tile=tile)
+    with plans_of(tile):
+        plan = make_plan(indices, (2560, 2560), block)
     if tile:
         assert (plan.rows, plan.columns) == tile
     found = []
@@ -75,7 +77,8 @@ def test_rows_with_the_same_columns_share_tiles_wherever_they_are():
     # Of rank one: a row's columns are some of those of a row with more.
     scores = [torch.randn(64, generator=generator).exp() for _ in range(2)]
     nested = (scores[0][:, None] * scores[1] > 2).nonzero()
-    plan = make_plan(nested, (4096, 4096), 64, tile=(2, 2))
+    with plans_of((2, 2)):
+        plan = make_plan(nested, (4096, 4096), 64)
     assert len(plan.groups) * plan.rows * plan.columns <= 1.3 * len(nested)
 
 

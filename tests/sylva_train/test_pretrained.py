@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -433,6 +434,19 @@ def test_features_are_pooled_in_the_order_of_the_data(tiny):
     assert plain.dtype == np.float32
     assert labels.tolist() == other_labels.tolist() == [1, 0, 0, 1, 1]
     assert model.training
+
+
+def test_features_are_pooled_of_a_stream(tiny):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(batches(tokenizer, 2))
+
+    model, tokenizer = tiny
+    reports = []
+    stream = DataLoader(Stream(), batch_size=None)
+    features, _ = pooled_features(model, stream, progress=lambda *x: reports.append(x))
+    assert features.shape == (5, 32)
+    assert reports == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_minilm_knows_what_sentences_mean():

@@ -14,7 +14,7 @@ from matplotlib.text import Annotation, Text
 from sylva_train import LayerMask, Masks, report
 from sylva_train.report import figures, layers, structure
 from sylva_train.report.masks import chance
-from sylva_train.report.parts import Page
+from sylva_train.report.page_parts import Page
 from sylva_train.report.style import looks
 from sylva_train.report.summary import metric_of, summary_rows
 from tests.sylva_train.results import scored

@@ -17,7 +17,7 @@ from sylva_train import LayerMask, Masks, report
 from sylva_train.report import layers
 from sylva_train.report.histories import learning_curves
 from sylva_train.report.masks import layer_places, mask_path, overlaps
-from sylva_train.report.parts import Page
+from sylva_train.report.page_parts import Page
 from sylva_train.report.style import dodge, looks
 from tests.sylva_train.results import (
     DEMO,

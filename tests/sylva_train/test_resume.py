@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,28 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path, whole, step):
     model, result = resume(tmp_path)
     assert same(weights(model), whole[0])
     assert same_course(result, whole[1])
+
+
+@pytest.mark.parametrize("every", [None, 3])
+def test_an_evaluation_that_fails_loses_no_step(tmp_path, whole, every):
+    config = replace(CONFIG, eval_every=every, save_every=3)
+    steps = []
+
+    def failing(_):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        train(toy_model(), ToyLoader(), config, output=tmp_path, evaluate=failing)
+    for _ in "ab":  # as it is, and after the end
+        model, result = resume(
+            tmp_path, config, evaluate=lambda _: {"score": 0.5},
+            callbacks=[lambda record: steps.append(record["step"])],
+        )  # fmt: skip
+        assert same(weights(model), whole[0])
+        assert result.metrics == {"score": 0.5}
+        scored = [r["step"] for r in result.history if "score" in r]
+        assert scored == list(range(every or 12, 13, every or 12))
+    assert steps == list(range(4, 13) if every else [])
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, whole):

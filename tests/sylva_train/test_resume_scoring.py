@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sylva_train._checks import AdapterError, ConfigError
+from sylva_train._files import atomic_write
 from sylva_train.importance import score
 from tests.sylva_train.models import make_model
 from tests.sylva_train.test_passes import (
@@ -85,6 +86,17 @@ def test_a_later_pass_does_not_repeat_the_ones_before(tmp_path):
     assert ran <= 2
 
 
+def test_a_pass_does_not_read_the_sums_of_the_one_before(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("sylva_train.curvature.state.read_tensors", read.append)
+    options = config(memory_budget=smallest_budget("llama", config()))
+    score(
+        make_model("llama"), data("llama"), options, checkpoint=tmp_path,
+        checkpoint_minutes=0.0,
+    )  # fmt: skip
+    assert not read
+
+
 @pytest.mark.parametrize("rule", ["gradient", "fisher-diag", "kfac-pruner"])
 def test_other_rules_go_on_as_well(rule, tmp_path):
     options = config(importance=rule)
@@ -95,6 +107,16 @@ def test_other_rules_go_on_as_well(rule, tmp_path):
 def test_nothing_is_saved_before_its_time(tmp_path):
     _, ran = resumed("bert", tmp_path, config(), 2, minutes=60.0)
     assert ran == 3
+
+
+def test_what_a_killed_process_was_writing_goes(tmp_path):
+    killed = atomic_write(tmp_path / "sums-0.safetensors")
+    # safetensors writes to a file of another name first.
+    left = killed.__enter__().with_name("another")
+    left.write_bytes(b"")
+    score(make_model(), data("bert"), config(), checkpoint=tmp_path)
+    assert not left.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"]
 
 
 def test_finished_scoring_is_read_back(tmp_path):
@@ -159,8 +181,8 @@ def test_damaged_sums_are_refused(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from sylva_train._files import save_file
-from sylva_train import _files, score
+from sylva_train._artifacts import save_file
+from sylva_train import _artifacts, score
 from tests.sylva_train.models import make_model
 from tests.sylva_train.test_passes import config, data
 
@@ -171,7 +193,7 @@ def dying(tensors, path, metadata):
     if len(saved) == 2:  # the second file is written, and not yet in its place
         os.kill(os.getpid(), signal.SIGKILL)
 
-_files.save_file = dying
+_artifacts.save_file = dying
 score(make_model(), data("bert"), config(), checkpoint=sys.argv[1], checkpoint_minutes=0.0)
 """
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sylva_train._checks import ConfigError
-from sylva_train.config import IMPORTANCES, KRONECKER, NEEDS_DATA
+from sylva_train.config import SylvaConfig
+from sylva_train.curvature import Factor, LayerCurvature
 from sylva_train.importance import score, score_rules
-from sylva_train.importance.rules import RULES
+from sylva_train.importance.rules import RULES, Inputs
+from sylva_train.options import IMPORTANCES, KRONECKER, NEEDS_DATA
+from tests.sylva_train.counting import Allocations
 from tests.sylva_train.scored import LAYER, batches, bert, blocked, config, per_sample
 
 
@@ -197,3 +203,33 @@ def test_pruner_saliency_is_its_formula():
     weight = model.get_submodule(LAYER).weight.detach()
     expected = blocked(weight.square() / torch.outer(b, a), 8)
     torch.testing.assert_close(scores[LAYER].blocks(8), expected, rtol=2e-3, atol=0)
+
+
+def layer_inputs(shape, **options):
+    """What a rule sees of a layer with exact factors."""
+    generator = torch.Generator().manual_seed(0)
+    out, in_ = shape
+    X, g = (torch.randn(2 * n, n, generator=generator) for n in (in_, out))
+    layer = LayerCurvature(
+        A=Factor(X.T @ X),
+        G=Factor(g.T @ g),
+        gradient=torch.randn(shape, generator=generator),
+        input_squares=X.square().mean(0),
+    )
+    weight = torch.randn(shape, generator=generator).bfloat16()
+    return Inputs(weight, layer, SylvaConfig(**options), generator)
+
+
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"random", "fisher-diag"}))
+def test_a_rule_has_one_copy_of_a_layers_numbers_at_most(rule, monkeypatch):
+    shape, size = (70, 110), 8
+    inputs = layer_inputs(shape, block_size=size)
+    whole = RULES[rule][0](inputs).blocks(size)
+    monkeypatch.setattr("sylva_train.curvature.factors.LARGEST_PART", 1000)
+    with Allocations() as found:
+        parts = RULES[rule][0](replace(inputs)).blocks(size)
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)
+    large = [each for each in found.shapes if math.prod(each) >= math.prod(shape)]
+    # The factors are squares, one of them larger than the layer.
+    copies = [each for each in large if len(each) != 2 or each[0] != each[1]]
+    assert len(copies) == (rule == "kfac-natural"), copies

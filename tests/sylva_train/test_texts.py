@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from sylva_train._checks import ConfigError, DataError
 from sylva_train.data import load_data
-from sylva_train.evaluation import GENERATION, check_libraries, score_texts, texts
+from sylva_train.evaluation import check_libraries, score_texts, texts
+from sylva_train.metrics import GENERATION
 
 for library in ("nltk", "pycocoevalcap", "rouge_score", "sacrebleu"):
     pytest.importorskip(library)

@@ -19,7 +19,7 @@ from sylva_train.layers import embedded_layers
 from sylva_train.optimizer import SparseAdamW
 from sylva_train.options import SCHEDULES
 from sylva_train.targets import weight_view
-from sylva_train.training import make_scheduler, parts, pick_device, train
+from sylva_train.training import make_scheduler, pick_device, setup, train
 from tests.sylva_train.models import same
 from tests.sylva_train.toy import (
     HaltError,
@@ -346,7 +346,7 @@ def test_inputs_go_where_the_model_is(monkeypatch, found, name, inputs, moved):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     model = Mock()
     model.parameters.return_value = [Mock(device=torch.device(d)) for d in found]
-    assert parts.place(model, name) == torch.device(inputs)
+    assert setup.place(model, name) == torch.device(inputs)
     assert [c.args for c in model.to.mock_calls] == (
         [(torch.device(moved),)] if moved else []
     )

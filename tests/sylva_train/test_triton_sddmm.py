@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sylva_train.kernels import cost
 from sylva_train.kernels.plan import make_plan, tiles
 from sylva_train.masks import LayerMask
-from tests.sylva_train.models import dense_blocks, error
+from tests.sylva_train.models import dense_blocks, error, plans_of
 
 pytest.importorskip("triton")
 from sylva_train.kernels import triton_sddmm
@@ -93,7 +93,8 @@ def test_blocks_are_those_of_the_dense_product(
         return
     tile = data.draw(st.sampled_from([None, *tiles(block)]))
     each = data.draw(st.sampled_from([tokens, 17, 64]))
-    plan = make_plan(indices, mask.shape, block, dtype.itemsize, tile)
+    with plans_of(tile):
+        plan = make_plan(indices, mask.shape, block, dtype.itemsize)
     splits = (-(-tokens // each), each)
 
     def run(out=None):

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError, TargetError
-from sylva_train.config import NEEDS_DATA, SylvaConfig, SylvaType
+from sylva_train.config import SylvaConfig, SylvaType
 from sylva_train.importance import score
 from sylva_train.layers import embed, embedded_layers
 from sylva_train.masks import LayerMask, Masks
+from sylva_train.options import NEEDS_DATA
 from sylva_train.selection import select
 from sylva_train.tuner import SylvaModel, load_adapter, save_adapter
 from tests.sylva_train.models import (

@@ -129,6 +129,29 @@ def test_kfac_runs_keep_their_scores(home, tmp_path):
     assert (scores.rule, scores.metadata["samples"]) == ("kfac", 8)
 
 
+def test_no_batch_is_much_larger_than_those_of_training(home, tmp_path, monkeypatch):
+    """Scoring and evaluation fit where training does."""
+    sizes: dict[str, set[int]] = {"scoring": set(), "evaluation": set()}
+
+    def noting(module, name, part, place):
+        function = getattr(importlib.import_module(module), name)
+
+        def noted(*args, **options):
+            loader = args[place] if len(args) > place else options["loader"]
+            sizes[part] |= {len(batch["input_ids"]) for batch in loader}
+            return function(*args, **options)
+
+        monkeypatch.setattr(f"{module}.{name}", noted)
+
+    noting("sylva_train.workflow.scoring", "score", "scoring", 1)
+    noting("sylva_train.workflow.finetuning", "evaluate", "evaluation", 1)
+    config, few = sylva_config(importance="gradient"), training(batch_size=2, steps=1)
+    run(home, tmp_path / "run", sylva=config, training=few)
+    assert sizes == {"scoring": {2}, "evaluation": {4}}
+    score_file(task(home), config, tmp_path / "s.safetensors", batch_size=3, **QUIET)
+    assert max(sizes["scoring"]) == 3
+
+
 def test_a_finished_run_is_given_back(home):
     before = contents(home / "run")
     record = run(home, home / "run", resume=True)

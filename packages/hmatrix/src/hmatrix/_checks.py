@@ -48,6 +48,7 @@ __all__ = [
     "check_space",
     "not_finite",
     "remedy",
+    "space_like",
 ]
 
 
@@ -204,6 +205,13 @@ def check_space(space: Space, dtypes: tuple[str, ...] = FLOATS) -> Space:
         )
         raise DTypeError(msg)
     return space
+
+
+def space_like(like: object, dtype: object = None) -> Space:
+    """Return the space of an array that was given as ``like``, of NumPy if it is None."""
+    return check_space(
+        Space.like(None if like is None else check_array("like", like), dtype), NUMBERS
+    )
 
 
 def remedy(x: object, otherwise: str = "") -> str:

@@ -20,7 +20,13 @@ from hmatrix._backend import (
     to_numpy,
     transpose,
 )
-from hmatrix._checks import DTypeError, ShapeError, check_operand, check_space
+from hmatrix._checks import (
+    DTypeError,
+    ShapeError,
+    check_operand,
+    check_space,
+    space_like,
+)
 from hmatrix._entries import Entries
 from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
@@ -274,9 +280,11 @@ class StoredOperator(Entries, Operator):
         ------
         DTypeError
             If it is another dtype, or a real one for a complex matrix.
+        BackendError
+            If ``like`` is not an array.
         """
         like = self.leaves if like is None else like
-        space = check_space(Space.like(like, dtype), NUMBERS)
+        space = space_like(like, dtype)
         if self.space.is_complex and not space.is_complex:
             msg = f"`dtype` {space.name} cannot hold the imaginary parts of {self.space.name}."
             raise DTypeError(msg)

@@ -14,10 +14,11 @@ import safetensors
 import safetensors.numpy
 
 from hmatrix._backend import Array, Space, dtype_name, to_numpy, transpose
-from hmatrix._checks import FileFormatError, HMatrixError, check_kind
+from hmatrix._checks import FileFormatError, HMatrixError, check_array, check_kind
 from hmatrix.factor import (
     Factorization,
     HODLRCholesky,
+    HODLREquilibrated,
     HODLRFactorization,
     HODLROrthogonal,
     MLRFactorization,
@@ -37,6 +38,7 @@ _PREFIX = "factorization."
 _FACTORIZATIONS: dict[str, tuple[type, type[Factorization]]] = {
     "HODLRFactorization": (HODLR, HODLRFactorization),
     "HODLRCholesky": (HODLR, HODLRCholesky),
+    "HODLREquilibrated": (HODLR, HODLREquilibrated),
     "HODLROrthogonal": (HODLR, HODLROrthogonal),
     "MLRFactorization": (MLR, MLRFactorization),
 }
@@ -116,11 +118,15 @@ def load(
     ------
     FileNotFoundError
         If there is no such file.
+    BackendError
+        If ``like`` is not an array.
     FileFormatError
         If it is truncated, damaged (each array has a checksum), of another format or of
         a newer version.
     """
     path = Path(path)
+    if like is not None:
+        check_array("like", like)
     if not path.exists():
         msg = f"`path`: there is no file {path}."
         raise FileNotFoundError(msg)

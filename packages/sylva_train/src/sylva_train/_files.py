@@ -1,108 +1,117 @@
-"""What scores and masks have in common: layers by name, and a file with a JSON header."""
+"""Files and folders: written whole or not at all, as large as they are, in the way or not."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
+import errno
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from ._checks import OutputExistsError
 
-from ._checks import AdapterError, atomic_write
-from ._torch import note_tensors
-
-__all__ = ["Layers", "read_tensors", "write_tensors"]
-
-Layer = TypeVar("Layer")
+__all__ = ["atomic_folder", "atomic_write", "folder_size", "occupied", "write_text"]
 
 
-class Layers(Mapping[str, Layer]):
-    """Something of each of a model's layers, by name, and what is worth knowing of it."""
-
-    def __init__(
-        self, layers: Mapping[str, Layer], metadata: Mapping[str, Any]
-    ) -> None:
-        self.layers = dict(layers)
-        self.metadata = dict(metadata)
-
-    def __getitem__(self, name: str) -> Layer:
-        return self.layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
+def occupied(path: Path) -> bool:
+    """Whether there is something at a path; an empty folder is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        return any(path.iterdir())
+    return path.exists() or path.is_symlink()
 
 
-def checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> str:
-    """Hash tensors, by name, and their header."""
-    total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    note_tensors(tensors, total)
-    return total.hexdigest()
+def publish(path: Path) -> None:
+    """Give a temporary file or folder the permissions that the user's umask says."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for part in (path, *path.rglob("*")):
+        part.chmod((0o777 if part.is_dir() else 0o666) & ~umask)
 
 
-def write_tensors(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, torch.Tensor],
-    header: Mapping[str, Any],
-) -> None:
-    """Write tensors and a header with a ``format`` and a checksum, or nothing."""
-    kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    # As it will be read: JSON has no tuples, and no keys but strings.
-    plain = json.loads(json.dumps(header))
-    plain["sha256"] = checksum(kept, plain)
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name what could not be written in errors that name no file: those of a full disk."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors has one of its own for all that fails; it is not imported for this.
+        foreign = type(error).__name__ == "SafetensorError"
+        nameless = isinstance(error, OSError) and error.errno and not error.filename
+        if not foreign and not nameless:
+            raise
+        code, words = (errno.EIO, str(error)) if foreign else error.args[:2]
+        raise OSError(code, words, str(path)) from error
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a file in a temporary sibling folder, which becomes ``path`` if the block succeeds.
+
+    In a folder, so that what a process that is killed leaves there has one name: safetensors
+    writes to a file of its own first.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        with naming(path):
+            yield folder / path.name
+        publish(folder)
+        (folder / path.name).replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a whole text file, or leave what is there."""
     with atomic_write(path) as temporary:
-        save_file(kept, temporary, metadata={"sylva": json.dumps(plain)})
+        temporary.write_text(text, encoding="utf-8")
 
 
-def read_tensors(
-    path: str | os.PathLike[str], file_formats: str | tuple[str, ...], what: str
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote.
+def folder_size(path: Path) -> int:
+    """Return the bytes of a folder's files."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
-    Parameters
-    ----------
-    path : path
-        The file.
-    file_formats : str or tuple of str
-        The ``format`` that the header must have; of several, the first is the present
-        one.
-    what : str
-        What the file is called in messages.
 
-    Returns
-    -------
-    tensors : dict of str to torch.Tensor
-    header : dict
+@contextlib.contextmanager
+def atomic_folder(
+    path: str | os.PathLike[str], *, overwrite: bool = False
+) -> Iterator[Path]:
+    """Yield a temporary sibling folder that becomes ``path`` if the block succeeds.
+
+    With ``overwrite``, the old folder is moved aside first and deleted only once the
+    new one stands in its place, so that a crash at any moment leaves one of them whole.
 
     Raises
     ------
-    AdapterError
-        If the file is missing, damaged, was changed, or is not of this format.
+    OutputExistsError
+        If there is something at ``path``, and not ``overwrite``.
     """
+    path = Path(path)
+    if occupied(path) and not overwrite:
+        msg = (
+            f"the output `{path}` exists; nothing was written. Choose another path, or "
+            "allow overwriting (`overwrite=True`, `--overwrite`)."
+        )
+        raise OutputExistsError(msg)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    aside = None
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("sylva", "{}"))
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, ValueError) as error:
-        msg = f"the {what} file `{path}` is damaged ({error}); make it again."
-        raise AdapterError(msg) from error
-    except OSError as error:
-        # safetensors' own errors do not name a folder.
-        msg = f"the {what} file `{path}` cannot be read ({error})."
-        raise AdapterError(msg) from error
-    found = header.get("format") if isinstance(header, dict) else None
-    known = (file_formats,) if isinstance(file_formats, str) else file_formats
-    if found not in known:
-        msg = f"`{path}` is not a {what} file of the format {known[0]}."
-        raise AdapterError(msg)
-    if header.pop("sha256", None) != checksum(tensors, header):
-        msg = f"the {what} file `{path}` was changed; make it again."
-        raise AdapterError(msg)
-    return tensors, header
+        with naming(path):
+            yield temporary
+        publish(temporary)
+        if path.exists():
+            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            path.replace(aside / path.name)
+        temporary.replace(path)
+    except BaseException:
+        if aside is not None and not path.exists():
+            (aside / path.name).replace(path)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)

@@ -18,6 +18,7 @@ __all__ = [
     "note_tensors",
     "on_device",
     "preserved_modes",
+    "sampled",
     "set_version",
     "tensor_bytes",
 ]
@@ -37,6 +38,12 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor's elements, of any type, row by row."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data
+
+
+def sampled(tensor: torch.Tensor) -> torch.Tensor:
+    """Return some of a weight's elements, evenly spaced: enough to tell it from others."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // 256)]
 
 
 def note_tensors(tensors: Mapping[str, torch.Tensor], digest: hashlib._Hash) -> None:

@@ -10,34 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
 
-from .options import (
-    IMPORTANCES,
-    KRONECKER,
-    MINILM,
-    NEEDS_DATA,
-    WRITING,
-    SylvaOptions,
-    TaskConfig,
-    TrainingConfig,
-    memory_bytes,
-    minilm_folder,
-)
+from .options import MINILM, SylvaOptions, TaskConfig, TrainingConfig, minilm_folder
 
 if TYPE_CHECKING:
     from .masks import Masks
 
-__all__ = [
-    "IMPORTANCES",
-    "KRONECKER",
-    "NEEDS_DATA",
-    "WRITING",
-    "SylvaConfig",
-    "SylvaOptions",
-    "SylvaType",
-    "TaskConfig",
-    "TrainingConfig",
-    "memory_bytes",
-]
+__all__ = ["SylvaConfig", "SylvaType", "TaskConfig", "TrainingConfig"]
 
 
 class SylvaType(str, Enum):  # noqa: UP042

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = [
     "RATES",
     "READERS",
-    "SECTIONS",
     "alternatives",
     "check_sections",
     "config_names",
@@ -116,8 +115,19 @@ def load_config(
     ('regression', 0.05, 0.0002)
     >>> task = dataclasses.replace(task, data="glue_data/STS-B")
     """
-    source = find_config(name_or_path)
-    return built(str(name_or_path), read_config_file(source))
+    from .config import SylvaConfig
+
+    name = str(name_or_path)
+    sections = check_sections(name, read_config_file(find_config(name_or_path)))
+    found = []
+    for section, kind in (SECTIONS | {"sylva": SylvaConfig}).items():
+        try:
+            found.append(kind(**sections[section]))
+        except ConfigError as error:
+            msg = f"{name}: section {section!r}: {error}"
+            raise ConfigError(msg) from error
+    task, sylva, training = found
+    return task, sylva, training
 
 
 def load_rates(name_or_path: str | Path) -> dict[str, float]:
@@ -194,30 +204,6 @@ def has_sections(content: Mapping[str, Any]) -> bool:
     return ABOUT in content or any(
         isinstance(content.get(name), dict) for name in (*SECTIONS, RATES)
     )
-
-
-def built(
-    name: str, content: Mapping[str, Any]
-) -> tuple[TaskConfig, SylvaConfig, TrainingConfig]:
-    """Return the configurations of a file's sections.
-
-    Raises
-    ------
-    ConfigError
-        As `load_config`.
-    """
-    from .config import SylvaConfig
-
-    sections = check_sections(name, content)
-    found = []
-    for section, kind in (SECTIONS | {"sylva": SylvaConfig}).items():
-        try:
-            found.append(kind(**sections.get(section, {})))
-        except ConfigError as error:
-            msg = f"{name}: section {section!r}: {error}"
-            raise ConfigError(msg) from error
-    task, sylva, training = found
-    return task, sylva, training
 
 
 def check_sections(name: str, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ._artifacts import Layers, read_tensors, write_tensors
 from ._checks import ConfigError, check_integer
-from ._files import Layers, read_tensors, write_tensors
 
 __all__ = ["LayerMask", "Masks"]
 
@@ -66,6 +66,15 @@ class LayerMask:
         indices = torch.stack([flat // columns, flat % columns], 1)
         object.__setattr__(self, "indices", indices)
         object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
+
+    @classmethod
+    def from_flat(
+        cls, shape: tuple[int, int], block_size: int, flat: torch.Tensor
+    ) -> LayerMask:
+        """Return the mask of blocks by their places in the grid, row by row: (k,)."""
+        columns = math.ceil(shape[1] / block_size)
+        indices = torch.stack([flat // columns, flat % columns], 1)
+        return cls(shape, block_size, indices)
 
     @property
     def grid_shape(self) -> tuple[int, int]:
@@ -121,9 +130,14 @@ class Masks(Layers[LayerMask]):
 
     def __repr__(self) -> str:
         return (
-            f"Masks({len(self)} layers, {sum(map(len, self.values()))} blocks,"
+            f"Masks({len(self)} layers, {self.blocks} blocks,"
             f" {self.trainable:,} of {self.total:,} weights = {self.density:.2%})"
         )
+
+    @property
+    def blocks(self) -> int:
+        """Number of active blocks of all layers."""
+        return sum(map(len, self.values()))
 
     @property
     def trainable(self) -> int:
@@ -159,8 +173,7 @@ class Masks(Layers[LayerMask]):
                 )
                 raise ConfigError(msg)
             common += int(torch.isin(mine.flat, theirs.flat).sum())
-        blocks = sum(map(len, self.values()))
-        return common / blocks if blocks else 1.0
+        return common / self.blocks if self.blocks else 1.0
 
     def digest(self) -> str:
         """Hash the blocks of all layers, to tell whether two choices are the same."""

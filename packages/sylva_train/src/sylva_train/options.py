@@ -29,16 +29,17 @@ __all__ = [
     "DEMO_STEPS",
     "DEMO_TASK",
     "DTYPES",
-    "FRACTIONS",
     "IMPORTANCES",
     "KRONECKER",
+    "LABELLED",
     "METHODS",
-    "METRICS",
     "MINILM",
     "NEEDS_DATA",
     "POOLINGS",
     "SCHEDULES",
     "SCOPES",
+    "SCORING",
+    "SELECTION",
     "SUITABLE",
     "TASKS",
     "TOKENS",
@@ -52,6 +53,8 @@ __all__ = [
 
 #: What data and a model are for; the first is the default.
 TASKS = ("classification", "regression", "causal-lm", "seq2seq")
+#: Those with a label for each text: a class or a number.
+LABELLED = ("classification", "regression")
 #: Rules that score a weight's importance; `kfac` is the paper's. From second-order ones
 #: down to the control, the order of tables.
 IMPORTANCES = (
@@ -88,35 +91,12 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 POOLINGS = ("auto", "mean", "native")
 #: Learning-rate schedules after the warm-up.
 SCHEDULES = ("linear", "cosine", "constant")
+#: Options of `SylvaConfig` that change scores, beside the rule, the samples and the layers,
+#: and those that say which blocks to choose by given scores.
+SCORING = ("curvature", "levels", "rank", "exact_below", "tokens", "damping", "seed")
+SELECTION = {"density", "block_size", "scope", "allocation", "spread", "max_columns"}
 #: Options of `TaskConfig` that say how a language model writes.
 WRITING = ("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_size")
-#: Metrics that can be the score, and whether more is better.
-METRICS = {
-    "accuracy": True,
-    "f1": True,
-    "f1-binary": True,
-    "mcc": True,
-    "pearson": True,
-    "spearman": True,
-    "mse": False,
-    "loss": False,
-    "perplexity": False,
-    "token_accuracy": True,
-    "bleu": True,
-    "nist": True,
-    "meteor": True,
-    "rouge-l": True,
-    "rouge-l-coco": True,
-    "cider": True,
-    "exact-match": True,
-    "answer": True,
-    "choice": True,
-}
-#: Those between 0 and 1, which readers expect in percent, by their names in results.
-FRACTIONS = {
-    "accuracy", "f1", "f1_binary", "token_accuracy", "meteor", "rouge_l", "rouge_l_coco",
-    "exact_match", "answer", "choice",
-}  # fmt: skip
 #: Ways to train a model side by side, in the order of a full comparison.
 METHODS = (
     "frozen",
@@ -240,7 +220,8 @@ class TrainingConfig:
     steps : int, optional
         Optimizer steps in all.
     batch_size : int
-        Sequences in a batch.
+        Sequences in a batch. `finetune` scores no more at once, and evaluates at most
+        twice as many.
     bucket : int
         Batches that are filled by length together, out of which they come in random
         order: less padding, so faster steps. 0 fills each by chance.
@@ -336,7 +317,7 @@ class TaskConfig:
         For classification and regression: ``"mean"`` over the tokens of an encoder, the
         model's ``"native"`` head, or ``"auto"``.
     metric : str, optional
-        What to report, one of `sylva_train.evaluation.METRICS`; by default accuracy,
+        What to report, one of `sylva_train.metrics.METRICS`; by default accuracy,
         Pearson's correlation or perplexity.
     max_new_tokens : int
         For metrics of what a language model writes: tokens of an answer at most.

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import torch
 
-from ._checks import ConfigError, NonFiniteError, check_density, check_integer
+from ._checks import ConfigError, check_density, check_integer
 from .importance import LayerScores, Scores
 from .masks import LayerMask, Masks
-from .selection import top_blocks
+from .selection import blocks_of, top_blocks
 
 __all__ = ["agreement", "best_blocks", "usual_block_size"]
 
@@ -101,23 +101,15 @@ def agreement(
     side = check_side(pair, shared, block_size)
     like = masks[0] if masks else None
     best, found = (best_blocks(value, side, density, like) for value in pair)
-    layers, expected = {}, 0.0
-    for name in shared:
-        mine, theirs = best[name], found[name]
-        both = int(torch.isin(mine.flat, theirs.flat).sum())
-        grids = [
-            value[name].blocks(side) if isinstance(value, Scores) else None
-            for value in pair
-        ]
-        layers[name] = {
-            "shape": list(mine.shape),
-            "blocks": len(mine),
-            "spearman": rank_correlation(*grids),
-            "overlap": both / len(mine) if len(mine) else None,
-            "score_share": score_share(grids[0], mine, theirs),
-        }
-        expected += len(mine) * len(theirs) / math.prod(mine.grid_shape)
-    chosen = sum(map(len, best.values()))
+    layers = {
+        name: layer_agreement([value[name] for value in pair], best[name], found[name])
+        for name in shared
+    }
+    expected = sum(
+        len(mask) * len(found[name]) / math.prod(mask.grid_shape)
+        for name, mask in best.items()
+    )
+    chosen = best.blocks
     return {
         "density": None if masks else density,
         "block_size": side,
@@ -128,6 +120,24 @@ def agreement(
         "chance": expected / chosen if chosen else None,
         "only_reference": [name for name in reference if name not in other],
         "only_other": [name for name in other if name not in reference],
+    }
+
+
+def layer_agreement(
+    pair: Iterable[LayerScores | LayerMask], best: LayerMask, found: LayerMask
+) -> dict[str, Any]:
+    """Hold one layer against another, whose best blocks are these, as `agreement` does."""
+    scores = [
+        layer.blocks(best.block_size) if isinstance(layer, LayerScores) else None
+        for layer in pair
+    ]
+    both = int(torch.isin(best.flat, found.flat).sum())
+    return {
+        "shape": list(best.shape),
+        "blocks": len(best),
+        "spearman": rank_correlation(*scores),
+        "overlap": both / len(best) if len(best) else None,
+        "score_share": score_share(scores[0], best, found),
     }
 
 
@@ -221,17 +231,12 @@ def best_blocks(
     if isinstance(choice, Masks):
         return choice
     found = {}
-    for name, layer in choice.items():
-        blocks = layer.blocks(block_size)
-        if not bool(blocks.isfinite().all()):
-            msg = f"scores of `{name}` are NaN or infinite: none are the highest."
-            raise NonFiniteError(msg)
+    for name, blocks in blocks_of(choice, block_size).items():
         count = max(1, math.floor(density * blocks.numel() + 1e-9))
         if like is not None and name in like:
             count = len(like[name])
-        flat, columns = top_blocks(blocks, count), blocks.shape[1]
-        indices = torch.stack([flat // columns, flat % columns], 1)
-        found[name] = LayerMask(layer.shape, block_size, indices)
+        flat = top_blocks(blocks, count)
+        found[name] = LayerMask.from_flat(choice[name].shape, block_size, flat)
     return Masks(found, choice.metadata)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
-__all__ = ["PATIENCE", "Progress", "Report", "duration"]
+__all__ = ["PATIENCE", "Progress", "Report", "duration", "size_words"]
 
 #: Told (done, total).
 Report = Callable[[int, int], None]
@@ -48,6 +48,14 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours, rest = divmod(minutes, 60)
     return f"{hours} h {rest} min" if rest else f"{hours} h"
+
+
+def size_words(size: float) -> str:
+    """Print a number of bytes as people say it."""
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= 0.9995 * scale:  # what three digits round to it
+            return f"{size / scale:.3g} {unit}"
+    return f"{size:.0f} bytes"
 
 
 @dataclass

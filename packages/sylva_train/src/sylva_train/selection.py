@@ -25,7 +25,7 @@ from .masks import LayerMask, Masks
 from .options import SCOPES, SUITABLE
 from .targets import shared_inputs
 
-__all__ = ["select", "select_as"]
+__all__ = ["blocks_of", "select", "select_as", "top_blocks"]
 
 
 def top_blocks(
@@ -99,6 +99,11 @@ def concentrate(
         for name in names:
             kept[name] = blocks[name].masked_fill(~chosen, -math.inf)
     return kept
+
+
+def caps(shape: torch.Size, share: float) -> tuple[int, ...]:
+    """Return how many blocks a row and a column may have: a share of its own, at least 1."""
+    return tuple(max(math.ceil(share * n - 1e-9), 1) for n in reversed(shape))
 
 
 def spread_out(blocks: torch.Tensor, row_cap: int, column_cap: int) -> torch.Tensor:
@@ -370,11 +375,7 @@ def select(
     if spread:
         for name, block in blocks.items():
             own = counts[name] / block.numel() if shared else density
-            row_cap, column_cap = (
-                max(math.ceil(spread * own * n - 1e-9), 1)
-                for n in reversed(block.shape)
-            )
-            preferred[name] = spread_out(block, row_cap, column_cap)
+            preferred[name] = spread_out(block, *caps(block.shape, spread * own))
     if scope == "layer":
         chosen = {
             name: top_blocks(block, counts[name], preferred[name])
@@ -388,11 +389,10 @@ def select(
         chosen = best_of_all(blocks, density, preferred)
     if not any(len(flat) for flat in chosen.values()):
         raise none_left(blocks, density, block_size, scope)
-    masks = {}
-    for name, flat in chosen.items():
-        columns = blocks[name].shape[1]
-        indices = torch.stack([flat // columns, flat % columns], 1)
-        masks[name] = LayerMask(scores[name].shape, block_size, indices)
+    masks = {
+        name: LayerMask.from_flat(scores[name].shape, block_size, flat)
+        for name, flat in chosen.items()
+    }
     metadata = dict(scores.metadata) | {
         "density": density,
         "block_size": block_size,

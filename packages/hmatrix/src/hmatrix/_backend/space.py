@@ -153,9 +153,12 @@ class Space:
 
     def _handed_over(self, x: Array) -> Array:
         """Give this library an array of another one."""
+        if not math.prod(x.shape):
+            # DLPack asks where their memory is, and they have none
+            return self.zeros(*x.shape)
         device = x.__dlpack_device__()
         # only devices of their own need DLPack: host memory is shared through NumPy
-        if device[0] != 1 and device == self.zeros(0).__dlpack_device__():
+        if device[0] != 1 and device == self.zeros(1).__dlpack_device__():
             x = detach(x)
             if array_api_compat.is_torch_array(x):
                 x = x.resolve_conj()

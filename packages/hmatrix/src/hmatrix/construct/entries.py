@@ -24,6 +24,7 @@ from hmatrix._checks import (
     check_int,
     check_operand,
     check_space,
+    space_like,
 )
 from hmatrix._operator import pad_rows, real_rows
 from hmatrix.construct.blocks import Function
@@ -125,7 +126,7 @@ def from_entries(
     >>> H.error < 1e-8, H.symmetric, H.nbytes < 0.05 * 8 * 5000**2
     (True, True, True)
     """
-    space = check_space(Space.like(like, dtype), NUMBERS)
+    space = space_like(like, dtype)
     tree = make_tree(check_int("n", n, 1), levels, leaf_size, tree)
     # a padded row has the number of some row; what it gives is masked
     labels = space.integers(np.minimum(tree.rows, tree.n - 1))
@@ -233,7 +234,7 @@ def from_kernel(
     kernel, probe = broadcasting(kernel, points, dims)
     # a kernel may be complex where points are real; it may also be one of integers
     if is_array(probe) and dtype_name(probe.dtype) in NUMBERS:
-        space = check_space(Space.of(probe), NUMBERS)
+        space = space_like(points, probe.dtype)
     labels = xp.take(points, space.integers(np.minimum(tree.rows, n - 1)), axis=0)
     function = checked(kernel, space, dims)
     near = None

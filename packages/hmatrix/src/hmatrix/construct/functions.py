@@ -48,12 +48,7 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
         if dims and space.on_host:
             a, b = map(_by_coordinates, (a, b))
         x = function(a, b)
-        if not is_array(x) or namespace(x) is not xp:
-            msg = (
-                f"The function must give a {space.library} array, got "
-                f"{type(x).__name__}; build it from its arguments."
-            )
-            raise BackendError(msg)
+        check_place(x, a)
         if Space.of(x).is_complex and not space.is_complex:
             msg = (
                 f"The function gave {dtype_name(x.dtype)} entries for a matrix of "
@@ -78,6 +73,19 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
         return xp.astype(x, space.dtype, copy=False)
 
     return entries
+
+
+def check_place(x: Any, labels: Array) -> None:
+    """Raise unless ``x`` is an array in the library and on the device of the labels."""
+    expected, found = Space.of(labels), Space.of(x) if is_array(x) else None
+    if found and found.xp is expected.xp and found.device == expected.device:
+        return
+    got = found.place if found else type(x).__name__
+    msg = (
+        f"The function must give a {expected.place} array, got {got}; "
+        "build it from its arguments."
+    )
+    raise BackendError(msg)
 
 
 def _by_coordinates(points: Array) -> Array:
@@ -111,9 +119,12 @@ def of_lists(function: Function, dims: int) -> Function:
 
     def matrix(a: Array, b: Array) -> Array:
         x, expected = function(a, b), (int(a.shape[0]), int(b.shape[0]))
-        if not is_array(x) or tuple(x.shape) != expected:
-            got = tuple(x.shape) if is_array(x) else type(x).__name__
-            msg = f"The function of two lists must give an array of shape {expected}, got {got}."
+        check_place(x, a)
+        if tuple(x.shape) != expected:
+            msg = (
+                f"The function of two lists must give an array of shape {expected}, "
+                f"got {tuple(x.shape)}."
+            )
             raise ShapeError(msg)
         return x
 

@@ -23,8 +23,8 @@ from hmatrix._checks import (
     check_int,
     check_norm,
     check_operand,
-    check_space,
     remedy,
+    space_like,
 )
 from hmatrix._operator import Operator, pad_rows, real_rows, unpad_rows
 from hmatrix.construct.budget import (
@@ -80,7 +80,8 @@ def from_matvec(
         the matrix's own order, in the library, dtype and device of ``like``. Or an
         operator, with ``shape``, ``matmat`` and ``rmatmat``: a
         ``scipy.sparse.linalg.LinearOperator``, whose products are copied from and to
-        the host, or a matrix or inverse of this package.
+        the host, a matrix or inverse of this package, or with ``like`` one of another
+        library, ``cupyx.scipy.sparse.linalg`` say.
     rmatvec : callable, optional
         The products of the adjoint alike. Default: those of an operator. Not needed
         with ``symmetric=True``.
@@ -306,7 +307,7 @@ def _products(
         msg = f"`matvec` must be a function or operator, got {got}{remedy(matvec)}."
         raise TypeError(msg)
     else:
-        space = check_space(Space.like(like, dtype), NUMBERS)
+        space = space_like(like, dtype)
     if n is None:
         msg = "`n`, the number of rows, is needed with a function as `matvec`."
         raise ShapeError(msg)
@@ -336,8 +337,7 @@ def _of_operator(
         own = Space.like(None, named if named in NUMBERS else FLOATS[-1])
     space = own
     if like is not None or dtype is not None:
-        space = Space.like(own.zeros(0) if like is None else like, dtype)
-    check_space(space, NUMBERS)
+        space = space_like(own.zeros(0) if like is None else like, dtype)
     if not isinstance(A, Operator | LinearOperator):
         own = space
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from hmatrix._backend import NUMBERS, Array, Space, frobenius, in_own_precision
+from hmatrix._backend import Array, Space, frobenius, in_own_precision
 from hmatrix._checks import (
     BackendError,
     DTypeError,
     ShapeError,
     check_finite,
-    check_space,
+    space_like,
 )
 from hmatrix.construct.budget import (
     check_symmetric,
@@ -154,9 +154,7 @@ def _as_csr(A: Any, like: Array | None, dtype: object) -> tuple[Any, Space]:
     if A.ndim != 2 or A.shape[0] != A.shape[1]:
         msg = f"`A` must be square, got shape {A.shape}."
         raise ShapeError(msg)
-    space = check_space(
-        Space.like(like, A.dtype.name if dtype is None else dtype), NUMBERS
-    )
+    space = space_like(like, A.dtype.name if dtype is None else dtype)
     if A.dtype.kind == "c" and not space.is_complex:
         msg = f"`A` is complex, `dtype` must be so too, got {space.name}."
         raise DTypeError(msg)

@@ -22,6 +22,7 @@ from hmatrix._checks import (
     check_norm,
     check_operand,
     check_space,
+    space_like,
 )
 from hmatrix._operator import pad_rows
 from hmatrix.construct.budget import check_tolerances, cut_blocks, make_tree
@@ -59,7 +60,7 @@ def identity(
     >>> hm.identity(1000, levels=3)
     HODLR(n=1000, levels=3, ranks=(0, 0, 0), symmetric, float64, numpy, 1 MB, 0.12 of dense)
     """
-    space = check_space(Space.like(like, dtype), NUMBERS)
+    space = space_like(like, dtype)
     ones = space.ones(check_int("n", n, 1))
     return from_diagonal(ones, levels=levels, leaf_size=leaf_size, tree=tree)
 

@@ -7,10 +7,17 @@ one small factorization.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hmatrix._backend import in_own_precision, one_blas_thread_if_narrow
 from hmatrix._checks import NotPositiveDefiniteError, check_choice, check_kind
 from hmatrix.factor._base import Factorization, telling_nan
 from hmatrix.factor.cholesky import HODLRCholesky
+from hmatrix.factor.equilibration import (
+    General,
+    HODLREquilibrated,
+    equilibrated_if_lossy,
+)
 from hmatrix.factor.hodlr import HODLRFactorization
 from hmatrix.factor.inversion import inverse, inversion_or_orthogonal
 from hmatrix.factor.mlr import MLRFactorization
@@ -22,6 +29,7 @@ from hmatrix.mlr import MLR
 __all__ = [
     "Factorization",
     "HODLRCholesky",
+    "HODLREquilibrated",
     "HODLRFactorization",
     "HODLRInverse",
     "HODLROrthogonal",
@@ -54,10 +62,13 @@ def factorize(
           definite matrix, which also gives ``sample`` and ``whiten``.
         * "inversion" is recursive block inversion, of any matrix none of whose diagonal
           blocks is close to singular.
-        * "orthogonal" is elimination by unitary transformations, of any matrix whose rows
-          are of about one size: as accurate as dense LU with pivots, at a small multiple
-          of the cost. Its errors are relative to the norm of the matrix, so that rows far
-          smaller than others lose digits; divide rows by their norms beforehand.
+        * "orthogonal" is elimination by unitary transformations, of any matrix: as
+          accurate as dense LU with pivots, at a small multiple of the cost.
+
+        Where the last two lose digits and rows or columns differ much in size, they are
+        divided by powers of two first that bring them to about one size. (Of rows far
+        smaller than others a constructor whose ``rtol`` is of the whole matrix keeps few
+        digits: those factors and diagonals hold that are given.)
 
         "auto" takes the first of these that applies and keeps the digits: "inversion" if
         the Frobenius norm of its ``E`` (see `PrecisionError` below) is at most
@@ -155,14 +166,14 @@ def factorize(
 
 
 def _factorize(H: HODLR, shift: float, method: str, overwrite: bool) -> Factorization:
-    if method == "orthogonal":
-        return HODLROrthogonal(H, shift)
     if method == "cholesky" or (method == "auto" and H.symmetric):
         try:
             return HODLRCholesky(H, shift, overwrite=overwrite)
         except NotPositiveDefiniteError:
             if method == "cholesky" or overwrite:
                 raise
-    if method == "inversion":
-        return HODLRFactorization(H, shift)
-    return inversion_or_orthogonal(H, shift)
+    make: dict[str, Callable[[HODLR, float], General]] = {
+        "inversion": HODLRFactorization,
+        "orthogonal": HODLROrthogonal,
+    }
+    return equilibrated_if_lossy(make.get(method, inversion_or_orthogonal), H, shift)

@@ -238,7 +238,7 @@ class Factorization(ABC):
             raise PrecisionError(msg, found)
         return lost
 
-    def sample(self, z: Array) -> Array:
+    def sample(self, z: Array | np.random.Generator, size: int | None = None) -> Array:
         """Return ``W z`` with ``W Wᴴ = H + shift·I``.
 
         White noise ``z`` becomes a sample of the normal distribution with this
@@ -246,13 +246,18 @@ class Factorization(ABC):
 
         Parameters
         ----------
-        z : array (n,) or (n, q)
-            Of the library, dtype and device of the matrix.
+        z : array (n,) or (n, q), or numpy.random.Generator
+            White noise of the library, dtype and device of the matrix; or what draws it.
+        size : int, optional
+            Samples to draw from a generator: the result is (n, size). Default: one, (n,).
 
         Raises
         ------
         TypeError
-            If there is no such factor: a `HODLR` has one with ``method="cholesky"``.
+            If there is no such factor: a `HODLR` has one with ``method="cholesky"``. Or if
+            a ``size`` is given beside an array, which has its own.
+        ShapeError, DTypeError, BackendError
+            If ``z`` does not fit.
 
         Examples
         --------
@@ -264,9 +269,27 @@ class Factorization(ABC):
         >>> W = F.sample(np.eye(200))
         >>> bool(np.allclose(W @ W.T, H))
         True
+        >>> F.sample(np.random.default_rng(0), 5).shape
+        (200, 5)
         """
         factor = self._symmetric_factor()
+        if isinstance(z, np.random.Generator):
+            z = self._noise(z, size)
+        elif size is not None:
+            msg = (
+                "`size` goes with a `numpy.random.Generator`; an array `z` has its own."
+            )
+            raise TypeError(msg)
         return apply_padded("z", z, self.tree, self.space, factor.apply)
+
+    def _noise(self, generator: np.random.Generator, size: int | None) -> Array:
+        """Draw standard normal numbers (n,) or (n, size), complex ones of variance 1."""
+        count = () if size is None else (check_int("size", size, 0),)
+        shape = (2, self.tree.n, *count)
+        if not self.space.is_complex:
+            return self.space.asarray(generator.standard_normal(shape[1:]))
+        real, imaginary = generator.standard_normal(shape) / math.sqrt(2)
+        return self.space.asarray(real + 1j * imaginary)
 
     def whiten(self, x: Array) -> Array:
         """Return ``W⁻¹ x``, the inverse of `sample`; ``‖W⁻¹ x‖² = xᴴ (H + shift·I)⁻¹ x``.

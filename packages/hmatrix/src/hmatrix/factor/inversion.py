@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from hmatrix._backend import (
@@ -27,8 +28,14 @@ from hmatrix.arithmetic import (
 )
 from hmatrix.factor._base import PROBES, Factorization, has_gradients, telling_nan
 from hmatrix.factor.cholesky import HODLRCholesky
+from hmatrix.factor.equilibration import (
+    General,
+    HODLREquilibrated,
+    equilibrated_if_lossy,
+)
 from hmatrix.factor.hodlr import HODLRFactorization
 from hmatrix.factor.mlr import MLRFactorization
+from hmatrix.factor.operator import stored_inverse
 from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
@@ -120,7 +127,7 @@ def inverse(
     elif isinstance(H, MLR):
         F = MLRFactorization(H, shift)
     assert isinstance(F, Factorization)
-    if isinstance(F, HODLROrthogonal):
+    if isinstance(F, (HODLREquilibrated, HODLROrthogonal)):
         return _from_solutions(F, rtol, max_rank)
     if not isinstance(F, (HODLRCholesky, HODLRFactorization)):
         X: Any = F.inverse()
@@ -153,12 +160,11 @@ def _factorized(H: HODLR, shift: float) -> Factorization:
             return HODLRCholesky(H, shift)
         except NotPositiveDefiniteError:
             pass
-    return inversion_or_orthogonal(H, shift, strict=False)
+    make = partial(inversion_or_orthogonal, strict=False)
+    return equilibrated_if_lossy(make, H, shift)
 
 
-def inversion_or_orthogonal(
-    H: HODLR, shift: float, *, strict: bool = True
-) -> Factorization:
+def inversion_or_orthogonal(H: HODLR, shift: float, *, strict: bool = True) -> General:
     """Factorize by inversion, or orthogonally where that fails or loses digits.
 
     What `HODLRFactorization` lets pass by itself, because refinement converges, is too much
@@ -183,8 +189,9 @@ def inversion_or_orthogonal(
 
 
 def _from_solutions(
-    F: HODLROrthogonal, rtol: float | None, max_rank: int | None
+    F: Factorization, rtol: float | None, max_rank: int | None
 ) -> HODLR:
+    assert isinstance(F.matrix, HODLR)
     if has_gradients(F.matrix):
         msg = (
             "The stored inverse of an ill-conditioned matrix has no gradients; pass "
@@ -195,7 +202,7 @@ def _from_solutions(
         max_rank = (
             F.tree.n
         )  # no cap: take what can be had, and say in `error` what that is
-    stored = F.stored_inverse(rtol, max_rank)
+    stored = stored_inverse(F, rtol, max_rank)
     error = after(inverse_error(stored, F.matrix), stored.error)
     return replace(stored, error=error)
 

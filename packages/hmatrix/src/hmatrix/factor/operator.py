@@ -5,9 +5,11 @@ from __future__ import annotations
 from hmatrix._backend import Array, Space, conjugate
 from hmatrix._checks import DTypeError
 from hmatrix._operator import Operator, cleared
+from hmatrix.construct import from_matvec
 from hmatrix.factor._base import Factorization
+from hmatrix.hodlr import HODLR
 
-__all__ = ["HODLRInverse"]
+__all__ = ["HODLRInverse", "stored_inverse"]
 
 
 class HODLRInverse(Operator):
@@ -70,3 +72,17 @@ class HODLRInverse(Operator):
 
     def __repr__(self) -> str:
         return "HODLRInverse(" + repr(self._factorization).partition("(")[2]
+
+
+def stored_inverse(
+    F: Factorization, rtol: float | None = None, max_rank: int | None = None
+) -> HODLR:
+    """Return the inverse as a matrix, found from solutions; see `from_matvec`."""
+    assert isinstance(F.matrix, HODLR)
+    return from_matvec(
+        F.inverse(),
+        tree=F.tree,
+        rtol=rtol,
+        max_rank=max_rank,
+        symmetric=F.matrix.symmetric,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from hmatrix._backend import (
@@ -22,7 +23,6 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import SingularBlockError
 from hmatrix._operator import cleared, unpad_rows
-from hmatrix.construct import from_matvec
 from hmatrix.factor._base import (
     Factorization,
     has_gradients,
@@ -34,7 +34,7 @@ from hmatrix.factor.gradients import (
     logdet_with_gradients_of,
 )
 from hmatrix.factor.leaves import shifted_leaves
-from hmatrix.factor.operator import HODLRInverse
+from hmatrix.factor.operator import HODLRInverse, stored_inverse
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, pair, scaled
 
@@ -180,7 +180,7 @@ class HODLROrthogonal(Factorization):
         self._scale, self._sign = plain._scale, plain._sign
         self._lost = plain._lost
         self._logdet = logdet_with_gradients_of(
-            plain._logdet, plain.stored_inverse, self.matrix
+            plain._logdet, partial(stored_inverse, plain), self.matrix
         )
 
     def _columns(self) -> tuple[Array, Array, list[int]]:
@@ -297,18 +297,6 @@ class HODLROrthogonal(Factorization):
         """Return the inverse as an operator; nothing is formed."""
         return HODLRInverse(self)
 
-    def stored_inverse(
-        self, rtol: float | None = None, max_rank: int | None = None
-    ) -> HODLR:
-        """Return the inverse as a matrix, found from solutions; see `from_matvec`."""
-        return from_matvec(
-            self.inverse(),
-            tree=self.tree,
-            rtol=rtol,
-            max_rank=max_rank,
-            symmetric=self.matrix.symmetric,
-        )
-
     @narrow
     @in_own_precision
     def inverse_diagonal(self) -> Array:
@@ -318,7 +306,9 @@ class HODLROrthogonal(Factorization):
         """
         if self._plain is not None:
             return diagonal_with_gradients_of(
-                self._plain.inverse_diagonal(), self._plain.stored_inverse, self.matrix
+                self._plain.inverse_diagonal(),
+                partial(stored_inverse, self._plain),
+                self.matrix,
             )
         xp, (leaves, m) = self.space.xp, self.matrix.leaves.shape[:2]
         x = xp.broadcast_to(self.space.eye(m), (leaves, m, m))

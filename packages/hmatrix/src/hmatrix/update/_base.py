@@ -9,11 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from hmatrix._backend import (
-    NUMBERS,
     Array,
     Space,
     adjoint,
-    contiguous,
     detach,
     in_own_precision,
     is_array,
@@ -25,12 +23,11 @@ from hmatrix._checks import (
     FileFormatError,
     NonFiniteError,
     ShapeError,
-    check_array,
     check_float,
     check_int,
     check_operand,
-    check_space,
     not_finite,
+    space_like,
 )
 from hmatrix._operator import pad_rows
 from hmatrix.tree import ClusterTree
@@ -60,9 +57,7 @@ class Streaming(ABC):
         self.tree = n if isinstance(n, ClusterTree) else ClusterTree(n, levels)
         self.rank = check_int("rank", rank, 1)
         self.seed = check_int("seed", seed, 0)
-        if like is not None:
-            check_array("like", like)
-        self.space = check_space(Space.like(like, dtype), NUMBERS)
+        self.space = space_like(like, dtype)
         self._count = 0.0
         m = self.tree.leaf_size
         self._leaves = self.space.zeros(self.tree.nodes(self.tree.levels), m, m)
@@ -132,7 +127,7 @@ class Streaming(ABC):
         xp = self.space.xp
         for piece in pieces:
             E = xp.astype(piece, self.space.dtype, copy=False)
-            E = contiguous(adjoint(E if root == 1 else E * root))
+            E = adjoint(E if root == 1 else E * root)
             self._add(pad_rows(E, self.tree))
         self._count += weight * int(Z.shape[0])
 
@@ -219,7 +214,7 @@ class Streaming(ABC):
         if leaves is None or not is_array(leaves):
             msg = f"`state` must hold an array `leaves`, got {type(leaves).__name__}."
             raise FileFormatError(msg)
-        space = Space.like(leaves if like is None else like, leaves.dtype)
+        space = space_like(leaves if like is None else like, leaves.dtype)
         try:
             self = cls._from_options(state, space.zeros(0))
             self._count = check_float("count", state["count"], minimum=0.0)

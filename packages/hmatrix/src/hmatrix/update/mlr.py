@@ -169,66 +169,84 @@ class StreamingMLR(Streaming):
         self._factors = [F * math.sqrt(factor) for F in self._factors]
 
     def _cascade(self, columns: Sequence[Array]) -> None:
-        """Add ``Σ_k blkdiag(E_k E_kᴴ)``, ``columns[k]`` entering at level k."""
-        xp, E = self.space.xp, None
-        for k, F in enumerate(self._factors):
-            arriving: list[Array] = [] if E is None else [E]
-            arriving += columns[k : k + 1]
-            parts = [xp.reshape(C, (*F.shape[:2], C.shape[-1])) for C in arriving]
-            M = xp.concat([F, *parts], axis=-1)
-            self._factors[k], E = self._split(M, int(F.shape[-1]))
-            self._lost[k] = self._lost[k] + self._norm_between_halves(E)
-        if E is None:  # no level: everything is one leaf
-            E = columns[0] if columns else self.space.zeros(self.tree.padded, 0)
-        self._add_to_leaves(E)
+        """Add ``Σ_k blkdiag(E_k E_kᴴ)``, ``columns[k]`` entering at level k.
 
-    def _split(self, M: Array, r: int) -> tuple[Array, Array]:
-        """Split ``M`` (b, m, w) into F (b, m, r) and E so that MMᴴ = FFᴴ + EEᴴ.
-
-        M is overwritten.
+        All that is to be stored lies in one array, each column of M as a row: what a node
+        sees of it is a view, and what it passes on takes the place of what it was given.
         """
-        m, w = int(M.shape[-2]), int(M.shape[-1])
+        xp, n = self.space.xp, self.tree.padded
+        start = sum(int(C.shape[-1]) for C in (*self._factors, *columns))
+        rows = self.space.zeros(start, n)
+        for k, F in enumerate(self._factors):
+            for C in (*columns[k : k + 1], F):
+                stop, start = start, start - int(C.shape[-1])
+                rows[start:stop, :] = adjoint(xp.reshape(C, (n, C.shape[-1])))
+            N = self._by_nodes(rows[start:, :], k)
+            self._factors[k], left = self._split(N, int(F.shape[-1]))
+            start += int(N.shape[1]) - left
+            lost = self._norm_between_halves(self._by_nodes(rows[start:, :], k))
+            self._lost[k] = self._lost[k] + lost
+        if not self._factors and columns:  # no level: everything is one leaf
+            rows, start = adjoint(columns[0]), 0
+        self._add_to_leaves(adjoint(self._by_nodes(rows[start:, :], self.tree.levels)))
+
+    def _by_nodes(self, rows: Array, level: int) -> Array:
+        """View rows (w, padded) as the parts of a level's nodes: (2**level, w, m)."""
+        xp, nodes = self.space.xp, self.tree.nodes(level)
+        parts = xp.reshape(rows, (rows.shape[0], nodes, self.tree.padded // nodes))
+        return xp.permute_dims(parts, (1, 0, 2))
+
+    def _split(self, N: Array, r: int) -> tuple[Array, int]:
+        """Split ``NᴴN``, N (b, w, m), into ``F Fᴴ + EᴴE``: F (b, m, r) and the rows of E.
+
+        E takes the place of the last rows of N.
+        """
+        w, m = int(N.shape[-2]), int(N.shape[-1])
         sketch = self.rank + OVERSAMPLING
         # below these sizes a full eigendecomposition is the cheaper one
         small = (2 if self.method == "randomized" else 3) * sketch
         narrow = (1 if self.method == "randomized" else 4) * sketch
         if self.method != "eigh" and w > small and m > narrow:
-            return self._split_randomized(M, r, sketch)
+            return self._split_randomized(N, r, sketch), w
+        M = adjoint(N)
         if w > m:
             M = _square_root(M)
         with one_thread_if_small(M):
             _, V = eigh_descending(adjoint(M) @ M)
             MV = M @ V
-            return contiguous(MV[..., :r]), MV[..., r:]
+        left = max(0, int(MV.shape[-1]) - r)
+        N[:, w - left :, :] = adjoint(MV[..., r:])
+        return contiguous(MV[..., :r]), left
 
-    def _split_randomized(self, M: Array, r: int, sketch: int) -> tuple[Array, Array]:
-        omega = self._normal(int(M.shape[-1]), sketch)
-        Q = _orthonormal(adjoint(M) @ (M @ omega), omega)
-        MQ = M @ Q
-        with one_thread_if_small(MQ):
-            _, V = eigh_descending(adjoint(MQ) @ MQ)
+    def _split_randomized(self, N: Array, r: int, sketch: int) -> Array:
+        omega = self._normal(int(N.shape[-2]), sketch)
+        Q = _orthonormal(N @ (adjoint(N) @ omega), omega)
+        QN = adjoint(Q) @ N
+        with one_thread_if_small(QN):
+            _, V = eigh_descending(QN @ adjoint(QN))
             V = V[..., :r]
-            F, QV = MQ @ V, Q @ V
-        return F, add_product(M, F, adjoint(QV), -1)
+            F, QV = adjoint(QN) @ V, Q @ V
+        add_product(N, QV, adjoint(F), -1)
+        return F
 
-    def _norm_between_halves(self, E: Array) -> Array:
-        """Frobenius norm of ``E₁ E₂ᴴ``, the halves of the rows of E (b, m, w): (b,)."""
-        xp, half, w = self.space.xp, int(E.shape[-2]) // 2, int(E.shape[-1])
-        upper, lower = E[..., :half, :], E[..., half:, :]
+    def _norm_between_halves(self, N: Array) -> Array:
+        """Frobenius norm of ``N₁ᴴ N₂``, the halves of the columns of N (b, w, m): (b,)."""
+        xp, w, half = self.space.xp, int(N.shape[-2]), int(N.shape[-1]) // 2
+        first, second = N[..., :half], N[..., half:]
         sketch = self.rank + OVERSAMPLING
         # squares of what is squared already leave the range of float32: it is scaled to 1
         if half <= 2 * sketch:
-            product, top = _to_one(upper @ adjoint(lower))
+            product, top = _to_one(adjoint(first) @ second)
             squared = xp.sum(squares(product), axis=(-2, -1))
         elif w <= 4 * sketch or self.method == "eigh":
-            # ‖E₁E₂ᴴ‖² = ⟨E₁ᴴE₁, E₂ᴴE₂⟩; rounding may push zero below zero
-            (first, a), (second, b) = (_to_one(adjoint(x) @ x) for x in (upper, lower))
-            squared = xp.sum(real_part(first * conjugate(second)), axis=(-2, -1))
+            # ‖N₁ᴴN₂‖² = ⟨N₁N₁ᴴ, N₂N₂ᴴ⟩; rounding may push zero below zero
+            (one, a), (two, b) = (_to_one(x @ adjoint(x)) for x in (first, second))
+            squared = xp.sum(real_part(one * conjugate(two)), axis=(-2, -1))
             squared = xp.where(squared > 0, squared, xp.zeros_like(squared))
             top = xp.sqrt(a) * xp.sqrt(b)
         else:
             probes = self._normal(half, PROBES)
-            probed, top = _to_one(upper @ (adjoint(lower) @ probes))
+            probed, top = _to_one(adjoint(first) @ (second @ probes))
             squared = xp.sum(squares(probed), axis=(-2, -1)) / PROBES
         return xp.sqrt(squared) * top
 

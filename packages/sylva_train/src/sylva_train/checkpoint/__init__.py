@@ -7,6 +7,7 @@ from .files import (
     claimed,
     load_checkpoint,
     save_checkpoint,
+    update_record,
 )
 from .state import (
     capture,
@@ -28,4 +29,5 @@ __all__ = [
     "rng_state",
     "save_checkpoint",
     "set_rng_state",
+    "update_record",
 ]

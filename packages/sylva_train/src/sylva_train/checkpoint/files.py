@@ -25,12 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sylva_train._checks import (
-    ConfigError,
-    OutputExistsError,
-    SylvaError,
-    atomic_folder,
-)
+from sylva_train._checks import ConfigError, OutputExistsError, SylvaError
+from sylva_train._files import atomic_folder, write_text
 
 __all__ = [
     "Checkpoint",
@@ -39,6 +35,7 @@ __all__ = [
     "claimed",
     "load_checkpoint",
     "save_checkpoint",
+    "update_record",
 ]
 
 FORMAT = "sylva-checkpoint/1"
@@ -76,10 +73,7 @@ def flatten(value: Any, tensors: dict[str, torch.Tensor], key: str) -> Any:
     Dicts become lists of pairs, so that keys which are numbers stay numbers.
     """
     if isinstance(value, torch.Tensor):
-        # A copy: safetensors refuses tensors that share memory.
-        tensors[key] = value.detach().to(
-            "cpu", copy=True, memory_format=torch.contiguous_format
-        )
+        tensors[key] = value.detach().cpu().contiguous()
         return {"tensor": key}
     if isinstance(value, Mapping):
         pairs = [[k, flatten(v, tensors, f"{key}/{k}")] for k, v in value.items()]
@@ -96,6 +90,16 @@ def flatten(value: Any, tensors: dict[str, torch.Tensor], key: str) -> Any:
         " or with an optimizer and scheduler whose state is made of these."
     )
     raise ConfigError(msg)
+
+
+def separate(tensors: dict[str, torch.Tensor]) -> None:
+    """Copy those of some tensors that share memory with others: safetensors refuses them."""
+    end = 0
+    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            tensors[key] = tensor.clone()
+        else:
+            end = tensor.data_ptr() + tensor.nbytes
 
 
 def unflatten(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -196,6 +200,7 @@ def save_checkpoint(
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = flatten(checkpoint.state, tensors, "")
+    separate(tensors)
     path = Path(output) / f"checkpoint-{checkpoint.step}"
     # A folder of this name is a damaged one that the run went back from.
     with atomic_folder(path, overwrite=True) as temporary:
@@ -208,10 +213,23 @@ def save_checkpoint(
             "state": tree,
             TENSORS: file_digest(temporary / TENSORS),
         }
-        content = {"sha256": text_digest(body), "body": body}
-        (temporary / STATE).write_text(json.dumps(content), encoding="utf-8")
+        (temporary / STATE).write_text(signed(body), encoding="utf-8")
     prune(Path(output), checkpoint.step)
     return path
+
+
+def signed(body: Mapping[str, Any]) -> str:
+    """Return a state file's text: its content and the checksum of it."""
+    return json.dumps({"sha256": text_digest(body), "body": body})
+
+
+def update_record(
+    output: str | os.PathLike[str], step: int, record: Mapping[str, Any]
+) -> None:
+    """Replace a checkpoint's ``record``, and no tensor of it."""
+    file = Path(output) / f"checkpoint-{step}" / STATE
+    body = json.loads(file.read_text(encoding="utf-8"))["body"]
+    write_text(file, signed(body | {"record": record}))
 
 
 def prune(output: Path, step: int) -> None:

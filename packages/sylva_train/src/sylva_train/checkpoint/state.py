@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from sylva_train._torch import tensor_bytes
+from sylva_train._artifacts import as_read
+from sylva_train._torch import sampled, tensor_bytes
 from sylva_train.config import TrainingConfig
 from sylva_train.layers import embedded_layers
 
@@ -27,8 +27,6 @@ __all__ = [
 
 #: Options that may differ between a run and its continuation: none changes a weight.
 IRRELEVANT = {"device", "eval_every", "save_every"}
-#: Elements of each frozen weight that identify the base model.
-SAMPLE = 256
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -81,9 +79,8 @@ def frozen_digest(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         # PEFT keeps the head that it copied for training, random where it is new.
         if not parameter.requires_grad and ".original_module." not in name:
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, len(flat) // SAMPLE)]
-            total.update(f"{name} {tuple(parameter.shape)} {digest(sample)}".encode())
+            part = digest(sampled(parameter))
+            total.update(f"{name} {tuple(parameter.shape)} {part}".encode())
     for layer in layers:
         layer.sync()
     return total.hexdigest()
@@ -133,8 +130,7 @@ def identify(
         "config": {k: v for k, v in asdict(config).items() if k not in IRRELEVANT},
         "data": dict(data),
     }
-    result: dict[str, Any] = json.loads(json.dumps(identity))
-    return result
+    return as_read(identity)
 
 
 def capture(

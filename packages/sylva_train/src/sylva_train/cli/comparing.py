@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import write_text
+from sylva_train._files import write_text
 from sylva_train.comparison import Comparison, Event, compare
 from sylva_train.progress import Progress, duration
 from sylva_train.report import markdown_table, write_report

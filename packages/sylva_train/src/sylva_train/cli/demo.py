@@ -6,13 +6,15 @@ import dataclasses
 import shlex
 from pathlib import Path
 
+from sylva_train._files import folder_size
 from sylva_train.baselines import parse_method
 from sylva_train.comparison import Comparison, check_output
+from sylva_train.progress import size_words
 from sylva_train.workflow import finetune, predict
 
 from . import show
 from .comparing import run_comparison
-from .printing import folder_size, out, prose, say, size, table, written
+from .printing import out, prose, say, table, written
 
 __all__ = ["SENTENCES", "run_demo"]
 
@@ -106,8 +108,8 @@ def keep(comparison: Comparison, folder: Path) -> None:
     found = run["metrics"]
     prose(
         f"It scores {show.score_text(found['metric'], found['score'])}. The adapter takes"
-        f" {size(folder_size(folder / 'adapter'))} on disk; the whole model would take"
-        f" {size(4 * run['total'])}."
+        f" {size_words(folder_size(folder / 'adapter'))} on disk; the whole model would take"
+        f" {size_words(4 * run['total'])}."
     )
 
 

@@ -18,8 +18,6 @@ from sylva_train.options import (
 from .frame import command, typed
 from .options import numbers, rates, words
 
-__all__ = ["compare", "demo", "reproduce_command"]
-
 
 @command(
     omit={

@@ -6,12 +6,12 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from sylva_train.metrics import METRICS
 from sylva_train.options import (
     CURVATURES,
     DTYPES,
     IMPORTANCES,
     METHODS,
-    METRICS,
     SCHEDULES,
 )
 

@@ -12,7 +12,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sylva_train._checks import folder_size
 from sylva_train.config_files import config_names, find_config, read_config_file
 
 __all__ = [
@@ -20,12 +19,10 @@ __all__ = [
     "configs",
     "count",
     "facts",
-    "folder_size",
     "lines",
     "out",
     "prose",
     "say",
-    "size",
     "table",
     "written",
 ]
@@ -82,18 +79,10 @@ def facts(pairs: Mapping[str, object]) -> None:
 
 def count(number: int) -> str:
     """Print a number of weights."""
-    for size_, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size_:
-            return f"{number / size_:.3g} {unit}"
+    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
     return str(number)
-
-
-def size(number: int) -> str:
-    """Print a number of bytes."""
-    for size_, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= size_:
-            return f"{number / size_:.3g} {unit}"
-    return f"{number} B"
 
 
 def as_text(content: Any) -> None:

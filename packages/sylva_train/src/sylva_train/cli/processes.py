@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from sylva_train._checks import ConfigError
 
-__all__ = ["check_alone", "joined", "number_of_processes"]
+__all__ = ["check_alone", "joined"]
 
 #: What a process finds the others by, beside WORLD_SIZE.
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -9,14 +9,16 @@ from typing import Any
 from rich.measure import Measurement
 
 from sylva_train._checks import ConfigError
+from sylva_train._files import folder_size
 from sylva_train.comparison import load_results
-from sylva_train.config import KRONECKER, TaskConfig
-from sylva_train.evaluation import key_of
+from sylva_train.config import TaskConfig
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
-from sylva_train.options import FRACTIONS
+from sylva_train.metrics import FRACTIONS, key_of
+from sylva_train.options import KRONECKER
 from sylva_train.overlaps import agreement as compared
 from sylva_train.overlaps import best_blocks, usual_block_size
+from sylva_train.progress import duration, size_words
 from sylva_train.report import (
     AGREEMENT,
     agreement_cells,
@@ -28,7 +30,6 @@ from sylva_train.tuner import inspect_adapter
 from sylva_train.workflow import (
     describe_masks,
     describe_scores,
-    duration,
     evaluated_on,
     load_choice,
     mask_entries,
@@ -36,18 +37,7 @@ from sylva_train.workflow import (
     score_entries,
 )
 
-from .printing import (
-    as_text,
-    count,
-    facts,
-    folder_size,
-    out,
-    prose,
-    say,
-    size,
-    table,
-    written,
-)
+from .printing import as_text, count, facts, out, prose, say, table, written
 
 __all__ = [
     "agreement",
@@ -153,7 +143,7 @@ def adapter(path: Path) -> None:
             "rule": f"{rule} ({about['curvature']})" if about["curvature"] else rule,
             "block size": about["block_size"],
             "trained whole": modules and f"{modules} ({about['modules_trainable']:,})",
-            "on disk": size(about["bytes"]),
+            "on disk": size_words(about["bytes"]),
         }
     )
     # Layers without a block are not in an adapter.
@@ -184,7 +174,7 @@ def run(record: Mapping[str, Any], path: Path) -> None:
             + (f", {seconds:.3g} s each" if seconds else ""),
             "result": f"{score_text(found['metric'], found['score'])} on"
             f" {found['examples']:,} examples",
-            "on disk": size(folder_size(path / "adapter")),
+            "on disk": size_words(folder_size(path / "adapter")),
         }
     )
 
@@ -238,7 +228,9 @@ def diagnosis(found: Mapping[str, Any], *, as_json: bool) -> None:
         tried = f" ({about['tried']} tried)" if about["tried"] else ""
         memory = about.get("memory_bytes")
         threads = about.get("threads")
-        room = size(memory) if memory else f"{threads} thread{'s' * (threads != 1)}"
+        room = (
+            size_words(memory) if memory else f"{threads} thread{'s' * (threads != 1)}"
+        )
         facts(
             {
                 "device": f"{about['device']}: {about['name']}, {room}; kernels of"

@@ -6,7 +6,6 @@ comparison that was killed goes on where it stopped.
 
 from .compare import check_plan, compare
 from .events import Event, Watcher
-from .job import Job
 from .jobs import check_output, jobs_folder, run_jobs
 from .memory import PeakMemory
 from .plan import (
@@ -15,7 +14,7 @@ from .plan import (
     demonstration,
     suited,
 )
-from .process import worker
+from .process import Job, worker
 from .results import FORMAT, load_results, made
 
 __all__ = [

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import write_text
+from sylva_train._files import write_text
 from sylva_train.importance import score
 from sylva_train.selection import select_as
 from sylva_train.training import pick_device

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Clock", "Event", "Watcher", "decode_event", "encode_event", "send"]
+__all__ = ["Clock", "Event", "Watcher", "decode_event", "send"]
 
 #: Begins the lines of a run's process that are meant for its parent.
 MARK = "\x1esylva "
@@ -89,11 +89,6 @@ class Clock:
         return sum(times.values()) / self.workers
 
 
-def encode_event(body: dict[str, Any]) -> str:
-    """Return a line for the parent process."""
-    return f"{MARK}{json.dumps(body)}\n"
-
-
 def decode_event(line: str) -> dict[str, Any] | None:
     """Return what a line says, or None for a line that is not for the parent."""
     if not line.startswith(MARK):
@@ -107,5 +102,5 @@ def decode_event(line: str) -> dict[str, Any] | None:
 
 def send(**body: Any) -> None:
     """Tell the parent process something."""
-    sys.stdout.write(encode_event(body))
+    sys.stdout.write(f"{MARK}{json.dumps(body)}\n")
     sys.stdout.flush()

@@ -14,12 +14,11 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import ConfigError, check_integer, write_text
+from sylva_train._checks import ConfigError, check_integer
 from sylva_train.workflow import check_folder, differences
 
 from .events import Clock, Event, Watcher
-from .job import RUNS, Job, done
-from .process import Processes, start
+from .process import RUNS, Job, Processes, Tell, done, start
 
 __all__ = [
     "RESULTS",
@@ -204,23 +203,20 @@ class Queue:
             count=len(self.jobs),
             left=self.clock.left(),
         )
-        path, spec_path = job.files(self.output)
         if done(job, self.output):
-            row = read(path)
+            row = read(job.files(self.output)[0])
             self.clock.finish(number)
             self.tell(event, kind="kept", row=row)
             return row
         self.tell(event)
-        write_text(spec_path, json.dumps(job.spec))
         begin = time.perf_counter()
-        row = start(job, path, self.stages(event, number, begin), self.processes)
+        report = self.stages(event, number, begin)
+        row = start(job, self.output, report, self.processes)
         self.clock.finish(number, time.perf_counter() - begin)
         self.tell(event, kind="end", row=row, left=self.clock.left())
         return row
 
-    def stages(
-        self, event: Event, number: int, begin: float
-    ) -> Callable[[str, int, int], None]:
+    def stages(self, event: Event, number: int, begin: float) -> Tell:
         """Return the function of (stage, done, total) that tells a job's progress on."""
 
         def report(stage: str, done: int, total: int) -> None:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from sylva_train._artifacts import as_read
 from sylva_train._checks import ConfigError, check_integer, check_positive
 from sylva_train.baselines import parse_method
 from sylva_train.config import SylvaConfig
-from sylva_train.data import LABELLED
-from sylva_train.evaluation import REGRESSION, known_metrics
+from sylva_train.metrics import REGRESSION, known_metrics
 from sylva_train.options import (
     DEMO,
     DEMO_STEPS,
     DEMO_TASK,
+    LABELLED,
     METHODS,
     SylvaOptions,
     TaskConfig,
     TrainingConfig,
 )
 
-from .job import Job
+from .process import Job
 
 __all__ = [
     "LEARNING_RATES",
@@ -147,9 +147,7 @@ class Comparison:
             "training": dataclasses.asdict(training),
             "describe": method.startswith("sylva") and seed == self.seeds[0],
         }
-        # As it will be read from a file: tuples become lists.
-        read: dict[str, Any] = json.loads(json.dumps(spec))
-        return read
+        return as_read(spec)
 
     def jobs(self) -> list[Job]:
         """Return the runs: every method with every seed, seed by seed."""

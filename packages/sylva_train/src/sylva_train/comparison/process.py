@@ -9,26 +9,67 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 from sylva_train import _checks
-from sylva_train._checks import SylvaError, write_text
+from sylva_train._checks import SylvaError
+from sylva_train._files import write_text
 
 from .events import decode_event, send
-from .job import Job
 
-__all__ = ["Processes", "start", "worker"]
+__all__ = ["RUNS", "Job", "Processes", "Tell", "done", "start", "worker"]
+
+#: Folder of the jobs' files, in that of what they belong to.
+RUNS = "runs"
+
+#: Told (stage, done, total).
+Tell = Callable[[str, int, int], None]
 
 #: What a run's process ends with where its error was told to the parent.
 TOLD = 3
 CODE = "from sylva_train.comparison import worker; worker()"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Something to do in a process of its own.
+
+    Parameters
+    ----------
+    name : str
+        Of its files.
+    label : str
+        For people.
+    kind : str
+        Jobs of one kind take about as long as each other.
+    spec : dict
+        What is to be done, as JSON: the function's argument.
+    function : str
+        ``module:function`` of (spec, tell), which returns the job's row as JSON.
+    """
+
+    name: str
+    label: str
+    kind: str
+    spec: dict[str, Any]
+    function: str = "sylva_train.comparison.single:run"
+
+    def files(self, output: Path) -> tuple[Path, Path]:
+        """Return the paths of the row and of the spec."""
+        runs = output / RUNS
+        return runs / f"{self.name}.json", runs / f"{self.name}.spec.json"
+
+
+def done(job: Job, output: Path) -> bool:
+    """Whether a job is finished."""
+    return all(path.exists() for path in job.files(output))
 
 
 class Processes:
@@ -84,18 +125,18 @@ class Processes:
 
 def start(
     job: Job,
-    result_path: Path,
-    report: Callable[[str, int, int], None],
+    output: Path,
+    report: Tell,
     processes: Processes,
 ) -> dict[str, Any]:
-    """Do a job in a process of its own and return its row.
+    """Do a job in a process of its own and return its row; its files keep both.
 
     Parameters
     ----------
     job : Job
         What to do.
-    result_path : path
-        Where the process writes its row.
+    output : Path
+        The folder that its files are in.
     report : callable
         Called with (stage, done, total) as the run goes on.
     processes : Processes
@@ -107,23 +148,22 @@ def start(
         Of the class that the run failed with.
     """
     error: dict[str, Any] | None = None
-    with tempfile.TemporaryDirectory() as folder:
-        spec_path = Path(folder) / "spec.json"
-        spec_path.write_text(json.dumps(job.spec), encoding="utf-8")
-        command = [sys.executable, "-c", CODE, job.function, spec_path, result_path]
-        with processes.child(command) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                body = decode_event(line)
-                if body is None:
-                    sys.stderr.write(line)
-                elif "error" in body:
-                    error = body
-                elif "warning" in body:
-                    warnings.warn(body["warning"], stacklevel=2)
-                else:
-                    report(body["stage"], body["done"], body["total"])
-            code = process.wait()
+    result_path, spec_path = job.files(output)
+    write_text(spec_path, json.dumps(job.spec))
+    command = [sys.executable, "-c", CODE, job.function, spec_path, result_path]
+    with processes.child(command) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            body = decode_event(line)
+            if body is None:
+                sys.stderr.write(line)
+            elif "error" in body:
+                error = body
+            elif "warning" in body:
+                warnings.warn(body["warning"], stacklevel=2)
+            else:
+                report(body["stage"], body["done"], body["total"])
+        code = process.wait()
     if error is not None:
         kind = getattr(_checks, error["error"], SylvaError)
         msg = f"{job.label}: {error['message']}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sylva_train._checks import ConfigError
-from sylva_train.evaluation import METRICS
+from sylva_train.metrics import METRICS
 from sylva_train.training import pick_device
 from sylva_train.workflow import evaluated_on
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sylva_train._checks import NonFiniteError, folder_size
+from sylva_train._checks import NonFiniteError
+from sylva_train._files import folder_size
 from sylva_train.baselines import (
     Adapted,
     Method,
@@ -25,13 +26,8 @@ from sylva_train.baselines import (
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.curvature import describe_factor
 from sylva_train.data import Loader
-from sylva_train.evaluation import (
-    evaluate,
-    key_of,
-    known_metrics,
-    number_metrics,
-    prediction_metrics,
-)
+from sylva_train.evaluation import evaluate, number_metrics, prediction_metrics
+from sylva_train.metrics import key_of, known_metrics
 from sylva_train.pretrained import pooled_features, quiet
 from sylva_train.targets import find_targets
 from sylva_train.training import (
@@ -42,6 +38,7 @@ from sylva_train.training import (
 )
 from sylva_train.tuner import save_adapter
 from sylva_train.workflow import (
+    SCORED,
     Task,
     evaluation_loader,
     heads,
@@ -51,10 +48,9 @@ from sylva_train.workflow import (
 )
 
 from .memory import PeakMemory
+from .process import Tell
 
 __all__ = ["run"]
-
-Tell = Callable[[str, int, int], None]
 
 
 def saved_bytes(adapted: Adapted, config: SylvaConfig) -> int:
@@ -82,7 +78,7 @@ def run_frozen(task: Task, training: TrainingConfig, tell: Tell) -> dict[str, An
         task.model, loader, progress=partial(tell, "reading features")
     )
     eval_features, eval_labels = pooled_features(
-        task.model, task.eval_loader(), progress=partial(tell, "evaluating")
+        task.model, task.eval_loader(training), progress=partial(tell, "evaluating")
     )
     predictions, size = probe(features, labels, eval_features, seed=training.seed)
     if task.config.task == "regression":
@@ -111,7 +107,7 @@ def train_measured(
     tell: Tell,
 ) -> tuple[TrainResult, int]:
     """Train, and return the result and the peak memory without that of evaluations."""
-    eval_loader = task.eval_loader()
+    eval_loader = task.eval_loader(training)
     memory.reset()
     peak = 0
 
@@ -171,7 +167,9 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
         return row
     loader = task.loader(training)
     # what `finetune` scores with the same seed
-    samples = task.score_loader(config.samples, training.seed)
+    samples = task.score_loader(
+        config.samples, training.seed, min(SCORED, training.batch_size)
+    )
     task.model.to(device)
     if spec["describe"] and method.curvature is not None:
         row["factor"] = factor_entry(task, config, method, samples)

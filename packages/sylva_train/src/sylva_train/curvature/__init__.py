@@ -11,21 +11,21 @@ from .batches import (
 )
 from .collect import (
     LARGEST_SCALE,
-    Curvatures,
+    Loss,
     collect_curvature,
     damage,
     describe_factor,
 )
-from .factors import Factor
+from .factors import Factor, strips
 from .layer import LayerCurvature, block_sums
 from .planning import curvature_bytes
 from .state import Store, settings
 
 __all__ = [
     "LARGEST_SCALE",
-    "Curvatures",
     "Factor",
     "LayerCurvature",
+    "Loss",
     "Store",
     "batches_of",
     "block_sums",
@@ -40,4 +40,5 @@ __all__ = [
     "note",
     "settings",
     "some_samples",
+    "strips",
 ]

@@ -22,6 +22,7 @@ from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train._torch import on_device, preserved_modes
 from sylva_train.config import SylvaConfig
 from sylva_train.processes import agree, rank_and_size, together
+from sylva_train.progress import Report, size_words
 from sylva_train.targets import exclusion, find_targets, input_owners, weight_device
 
 from .batches import (
@@ -37,14 +38,15 @@ from .factors import describe
 from .hooks import Collector
 from .layer import LayerCurvature
 from .merging import merge
-from .planning import Pass, plan_passes, size_words
+from .planning import Pass, plan_passes
 from .state import Position, Store
 
-__all__ = ["Curvatures", "collect_curvature", "damage", "describe_factor"]
+__all__ = ["Curvatures", "Loss", "collect_curvature", "damage", "describe_factor"]
 
 #: Power of two that a loss is scaled by at most; 16 is beyond float16.
 LARGEST_SCALE = 15
 
+#: Mean loss of (model, batch).
 Loss = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
 
 
@@ -104,7 +106,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
         wanted: Iterable[str],
         *,
         loss: Loss | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Report | None = None,
         log: Callable[[str], None] | None = None,
         store: Store | None = None,
         known: Container[str] = (),
@@ -183,6 +185,8 @@ class Curvatures(Mapping[str, LayerCurvature]):
         """Run the data through once more, for the layers that are next."""
         if self.done and self.between is not None:
             self.between()
+        if self.done and self.store is not None:
+            self.store.clear()  # or this pass would read, and check, all of them
         self.layers.clear()
         # The sums of the pass before go first: both are not to be held together.
         self.collector = self.collect_nothing(self.plan[self.done])

@@ -15,7 +15,14 @@ import hmatrix as hm
 from sylva_train._checks import ConfigError
 from sylva_train.config import SylvaConfig
 
-__all__ = ["DenseCovariance", "Factor", "accumulator", "describe", "revive"]
+__all__ = [
+    "DenseCovariance",
+    "Factor",
+    "accumulator",
+    "describe",
+    "revive",
+    "strips",
+]
 
 #: Rows of a leaf below which a hierarchy is not worth its bookkeeping.
 SMALLEST_LEAF = 8
@@ -196,10 +203,18 @@ class Factor:
         return matrix
 
 
-def parts_of(X: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def strips(count: int, length: int, multiple: int = 1) -> list[slice]:
+    """Divide so many rows of a length into parts as large as are worked on at once.
+
+    Each but the last is of a ``multiple`` of rows.
+    """
+    step = multiple * max(1, LARGEST_PART // max(1, multiple * length))
+    return [slice(i, min(i + step, count)) for i in range(0, count, step)]
+
+
+def parts_of(X: torch.Tensor) -> list[torch.Tensor]:
     """Divide a matrix (n, q) by columns, into parts as large as are worked on at once."""
-    width = max(1, LARGEST_PART // max(1, len(X)))
-    return X.split(width, 1)  # type: ignore[no-any-return]
+    return [X[:, part] for part in strips(X.shape[1], len(X))]
 
 
 @contextlib.contextmanager

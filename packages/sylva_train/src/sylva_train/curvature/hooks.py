@@ -265,13 +265,18 @@ class Collector:
         valid = self.rows(name, g)
         wide = torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32)
         # The input of a layer that a device map put elsewhere may still be where the
-        # layer before it is. The loss is a mean: its gradient times the terms is the
-        # sum of the samples'.
-        x, g = x.to(g.device, wide), g.to(wide) * self.units
-        self.find_owner(name)
-        sums = self.sums.get(name) or self.begin(name, g)
+        # layer before it is.
+        x = x.to(g.device)
         places = valid.flatten().nonzero()[:, 0]  # for which the host waits once
-        rows_x, rows_g = (t.flatten(0, -2).index_select(0, places) for t in (x, g))
+        # Of rows alone, which are taken in the model's own type: copies of all that are wider
+        # take more than the batch. The loss is a mean: its gradient times the terms is the
+        # sum of the samples'.
+        rows_x, rows_g = (
+            t.flatten(0, -2).index_select(0, places).to(wide) for t in (x, g)
+        )
+        rows_g *= self.units
+        self.find_owner(name)
+        sums = self.sums.get(name) or self.begin(name, rows_g)
         if sums.gradient is not None:
             # One in main memory comes here and goes back, which the host waits for; one
             # that is here is what `to` returns.
@@ -281,6 +286,11 @@ class Collector:
         if sums.input_squares is not None:
             sums.input_squares += rows_x.square().sum(0)
             sums.rows += len(rows_x)
+        by_sample = (
+            self.config.tokens == "reduce" and sums.G is not None and g.dim() > 2
+        )
+        if sums.fisher is not None or by_sample:
+            x, g = x.to(wide), g.to(wide) * self.units
         if sums.fisher is not None:
             counted = [tensor * valid[..., None] for tensor in (x, g)]
             parts_x, parts_g = (
@@ -293,7 +303,7 @@ class Collector:
                 # A sample's gradient is the sum of all the calls'.
                 self.waiting.setdefault(name, []).append((parts_x, parts_g))
         if sums.G is not None:
-            if self.config.tokens == "reduce" and g.dim() > 2:
+            if by_sample:
                 weight = valid.flatten(1).to(wide)
                 weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
                 rows_x = torch.einsum("bt,bti->bi", weight, x.flatten(1, -2))

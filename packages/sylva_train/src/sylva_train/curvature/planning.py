@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError
-from sylva_train.config import SylvaConfig, memory_bytes
+from sylva_train.config import SylvaConfig
+from sylva_train.options import memory_bytes
+from sylva_train.progress import size_words
 from sylva_train.targets import weight_device, weight_view
 
 from .factors import accumulator
 
-__all__ = ["Pass", "curvature_bytes", "plan_passes", "size_words"]
+__all__ = ["Pass", "curvature_bytes", "plan_passes"]
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,6 @@ class Pass:
     names: tuple[str, ...]
     nbytes: int
     host_bytes: int = 0
-
-
-def size_words(size: float) -> str:
-    """Print a number of bytes as people say it."""
-    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size:.0f} bytes"
 
 
 def curvature_bytes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from sylva_train._artifacts import read_tensors, write_tensors
 from sylva_train._checks import ConfigError, check_positive
-from sylva_train._files import read_tensors, write_tensors
-from sylva_train._torch import tensor_bytes
+from sylva_train._torch import sampled, tensor_bytes
 from sylva_train.config import SylvaConfig
-from sylva_train.processes import rank_and_size
+from sylva_train.options import SCORING
+from sylva_train.processes import is_first, rank_and_size
 from sylva_train.targets import weight_device, weight_view
 
 from .factors import revive
@@ -26,13 +28,8 @@ from .layer import Accumulators
 __all__ = ["Position", "Store", "settings"]
 
 FORMAT = "sylva-scoring/1"
-#: Elements of each weight that identify the model.
-SAMPLE = 256
-#: Options that change the statistics.
-OPTIONS = (
-    "importance", "curvature", "levels", "rank", "exact_below", "tokens", "samples",
-    "block_size", "damping", "seed",
-)  # fmt: skip
+#: Options that change the statistics, and the scores beside them.
+OPTIONS = ("importance", "samples", "block_size", *SCORING)
 
 
 def settings(
@@ -43,8 +40,7 @@ def settings(
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{parameter.dtype}{tuple(parameter.shape)}".encode())
         if not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
-            digest.update(tensor_bytes(flat[:: max(1, len(flat) // SAMPLE)]))
+            digest.update(tensor_bytes(sampled(parameter)))
     shapes = {name: list(weight_view(m).shape) for name, m in targets.items()}
     found = {name: getattr(config, name) for name in OPTIONS}
     found |= {"model": digest.hexdigest(), "layers": shapes}
@@ -96,6 +92,10 @@ class Store:
         self.settings = dict(settings)
         self.saved = time.monotonic()
         self.path = folder / f"sums-{rank_and_size()[0]}.safetensors"
+        if is_first():
+            # What processes left that were killed while they saved: gigabytes each.
+            for leftover in folder.glob(".*.safetensors.*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def check(self, found: Mapping[str, Any]) -> None:
         """Raise `ConfigError` where a file there was made with other settings."""
@@ -148,6 +148,10 @@ class Store:
         }
         write_tensors(self.path, tensors, header)
         self.saved = time.monotonic()
+
+    def clear(self) -> None:
+        """Take the sums of a pass away, whose layers are scored."""
+        self.path.unlink(missing_ok=True)
 
     def load(self, collector: Collector) -> Position | None:
         """Put back what `save` wrote, if it is of the same pass."""

@@ -1,13 +1,11 @@
 """Data sets from files, and batches of them in an order that can be repeated."""
 
-from .dataset import LABELLED, TASKS, TextDataset, load_data
+from .dataset import TextDataset, load_data
 from .loader import Loader, ending, prompt_ids, spaced
 from .sources import builtin_names, is_single
 from .unlabelled import load_texts
 
 __all__ = [
-    "LABELLED",
-    "TASKS",
     "Loader",
     "TextDataset",
     "builtin_names",

@@ -9,23 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 from sylva_train._checks import ConfigError, DataError
-from sylva_train.options import TASKS
+from sylva_train.options import LABELLED
 
 from .files import HeaderTest, Row, Table, other_separator
 
 __all__ = [
-    "LABELLED",
-    "TASKS",
     "choose_columns",
     "choose_texts",
     "columns_of",
     "header_test",
+    "names_among",
     "number_in",
     "without_header",
 ]
-
-#: Those with a label for each text: a class or a number.
-LABELLED = ("classification", "regression")
 
 # Column names that are taken where none is given, whatever their case; the pairs are
 # GLUE's: RTE and STS-B (and MNLI's own files), MNLI, QQP, QNLI, MRPC.
@@ -60,6 +56,11 @@ def columns_of(text_column: str | int | Sequence[str | int] | None) -> list[str 
     return list(text_column)
 
 
+def names_among(columns: Sequence[str | int | None]) -> list[str]:
+    """Return the columns that are asked for by name; numbers may be strings of digits."""
+    return [c for c in columns if isinstance(c, str) and not c.isdecimal()]
+
+
 def header_test(header: bool | None, named: Sequence[str], task: str) -> HeaderTest:
     """Return the function that tells whether a first row names the columns."""
     if header is None and named:
@@ -82,6 +83,11 @@ def header_test(header: bool | None, named: Sequence[str], task: str) -> HeaderT
 def folded(column: str) -> str:
     """Return a column's name without case and blanks around it."""
     return column.strip().lower()
+
+
+def folded_names(table: Table) -> dict[str, str]:
+    """Return a table's columns by their folded names."""
+    return {folded(column): column for column in table.columns}
 
 
 def without_header(table: Table, label: int, task: str) -> Table:
@@ -126,7 +132,7 @@ def pick_column(
     """
     if wanted is None:
         if table.columns:
-            plain = {folded(column): column for column in table.columns}
+            plain = folded_names(table)
             return next((plain[name] for name in names if name in plain), None)
         return number
     if wanted in table.columns:
@@ -141,7 +147,7 @@ def pick_column(
 
 def pair_of(table: Table) -> list[str | int]:
     """Return the two columns of a table's pairs of texts, if it has such."""
-    plain = {folded(column): column for column in table.columns}
+    plain = folded_names(table)
     found = (pair for pair in PAIR_NAMES if plain.keys() >= set(pair))
     return [plain[name] for name in next(found, ())]
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from sylva_train._checks import ConfigError, DataError, check_choice, check_integer
+from sylva_train.options import LABELLED, TASKS
 
 from .columns import (
-    LABELLED,
-    TASKS,
     choose_columns,
     columns_of,
     header_test,
+    names_among,
     number_in,
     without_header,
 )
@@ -28,7 +28,7 @@ from .files import Row, Table
 from .prompts import as_prompts
 from .sources import find_table
 
-__all__ = ["LABELLED", "TASKS", "TextDataset", "load_data"]
+__all__ = ["Text", "TextDataset", "load_data", "texts_of"]
 
 #: Column of the part of the data that a row belongs to.
 GROUP_NAME = "subject"
@@ -206,9 +206,8 @@ def load_data(
     check_integer("per_task", per_task, 1)
     check_integer("seed", seed, 0)
     texts = columns_of(text_column)
-    # A command line gives numbers as strings.
     asked = (*texts, label_column, target_column)
-    named = [c for c in asked if isinstance(c, str) and not c.isdecimal()]
+    named = names_among(asked)
     is_header = header_test(header, named, task)
     table, info = find_table(spec, split, is_header, per_task=per_task, seed=seed)
     if task not in LABELLED and not texts and target_column is None:
@@ -276,6 +275,16 @@ def pair_in(
     if not first and not second:
         text_of(table, line, row, columns[0])
     return first, second
+
+
+def texts_of(table: Table, columns: Sequence[str | int]) -> list[Text]:
+    """Return the text of each row, or its two texts."""
+    return [
+        text_of(table, line, row, columns[0])
+        if len(columns) == 1
+        else pair_in(table, line, row, columns)
+        for line, row in table.rows
+    ]
 
 
 def label_of(table: Table, line: int, row: Row, column: str | int) -> str:
@@ -357,12 +366,7 @@ def build(
     UserWarning
         If classes differ in their case alone.
     """
-    texts: list[Text] = []
-    for line, row in table.rows:
-        if len(text_columns) == 1:
-            texts.append(text_of(table, line, row, text_columns[0]))
-        else:
-            texts.append(pair_in(table, line, row, text_columns))
+    texts = texts_of(table, text_columns)
     if target_column is not None:
         return with_targets(table, task, texts, target_column)
     if label_column is None:

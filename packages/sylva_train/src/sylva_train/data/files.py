@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +30,10 @@ __all__ = [
 ]
 
 Row = Mapping[str | int, Any]
+#: Rows of an Arrow table that become Python's at once.
+ROWS = 1000
+#: How a JSON file begins that is one array.
+ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[")
 #: Tells from the fields of a first row and the suffix whether they name the columns.
 HeaderTest = Callable[[Sequence[str], str], bool]
 
@@ -61,6 +67,51 @@ class Table:
     shorter: tuple[tuple[str, ...], ...] = ()
 
 
+class Fields(Mapping[str | int, Any]):
+    """A row of a table with many like it, which share their columns.
+
+    A dict of its own for each of a million rows takes several times the file's size.
+
+    Parameters
+    ----------
+    places : mapping of str or int to int
+        Place of each column's value; two columns may have one place.
+    fields : iterable
+        The values.
+    """
+
+    __slots__ = ("fields", "places")
+
+    def __init__(self, places: Mapping[Any, int], fields: Iterable[Any]) -> None:
+        self.places = places
+        self.fields = tuple(fields)
+
+    def __getitem__(self, column: str | int) -> Any:
+        return self.fields[self.places[column]]
+
+    def __iter__(self) -> Iterator[str | int]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def text_lines(name: str, data: bytes, newline: str) -> Iterator[str]:
+    """Yield lines as `decode` reads them, never the whole text.
+
+    ``newline`` is where they end, as `io.TextIOWrapper` takes it.
+
+    Raises
+    ------
+    DataError
+        If the bytes are not UTF-8; names the line.
+    """
+    try:
+        yield from io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=newline)
+    except UnicodeDecodeError:
+        decode(name, data)
+
+
 def decode(name: str, data: bytes) -> str:
     """Decode UTF-8, with or without a byte-order mark.
 
@@ -81,14 +132,15 @@ def decode(name: str, data: bytes) -> str:
 
 
 def delimited_rows(
-    name: str, text: str, delimiter: str
+    name: str, data: bytes, delimiter: str
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield the first line and the fields of each row that is not blank.
 
     Raises
     ------
     DataError
-        If quotes do not close, or a row has another number of fields than the first.
+        If quotes do not close, a row has another number of fields than the first, or the
+        bytes are not UTF-8.
 
     Warns
     -----
@@ -97,7 +149,7 @@ def delimited_rows(
     """
     # Tab-separated corpora (GLUE's) do not quote: a sentence may begin with a quote.
     reader = csv.reader(
-        io.StringIO(text, newline=""),
+        text_lines(name, data, ""),
         delimiter=delimiter,
         quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
         strict=True,
@@ -147,26 +199,24 @@ def other_separator(first: Sequence[str]) -> str:
 def read_delimited(name: str, data: bytes, is_header: HeaderTest, suffix: str) -> Table:
     """Read comma- or tab-separated values."""
     delimiter = "," if suffix == ".csv" else "\t"
-    text = decode(name, data)
     # No document is too long, and a quote that is never closed is told as such.
-    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    limit = csv.field_size_limit(max(len(data), csv.field_size_limit()))
     try:
-        rows = list(delimited_rows(name, text, delimiter))
-    finally:
-        csv.field_size_limit(limit)
-    columns: tuple[str, ...] = ()
-    if rows and is_header(rows[0][1], suffix):
-        columns = tuple(rows.pop(0)[1])
+        found = delimited_rows(name, data, delimiter)
+        line, first = next(found, (1, []))
+        columns = tuple(first) if first and is_header(first, suffix) else ()
         if len(set(columns)) != len(columns):
             msg = f"{name}:1: expected distinct column names; got {list(columns)}."
             raise DataError(msg)
-    width = len(columns) or (len(rows[0][1]) if rows else 0)
-    keys = (*columns, *range(width))
-    named: list[tuple[int, Row]] = [
-        (line, dict(zip(keys, (*fields, *fields) if columns else fields, strict=True)))
-        for line, fields in rows
-    ]
-    return Table(name, columns, width, named)
+        numbers = range(len(first))
+        places: dict[str | int, int] = {number: number for number in numbers}
+        places |= {column: place for place, column in enumerate(columns)}
+        rows: list[tuple[int, Row]] = [(n, Fields(places, row)) for n, row in found]
+    finally:
+        csv.field_size_limit(limit)
+    if first and not columns:
+        rows.insert(0, (line, Fields(places, first)))
+    return Table(name, columns, len(first), rows)
 
 
 def json_reason(error: Exception) -> str:
@@ -174,17 +224,17 @@ def json_reason(error: Exception) -> str:
     return getattr(error, "msg", None) or str(error).partition(";")[0]
 
 
-def json_values(name: str, text: str) -> Iterator[tuple[int, Any]]:
+def json_values(name: str, data: bytes) -> Iterator[tuple[int, Any]]:
     """Yield the line and the value of each element of an array, or of each line.
 
     Raises
     ------
     DataError
-        If the text is not JSON; names the line.
+        If the text is not JSON or UTF-8; names the line.
     """
-    if not text.lstrip().startswith("["):
-        # Not str.splitlines, which also breaks at separators that JSON strings may hold.
-        for line, part in enumerate(text.split("\n"), start=1):
+    if not ARRAY.match(data):
+        # Other separators may be in JSON strings.
+        for line, part in enumerate(text_lines(name, data, "\n"), start=1):
             if part.strip():
                 try:
                     yield line, json.loads(part)
@@ -195,7 +245,7 @@ def json_values(name: str, text: str) -> Iterator[tuple[int, Any]]:
                     )
                     raise DataError(msg) from None
         return
-    decoder = json.JSONDecoder()
+    text, decoder = decode(name, data), json.JSONDecoder()
     position, line, expected = text.index("[") + 1, 1, "a value"
     seen = 0
     while True:
@@ -227,17 +277,20 @@ def json_values(name: str, text: str) -> Iterator[tuple[int, Any]]:
 def read_json(name: str, data: bytes, _: HeaderTest) -> Table:
     """Read an array of JSON objects, or one object a line (whatever the suffix)."""
     rows: list[tuple[int, Row]] = []
-    columns: dict[str, None] = {}
-    for line, value in json_values(name, decode(name, data)):
+    known: dict[tuple[str, ...], dict[str, int]] = {}
+    for line, value in json_values(name, data):
         if not isinstance(value, dict):
             msg = (
                 f"{name}:{line}: expected a JSON object, column name to value; got"
                 f" {json.dumps(value)[:40]}."
             )
             raise DataError(msg)
-        rows.append((line, value))
-        columns |= dict.fromkeys(value)
-    return Table(name, tuple(columns), len(columns), rows)
+        keys = tuple(value)
+        if keys not in known:
+            known[keys] = {key: place for place, key in enumerate(keys)}
+        rows.append((line, Fields(known[keys], value.values())))
+    columns = tuple(dict.fromkeys(itertools.chain(*known)))
+    return Table(name, columns, len(columns), rows)
 
 
 def read_arrow(name: str, data: bytes, suffix: str) -> Table:
@@ -260,7 +313,9 @@ def read_arrow(name: str, data: bytes, suffix: str) -> Table:
         msg = f"{name}: the {kind} file cannot be read; {str(error).splitlines()[0]}"
         raise DataError(msg) from error
     classes = class_names(table.schema.metadata or {})
-    return named_table(name, table.column_names, table.to_pylist(), classes)
+    parts = (part.to_pylist() for part in table.to_batches(max_chunksize=ROWS))
+    records = itertools.chain.from_iterable(parts)
+    return named_table(name, table.column_names, records, classes)
 
 
 def named_table(
@@ -290,8 +345,9 @@ def named_table(
         # Unlabelled test sets have -1.
         return names[value] if value >= 0 else None
 
+    places = {column: place for place, column in enumerate(columns)}
     rows: list[tuple[int, Row]] = [
-        (number, {key: named(number, key, value) for key, value in record.items()})
+        (number, Fields(places, [named(number, c, record[c]) for c in columns]))
         for number, record in enumerate(records, start=1)
     ]
     order = tuple(next(iter(classes.values()))) if len(classes) == 1 else ()

@@ -14,9 +14,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from sylva_train._checks import ConfigError, DataError, check_integer
+from sylva_train.options import LABELLED
 from sylva_train.progress import Report
 
-from .dataset import LABELLED, Text, TextDataset
+from .dataset import Text, TextDataset
 from .examples import Example, Examples
 
 __all__ = ["Loader", "ending", "prompt_ids", "spaced"]

@@ -37,7 +37,8 @@ def read_mmlu(folder: Path, split: str) -> Table:
         With ``dev/``, ``val/`` or ``test/`` and in them ``SUBJECT_dev.csv`` and the like,
         without a header: question, four options, letter of the answer.
     split : str
-        ``"validation"`` or ``"test"``: each question after five examples of ``dev/``;
+        ``"validation"`` or ``"test"``: each question after five examples of ``dev/``,
+        where these are too long after fewer of them, as the authors have it;
         ``"train"``: these examples, each by itself.
 
     Raises
@@ -51,18 +52,24 @@ def read_mmlu(folder: Path, split: str) -> Table:
         msg = f"{folder}: no file {name}/SUBJECT_{name}.csv for the split {split!r}."
         raise DataError(msg)
     rows: list[tuple[int, Row]] = []
+    shorter: list[tuple[str, ...]] = []
     for file in files:
         subject = file.stem.removesuffix(f"_{name}")
         about = subject.replace("_", " ")
-        before = f"The following are multiple choice questions (with answers) about {about}.\n\n"
+        before = [
+            f"The following are multiple choice questions (with answers) about {about}.\n\n"
+        ]
         if name != "dev":
             examples = questions(folder / "dev" / f"{subject}_dev.csv")[:SHOTS]
-            before += "".join(f"{text} {answer}\n\n" for _, text, answer in examples)
-        rows += [
-            (line, {"subject": subject, "input": before + text, "output": answer})
-            for line, text, answer in questions(file)
-        ]
-    return Table(f"{folder}/{name}", ("subject", "input", "output"), 3, rows)
+            for _, text, answer in examples:
+                before.append(f"{before[-1]}{text} {answer}\n\n")
+        *fewer, most = before
+        for line, text, answer in questions(file):
+            row: Row = {"subject": subject, "input": most + text, "output": answer}
+            rows.append((line, row))
+            shorter.append(tuple(start + text for start in reversed(fewer)))
+    columns = ("subject", "input", "output")
+    return Table(f"{folder}/{name}", columns, 3, rows, shorter=tuple(shorter))
 
 
 def questions(file: Path) -> list[tuple[int, str, str]]:

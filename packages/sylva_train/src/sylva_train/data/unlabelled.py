@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sylva_train._checks import check_choice
+from sylva_train.options import LABELLED, TASKS
 
-from .columns import LABELLED, TASKS, choose_texts, columns_of, header_test
-from .dataset import TextDataset, pair_in, text_of
+from .columns import choose_texts, columns_of, header_test, names_among
+from .dataset import TextDataset, texts_of
 from .files import Row, Table
 from .prompts import as_prompts
 from .sources import find_table
@@ -53,7 +54,7 @@ def load_texts(
     """
     check_choice("task", task, TASKS)
     texts = columns_of(text_column)
-    named = [c for c in texts if isinstance(c, str) and not c.isdecimal()]
+    named = names_among(texts)
     # As of whole texts for a causal language model: no other column is to be there.
     known = header_test(None, named, "causal-lm")
     numbered = bool(texts) and not named and task in LABELLED
@@ -67,12 +68,7 @@ def load_texts(
     if task not in LABELLED and not texts:
         table = as_prompts(answered(table))
     columns = choose_texts(table, texts, task, info)
-    found: list[Any] = [
-        text_of(table, line, row, columns[0])
-        if len(columns) == 1
-        else pair_in(table, line, row, columns)
-        for line, row in table.rows
-    ]
+    found = texts_of(table, columns)
     names = table.columns or range(table.width)
     rows = [{str(n): row.get(n) for n in names} for _, row in table.rows]
     return TextDataset(table.name, task, found, shorter=list(table.shorter)), rows

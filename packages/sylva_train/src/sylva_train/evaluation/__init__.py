@@ -3,26 +3,12 @@
 from .evaluate import check_prompts, evaluate
 from .generation import write
 from .labels import label_logits, number_metrics, prediction_metrics
-from .metrics import (
-    CHOICE,
-    GENERATION,
-    METRICS,
-    REGRESSION,
-    key_of,
-    known_metrics,
-)
 from .texts import check_libraries, score_texts
 
 __all__ = [
-    "CHOICE",
-    "GENERATION",
-    "METRICS",
-    "REGRESSION",
     "check_libraries",
     "check_prompts",
     "evaluate",
-    "key_of",
-    "known_metrics",
     "label_logits",
     "number_metrics",
     "prediction_metrics",

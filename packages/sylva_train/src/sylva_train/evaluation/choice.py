@@ -62,28 +62,8 @@ def choice_metrics(
     config = options(
         model, loader.tokenizer, None, max_new_tokens=1, output_logits=True
     )
-    texts = [str(text) for text in data.texts]
-    inputs: dict[str, torch.Tensor] = {}
-    if loader.task == "seq2seq":
-        prompts = source_ids(texts, loader)
-        rows = loader.tokenizer(text_target=choices)["input_ids"]
-        begun, firsts = apart(rows, choices, data.name)
-        if begun:  # after the token that a decoder starts with, which generate adds
-            device = next(model.parameters()).device
-            inputs["decoder_input_ids"] = torch.tensor([begun], device=device)
-        tokens = [firsts] * len(texts)
-    else:
-        whole = [text + spaced(text, option) for text in texts for option in choices]
-        # Together with the prompt, since a tokenizer may join the two.
-        rows = loader.tokenizer(whole, verbose=False)["input_ids"]
-        size = len(choices)
-        pairs = [
-            apart(rows[i : i + size], choices, data.name)
-            for i in range(0, len(rows), size)
-        ]
-        prompts = cut(model, loader, [begun for begun, _ in pairs], 1)
-        tokens = [firsts for _, firsts in pairs]
-    chosen = [""] * len(texts)
+    prompts, tokens, inputs = questions(model, loader, choices)
+    chosen = [""] * len(prompts)
     for indices, output in generated(
         model, loader, prompts, config, progress, **inputs
     ):
@@ -104,6 +84,39 @@ def choice_metrics(
     if data.groups:
         found["groups"] = by_group(hits, data.groups)
     return found, chosen
+
+
+def questions(
+    model: Any, loader: Loader, choices: Sequence[str]
+) -> tuple[list[list[int]], list[list[int]], dict[str, torch.Tensor]]:
+    """Return what the model is asked.
+
+    Returns
+    -------
+    prompts, tokens : list of list of int
+        Token ids of each prompt, and the token by which each option is told then.
+    inputs : dict of str to torch.Tensor
+        What goes with every prompt.
+    """
+    texts, name = [str(text) for text in loader.dataset.texts], loader.dataset.name
+    if loader.task == "seq2seq":
+        begun, firsts = apart(
+            loader.tokenizer(text_target=choices)["input_ids"], choices, name
+        )
+        inputs = {}
+        if begun:  # after the token that a decoder starts with, which generate adds
+            device = next(model.parameters()).device
+            inputs["decoder_input_ids"] = torch.tensor([begun], device=device)
+        return source_ids(texts, loader), [firsts] * len(texts), inputs
+    whole = [text + spaced(text, option) for text in texts for option in choices]
+    # Together with the prompt, since a tokenizer may join the two.
+    rows = loader.tokenizer(whole, verbose=False)["input_ids"]
+    size = len(choices)
+    pairs = [
+        apart(rows[i : i + size], choices, name) for i in range(0, len(rows), size)
+    ]
+    prompts = cut(model, loader, [begun for begun, _ in pairs], 1)
+    return prompts, [firsts for _, firsts in pairs], {}
 
 
 def options_of(data: TextDataset) -> list[str]:

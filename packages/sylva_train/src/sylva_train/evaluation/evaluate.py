@@ -12,12 +12,12 @@ from transformers import GenerationConfig
 from sylva_train._checks import ConfigError, DataError, check_choice
 from sylva_train._torch import preserved_modes
 from sylva_train.data import Loader, TextDataset
+from sylva_train.metrics import ANSWERS, CHOICE, METRICS, key_of
 from sylva_train.progress import Report
 
 from .choice import choice_metrics
 from .generation import write
 from .labels import label_metrics
-from .metrics import CHOICE, GENERATION, METRICS, key_of
 from .texts import check_libraries, score_texts
 
 __all__ = ["check_prompts", "evaluate"]
@@ -48,7 +48,7 @@ def evaluate(
         has classes for at most half of the tokens that it knows. To write or to choose, a
         `Loader` of prompts with targets.
     metric : str, optional
-        The ``score``, one of ``METRICS``; by default ``"accuracy"`` for classes,
+        The ``score``, one of `sylva_train.metrics.METRICS`; by default ``"accuracy"`` for classes,
         ``"pearson"`` for numbers and ``"perplexity"`` for tokens. Of a language model
         also what it writes can be scored (``"bleu"``, ``"nist"``, ``"meteor"``,
         ``"rouge-l"``, ``"rouge-l-coco"``, ``"cider"``, ``"exact-match"``, ``"answer"``;
@@ -99,7 +99,7 @@ def evaluate(
         loader.positions()  # refuses a loader that leaves examples out
     with preserved_modes(model):
         model.eval()
-        if metric in GENERATION or metric == CHOICE:
+        if metric in ANSWERS:
             check_libraries(metric)
             checked = check_writer(model, loader, metric)
             found = answer_metrics(
@@ -118,7 +118,7 @@ def evaluate(
 
 def check_prompts(dataset: TextDataset, metric: str | None) -> None:
     """Raise `DataError` if a metric of answers is to be had of texts without targets."""
-    if (metric in GENERATION or metric == CHOICE) and not dataset.targets:
+    if metric in ANSWERS and not dataset.targets:
         msg = (
             f'{dataset.name}: `metric` "{metric}" needs prompts with targets, and these'
             " texts have none; name their column (`target_column`)."

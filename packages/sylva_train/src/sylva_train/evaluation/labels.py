@@ -16,11 +16,13 @@ from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train._torch import on_device
 from sylva_train.curvature import batches_of, class_name, is_encoder_decoder
 from sylva_train.data import Loader
+from sylva_train.metrics import ANSWERS, CLASSIFICATION, LANGUAGE, REGRESSION, key_of
 from sylva_train.progress import Report
 
-from .metrics import CHOICE, CLASSIFICATION, GENERATION, LANGUAGE, REGRESSION, key_of
-
 __all__ = ["label_logits", "label_metrics", "number_metrics", "prediction_metrics"]
+
+#: Logits of tokens that are looked at together.
+LARGEST_PART = 1 << 24
 
 
 def label_metrics(
@@ -52,7 +54,7 @@ def label_metrics(
     if kind == "tokens" and predictions:
         msg = (
             "`predictions` of a language model are texts or options: give a `metric` of"
-            f" these, {', '.join(map(repr, (*GENERATION, CHOICE)))}."
+            f" these, {', '.join(map(repr, ANSWERS))}."
         )
         raise ConfigError(msg)
     found: dict[str, Any] = {**measure(parts)}
@@ -249,16 +251,28 @@ def language_part(
     examples = len(labels)
     if not (is_encoder_decoder(model) or labels_each_token(model, logits.shape[-1])):
         logits, labels = logits[:, :-1], labels[:, 1:]
-    counted = labels.ne(-100)
-    # Only positions that count: padding may have any logits, and most memory is here.
-    kept, wanted = logits[counted].float(), labels[counted]
+    # Only positions that count: padding may have any logits. Part by part: most memory is
+    # here, and of a large vocabulary copies in float32 would be several times as much.
+    places = labels.ne(-100).nonzero()
+    sums = []
+    for part in places.split(max(1, LARGEST_PART // logits.shape[-1])):
+        where = tuple(part.T)
+        kept, wanted = logits[where].float(), labels[where]
+        found = (
+            torch.isfinite(kept).all(),
+            F.cross_entropy(kept, wanted, reduction="sum"),
+            (kept.argmax(-1) == wanted).sum(),
+        )
+        sums.append(torch.stack([each.float() for each in found]))
+    # The host waits for a device once.
+    finite, losses, hits = torch.stack(sums).T.tolist()
     return {
         "kind": "tokens",
         "examples": examples,
-        "finite": bool(torch.isfinite(kept).all()),
-        "loss": float(F.cross_entropy(kept, wanted, reduction="sum")),
-        "hits": int((kept.argmax(-1) == wanted).sum()),
-        "count": len(wanted),
+        "finite": all(finite),
+        "loss": math.fsum(losses),
+        "hits": int(sum(hits)),
+        "count": len(places),
     }
 
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sylva_train._checks import ConfigError, DataError, SylvaError, check_choice
-
-from .metrics import GENERATION, key_of
+from sylva_train.metrics import GENERATION, key_of
 
 __all__ = ["check_libraries", "score_texts"]
 

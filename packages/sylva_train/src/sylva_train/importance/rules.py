@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from sylva_train.config import SylvaConfig
-from sylva_train.curvature import Factor, LayerCurvature, block_sums
+from sylva_train.curvature import Factor, LayerCurvature, block_sums, strips
 
 from .scores import LayerScores
 
@@ -67,9 +67,9 @@ class Inputs:
 
     @property
     def gradient(self) -> torch.Tensor:
-        """``Γ``, float64."""
+        """``Γ``."""
         assert self.layer.gradient is not None
-        return self.layer.gradient.double()
+        return self.layer.gradient
 
     @property
     def dead(self) -> bool:
@@ -97,20 +97,43 @@ class Inputs:
             return 0
         return sum(int((diagonal <= 0).sum()) for diagonal in self.inverse_diagonals)
 
-    def summed(self, scores: torch.Tensor) -> LayerScores:
+    def summed(self, scores: Callable[[slice], torch.Tensor]) -> LayerScores:
         """Scores of single weights, summed over blocks.
 
-        Over small ones where those of ``block_size`` are made of them: the file then
-        serves their multiples too.
+        ``scores`` returns those of some rows: copies of all of a large layer's numbers
+        take gigabytes. The sums are over small blocks where those of ``block_size`` are
+        made of them: the file then serves their multiples too.
         """
+        size = self.unit
+        grid = [block_sums(scores(rows), size) for rows in strips(*self.shape, size)]
+        return LayerScores(self.shape, grid=torch.cat(grid).cpu(), unit=size)
+
+    @property
+    def unit(self) -> int:
+        """Side of the blocks that scores of single weights are summed over."""
         size = self.config.block_size
-        size = size if size % UNIT else UNIT
-        grid = block_sums(scores, size).cpu()
-        return LayerScores(self.shape, grid=grid, unit=size)
+        return size if size % UNIT else UNIT
+
+    def saliency(self, matrix: torch.Tensor) -> LayerScores:
+        """Squares of a matrix (out, in) over ``diag G⁻¹ · diag A⁻¹``, summed."""
+        if self.dead:
+            return self.zeros()
+        inverse_A, inverse_G = self.inverse_diagonals
+        return self.summed(
+            lambda rows: (
+                matrix[rows].double().square() / inverse_G[rows].outer(inverse_A)
+            )
+        )
 
     def zeros(self) -> LayerScores:
         """Scores of a layer where nothing matters."""
-        return self.summed(torch.zeros_like(self.weight, dtype=torch.float64))
+        return LayerScores(self.shape, grid=self.empty(self.unit), unit=self.unit)
+
+    def empty(self, size: int) -> torch.Tensor:
+        """Return zeros (block rows, block columns), float64, on the CPU."""
+        return torch.zeros(
+            [math.ceil(n / size) for n in self.shape], dtype=torch.float64
+        )
 
 
 def kfac(inputs: Inputs) -> LayerScores:
@@ -122,8 +145,7 @@ def kfac(inputs: Inputs) -> LayerScores:
         s_out[k] = Γ[k, :]  A Γ[k, :]ᵀ / [G⁻¹]_kk
         score[k, j] = s_out[k] · s_in[j]
     """
-    Γ = inputs.layer.gradient
-    assert Γ is not None
+    Γ = inputs.gradient
     if inputs.dead:
         out, in_ = inputs.shape
         nothing = torch.zeros(out + in_, dtype=torch.float64)
@@ -145,10 +167,7 @@ def kfac_element(inputs: Inputs) -> LayerScores:
     The saliency of the optimal brain surgeon (Hassibi and Stork 1993) with Kronecker
     factors, of the gradient in place of the weight: what zeroing one entry costs.
     """
-    if inputs.dead:
-        return inputs.zeros()
-    inverse_A, inverse_G = inputs.inverse_diagonals
-    return inputs.summed(inputs.gradient.square() / torch.outer(inverse_G, inverse_A))
+    return inputs.saliency(inputs.gradient)
 
 
 def kfac_natural(inputs: Inputs) -> LayerScores:
@@ -159,14 +178,14 @@ def kfac_natural(inputs: Inputs) -> LayerScores:
     (Martens and Grosse 2015). A part can be negative: a weight that moves only to make
     up for others.
     """
-    Γ = inputs.layer.gradient
-    assert Γ is not None
+    Γ = inputs.gradient
     if inputs.dead:
         return inputs.zeros()
     λ_A, λ_G = inputs.shifts()
-    # One copy in float64, in place: of a large layer's numbers a few take gigabytes.
+    # One copy in float64, in place: each factor needs all of the other's solution.
     step = inputs.A.solve(Γ.T, λ_A).T
-    return inputs.summed(inputs.G.solve(step, λ_G, overwrite=True).mul_(Γ))
+    inputs.G.solve(step, λ_G, overwrite=True)
+    return inputs.summed(lambda rows: step[rows].mul_(Γ[rows]))
 
 
 def kfac_block(inputs: Inputs) -> LayerScores:
@@ -176,21 +195,50 @@ def kfac_block(inputs: Inputs) -> LayerScores:
     twice the most that the quadratic model with ``A ⊗ G`` falls while all other weights
     stay. Not additive: two blocks together may gain more or less than their sum.
     """
-    Γ, size = inputs.gradient, inputs.config.block_size
+    size = inputs.config.block_size
     if inputs.dead:
-        grid = block_sums(torch.zeros_like(Γ), size)
+        grid = inputs.empty(size)
     else:
         λ_A, λ_G = inputs.shifts()
-        out, in_ = inputs.shape
         L_G = inputs.G.block_choleskys(size, λ_G)
         L_A = inputs.A.block_choleskys(size, λ_A)
-        # (block rows, b, in), then with the rows' factors taken off, (block columns, b, …).
-        rows = F.pad(Γ, (0, -in_ % size, 0, -out % size)).unflatten(0, (-1, size))
-        rows = torch.linalg.solve_triangular(L_G, rows, upper=False)
-        columns = rows.permute(2, 0, 1).unflatten(0, (-1, size)).flatten(2)
-        whitened = torch.linalg.solve_triangular(L_A, columns, upper=False)
-        grid = whitened.square().sum(1).unflatten(1, (-1, size)).sum(2).T
-    return LayerScores(inputs.shape, grid=grid.cpu(), unit=size, additive=False)
+        sums = [
+            whitened_sums(
+                inputs.gradient[rows].double(),
+                L_G[rows.start // size : math.ceil(rows.stop / size)],
+                L_A,
+            )
+            for rows in strips(*inputs.shape, size)
+        ]
+        grid = torch.cat(sums).cpu()
+    return LayerScores(inputs.shape, grid=grid, unit=size, additive=False)
+
+
+def whitened_sums(
+    Γ: torch.Tensor, L_G: torch.Tensor, L_A: torch.Tensor
+) -> torch.Tensor:
+    """Sum the squares of ``L_G⁻¹ Γ_ab L_A⁻ᵀ`` over each block.
+
+    Parameters
+    ----------
+    Γ : torch.Tensor, shape (rows, columns), float64
+        The last blocks may be cut off.
+    L_G, L_A : torch.Tensor, shapes (block rows, size, size), (block columns, size, size)
+        Cholesky factors of the rows' and of the columns' blocks.
+
+    Returns
+    -------
+    torch.Tensor, shape (block rows, block columns), float64
+    """
+    size = L_G.shape[-1]
+    padding = (0, -Γ.shape[1] % size, 0, -Γ.shape[0] % size)
+    # (block rows, b, in), then with the rows' factors taken off, (block columns, b, …).
+    rows = F.pad(Γ, padding).unflatten(0, (-1, size))
+    rows = torch.linalg.solve_triangular(L_G, rows, upper=False)
+    columns = rows.permute(2, 0, 1).unflatten(0, (-1, size)).flatten(2)
+    whitened = torch.linalg.solve_triangular(L_A, columns, upper=False)
+    sums: torch.Tensor = whitened.square_().sum(1).unflatten(1, (-1, size)).sum(2)
+    return sums.T
 
 
 def kfac_pruner(inputs: Inputs) -> LayerScores:
@@ -199,11 +247,7 @@ def kfac_pruner(inputs: Inputs) -> LayerScores:
     The saliency of the K-FAC pruner (Wang et al. 2019), the optimal brain surgeon with
     Kronecker factors.
     """
-    if inputs.dead:
-        return inputs.zeros()
-    inverse_A, inverse_G = inputs.inverse_diagonals
-    squares = inputs.weight.double().square()
-    return inputs.summed(squares / torch.outer(inverse_G, inverse_A))
+    return inputs.saliency(inputs.weight)
 
 
 def fisher_diag(inputs: Inputs) -> LayerScores:
@@ -216,26 +260,26 @@ def fisher_diag(inputs: Inputs) -> LayerScores:
 
 def gradient(inputs: Inputs) -> LayerScores:
     """``|Γ|``: the decrease that a step of one size for all weights gives, as Adam's is."""
-    assert inputs.layer.gradient is not None
-    return inputs.summed(inputs.layer.gradient.abs())
+    return inputs.summed(lambda rows: inputs.gradient[rows].abs())
 
 
 def weight_gradient(inputs: Inputs) -> LayerScores:
     """``|W ∘ Γ|``: loss of removing a weight, to first order (Molchanov et al. 2019)."""
-    assert inputs.layer.gradient is not None
-    return inputs.summed(inputs.weight.float().abs() * inputs.layer.gradient.abs())
+    return inputs.summed(
+        lambda rows: inputs.weight[rows].float().mul(inputs.gradient[rows]).abs_()
+    )
 
 
 def wanda(inputs: Inputs) -> LayerScores:
     """``|W|`` times the root mean square of the weight's input (Sun et al. 2024)."""
     assert inputs.layer.input_squares is not None
     root = inputs.layer.input_squares.sqrt()
-    return inputs.summed(inputs.weight.float().abs() * root)
+    return inputs.summed(lambda rows: inputs.weight[rows].float().abs() * root)
 
 
 def magnitude(inputs: Inputs) -> LayerScores:
     """``|W|``."""
-    return inputs.summed(inputs.weight.float().abs())
+    return inputs.summed(lambda rows: inputs.weight[rows].float().abs())
 
 
 def random(inputs: Inputs) -> LayerScores:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sylva_train._artifacts import Layers, read_tensors, write_tensors
 from sylva_train._checks import ConfigError, NonFiniteError
-from sylva_train._files import Layers, read_tensors, write_tensors
 from sylva_train.curvature import block_sums
 
 __all__ = ["LayerScores", "Scores", "check_finite"]

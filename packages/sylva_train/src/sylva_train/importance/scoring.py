@@ -12,14 +12,17 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError, TargetError, check_choice
-from sylva_train.config import IMPORTANCES, KRONECKER, NEEDS_DATA, SylvaConfig
+from sylva_train.config import SylvaConfig
 from sylva_train.curvature import (
     LayerCurvature,
+    Loss,
     Store,
     collect_curvature,
     settings,
 )
+from sylva_train.options import IMPORTANCES, KRONECKER, NEEDS_DATA, SCORING
 from sylva_train.processes import from_first, is_first, together
+from sylva_train.progress import Report
 from sylva_train.targets import (
     check_block_size,
     check_weights,
@@ -41,8 +44,8 @@ def score(
     dataloader: Iterable[Mapping[str, Any]] | None = None,
     config: SylvaConfig | None = None,
     *,
-    loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    loss: Loss | None = None,
+    progress: Report | None = None,
     log: Callable[[str], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_minutes: float = 10.0,
@@ -130,7 +133,7 @@ def score_rules(
     config: SylvaConfig,
     rules: Sequence[str],
     *,
-    loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
+    loss: Loss | None = None,
 ) -> dict[str, Scores]:
     """Score by several rules in one pass over the data.
 
@@ -141,7 +144,7 @@ def score_rules(
     config : SylvaConfig
         As for `score`; its own rule does not count.
     rules : sequence of str
-        Of `sylva_train.config.IMPORTANCES`.
+        Of `sylva_train.options.IMPORTANCES`.
 
     Returns
     -------
@@ -276,10 +279,9 @@ def described(
     rule: str, config: SylvaConfig, samples: int, indefinite: int
 ) -> dict[str, Any]:
     """Return what is worth keeping with scores: how they were made."""
-    names = ("curvature", "levels", "rank", "exact_below", "tokens", "damping", "seed")
     return {
         "importance": rule,
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in SCORING},
         "samples": samples if rule in NEEDS_DATA else 0,
         "indefinite": indefinite if rule in KRONECKER else 0,
     }

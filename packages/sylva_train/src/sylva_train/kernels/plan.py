@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from sylva_train._identity import ByIdentity
 
 from .capture import check_not_capturing
 
@@ -186,7 +188,6 @@ def make_plan(
     shape: tuple[int, int],
     block: int,
     itemsize: int = 2,
-    tile: tuple[int, int] | None = None,
 ) -> Plan:
     """Plan the computation of a mask's blocks.
 
@@ -200,8 +201,6 @@ def make_plan(
         Side of a block.
     itemsize : int
         Bytes of an element of the operands, 2 or 4.
-    tile : (int, int), optional
-        Block rows and columns of a program, instead of what the cost model chooses.
 
     Returns
     -------
@@ -217,7 +216,7 @@ def make_plan(
     """
     device = indices.device
     indices = indices.detach().to("cpu", torch.int64)
-    choices = [tile] if tile else tiles(block)
+    choices = tiles(block)
     block_rows, block_columns, places = arrange(indices)
     paired = {rows: pair_up(places, rows) for rows in {rows for rows, _ in choices}}
     programs = {
@@ -248,7 +247,8 @@ def make_plan(
     )
 
 
-_PLANS = WeakTensorKeyDictionary()
+# By the identity of the indices, for one version of them: shape, block and bytes to plan.
+_plans: ByIdentity[tuple[int, dict[tuple[Any, ...], Plan]]] = ByIdentity()
 
 
 def find_plan(
@@ -265,13 +265,12 @@ def find_plan(
         If it would have to be made while a CUDA graph is captured.
     """
     version = 0 if indices.is_inference() else indices._version
-    seen, plans = _PLANS.get(indices, (None, {}))
+    seen, plans = _plans.get(indices) or (None, {})
     if seen != version:
         plans = {}
-        _PLANS[indices] = version, plans
+        _plans[indices] = version, plans
     key = (shape, block, itemsize)
     if key not in plans:
         check_not_capturing(indices.device, "a mask's plan is made")
         plans[key] = make_plan(indices, shape, block, itemsize)
-    found: Plan = plans[key]
-    return found
+    return plans[key]

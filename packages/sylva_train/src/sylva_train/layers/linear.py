@@ -27,7 +27,7 @@ from .inputs import Reader
 from .shown import Shown
 from .storage import Masters, Tables, own_weight, watch, watch_optimizers
 
-__all__ = ["SparseEmbeddedLinear", "check_embeddable", "check_shape", "values_dtype"]
+__all__ = ["SparseEmbeddedLinear", "check_embeddable", "values_dtype"]
 
 
 #: Dtypes of weights that can hold trained values.
@@ -60,13 +60,6 @@ def check_embeddable(layer: nn.Module) -> None:
             + (f" of {found.dtype}." if isinstance(found, torch.Tensor) else ".")
         )
         raise TargetError(msg)
-
-
-def check_shape(mask: LayerMask, shape: tuple[int, ...]) -> None:
-    """Raise `ConfigError` unless a mask is for a weight of this (out, in) shape."""
-    if mask.shape != shape:
-        msg = f"`mask` must be for a {shape} weight; got one for {mask.shape}."
-        raise ConfigError(msg)
 
 
 class SparseEmbeddedLinear(nn.Module):
@@ -159,7 +152,9 @@ class SparseEmbeddedLinear(nn.Module):
         ConfigError
             If the mask is for a weight of another shape.
         """
-        check_shape(mask, self.shape)
+        if mask.shape != self.shape:
+            msg = f"`mask` must be for a {self.shape} weight; got one for {mask.shape}."
+            raise ConfigError(msg)
         self.restore_()
         weight = weight_view(self.base_layer)
         # Not the mask's own, which would keep what is worked out to gather its blocks.

@@ -26,8 +26,14 @@ from sylva_train._checks import (
     check_choice,
     check_integer,
 )
-from sylva_train.data import LABELLED, TASKS
-from sylva_train.options import DTYPES, MINILM, POOLINGS, minilm_folder
+from sylva_train.options import (
+    DTYPES,
+    LABELLED,
+    MINILM,
+    POOLINGS,
+    TASKS,
+    minilm_folder,
+)
 
 from .pooled import PooledClassifier, backbone_class, read_config
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import operator
 import os
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from sylva_train._checks import atomic_write
+from sylva_train._files import write_text
 from sylva_train._torch import preserved_modes
 from sylva_train.data import Loader
 from sylva_train.progress import Report
@@ -136,8 +137,7 @@ class PooledClassifier(PreTrainedModel):
         if path.exists():  # only the main process writes it
             fields = json.loads(path.read_text(encoding="utf-8"))
             fields["model_type"] = SAVED + self.config.model_type
-            with atomic_write(path) as temporary:
-                temporary.write_text(json.dumps(fields, indent=2), encoding="utf-8")
+            write_text(path, json.dumps(fields, indent=2))
 
     def forward(
         self,
@@ -216,7 +216,8 @@ def pooled_features(
     """
     backbone = cast(nn.Module, model.base_model)
     device = next(model.parameters()).device
-    total = len(loader) if isinstance(loader, Sized) else 0
+    # A DataLoader of a stream has a method for its length, which fails.
+    total = operator.length_hint(loader)
     rows, labels = [], []
     with preserved_modes(model):
         model.eval()

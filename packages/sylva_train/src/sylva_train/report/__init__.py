@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from .choices import AGREEMENT, agreement_cells, write_choices
-from .figures import seeds_line
-from .headline import Headline, headline
+from .figures import label_rows, seeds_line
+from .headline import headline
 from .page import write_report
-from .style import INK, THEME, looks, shorten, svg_file
-from .summary import Metric, Paired, Row, metric_of, percentage, summary_rows
+from .style import THEME, looks, shorten, svg_file
+from .summary import Metric, percentage, summary_rows
 from .tables import markdown_table, summary_table
 
 __all__ = [
     "AGREEMENT",
-    "INK",
     "THEME",
-    "Headline",
     "Metric",
-    "Paired",
-    "Row",
     "agreement_cells",
     "headline",
+    "label_rows",
     "looks",
     "markdown_table",
-    "metric_of",
     "percentage",
     "seeds_line",
     "shorten",

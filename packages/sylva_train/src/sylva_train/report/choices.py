@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from sylva_train._checks import write_text
+from sylva_train._files import write_text
 from sylva_train.comparison import FORMAT
 from sylva_train.masks import LayerMask, Masks
 
 from . import layers, masks
 from .headline import Headline
 from .page import document
-from .parts import Page, section
+from .page_parts import Page, section, table
 
 __all__ = ["AGREEMENT", "agreement_cells", "write_choices"]
 
@@ -73,8 +73,7 @@ def title(page: Page, agreement: Mapping[str, Any] | None) -> Headline:
     """Return what the page says first."""
     if agreement is None:
         (grid,) = page.masks.values()
-        count = masks.count_blocks(grid)
-        return Headline(f"{count:,} blocks in {len(grid)} layers", (), ())
+        return Headline(f"{grid.blocks:,} blocks in {len(grid)} layers", (), ())
     medians = agreement["median"]
     figures = [
         (fraction(agreement["chance"]), "would be the same by chance"),
@@ -99,7 +98,7 @@ def agreed(page: Page, agreement: Mapping[str, Any]) -> str:
         f'<p class="note">{swatch.format(BOTH)}in both, {swatch.format(HERE)}only in'
         f" {here}, {swatch.format(THERE)}only in {there}.</p>"
     )
-    drawn = sum(map(masks.count_blocks, (both, mine, theirs)))
+    drawn = both.blocks + mine.blocks + theirs.blocks
     picture = (
         masks.mask_grid(both, BOTH, [(mine, HERE), (theirs, THERE)])
         if drawn <= layers.MOST_BLOCKS
@@ -127,9 +126,7 @@ def agreed(page: Page, agreement: Mapping[str, Any]) -> str:
     )
     return section(
         "How far they agree",
-        f"{key if picture else ''}{picture}"
-        '<div class="scroll"><table class="summary">'
-        f"<thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>"
+        f"{key if picture else ''}{picture}{table('summary', heads, lines)}"
         f'<p class="note">{note}</p>',
     )
 

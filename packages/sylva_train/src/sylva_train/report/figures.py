@@ -19,6 +19,7 @@ __all__ = [
     "OVERLAY",
     "bars",
     "differences",
+    "label_rows",
     "score_dots",
     "seeds_line",
     "stragglers",
@@ -31,18 +32,24 @@ OVERLAY = 6
 ROW = 0.27
 
 
+def label_rows(axes: Axes, labels: Sequence[str]) -> None:
+    """Give a chart one labelled line for each label, the first on top."""
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.grid(False, axis="y")
+    axes.grid(True, axis="x")
+    axes.spines["left"].set_visible(False)
+
+
 def _rows_frame(labels: Sequence[str], *, right: float) -> tuple[Figure, Axes]:
     """Return a chart with one labelled line a method, the first on top."""
     labels = [shorten(label) for label in labels]
     left, bottom = 0.18 + 0.064 * max(map(len, labels)), 0.42
     height = ROW * len(labels) + bottom + 0.1
     figure, axes = frame(height, left=left, right=right, top=0.1, bottom=bottom)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.tick_params(axis="y", labelcolor=INK, pad=6)
-    axes.grid(False, axis="y")
-    axes.grid(True, axis="x")
-    axes.spines["left"].set_visible(False)
+    label_rows(axes, labels)
+    axes.tick_params(axis="y", pad=6)
     axes.locator_params(axis="x", nbins=6, steps=[1, 2, 5, 10])
     return figure, axes
 

@@ -12,7 +12,7 @@ import numpy as np
 from sylva_train.masks import LayerMask, Masks
 
 from . import masks, structure
-from .parts import Page, cells, facts, pair, section
+from .page_parts import Page, cells, facts, pair, section, table
 from .summary import BYTES, finite, percentage, quantity
 
 __all__ = ["block_scores", "chosen_blocks", "factor"]
@@ -43,7 +43,7 @@ def chosen_blocks(page: Page) -> str:
     drawn = 0
     for method in (first, *(other for other in every if other != first)):
         grid = every[method]
-        drawn += masks.count_blocks(grid)
+        drawn += grid.blocks
         name, body = page.named(method), _mask_body(page, method, grid)
         if method == first:
             parts.append(f"<h3>{name}</h3>{body}")
@@ -93,8 +93,7 @@ def _overlap(page: Page, every: Mapping[str, Masks]) -> str:
     note = f"Of the smaller mask, over all layers; first seed.{chance}"
     return (
         "<h3>Blocks that two rules have in common, %</h3>"
-        '<div class="scroll"><table class="overlap">'
-        f"<thead><tr><th></th>{heads}</tr></thead><tbody>{lines}</tbody></table></div>"
+        f"{table('overlap', f'<th></th>{heads}', lines)}"
         f'<p class="note">{note}</p>'
     )
 

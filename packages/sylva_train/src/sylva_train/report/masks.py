@@ -18,7 +18,6 @@ __all__ = [
     "OUTSIDE",
     "Place",
     "chance",
-    "count_blocks",
     "layer_places",
     "mask_grid",
     "mask_key",
@@ -131,20 +130,15 @@ def overlaps(masks: Sequence[Masks]) -> Floats:
     """
     shares = np.eye(len(masks))
     for i, j in itertools.combinations(range(len(masks)), 2):
-        less, more = sorted((masks[i], masks[j]), key=count_blocks)
-        shares[i, j] = shares[j, i] = less.overlap(more) if count_blocks(less) else 0.0
+        less, more = sorted((masks[i], masks[j]), key=lambda mask: mask.blocks)
+        shares[i, j] = shares[j, i] = less.overlap(more) if less.blocks else 0.0
     return shares
-
-
-def count_blocks(masks: Masks) -> int:
-    """Return the number of active blocks of all layers."""
-    return sum(map(len, masks.values()))
 
 
 def chance(masks: Masks) -> float:
     """Return the share of blocks that two random draws, as many a layer, have in common."""
     expected = sum(len(m) ** 2 / math.prod(m.grid_shape) for m in masks.values())
-    return expected / max(1, count_blocks(masks))
+    return expected / max(1, masks.blocks)
 
 
 def touched(masks: Masks) -> tuple[float, float]:

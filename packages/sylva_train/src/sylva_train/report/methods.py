@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from html import escape
 
-from . import figures, histories
-from .parts import Page, cells, pair, section, small
+from . import figures, histories, page_parts
+from .page_parts import Page, cells, pair, section, small
 from .summary import BYTES, SECONDS, digits
 from .tables import caption, suited, summary_columns
 
@@ -41,8 +41,7 @@ def table(page: Page) -> str:
     )
     return section(
         "The numbers",
-        f'<div class="scroll"><table class="summary"><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f"{page_parts.table('summary', heads, ''.join(lines))}"
         f'<p class="note">{escape(note)}</p>',
     )
 

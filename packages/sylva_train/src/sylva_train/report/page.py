@@ -8,12 +8,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import write_text
+from sylva_train._files import write_text
 
 from . import layers, methods
 from .headline import Headline, headline
+from .page_parts import Page, facts, section
 from .page_style import CSS
-from .parts import Page, facts, section
 from .style import css_colours
 from .summary import Results, finite
 
@@ -41,13 +41,7 @@ def write_report(results: Results, path: str | os.PathLike[str]) -> Path:
     DataError
         If ``results`` has another format or no runs.
     """
-    write_text(path, _document(Page(results)))
-    return Path(path)
-
-
-def _document(page: Page) -> str:
-    """Return the page."""
-    found = headline(page.results)
+    page, found = Page(results), headline(results)
     sections = [
         methods.table(page),
         methods.scores(page),
@@ -60,7 +54,8 @@ def _document(page: Page) -> str:
     ]
     names = [page.setup.get(key) for key in ("model", "data")]
     subject = " · ".join(str(name) for name in names if name)
-    return document("Sylva comparison", subject, found, sections)
+    write_text(path, document("Sylva comparison", subject, found, sections))
+    return Path(path)
 
 
 def document(kind: str, subject: str, found: Headline, sections: Iterable[str]) -> str:

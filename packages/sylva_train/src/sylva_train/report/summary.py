@@ -6,11 +6,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from sylva_train._checks import DataError
 from sylva_train.comparison import FORMAT
-from sylva_train.options import FRACTIONS, METHODS
+from sylva_train.metrics import FRACTIONS, key_of
+from sylva_train.options import METHODS
 
 __all__ = [
     "BYTES",
@@ -21,7 +22,6 @@ __all__ = [
     "Results",
     "Row",
     "best",
-    "check_results",
     "digits",
     "finite",
     "metric_of",
@@ -75,6 +75,14 @@ class Metric:
     percent: bool
     decimals: int
     higher: bool
+
+    @classmethod
+    def of(cls, name: str, *, higher: bool, examples: int) -> Self:
+        """Return how a metric is printed that was taken over some examples."""
+        percent = key_of(name) in FRACTIONS
+        # One example of a small evaluation set is worth more than 0.02 points.
+        decimals = (1 if percent else 3) + (examples >= 5000)
+        return cls(name, percent, decimals, higher)
 
     @property
     def factor(self) -> float:
@@ -240,15 +248,10 @@ def check_results(results: Results) -> None:
 def metric_of(results: Results) -> Metric:
     """Return how the scores of a comparison are named and printed."""
     setup = results.get("setup", {})
-    name = str(setup.get("metric") or "score")
-    percent = name.replace("-", "_") in FRACTIONS
-    # One example of a small evaluation set is worth more than 0.02 points.
-    many = (setup.get("eval_examples") or 0) >= 5000
-    return Metric(
-        name=name,
-        percent=percent,
-        decimals=1 + many if percent else 3 + many,
+    return Metric.of(
+        str(setup.get("metric") or "score"),
         higher=bool(setup.get("higher_is_better", True)),
+        examples=setup.get("eval_examples") or 0,
     )
 
 

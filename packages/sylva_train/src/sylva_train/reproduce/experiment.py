@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import ConfigError, NonFiniteError, write_text
+from sylva_train._checks import ConfigError, NonFiniteError
+from sylva_train._files import write_text
 from sylva_train.comparison import (
     Comparison,
     Watcher,

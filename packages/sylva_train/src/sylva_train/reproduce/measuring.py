@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sylva_train._checks import check_choice, write_text
+from sylva_train._checks import check_choice
+from sylva_train._files import write_text
 from sylva_train.comparison import Job, Watcher, jobs_folder, made, run_jobs
 from sylva_train.report import svg_file
 
@@ -24,7 +25,7 @@ from .tables import markdown, provenance
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MEASUREMENTS", "Measurement", "measure", "write_measurement"]
+__all__ = ["MEASUREMENTS", "Measurement", "measure"]
 
 FORMAT, RESULTS = "sylva-measurement/1", "results.json"
 Rows = list[dict[str, Any]]

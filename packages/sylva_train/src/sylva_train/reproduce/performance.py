@@ -20,7 +20,7 @@ from torch import nn
 
 from sylva_train._checks import SylvaError
 from sylva_train.comparison import PeakMemory
-from sylva_train.config import memory_bytes
+from sylva_train.options import memory_bytes
 
 from .specs import LayerSpec, StepSpec
 from .subjects import LABELS, adapt_model, build_model

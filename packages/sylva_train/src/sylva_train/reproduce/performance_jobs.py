@@ -13,7 +13,7 @@ import torch
 
 from sylva_train._checks import check_choice
 
-__all__ = ["SCALES", "fig4_jobs", "fig5_jobs", "table2_jobs"]
+__all__ = ["fig4_jobs", "fig5_jobs", "table2_jobs"]
 
 #: ``"small"``: a machine without a GPU, in minutes; ``"paper"``: one with GPUs.
 SCALES = ("small", "paper")

@@ -17,7 +17,7 @@ from .timing import PHASES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_fig4", "draw_fig5", "fig4", "fig5", "table2"]
+__all__ = ["Table", "draw_fig4", "draw_fig5", "fig4", "fig5", "table2"]
 
 Results = Sequence[dict[str, Any]]
 Table = tuple[list[str], list[list[str]]]

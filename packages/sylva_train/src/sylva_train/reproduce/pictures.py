@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sylva_train.baselines import parse_method
-from sylva_train.report import INK, looks, seeds_line, shorten
+from sylva_train.report import label_rows, looks, seeds_line, shorten
 
 from .quality import average
 from .tables import cells, metric, scored
@@ -41,12 +41,7 @@ def draw(results: Mapping[str, Any]) -> Figure:
                 seeds_line(axes, place, scores, deviation or 0.0, look[cell.method])
             label = parse_method(cell.method).label
             labels.append(label if cell.value is None else f"{label}, {cell.value}")
-        axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.set_yticks(range(len(labels)), [shorten(label, 40) for label in labels])
-        axes.tick_params(axis="y", labelcolor=INK)
-        axes.grid(False, axis="y")
-        axes.grid(True, axis="x")
-        axes.spines["left"].set_visible(False)
+        label_rows(axes, [shorten(label, 40) for label in labels])
         axes.margins(x=0.06)
         axes.set_xlabel(shown.title)
         axes.set_title(setting, loc="left", fontsize=9)

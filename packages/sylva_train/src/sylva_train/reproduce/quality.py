@@ -12,11 +12,11 @@ from typing import Any
 from sylva_train._checks import ConfigError, NonFiniteError, check_positive
 from sylva_train.baselines import parse_method
 from sylva_train.comparison import Comparison, Job, check_plan
-from sylva_train.data import LABELLED
-from sylva_train.evaluation import METRICS, known_metrics
+from sylva_train.metrics import METRICS, known_metrics
+from sylva_train.options import LABELLED
 from sylva_train.workflow import HELD_OUT
 
-__all__ = ["TABLES", "TUNING_SEED", "Cell", "Plan", "Table"]
+__all__ = ["TABLES", "TUNING_SEED", "Cell", "Plan", "Table", "average"]
 
 #: Seed to choose learning rates with, which no reported run has.
 TUNING_SEED = 100

@@ -13,7 +13,7 @@ from sylva_train.config_files import load_config, load_rates
 
 from .quality import Table
 
-__all__ = ["load_setting", "load_settings", "with_values"]
+__all__ = ["load_settings", "with_values"]
 
 
 def load_setting(

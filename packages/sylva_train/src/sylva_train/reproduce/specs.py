@@ -16,7 +16,7 @@ from sylva_train._checks import (
     check_density,
     check_integer,
 )
-from sylva_train.config import memory_bytes
+from sylva_train.options import memory_bytes
 from sylva_train.training import pick_device
 
 from .subjects import DTYPES, MASKS, METHODS

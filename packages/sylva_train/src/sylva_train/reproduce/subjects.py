@@ -100,14 +100,12 @@ def draw_mask(
     if kind == "random":
         count = max(1, round(density * rows * columns))
         flat = torch.randperm(rows * columns, generator=generator)[:count]
-        indices = torch.stack([flat // columns, flat % columns], 1)
-    else:
-        some = [
-            torch.randperm(n, generator=generator)[: max(1, round(density**0.5 * n))]
-            for n in (rows, columns)
-        ]
-        indices = torch.cartesian_prod(*some)
-    return LayerMask(shape, block, indices)
+        return LayerMask.from_flat(shape, block, flat)
+    some = [
+        torch.randperm(n, generator=generator)[: max(1, round(density**0.5 * n))]
+        for n in (rows, columns)
+    ]
+    return LayerMask(shape, block, torch.cartesian_prod(*some))
 
 
 def draw_masks(

@@ -9,12 +9,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sylva_train.baselines import parse_method
-from sylva_train.evaluation import METRICS, key_of
-from sylva_train.report import Metric, metric_of, percentage
+from sylva_train.metrics import METRICS, key_of
+from sylva_train.report import Metric, percentage
 
 from .quality import Cell, average
 
-__all__ = ["as_csv", "as_markdown", "markdown", "provenance"]
+__all__ = [
+    "as_csv",
+    "as_markdown",
+    "cells",
+    "markdown",
+    "metric",
+    "provenance",
+    "scored",
+]
 
 Results = Mapping[str, Any]
 MISSING = "–"
@@ -38,16 +46,8 @@ def cells(results: Results) -> dict[Cell, list[Mapping[str, Any]]]:
 def metric(results: Results, setting: str, name: str | None = None) -> Metric:
     """Return how a metric of a setting is printed; by default the one it is scored by."""
     about = results["settings"][setting]
-    name = name or about["metric"]
-    return metric_of(
-        {
-            "setup": {
-                "metric": name,
-                "higher_is_better": METRICS[name],
-                "eval_examples": about["eval_examples"],
-            }
-        }
-    )
+    name = name or str(about["metric"])
+    return Metric.of(name, higher=METRICS[name], examples=about["eval_examples"])
 
 
 def scored(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

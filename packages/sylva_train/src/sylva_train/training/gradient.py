@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +11,19 @@ import torch.distributed as dist
 from torch import nn
 
 from sylva_train._checks import NonFiniteError
-from sylva_train.curvature import LARGEST_SCALE, damage, loss_units, some_samples
+from sylva_train.curvature import (
+    LARGEST_SCALE,
+    Loss,
+    damage,
+    loss_units,
+    some_samples,
+)
 from sylva_train.layers import accumulating
 from sylva_train.processes import rank_and_size
 
-__all__ = ["Batch", "Loss", "accumulate_gradient", "clip_gradient", "share"]
+__all__ = ["Batch", "accumulate_gradient", "clip_gradient", "share"]
 
 Batch = Mapping[str, Any]
-Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
 
 def share(batch: Batch) -> Batch:

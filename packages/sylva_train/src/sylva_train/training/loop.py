@@ -29,17 +29,18 @@ from sylva_train.checkpoint import (
     load_checkpoint,
     restore,
     save_checkpoint,
+    update_record,
 )
 from sylva_train.config import TrainingConfig
-from sylva_train.curvature import default_loss, loss_units, note
+from sylva_train.curvature import Loss, default_loss, loss_units, note
 from sylva_train.evaluation import evaluate as evaluate_model
 from sylva_train.layers import sync
 from sylva_train.optimizer import SparseAdamW
 from sylva_train.processes import agree, is_first, rank_and_size, together
 from sylva_train.progress import Progress
 
-from .gradient import Batch, Loss, accumulate_gradient, clip_gradient, share
-from .parts import (
+from .gradient import Batch, accumulate_gradient, clip_gradient, share
+from .setup import (
     check_parts,
     make_scheduler,
     place,
@@ -47,7 +48,7 @@ from .parts import (
     seed_everything,
 )
 
-__all__ = ["BatchLoader", "TrainResult", "train"]
+__all__ = ["BatchLoader", "TrainResult", "number_of_steps", "train"]
 
 Evaluate = Callable[[nn.Module], Mapping[str, Any] | float]
 
@@ -222,7 +223,11 @@ class Run:
         if not is_first():
             return
         state = capture(self.model, self.optimizer, self.scheduler, self.device)
-        record = {
+        save_checkpoint(output, Checkpoint(self.step, state, self.record()), identity)
+
+    def record(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps beside the state, as JSON."""
+        return {
             "epoch": self.epoch,
             "batch": self.batch,
             "history": self.history,
@@ -233,7 +238,12 @@ class Run:
                 if isinstance(value, str | int | float)
             },
         }
-        save_checkpoint(output, Checkpoint(self.step, state, record), identity)
+
+    def score(self, evaluate: Evaluate, kept: str | os.PathLike[str] | None) -> None:
+        """Evaluate after a step, and note the score in its checkpoint in a folder."""
+        self.history[-1]["score"] = self.evaluate(evaluate)
+        if kept is not None and is_first():
+            update_record(kept, self.step, self.record())
 
     def acquaint(self) -> None:
         """Let layers see who reads the same input, as they had when a run was interrupted.
@@ -413,6 +423,9 @@ def run_to_end(
         if checkpoint is None:
             # The start is kept too: a new head is drawn by whoever made the model.
             run.save(output, identity)
+    failed = bool(run.history) and "score" not in run.history[-1]
+    if evaluate is not None and failed and run.due(run.config.eval_every):
+        run.score(evaluate, output)
     save_every = run.config.save_every
     groups = run.groups()
     with Progress(enabled=progress) as bars:
@@ -423,11 +436,13 @@ def run_to_end(
                 torch.cuda.synchronize(run.device)
             record["seconds"] = time.perf_counter() - begin
             run.history.append(record)
-            if evaluate is not None and run.due(run.config.eval_every):
-                record["score"] = run.evaluate(evaluate)
             epoch_end = save_every is None and run.batch >= len(run.loader)
-            if output is not None and (run.due(save_every) or epoch_end):
-                run.save(output, identity)
+            kept = output if run.due(save_every) or epoch_end else None
+            # First: hours of training are not to be lost where an evaluation fails.
+            if kept is not None:
+                run.save(kept, identity)
+            if evaluate is not None and run.due(run.config.eval_every):
+                run.score(evaluate, kept)
             words = f"step {run.step}  loss {record['loss']:.4f}"
             bars.report("training", run.step, run.total, words=words, lines=False)
             for callback in callbacks:

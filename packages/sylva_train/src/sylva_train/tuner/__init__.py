@@ -1,6 +1,6 @@
 """Sylva's adapters: a PEFT tuner, and the same folder format without PEFT's wrapping."""
 
-from .files import Adapter, inspect_adapter, read_adapter
+from .files import Adapter, inspect_adapter
 from .layer import SylvaLayer
 from .model import SylvaModel
 from .plain import load_adapter, save_adapter
@@ -11,6 +11,5 @@ __all__ = [
     "SylvaModel",
     "inspect_adapter",
     "load_adapter",
-    "read_adapter",
     "save_adapter",
 ]

@@ -24,18 +24,25 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sylva_train._checks import AdapterError, ConfigError, atomic_folder
+from sylva_train._checks import AdapterError, ConfigError
+from sylva_train._files import atomic_folder
 from sylva_train._torch import note_tensors
-from sylva_train.config import KRONECKER, SylvaConfig, SylvaType
-from sylva_train.masks import LayerMask
+from sylva_train.config import SylvaConfig, SylvaType
+from sylva_train.masks import LayerMask, Masks
+from sylva_train.options import KRONECKER
 from sylva_train.targets import is_inside
 
 __all__ = [
+    "INDICES",
+    "PREFIX",
+    "VALUES",
     "Adapter",
     "checksum",
     "inspect_adapter",
     "own_tensors",
     "read_adapter",
+    "state_blocks",
+    "verify",
     "write_adapter",
 ]
 
@@ -54,7 +61,7 @@ class Adapter:
     ----------
     config : SylvaConfig
         As it was written.
-    masks : dict of str to LayerMask
+    masks : Masks
         By the layer's name in the base model.
     values : dict of str to torch.Tensor
         (k, b, b) float32 for each layer.
@@ -65,7 +72,7 @@ class Adapter:
     """
 
     config: SylvaConfig
-    masks: dict[str, LayerMask]
+    masks: Masks
     values: dict[str, torch.Tensor]
     modules: dict[str, torch.Tensor]
     embeddings: dict[str, torch.Tensor]
@@ -91,6 +98,23 @@ def checksum(tensors: Mapping[str, torch.Tensor], config: SylvaConfig) -> str:
     digest = hashlib.sha256(head.encode())
     note_tensors({k.removeprefix(PREFIX): t for k, t in tensors.items()}, digest)
     return digest.hexdigest()
+
+
+def state_blocks(config: SylvaConfig, masks: Mapping[str, LayerMask]) -> None:
+    """Write into a configuration which blocks its adapter has.
+
+    Raises
+    ------
+    ConfigError
+        If they have several sizes.
+    """
+    sizes = {mask.block_size for mask in masks.values()}
+    if len(sizes) > 1:
+        msg = f"`masks` of one adapter must have one block size; got {sorted(sizes)}."
+        raise ConfigError(msg)
+    config.masks, config.block_size = None, sizes.pop()
+    config.block_counts = {name: len(mask) for name, mask in masks.items()}
+    config.layer_shapes = {name: list(mask.shape) for name, mask in masks.items()}
 
 
 def write_adapter(
@@ -200,36 +224,14 @@ def verify(
         for name, tensor in plain.items()
         if name not in rest and not is_repeated(name)
     }
-    assert config.block_counts is not None
-    assert config.layer_shapes is not None
     masks, values = {}, {}
-    side = config.block_size
-    for name, count in config.block_counts.items():
-        value, table = (
-            rest.pop(f"{name}.{VALUES}", None),
-            rest.pop(f"{name}.{INDICES}", None),
-        )
+    for name in config.block_counts or {}:
+        value, table = (rest.pop(f"{name}.{k}", None) for k in (VALUES, INDICES))
         if value is None or table is None:
             msg = f"the adapter `{origin}` is damaged: it has no blocks for `{name}`."
             raise AdapterError(msg)
-        got = (tuple(value.shape), tuple(table.shape))
-        if got != ((count, side, side), (count, 2)) or value.dtype not in FLOATS:
-            msg = (
-                f"the adapter `{origin}` is damaged: `{name}` should have {count} blocks"
-                f" of {side} × {side} float values, but has values {got[0]}"
-                f" {value.dtype} and indices {got[1]}."
-            )
-            raise AdapterError(msg)
-        try:
-            out, inputs = config.layer_shapes[name]
-            mask = LayerMask((out, inputs), side, table)
-            sorted_right = torch.equal(mask.indices, table.cpu().long())
-        except (ConfigError, ValueError, TypeError):
-            sorted_right = False
-        if not sorted_right:
-            msg = f"the adapter `{origin}` is damaged: the block indices of `{name}`."
-            raise AdapterError(msg)
-        masks[name], values[name] = mask, value
+        masks[name] = checked_mask(name, value, table, config, origin)
+        values[name] = value
     for name in rest | embeddings:
         if name.endswith((VALUES, INDICES)) or (
             name in embeddings and not name.endswith((".weight", ".bias"))
@@ -245,7 +247,43 @@ def verify(
             f" {digest[:12]}…, not {str(config.checksum)[:12]}…. Get the adapter again."
         )
         raise AdapterError(msg)
-    return Adapter(config, masks, values, rest, embeddings)
+    return Adapter(config, Masks(masks), values, rest, embeddings)
+
+
+def checked_mask(
+    name: str,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    config: SylvaConfig,
+    origin: str,
+) -> LayerMask:
+    """Return the mask of a layer's indices, which fit its values and its shape.
+
+    Raises
+    ------
+    AdapterError
+        If they do not.
+    """
+    assert config.block_counts is not None
+    assert config.layer_shapes is not None
+    count, side = config.block_counts[name], config.block_size
+    got = (tuple(values.shape), tuple(table.shape))
+    if got != ((count, side, side), (count, 2)) or values.dtype not in FLOATS:
+        msg = (
+            f"the adapter `{origin}` is damaged: `{name}` should have {count} blocks"
+            f" of {side} × {side} float values, but has values {got[0]}"
+            f" {values.dtype} and indices {got[1]}."
+        )
+        raise AdapterError(msg)
+    try:
+        out, inputs = config.layer_shapes[name]
+        mask = LayerMask((out, inputs), side, table)
+        if torch.equal(mask.indices, table.cpu().long()):
+            return mask
+    except (ConfigError, ValueError, TypeError):
+        pass
+    msg = f"the adapter `{origin}` is damaged: the block indices of `{name}`."
+    raise AdapterError(msg)
 
 
 def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -271,7 +309,7 @@ def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
         If the adapter is damaged.
     """
     adapter = read_adapter(path)
-    config = adapter.config
+    config, masks = adapter.config, adapter.masks
     layers = {
         name: {
             "shape": mask.shape,
@@ -279,10 +317,8 @@ def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
             "trainable": mask.trainable,
             "density": mask.trainable / mask.total,
         }
-        for name, mask in adapter.masks.items()
+        for name, mask in masks.items()
     }
-    trainable = sum(mask.trainable for mask in adapter.masks.values())
-    total = sum(mask.total for mask in adapter.masks.values())
     return {
         "base": {
             "name": config.to_dict()["base_model_name_or_path"],
@@ -292,10 +328,10 @@ def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
         "curvature": config.curvature if config.importance in KRONECKER else None,
         "block_size": config.block_size,
         "layers": layers,
-        "blocks": sum(map(len, adapter.masks.values())),
-        "trainable": trainable,
-        "total": total,
-        "density": trainable / total,
+        "blocks": masks.blocks,
+        "trainable": masks.trainable,
+        "total": masks.total,
+        "density": masks.density,
         "modules_to_save": {k: tuple(t.shape) for k, t in adapter.modules.items()},
         "modules_trainable": sum(t.numel() for t in adapter.modules.values()),
         "bytes": sum(f.stat().st_size for f in Path(path).iterdir() if f.is_file()),

@@ -23,7 +23,15 @@ from sylva_train.layers import (
 from sylva_train.targets import is_inside
 
 from .base import base_fingerprint, base_name, check_base
-from .files import INDICES, PREFIX, VALUES, checksum, read_adapter, write_adapter
+from .files import (
+    INDICES,
+    PREFIX,
+    VALUES,
+    checksum,
+    read_adapter,
+    state_blocks,
+    write_adapter,
+)
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -65,16 +73,10 @@ def describe(
     for layer in layers.values():
         layer.sync(force=True)  # which finds indices that were changed
     masks = {name: layer.mask(str(layer.wanted())) for name, layer in layers.items()}
-    sizes = {mask.block_size for mask in masks.values()}
-    if len(sizes) > 1:
-        msg = f"an adapter has one block size; the model's are {sorted(sizes)}."
-        raise ConfigError(msg)
     config = SylvaConfig(target_modules=list(layers)) if config is None else config
     config = copy.copy(config)
-    config.masks, config.block_size = None, sizes.pop()
+    state_blocks(config, masks)
     config.modules_to_save = trained_modules(model) or None
-    config.block_counts = {name: len(mask) for name, mask in masks.items()}
-    config.layer_shapes = {name: list(mask.shape) for name, mask in masks.items()}
     config.base_model_name_or_path = base_name(model)
     if config.task_type is None:  # what PEFT's auto classes load the base by
         kind = type(model)

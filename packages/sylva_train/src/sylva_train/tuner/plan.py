@@ -10,15 +10,16 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from sylva_train._checks import ConfigError
-from sylva_train.config import NEEDS_DATA, SylvaConfig
+from sylva_train.config import SylvaConfig
 from sylva_train.importance import score
 from sylva_train.layers import check_masks, find_saved, warn_of_statistics
 from sylva_train.masks import LayerMask, Masks
+from sylva_train.options import NEEDS_DATA
 from sylva_train.selection import select_as
 from sylva_train.targets import is_inside, is_supported, matches
 
 from .base import check_base
-from .files import read_adapter
+from .files import read_adapter, state_blocks
 
 __all__ = ["plan"]
 
@@ -84,12 +85,6 @@ def plan(model: nn.Module, config: SylvaConfig) -> Mapping[str, LayerMask] | Non
     warn_of_statistics(model, config.modules_to_save)
     find_saved(model, config.modules_to_save)
     masks = {name: masks[name] for name in layers}
-    sizes = {mask.block_size for mask in masks.values()}
-    if len(sizes) > 1:
-        msg = f"`masks` of one adapter must have one block size; got {sorted(sizes)}."
-        raise ConfigError(msg)
-    config.masks, config.base_fingerprint, config.checksum = None, None, None
-    config.block_size = sizes.pop()
-    config.block_counts = {name: len(mask) for name, mask in masks.items()}
-    config.layer_shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    state_blocks(config, masks)
+    config.base_fingerprint = config.checksum = None
     return masks

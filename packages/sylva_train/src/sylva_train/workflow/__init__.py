@@ -5,8 +5,6 @@ A fine-tuning is a folder: ``adapter/`` (PEFT's layout), ``masks.safetensors``,
 ``sylva.json`` with the task, the options, the classes and, once it is done, the results.
 """
 
-from sylva_train.progress import duration
-
 from .diagnosis import diagnose
 from .finetuning import finetune
 from .inspection import (
@@ -28,6 +26,7 @@ from .runs import (
 from .scoring import score_file, score_task
 from .task import (
     HELD_OUT,
+    SCORED,
     Task,
     evaluated_on,
     evaluation_loader,
@@ -38,6 +37,7 @@ from .task import (
 
 __all__ = [
     "HELD_OUT",
+    "SCORED",
     "Task",
     "check_file",
     "check_folder",
@@ -45,7 +45,6 @@ __all__ = [
     "describe_scores",
     "diagnose",
     "differences",
-    "duration",
     "evaluate_folder",
     "evaluated_on",
     "evaluation_loader",

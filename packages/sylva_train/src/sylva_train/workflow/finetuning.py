@@ -12,13 +12,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import (
-    ConfigError,
-    OutputExistsError,
-    atomic_folder,
-    occupied,
-    write_text,
-)
+from sylva_train._artifacts import as_read
+from sylva_train._checks import ConfigError, OutputExistsError
+from sylva_train._files import atomic_folder, occupied, write_text
 from sylva_train._torch import tensor_bytes
 from sylva_train.checkpoint import checkpoints
 from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
@@ -27,7 +23,7 @@ from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.layers import embed
 from sylva_train.masks import Masks
-from sylva_train.options import SylvaOptions
+from sylva_train.options import SCORING, SELECTION, SylvaOptions
 from sylva_train.processes import agree, is_first, together
 from sylva_train.progress import Progress
 from sylva_train.selection import select_as
@@ -36,17 +32,14 @@ from sylva_train.tuner import save_adapter
 
 from .outputs import check_folder, differences
 from .runs import FORMAT, RECORD, read_run
-from .scoring import SELECTION, check_targets, score_task, sylva_options
-from .task import Task, heads, load_task, located
+from .scoring import check_targets, score_task, sylva_options
+from .task import SCORED, Task, heads, load_task, located
 
 __all__ = ["finetune"]
 
 MASKS = "masks.safetensors"
 #: Options that say how to choose blocks, which masks bring with them.
-CHOICE = SELECTION | {
-    "importance", "curvature", "levels", "rank", "exact_below", "samples", "tokens",
-    "damping", "seed",
-}  # fmt: skip
+CHOICE = SELECTION | {"importance", "samples", *SCORING}
 
 
 def run_record(
@@ -61,9 +54,7 @@ def run_record(
         "training": dataclasses.asdict(training),
         "source": source,
     }
-    # As it will be read: tuples become lists, numbers keep their type.
-    read: dict[str, Any] = json.loads(json.dumps(record))
-    return read
+    return as_read(record)
 
 
 def check_same(begun: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
@@ -150,7 +141,7 @@ def finetune(
         )
         # What the data and the tokenizer do not allow is found before anything is scored.
         loader = task.loader(training, progress=bars.stage("tokenizing"))
-        eval_loader = task.eval_loader(progress=bars.stage("tokenizing"))
+        eval_loader = task.eval_loader(training, progress=bars.stage("tokenizing"))
         if config.modules_to_save is None:
             config = dataclasses.replace(config)
             config.modules_to_save = heads(task.model, task_config.task)
@@ -187,8 +178,14 @@ def choose(
     """Choose blocks by scores, which are made where there are none."""
     check_targets(task, config)
     if scores is None:
-        seed, device = training.seed, training.device
-        scores = score_task(task, config, seed=seed, device=device, progress=bars)
+        scores = score_task(
+            task,
+            config,
+            seed=training.seed,
+            batch_size=min(SCORED, training.batch_size),
+            device=training.device,
+            progress=bars,
+        )
     return select_as(config, scores, task.model, task.score_loader(4, 0)), scores
 
 
@@ -291,9 +288,9 @@ def train_blocks(
     """Train embedded blocks, evaluate them and save the adapter."""
     loader, eval_loader = loaders
     steps = number_of_steps(loader, training)
-    blocks, none = sum(map(len, masks.values())), sum(not m for m in masks.values())
+    none = sum(not mask for mask in masks.values())
     bars.say(
-        f"Training {masks.trainable:,} weights for {steps:,} steps: {blocks:,} blocks,"
+        f"Training {masks.trainable:,} weights for {steps:,} steps: {masks.blocks:,} blocks,"
         f" {masks.density:.1%} of the weights of {len(masks)} layers"
         + (f" ({none} without a block)." if none else ".")
     )
@@ -337,7 +334,7 @@ def train_blocks(
         "history": result.history,
         "seconds_per_step": result.seconds_per_step,
         "train_seconds": result.train_seconds,
-        "blocks": blocks,
+        "blocks": masks.blocks,
         "trainable": masks.trainable + head,
         "head": head,
         "density": masks.density,

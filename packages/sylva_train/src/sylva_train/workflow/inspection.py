@@ -134,7 +134,7 @@ def describe_masks(masks: Masks) -> dict[str, Any]:
     return {
         "metadata": masks.metadata,
         "layers": layers,
-        "blocks": sum(map(len, masks.values())),
+        "blocks": masks.blocks,
         "trainable": masks.trainable,
         "density": masks.density,
     }
@@ -206,15 +206,25 @@ def mask_entries(masks: Masks) -> dict[str, Any]:
 
 
 def score_entries(scores: Scores, masks: Masks) -> dict[str, Any]:
-    """Return block scores, their quantiles and the selection threshold as JSON."""
-    entries = {}
+    """Return quantiles of the block scores and the selection threshold as JSON.
+
+    The scores of all blocks are of one layer alone, the one that the report draws: all
+    layers' are millions of numbers.
+    """
+    names = list(masks)
+    chosen = [name for name in names if len(masks[name])] or names
+    # The middle one's factor is what a comparison describes.
+    middle = names[len(names) // 2]
+    drawn = middle if middle in chosen else chosen[len(chosen) // 2]
+    entries: dict[str, Any] = {}
     for name, mask in masks.items():
         blocks = scores[name].blocks(mask.block_size)
-        chosen = blocks[mask.indices[:, 0], mask.indices[:, 1]]
+        best = blocks[mask.indices[:, 0], mask.indices[:, 1]]
         quantiles = blocks.flatten().quantile(torch.linspace(0, 1, 101).double())
         entries[name] = {
             "block_scores_quantiles": quantiles.tolist(),
-            "threshold": float(chosen.min()) if len(chosen) else None,
-            "grid": blocks.tolist(),
+            "threshold": float(best.min()) if len(best) else None,
         }
+        if name == drawn:
+            entries[name]["grid"] = blocks.tolist()
     return entries

@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import ConfigError, OutputExistsError, occupied
+from sylva_train._checks import ConfigError, OutputExistsError
+from sylva_train._files import occupied
 
 __all__ = ["check_file", "check_folder", "differences"]
 

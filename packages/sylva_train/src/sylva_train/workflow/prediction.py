@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import ConfigError, DataError, atomic_write
+from sylva_train._checks import ConfigError, DataError
+from sylva_train._files import atomic_write
 from sylva_train.config import TaskConfig
-from sylva_train.data import LABELLED, Loader, TextDataset, load_texts
+from sylva_train.data import Loader, TextDataset, load_texts
 from sylva_train.evaluation import label_logits, write
+from sylva_train.options import LABELLED
 from sylva_train.progress import Progress, Report
 from sylva_train.training import pick_device
 

@@ -10,15 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from sylva_train._checks import (
-    AdapterError,
-    ConfigError,
-    atomic_folder,
-    atomic_write,
-)
+from sylva_train._checks import AdapterError, ConfigError
+from sylva_train._files import atomic_folder, atomic_write
 from sylva_train.config import TaskConfig
-from sylva_train.evaluation import CHOICE, GENERATION, evaluate
+from sylva_train.evaluation import evaluate
 from sylva_train.layers import merge
+from sylva_train.metrics import ANSWERS
 from sylva_train.pretrained import load_model, quiet
 from sylva_train.progress import Progress
 from sylva_train.training import pick_device
@@ -175,10 +172,10 @@ def evaluate_folder(
         task = TaskConfig(**(read_run(folder)["task"] | changes))
         check_metric(task)
         if answers is not None:
-            if task.metric not in (*GENERATION, CHOICE):
+            if task.metric not in ANSWERS:
                 msg = (
                     "`answers` are there for a `metric` of what a model writes or chooses:"
-                    f" {', '.join((*GENERATION, CHOICE))}; got {task.metric}."
+                    f" {', '.join(ANSWERS)}; got {task.metric}."
                 )
                 raise ConfigError(msg)
             check_file(answers, overwrite=overwrite)

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from sylva_train._artifacts import as_read
 from sylva_train._checks import ConfigError, OutputExistsError
-from sylva_train.config import (
+from sylva_train.config import SylvaConfig, TaskConfig
+from sylva_train.importance import Scores, score
+from sylva_train.options import (
     KRONECKER,
     NEEDS_DATA,
+    SELECTION,
     WRITING,
-    SylvaConfig,
     SylvaOptions,
-    TaskConfig,
 )
-from sylva_train.importance import Scores, score
 from sylva_train.processes import is_first, together
 from sylva_train.progress import Progress
 from sylva_train.targets import check_block_size, find_targets
 from sylva_train.training import pick_device
 
 from .outputs import check_file, differences
-from .task import Task, load_task, located
+from .task import SCORED, Task, load_task, located
 
-__all__ = ["SELECTION", "check_targets", "score_file", "score_task", "sylva_options"]
+__all__ = ["check_targets", "score_file", "score_task", "sylva_options"]
 
-#: Options that say which blocks to choose by given scores.
-SELECTION = {"density", "block_size", "scope", "allocation", "spread", "max_columns"}
 #: Options that change no score, the block size not being one of them.
 LATER = SELECTION - {"block_size"} | {"modules_to_save"}
 #: Options of a task that say how to evaluate.
@@ -51,8 +49,7 @@ def asked(task: TaskConfig, config: SylvaConfig, seed: int) -> dict[str, Any]:
         "task": {n: v for n, v in about.items() if n not in EVALUATION},
         "sylva": {n: v for n, v in sylva_options(config).items() if n not in LATER},
     }
-    read: dict[str, Any] = json.loads(json.dumps(parts))
-    return read
+    return as_read(parts)
 
 
 def finished(output: Path, wanted: dict[str, Any]) -> Scores | None:
@@ -91,6 +88,7 @@ def score_task(
     config: SylvaConfig,
     *,
     seed: int = 0,
+    batch_size: int = SCORED,
     device: str = "auto",
     progress: Progress | None = None,
     checkpoint: Path | None = None,
@@ -106,6 +104,8 @@ def score_task(
         Layers, rule and its options.
     seed : int
         Seed of which samples.
+    batch_size : int
+        Samples that are run at once.
     device : str
         Where to.
     progress : Progress, optional
@@ -128,7 +128,7 @@ def score_task(
     rule = config.importance
     words = f"{rule} ({config.curvature})" if rule in KRONECKER else rule
     if rule in NEEDS_DATA:
-        loader = task.score_loader(config.samples, seed)
+        loader = task.score_loader(config.samples, seed, batch_size)
         progress.say(f"Scoring by {words} on {len(loader.examples):,} examples.")
     else:
         progress.say(f"Scoring by {words}; this needs no data.")
@@ -152,6 +152,7 @@ def score_file(
     output: str | os.PathLike[str],
     *,
     seed: int = 0,
+    batch_size: int = SCORED,
     device: str = "auto",
     checkpoint_minutes: float = 10.0,
     resume: bool = False,
@@ -168,6 +169,8 @@ def score_file(
         A safetensors file; `sylva_train.Scores.load` reads it.
     seed : int
         Seed of a new head and of which samples.
+    batch_size : int
+        Samples that are run at once; fewer take less memory for their activations.
     device : str
         Where to.
     checkpoint_minutes : float
@@ -225,6 +228,7 @@ def score_file(
             task,
             config,
             seed=seed,
+            batch_size=batch_size,
             device=device,
             progress=bars,
             checkpoint=unfinished,

@@ -14,29 +14,27 @@ from torch import nn
 from sylva_train._checks import ConfigError, DataError, ModelError, check_choice
 from sylva_train.config import TaskConfig, TrainingConfig
 from sylva_train.data import (
-    LABELLED,
     Loader,
     TextDataset,
     builtin_names,
     is_single,
     load_data,
 )
-from sylva_train.evaluation import (
-    GENERATION,
-    check_libraries,
-    check_prompts,
-    known_metrics,
-)
-from sylva_train.options import MINILM
+from sylva_train.evaluation import check_libraries, check_prompts
+from sylva_train.metrics import GENERATION, known_metrics
+from sylva_train.options import LABELLED, MINILM
 from sylva_train.pretrained import load_model, saved_labels
 from sylva_train.progress import Report
 
 __all__ = [
     "HELD_OUT",
+    "SCORED",
     "Task",
+    "check_metric",
     "evaluated_on",
     "evaluation_loader",
     "heads",
+    "is_file",
     "load_task",
     "located",
     "read_data",
@@ -45,6 +43,8 @@ __all__ = [
 #: Part of a single file that is kept for evaluation.
 HOLDOUT = 0.1
 TENTH = "a tenth held out"
+#: Examples in a batch of scoring, and of evaluation, at most.
+SCORED, EVALUATED = 32, 64
 #: As ``eval_split``: a tenth of the training data.
 HELD_OUT = "held-out"
 
@@ -96,7 +96,7 @@ class Task:
         check_ids(loader, self.model)
         return loader
 
-    def score_loader(self, samples: int, seed: int, batch_size: int = 32) -> Loader:
+    def score_loader(self, samples: int, seed: int, batch_size: int = SCORED) -> Loader:
         """Return batches of as many training examples as are scored, and no more.
 
         They are the first ones of a permutation by the seed, filled by length.
@@ -113,8 +113,12 @@ class Task:
         check_ids(loader, self.model)
         return loader
 
-    def eval_loader(self, *, progress: Report | None = None) -> Loader:
-        """Return the evaluation batches.
+    def eval_loader(
+        self, training: TrainingConfig, *, progress: Report | None = None
+    ) -> Loader:
+        """Return the evaluation batches, at most twice as large as those of training.
+
+        What trained for hours must not fail for want of memory at its end.
 
         Raises
         ------
@@ -128,6 +132,7 @@ class Task:
             self.held_out,
             self.tokenizer,
             self.config.max_length,
+            min(EVALUATED, 2 * training.batch_size),
             progress=progress,
         )
 
@@ -151,7 +156,7 @@ def evaluation_loader(
     dataset: TextDataset,
     tokenizer: Any,
     max_length: int,
-    batch_size: int = 64,
+    batch_size: int = EVALUATED,
     *,
     progress: Report | None = None,
 ) -> Loader:

@@ -1,12 +1,12 @@
-"""Which metrics there are, and whether more of one is better."""
+"""Which metrics there are, of what, and whether more of one is better; needs no PyTorch."""
 
 from __future__ import annotations
 
-from sylva_train.options import METRICS
-
 __all__ = [
+    "ANSWERS",
     "CHOICE",
     "CLASSIFICATION",
+    "FRACTIONS",
     "GENERATION",
     "LANGUAGE",
     "METRICS",
@@ -27,6 +27,18 @@ GENERATION = (
 )  # fmt: skip
 #: Of the option that a language model finds likeliest.
 CHOICE = "choice"
+#: Of what a language model answers: it writes, or chooses.
+ANSWERS = (*GENERATION, CHOICE)
+#: Metrics that can be the score, and whether more is better.
+METRICS = {
+    name: name not in {"loss", "mse", "perplexity"}
+    for name in (*CLASSIFICATION, *REGRESSION, *LANGUAGE, *ANSWERS)
+}
+#: Those between 0 and 1, which readers expect in percent, by their names in results.
+FRACTIONS = {
+    "accuracy", "f1", "f1_binary", "token_accuracy", "meteor", "rouge_l", "rouge_l_coco",
+    "exact_match", "answer", "choice",
+}  # fmt: skip
 
 
 def key_of(metric: str) -> str:
@@ -37,4 +49,4 @@ def key_of(metric: str) -> str:
 def known_metrics(task: str) -> tuple[str, ...]:
     """Return the metrics of a task, the default one first."""
     known = {"classification": CLASSIFICATION, "regression": REGRESSION}
-    return known.get(task, (*LANGUAGE, *GENERATION, CHOICE))
+    return known.get(task, (*LANGUAGE, *ANSWERS))

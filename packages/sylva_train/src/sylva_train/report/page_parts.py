@@ -15,7 +15,7 @@ from .summary import Metric, Results, Row, metric_of, summary_rows
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Page", "cells", "facts", "pair", "section", "small"]
+__all__ = ["Page", "cells", "facts", "pair", "section", "small", "table"]
 
 
 class Page:
@@ -99,6 +99,14 @@ def facts(pairs: Iterable[tuple[str, object]], kind: str = "facts") -> str:
         if value not in (None, "")
     )
     return f'<dl class="{kind}">{items}</dl>' if items else ""
+
+
+def table(kind: str, heads: str, lines: str) -> str:
+    """Lay out a table, cells and rows of HTML, that scrolls where it is too wide."""
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
+    )
 
 
 def small(text: str) -> str:

@@ -1,0 +1,114 @@
+"""What scores and masks are: layers by name, in a file of tensors with a JSON header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ._checks import AdapterError
+from ._files import atomic_write
+from ._torch import note_tensors
+
+__all__ = ["Layers", "as_read", "read_tensors", "write_tensors"]
+
+Layer = TypeVar("Layer")
+
+
+class Layers(Mapping[str, Layer]):
+    """Something of each of a model's layers, by name, and what is worth knowing of it."""
+
+    def __init__(
+        self, layers: Mapping[str, Layer], metadata: Mapping[str, Any]
+    ) -> None:
+        self.layers = dict(layers)
+        self.metadata = dict(metadata)
+
+    def __getitem__(self, name: str) -> Layer:
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def as_read(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return content as JSON gives it back: no tuples, and no keys but strings."""
+    read: dict[str, Any] = json.loads(json.dumps(content))
+    return read
+
+
+def checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> str:
+    """Hash tensors, by name, and their header."""
+    total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    note_tensors(tensors, total)
+    return total.hexdigest()
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    header: Mapping[str, Any],
+) -> None:
+    """Write tensors and a header with a ``format`` and a checksum, or nothing."""
+    kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    plain = as_read(header)
+    plain["sha256"] = checksum(kept, plain)
+    with atomic_write(path) as temporary:
+        save_file(kept, temporary, metadata={"sylva": json.dumps(plain)})
+
+
+def read_tensors(
+    path: str | os.PathLike[str], file_formats: str | tuple[str, ...], what: str
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    file_formats : str or tuple of str
+        The ``format`` that the header must have; of several, the first is the present
+        one.
+    what : str
+        What the file is called in messages.
+
+    Returns
+    -------
+    tensors : dict of str to torch.Tensor
+    header : dict
+
+    Raises
+    ------
+    AdapterError
+        If the file is missing, damaged, was changed, or is not of this format.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("sylva", "{}"))
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, ValueError) as error:
+        msg = f"the {what} file `{path}` is damaged ({error}); make it again."
+        raise AdapterError(msg) from error
+    except OSError as error:
+        # safetensors' own errors do not name a folder.
+        msg = f"the {what} file `{path}` cannot be read ({error})."
+        raise AdapterError(msg) from error
+    found = header.get("format") if isinstance(header, dict) else None
+    known = (file_formats,) if isinstance(file_formats, str) else file_formats
+    if found not in known:
+        msg = f"`{path}` is not a {what} file of the format {known[0]}."
+        raise AdapterError(msg)
+    if header.pop("sha256", None) != checksum(tensors, header):
+        msg = f"the {what} file `{path}` was changed; make it again."
+        raise AdapterError(msg)
+    return tensors, header
