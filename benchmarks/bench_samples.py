@@ -6,7 +6,8 @@ rank correlation of the blocks' scores, least and median over the layers; part o
 blocks that are the same; and half the sum of the differences between the layers' shares of
 them. Beside it the part of all scores that is signal: a predicted decrease is a square of the
 mean gradient, so that the gradient's noise adds to it; the gradients of two halves of the
-samples have noise of their own, which their product does not add up. Mean over draws.
+samples have noise of their own, which their product does not add up. "Unbiased" has the
+budget shared out among the layers by that product. Mean over draws.
 
 Demo: processor seconds of scoring beside those of the fine-tuning that it precedes, run by
 run, and the accuracy that comes of it, in the setting of ``sylva demo``.
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from _common import parser, setting, write
+from study_rules import in_layers, unbiased
 
 from sylva_train import (
     Masks,
@@ -36,10 +38,8 @@ from sylva_train import (
 )
 from sylva_train.baselines import adapt, parse_method
 from sylva_train.comparison import demonstration
-from sylva_train.curvature import collect_curvature
 from sylva_train.reproduce import load_settings
 from sylva_train.selection import select_as
-from sylva_train.targets import find_targets
 from sylva_train.workflow import Task, heads
 
 METHOD = "sylva:kfac-natural"
@@ -59,59 +59,54 @@ def shares(masks: Masks) -> np.ndarray[Any, Any]:
     return counts / counts.sum()
 
 
-def signal(task: Task, config: SylvaConfig, seed: int) -> float:
-    """Return ``Σ ⟨Γ₁, G⁻¹ Γ₂ A⁻¹⟩ / Σ ⟨Γ, G⁻¹ Γ A⁻¹⟩`` of two halves' gradients and all's."""
-    targets = find_targets(task.model)
-    size = min(32, config.samples // 2)
-    batches = list(task.score_loader(config.samples, seed, batch_size=size))
-    layers, first, second = (
-        collect_curvature(task.model, targets, part, config, wanted)[0]
-        for part, wanted in (
-            (batches, ["factors", "gradient"]),
-            (batches[::2], ["gradient"]),
-            (batches[1::2], ["gradient"]),
-        )
-    )
-    decrease = product = 0.0
-    for name, layer in layers.items():
-        A, G = layer.A, layer.G
-        shifts = [config.damping * factor.mean_eigenvalue() for factor in (A, G)]
-        gradients = [part[name].gradient.double() for part in (layers, first, second)]
-        natural, other = (
-            G.solve(A.solve(Γ.T, shifts[0]).T, shifts[1]) for Γ in gradients[::2]
-        )
-        decrease += float((gradients[0] * natural).sum())
-        product += float((gradients[1] * other).sum())
-    return product / decrease
+def total(scores: Scores, block_size: int) -> float:
+    """Return the sum of all blocks' scores."""
+    return sum(float(layer.blocks(block_size).sum()) for layer in scores.values())
 
 
 def agreed_with(
-    name: str, task: Task, counts: list[int], draws: int, config: SylvaConfig
+    name: str,
+    task: Task,
+    counts: list[int],
+    draws: int,
+    config: SylvaConfig,
+    most: int,
 ) -> list[dict[str, Any]]:
     """Hold what few samples choose against what many others do."""
     order = np.random.default_rng(0).permutation(len(task.train)).tolist()
     many, few = (
         dataclasses.replace(task, train=task.train.subset(part))
-        for part in (order[POOL : POOL + MOST], order[:POOL])
+        for part in (order[POOL : POOL + most], order[:POOL])
     )
-    truth, best = chosen(many, dataclasses.replace(config, samples=MOST), 0)
+    truth, best = chosen(many, dataclasses.replace(config, samples=most), 0)
     rows = []
     for count in counts:
         found = []
         for draw in range(draws):
             options = dataclasses.replace(config, samples=count)
             scores, masks = chosen(few, options, draw)
+            batches = few.score_loader(count, draw, batch_size=min(32, count // 2))
+            clean = unbiased(few.model, list(batches), options)
+            cleaned = select_as(
+                options, in_layers(scores, clean, config.block_size), few.model
+            )
             ranks = agreement(truth, scores, block_size=config.block_size)
             least, median = (ranks[part]["spearman"] for part in ("least", "median"))
-            moved = float(np.abs(shares(masks) - shares(best)).sum() / 2)
+            moved, still = (
+                float(np.abs(shares(m) - shares(best)).sum() / 2)
+                for m in (masks, cleaned)
+            )
+            signal = total(clean, config.block_size) / total(scores, config.block_size)
             agreed = (least, median, masks.overlap(best), moved)
-            found.append((*agreed, signal(few, options, draw)))
+            found.append((*agreed, signal, cleaned.overlap(best), still))
         names = (
             "least_spearman",
             "median_spearman",
             "overlap",
             "shares_moved",
             "signal",
+            "overlap_unbiased",
+            "shares_moved_unbiased",
         )
         means = np.mean(found, axis=0)
         rows.append(
@@ -171,17 +166,22 @@ def demo(variants: list[dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--configs", default="minilm-e2e-rating")
+    options.add_argument("--counts", default="32,64,128,256,512")
+    options.add_argument("--most", type=int, default=MOST, help="of the others")
     options.add_argument("--draws", type=int, default=2)
-    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--seeds", type=int, default=3, help="of the demo; 0: none")
+    options.add_argument("--name", default="samples", help="of the file of results")
     options = options.parse_args()
     torch.set_num_threads(options.threads)
     begun = setting(packages=("transformers",))
-    counts = [32, 64, 128, 256, 512]
+    counts = [int(count) for count in options.counts.split(",")]
     rows = []
     for name, setup in load_settings(options.configs.split(",")).items():
         whole = dataclasses.replace(setup.task, limit=None)
         task = load_task(whole, evaluation=False)
-        rows += agreed_with(name, task, counts, options.draws, setup.sylva)
+        rows += agreed_with(
+            name, task, counts, options.draws, setup.sylva, options.most
+        )
     levels = SylvaConfig().levels
     variants = [{"samples": n, "levels": levels} for n in (32, 64, 128)]
     variants.append({"samples": 64, "levels": levels - 1})
@@ -190,9 +190,9 @@ def main() -> None:
         "rule": SylvaConfig().importance,
         "draws": options.draws,
         "agreement": rows,
-        "demo": demo(variants, options.seeds),
+        "demo": demo(variants, options.seeds) if options.seeds else [],
     }
-    print(write("samples", figures))
+    print(write(options.name, figures))
 
 
 if __name__ == "__main__":

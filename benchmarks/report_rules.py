@@ -87,7 +87,8 @@ def rates(rows: Iterable[Row], cell: tuple[Any, ...]) -> list[str]:
         if row["seed"] == TUNING_SEED and tuple(row[name] for name in CELL) == cell:
             losses[row["rule"]][row["lr"]] = row["validation"]["loss"]
     # Rules alone: the anchors' rates are others.
-    found = {rule: losses[rule] for rule in RULES if rule in losses}
+    order = dict.fromkeys([*RULES, *losses])
+    found = {r: losses[r] for r in order if r in losses and r not in ANCHORS}
     if not found:
         return []
     columns = sorted({rate for tried in found.values() for rate in tried})
@@ -133,7 +134,7 @@ def usual(cell: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*cell[:3], *USUAL.values())
 
 
-def summaries(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+def summaries(rows: Iterable[Row], against: str) -> dict[tuple[Any, ...], list[Row]]:
     """Return the entries of each cell."""
     found = cells(rows)
 
@@ -141,13 +142,13 @@ def summaries(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
         return [*TASKS].index(cell[0]), cell[1:3], cell != usual(cell), str(cell)
 
     return {
-        # A variation is held against the usual random blocks.
-        cell: summary(rules, found[usual(cell)]["random"])
+        # A variation is held against the usual random blocks, where there are some.
+        cell: summary(rules, found[usual(cell)].get(against) or rules[against])
         for cell, rules in sorted(found.items(), key=lambda item: place(item[0]))
     }
 
 
-def summary(rules: dict[str, dict[int, Row]], random: dict[int, Row]) -> list[Row]:
+def summary(rules: dict[str, dict[int, Row]], other: dict[int, Row]) -> list[Row]:
     """Return one entry a rule, the best first among the rules, anchors before them."""
     entries = []
     for rule, runs in rules.items():
@@ -164,7 +165,7 @@ def summary(rules: dict[str, dict[int, Row]], random: dict[int, Row]) -> list[Ro
         for name in ("accuracy", "lines", "trainable"):
             if name in every[0]:
                 entry[name] = statistics.fmean(row[name] for row in every)
-        base = {s: r["test"]["loss"] for s, r in random.items()}
+        base = {s: r["test"]["loss"] for s, r in other.items()}
         entry["differences"] = {s: losses[s] - base[s] for s in losses.keys() & base}
         entries.append(entry)
 
@@ -174,7 +175,9 @@ def summary(rules: dict[str, dict[int, Row]], random: dict[int, Row]) -> list[Ro
     return sorted(entries, key=place)
 
 
-def table(cell: tuple[Any, ...], entries: list[Row], row: Row) -> list[str]:
+def table(
+    cell: tuple[Any, ...], entries: list[Row], row: Row, against: str
+) -> list[str]:
     """Return a cell's table as Markdown; ``row`` is one of its runs."""
     seeds = max(len(entry["losses"]) for entry in entries)
     about = (
@@ -182,7 +185,7 @@ def table(cell: tuple[Any, ...], entries: list[Row], row: Row) -> list[str]:
         f" {row['sizes']['test']} of the test split"
     )
     rows = [
-        "| rule | rate | weights | loss | minus random's | lower | accuracy | lines |",
+        f"| rule | rate | weights | loss | minus {against}'s | lower | accuracy | lines |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for entry in entries:
@@ -204,14 +207,14 @@ def table(cell: tuple[Any, ...], entries: list[Row], row: Row) -> list[str]:
     return [f"**{heading(cell)}** ({about})", "", *rows, ""]
 
 
-def draw(found: dict[tuple[Any, ...], list[Row]], path: Path) -> None:
-    """Draw each seed's difference from random blocks, a panel for each task and density."""
+def draw(found: dict[tuple[Any, ...], list[Row]], path: Path, against: str) -> None:
+    """Draw each seed's difference from a rule's, a panel for each task and density."""
     panels: dict[tuple[Any, ...], list[tuple[str, Row]]] = defaultdict(list)
     for cell, entries in found.items():
         panels[cell[:3]] += [
             (", ".join([entry["rule"], *variation(cell)]), entry)
             for entry in entries
-            if entry["rule"] in RULES and any(entry["differences"].values())
+            if entry["rule"] not in ANCHORS and any(entry["differences"].values())
         ]
     high = -(-len(panels) // 2)
     rows = [max(map(len, [*panels.values()][2 * k : 2 * k + 2])) for k in range(high)]
@@ -233,7 +236,7 @@ def draw(found: dict[tuple[Any, ...], list[Row]], path: Path) -> None:
         labels = [label for label, _ in entries]
         axis.set_yticks(range(len(entries)), labels, fontsize=8)
         axis.set_title(heading((*panel, *USUAL.values())), fontsize=10)
-        axis.set_xlabel("test loss minus that of random blocks", fontsize=8)
+        axis.set_xlabel(f"test loss minus {against}'s", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="0.9")
     for label, colour in COLOURS.items():
@@ -246,9 +249,11 @@ def draw(found: dict[tuple[Any, ...], list[Row]], path: Path) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--folder", type=Path, default=RESULTS / "rules")
-    folder = options.parse_args().folder
+    options.add_argument("--against", default="random", help="rule to compare with")
+    options = options.parse_args()
+    folder, against = options.folder, options.against
     rows = read(folder)
-    found = summaries(rows)
+    found = summaries(rows, against)
     made, sizes = rows[-1]["setting"], rows[-1]["sizes"]
     commits = ", ".join(sorted({row["setting"]["commit"] for row in rows}))
     devices = " and ".join(dict.fromkeys(row["setting"]["device"] for row in rows))
@@ -262,7 +267,7 @@ def main() -> None:
     ]
     for cell, entries in found.items():
         one = next(r for r in rows if tuple(r[name] for name in CELL) == cell)
-        lines += [*table(cell, entries, one), *rates(rows, cell)]
+        lines += [*table(cell, entries, one, against), *rates(rows, cell)]
     (folder / "table.md").write_text("\n".join(lines), encoding="utf-8")
     with (folder / "table.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -276,7 +281,7 @@ def main() -> None:
                     [row[name] for name in (*CELL, "rule", "lr", "seed")]
                     + [row["test"]["loss"], accuracy, row["trainable"]]
                 )
-    draw(found, folder / "rules.svg")
+    draw(found, folder / "rules.svg", against)
 
 
 if __name__ == "__main__":

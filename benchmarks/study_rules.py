@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import peft
 import torch
 from _common import RESULTS, setting
 from sklearn.linear_model import LogisticRegression
+from torch import nn
 
 from sylva_train import (
     Loader,
@@ -41,8 +42,8 @@ from sylva_train import (
     train,
 )
 from sylva_train.baselines import lora_config
+from sylva_train.curvature import block_sums, collect_curvature, loss_units
 from sylva_train.importance import LayerScores, score_rules
-from sylva_train.options import KRONECKER
 from sylva_train.pretrained import pooled_features
 from sylva_train.targets import find_targets
 
@@ -52,8 +53,11 @@ RULES = (
     "kfac", "kfac-element", "kfac-natural", "kfac-block",
 )  # fmt: skip
 #: Random blocks, in layers that share the budget as `kfac-natural` shares it out: what
-#: choosing layers is worth by itself.
+#: choosing layers is worth by itself. In general, `a@b` has blocks by `a` in `b`'s layers.
 LAYERS_ALONE = "kfac-natural-layers"
+#: `kfac-natural` without the gradient's noise, and by all training sentences with exact
+#: factors.
+UNBIASED, MANY = "kfac-natural-unbiased", "kfac-natural-many"
 ANCHORS = ("frozen", "lora", "full")
 #: Peak learning rates to choose from: of blocks, and of what they stand between.
 RATES = {"llama": (2e-2, 6e-2, 2e-1, 6e-1), "minilm": (3e-3, 1e-2, 3e-2, 1e-1)}
@@ -103,7 +107,14 @@ class Sizes:
 class Setup:
     """A task's model and batches for one seed; scores are computed once."""
 
-    def __init__(self, cell: Cell, seed: int, sizes: Sizes, paths: argparse.Namespace):
+    def __init__(
+        self,
+        cell: Cell,
+        seed: int,
+        sizes: Sizes,
+        paths: argparse.Namespace,
+        rules: frozenset[str],
+    ):
         language = cell.model == "llama"
         source = paths.sst2 if cell.task.endswith("sst2") else "e2e-rating"
         task = "causal-lm" if language else "classification"
@@ -124,7 +135,7 @@ class Setup:
         name = paths.llama if language else "minilm"
         self.model, tokenizer = load_model(name, task=task, labels=labels, seed=seed)
         self.modules_to_save = None if language else ["classifier"]
-        self.seed, self.sizes = seed, sizes
+        self.seed, self.sizes, self.rules = seed, sizes, rules
         options = {"max_length": 64}
         self.loader = Loader(
             data["train"], tokenizer, cell.batch, shuffle=True, seed=seed, bucket=8,
@@ -138,6 +149,14 @@ class Setup:
             data["train"].subset(range(sizes.samples)), tokenizer, 32, bucket=16,
             **options,
         )  # fmt: skip
+        # Not sorted by length: two halves that are alike.
+        self.halves, self.everything = (
+            Loader(data["train"].subset(range(count)), tokenizer, batch, **options)
+            for count, batch in (
+                (sizes.samples, sizes.samples // 2),
+                (len(data["train"]), 128),
+            )
+        )
         if cell.head == "fitted" and not language:
             self.fit_head()
 
@@ -169,13 +188,24 @@ class Setup:
             samples=self.sizes.samples,
             seed=self.seed,
         )
-        found = score_rules(self.model, self.samples, config, RULES)
-        layers = {}
-        for name, natural in found["kfac-natural"].items():
-            grid = found["random"][name].blocks(block)
-            grid *= natural.blocks(block).mean().clamp(min=0) / grid.mean()
-            layers[name] = LayerScores(natural.shape, grid=grid, unit=block)
-        return found | {LAYERS_ALONE: Scores(layers, {"importance": LAYERS_ALONE})}
+        found = score_rules(
+            self.model, self.samples, config, [r for r in RULES if r in self.rules]
+        )
+        if UNBIASED in self.rules:
+            found[UNBIASED] = unbiased(self.model, list(self.halves), config)
+        if MANY in self.rules:
+            more = dataclasses.replace(
+                config, samples=self.sizes.train, curvature="dense"
+            )
+            by_all = score_rules(self.model, self.everything, more, ["kfac-natural"])
+            found[MANY] = by_all["kfac-natural"]
+        return found
+
+    def chosen(self, cell: Cell, rule: str) -> Scores:
+        """Return the scores that a rule, or one in the layers of another, chooses by."""
+        found = self.scores(cell.block, cell.damping)
+        blocks, _, layers = parts(rule)
+        return in_layers(found[blocks], found[layers or blocks], cell.block)
 
     def run(self, cell: Cell, rule: str, rate: float) -> dict[str, Any]:
         """Train what a rule chooses and evaluate it."""
@@ -197,10 +227,9 @@ class Setup:
             for name in self.modules_to_save or []:
                 model.get_submodule(name).requires_grad_(True)
         else:
-            found = self.scores(cell.block, cell.damping)
             masks, reference = (
                 select(
-                    found[name],
+                    self.chosen(cell, name),
                     cell.density,
                     cell.block,
                     cell.scope,
@@ -239,6 +268,55 @@ class Setup:
         return row | {split: {name: found[name] for name in names if name in found}}
 
 
+def parts(rule: str) -> tuple[str, str, str]:
+    """Return the rule that blocks are chosen by, and after an `@` the layers' own one."""
+    return ("random@kfac-natural" if rule == LAYERS_ALONE else rule).partition("@")
+
+
+def in_layers(blocks: Scores, layers: Scores, size: int) -> Scores:
+    """Give the blocks of a layer the order of the one, and the mean of the other."""
+    made = {}
+    for name, other in layers.items():
+        grid = blocks[name].blocks(size)
+        grid += other.blocks(size).mean() - grid.mean()
+        made[name] = LayerScores(other.shape, grid=grid, unit=size)
+    return Scores(made, blocks.metadata)
+
+
+def unbiased(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], config: SylvaConfig
+) -> Scores:
+    """Score as `kfac-natural` does, without what the gradient's noise adds to it.
+
+    By ``(Γ₁ ∘ G⁻¹ Γ₂ A⁻¹ + Γ₂ ∘ G⁻¹ Γ₁ A⁻¹) / 2``: the gradients of every other batch and
+    of the rest have noise of their own, which their product does not add up as a square.
+    """
+    targets = find_targets(model)
+    whole, _ = collect_curvature(
+        model, targets, batches, config, ["factors", "gradient"]
+    )
+    half, _ = collect_curvature(model, targets, batches[::2], config, ["gradient"])
+    terms, others = (
+        sum(loss_units(model, batch) for batch in part)
+        for part in (batches[::2], batches[1::2])
+    )
+    scores = {}
+    for name in targets:
+        A, G = whole[name].A, whole[name].G
+        λ_A, λ_G = (config.damping * factor.mean_eigenvalue() for factor in (A, G))
+        total, first = (part[name].gradient.double() for part in (whole, half))
+        second = ((terms + others) * total - terms * first) / others
+        products = (
+            one * G.solve(A.solve(other.T, λ_A).T, λ_G)
+            for one, other in ((first, second), (second, first))
+        )
+        grid = block_sums(sum(products) / 2, config.block_size)
+        scores[name] = LayerScores(
+            tuple(total.shape), grid=grid, unit=config.block_size
+        )
+    return Scores(scores, {"importance": UNBIASED})
+
+
 def rates(cell: Cell, rule: str) -> tuple[float, ...]:
     """Return the peak learning rates to choose from."""
     return ANCHOR_RATES.get((rule, cell.model), RATES[cell.model])
@@ -258,7 +336,7 @@ def key(cell: Cell, rule: str, rate: float, seed: int) -> str:
     about = dataclasses.asdict(cell) | {"rule": rule, "lr": rate, "seed": seed}
     if not cell.allocation:
         del about["allocation"]  # which runs of before it was an option do not name
-    if rule not in (*KRONECKER, LAYERS_ALONE):
+    if "kfac" not in rule:
         about["damping"] = None  # which no other rule knows
     return json.dumps(about, sort_keys=True)
 
@@ -317,8 +395,12 @@ def main() -> None:
             runs[row["key"]] = row
     made = setting(packages=("transformers", "peft"))
     setups: dict[Any, Setup] = {}
+    groups = json.loads(Path(options.cells).read_text(encoding="utf-8"))
+    # Those that are to be scored by; what is chosen is held against the gradient's choice.
+    named = {part for g in groups for r in g.get("rules", RULES) for part in parts(r)}
+    needed = frozenset(named | {"gradient"})
     with options.output.open("a", encoding="utf-8") as file:
-        for group in json.loads(Path(options.cells).read_text(encoding="utf-8")):
+        for group in groups:
             rules, seeds = tuple(group.pop("rules", RULES)), group.pop("seeds", 3)
             elsewhere = group.pop("tuned", {})
             tuned = Cell(**(group | elsewhere))
@@ -327,7 +409,7 @@ def main() -> None:
             ):
                 which = (cell.task, cell.head, cell.batch, seed)
                 if which not in setups:
-                    setups[which] = Setup(cell, seed, sizes, options)
+                    setups[which] = Setup(cell, seed, sizes, options, needed)
                 row = {"key": key(cell, rule, rate, seed), **dataclasses.asdict(cell)}
                 row |= {"rule": rule, "lr": rate, "seed": seed}
                 row |= setups[which].run(cell, rule, rate)
