@@ -1,6 +1,7 @@
 """No n×n array is built on the way."""
 
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -96,3 +97,17 @@ def test_factorizing_over_the_matrix_never_holds_both(rng, monkeypatch):
         traced(lambda which=overwrite: run(which))
     assert most[False] > 2
     assert most[True] < 1.5
+
+
+@pytest.mark.parametrize(("n", "dims"), [(4096, 1), (1024, 2)])
+def test_entries_are_evaluated_and_compared_a_few_at_a_time(n, dims, rng):
+    """Blocks of the deepest levels take turns, and so do rows of larger ones."""
+
+    def matern(x, y):
+        d = np.sqrt(3 * ((x - y) ** 2).sum(axis=-1))
+        return (1 + d) * np.exp(-d)
+
+    points = rng.random((n, dims))
+    run = partial(hm.from_kernel, matern, points, nugget=0.01, leaf_size=32, rtol=1e-6)
+    run()  # imports what it needs
+    assert traced(run)[1] < 6.5e6

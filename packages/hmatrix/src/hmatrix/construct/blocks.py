@@ -9,13 +9,16 @@ from typing import Any
 from hmatrix._backend import Array, Space, conjugate
 from hmatrix.construct.near import Near
 
-__all__ = ["Blocks", "Function", "chunks", "masked", "pick"]
+__all__ = ["Blocks", "Function", "chunks", "masked", "pick", "tiles"]
 
 #: From labels of rows and columns, broadcast, to entries.
 Function = Callable[[Array, Array], Array]
+#: Some of the blocks, and some of their rows.
+Tile = tuple[slice, slice]
 
-#: Entries evaluated at once on the host: their temporaries stay in the cache.
-CHUNK = 2**17
+#: Entries evaluated at once on the host: their temporaries, several as large for most
+#: kernels, stay in the cache, and small beside the matrix.
+CHUNK = 2**16
 
 
 @dataclass(frozen=True)
@@ -163,12 +166,12 @@ class Blocks:
             x[:, :, part] = y
         return x
 
-    def dense(self) -> Array:
-        """Return the blocks as arrays (b, m, m)."""
-        x = self.function(self.rows[:, :, None, ...], self.columns[:, None, ...])
+    def dense(self, some: slice = slice(None)) -> Array:
+        """Return the blocks as arrays (b, m, m), or some of their rows."""
+        x = self.function(self.rows[:, some, None, ...], self.columns[:, None, ...])
         if self.real is None:
             return x
-        return masked(x, self.real[0][:, :, None], self.real[1][:, None, :])
+        return masked(x, self.real[0][:, some, None], self.real[1][:, None, :])
 
 
 def masked(x: Array, rows: Array, columns: Array) -> Array:
@@ -186,6 +189,13 @@ def chunks(space: Space, count: int, width: int, size: int = CHUNK) -> Iterator[
     step = max(1, size // max(width, 1)) if space.on_host else count
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
+
+
+def tiles(space: Space, blocks: int, rows: int, width: int) -> Iterator[Tile]:
+    """Yield which blocks, and which of their rows, are to be taken at once."""
+    for batch in chunks(space, blocks, rows * width):
+        for some in chunks(space, rows, width):
+            yield batch, some
 
 
 def pick(x: Array, places: Array) -> Array:

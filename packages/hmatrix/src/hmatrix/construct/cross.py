@@ -31,8 +31,6 @@ __all__ = ["Found", "approximate"]
 
 Found = tuple[LowRank, Array]
 
-#: Entries of smaller blocks that are evaluated at once on the host.
-ENTRIES = 2**18
 #: Blocks up to this size are cut from all entries if cross approximation fails.
 DENSE = 2048
 
@@ -73,7 +71,7 @@ def approximate(
         # all of their entries would be looked at in any case
         return [
             whole(blocks.group(some), tolerance, max_rank, expected)
-            for some in chunks(blocks.space, blocks.count, blocks.size**2, ENTRIES)
+            for some in chunks(blocks.space, blocks.count, blocks.size**2)
         ]
     parts = enumerate(chunks(blocks.space, blocks.count, blocks.size, GROUP))
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hmatrix._backend import Array, adjoint, conjugate, namespace, transpose
-from hmatrix.construct.blocks import Blocks, chunks, pick
+from hmatrix.construct.blocks import Blocks, chunks, pick, tiles
 from hmatrix.construct.places import grid
 
 __all__ = ["WHOLE", "Left", "compare", "residual", "strays"]
@@ -67,15 +67,16 @@ def compare(blocks: Blocks, U: Array, V: Array, weights: Array | None = None) ->
 
     Rows and columns count as often as the squares of ``weights`` (m,) say.
     """
-    xp, right, squares = blocks.xp, adjoint(V), []
-    for part in chunks(blocks.space, blocks.count, U.shape[1] * V.shape[1]):
-        error = U[part, ...] @ right[part, ...]
-        error -= blocks.group(part).dense()
+    space, xp, right = blocks.space, blocks.xp, adjoint(V)
+    b, m, _ = U.shape
+    squares = space.real.zeros(b, m)
+    for part, some in tiles(space, b, m, V.shape[1]):
+        error = U[part, some, :] @ right[part, ...]
+        error -= blocks.group(part).dense(some)
         if weights is not None:
-            error *= weights * weights[:, None]
-        squares.append(xp.abs(xp.vecdot(error, error)))
-    each = xp.concat(squares)
-    return xp.sqrt(xp.sum(each, axis=-1)), xp.argmax(each, axis=-1)
+            error *= weights * weights[some, None]
+        squares[part, some] = xp.abs(xp.vecdot(error, error))
+    return xp.sqrt(xp.sum(squares, axis=-1)), xp.argmax(squares, axis=-1)
 
 
 def strays(blocks: Blocks, U: Array, V: Array, rows: Array, columns: Array) -> Array:

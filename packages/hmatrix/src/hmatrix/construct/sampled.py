@@ -7,7 +7,6 @@ products that tell what a block of low rank is made of.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from hmatrix._backend import (
     svd,
     to_numpy,
 )
-from hmatrix.construct.blocks import chunks
+from hmatrix.construct.blocks import tiles
 from hmatrix.lowrank import LowRank, cut_triplets
 
 __all__ = ["cut_dense", "replace_blocks", "scatter", "widened"]
@@ -185,20 +184,12 @@ def _missed(blocks: Array, Q: Array, W: Array) -> Array:
     """Return the norms (b,) of blocks less ``Q Wᴴ``."""
     space, right = Space.of(blocks), adjoint(W)
     xp, squares = space.xp, space.real.zeros(blocks.shape[0])
-    for batch, rows in _parts(blocks):
+    for batch, rows in tiles(space, *blocks.shape):
         rest = Q[batch, rows, :] @ right[batch, ...]
         rest -= blocks[batch, rows, :]
         rest = xp.reshape(rest, (rest.shape[0], -1))
         squares[batch] = squares[batch] + xp.abs(xp.vecdot(rest, rest))
     return xp.sqrt(squares)
-
-
-def _parts(blocks: Array) -> Iterator[tuple[slice, slice]]:
-    """Yield which blocks and which of their rows stay in the cache together."""
-    space, (count, m, n) = Space.of(blocks), blocks.shape
-    for batch in chunks(space, count, m * n):
-        for rows in chunks(space, m, n):
-            yield batch, rows
 
 
 def _cut(
