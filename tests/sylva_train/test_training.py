@@ -335,7 +335,7 @@ def test_a_gpu_that_is_not_there_or_shared_is_refused(monkeypatch):
         assert pick_device(name) == torch.device(name)
     with pytest.raises(ConfigError, match=r"'cuda:2', but there are 2 GPUs"):
         pick_device("cuda:2")
-    monkeypatch.setattr(parts, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr(setup, "rank_and_size", lambda: (0, 2))
     assert pick_device("cuda") == torch.device("cuda")
     with pytest.raises(ConfigError, match="each of 2 processes has its own"):
         pick_device("cuda:1")
