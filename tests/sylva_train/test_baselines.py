@@ -92,6 +92,17 @@ def test_shira_follows_the_seed():
     assert not torch.equal(found[0], found[2])
 
 
+def test_lora_follows_the_seed_and_takes_no_number_of_the_callers():
+    before, found = torch.get_rng_state(), []
+    for seed in (0, 0, 1):
+        config = dataclasses.replace(CONFIG, seed=seed)
+        model = adapt(parse_method("lora"), toy_base(), config).model
+        found.append(next(p for n, p in model.named_parameters() if "lora_A" in n))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_serial_adapters_begin_as_nothing_and_follow_the_seed():
     batch = next(iter(ToyLoader()))
     before = toy_base(dropout=0.0).eval()(**batch).logits

@@ -232,6 +232,14 @@ def test_the_logits_of_a_large_vocabulary_are_not_copied(monkeypatch):
     assert evaluate(model, [batch, none])["loss"] == parts["loss"]
 
 
+def test_a_loss_whose_exponential_is_no_number_has_a_perplexity():
+    model = Fixed(torch.tensor([[0.0, 1e4]]).expand(1, 3, 2))
+    batch = {"input_ids": torch.zeros(1, 3).long(), "labels": torch.zeros(1, 3).long()}
+    found = evaluate(model, [batch])
+    assert found["loss"] == pytest.approx(1e4)
+    assert math.isfinite(found["perplexity"])
+
+
 def test_tokens_of_prompts_do_not_count():
     model, tokenizer = language_model("decoder"), word_tokenizer("decoder")
     data = texts("causal-lm", ["good"] * len(TEXTS))

@@ -104,6 +104,15 @@ def test_buckets_pad_less():
     assert padded[1] < 0.8 * padded[0]
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_batches_of_a_bucket_come_by_length_only_where_the_data_keep_their_order(
+    shuffle,
+):
+    loader = Loader(numbers(60, 9), word_tokenizer(), 4, shuffle=shuffle, bucket=15)
+    longest = [loader.lengths[batch].max() for batch in loader.plan(0)]
+    assert (longest != sorted(longest)) == shuffle
+
+
 def test_drop_last_drops_the_rest_only():
     loader = Loader(numbers(11), word_tokenizer(), 4, shuffle=True, drop_last=True)
     assert [len(batch) for batch in loader.plan(0)] == [4, 4]
@@ -138,7 +147,9 @@ def test_identity_tells_data_and_options_apart():
         return json.dumps(Loader(numbers(n), word_tokenizer(), 2, **options).identity)
 
     assert identity() == identity()
-    assert len({identity(), identity(6), identity(seed=1), identity(max_length=3)}) == 4
+    changes = ("seed", 1), ("max_length", 3), ("shuffle", True), ("bucket", 2)
+    changed = {identity(**{k: v}) for k, v in (*changes, ("drop_last", True))}
+    assert len({identity(), identity(6), *changed}) == 7
 
 
 def test_progress_counts_texts():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -66,13 +68,18 @@ def test_stopped_in_a_pass(curvature, stop, tmp_path):
     assert ran == 3 - stop
 
 
-@pytest.mark.parametrize("stop", [3, 4, 7])
-def test_stopped_between_passes_or_in_a_later_one(stop, tmp_path):
-    options = config(memory_budget=smallest_budget("llama", config()))
-    whole = score(make_model("llama"), data("llama"), config())
+INDEFINITE = {"curvature": "hodlr", "damping": 1e-3}
+
+
+@pytest.mark.filterwarnings("ignore:.*not positive")
+@pytest.mark.parametrize(("stop", "kind"), [(3, {}), (4, {}), (13, INDEFINITE)])
+def test_stopped_between_passes_or_in_a_later_one(stop, kind, tmp_path):
+    options = config(**kind, memory_budget=smallest_budget("llama", config(**kind)))
+    whole = score(make_model("llama"), data("llama"), config(**kind))
     scores, _ = resumed("llama", tmp_path, options, stop)
     assert_same(whole, scores)
     assert scores.metadata == whole.metadata
+    assert bool(scores.metadata["indefinite"]) == bool(kind)
 
 
 def test_a_later_pass_does_not_repeat_the_ones_before(tmp_path):
@@ -104,9 +111,12 @@ def test_other_rules_go_on_as_well(rule, tmp_path):
     assert_same(whole, resumed("bert", tmp_path, options, 2)[0])
 
 
-def test_nothing_is_saved_before_its_time(tmp_path):
-    _, ran = resumed("bert", tmp_path, config(), 2, minutes=60.0)
-    assert ran == 3
+@pytest.mark.parametrize(("seconds", "left"), [(29.9, 3), (30.0, 1)])
+def test_sums_are_saved_once_a_minute_is_over(seconds, left, tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(monotonic=itertools.count(0, seconds).__next__)
+    monkeypatch.setattr("sylva_train.curvature.state.time", clock)
+    _, ran = resumed("bert", tmp_path, config(), 2, minutes=1.0)
+    assert ran == left
 
 
 def test_what_a_killed_process_was_writing_goes(tmp_path):

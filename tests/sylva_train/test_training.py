@@ -328,6 +328,19 @@ def test_devices_that_are_not_there_are_named():
             pick_device("cuda:1")
 
 
+def test_a_gpu_that_is_not_there_or_shared_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cuda", "cuda:1"):
+        assert pick_device(name) == torch.device(name)
+    with pytest.raises(ConfigError, match=r"'cuda:2', but there are 2 GPUs"):
+        pick_device("cuda:2")
+    monkeypatch.setattr(setup, "rank_and_size", lambda: (0, 2))
+    assert pick_device("cuda") == torch.device("cuda")
+    with pytest.raises(ConfigError, match="each of 2 processes has its own"):
+        pick_device("cuda:1")
+
+
 @pytest.mark.parametrize(
     ("found", "name", "inputs", "moved"),
     [

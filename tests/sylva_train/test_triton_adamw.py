@@ -219,6 +219,56 @@ def test_tables_are_made_once_and_anew_when_memory_moves(triton_device):
 
 
 @pytest.mark.usefixtures("triton")
+def test_a_run_that_goes_back_to_a_saved_state_takes_the_same_steps(triton_device):
+    model, _ = make(triton_device)
+    ours = trained(model)
+    optimizer = SparseAdamW(model, ours, lr=0.01)
+
+    def run(steps, turned=False):
+        for step in steps:
+            set_gradients(ours, step)
+            for p in ours[:3]:
+                if turned and p.grad is not None:
+                    p.grad = p.grad.mT.contiguous().mT
+            optimizer.step()
+        return [p.detach().clone() for p in ours]
+
+    start = run(range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    first = run(range(2, 4))
+    with torch.no_grad():
+        for p, old in zip(ours, start, strict=True):
+            p.copy_(old)
+    optimizer.load_state_dict(saved)
+    # Nor does it matter how gradients lie in memory.
+    assert largest_difference(run(range(2, 4), turned=True), first) == 0
+
+
+@pytest.mark.usefixtures("triton")
+def test_blocks_of_another_model_join_in_the_middle_of_a_run(triton_device):
+    model, _ = make(triton_device)
+    other, masks = make(triton_device)
+    before, ours, theirs = (
+        dense_weights(other),
+        trained(other),
+        twin_of(trained(other)),
+    )
+    optimizer = SparseAdamW(model, lr=0.01)
+    set_gradients(trained(model), 1)
+    optimizer.step()
+    optimizer.add_param_group({"params": ours, "lr": 0.02, "weight_decay": 0.3})
+    plain = torch.optim.AdamW(theirs, lr=0.02, weight_decay=0.3)
+    for step in range(2):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        optimizer.step()
+        plain.step()
+    assert len(optimizer._kernel.blocks[0].chosen) == 6
+    assert largest_difference(ours, theirs) <= TOLERANCE
+    assert_weights_show_values(other, masks, before)
+
+
+@pytest.mark.usefixtures("triton")
 def test_a_forward_pass_after_a_step_writes_nothing(triton_device):
     model, _ = make(triton_device)
     optimizer = SparseAdamW(model, lr=0.01)
