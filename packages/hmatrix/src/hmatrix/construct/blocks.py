@@ -9,7 +9,7 @@ from typing import Any
 from hmatrix._backend import Array, Space, conjugate
 from hmatrix.construct.near import Near
 
-__all__ = ["Blocks", "Function", "chunks", "masked", "pick", "tiles"]
+__all__ = ["CHUNK", "Blocks", "Function", "chunks", "masked", "pick", "tiles"]
 
 #: From labels of rows and columns, broadcast, to entries.
 Function = Callable[[Array, Array], Array]
