@@ -26,7 +26,7 @@ from sylva_train.curvature import collect_curvature
 #: Outputs and inputs of the layers.
 SHAPES = [(1024, 1024), (4096, 4096), (4096, 11008)]
 #: Batches of one timing: what is done once for all of them is spread over so many.
-BATCHES = 4
+BATCHES = 2
 Batch = Mapping[str, torch.Tensor]
 
 
