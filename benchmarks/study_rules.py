@@ -7,7 +7,8 @@ it, and are scored on the test split. One JSON line a run is appended to the out
 study that was stopped goes on where it was, and more cells can be added at any time.
 
 ``python examples/pretrain_llama.py llama`` makes the language model that
-``--llama llama`` names; ``report_rules.py`` makes tables and pictures of the runs.
+``--llama llama`` names; those of `docs/benchmarks.md` that others have pretrained install
+as packages. ``report_rules.py`` makes tables and pictures of the runs.
 """
 
 from __future__ import annotations
@@ -59,14 +60,23 @@ LAYERS_ALONE = "kfac-natural-layers"
 #: factors.
 UNBIASED, MANY = "kfac-natural-unbiased", "kfac-natural-many"
 ANCHORS = ("frozen", "lora", "full")
+#: Models that are adapted to text; the others tell classes apart.
+LANGUAGE_MODELS = frozenset({"llama", "smollm2"})
 #: Peak learning rates to choose from: of blocks, and of what they stand between.
-RATES = {"llama": (2e-2, 6e-2, 2e-1, 6e-1), "minilm": (3e-3, 1e-2, 3e-2, 1e-1)}
+RATES = {
+    "llama": (2e-2, 6e-2, 2e-1, 6e-1),
+    "smollm2": (3e-3, 1e-2, 3e-2),
+    "minilm": (3e-3, 1e-2, 3e-2, 1e-1),
+}
 ANCHOR_RATES = {
     ("frozen", "llama"): (0.0,),  # nothing is trained
+    ("frozen", "smollm2"): (0.0,),
     ("frozen", "minilm"): (3e-3,),
     ("lora", "llama"): (6e-3, 2e-2, 6e-2),
+    ("lora", "smollm2"): (1e-3, 3e-3, 1e-2),
     ("lora", "minilm"): (3e-3, 1e-2, 3e-2),
     ("full", "llama"): (1e-3, 4e-3),
+    ("full", "smollm2"): (3e-4, 1e-3),
     ("full", "minilm"): (2e-4, 6e-4),
 }
 #: Seed to choose them with.
@@ -115,7 +125,7 @@ class Setup:
         paths: argparse.Namespace,
         rules: frozenset[str],
     ):
-        language = cell.model == "llama"
+        language = cell.model in LANGUAGE_MODELS
         source = paths.sst2 if cell.task.endswith("sst2") else "e2e-rating"
         task = "causal-lm" if language else "classification"
         limits = {"train": sizes.train, "validation": sizes.validation}
@@ -132,7 +142,7 @@ class Setup:
                 seed=seed if split == "train" else 0,
             )
             labels = data[split].label_names or None
-        name = paths.llama if language else "minilm"
+        name = getattr(paths, cell.model) if language else "minilm"
         self.model, tokenizer = load_model(name, task=task, labels=labels, seed=seed)
         self.modules_to_save = None if language else ["classifier"]
         self.seed, self.sizes, self.rules = seed, sizes, rules
@@ -376,6 +386,7 @@ def main() -> None:
         "--output", type=Path, default=RESULTS / "rules" / "runs.jsonl"
     )
     options.add_argument("--llama", type=Path, help="folder of the language model")
+    options.add_argument("--smollm2", type=Path, help="GGUF file or folder of SmolLM2")
     options.add_argument("--sst2", type=Path, help="folder of SST-2")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--samples", type=int, default=128)
