@@ -1,6 +1,6 @@
 """Scores by hierarchical factors beside those by exact K-FAC, on a real model.
 
-For each layer of MiniLM, scored with 256 samples of the built-in data and the default
+For each layer of a model (MiniLM), scored with 256 samples of built-in data and the default
 options otherwise: the rank correlation of its weights' scores (of those of blocks of 16,
 where a rule keeps no others), the overlap of the best 5% of its blocks, the part of the best
 blocks' exact score that the chosen ones have, and the bytes of its two factors as a fraction
@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,10 @@ def by_eigenvectors(task: Any, config: SylvaConfig) -> Scores:
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--model", default=TaskConfig().model)
+    options.add_argument("--task", default=TaskConfig().task)
+    options.add_argument("--data", default=TaskConfig().data)
+    options.add_argument("--factors", nargs="+", choices=[*KINDS], default=[*KINDS])
     options.add_argument("--importance", default="kfac")
     options.add_argument("--samples", type=int, default=256)
     options.add_argument("--levels", type=int, default=SylvaConfig().levels)
@@ -135,12 +140,16 @@ def main() -> None:
     options = options.parse_args()
     torch.set_num_threads(options.threads)
     begun = setting(packages=("transformers",))
-    task = load_task(TaskConfig(max_length=options.max_length), evaluation=False)
+    about = TaskConfig(
+        **{n: getattr(options, n) for n in ("model", "task", "data", "max_length")}
+    )
+    task = load_task(about, evaluation=False)
     settings: dict[str, Any] = {
         name: getattr(options, name)
         for name in ("importance", "levels", "rank", "samples", "tokens", "damping")
     }
-    configs = {k: SylvaConfig(**kind, **settings) for k, kind in KINDS.items()}
+    configs = {k: SylvaConfig(**KINDS[k], **settings) for k in options.factors}
+    mlr = SylvaConfig(curvature="mlr", **settings)
     exact, dense_seconds, _ = scored(task, SylvaConfig(curvature="dense", **settings))
     _, plain_seconds, _ = scored(
         task, SylvaConfig(**settings | {"importance": "gradient"})
@@ -151,14 +160,14 @@ def main() -> None:
         name: {
             "layer": name,
             "shape": list(layer.shape),
-            "bytes": bytes_ratio(layer.shape, configs["mlr"]),
+            "bytes": bytes_ratio(layer.shape, mlr),
         }
         for name, layer in exact.items()
     }
     other, _, _ = scored(task, SylvaConfig(curvature="dense", **settings), seed=1)
     noise = against(exact, other, side)
     summary = [summarised("exact, other samples", noise, 0)]
-    cuts = against(exact, by_eigenvectors(task, configs["mlr"]), side)
+    cuts = against(exact, by_eigenvectors(task, mlr), side)
     summary.append(summarised("eigenvectors", cuts, 0))
     for kind, config in configs.items():
         scores, seconds[kind], bad = scored(task, config)
@@ -170,7 +179,8 @@ def main() -> None:
         print(summary[-1], flush=True)
     figures = {
         "setting": begun,
-        "data": f"e2e-rating, texts of at most {options.max_length} tokens",
+        "model": Path(options.model).stem,
+        "data": f"{options.data}, texts of at most {options.max_length} tokens",
         **settings,
         "block_size": side,
         "top_blocks": TOP,
