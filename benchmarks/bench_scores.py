@@ -108,7 +108,7 @@ def leading(factor: Factor, config: SylvaConfig) -> Factor:
 def by_eigenvectors(task: Any, config: SylvaConfig) -> Scores:
     """Score with factors that `leading` has cut, of the size of ``config``'s."""
     rule, wanted = RULES[config.importance]
-    targets = find_targets(task.model)
+    targets = find_targets(task.model, config.target_modules)
     loader = task.score_loader(config.samples, 0)
     exact = replace(config, curvature="dense")
     layers, _ = collect_curvature(task.model, targets, loader, exact, wanted)
@@ -128,6 +128,7 @@ def main() -> None:
     options.add_argument("--model", default=TaskConfig().model)
     options.add_argument("--task", default=TaskConfig().task)
     options.add_argument("--data", default=TaskConfig().data)
+    options.add_argument("--target-modules", default=SylvaConfig().target_modules)
     options.add_argument("--factors", nargs="+", choices=[*KINDS], default=[*KINDS])
     options.add_argument("--importance", default="kfac")
     options.add_argument("--samples", type=int, default=256)
@@ -146,7 +147,15 @@ def main() -> None:
     task = load_task(about, evaluation=False)
     settings: dict[str, Any] = {
         name: getattr(options, name)
-        for name in ("importance", "levels", "rank", "samples", "tokens", "damping")
+        for name in (
+            "target_modules",
+            "importance",
+            "levels",
+            "rank",
+            "samples",
+            "tokens",
+            "damping",
+        )
     }
     configs = {k: SylvaConfig(**KINDS[k], **settings) for k in options.factors}
     mlr = SylvaConfig(curvature="mlr", **settings)
