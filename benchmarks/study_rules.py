@@ -51,7 +51,7 @@ from sylva_train.targets import find_targets
 #: The rules, and what they stand between: the head alone, LoRA and every weight.
 RULES = (
     "random", "magnitude", "wanda", "gradient", "weight-gradient", "fisher-diag",
-    "kfac", "kfac-element", "kfac-natural", "kfac-block",
+    "kfac", "kfac-diag", "kfac-element", "kfac-natural", "kfac-block",
 )  # fmt: skip
 #: Random blocks, in layers that share the budget as `kfac-natural` shares it out: what
 #: choosing layers is worth by itself. In general, `a@b` has blocks by `a` in `b`'s layers.

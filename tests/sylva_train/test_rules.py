@@ -94,6 +94,10 @@ def element_reference(A, G, Γ, size):
     return blocked(Γ.square() / costs, size)
 
 
+def diagonal_reference(A, G, _, size):
+    return blocked(torch.outer(G.diagonal(), A.diagonal()).sqrt(), size)
+
+
 def natural_reference(A, G, Γ, size):
     """The natural step of the whole matrix at once, with the Kronecker product built."""
     step = torch.linalg.solve(torch.kron(G, A), Γ.flatten()).view_as(Γ)
@@ -116,6 +120,14 @@ KRONECKER_RULES = {
     "kfac-natural": natural_reference,
     "kfac-block": block_reference,
 }
+
+
+def test_diagonal_of_the_factors():
+    scores = score(bert(), batches(), config(importance="kfac-diag"))
+    factors = damped_factors(per_sample(bert(), batches(), LAYER), damping=0.0)
+    torch.testing.assert_close(
+        scores[LAYER].blocks(8), diagonal_reference(*factors, 8), rtol=1e-5, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("curvature", ["dense", "mlr", "hodlr"])

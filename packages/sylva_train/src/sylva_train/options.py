@@ -62,6 +62,7 @@ IMPORTANCES = (
     "kfac-block",
     "kfac-natural",
     "kfac-element",
+    "kfac-diag",
     "fisher-diag",
     "weight-gradient",
     "gradient",
@@ -72,8 +73,8 @@ IMPORTANCES = (
 )
 #: Rules that need a forward and backward pass over labelled samples.
 NEEDS_DATA = frozenset(IMPORTANCES) - {"magnitude", "random"}
-#: Rules with Kronecker factors.
-KRONECKER = frozenset(rule for rule in IMPORTANCES if rule.startswith("kfac"))
+#: Rules with Kronecker factors, beyond their diagonals.
+KRONECKER = frozenset(r for r in IMPORTANCES if r.startswith("kfac")) - {"kfac-diag"}
 #: How these factors are kept.
 CURVATURES = ("mlr", "hodlr", "dense")
 #: Every token a sample, or the mean over each sequence.

@@ -38,6 +38,7 @@ RULE_LABELS = {
     "kfac-block": "K-FAC decrease of a block",
     "kfac-natural": "K-FAC natural gradient",
     "kfac-element": "K-FAC element by element",
+    "kfac-diag": "K-FAC diagonal",
     "fisher-diag": "diagonal Fisher",
     "magnitude": "magnitude",
     "wanda": "Wanda",

@@ -328,7 +328,7 @@ def collect_curvature(
         ``curvature``, ``levels``, ``rank``, ``tokens``, ``samples``, ``block_size``,
         ``memory_budget``, ``host_budget``.
     wanted : iterable of str
-        Of ``"factors"``, ``"gradient"``, ``"fisher"``, ``"inputs"``.
+        Of ``"factors"``, ``"gradient"``, ``"fisher"``, ``"inputs"``, ``"outputs"``.
     **options
         ``loss`` (mean loss of (model, batch) instead of the model's own), ``progress``
         (called with samples done and samples in all), ``log`` (called with lines of

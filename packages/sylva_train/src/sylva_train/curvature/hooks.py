@@ -67,7 +67,7 @@ class Collector:
     config : SylvaConfig
         Kind of the factors, and its options.
     wanted : frozenset of str
-        Of ``"factors"``, ``"gradient"``, ``"fisher"``, ``"inputs"``.
+        Of ``"factors"``, ``"gradient"``, ``"fisher"``, ``"inputs"``, ``"outputs"``.
     names : collection of str
         The layers whose statistics are added up this time.
     hosted : bool
@@ -285,7 +285,9 @@ class Collector:
             sums.gradient.copy_(gradient)
         if sums.input_squares is not None:
             sums.input_squares += rows_x.square().sum(0)
-            sums.rows += len(rows_x)
+        if sums.output_squares is not None:
+            sums.output_squares += rows_g.square().sum(0)
+        sums.rows += len(rows_x)
         by_sample = (
             self.config.tokens == "reduce" and sums.G is not None and g.dim() > 2
         )
@@ -362,6 +364,8 @@ class Collector:
             sums.fisher = like.new_zeros(-(-out // size), -(-inputs // size))
         if "inputs" in self.wanted:
             sums.input_squares = like.new_zeros(inputs)
+        if "outputs" in self.wanted:
+            sums.output_squares = like.new_zeros(out)
         if "factors" in self.wanted:
             sums.G = accumulator(out, like, self.config)
             if self.owner[name] == name:
@@ -404,12 +408,15 @@ class Collector:
             holder = sums if owner == name else self.sums[owner]
             self.finished[owner] = Factor(holder.A.result())
             holder.A = None
+        squares = {
+            name: None if total is None else total / max(sums.rows, 1)
+            for name in ("input_squares", "output_squares")
+            for total in (getattr(sums, name),)
+        }
         return LayerCurvature(
             A=self.finished.get(owner),
             G=Factor(sums.G.result()) if sums.G is not None else None,
             gradient=None if gradient is None else gradient.to(device).div_(terms),
             fisher=None if sums.fisher is None else sums.fisher / samples,
-            input_squares=None
-            if sums.input_squares is None
-            else sums.input_squares / max(sums.rows, 1),
+            **squares,
         )

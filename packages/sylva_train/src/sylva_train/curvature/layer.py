@@ -10,7 +10,10 @@ import torch.nn.functional as F
 
 from .factors import Factor
 
-__all__ = ["Accumulators", "LayerCurvature", "block_sums"]
+__all__ = ["TENSORS", "Accumulators", "LayerCurvature", "block_sums"]
+
+#: The sums that are plain tensors.
+TENSORS = ("gradient", "fisher", "input_squares", "output_squares")
 
 
 def block_sums(matrix: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -31,12 +34,13 @@ class Accumulators:
     gradient: torch.Tensor | None = None
     fisher: torch.Tensor | None = None
     input_squares: torch.Tensor | None = None
+    output_squares: torch.Tensor | None = None
     rows: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored numbers."""
-        parts = (self.A, self.G, self.gradient, self.fisher, self.input_squares)
+        parts = (self.A, self.G, *(getattr(self, name) for name in TENSORS))
         return sum(part.nbytes for part in parts if part is not None)
 
 
@@ -53,7 +57,9 @@ class LayerCurvature:
     fisher : torch.Tensor or None
         Diagonal Fisher, mean of squared per-sample gradients, summed over blocks.
     input_squares : torch.Tensor (in,) or None
-        Mean square of each input over the tokens.
+        Mean square of each input over the tokens: the diagonal of ``A``.
+    output_squares : torch.Tensor (out,) or None
+        Mean square of each output's gradient over the tokens: the diagonal of ``G``.
     """
 
     A: Factor | None = None
@@ -61,3 +67,4 @@ class LayerCurvature:
     gradient: torch.Tensor | None = None
     fisher: torch.Tensor | None = None
     input_squares: torch.Tensor | None = None
+    output_squares: torch.Tensor | None = None

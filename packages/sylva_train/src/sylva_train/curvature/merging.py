@@ -13,6 +13,7 @@ from sylva_train.targets import weight_device
 
 from .factors import revive
 from .hooks import Collector
+from .layer import TENSORS
 
 __all__ = ["merge"]
 
@@ -73,7 +74,8 @@ def add_up(collector: Collector, name: str) -> None:
         collector.begin(name, like)
     sums = collector.sums[name]
     device = weight_device(collector.targets[name])
-    for tensor in (sums.gradient, sums.fisher, sums.input_squares):
+    for part in TENSORS:
+        tensor = getattr(sums, part)
         if tensor is not None:
             # NCCL adds on a GPU, where a gradient in main memory is not.
             there = tensor.to(device)

@@ -55,15 +55,15 @@ def curvature_bytes(
     config : SylvaConfig
         ``curvature``, ``levels``, ``rank``, ``exact_below``, ``block_size``.
     wanted : collection of str
-        Of ``"factors"``, ``"gradient"``, ``"fisher"``, ``"inputs"``.
+        Of ``"factors"``, ``"gradient"``, ``"fisher"``, ``"inputs"``, ``"outputs"``.
     dtype : torch.dtype
         Of the layer's weight.
 
     Returns
     -------
     dict of str to int
-        ``"A"``, ``"G"``, ``"gradient"``, ``"fisher"``, ``"inputs"``, as far as they are
-        wanted. Layers that share their input share ``"A"``.
+        ``"A"``, ``"G"``, ``"gradient"``, ``"fisher"``, ``"inputs"``, ``"outputs"``, as far
+        as they are wanted. Layers that share their input share ``"A"``.
 
     Examples
     --------
@@ -93,6 +93,8 @@ def curvature_bytes(
         sizes["fisher"] = rows * columns * width
     if "inputs" in wanted:
         sizes["inputs"] = inputs * width
+    if "outputs" in wanted:
+        sizes["outputs"] = out * width
     return sizes
 
 

@@ -23,7 +23,7 @@ from sylva_train.targets import weight_device, weight_view
 
 from .factors import revive
 from .hooks import Collector
-from .layer import Accumulators
+from .layer import TENSORS, Accumulators
 
 __all__ = ["Position", "Store", "settings"]
 
@@ -123,7 +123,7 @@ class Store:
         """Write the sums of a pass, in the place of those before."""
         tensors, plain = {}, {}
         for name, sums in collector.sums.items():
-            for part in ("gradient", "fisher", "input_squares"):
+            for part in TENSORS:
                 if getattr(sums, part) is not None:
                     tensors[f"{name}/{part}"] = getattr(sums, part)
             for part in ("A", "G"):

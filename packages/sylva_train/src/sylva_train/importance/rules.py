@@ -250,6 +250,19 @@ def kfac_pruner(inputs: Inputs) -> LayerScores:
     return inputs.saliency(inputs.weight)
 
 
+def kfac_diag(inputs: Inputs) -> LayerScores:
+    """Score by the root of the Fisher matrix's diagonal, ``√(G_kk A_jj)``.
+
+    The diagonal of ``A ⊗ G``, which is that of `fisher_diag` if a token's inputs and its
+    output gradients are independent (Martens and Grosse 2015): how far a step of one size
+    for all weights, as Adam's is, moves what the model says. It takes no gradient, which
+    few samples tell badly, and no inverse.
+    """
+    squares = inputs.layer.output_squares, inputs.layer.input_squares
+    s_out, s_in = (x.double().sqrt().cpu() for x in squares if x is not None)
+    return LayerScores(inputs.shape, s_out=s_out, s_in=s_in)
+
+
 def fisher_diag(inputs: Inputs) -> LayerScores:
     """Mean squared gradient of a sample (Sung et al. 2021, FISH)."""
     assert inputs.layer.fisher is not None
@@ -296,6 +309,7 @@ RULES: dict[str, tuple[Callable[[Inputs], LayerScores], tuple[str, ...]]] = {
     "kfac-block": (kfac_block, ("factors", "gradient")),
     "kfac-natural": (kfac_natural, ("factors", "gradient")),
     "kfac-element": (kfac_element, ("factors", "gradient")),
+    "kfac-diag": (kfac_diag, ("inputs", "outputs")),
     "fisher-diag": (fisher_diag, ("fisher",)),
     "magnitude": (magnitude, ()),
     "wanda": (wanda, ("inputs",)),

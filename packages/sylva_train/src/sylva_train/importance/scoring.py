@@ -100,7 +100,8 @@ def score(
     row and column importance (Mu et al. 2024, eq. 18-20); ``"kfac-block"`` the decrease
     that training a block alone gives, ``tr(Γ_abᵀ G_aa⁻¹ Γ_ab A_bb⁻¹)``;
     ``"kfac-natural"`` the natural gradient's decrease, ``Γ ∘ G⁻¹ Γ A⁻¹``;
-    ``"kfac-element"`` ``Γ² / (diag G⁻¹ · diag A⁻¹)``; ``"fisher-diag"`` the mean squared
+    ``"kfac-element"`` ``Γ² / (diag G⁻¹ · diag A⁻¹)``; ``"kfac-diag"`` the root of the Fisher
+    matrix's diagonal, ``√(diag G · diag A)``; ``"fisher-diag"`` the mean squared
     per-sample gradient (Sung et al. 2021, FISH); ``"magnitude"`` ``|W|``; ``"wanda"``
     ``|W|`` times the inputs' root mean square (Sun et al. 2024); ``"gradient"`` ``|Γ|``;
     ``"weight-gradient"`` ``|W ∘ Γ|`` (Molchanov et al. 2019, first order); ``"random"``;
