@@ -160,13 +160,14 @@ def test_bytes_from_shapes_are_the_bytes_that_are_held():
         assert layers.collector.nbytes == expected
 
 
-def test_squares_of_inputs_are_the_diagonal_of_their_factor():
+def test_squares_are_the_diagonals_of_the_factors():
     model = make_model()
     layers, _ = collect_curvature(
         model, find_targets(model), data("bert"), config(curvature="dense"),
-        ["factors", "inputs"],
+        ["factors", "inputs", "outputs"],
     )  # fmt: skip
     for layer in layers.values():
+        torch.testing.assert_close(layer.output_squares, layer.G.matrix.diagonal())
         torch.testing.assert_close(layer.input_squares, layer.A.matrix.diagonal())
 
 

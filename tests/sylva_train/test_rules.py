@@ -227,6 +227,7 @@ def layer_inputs(shape, **options):
         G=Factor(g.T @ g),
         gradient=torch.randn(shape, generator=generator),
         input_squares=X.square().mean(0),
+        output_squares=g.square().mean(0),
     )
     weight = torch.randn(shape, generator=generator).bfloat16()
     return Inputs(weight, layer, SylvaConfig(**options), generator)

@@ -258,9 +258,13 @@ def kfac_diag(inputs: Inputs) -> LayerScores:
     for all weights, as Adam's is, moves what the model says. It takes no gradient, which
     few samples tell badly, and no inverse.
     """
-    squares = inputs.layer.output_squares, inputs.layer.input_squares
-    s_out, s_in = (x.double().sqrt().cpu() for x in squares if x is not None)
-    return LayerScores(inputs.shape, s_out=s_out, s_in=s_in)
+    assert inputs.layer.output_squares is not None
+    assert inputs.layer.input_squares is not None
+    return LayerScores(
+        inputs.shape,
+        s_out=inputs.layer.output_squares.double().sqrt().cpu(),
+        s_in=inputs.layer.input_squares.double().sqrt().cpu(),
+    )
 
 
 def fisher_diag(inputs: Inputs) -> LayerScores:
