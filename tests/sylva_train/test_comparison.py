@@ -46,7 +46,7 @@ ROW = {
     "method", "label", "seed", "score", "metrics", "trainable", "trainable_head",
     "trainable_fraction", "seconds_per_step", "step_seconds_iqr", "score_seconds",
     "score_memory_bytes", "train_seconds", "peak_memory_bytes", "adapter_bytes", "lr",
-    "history",
+    "history", "scored",
 }  # fmt: skip
 SETUP = {
     "model", "data", "task", "labels", "metric", "higher_is_better", "train_examples",

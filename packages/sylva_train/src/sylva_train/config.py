@@ -59,8 +59,11 @@ class SylvaConfig(SylvaOptions, PeftConfig):
     exact_below : int
         Size from which on a factor is kept hierarchically. Smaller ones are exact: a
         hierarchy saves little there, and takes longer to add up.
-    samples : int
-        Number of sequences to score with.
+    samples : int, optional
+        Number of sequences to score with. None: where `finetune` or a comparison trains
+        afterwards, a thirtieth of the sequences that training sees over all its epochs,
+        at least 128 and at most 1024, so that scoring takes about a tenth of the
+        training's time; 1024 where scoring stands alone.
     tokens : str
         ``"expand"``: every token is a sample of the factors; ``"reduce"``: the mean over
         each sequence is, in which gradients of attention's keys cancel: not for the

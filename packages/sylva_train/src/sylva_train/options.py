@@ -49,6 +49,7 @@ __all__ = [
     "TrainingConfig",
     "memory_bytes",
     "minilm_folder",
+    "samples_to_score",
 ]
 
 #: What data and a model are for; the first is the default.
@@ -96,6 +97,10 @@ SCHEDULES = ("linear", "cosine", "constant")
 #: and those that say which blocks to choose by given scores.
 SCORING = ("curvature", "levels", "rank", "exact_below", "tokens", "damping", "seed")
 SELECTION = {"density", "block_size", "scope", "allocation", "spread", "max_columns"}
+#: How many samples are scored where no number is given: one for so many that training sees,
+#: since one takes the time of two to three of them in training; the fewest, with which the
+#: choice of blocks is still worth its time (docs/tables.md, table 7); and the most.
+SEEN_FOR_ONE, FEWEST, MOST = 30, 128, 1024
 #: Options of `TaskConfig` that say how a language model writes.
 WRITING = ("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_size")
 #: Ways to train a model side by side, in the order of a full comparison.
@@ -149,6 +154,35 @@ def memory_bytes(budget: int | str | None, name: str = "memory_budget") -> int |
     return size
 
 
+def samples_to_score(samples: int | None, seen: int | None = None) -> int:
+    """Return the number of samples to score: the one that is given, or the default.
+
+    Parameters
+    ----------
+    samples : int or None
+        What is asked for, `SylvaOptions.samples`.
+    seen : int, optional
+        Samples that the training after it sees, over all epochs, where that is known.
+
+    Returns
+    -------
+    int
+        Without ``samples`` a thirtieth of ``seen``, but at least 128 and at most 1024;
+        1024 where scoring stands alone.
+
+    Examples
+    --------
+    >>> from sylva_train.options import samples_to_score
+    >>> [samples_to_score(None, seen) for seen in (2400, 6000, 100_000, None)]
+    [128, 200, 1024, 1024]
+    >>> samples_to_score(256, 2400)
+    256
+    """
+    if samples is not None:
+        return samples
+    return MOST if seen is None else min(max(FEWEST, seen // SEEN_FOR_ONE), MOST)
+
+
 def minilm_folder() -> str | None:
     """Return where `MINILM` lies on this machine; None if it is not installed."""
     try:
@@ -178,7 +212,7 @@ class SylvaOptions:
     levels: int = 4
     rank: int = 32
     exact_below: int = 512
-    samples: int = 1024
+    samples: int | None = None
     tokens: str = "expand"
     damping: float = 1e-2
     memory_budget: int | str | None = None
@@ -200,7 +234,8 @@ class SylvaOptions:
         check_integer("levels", self.levels, 0)
         check_integer("exact_below", self.exact_below, 0)
         check_integer("rank", self.rank, 1)
-        check_integer("samples", self.samples, 1)
+        if self.samples is not None:
+            check_integer("samples", self.samples, 1)
         check_integer("seed", self.seed, 0)
         check_positive("damping", self.damping, zero=True)
         memory_bytes(self.memory_budget)

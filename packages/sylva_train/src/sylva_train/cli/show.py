@@ -164,12 +164,18 @@ def run(record: Mapping[str, Any], path: Path) -> None:
         return
     found, steps = record["metrics"], len(record["history"])
     seconds = record["seconds_per_step"]
+    scoring = record.get("scoring") or {}
+    took = scoring.get("samples") and (
+        f"{scoring['samples']:,} examples in {duration(scoring['seconds'])},"
+        f" {scoring['seconds'] / record['train_seconds']:.0%} of the training's time"
+    )
     facts(
         about
         | {
             "trained": f"{count(record['trainable'])} of {count(record['total'])} weights:"
             f" {record['density']:.1%} of the layers in {record['blocks']:,} blocks,"
             f" {record['head']:,} outside of them",
+            "scoring": took,
             "training": f"{steps:,} steps in {duration(record['train_seconds'])}"
             + (f", {seconds:.3g} s each" if seconds else ""),
             "result": f"{score_text(found['metric'], found['score'])} on"

@@ -28,6 +28,7 @@ from sylva_train.curvature import describe_factor
 from sylva_train.data import Loader
 from sylva_train.evaluation import evaluate, number_metrics, prediction_metrics
 from sylva_train.metrics import key_of, known_metrics
+from sylva_train.options import samples_to_score
 from sylva_train.pretrained import pooled_features, quiet
 from sylva_train.targets import find_targets
 from sylva_train.training import (
@@ -41,6 +42,7 @@ from sylva_train.workflow import (
     SCORED,
     Task,
     evaluation_loader,
+    examples_seen,
     heads,
     load_task,
     mask_entries,
@@ -167,9 +169,9 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
         return row
     loader = task.loader(training)
     # what `finetune` scores with the same seed
-    samples = task.score_loader(
-        config.samples, training.seed, min(SCORED, training.batch_size)
-    )
+    count = samples_to_score(config.samples, examples_seen(loader, training))
+    config.samples = count
+    samples = task.score_loader(count, training.seed, min(SCORED, training.batch_size))
     task.model.to(device)
     if spec["describe"] and method.curvature is not None:
         row["factor"] = factor_entry(task, config, method, samples)
@@ -180,6 +182,7 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
     )
     if adapted.scores is not None:
         row["score_seconds"] = time.perf_counter() - begin
+        row["scored"] = adapted.scores.metadata["samples"]
         row["score_memory_bytes"] = memory.bytes()
     result, peak = train_measured(adapted.model, loader, task, training, memory, tell)
     row |= {
@@ -211,6 +214,7 @@ def begun_row(method: Method, task: Task, training: TrainingConfig) -> dict[str,
         "seconds_per_step": None,
         "step_seconds_iqr": None,
         "score_seconds": None,
+        "scored": None,
         "score_memory_bytes": None,
         "history": [],
         "total": sum(p.numel() for p in task.model.parameters()),
@@ -243,6 +247,6 @@ def factor_entry(
     options = dataclasses.replace(
         config,
         curvature=method.curvature or config.curvature,
-        samples=min(128, config.samples),
+        samples=min(128, samples_to_score(config.samples)),
     )
     return describe_factor(task.model, names[len(names) // 2], loader, options)

@@ -21,6 +21,7 @@ from torch import nn
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train._torch import on_device, preserved_modes
 from sylva_train.config import SylvaConfig
+from sylva_train.options import samples_to_score
 from sylva_train.processes import agree, rank_and_size, together
 from sylva_train.progress import Report, size_words
 from sylva_train.targets import exclusion, find_targets, input_owners, weight_device
@@ -93,6 +94,8 @@ class Curvatures(Mapping[str, LayerCurvature]):
     ----------
     plan : list of Pass
         The passes over the data.
+    most : int
+        Samples to see.
     samples : int
         Samples seen, once a pass is done.
     """
@@ -115,6 +118,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
     ) -> None:
         self.model, self.targets, self.dataloader = model, targets, dataloader
         self.config, self.wanted = config, frozenset(wanted)
+        self.most = samples_to_score(config.samples)
         self.loss = loss or default_loss
         self.progress, self.store, self.between = progress, store, between
         self.log = log or (lambda _: None)
@@ -172,7 +176,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
         first = next(batches_of("dataloader", self.dataloader), None)
         if first is None:
             return {}
-        batch = on_device(some_samples(first, slice(self.config.samples)), self.device)
+        batch = on_device(some_samples(first, slice(self.most)), self.device)
         with frozen(self.model):
             return input_owners(self.targets, lambda: self.loss(self.model, batch))
 
@@ -203,12 +207,12 @@ class Curvatures(Mapping[str, LayerCurvature]):
         collector, (rank, processes) = self.collector, rank_and_size()
         start = self.store.load(collector) if self.store else None
         skipped = start.batches if start is not None else 0
-        total, count = self.config.samples * len(self.plan), 0
+        total, count = self.most * len(self.plan), 0
         self.samples = self.terms = 0
         with frozen(self.model), collector.attached(), torch.enable_grad():
             given = batches_of("dataloader", self.dataloader)
             for count, full in enumerate(given, 1):
-                batch = some_samples(full, slice(self.config.samples - self.samples))
+                batch = some_samples(full, slice(self.most - self.samples))
                 units = max(1, loss_units(self.model, batch))
                 note(batch, data)
                 self.samples += batch_size(batch)
@@ -220,9 +224,9 @@ class Curvatures(Mapping[str, LayerCurvature]):
                     if self.store is not None and self.store.due():
                         self.store.save(collector, Position(count, data.hexdigest()))
                 if self.progress is not None:
-                    before = self.done * self.config.samples
+                    before = self.done * self.most
                     self.progress(before + self.samples, total)
-                if self.samples >= self.config.samples:
+                if self.samples >= self.most:
                     break
         if not count:
             msg = "`dataloader` gave no batch: there is nothing to score with."

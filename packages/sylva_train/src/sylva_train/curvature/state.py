@@ -17,7 +17,7 @@ from sylva_train._artifacts import read_tensors, write_tensors
 from sylva_train._checks import ConfigError, check_positive
 from sylva_train._torch import sampled, tensor_bytes
 from sylva_train.config import SylvaConfig
-from sylva_train.options import SCORING
+from sylva_train.options import SCORING, samples_to_score
 from sylva_train.processes import is_first, rank_and_size
 from sylva_train.targets import weight_device, weight_view
 
@@ -43,6 +43,7 @@ def settings(
             digest.update(tensor_bytes(sampled(parameter)))
     shapes = {name: list(weight_view(m).shape) for name, m in targets.items()}
     found = {name: getattr(config, name) for name in OPTIONS}
+    found |= {"samples": samples_to_score(config.samples)}
     found |= {"model": digest.hexdigest(), "layers": shapes}
     return found | {"processes": rank_and_size()[1]}
 

@@ -57,8 +57,8 @@ def score(
     model : torch.nn.Module
         The pretrained model; nothing in it is changed. It is run in evaluation mode.
     dataloader : iterable of mappings, optional
-        Batches with ``labels``, at least ``config.samples`` sequences of them or as many
-        as there are. Not needed by the rules ``"magnitude"`` and ``"random"``.
+        Batches with ``labels``, at least ``config.samples`` sequences of them (1024 where
+        it is None) or as many as there are. Not needed by the rules ``"magnitude"`` and ``"random"``.
     config : SylvaConfig, optional
         Targets, rule and its options.
     loss : callable, optional

@@ -58,6 +58,7 @@ class Findings:
     def __init__(self, results: Results) -> None:
         self.metric, self.rows = metric_of(results), summary_rows(results)
         self.sign = 1 if self.metric.higher else -1
+        self.steps = results.get("setup", {}).get("steps")
         self.figures: list[tuple[str, str]] = []
         self.frozen = self.best(lambda row: row.method == "frozen")
         self.full = self.best(lambda row: row.method == "full")
@@ -220,9 +221,11 @@ class Findings:
                 yield f"Against {name}, {_listed(parts)}."
         if winner.score_seconds and winner.step_seconds:
             steps = max(1, round(winner.score_seconds / winner.step_seconds))
+            by = f" by {winner.scored:,} examples" if winner.scored else ""
+            there = f", of which there are {self.steps:,}" if self.steps else ""
             yield (
-                f"Scoring the blocks takes {winner.score_seconds:.3g} s once, the time of"
-                f" {steps} training steps."
+                f"Scoring the blocks{by} takes {winner.score_seconds:.3g} s once, the time"
+                f" of {steps:,} training steps{there}."
             )
         if self.lora is not None and self.lora.trainable and winner.trainable:
             ratio = self.lora.trainable / winner.trainable

@@ -176,7 +176,7 @@ class Row:
     for what was not measured. `mean`, `std` (sample standard deviation; None for one
     seed), `low` and `high` are of the finite scores; `failed` counts the others.
     `trainable` does not count the task's head; `peak_memory` is that of training,
-    `score_memory` that of scoring.
+    `score_memory` that of scoring, `scored` the examples that it took.
     """
 
     method: str
@@ -190,6 +190,7 @@ class Row:
     step_iqr: tuple[float, float] | None
     score_seconds: float | None
     score_memory: int | None
+    scored: int | None
     peak_memory: int | None
     adapter_bytes: int | None
     versus_random: Paired | None = None
@@ -317,6 +318,7 @@ def summarise(method: str, runs: Sequence[Mapping[str, Any]]) -> Row:
         step_iqr=None if low is None or high is None else (low, high),
         score_seconds=middle(run.get("score_seconds") for run in runs),
         score_memory=largest(run.get("score_memory_bytes") for run in runs),
+        scored=largest(run.get("scored") for run in runs),
         peak_memory=largest(run.get("peak_memory_bytes") for run in runs),
         adapter_bytes=largest(run.get("adapter_bytes") for run in runs),
     )

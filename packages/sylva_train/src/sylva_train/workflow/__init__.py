@@ -23,7 +23,7 @@ from .runs import (
     merge_folder,
     read_run,
 )
-from .scoring import score_file, score_task
+from .scoring import examples_seen, score_file, score_task
 from .task import (
     HELD_OUT,
     SCORED,
@@ -48,6 +48,7 @@ __all__ = [
     "evaluate_folder",
     "evaluated_on",
     "evaluation_loader",
+    "examples_seen",
     "finetune",
     "heads",
     "kind_of",

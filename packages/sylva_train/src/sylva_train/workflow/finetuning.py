@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
 from sylva_train.layers import embed
 from sylva_train.masks import Masks
-from sylva_train.options import SCORING, SELECTION, SylvaOptions
+from sylva_train.options import SCORING, SELECTION, SylvaOptions, samples_to_score
 from sylva_train.processes import agree, is_first, together
 from sylva_train.progress import Progress
 from sylva_train.selection import select_as
@@ -32,7 +33,7 @@ from sylva_train.tuner import save_adapter
 
 from .outputs import check_folder, differences
 from .runs import FORMAT, RECORD, read_run
-from .scoring import check_targets, score_task, sylva_options
+from .scoring import check_targets, examples_seen, score_task, sylva_options
 from .task import SCORED, Task, heads, load_task, located
 
 __all__ = ["finetune"]
@@ -53,6 +54,7 @@ def run_record(
         "sylva": sylva_options(config),
         "training": dataclasses.asdict(training),
         "source": source,
+        "scoring": None,
     }
     return as_read(record)
 
@@ -107,7 +109,9 @@ def finetune(
     dict
         What ``sylva.json`` holds: ``task``, ``sylva``, ``training``, ``labels``,
         ``metrics`` of the evaluation, ``history`` of the training, ``trainable``
-        (``head`` of them outside of the blocks) and ``total`` weights.
+        (``head`` of them outside of the blocks) and ``total`` weights, and ``scoring``:
+        the ``samples`` that were scored and the ``seconds`` that it took, None where
+        ``masks`` or ``scores`` were given.
 
     Raises
     ------
@@ -142,13 +146,18 @@ def finetune(
         # What the data and the tokenizer do not allow is found before anything is scored.
         loader = task.loader(training, progress=bars.stage("tokenizing"))
         eval_loader = task.eval_loader(training, progress=bars.stage("tokenizing"))
+        config = dataclasses.replace(config)
         if config.modules_to_save is None:
-            config = dataclasses.replace(config)
             config.modules_to_save = heads(task.model, task_config.task)
+        seen = examples_seen(loader, training)
         if begun is not None:
             masks = Masks.load(output / MASKS)
+            wanted["scoring"] = begun.get("scoring")
         elif masks is None:
-            masks, scores = choose(task, config, training, scores, bars)
+            masks, scores, wanted["scoring"] = choose(
+                task, config, training, seen, scores, bars
+            )
+        config.samples = samples_to_score(config.samples, seen)
         total = sum(p.numel() for p in task.model.parameters())
         agree(masks.digest(), "blocks to train")
         # Masks of another model stop here, before anything is written or replaced.
@@ -172,21 +181,28 @@ def choose(
     task: Task,
     config: SylvaConfig,
     training: TrainingConfig,
+    seen: int,
     scores: Scores | None,
     bars: Progress,
-) -> tuple[Masks, Scores]:
-    """Choose blocks by scores, which are made where there are none."""
+) -> tuple[Masks, Scores, dict[str, Any] | None]:
+    """Choose blocks by scores, which are made where there are none; say what that took."""
     check_targets(task, config)
+    scoring = None
     if scores is None:
+        start = time.perf_counter()
         scores = score_task(
             task,
             config,
+            seen=seen,
             seed=training.seed,
             batch_size=min(SCORED, training.batch_size),
             device=training.device,
             progress=bars,
         )
-    return select_as(config, scores, task.model, task.score_loader(4, 0)), scores
+        seconds = time.perf_counter() - start
+        scoring = {"samples": scores.metadata["samples"], "seconds": seconds}
+    masks = select_as(config, scores, task.model, task.score_loader(4, 0))
+    return masks, scores, scoring
 
 
 def begun_run(

@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from sylva_train._artifacts import as_read
 from sylva_train._checks import ConfigError, OutputExistsError
-from sylva_train.config import SylvaConfig, TaskConfig
+from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
+from sylva_train.data import Loader
 from sylva_train.importance import Scores, score
 from sylva_train.options import (
     KRONECKER,
     NEEDS_DATA,
+    SEEN_FOR_ONE,
     SELECTION,
     WRITING,
     SylvaOptions,
+    samples_to_score,
 )
 from sylva_train.processes import is_first, together
-from sylva_train.progress import Progress
+from sylva_train.progress import Progress, duration
 from sylva_train.targets import check_block_size, find_targets
-from sylva_train.training import pick_device
+from sylva_train.training import number_of_steps, pick_device
 
 from .outputs import check_file, differences
 from .task import SCORED, Task, load_task, located
 
-__all__ = ["check_targets", "score_file", "score_task", "sylva_options"]
+__all__ = [
+    "check_targets",
+    "examples_seen",
+    "score_file",
+    "score_task",
+    "sylva_options",
+]
 
 #: Options that change no score, the block size not being one of them.
 LATER = SELECTION - {"block_size"} | {"modules_to_save"}
@@ -83,10 +94,34 @@ def check_targets(task: Task, config: SylvaConfig) -> None:
     check_block_size(targets, config.block_size)
 
 
+def examples_seen(loader: Loader, training: TrainingConfig) -> int:
+    """Return how many examples training sees, counted again in each epoch."""
+    steps_of_epoch = math.ceil(len(loader) / training.accumulate)
+    return number_of_steps(loader, training) * len(loader.examples) // steps_of_epoch
+
+
+def counted(asked: int | None, seen: int | None, there: int) -> str:
+    """Say how many examples are scored, and why so many, beside what training sees."""
+    wanted = samples_to_score(asked, seen)
+    number = f"{min(wanted, there):,} examples"
+    if seen is None:
+        return number
+    if wanted > there:
+        return f"{number}, all that there are; training sees {seen:,}"
+    if asked is not None:
+        return f"{number}; training sees {seen:,}"
+    part = seen // SEEN_FOR_ONE
+    if wanted == part:
+        return f"{number}, a thirtieth of the {seen:,} that training sees"
+    end = "fewest" if wanted > part else "most"
+    return f"{number}, the {end} by default (`samples`); training sees {seen:,}"
+
+
 def score_task(
     task: Task,
     config: SylvaConfig,
     *,
+    seen: int | None = None,
     seed: int = 0,
     batch_size: int = SCORED,
     device: str = "auto",
@@ -102,6 +137,8 @@ def score_task(
         From `load_task`.
     config : SylvaConfig
         Layers, rule and its options.
+    seen : int, optional
+        Samples that the training after it sees, from `examples_seen`.
     seed : int
         Seed of which samples.
     batch_size : int
@@ -125,11 +162,14 @@ def score_task(
     """
     progress = progress or Progress(enabled=False)
     loader = None
-    rule = config.importance
+    rule, begin = config.importance, time.perf_counter()
     words = f"{rule} ({config.curvature})" if rule in KRONECKER else rule
     if rule in NEEDS_DATA:
-        loader = task.score_loader(config.samples, seed, batch_size)
-        progress.say(f"Scoring by {words} on {len(loader.examples):,} examples.")
+        number = counted(config.samples, seen, len(task.train))
+        samples = samples_to_score(config.samples, seen)
+        config = dataclasses.replace(config, samples=samples)
+        loader = task.score_loader(samples, seed, batch_size)
+        progress.say(f"Scoring by {words} on {number}.")
     else:
         progress.say(f"Scoring by {words}; this needs no data.")
     task.model.to(pick_device(device))
@@ -143,6 +183,8 @@ def score_task(
         checkpoint_minutes=checkpoint_minutes,
     )
     scores.metadata |= {"model": task.config.model, "data": task.train.name}
+    if loader is not None:
+        progress.say(f"Scored in {duration(time.perf_counter() - begin)}.")
     return scores
 
 
@@ -201,6 +243,8 @@ def score_file(
     unfinished = Path(f"{os.fspath(output)}.unfinished")
     first = is_first()
     task_config = located(task_config)
+    # What is asked for is the number, however it was asked for.
+    config = dataclasses.replace(config, samples=samples_to_score(config.samples))
     wanted = asked(task_config, config, seed)
     with together():
         begun = unfinished.exists()
