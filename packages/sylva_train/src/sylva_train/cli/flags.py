@@ -38,7 +38,9 @@ class Flag(NamedTuple):
 #: The options by their parameters, in the groups and the order of the help.
 PANELS = {
     "Task": {
-        "model": Flag("NAME|DIR", "minilm, a folder, or a name on the hub."),
+        "model": Flag(
+            "NAME|PATH", "minilm, a folder, a GGUF file, or a name on the hub."
+        ),
         "dtype": Flag(
             "TYPE", f"Type of the model's weights: {either(DTYPES)} (the checkpoint's)."
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -58,7 +59,14 @@ __all__ = ["run"]
 def saved_bytes(adapted: Adapted, config: SylvaConfig) -> int:
     """Save what a method trained, as its users would, and return its size on disk."""
     model: Any = adapted.model
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        quiet(),
+        warnings.catch_warnings(),
+    ):
+        # PEFT asks the base's config.json, which a GGUF file has not, whether the
+        # vocabulary was resized: here it never is.
+        warnings.filterwarnings("ignore", "Could not find a config file")
         path = Path(folder) / "saved"
         if adapted.masks is not None:
             save_adapter(model, path, config=config)

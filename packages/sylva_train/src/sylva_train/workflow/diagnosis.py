@@ -25,6 +25,7 @@ OPTIONAL = (
     ("triton", "kernels on a GPU", "'sylva-train[triton]'"),
     ("datasets", "data sets by their names on the hub", "'sylva-train[data]'"),
     ("pyarrow", ".parquet files", "'sylva-train[data]'"),
+    ("gguf", "models in .gguf files", "'sylva-train[gguf]'"),
     ("sacrebleu", "BLEU of generated texts", "'sylva-train[metrics]'"),
     ("nltk", "NIST of generated texts", "'sylva-train[metrics]'"),
     ("rouge-score", "ROUGE-L of generated texts", "'sylva-train[metrics]'"),
