@@ -119,6 +119,7 @@ def test_evaluate_on_other_data(home, tmp_path):
     shown = sylva("evaluate", home / "run", "--data", other, "--eval-limit", 6).stdout
     assert "6 examples" in shown
     assert "accuracy" in shown
+    assert "f1 of '" in shown
 
 
 def test_doctor_tells_what_is_here(monkeypatch):

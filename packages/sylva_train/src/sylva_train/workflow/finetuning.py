@@ -312,6 +312,7 @@ def train_blocks(
             evaluate,
             loader=eval_loader,
             metric=task.config.metric,
+            meteor=task.config.meteor,
             generation=task.config.generation,
             progress=bars.stage("evaluating"),
         ),

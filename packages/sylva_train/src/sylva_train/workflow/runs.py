@@ -203,6 +203,7 @@ def evaluate_folder(
             model,
             loader,
             metric=task.metric,
+            meteor=task.meteor,
             predictions=answers is not None,
             generation=task.generation,
             progress=bars.stage("evaluating"),

@@ -32,7 +32,7 @@ __all__ = ["check_targets", "score_file", "score_task", "sylva_options"]
 #: Options that change no score, the block size not being one of them.
 LATER = SELECTION - {"block_size"} | {"modules_to_save"}
 #: Options of a task that say how to evaluate.
-EVALUATION = {"eval_limit", "metric", *WRITING}
+EVALUATION = {"eval_limit", "metric", "meteor", *WRITING}
 
 
 def sylva_options(config: SylvaConfig) -> dict[str, Any]:
