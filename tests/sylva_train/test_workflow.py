@@ -129,6 +129,32 @@ def test_kfac_runs_keep_their_scores(home, tmp_path):
     assert (scores.rule, scores.metadata["samples"]) == ("kfac", 8)
 
 
+def test_the_scoring_of_a_killed_run_goes_on(home, tmp_path, monkeypatch):
+    options = {"sylva": sylva_config(importance="gradient", samples=24)}
+    run(home, tmp_path / "whole", **options)
+    module = importlib.import_module("sylva_train.workflow.scoring")
+    real, ran = module.score, []
+
+    def loss(model, batch):
+        ran.append(len(batch["labels"]))
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return model(**batch).loss
+
+    now = {"loss": loss, "checkpoint_minutes": 0.0}
+    monkeypatch.setattr(module, "score", lambda *a, **given: real(*a, **given | now))
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(OutputExistsError, match=r"run\.unfinished.*interrupted"):
+        run(home, tmp_path / "run", **options)
+    run(home, tmp_path / "run", resume=True, **options)
+    assert ran == [8, 8, 8, 8]  # three batches, the second of them twice
+    assert not (tmp_path / "run.unfinished").exists()
+    for name in ("scores.safetensors", "adapter/adapter_model.safetensors"):
+        assert contents(tmp_path / "run")[name] == contents(tmp_path / "whole")[name]
+
+
 def test_no_batch_is_much_larger_than_those_of_training(home, tmp_path, monkeypatch):
     """Scoring and evaluation fit where training does."""
     sizes: dict[str, set[int]] = {"scoring": set(), "evaluation": set()}

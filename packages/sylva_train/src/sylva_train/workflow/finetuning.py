@@ -32,7 +32,7 @@ from sylva_train.tuner import save_adapter
 
 from .outputs import check_folder, differences
 from .runs import FORMAT, RECORD, read_run
-from .scoring import check_targets, score_task, sylva_options
+from .scoring import begin_scoring, check_targets, score_task, sylva_options
 from .task import SCORED, Task, heads, load_task, located
 
 __all__ = ["finetune"]
@@ -94,8 +94,9 @@ def finetune(
         Chosen or scored before; nothing is scored then, and the options that they were
         made with take the place of ``config``'s.
     resume : bool
-        Go on with an interrupted run in ``output``, to the identical weights; begin it
-        where there is none.
+        Go on with an interrupted run in ``output``, or with its scoring, which is kept
+        every ten minutes in a folder beside it (its name and ``.unfinished``), to the
+        identical weights; begin it where there is none.
     overwrite : bool
         Whether to replace a run that is there. It is deleted when the new one's blocks
         are chosen and its training begins.
@@ -112,9 +113,10 @@ def finetune(
     Raises
     ------
     OutputExistsError
-        If ``output`` exists and neither ``resume`` nor ``overwrite`` is set.
+        If ``output`` or scoring for it exists and neither ``resume`` nor ``overwrite``
+        is set.
     ConfigError
-        If ``resume`` meets a run with other options.
+        If ``resume`` meets a run or scoring with other options.
     SylvaError
         Whatever stops scoring, training or saving.
     """
@@ -132,7 +134,9 @@ def finetune(
         begun = begun_run(output, wanted, resume=resume, overwrite=overwrite)
     if begun is not None and begun["finished"]:
         return begun
-    first = is_first()
+    first, unfinished = is_first(), None
+    if begun is None and given is None:
+        unfinished = begin_scoring(output, resume=resume, overwrite=overwrite)
     with Progress(enabled=progress) as bars:
         task = load_task(task_config, seed=training.seed)
         bars.say(
@@ -148,7 +152,7 @@ def finetune(
         if begun is not None:
             masks = Masks.load(output / MASKS)
         elif masks is None:
-            masks, scores = choose(task, config, training, scores, bars)
+            masks, scores = choose(task, config, training, scores, unfinished, bars)
         total = sum(p.numel() for p in task.model.parameters())
         agree(masks.digest(), "blocks to train")
         # Masks of another model stop here, before anything is written or replaced.
@@ -156,6 +160,8 @@ def finetune(
         with together():
             if begun is None and first:
                 begin(output, wanted, masks, scores, overwrite=overwrite)
+                if unfinished is not None:
+                    shutil.rmtree(unfinished, ignore_errors=True)
         loaders = loader, eval_loader
         found = train_blocks(
             task, loaders, config, training, output, masks, resume, bars
@@ -173,6 +179,7 @@ def choose(
     config: SylvaConfig,
     training: TrainingConfig,
     scores: Scores | None,
+    unfinished: Path | None,
     bars: Progress,
 ) -> tuple[Masks, Scores]:
     """Choose blocks by scores, which are made where there are none."""
@@ -185,6 +192,7 @@ def choose(
             batch_size=min(SCORED, training.batch_size),
             device=training.device,
             progress=bars,
+            checkpoint=unfinished,
         )
     return select_as(config, scores, task.model, task.score_loader(4, 0)), scores
 
