@@ -155,6 +155,28 @@ def test_the_scoring_of_a_killed_run_goes_on(home, tmp_path, monkeypatch):
         assert contents(tmp_path / "run")[name] == contents(tmp_path / "whole")[name]
 
 
+def test_options_that_nothing_can_be_chosen_with_leave_no_scoring(home, tmp_path):
+    with pytest.raises(ConfigError, match="leaves no whole block"):
+        run(home, tmp_path / "run", sylva=sylva_config(density=1e-6))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_device_that_is_not_there_stops_before_the_data(home, tmp_path):
+    about = task(home, data="nowhere.csv")
+    wrong = training(device="nothing")
+    with pytest.raises(ConfigError, match="`device` must be"):
+        finetune(about, sylva_config(), wrong, tmp_path / "run", **QUIET)
+    with pytest.raises(ConfigError, match="`device` must be"):
+        score_file(about, sylva_config(), tmp_path / "s", device="nothing", **QUIET)
+
+
+def test_the_base_model_is_not_replaced_by_what_was_made_of_it(home):
+    before = contents(home / "model")
+    with pytest.raises(OutputExistsError, match="is the base model"):
+        merge_folder(home / "run", home / "model", overwrite=True)
+    assert contents(home / "model") == before
+
+
 def test_no_batch_is_much_larger_than_those_of_training(home, tmp_path, monkeypatch):
     """Scoring and evaluation fit where training does."""
     sizes: dict[str, set[int]] = {"scoring": set(), "evaluation": set()}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -100,7 +101,8 @@ def read_tensors(
         raise AdapterError(msg) from error
     except OSError as error:
         # safetensors' own errors do not name a folder.
-        msg = f"the {what} file `{path}` cannot be read ({error})."
+        why = "it is a folder" if Path(path).is_dir() else error
+        msg = f"the {what} file `{path}` cannot be read ({why})."
         raise AdapterError(msg) from error
     found = header.get("format") if isinstance(header, dict) else None
     if found != file_format:

@@ -27,7 +27,7 @@ from sylva_train.options import SCORING, SELECTION, SylvaOptions
 from sylva_train.processes import agree, is_first, together
 from sylva_train.progress import Progress
 from sylva_train.selection import select_as
-from sylva_train.training import number_of_steps, train
+from sylva_train.training import number_of_steps, pick_device, train
 from sylva_train.tuner import save_adapter
 
 from .outputs import check_folder, differences
@@ -137,6 +137,7 @@ def finetune(
     first, unfinished = is_first(), None
     if begun is None and given is None:
         unfinished = begin_scoring(output, resume=resume, overwrite=overwrite)
+    pick_device(training.device)  # refused before any time is spent on the data
     with Progress(enabled=progress) as bars:
         task = load_task(task_config, seed=training.seed)
         bars.say(
@@ -152,7 +153,13 @@ def finetune(
         if begun is not None:
             masks = Masks.load(output / MASKS)
         elif masks is None:
-            masks, scores = choose(task, config, training, scores, unfinished, bars)
+            try:
+                masks, scores = choose(task, config, training, scores, unfinished, bars)
+            except ConfigError:
+                # What was scored must not be in the way of other options.
+                if unfinished is not None and not resume and first:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                raise
         total = sum(p.numel() for p in task.model.parameters())
         agree(masks.digest(), "blocks to train")
         # Masks of another model stop here, before anything is written or replaced.

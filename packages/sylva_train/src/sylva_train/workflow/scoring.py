@@ -246,6 +246,7 @@ def score_file(
         # What was begun may replace a file, or it would not have been begun.
         check_file(output, overwrite=overwrite or (resume and begun))
     unfinished = begin_scoring(output, resume=resume, overwrite=overwrite)
+    pick_device(device)  # refused before any time is spent on the data
     with Progress(enabled=progress) as bars:
         task = load_task(task_config, seed=seed, evaluation=False)
         check_targets(task, config)
