@@ -78,7 +78,7 @@ def read_instructions(
         for number in chosen:
             first, *others = prompts(task, every[number]["input"])
             for output in outputs(every[number])[: 1 if training else None]:
-                row = {"subject": name, "prompt": first, "target": output}
+                row: Row = {"subject": name, "prompt": first, "target": output}
                 rows.append((len(rows) + 1, row))
                 shorter.append(tuple(others))
     if not rows:

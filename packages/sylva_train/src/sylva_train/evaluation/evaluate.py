@@ -163,6 +163,7 @@ def answer_metrics(
 ) -> dict[str, Any]:
     """Return the metrics of what a model writes or chooses."""
     data = loader.dataset
+    found: dict[str, Any]
     if metric == CHOICE:
         prompts = [str(text) for text in data.texts]
         references = [[target] for target in data.targets]
@@ -173,8 +174,8 @@ def answer_metrics(
             targets.setdefault(str(text), []).append(target)
         prompts, references = list(targets), list(targets.values())
         answers = write(model, loader, prompts, generation, progress)
-        found: dict[str, Any] = score_texts(answers, references, metric, meteor=meteor)
-        found["examples"] = len(prompts)
+        scores = score_texts(answers, references, metric, meteor=meteor)
+        found = {**scores, "examples": len(prompts)}
         if data.groups and metric in MEANS:
             group_of = dict(zip(map(str, data.texts), data.groups, strict=True))
             names = [group_of[prompt] for prompt in prompts]
