@@ -314,7 +314,7 @@ def test_options_that_cannot_be_used(home, tmp_path, options, words):
     output = tmp_path / "deep" / "run"
     base = ["finetune", output, *source(home), *SMALL, *STEPS]
     assert words in told(sylva(*base, *options, code=2))
-    assert not list(tmp_path.iterdir())
+    assert contents(tmp_path) == {}
 
 
 def test_commands_that_write_are_refused_to_several_processes(

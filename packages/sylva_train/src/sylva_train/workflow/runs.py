@@ -255,11 +255,11 @@ def merge_folder(
     SylvaError
         If the folder or its base model cannot be used.
     """
+    check_folder(output, marks=["config.json"], overwrite=overwrite)
     model = Path(base or read_run(folder)["task"]["model"])
     if Path(output).resolve() == model.expanduser().resolve():
         msg = f"`{output}` is the base model, which the adapter needs; choose another path."
         raise OutputExistsError(msg)
-    check_folder(output, marks=["config.json"], overwrite=overwrite)
     loaded, tokenizer, _ = load_folder(folder, base=base)
     with atomic_folder(output, overwrite=overwrite) as temporary, quiet():
         merged: Any = merge(loaded)
