@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from sylva_train import LayerScores, Scores, agreement
+from sylva_train.masks import LayerMask, Masks
 from sylva_train.overlaps import best_blocks
 from sylva_train.report import layers, write_choices
 from sylva_train.report.choices import divided
+from sylva_train.report.masks import layer_places
 from sylva_train.workflow import mask_entries, score_entries
 from tests.sylva_train.results import Outline
 
@@ -61,7 +63,7 @@ def test_one_file_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("empty", [(), (1,)])
-def test_of_one_layer_alone_the_scores_of_all_blocks_are_kept(empty):
+def test_of_one_layer_alone_the_scores_of_all_blocks_are_kept(tmp_path, empty):
     scores = drawn(0)
     masks = best_blocks(scores, 8, 0.25)
     names = list(masks)
@@ -72,6 +74,20 @@ def test_of_one_layer_alone_the_scores_of_all_blocks_are_kept(empty):
     (kept,) = (name for name, entry in found.items() if "grid" in entry)
     assert len(masks[kept])
     assert found[kept]["grid"] == scores[kept].blocks(8).tolist()
+    place = layer_places(found)[kept]
+    parts = {"masks": mask_entries(masks), "scores": found}
+    page = read([("run", parts)], tmp_path / "p.html")
+    assert f"One matrix: layer {place.index}, {place.part}" in page
+
+
+def test_a_layer_may_have_more_blocks_than_torch_takes_quantiles_of():
+    lines = torch.arange(4097.0), torch.ones(4096)
+    scores = Scores({"a": LayerScores((4097, 4096), *lines)}, {})
+    masks = Masks({"a": LayerMask((4097, 4096), 1, torch.tensor([[4096, 0]]))})
+    found = score_entries(scores, masks)["a"]
+    assert "grid" not in found  # nor are they drawn one by one
+    assert found["block_scores_quantiles"][::50] == [0, 2048, 4096]
+    assert found["threshold"] == 4096
 
 
 def test_masks_alone_are_drawn(tmp_path):

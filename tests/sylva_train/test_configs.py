@@ -122,6 +122,7 @@ def test_the_papers_experiments_are_there():
     assert set(told_of) == {"about", "task", "sylva", "training"}
 
 
+@pytest.mark.filterwarnings("ignore:`meteor` is left out")
 @pytest.mark.parametrize("name", [*NAMES, "llama-small-e2e"])
 def test_each_configuration_scores_and_trains(name, models, tmp_path):
     task, config, training = load_config(name)

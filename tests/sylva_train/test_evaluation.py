@@ -123,6 +123,13 @@ def test_binary_f1_is_for_two_classes():
         evaluate(*fixed(np.eye(3), [0, 1, 2]), "f1-binary")
 
 
+def test_the_class_of_binary_f1_is_named():
+    data = TextDataset("toy", "classification", ["a", "b"], [0, 1], ["ham", "spam"])
+    model = PooledClassifier(BertConfig(**TINY, num_labels=2))
+    batches = Loader(data, word_tokenizer(), 2, max_length=8)
+    assert evaluate(model, batches)["positive"] == "spam"
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "f1", "f1-binary", "mcc", "loss"])
 def test_the_metric_is_the_score(metric):
     model, batches = fixed([[1, 0], [0, 1], [2, 0]], [0, 1, 1])

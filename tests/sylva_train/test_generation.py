@@ -318,6 +318,20 @@ def log_likelihood(model, tokenizer, prompt, target):
     return float(found[-len(words) :].sum())
 
 
+def test_what_is_written_is_scored_by_group_where_the_score_is_a_mean():
+    names = list("xyxyzxy")
+    model, batches = writer("gpt2"), loader(groups=names)
+    found = evaluate(model, batches, "rouge-l", predictions=True, generation=SHORT)
+    for name, value in found["groups"].items():
+        own = [n for n, group in enumerate(names) if group == name]
+        texts_of = [
+            [found[part][n] for n in own] for part in ("predictions", "references")
+        ]
+        assert value == score_texts(*texts_of)["rouge_l"]
+    assert list(found["groups"]) == ["x", "y", "z"]
+    assert "groups" not in evaluate(model, batches, "bleu", generation=SHORT)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("options", [TARGETS, ["not good", "not bad"]])

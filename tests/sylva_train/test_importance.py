@@ -16,7 +16,6 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from sylva_train._artifacts import write_tensors
 from sylva_train._checks import (
     AdapterError,
     ConfigError,
@@ -44,20 +43,6 @@ def test_scores_that_do_not_add_up_serve_their_block_size_alone(tmp_path):
     for each in (scores, Scores.load(tmp_path / "scores.safetensors")):
         with pytest.raises(ConfigError, match="must be 8"):
             each[LAYER].blocks(16)
-
-
-def test_score_files_of_the_first_format_are_read(tmp_path):
-    path = tmp_path / "scores.safetensors"
-    grid = torch.rand(6, 4, dtype=torch.float64)
-    header = {
-        "format": "sylva-scores/1",
-        "layers": {"a": {"shape": [48, 32], "unit": 8}},
-        "metadata": {"importance": "gradient"},
-    }
-    write_tensors(path, {"a.grid": grid}, header)
-    loaded = Scores.load(path)
-    assert torch.equal(loaded["a"].blocks(8), grid)
-    assert loaded["a"].blocks(16).shape == (3, 2)
 
 
 @pytest.mark.parametrize("rule", sorted(NEEDS_DATA))

@@ -43,6 +43,7 @@ def test_a_prompt_has_definition_two_examples_and_the_input(tmp_path):
     assert data.texts[0] == PROMPT
     # Every output of a test instance is a reference, in a row of its own.
     assert data.targets == ["0", "yes 0", "1", "yes 1", "2", "yes 2"]
+    assert data.groups == ["task003_three"] * 6
     assert [len(forms) for forms in data.shorter] == [2] * 6
     assert data.shorter[0][1] == PROMPT.replace(
         PROMPT[PROMPT.index(" Positive") : PROMPT.index("Now")], ""

@@ -12,9 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation, Text
 
 from sylva_train import LayerMask, Masks, report
-from sylva_train.report import figures, layers, structure
+from sylva_train.report import figures, structure
 from sylva_train.report.masks import chance
-from sylva_train.report.page_parts import Page
 from sylva_train.report.style import looks
 from sylva_train.report.summary import metric_of, summary_rows
 from tests.sylva_train.results import scored
@@ -84,22 +83,6 @@ def test_chance_is_the_expected_overlap_of_two_draws():
             one, other = (rng.permutation(rows * columns)[:count] for _ in range(2))
             common += len(np.intersect1d(one, other))
     assert chance(Masks(masks)) == pytest.approx(common / trials / 7, rel=0.05)
-
-
-def test_the_matrix_that_is_shown_has_blocks():
-    grid = {"grid": np.ones((2, 2)).tolist(), "threshold": None}
-    names = [f"layer.{k}.dense" for k in range(3)]
-    mask = {"shape": [32, 32], "block_size": 16}
-    masks = {
-        name: mask | {"indices": [[0, 1]] if name == names[2] else []} for name in names
-    }
-    parts = {
-        "scores": {"sylva:kfac:mlr": dict.fromkeys(names, grid)},
-        "masks": {"sylva:kfac:mlr": masks},
-        "factor": {"layer": names[1]},
-    }
-    page = Page(results({"sylva:kfac:mlr": 0.9}, **parts))
-    assert "One matrix: layer 2" in layers.block_scores(page)
 
 
 # Pictures

@@ -210,6 +210,8 @@ def test_a_library_that_is_missing_is_named_where_it_is_needed(monkeypatch, metr
 def test_without_java_only_meteor_fails():
     with pytest.raises(ConfigError, match=r"needs Java.*default-jre"):
         score_texts(["a"], [["a"]], "meteor")
+    with pytest.warns(UserWarning, match="`meteor` is left out.*needs Java"):
+        assert "meteor" not in score_texts(["a"], [["a"]], "bleu", meteor=True)
     for metric in GENERATION:
         if metric != "meteor":
             check_libraries(metric)
@@ -233,13 +235,16 @@ def test_meteors_program_can_neither_hang_nor_print(
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(texts, "PATIENCE", (0.5, 0))
     case = ["a\nb", ""], [["a"], ["b", "c", "d", "e"]]
+    # Not asked for, it is not even started.
+    assert "meteor" not in score_texts(*case, "rouge-l")
     if isinstance(value, int):
         assert score_texts(*case, "meteor")["meteor"] == value
+        assert score_texts(*case, "rouge-l", meteor=True)["meteor"] == value
     else:
         with pytest.raises(texts.MeteorError, match=value):
             score_texts(*case, "meteor")
-        with pytest.warns(UserWarning, match=value):
-            assert "meteor" not in score_texts(*case, "rouge-l")
+        with pytest.warns(UserWarning, match=f"`meteor` is left out.*{value}"):
+            assert "meteor" not in score_texts(*case, "rouge-l", meteor=True)
     assert capfd.readouterr() == ("", "")
 
 

@@ -129,6 +129,54 @@ def test_kfac_runs_keep_their_scores(home, tmp_path):
     assert (scores.rule, scores.metadata["samples"]) == ("kfac", 8)
 
 
+def test_the_scoring_of_a_killed_run_goes_on(home, tmp_path, monkeypatch):
+    options = {"sylva": sylva_config(importance="gradient", samples=24)}
+    run(home, tmp_path / "whole", **options)
+    module = importlib.import_module("sylva_train.workflow.scoring")
+    real, ran = module.score, []
+
+    def loss(model, batch):
+        ran.append(len(batch["labels"]))
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return model(**batch).loss
+
+    now = {"loss": loss, "checkpoint_minutes": 0.0}
+    monkeypatch.setattr(module, "score", lambda *a, **given: real(*a, **given | now))
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(OutputExistsError, match=r"run\.unfinished.*interrupted"):
+        run(home, tmp_path / "run", **options)
+    run(home, tmp_path / "run", resume=True, **options)
+    assert ran == [8, 8, 8, 8]  # three batches, the second of them twice
+    assert not (tmp_path / "run.unfinished").exists()
+    for name in ("scores.safetensors", "adapter/adapter_model.safetensors"):
+        assert contents(tmp_path / "run")[name] == contents(tmp_path / "whole")[name]
+
+
+def test_options_that_nothing_can_be_chosen_with_leave_no_scoring(home, tmp_path):
+    with pytest.raises(ConfigError, match="leaves no whole block"):
+        run(home, tmp_path / "run", sylva=sylva_config(density=1e-6))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_device_that_is_not_there_stops_before_the_data(home, tmp_path):
+    about = task(home, data="nowhere.csv")
+    wrong = training(device="nothing")
+    with pytest.raises(ConfigError, match="`device` must be"):
+        finetune(about, sylva_config(), wrong, tmp_path / "run", **QUIET)
+    with pytest.raises(ConfigError, match="`device` must be"):
+        score_file(about, sylva_config(), tmp_path / "s", device="nothing", **QUIET)
+
+
+def test_the_base_model_is_not_replaced_by_what_was_made_of_it(home):
+    before = contents(home / "model")
+    with pytest.raises(OutputExistsError, match="is the base model"):
+        merge_folder(home / "run", home / "model", overwrite=True)
+    assert contents(home / "model") == before
+
+
 def test_no_batch_is_much_larger_than_those_of_training(home, tmp_path, monkeypatch):
     """Scoring and evaluation fit where training does."""
     sizes: dict[str, set[int]] = {"scoring": set(), "evaluation": set()}

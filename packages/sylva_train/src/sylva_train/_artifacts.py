@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -67,7 +68,7 @@ def write_tensors(
 
 
 def read_tensors(
-    path: str | os.PathLike[str], file_formats: str | tuple[str, ...], what: str
+    path: str | os.PathLike[str], file_format: str, what: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote.
 
@@ -75,9 +76,8 @@ def read_tensors(
     ----------
     path : path
         The file.
-    file_formats : str or tuple of str
-        The ``format`` that the header must have; of several, the first is the present
-        one.
+    file_format : str
+        The ``format`` that the header must have.
     what : str
         What the file is called in messages.
 
@@ -101,12 +101,12 @@ def read_tensors(
         raise AdapterError(msg) from error
     except OSError as error:
         # safetensors' own errors do not name a folder.
-        msg = f"the {what} file `{path}` cannot be read ({error})."
+        why = "it is a folder" if Path(path).is_dir() else error
+        msg = f"the {what} file `{path}` cannot be read ({why})."
         raise AdapterError(msg) from error
     found = header.get("format") if isinstance(header, dict) else None
-    known = (file_formats,) if isinstance(file_formats, str) else file_formats
-    if found not in known:
-        msg = f"`{path}` is not a {what} file of the format {known[0]}."
+    if found != file_format:
+        msg = f"`{path}` is not a {what} file of the format {file_format}."
         raise AdapterError(msg)
     if header.pop("sha256", None) != checksum(tensors, header):
         msg = f"the {what} file `{path}` was changed; make it again."

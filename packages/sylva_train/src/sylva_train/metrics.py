@@ -9,6 +9,7 @@ __all__ = [
     "FRACTIONS",
     "GENERATION",
     "LANGUAGE",
+    "MEANS",
     "METRICS",
     "REGRESSION",
     "key_of",
@@ -25,6 +26,8 @@ LANGUAGE = ("perplexity", "loss", "token_accuracy")
 GENERATION = (
     "bleu", "nist", "meteor", "rouge-l", "rouge-l-coco", "cider", "exact-match", "answer",
 )  # fmt: skip
+#: Those that are means over the texts, of a part of the data as well as of all.
+MEANS = ("rouge-l", "rouge-l-coco", "exact-match", "answer")
 #: Of the option that a language model finds likeliest.
 CHOICE = "choice"
 #: Of what a language model answers: it writes, or chooses.

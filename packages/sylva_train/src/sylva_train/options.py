@@ -355,6 +355,9 @@ class TaskConfig:
     metric : str, optional
         What to report, one of `sylva_train.metrics.METRICS`; by default accuracy,
         Pearson's correlation or perplexity.
+    meteor : bool
+        With another metric of what a language model writes: METEOR as well, whose Java
+        program takes from seconds to minutes.
     max_new_tokens : int
         For metrics of what a language model writes: tokens of an answer at most.
     num_beams : int
@@ -385,6 +388,7 @@ class TaskConfig:
     max_length: int = 128
     pooling: str = "auto"
     metric: str | None = None
+    meteor: bool = False
     max_new_tokens: int = 64
     num_beams: int = 1
     length_penalty: float = 1.0

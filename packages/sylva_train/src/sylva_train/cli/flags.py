@@ -79,6 +79,10 @@ PANELS = {
             f"Score to report: {either(METRICS)}; by default accuracy,"
             " pearson or perplexity.",
         ),
+        "meteor": Flag(
+            "",
+            "With another metric of what a language model writes METEOR too, by Java.",
+        ),
         "max_new_tokens": Flag(
             "N",
             "Tokens of an answer at most, for the metrics of what a language model"

@@ -18,7 +18,7 @@ from .frame import command
 from .options import EvaluationChanges, RowChanges, given
 from .processes import check_alone, joined
 
-EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric", *WRITING}
+EVALUATION = {"eval_data", "eval_split", "eval_limit", "metric", "meteor", *WRITING}
 
 
 @command(

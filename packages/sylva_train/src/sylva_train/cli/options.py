@@ -61,6 +61,7 @@ class EvaluationChanges(RowChanges):
     target_column: str | int | None = None
     eval_limit: int | None = None
     metric: str | None = None
+    meteor: bool | None = None
 
 
 #: Classes that may come from a file of options.
@@ -79,7 +80,7 @@ def flags_of(kind: type) -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {}
     for field in dataclasses.fields(kind):
         options = set(alternatives(hints[field.name])) - {types.NoneType}
-        plain = options.pop() if options in ({int}, {float}) else str
+        plain = options.pop() if options in ({int}, {float}, {bool}) else str
         optional = plain | None if field.default is None else plain
         found[field.name] = optional, field.default
     if kind is SylvaOptions:
@@ -191,7 +192,7 @@ def given(config: Any) -> list[str]:
         value = getattr(config, name, None)
         if value not in (None, default):
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            found += [f"--{name.replace('_', '-')}", text]
+            found += [f"--{name.replace('_', '-')}", *([] if value is True else [text])]
     return found
 
 

@@ -191,10 +191,11 @@ def metrics(found: Mapping[str, Any], *, as_json: bool) -> None:
         as_text(found)
         return
     numbers = {n: v for n, v in found.items() if isinstance(v, float) and n != "score"}
+    names = {"f1_binary": f"f1 of {found.get('positive')!r}"}
     facts({"data": f"{found['data']}, {found['examples']:,} examples"})
     facts(
         {
-            name.replace("_", " "): f"{value:.2%}"
+            names.get(name, name.replace("_", " ")): f"{value:.2%}"
             if name in FRACTIONS
             else f"{value:.4g}"
             for name, value in numbers.items()

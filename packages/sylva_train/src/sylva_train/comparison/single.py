@@ -129,6 +129,7 @@ def train_measured(
             model,
             eval_loader,
             metric=task.config.metric,
+            meteor=task.config.meteor,
             generation=task.config.generation,
             progress=partial(tell, "evaluating"),
         )

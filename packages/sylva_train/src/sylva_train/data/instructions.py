@@ -32,7 +32,7 @@ def is_instructions(folder: Path) -> bool:
 def read_instructions(
     folder: Path, names: Sequence[str], *, per_task: int, seed: int
 ) -> Table:
-    """Read a split: prompts, each with its shorter forms, and targets.
+    """Read a split: prompts, each with its task's name and shorter forms, and targets.
 
     A prompt is the task's definition, two positive examples and the input; its shorter
     forms have one example and none.
@@ -78,12 +78,14 @@ def read_instructions(
         for number in chosen:
             first, *others = prompts(task, every[number]["input"])
             for output in outputs(every[number])[: 1 if training else None]:
-                rows.append((len(rows) + 1, {"prompt": first, "target": output}))
+                row: Row = {"subject": name, "prompt": first, "target": output}
+                rows.append((len(rows) + 1, row))
                 shorter.append(tuple(others))
     if not rows:
         msg = f"{source}: the tasks have no instances; expected at least one."
         raise DataError(msg)
-    return Table(str(source), ("prompt", "target"), 2, rows, shorter=tuple(shorter))
+    columns = ("subject", "prompt", "target")
+    return Table(str(source), columns, 3, rows, shorter=tuple(shorter))
 
 
 def read_task(file: Path) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from transformers import GenerationConfig
 from sylva_train._checks import ConfigError, DataError, check_choice
 from sylva_train._torch import preserved_modes
 from sylva_train.data import Loader, TextDataset
-from sylva_train.metrics import ANSWERS, CHOICE, METRICS, key_of
+from sylva_train.metrics import ANSWERS, CHOICE, MEANS, METRICS, key_of
 from sylva_train.progress import Report
 
 from .choice import choice_metrics
 from .generation import write
 from .labels import label_metrics
-from .texts import check_libraries, score_texts
+from .texts import check_libraries, score_groups, score_texts
 
 __all__ = ["check_prompts", "evaluate"]
 
@@ -28,6 +28,7 @@ def evaluate(
     loader: Iterable[Mapping[str, torch.Tensor]],
     metric: str | None = None,
     *,
+    meteor: bool = False,
     predictions: bool = False,
     generation: GenerationConfig | None = None,
     progress: Report | None = None,
@@ -54,6 +55,8 @@ def evaluate(
         ``"rouge-l"``, ``"rouge-l-coco"``, ``"cider"``, ``"exact-match"``, ``"answer"``;
         needs ``pip install 'sylva-train[metrics]'``), or which of the targets it finds
         likeliest (``"choice"``).
+    meteor : bool
+        Whether to have METEOR beside another metric of what a model writes.
     predictions : bool
         Whether to return the predictions as well, in the order of the data set.
     generation : transformers.GenerationConfig, optional
@@ -66,17 +69,19 @@ def evaluate(
     dict
         For classes ``accuracy``, ``f1`` (macro average over the classes that occur or
         are predicted), ``f1_binary`` (of two classes, the second's, as GLUE reports for
-        MRPC and QQP), ``mcc`` (Matthews correlation coefficient) and ``loss`` (mean
+        MRPC and QQP; of a `Loader` ``positive`` names it), ``mcc`` (Matthews correlation coefficient) and ``loss`` (mean
         cross-entropy). For numbers the correlations ``pearson`` and ``spearman``, 0
         where either side is constant, and ``mse`` (mean squared error). For tokens
         ``loss`` (mean over all tokens that count, whatever the batches), ``perplexity``
         (its exponential) and ``token_accuracy``.
 
-        For what a model writes ``bleu``, ``nist``, ``meteor``, ``rouge_l``,
-        ``rouge_l_coco``, ``cider``, ``exact_match`` and ``answer``, as
+        For what a model writes ``bleu``, ``nist``, ``rouge_l``, ``rouge_l_coco``,
+        ``cider``, ``exact_match``, ``answer`` and, if asked for, ``meteor``, as
         `sylva_train.evaluation.score_texts` has them; rows with the same text are one
         example with several references. For what it chooses ``choice``, the fraction of
-        right options, and, where the data set has groups, ``groups``: that of each.
+        right options. Where the data set has groups (MMLU's subjects, the tasks of
+        Super-NaturalInstructions) ``groups`` has the score of each, if that is ``choice``,
+        or a mean over the texts: ``rouge_l``, ``rouge_l_coco``, ``exact_match``, ``answer``.
 
         For all of them ``score``, ``metric``, ``higher_is_better`` and ``examples``. With
         ``predictions`` the NumPy arrays ``predictions``, ``labels`` and ``logits``; of a
@@ -103,7 +108,7 @@ def evaluate(
             check_libraries(metric)
             checked = check_writer(model, loader, metric)
             found = answer_metrics(
-                model, checked, metric, predictions, generation, progress
+                model, checked, metric, meteor, predictions, generation, progress
             )
         else:
             found, metric = label_metrics(
@@ -151,24 +156,30 @@ def answer_metrics(
     model: Any,
     loader: Loader,
     metric: str,
+    meteor: bool,
     predictions: bool,
     generation: GenerationConfig | None,
     progress: Report | None,
 ) -> dict[str, Any]:
     """Return the metrics of what a model writes or chooses."""
     data = loader.dataset
+    found: dict[str, Any]
     if metric == CHOICE:
         prompts = [str(text) for text in data.texts]
         references = [[target] for target in data.targets]
         found, answers = choice_metrics(model, loader, progress)
     else:
-        groups: dict[str, list[str]] = {}
+        targets: dict[str, list[str]] = {}
         for text, target in zip(data.texts, data.targets, strict=True):
-            groups.setdefault(str(text), []).append(target)
-        prompts, references = list(groups), list(groups.values())
+            targets.setdefault(str(text), []).append(target)
+        prompts, references = list(targets), list(targets.values())
         answers = write(model, loader, prompts, generation, progress)
-        found = score_texts(answers, references, metric)
-        found["examples"] = len(prompts)
+        scores = score_texts(answers, references, metric, meteor=meteor)
+        found = {**scores, "examples": len(prompts)}
+        if data.groups and metric in MEANS:
+            group_of = dict(zip(map(str, data.texts), data.groups, strict=True))
+            names = [group_of[prompt] for prompt in prompts]
+            found["groups"] = score_groups(answers, references, names, metric)
     if predictions:
         found |= {"prompts": prompts, "references": references, "predictions": answers}
     return found

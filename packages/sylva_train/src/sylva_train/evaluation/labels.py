@@ -61,6 +61,9 @@ def label_metrics(
     if key_of(metric) not in found:
         msg = f"`metric` {metric!r} is for two classes; the model has another number."
         raise ConfigError(msg)
+    names = loader.dataset.label_names if isinstance(loader, Loader) else []
+    if "f1_binary" in found and len(names) == 2:
+        found["positive"] = names[1]
     found["examples"] = sum(part["examples"] for part in parts)
     if predictions:
         found |= in_order(parts, loader)

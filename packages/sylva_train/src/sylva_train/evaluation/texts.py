@@ -20,7 +20,7 @@ from typing import Any
 from sylva_train._checks import ConfigError, DataError, SylvaError, check_choice
 from sylva_train.metrics import GENERATION, key_of
 
-__all__ = ["check_libraries", "score_texts"]
+__all__ = ["check_libraries", "score_groups", "score_texts"]
 
 #: What each metric imports; all of it comes with the extra ``metrics``.
 LIBRARIES = {
@@ -60,17 +60,22 @@ def check_libraries(metric: str) -> None:
             raise ConfigError(msg)
     if metric == "meteor" and shutil.which("java") is None:
         msg = (
-            '`metric` "meteor" needs Java, and no `java` is on the PATH; install a Java'
-            " runtime (Debian: `apt install default-jre-headless`), or ask for another"
-            " metric."
+            "METEOR needs Java, and no `java` is on the PATH; install a Java runtime"
+            " (Debian: `apt install default-jre-headless`), or do not ask for it."
         )
         raise ConfigError(msg)
 
 
 def score_texts(
-    answers: Texts, references: References, metric: str | None = None
+    answers: Texts,
+    references: References,
+    metric: str | None = None,
+    *,
+    meteor: bool = False,
 ) -> dict[str, float]:
     """Score texts by every metric of `GENERATION` that can be computed.
+
+    METEOR alone must be asked for: its Java program takes from seconds to minutes.
 
     Parameters
     ----------
@@ -80,18 +85,21 @@ def score_texts(
         At least one for each of them.
     metric : str, optional
         The metric that must be among those found. Others are left out where their
-        library or Java is not installed, and ``"answer"`` where a prompt has no
-        reference with a number.
+        library is not installed, and ``"answer"`` where a prompt has no reference with a
+        number.
+    meteor : bool
+        Whether METEOR is wanted beside another metric; it is left out with a warning
+        where it cannot be had.
 
     Returns
     -------
     dict of str to float
         ``bleu``, from 0 to 100: sacrebleu, mteval-v13a's tokens without case. ``nist``:
         n-grams of up to five of the same tokens, any of the references matched, as
-        mteval-v13a and the E2E challenge do. ``meteor``, from 0 to 1: version 1.5 with
-        normalisation, of tokens without punctuation. ``cider``, from 0 to 10, of the
-        same tokens. ``rouge_l``, from 0 to 1: mean F-measure against the best reference,
-        of stems (as Super-NaturalInstructions has it). ``rouge_l_coco``, from 0 to 1: that
+        mteval-v13a and the E2E challenge do. ``meteor`` if asked for, from 0 to 1:
+        version 1.5 with normalisation, of tokens without punctuation. ``cider``, from 0
+        to 10, of the same tokens. ``rouge_l``, from 0 to 1: mean F-measure against the best
+        reference, of stems (as Super-NaturalInstructions has it). ``rouge_l_coco``, from 0 to 1: that
         of the E2E challenge, of CIDEr's tokens: the best precision and the best recall of
         any reference, recall weighed more. ``exact_match``, from 0 to 1: without case,
         punctuation and blanks. ``answer``, from 0 to 1: the number after
@@ -103,7 +111,7 @@ def score_texts(
     ConfigError
         If ``metric`` needs what is not installed.
     MeteorError
-        If ``metric`` is ``"meteor"`` and its program fails; a warning if it is not.
+        If ``metric`` is ``"meteor"`` and its program fails.
     DataError
         If there is no text, or one without a reference.
     """
@@ -117,15 +125,33 @@ def score_texts(
         raise DataError(msg)
     found = {}
     for name in GENERATION:
+        if name == "meteor" and not (meteor or metric == name):
+            continue
         try:
             check_libraries(name)
             found[key_of(name)] = SCORERS[name](answers, references)
         except SylvaError as error:
             if name == metric:
                 raise
-            if isinstance(error, MeteorError):
-                warnings.warn(str(error), stacklevel=2)
+            if name == "meteor":
+                warnings.warn(f"`meteor` is left out: {error}", stacklevel=2)
     return found
+
+
+def score_groups(
+    answers: Texts, references: References, names: Sequence[str], metric: str
+) -> dict[str, float]:
+    """Return a metric of each group of texts, by the name that each text has."""
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(name, []).append(place)
+    score = SCORERS[metric]
+    return {
+        name: score(
+            [answers[i] for i in places[name]], [references[i] for i in places[name]]
+        )
+        for name in sorted(places)
+    }
 
 
 class MeteorError(SylvaError, RuntimeError):

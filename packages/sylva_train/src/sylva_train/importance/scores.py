@@ -15,8 +15,6 @@ from sylva_train.curvature import block_sums
 __all__ = ["LayerScores", "Scores", "check_finite"]
 
 FORMAT = "sylva-scores/2"
-#: Files from before `LayerScores.additive`, all of whose scores are.
-FORMATS = (FORMAT, "sylva-scores/1")
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ class Scores(Layers[LayerScores]):
         AdapterError
             If the file is damaged, was changed, or is not a score file.
         """
-        tensors, header = read_tensors(path, FORMATS, "score")
+        tensors, header = read_tensors(path, FORMAT, "score")
         layers = {
             name: LayerScores(
                 tuple(info["shape"]),
@@ -139,7 +137,7 @@ class Scores(Layers[LayerScores]):
                 tensors.get(f"{name}.s_in"),
                 tensors.get(f"{name}.grid"),
                 info["unit"],
-                info.get("additive", True),
+                info["additive"],
             )
             for name, info in header["layers"].items()
         }

@@ -167,14 +167,11 @@ def _ranges(grid: Mapping[str, Any]) -> dict[str, list[Range]]:
 
 
 def _example(page: Page, method: str, grid: Mapping[str, Any]) -> str:
-    """Return one matrix's block scores, in place and sorted: the factor's layer."""
-    wanted = str((page.results.get("factor") or {}).get("layer"))
-    there = [name for name in grid if grid[name].get("grid")]
-    if not there:
+    """Return the block scores of the matrix that has them all, in place and sorted."""
+    name = next((name for name in grid if grid[name].get("grid")), None)
+    if name is None:
         return ""
     chosen: Mapping[str, LayerMask] = page.masks.get(method, {})
-    full = [name for name in there if len(chosen.get(name, ()))] or there
-    name = wanted if wanted in full else full[len(full) // 2]
     blocks = np.zeros((0, 2), dtype=np.int64)
     if name in chosen:
         blocks = chosen[name].indices.numpy()

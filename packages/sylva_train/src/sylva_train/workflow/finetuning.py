@@ -28,12 +28,18 @@ from sylva_train.options import SCORING, SELECTION, SylvaOptions, samples_to_sco
 from sylva_train.processes import agree, is_first, together
 from sylva_train.progress import Progress
 from sylva_train.selection import select_as
-from sylva_train.training import number_of_steps, train
+from sylva_train.training import number_of_steps, pick_device, train
 from sylva_train.tuner import save_adapter
 
 from .outputs import check_folder, differences
 from .runs import FORMAT, RECORD, read_run
-from .scoring import check_targets, examples_seen, score_task, sylva_options
+from .scoring import (
+    begin_scoring,
+    check_targets,
+    examples_seen,
+    score_task,
+    sylva_options,
+)
 from .task import SCORED, Task, heads, load_task, located
 
 __all__ = ["finetune"]
@@ -96,8 +102,9 @@ def finetune(
         Chosen or scored before; nothing is scored then, and the options that they were
         made with take the place of ``config``'s.
     resume : bool
-        Go on with an interrupted run in ``output``, to the identical weights; begin it
-        where there is none.
+        Go on with an interrupted run in ``output``, or with its scoring, which is kept
+        every ten minutes in a folder beside it (its name and ``.unfinished``), to the
+        identical weights; begin it where there is none.
     overwrite : bool
         Whether to replace a run that is there. It is deleted when the new one's blocks
         are chosen and its training begins.
@@ -116,9 +123,10 @@ def finetune(
     Raises
     ------
     OutputExistsError
-        If ``output`` exists and neither ``resume`` nor ``overwrite`` is set.
+        If ``output`` or scoring for it exists and neither ``resume`` nor ``overwrite``
+        is set.
     ConfigError
-        If ``resume`` meets a run with other options.
+        If ``resume`` meets a run or scoring with other options.
     SylvaError
         Whatever stops scoring, training or saving.
     """
@@ -136,7 +144,10 @@ def finetune(
         begun = begun_run(output, wanted, resume=resume, overwrite=overwrite)
     if begun is not None and begun["finished"]:
         return begun
-    first = is_first()
+    first, unfinished = is_first(), None
+    if begun is None and given is None:
+        unfinished = begin_scoring(output, resume=resume, overwrite=overwrite)
+    pick_device(training.device)  # refused before any time is spent on the data
     with Progress(enabled=progress) as bars:
         task = load_task(task_config, seed=training.seed)
         bars.say(
@@ -154,9 +165,15 @@ def finetune(
             masks = Masks.load(output / MASKS)
             wanted["scoring"] = begun.get("scoring")
         elif masks is None:
-            masks, scores, wanted["scoring"] = choose(
-                task, config, training, seen, scores, bars
-            )
+            try:
+                masks, scores, wanted["scoring"] = choose(
+                    task, config, training, seen, scores, unfinished, bars
+                )
+            except ConfigError:
+                # What was scored must not be in the way of other options.
+                if unfinished is not None and not resume and first:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                raise
         config.samples = samples_to_score(config.samples, seen)
         total = sum(p.numel() for p in task.model.parameters())
         agree(masks.digest(), "blocks to train")
@@ -165,6 +182,8 @@ def finetune(
         with together():
             if begun is None and first:
                 begin(output, wanted, masks, scores, overwrite=overwrite)
+                if unfinished is not None:
+                    shutil.rmtree(unfinished, ignore_errors=True)
         loaders = loader, eval_loader
         found = train_blocks(
             task, loaders, config, training, output, masks, resume, bars
@@ -183,6 +202,7 @@ def choose(
     training: TrainingConfig,
     seen: int,
     scores: Scores | None,
+    unfinished: Path | None,
     bars: Progress,
 ) -> tuple[Masks, Scores, dict[str, Any] | None]:
     """Choose blocks by scores, which are made where there are none; say what that took."""
@@ -198,6 +218,7 @@ def choose(
             batch_size=min(SCORED, training.batch_size),
             device=training.device,
             progress=bars,
+            checkpoint=unfinished,
         )
         seconds = time.perf_counter() - start
         scoring = {"samples": scores.metadata["samples"], "seconds": seconds}
@@ -328,6 +349,7 @@ def train_blocks(
             evaluate,
             loader=eval_loader,
             metric=task.config.metric,
+            meteor=task.config.meteor,
             generation=task.config.generation,
             progress=bars.stage("evaluating"),
         ),

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -33,6 +34,8 @@ FOLDERS = {
 }
 #: The beginning of a file's format.
 FILES = {"sylva-masks": "masks", "sylva-scores": "scores"}
+#: Blocks of a layer of which a picture is drawn: of many more it would take gigabytes.
+MOST_DRAWN = 1 << 20
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
@@ -208,7 +211,7 @@ def mask_entries(masks: Masks) -> dict[str, Any]:
 def score_entries(scores: Scores, masks: Masks) -> dict[str, Any]:
     """Return quantiles of the block scores and the selection threshold as JSON.
 
-    The scores of all blocks are of one layer alone, the one that the report draws: all
+    The scores of all blocks, ``grid``, are of one layer alone, which the report draws: all
     layers' are millions of numbers.
     """
     names = list(masks)
@@ -220,11 +223,12 @@ def score_entries(scores: Scores, masks: Masks) -> dict[str, Any]:
     for name, mask in masks.items():
         blocks = scores[name].blocks(mask.block_size)
         best = blocks[mask.indices[:, 0], mask.indices[:, 1]]
-        quantiles = blocks.flatten().quantile(torch.linspace(0, 1, 101).double())
+        # torch's own takes 2²⁴ numbers at most.
+        quantiles = np.quantile(blocks.numpy(), np.linspace(0, 1, 101))
         entries[name] = {
             "block_scores_quantiles": quantiles.tolist(),
             "threshold": float(best.min()) if len(best) else None,
         }
-        if name == drawn:
+        if name == drawn and blocks.numel() <= MOST_DRAWN:
             entries[name]["grid"] = blocks.tolist()
     return entries

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from sylva_train._checks import AdapterError, ConfigError
+from sylva_train._checks import AdapterError, ConfigError, OutputExistsError
 from sylva_train._files import atomic_folder, atomic_write
 from sylva_train.config import TaskConfig
 from sylva_train.evaluation import evaluate
@@ -203,6 +203,7 @@ def evaluate_folder(
             model,
             loader,
             metric=task.metric,
+            meteor=task.meteor,
             predictions=answers is not None,
             generation=task.generation,
             progress=bars.stage("evaluating"),
@@ -250,13 +251,17 @@ def merge_folder(
     Raises
     ------
     OutputExistsError
-        If ``output`` exists and not ``overwrite``.
+        If ``output`` exists and not ``overwrite``, or it is the base model.
     SylvaError
         If the folder or its base model cannot be used.
     """
     check_folder(output, marks=["config.json"], overwrite=overwrite)
-    model, tokenizer, _ = load_folder(folder, base=base)
+    model = Path(base or read_run(folder)["task"]["model"])
+    if Path(output).resolve() == model.expanduser().resolve():
+        msg = f"`{output}` is the base model, which the adapter needs; choose another path."
+        raise OutputExistsError(msg)
+    loaded, tokenizer, _ = load_folder(folder, base=base)
     with atomic_folder(output, overwrite=overwrite) as temporary, quiet():
-        merged: Any = merge(model)
+        merged: Any = merge(loaded)
         merged.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

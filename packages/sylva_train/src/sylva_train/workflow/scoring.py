@@ -33,6 +33,7 @@ from .outputs import check_file, differences
 from .task import SCORED, Task, load_task, located
 
 __all__ = [
+    "begin_scoring",
     "check_targets",
     "examples_seen",
     "score_file",
@@ -43,7 +44,7 @@ __all__ = [
 #: Options that change no score, the block size not being one of them.
 LATER = SELECTION - {"block_size"} | {"modules_to_save"}
 #: Options of a task that say how to evaluate.
-EVALUATION = {"eval_limit", "metric", *WRITING}
+EVALUATION = {"eval_limit", "metric", "meteor", *WRITING}
 
 
 def sylva_options(config: SylvaConfig) -> dict[str, Any]:
@@ -86,6 +87,37 @@ def finished(output: Path, wanted: dict[str, Any]) -> Scores | None:
         )
         raise ConfigError(msg)
     return scores
+
+
+def unfinished_folder(output: str | os.PathLike[str]) -> Path:
+    """Return where unfinished scoring for an output is kept: beside it."""
+    return Path(f"{Path(output)}.unfinished")
+
+
+def begin_scoring(
+    output: str | os.PathLike[str], *, resume: bool, overwrite: bool
+) -> Path:
+    """Return the folder of unfinished scoring for an output; there is none to begin with.
+
+    Raises
+    ------
+    OutputExistsError
+        If there is one, and neither ``resume`` nor ``overwrite``.
+    """
+    folder = unfinished_folder(output)
+    with together():
+        stale = folder.exists() and not resume
+        if stale and not overwrite:
+            msg = (
+                f"`{folder}` has scoring that was interrupted: go on with it"
+                " (`resume=True`, `--resume`), or begin anew (`overwrite=True`,"
+                " `--overwrite`)."
+            )
+            raise OutputExistsError(msg)
+    with together():
+        if stale and is_first():
+            shutil.rmtree(folder)
+    return folder
 
 
 def check_targets(task: Task, config: SylvaConfig) -> None:
@@ -240,31 +272,20 @@ def score_file(
     SylvaError
         Whatever stops reading, loading or scoring; nothing is written then.
     """
-    unfinished = Path(f"{os.fspath(output)}.unfinished")
-    first = is_first()
     task_config = located(task_config)
     # What is asked for is the number, however it was asked for.
     config = dataclasses.replace(config, samples=samples_to_score(config.samples))
     wanted = asked(task_config, config, seed)
     with together():
-        begun = unfinished.exists()
+        begun = unfinished_folder(output).exists()
         if resume and not overwrite and not begun:
             done = finished(Path(output), wanted)
             if done is not None:
                 return done
         # What was begun may replace a file, or it would not have been begun.
         check_file(output, overwrite=overwrite or (resume and begun))
-        stale = begun and not resume
-        if stale and not overwrite:
-            msg = (
-                f"`{unfinished}` has scoring that was interrupted: go on with it"
-                " (`resume=True`, `--resume`), or begin anew (`overwrite=True`,"
-                " `--overwrite`)."
-            )
-            raise OutputExistsError(msg)
-    with together():
-        if stale and first:
-            shutil.rmtree(unfinished)
+    unfinished = begin_scoring(output, resume=resume, overwrite=overwrite)
+    pick_device(device)  # refused before any time is spent on the data
     with Progress(enabled=progress) as bars:
         task = load_task(task_config, seed=seed, evaluation=False)
         check_targets(task, config)
@@ -280,7 +301,7 @@ def score_file(
         )
     scores.metadata["asked"] = wanted
     with together():
-        if first:
+        if is_first():
             scores.save(output)
             shutil.rmtree(unfinished, ignore_errors=True)
     return scores
