@@ -131,6 +131,23 @@ def test_blocks_of_exactly_low_rank_cost_a_few_rows():
     assert seen <= n * (H.tree.leaf_size + 160 + 8 * levels)
 
 
+def test_small_matrices_take_few_calls_of_a_kernel():
+    """There a call takes longer than the entries that it gives."""
+    x, calls = np.linspace(0, 1, 4096), 0
+
+    def kernel(a, b):
+        nonlocal calls
+        calls += 1
+        return np.exp(-abs(a - b))
+
+    H = hm.from_kernel(kernel, x, rtol=1e-10, leaf_size=32)
+    # the leaves, symmetry and the pivots' search; for each larger level pivots, corners in
+    # parts and other entries; smaller blocks in parts
+    large, small = 4, 3
+    assert len(H.ranks) == large + small
+    assert calls <= 14 + 5 * large + 2 * small
+
+
 @pytest.mark.parametrize("spikes", ["row", "column", "entry"])
 def test_false_convergence_is_caught(spikes, rng):
     """Smooth blocks with something rough in them: wrong determinants elsewhere."""

@@ -147,3 +147,15 @@ def test_points_unlike_any_pivot_are_compared_whole():
     A = gaussian(x[:, None], x) + 0.01 * np.eye(1900)
     H = hm.from_kernel(gaussian, x, nugget=0.01, rtol=1e-6)
     assert relative(H, A) < 1e-6
+
+
+def test_blocks_of_up_to_512_points_are_compared_whole():
+    """A few pairs at one distance stand out, none of them close: no sample meets them."""
+    x = np.random.default_rng(1).random((1000, 2))
+
+    def kernel(a, b):
+        d = np.sqrt(((a - b) ** 2).sum(axis=-1))
+        return 1 / (1 + d**2) + (abs(d - 0.4) < 4e-6)
+
+    H = hm.from_kernel(kernel, x, rtol=1e-4)
+    assert relative(H, kernel(x[:, None], x)) <= 1e-4

@@ -166,6 +166,28 @@ class Blocks:
             x[:, :, part] = y
         return x
 
+    def column_by_column(self) -> Callable[[Array], Array]:
+        """Return a function of places ``b m + j`` (b,) that gives columns j (b, m).
+
+        What it takes to evaluate any of them is made once.
+        """
+        xp, (b, m) = self.xp, self.rows.shape[:2]
+
+        def flat(x: Array) -> Array:
+            return xp.reshape(x, (b * m, *x.shape[2:]))
+
+        columns = flat(self.columns)
+        real = None if self.real is None else (self.real[0], flat(self.real[1]))
+
+        def column(places: Array) -> Array:
+            right = xp.take(columns, places, axis=0)[:, None, ...]
+            x = self.function(self.rows, right)
+            if real is None:
+                return x
+            return masked(x, real[0], xp.take(real[1], places, axis=0)[:, None])
+
+        return column
+
     def dense(self, some: slice = slice(None)) -> Array:
         """Return the blocks as arrays (b, m, m), or some of their rows."""
         x = self.function(self.rows[:, some, None, ...], self.columns[:, None, ...])

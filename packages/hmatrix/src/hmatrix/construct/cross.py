@@ -21,7 +21,7 @@ from hmatrix._backend import (
     to_numpy,
     transpose,
 )
-from hmatrix.construct.blocks import CHUNK, Blocks, chunks, pick
+from hmatrix.construct.blocks import Blocks, chunks, pick
 from hmatrix.construct.pivots import GROUP, SAMPLE, Pivots, gather, search
 from hmatrix.construct.residual import residual, strays
 from hmatrix.construct.sampled import cut_dense, replace_blocks, scatter
@@ -32,8 +32,8 @@ __all__ = ["Found", "approximate"]
 Found = tuple[LowRank, Array]
 
 #: Entries of smaller blocks that are evaluated at once on the host: as many for each row, so
-#: that they are small beside the matrix, and at most.
-ENTRIES, MOST = 16, 2**18
+#: that they are small beside the matrix, at least and at most.
+ENTRIES, LEAST, MOST = 16, 2**17, 2**18
 #: Blocks up to this size are cut from all entries if cross approximation fails.
 DENSE = 2048
 
@@ -72,7 +72,7 @@ def approximate(
     """
     if blocks.size <= SAMPLE:
         # all of their entries would be looked at in any case
-        size = min(max(CHUNK, ENTRIES * blocks.count * blocks.size), MOST)
+        size = min(max(LEAST, ENTRIES * blocks.count * blocks.size), MOST)
         return [
             whole(blocks.group(some), tolerance, max_rank, expected)
             for some in chunks(blocks.space, blocks.count, blocks.size**2, size)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from typing import Any
-
-import numpy as np
 
 from hmatrix._backend import (
     Array,
@@ -42,21 +41,21 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
 
     ``dims`` trailing axes of a label are those of a point.
     """
-    xp = space.xp
+    xp, turned = space.xp, dims and space.on_host
 
     def entries(a: Array, b: Array) -> Array:
-        if dims and space.on_host:
+        if turned:
             a, b = map(_by_coordinates, (a, b))
         x = function(a, b)
-        check_place(x, a)
-        if Space.of(x).is_complex and not space.is_complex:
+        if check_place(x, a).is_complex and not space.is_complex:
             msg = (
                 f"The function gave {dtype_name(x.dtype)} entries for a matrix of "
                 f"{space.name}; give `dtype`, or take the real part."
             )
             raise DTypeError(msg)
         shapes = (s[: len(s) - dims] for s in (tuple(a.shape), tuple(b.shape)))
-        expected = np.broadcast_shapes(*shapes)
+        # both have as many axes, and none of them is empty
+        expected = tuple(map(max, *shapes))
         if tuple(x.shape) != expected:
             msg = (
                 f"The function must give an array of shape {expected} for arguments of "
@@ -67,7 +66,8 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
             raise ShapeError(msg)
         x = detach(x)
         # a sum is faster, and finite if all entries are, unless it overflows
-        if not bool(xp.isfinite(xp.sum(x))) and not bool(xp.all(xp.isfinite(x))):
+        total = complex(xp.sum(x))
+        if not cmath.isfinite(total) and not bool(xp.all(xp.isfinite(x))):
             msg = "The function gave NaN or infinite entries; it must be finite everywhere."
             raise NonFiniteError(msg)
         return xp.astype(x, space.dtype, copy=False)
@@ -75,11 +75,11 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
     return entries
 
 
-def check_place(x: Any, labels: Array) -> None:
-    """Raise unless ``x`` is an array in the library and on the device of the labels."""
+def check_place(x: Any, labels: Array) -> Space:
+    """Return the space of ``x``; raise unless it is an array where the labels are."""
     expected, found = Space.of(labels), Space.of(x) if is_array(x) else None
     if found and found.xp is expected.xp and found.device == expected.device:
-        return
+        return found
     got = found.place if found else type(x).__name__
     msg = (
         f"The function must give a {expected.place} array, got {got}; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -33,6 +33,8 @@ from hmatrix.tree import ClusterTree
 
 __all__ = ["build"]
 
+#: Entries of each row and each column that are compared with their mirror images.
+LOOKS = 8
 #: For each level, batches of the blocks on one side of the diagonal, with their errors.
 Side = list[list[Found]]
 
@@ -267,11 +269,16 @@ def looks_hermitian(
     if leaves.shape[0] == 1:
         return True
     chance = np.random.default_rng(seed)
-    if n > 2 * SAMPLE:
-        pairs = [(np.arange(n), chance.permutation(n)) for _ in range(8)]
-    else:
-        pairs = [np.tril_indices(n, -1)]
-    for pair in pairs:
+
+    def pairs() -> Iterator[tuple[np.ndarray, ...]]:
+        if n <= 2 * SAMPLE:
+            yield np.tril_indices(n, -1)
+            return
+        for some in chunks(space, LOOKS, n):
+            orders = [chance.permutation(n) for _ in range(LOOKS)[some]]
+            yield np.tile(np.arange(n), len(orders)), np.concatenate(orders)
+
+    for pair in pairs():
         a, b = (xp.take(labels, space.integers(i), axis=0) for i in pair)
         if not bool(xp.all(function(a, b) == conjugate(function(b, a)))):
             return False

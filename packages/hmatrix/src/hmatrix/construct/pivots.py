@@ -17,7 +17,7 @@ from hmatrix._backend import (
     to_numpy,
     transpose,
 )
-from hmatrix.construct.blocks import Blocks, chunks, pick
+from hmatrix.construct.blocks import Blocks, chunks
 from hmatrix.construct.places import grid
 from hmatrix.construct.residual import Left, compare, residual
 
@@ -178,16 +178,17 @@ def cross(
     ) * 2
     alive = xp.ones((b,), dtype=xp.bool, device=space.device)
     quiet, nulls = (xp.zeros((b,), dtype=xp.int64, device=space.device),) * 2
-    largest = space.real.zeros(b)
+    # what rounding leaves of an entry is no pivot, nor is what would overflow u
+    least = space.eps * tolerance
     row = xp.zeros((b,), dtype=xp.int64, device=space.device) + m // 2
-    row_at, column_at = blocks.adjoint.at_columns, blocks.at_columns
     # in small problems time goes by the number of calls: what all steps use is made once
+    row_at, column_at = blocks.adjoint.column_by_column(), blocks.column_by_column()
     zero, real_zero, no_steps = space.zeros(1), space.real.zeros(1), quiet[:1]
     first = m * xp.arange(b, device=space.device)
 
     def chosen(x: Array, places: Array) -> Array:
-        """Return ``x[b, places[b]]`` of x (b, m)."""
-        return xp.take(xp.reshape(x, (-1,)), first + places, axis=0)
+        """Return ``x[b, p, ...]`` of x (b, m, ...) at ``places`` (b,), ``b m + p``."""
+        return xp.take(xp.reshape(x, (b * m, *x.shape[2:])), places, axis=0)
 
     for taken in range(m):
         k = len(steps)
@@ -196,38 +197,39 @@ def cross(
         if taken == m // WIDE and b * m * m <= TABLE:
             # what has been evaluated is a good part of all entries, and more is to come
             x = evaluated(blocks)
-            row_at = partial(pick, conjugate(x))
-            column_at = partial(pick, contiguous(transpose(x)))
+            row_at = partial(chosen, conjugate(x))
+            column_at = partial(chosen, contiguous(transpose(x)))
         if k == U.shape[1]:
             more = space.zeros(b, min(k, m - k), m)
             U, V = xp.concat([U, more], axis=1), xp.concat([V, more], axis=1)
         for turn in range(TURNS):
             # residual row, conjugated: a column of the adjoint blocks
-            v = row_at(row[:, None])
-            largest = xp.maximum(largest, xp.max(xp.abs(v[:, 0, :]), axis=-1))
-            v = (v - conjugate(at(U, k, row)) @ V[:, :k, :])[:, 0, :]
+            i = first + row
+            v = row_at(i)
+            most = xp.max(xp.abs(v), axis=-1)
+            least = xp.maximum(least, 8 * space.eps * most)
+            v = v - _combined(U, V, k, row) if k else v
             size = xp.where(used_columns, real_zero, xp.abs(v))
             column = xp.argmax(size, axis=-1)
-            pivot = chosen(v, column)
-            # what rounding leaves of an entry is no pivot, nor is what would overflow u
-            least = space.eps * xp.maximum(8 * largest, tolerance)
-            good = alive & (xp.abs(pivot) > least)
-            u = column_at(column[:, None])
-            u = (u - conjugate(at(V, k, column)) @ U[:, :k, :])[:, 0, :]
+            j = first + column
+            pivot = chosen(size, j)
+            u = column_at(j)
+            u = u - _combined(V, U, k, column) if k else u
             # a row that is small everywhere (far from a narrow kernel's diagonal, say)
             # has no pivot to divide the column by: go where the column is large
             size = xp.where(used_rows, real_zero, xp.abs(u))
             top = xp.argmax(size, axis=-1)
-            high = chosen(size, top)
-            turned = alive & (high > GROWTH * xp.abs(pivot)) & (high > least)
+            high = chosen(size, first + top)
+            turned = alive & (high > xp.maximum(GROWTH * pivot, least))
             if turn + 1 == TURNS or not bool(xp.any(turned)):
                 break
             row = xp.where(turned, top, row)
-        same = rows == chosen(rows, row)[:, None]
+        good = alive & (pivot > least)
+        same = rows == chosen(rows, i)[:, None]
         used_rows = used_rows | (alive[:, None] & same)
-        same = columns == chosen(columns, column)[:, None]
+        same = columns == chosen(columns, j)[:, None]
         used_columns = used_columns | (good[:, None] & same)
-        u = u / xp.where(good, conjugate(pivot), zero + 1)[:, None]
+        u = u / xp.where(good, conjugate(chosen(v, j)), zero + 1)[:, None]
         u = xp.where(good[:, None], u, zero)
         v = xp.where(good[:, None], v, zero)
         norm = xp.linalg.vector_norm(u, axis=-1) * xp.linalg.vector_norm(v, axis=-1)
@@ -243,8 +245,8 @@ def cross(
                 break
             norms, row = left(*(transpose(x[:, : len(steps), :]) for x in (U, V)))
             # more than rounding, and than what steps of this size may leave
-            limits = xp.maximum(LEFT * tolerance, 8 * space.eps * m * largest)
-            alive = (norms > limits) & ~chosen(used_rows, row)
+            limits = xp.maximum(LEFT * tolerance, m * least)
+            alive = (norms > limits) & ~chosen(used_rows, first + row)
             if not bool(xp.any(alive)):
                 break
             quiet, nulls = (xp.zeros_like(x) for x in (quiet, nulls))
@@ -264,13 +266,10 @@ def evaluated(blocks: Blocks) -> Array:
     return x
 
 
-def at(U: Array, k: int, places: Array) -> Array:
-    """Return ``U[b, :k, places[b]]`` of U (b, r, m): (b, 1, k)."""
-    space, (b, r, m) = Space.of(U), U.shape
-    xp, device = space.xp, space.device
-    index = (r * m * xp.arange(b, device=device) + places)[:, None]
-    index = xp.reshape(index + m * xp.arange(k, device=device), (-1,))
-    return xp.reshape(xp.take(xp.reshape(U, (-1,)), index, axis=0), (b, 1, k))
+def _combined(U: Array, V: Array, k: int, places: Array) -> Array:
+    """Return ``conj(U[b, :k, places[b]]) V[b, :k]`` of U and V (b, r, m): (b, m)."""
+    coefficients = transpose(gather(U[:, :k, :], places[:, None]))
+    return (conjugate(coefficients) @ V[:, :k, :])[:, 0, :]
 
 
 def gather(U: Array, places: Array) -> Array:

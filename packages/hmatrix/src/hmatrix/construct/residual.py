@@ -49,11 +49,13 @@ def residual(blocks: Blocks, U: Array, V: Array, sample: int, *seed: int) -> Lef
     order, numbers = chance.permutation(m), np.arange(m)
     shifts = chance.integers(0, m, (PASSES, b, 1))
     squares = space.real.zeros(b, m)
-    for part in chunks(blocks.space, m, b * U.shape[-1]):
-        i = xp.broadcast_to(space.integers(numbers[part]), (b, part.stop - part.start))
-        for shift in shifts:
-            j = space.integers(order[(numbers[part] + shift) % m])
-            squares[:, part] += m / PASSES * _squares(blocks, i, j, U, V, part)
+    for part in chunks(blocks.space, m, PASSES * b * U.shape[-1]):
+        # all passes at once, next to each other
+        i = np.tile(numbers[part], (b, PASSES))
+        j = np.concatenate(order[(numbers[part] + shifts) % m], axis=1)
+        each = _squares(blocks, space.integers(i), space.integers(j), U, V)
+        each = xp.reshape(each, (b, PASSES, part.stop - part.start))
+        squares[:, part] = m / PASSES * xp.sum(each, axis=1)
     found.append(_most(squares, xp.broadcast_to(space.integers(numbers), (b, m))))
     norms, rows = found[0]
     for more, others in found[1:]:
@@ -98,18 +100,10 @@ def strays(blocks: Blocks, U: Array, V: Array, rows: Array, columns: Array) -> A
     return norms
 
 
-def _squares(
-    blocks: Blocks,
-    i: Array,
-    j: Array,
-    U: Array,
-    V: Array,
-    rows: slice | None = None,
-) -> Array:
-    """Return squares of what is left at places i, j (b, q), i being ``rows`` if given."""
+def _squares(blocks: Blocks, i: Array, j: Array, U: Array, V: Array) -> Array:
+    """Return squares of what is left at places i, j (b, q)."""
     xp = blocks.xp
-    left = pick(U, i) if rows is None else U[:, rows, :]
-    return xp.abs(xp.vecdot(pick(V, j), left) - blocks.at(i, j)) ** 2
+    return xp.abs(xp.vecdot(pick(V, j), pick(U, i)) - blocks.at(i, j)) ** 2
 
 
 def _most(squares: Array, rows: Array) -> Left:
