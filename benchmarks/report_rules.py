@@ -28,6 +28,8 @@ Row = dict[str, Any]
 TASKS = {
     "llama-e2e": "small LLaMA, E2E text",
     "llama-sst2": "small LLaMA, SST-2 text",
+    "smollm2-e2e": "SmolLM2, E2E text",
+    "smollm2-sst2": "SmolLM2, SST-2 text",
     "minilm-e2e": "MiniLM, e2e-rating",
     "minilm-sst2": "MiniLM, SST-2",
 }

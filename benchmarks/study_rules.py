@@ -65,7 +65,7 @@ LANGUAGE_MODELS = frozenset({"llama", "smollm2"})
 #: Peak learning rates to choose from: of blocks, and of what they stand between.
 RATES = {
     "llama": (2e-2, 6e-2, 2e-1, 6e-1),
-    "smollm2": (1e-2, 3e-2, 1e-1),
+    "smollm2": (3e-3, 1e-2, 3e-2),
     "minilm": (3e-3, 1e-2, 3e-2, 1e-1),
 }
 ANCHOR_RATES = {

@@ -207,7 +207,7 @@ class SylvaOptions:
     modules_to_save: list[str] | None = None
     density: float = 0.05
     block_size: int = 32
-    importance: str = "kfac-natural"
+    importance: str = "kfac"
     curvature: str = "mlr"
     levels: int = 4
     rank: int = 32
@@ -423,7 +423,7 @@ class TaskConfig:
 
 
 #: Methods of the short comparison.
-DEMO = ("frozen", "full", "lora", "sylva:kfac-natural", "sylva:random")
+DEMO = ("frozen", "full", "lora", "sylva:kfac", "sylva:random")
 
 #: Its task: 1920 sentences, which the steps see once, and 400 of the test split.
 DEMO_TASK = TaskConfig(eval_split="test", max_length=64, limit=1920, eval_limit=400)

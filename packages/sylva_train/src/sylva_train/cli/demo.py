@@ -23,10 +23,10 @@ REASONS = {
     "frozen": "nothing of the model is trained: the floor",
     "full": "every weight is trained: what is usual, and costs most",
     "lora": "low-rank additions, as many weights as Sylva trains",
-    "sylva:kfac-natural": "the blocks that matter most by second-order information",
+    "sylva:kfac": "the blocks that matter most by second-order information",
     "sylva:random": "blocks drawn by lot: is it worth choosing them?",
 }
-METHOD = "sylva:kfac-natural"
+METHOD = "sylva:kfac"
 #: Sentences of nobody's data set, and what a reader would answer.
 SENTENCES = (
     (
