@@ -241,6 +241,7 @@ def draw(found: dict[tuple[Any, ...], list[Row]], path: Path, against: str) -> N
         axis.set_xlabel(f"test loss minus {against}'s", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="0.9")
+        axis.locator_params(axis="x", nbins=5)
     for label, colour in COLOURS.items():
         axes[0][0].plot([], [], "o", ms=4, color=colour, label=label)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower right")
