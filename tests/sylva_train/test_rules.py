@@ -13,7 +13,7 @@ from sylva_train.config import SylvaConfig
 from sylva_train.curvature import Factor, LayerCurvature
 from sylva_train.importance import score, score_rules
 from sylva_train.importance.rules import RULES, Inputs
-from sylva_train.options import IMPORTANCES, KRONECKER, NEEDS_DATA
+from sylva_train.options import FACTORS, IMPORTANCES, KRONECKER, NEEDS_DATA
 from tests.sylva_train.counting import Allocations
 from tests.sylva_train.scored import LAYER, batches, bert, blocked, config, per_sample
 
@@ -128,6 +128,7 @@ def test_diagonal_of_the_factors():
     torch.testing.assert_close(
         scores[LAYER].blocks(8), diagonal_reference(*factors, 8), rtol=1e-5, atol=0.0
     )
+    assert scores.metadata.keys().isdisjoint(FACTORS)  # it has no use for them
 
 
 @pytest.mark.parametrize("curvature", ["dense", "mlr", "hodlr"])

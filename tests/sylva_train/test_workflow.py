@@ -155,9 +155,19 @@ def test_the_scoring_of_a_killed_run_goes_on(home, tmp_path, monkeypatch):
         assert contents(tmp_path / "run")[name] == contents(tmp_path / "whole")[name]
 
 
-def test_options_that_nothing_can_be_chosen_with_leave_no_scoring(home, tmp_path):
-    with pytest.raises(ConfigError, match="leaves no whole block"):
-        run(home, tmp_path / "run", sylva=sylva_config(density=1e-6))
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"density": 1e-6}, "leaves no whole block"),
+        ({"spread": 1.0, "max_columns": 0.5}, "`spread` keeps blocks apart"),
+    ],
+)
+def test_what_nothing_can_be_chosen_with_is_told_before_scoring(
+    home, tmp_path, monkeypatch, options, told
+):
+    monkeypatch.delattr("sylva_train.workflow.finetuning.score_task")
+    with pytest.raises(ConfigError, match=told):
+        run(home, tmp_path / "run", sylva=sylva_config(**options))
     assert not any(tmp_path.iterdir())
 
 

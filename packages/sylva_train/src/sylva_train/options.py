@@ -29,6 +29,7 @@ __all__ = [
     "DEMO_STEPS",
     "DEMO_TASK",
     "DTYPES",
+    "FACTORS",
     "IMPORTANCES",
     "KRONECKER",
     "LABELLED",
@@ -93,9 +94,11 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 POOLINGS = ("auto", "mean", "native")
 #: Learning-rate schedules after the warm-up.
 SCHEDULES = ("linear", "cosine", "constant")
-#: Options of `SylvaConfig` that change scores, beside the rule, the samples and the layers,
-#: and those that say which blocks to choose by given scores.
-SCORING = ("curvature", "levels", "rank", "exact_below", "tokens", "damping", "seed")
+#: Options of `SylvaConfig` that change scores, beside the rule, the samples and the layers;
+#: the first of them those of `KRONECKER` rules alone. And those that say which blocks to
+#: choose by given scores.
+FACTORS = ("curvature", "levels", "rank", "exact_below", "damping")
+SCORING = (*FACTORS, "tokens", "seed")
 SELECTION = {"density", "block_size", "scope", "allocation", "spread", "max_columns"}
 #: How many samples are scored where no number is given: one for so many that training sees,
 #: since one takes the time of two to three of them in training; the fewest, with which the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -20,12 +21,12 @@ from ._checks import (
     check_spread,
 )
 from .config import SylvaConfig
-from .importance import Scores
+from .importance import Scores, score
 from .masks import LayerMask, Masks
 from .options import SCOPES, SUITABLE
 from .targets import shared_inputs
 
-__all__ = ["blocks_of", "select", "select_as", "top_blocks"]
+__all__ = ["blocks_of", "check_selection", "select", "select_as", "top_blocks"]
 
 
 def top_blocks(
@@ -276,12 +277,12 @@ def allotted(
 
 
 def none_left(
-    blocks: Mapping[str, torch.Tensor], density: float, block_size: int, scope: str
+    blocks: Mapping[str, torch.Tensor], density: float, block_size: int, *, alone: bool
 ) -> ConfigError:
-    """Return the error of a density that is too small for a single block."""
+    """Return the error of a density too small for a block, of each layer ``alone``."""
     sizes = [block.numel() for block in blocks.values()]
     has, share = f"the model has {sum(sizes)}", ""
-    if scope == "layer":
+    if alone:
         has = f"the largest layer has {max(sizes, default=0)}"
         share = ', or let the layers share a budget with `scope="model"`'
     msg = (
@@ -388,7 +389,8 @@ def select(
             blocks = {n: b / (typical[n] or 1) for n, b in blocks.items()}
         chosen = best_of_all(blocks, density, preferred)
     if not any(len(flat) for flat in chosen.values()):
-        raise none_left(blocks, density, block_size, scope)
+        alone = scope == "layer" and not shared
+        raise none_left(blocks, density, block_size, alone=alone)
     masks = {
         name: LayerMask.from_flat(scores[name].shape, block_size, flat)
         for name, flat in chosen.items()
@@ -429,3 +431,17 @@ def select_as(
         max_columns=config.max_columns,
         together=together,
     )
+
+
+def check_selection(config: SylvaConfig, model: nn.Module) -> None:
+    """Find what scores could not be chosen by, before they are made.
+
+    Raises
+    ------
+    ConfigError
+        As `select` of a model's scores.
+    """
+    drawn = score(model, config=dataclasses.replace(config, importance="random"))
+    # What suits the rule counts, not what suits chance.
+    drawn.metadata["importance"] = config.importance
+    select_as(config, drawn)

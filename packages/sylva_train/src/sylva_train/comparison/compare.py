@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sylva_train._files import write_text
-from sylva_train.importance import score
-from sylva_train.selection import select_as
+from sylva_train.baselines import parse_method
+from sylva_train.selection import check_selection
 from sylva_train.training import pick_device
 from sylva_train.workflow import load_task, located
 
@@ -90,5 +90,6 @@ def check_plan(comparison: Comparison) -> None:
     config = comparison.sylva
     task = load_task(comparison.task, seed=comparison.seeds[0])
     pick_device(comparison.training.device)
-    drawn = score(task.model, config=dataclasses.replace(config, importance="random"))
-    select_as(config, drawn)
+    for rule in {parse_method(name).rule for name in comparison.methods} - {None}:
+        assert rule is not None
+        check_selection(dataclasses.replace(config, importance=rule), task.model)

@@ -20,7 +20,7 @@ from sylva_train.curvature import (
     collect_curvature,
     settings,
 )
-from sylva_train.options import IMPORTANCES, KRONECKER, NEEDS_DATA, SCORING
+from sylva_train.options import FACTORS, IMPORTANCES, KRONECKER, NEEDS_DATA, SCORING
 from sylva_train.processes import from_first, is_first, together
 from sylva_train.progress import Report
 from sylva_train.targets import (
@@ -280,9 +280,10 @@ def described(
     rule: str, config: SylvaConfig, samples: int, indefinite: int
 ) -> dict[str, Any]:
     """Return what is worth keeping with scores: how they were made."""
+    used = [name for name in SCORING if rule in KRONECKER or name not in FACTORS]
     return {
         "importance": rule,
-        **{name: getattr(config, name) for name in SCORING},
+        **{name: getattr(config, name) for name in used},
         "samples": samples if rule in NEEDS_DATA else 0,
         "indefinite": indefinite if rule in KRONECKER else 0,
     }

@@ -27,7 +27,7 @@ from sylva_train.masks import Masks
 from sylva_train.options import SCORING, SELECTION, SylvaOptions, samples_to_score
 from sylva_train.processes import agree, is_first, together
 from sylva_train.progress import Progress
-from sylva_train.selection import select_as
+from sylva_train.selection import check_selection, select_as
 from sylva_train.training import number_of_steps, pick_device, train
 from sylva_train.tuner import save_adapter
 
@@ -209,6 +209,7 @@ def choose(
     check_targets(task, config)
     scoring = None
     if scores is None:
+        check_selection(config, task.model)
         start = time.perf_counter()
         scores = score_task(
             task,
