@@ -139,11 +139,13 @@ def test_adapters_of_peft_go_on_from_another_random_start(tmp_path):
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path, whole):
-    metrics = {"accuracy": 0.5, "logits": np.ones(3)}
+    of_groups = {"groups": {"law": 0.25, "history": 0.75}}
+    metrics = {"accuracy": 0.5, "logits": np.ones(3), "each": {"x": np.ones(3)}}
+    metrics |= of_groups
     train(toy_model(), ToyLoader(), CONFIG, output=tmp_path, evaluate=lambda _: metrics)
     model, result = resume(tmp_path, callbacks=[stop_at(1)], evaluate=lambda _: 0.25)
     assert same(weights(model), whole[0])
-    assert result.metrics == {"accuracy": 0.5}
+    assert result.metrics == {"accuracy": 0.5} | of_groups
     assert len(result.history) == 12
 
 

@@ -233,9 +233,7 @@ class Run:
             "history": self.history,
             # Not the arrays and the like that an evaluation of one's own may return.
             "metrics": {
-                name: value
-                for name, value in self.metrics.items()
-                if isinstance(value, str | int | float)
+                name: value for name, value in self.metrics.items() if is_json(value)
             },
         }
 
@@ -282,6 +280,13 @@ class Run:
             train_seconds=sum(seconds),
             metrics=self.metrics,
         )
+
+
+def is_json(value: Any) -> bool:
+    """Whether a metric is a number, a word, or a few of these by name."""
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and is_json(v) for k, v in value.items())
+    return isinstance(value, str | int | float)
 
 
 def train(
