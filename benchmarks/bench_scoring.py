@@ -69,10 +69,11 @@ def measure(shape: tuple[int, int], options: Any) -> dict[str, Any]:
     like = torch.empty(0, device=options.device, dtype=getattr(torch, options.dtype))
     model = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False)).to(like)
     batches = make_batches(shape, options.tokens, like)
-    both = ["factors", "gradient"]
+    both, diagonals = ["factors", "gradient"], ["inputs", "outputs"]
     tasks: dict[str, Callable[[], None]] = {
         "forward and backward": functools.partial(train, model, batches),
         "gradient": functools.partial(gather, model, batches, ["gradient"], {}),
+        "diagonals": functools.partial(gather, model, batches, diagonals, {}),
     } | {
         kind: functools.partial(
             gather, model, batches, both, {"curvature": kind, "exact_below": 0}
