@@ -1,11 +1,11 @@
 """What second-order statistics add to a layer's forward and backward pass.
 
 For a linear layer and batches of its tokens, beside forward and backward as in full
-fine-tuning (``x Wᵀ``, ``g W`` and ``gᵀ x``): the statistics of the rule ``gradient``, and
-those of K-FAC with exact and with hierarchical factors, as scoring gathers them. Both of
-the layer's factors are its own; in a model, layers that share an input share one. The aim
-is 15% on a GPU for 4096 × 4096 with 4096 tokens. Candidates take turns; on a CPU the clock
-is that of the process.
+fine-tuning (``x Wᵀ``, ``g W`` and ``gᵀ x``): the statistics of the rule ``gradient``; the
+factors' diagonals, all that ``kfac-diag`` needs; and gradient and factors, exact and
+hierarchical, as scoring gathers them. Both of the layer's factors are its own; in a model,
+layers that share an input share one. The aim is 15% on a GPU for 4096 × 4096 with 4096
+tokens. Candidates take turns; on a CPU the clock is that of the process.
 """
 
 from __future__ import annotations
