@@ -24,7 +24,7 @@ from sylva_train import SylvaConfig
 from sylva_train.curvature import collect_curvature
 
 #: Outputs and inputs of the layers.
-SHAPES = [(1024, 1024), (4096, 4096), (4096, 11008)]
+SHAPES = [*((n, n) for n in (768, 1024, 1536, 2048, 4096)), (4096, 11008)]
 #: Batches of one timing: what is done once for all of them is spread over so many.
 BATCHES = 2
 Batch = Mapping[str, torch.Tensor]

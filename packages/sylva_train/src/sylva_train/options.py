@@ -214,7 +214,7 @@ class SylvaOptions:
     curvature: str = "mlr"
     levels: int = 4
     rank: int = 32
-    exact_below: int = 512
+    exact_below: int = 1536
     samples: int | None = None
     tokens: str = "expand"
     damping: float = 1e-2
