@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmatrix._backend import Array, adjoint, conjugate, namespace, transpose
+from hmatrix._backend import (
+    Array,
+    adjoint,
+    conjugate,
+    contiguous,
+    namespace,
+    transpose,
+)
 from hmatrix.construct.blocks import Blocks, chunks, pick, tiles
 from hmatrix.construct.places import grid
 
@@ -36,6 +43,8 @@ def residual(blocks: Blocks, U: Array, V: Array, sample: int, *seed: int) -> Lef
     space, xp, m, b = blocks.space, blocks.xp, blocks.size, blocks.count
     if m <= (sample if blocks.near is None else max(sample, WHOLE)):
         return compare(blocks, U, V)
+    # rows are taken out of them many times, each of which copies what is transposed
+    U, V = contiguous(U), contiguous(V)
     chance = np.random.default_rng((*seed, m, b))
     count = sample if blocks.near is None else max(sample, MEETING)
     i, j, weights = grid(blocks, min(count, m), chance)
