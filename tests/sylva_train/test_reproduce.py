@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from sylva_train._checks import ConfigError, NonFiniteError, OutputExistsError
-from sylva_train.cli.reproducing import score
+from sylva_train.cli.comparing import row_text
 from sylva_train.comparison import Comparison, results, single
+from sylva_train.comparison.tuning import TUNING_SEED
 from sylva_train.reproduce import TABLES, Table, reproduce
-from sylva_train.reproduce.quality import TUNING_SEED, Plan
+from sylva_train.reproduce.quality import Plan
 from sylva_train.reproduce.settings import with_values
 from tests.sylva_train import jobs
 
@@ -126,7 +127,7 @@ def test_a_rate_at_which_a_method_diverges_is_not_chosen(here, home, tmp_path):
     assert (high["score"], low["score"] is None) == (None, False)
     assert "NaN" in high["diverged"] or "nan" in high["diverged"]
     assert [run["lr"] for run in found["runs"]] == [low["lr"]]
-    texts = [score(event.row) for event in told if event.kind == "end"]
+    texts = [row_text(event.row) for event in told if event.kind == "end"]
     assert [text == "diverged" for text in texts] == [True, False, False]
     with pytest.raises(NonFiniteError, match=r"diverged at every rate .* smaller"):
         reproduce(table, settings, tmp_path / "other", tune=(1e30,))

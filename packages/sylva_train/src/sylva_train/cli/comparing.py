@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sylva_train.report import markdown_table, write_report
 
 from .show import score_text
 
-__all__ = ["publish", "run_comparison", "show_event"]
+__all__ = ["publish", "row_text", "run_comparison", "show_event"]
 
 
 def publish(results: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -32,13 +33,13 @@ def run_comparison(
     quiet: bool,
     command: str,
     workers: int = 1,
+    tune: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Run a comparison with its progress on stderr, and write its report."""
-    metric = comparison.metric
     with Progress(enabled=not quiet) as bars:
 
         def watch(event: Event) -> None:
-            show_event(bars, event, lambda row: score_text(metric, row["score"]))
+            show_event(bars, event, partial(row_text, metric=comparison.metric))
 
         results = compare(
             comparison,
@@ -47,9 +48,17 @@ def run_comparison(
             overwrite=overwrite,
             watch=watch,
             workers=workers,
+            tune=tune,
             command=command,
         )
     return publish(results, output)
+
+
+def row_text(row: Mapping[str, Any], metric: str = "score") -> str:
+    """Print a run's score with its name; ``metric`` where the row does not tell it."""
+    if row["score"] is None:
+        return "diverged"
+    return score_text(row["metrics"].get("metric", metric), row["score"])
 
 
 def show_event(

@@ -34,6 +34,7 @@ def compare(
     methods: str | None = None,
     seeds: str = "0,1,2",
     learning_rates: str | None = None,
+    tune: str | None = None,
     workers: int = 1,
     resume: bool = False,
     overwrite: bool = False,
@@ -44,12 +45,14 @@ def compare(
 
     Every method trains on the same data, seeds and steps, in a process of its own; LoRA
     has as many trainable weights as Sylva has. Finished runs are kept: --resume goes on
-    after them, and may add methods and seeds.
+    after them, and may add methods and seeds. --tune chooses each method's learning rate
+    first: those that it has by default were chosen for MiniLM.
 
     Examples
     --------
       sylva compare runs/compared --max-length 64 --steps 150
       sylva compare runs/two --methods full,sylva:kfac --seeds 0,1 --data train.csv
+      sylva compare runs/tuned --model my-model --data train.csv --tune 0.1,0.3,1,3
     """
     from sylva_train.comparison import Comparison, load_results, suited
     from sylva_train.config import SylvaConfig
@@ -75,6 +78,7 @@ def compare(
         overwrite=overwrite,
         quiet=quiet,
         workers=workers,
+        tune=numbers("tune", tune, float),
         command=typed(),
     )
     show.comparison(results, output)

@@ -22,9 +22,8 @@ from sylva_train.reproduce import (
     with_values,
 )
 
-from .comparing import show_event
+from .comparing import row_text, show_event
 from .printing import out, written
-from .show import score_text
 
 __all__ = ["check_unused", "is_measurement", "make_measurement", "make_table"]
 
@@ -64,17 +63,10 @@ def make_table(
     with Progress(enabled=not quiet) as bars:
 
         def watch(event: Event) -> None:
-            show_event(bars, event, score)
+            show_event(bars, event, row_text)
 
         reproduce(table, settings, output, watch=watch, **options)
     show_table(output)
-
-
-def score(row: dict[str, Any]) -> str:
-    """Print a run's score with its name."""
-    if row["score"] is None:
-        return "diverged"
-    return score_text(row["metrics"].get("metric", "score"), row["score"])
 
 
 def show_table(output: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,20 @@ FORMAT = "sylva-comparison/1"
 
 
 def gather(
-    comparison: Comparison, rows: list[dict[str, Any]], command: str | None
+    comparison: Comparison,
+    rows: list[dict[str, Any]],
+    command: str | None,
+    tried: Sequence[Mapping[str, Any]] = (),
+    tune: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """Turn the runs' rows into the results that reports are made of."""
+    """Turn rows of runs, and of those that chose rates, into what reports are made of."""
     results: dict[str, Any] = {
         "format": FORMAT,
         "setup": setup(comparison, rows) | {"command": command},
+        "tune": list(tune),
+        "tuning": [
+            {name: row[name] for name in ("method", "lr", "score")} for row in tried
+        ],
         "masks": {},
         "scores": {},
         "factor": None,

@@ -173,6 +173,11 @@ def caption(results: Results) -> str:
         parts.append("vs random: difference to random blocks, seed by seed")
     if any(row.best for row in rows):
         parts.append("★ best scoring rule")
+    if tried := ", ".join(f"{multiple:g}" for multiple in results.get("tune", ())):
+        parts.append(
+            f"learning rates: the best of {tried} times each method's own, on a tenth of"
+            " the training data"
+        )
     return "; ".join(parts) + "."
 
 

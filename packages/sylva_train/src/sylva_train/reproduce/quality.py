@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sylva_train._checks import ConfigError, NonFiniteError, check_positive
+from sylva_train._checks import ConfigError
 from sylva_train.baselines import parse_method
 from sylva_train.comparison import Comparison, Job, check_plan
-from sylva_train.metrics import METRICS, known_metrics
-from sylva_train.options import LABELLED
-from sylva_train.workflow import HELD_OUT
+from sylva_train.comparison.tuning import (
+    TRY_RATE,
+    TUNING_SEED,
+    best_rates,
+    check_multiples,
+    trial,
+    tried_rates,
+    tuning_metric,
+)
 
-__all__ = ["TABLES", "TUNING_SEED", "Cell", "Plan", "Table", "average"]
+__all__ = ["TABLES", "Cell", "Plan", "Table", "average"]
 
-#: Seed to choose learning rates with, which no reported run has.
-TUNING_SEED = 100
-#: What does a run: one that diverges is no reason to lose the others.
-TRY_RATE = "sylva_train.comparison.single:try_rate"
 #: The paper's rule, with factors that stay definite, and the one ahead on the small LLaMA.
 SYLVA, NATURAL = "sylva:kfac:mlr", "sylva:kfac-natural"
 #: Options of scoring alone: what one of them is changes nothing of how to train.
@@ -202,9 +203,7 @@ class Plan:
         if not settings:
             msg = "`settings` must have at least one model and task."
             raise ConfigError(msg)
-        for multiple in multiples:
-            check_positive("tune", multiple)
-        self.table, self.multiples = table, tuple(multiples)
+        self.table, self.multiples = table, check_multiples(multiples)
         self.settings = {
             name: dataclasses.replace(
                 setting, sylva=dataclasses.replace(setting.sylva, **table.fixed)
@@ -246,40 +245,16 @@ class Plan:
         for cell in (
             dict.fromkeys(map(self.tuned, self.cells)) if self.multiples else ()
         ):
-            setting = self.settings[cell.setting]
-            task = dataclasses.replace(
-                setting.task,
-                eval_data=None,
-                eval_split=HELD_OUT,
-                metric=self.tuning_metric(cell),
-            )
-            base = setting.rate(cell.method)
-            for multiple in self.multiples:
-                rate = float(f"{multiple * base:.3g}")
-                one = self.comparison(
-                    cell,
-                    task=task,
-                    seeds=(TUNING_SEED,),
-                    learning_rates={cell.method: rate},
-                )
+            one = self.comparison(cell)
+            for rate in tried_rates(one, cell.method, self.multiples):
                 found[cell, rate] = self.job(
                     cell,
-                    one,
+                    trial(one, cell.method, rate),
                     TUNING_SEED,
                     f"tune-{cell.name}-{rate:g}",
                     f"rate {rate:g}",
                 )
         return found
-
-    def tuning_metric(self, cell: Cell) -> str:
-        """Return what learning rates are chosen by.
-
-        A language model's is its perplexity: what it is evaluated by may be of other
-        data, and takes long.
-        """
-        setting = self.settings[cell.setting]
-        task = setting.task.task
-        return setting.metric if task in LABELLED else known_metrics(task)[0]
 
     def tuned(self, cell: Cell) -> Cell:
         """Return the cell whose learning rate a cell takes: its own, or the first one's."""
@@ -297,23 +272,12 @@ class Plan:
         NonFiniteError
             If a method diverged at every rate.
         """
-        best: dict[Cell, tuple[float, float]] = {}
-        for (cell, rate), row in rows.items():
-            if row["score"] is None or not math.isfinite(row["score"]):
-                continue
-            sign = 1 if METRICS[self.tuning_metric(cell)] else -1
-            score = sign * row["score"]
-            if cell not in best or score > best[cell][0]:
-                best[cell] = score, rate
-        for (cell, rate), row in rows.items():
-            if cell not in best:
-                msg = (
-                    f"{cell.label} diverged at every rate that was tried, {rate:g} among"
-                    f" them ({row.get('diverged', 'its score is not finite')}). Give"
-                    " smaller multiples to `tune`, in another folder."
-                )
-                raise NonFiniteError(msg)
-        return {cell: best[self.tuned(cell)][1] for cell in self.cells if best}
+        best = best_rates(
+            rows,
+            metric=lambda cell: tuning_metric(self.settings[cell.setting]),
+            label=lambda cell: cell.label,
+        )
+        return {cell: best[self.tuned(cell)] for cell in self.cells if best}
 
     def runs(self, rates: Mapping[Cell, float]) -> list[tuple[Cell, Job]]:
         """Return the runs that are reported: those of a seed beside each other."""

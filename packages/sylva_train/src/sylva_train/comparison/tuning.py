@@ -1,0 +1,146 @@
+"""Learning rates, chosen before what is compared runs: on data and a seed of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from sylva_train._checks import NonFiniteError, check_positive
+from sylva_train.baselines import parse_method
+from sylva_train.metrics import METRICS, known_metrics
+from sylva_train.options import LABELLED
+from sylva_train.workflow import HELD_OUT
+
+from .plan import Comparison
+from .process import Job
+
+__all__ = [
+    "TRY_RATE",
+    "TUNING_SEED",
+    "at_best_rates",
+    "best_rates",
+    "check_multiples",
+    "trial",
+    "trials",
+    "tried_rates",
+    "tuning_metric",
+]
+
+#: Seed to choose learning rates with, which no reported run should have.
+TUNING_SEED = 100
+#: What does a run: one that diverges is no reason to lose the others.
+TRY_RATE = "sylva_train.comparison.single:try_rate"
+#: What has a learning rate: a method, or a cell of a table.
+Key = TypeVar("Key")
+
+
+def check_multiples(multiples: Sequence[float]) -> tuple[float, ...]:
+    """Return multiples of learning rates, or raise `ConfigError` if one is none."""
+    for multiple in multiples:
+        check_positive("tune", multiple)
+    return tuple(dict.fromkeys(multiples))
+
+
+def tried_rates(
+    comparison: Comparison, method: str, multiples: Sequence[float]
+) -> list[float]:
+    """Return the learning rates to try: multiples of the method's own."""
+    return [float(f"{x * comparison.rate(method):.3g}") for x in multiples]
+
+
+def tuning_metric(comparison: Comparison) -> str:
+    """Return what learning rates are chosen by.
+
+    A language model's is its perplexity: what it is evaluated by may be of other data,
+    and takes long.
+    """
+    task = comparison.task.task
+    return comparison.metric if task in LABELLED else known_metrics(task)[0]
+
+
+def trial(comparison: Comparison, method: str, rate: float) -> Comparison:
+    """Return a run at one rate, on a tenth of the training data that is held out."""
+    task = dataclasses.replace(
+        comparison.task,
+        eval_data=None,
+        eval_split=HELD_OUT,
+        metric=tuning_metric(comparison),
+    )
+    return dataclasses.replace(
+        comparison,
+        task=task,
+        methods=(method,),
+        seeds=(TUNING_SEED,),
+        learning_rates={method: rate},
+    )
+
+
+def trials(
+    comparison: Comparison, multiples: Sequence[float]
+) -> dict[tuple[str, float], Job]:
+    """Return the runs that choose a comparison's rates, by method and rate."""
+    found = {}
+    for method in comparison.methods:
+        if method == "frozen":  # nothing is trained
+            continue
+        for rate in tried_rates(comparison, method, check_multiples(multiples)):
+            one = trial(comparison, method, rate)
+            found[method, rate] = Job(
+                name=f"tune-{method.replace(':', '-')}-{rate:g}",
+                label=f"{parse_method(method).label}, rate {rate:g}",
+                kind=f"tune {method}",
+                spec=one.spec(method, TUNING_SEED) | {"describe": False},
+                function=TRY_RATE,
+            )
+    return found
+
+
+def at_best_rates(
+    comparison: Comparison, rows: Mapping[tuple[str, float], Mapping[str, Any]]
+) -> Comparison:
+    """Return a comparison with the rates that did best in its trials, if there were any.
+
+    Raises
+    ------
+    NonFiniteError
+        If a method diverged at every rate.
+    """
+    best = best_rates(
+        rows,
+        metric=lambda _: tuning_metric(comparison),
+        label=lambda method: parse_method(method).label,
+    )
+    rates = comparison.learning_rates | best
+    return dataclasses.replace(comparison, learning_rates=rates)
+
+
+def best_rates(
+    rows: Mapping[tuple[Key, float], Mapping[str, Any]],
+    metric: Callable[[Key], str],
+    label: Callable[[Key], str],
+) -> dict[Key, float]:
+    """Return the rate at which each key scored best; of equal ones the first.
+
+    Raises
+    ------
+    NonFiniteError
+        If one diverged at every rate.
+    """
+    best: dict[Key, tuple[float, float]] = {}
+    for (key, rate), row in rows.items():
+        if row["score"] is None or not math.isfinite(row["score"]):
+            continue
+        score = row["score"] if METRICS[metric(key)] else -row["score"]
+        if key not in best or score > best[key][0]:
+            best[key] = score, rate
+    for (key, rate), row in rows.items():
+        if key not in best:
+            msg = (
+                f"{label(key)} diverged at every rate that was tried, {rate:g} among"
+                f" them ({row.get('diverged', 'its score is not finite')}). Give"
+                " smaller multiples to `tune`, in another folder."
+            )
+            raise NonFiniteError(msg)
+    return {key: rate for key, (_, rate) in best.items()}
