@@ -103,8 +103,7 @@ PANELS = {
         "seeds": Flag("N,N,…", "Seeds to run each method with."),
         "learning_rates": Flag(
             "M=X,…",
-            "Peak learning rates, like full=2e-4,sylva=1e-3, instead of the tuned"
-            " ones.",
+            "Peak learning rates, like full=2e-4,sylva=1e-3, instead of MiniLM's.",
         ),
         "configs": Flag(
             "NAME,…",
