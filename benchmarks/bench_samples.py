@@ -1,6 +1,6 @@
 """How many samples choosing blocks takes: what is chosen, how well it trains, how long it takes.
 
-Agreement, in the settings of ``--configs``: blocks that the default rule chooses by few
+Agreement, in the settings of ``--configs``: blocks that the natural gradient chooses by few
 samples are held against those chosen by thousands of others, which the few are no part of:
 rank correlation of the blocks' scores, least and median over the layers; part of the chosen
 blocks that are the same; and half the sum of the differences between the layers' shares of
@@ -10,7 +10,7 @@ samples have noise of their own, which their product does not add up. "Unbiased"
 budget shared out among the layers by that product. Mean over draws.
 
 Demo: processor seconds of scoring beside those of the fine-tuning that it precedes, run by
-run, and the accuracy that comes of it, in the setting of ``sylva demo``.
+run, and the accuracy that comes of it, by the same rule in the setting of ``sylva demo``.
 """
 
 from __future__ import annotations

@@ -50,8 +50,9 @@ class SylvaConfig(SylvaOptions, PeftConfig):
     importance : str
         Rule that scores the weights, one of `sylva_train.options.IMPORTANCES`.
     curvature : str
-        For the rules that begin with ``"kfac"``: Kronecker factors as PSD multilevel low
-        rank (``"mlr"``), as HODLR like the paper (``"hodlr"``), or exact (``"dense"``).
+        For the rules that begin with ``"kfac"``, but for ``"kfac-diag"``, which has no
+        need of it: Kronecker factors as positive semidefinite multilevel low rank
+        (``"mlr"``), as HODLR like the paper (``"hodlr"``), or exact (``"dense"``).
     levels, rank : int
         Depth of the hierarchy and rank of its blocks; layers too small for the depth
         take fewer levels, and those that it would leave leaves of more than 2048 rows,
@@ -63,7 +64,7 @@ class SylvaConfig(SylvaOptions, PeftConfig):
         Number of sequences to score with. None: where `finetune` or a comparison trains
         afterwards, a thirtieth of the sequences that training sees over all its epochs,
         at least 128 and at most 1024, so that scoring takes about a tenth of the
-        training's time; 1024 where scoring stands alone.
+        training's time, or more of a short one's; 1024 where scoring stands alone.
     tokens : str
         ``"expand"``: every token is a sample of the factors; ``"reduce"``: the mean over
         each sequence is, in which gradients of attention's keys cancel: not for the
@@ -86,12 +87,12 @@ class SylvaConfig(SylvaOptions, PeftConfig):
         is.
     allocation : float, optional
         With ``scope="layer"``, the power of a layer's mean score that its density is
-        proportional to; 0: each layer trains the same fraction of its blocks. None: what
-        suits the rule, see `sylva_train.options.SUITABLE`.
+        proportional to; 0: each layer trains the same fraction of its blocks. None: 4
+        for ``"kfac-natural"`` and ``"kfac-block"``, 0 for other rules.
     spread : float, optional
         How many times its share of a layer's blocks a row or column of blocks may have
-        while others have room; 0: no limit. None: what suits the rule, but no limit
-        where ``max_columns`` is below 1.
+        while others have room, at least 1; 0: no limit. None: 1 for those two rules,
+        unless ``max_columns`` is below 1; no limit for others.
     max_columns : float
         Largest fraction of a layer's block columns that may have blocks, at least
         ``density``. Only these columns of a layer's input are kept for the backward pass:

@@ -320,18 +320,18 @@ def select(
         ``"model"``: all blocks compete, each by its score over its layer's mean score;
         ``"absolute"``: all compete by their scores as they are, which shares the budget
         out by predicted decrease for rules that predict one (``"kfac-block"``,
-        ``"kfac-natural"``, ``"gradient"``).
+        ``"kfac-natural"``).
     spread : float, optional
         Lets no row and no column of blocks have more than this many times its share,
         ``density`` of its blocks, rounded up, while others have room: rank-one scores
-        heap blocks onto a few outlying dimensions. At least 1, or 0: no limit. None: what
-        suits the rule, but no limit where ``max_columns`` is below 1.
+        heap blocks onto a few outlying dimensions. At least 1, or 0: no limit. None: 1
+        for ``"kfac-natural"`` and ``"kfac-block"``, unless ``max_columns`` is below 1; no
+        limit for other rules.
     allocation : float, optional
         With ``scope="layer"``, the power of a layer's mean score that its density is
         proportional to: 0, the same for all layers; the larger, the more go to the
-        layers with the highest scores. None: what suits the rule
-        (`sylva_train.options.SUITABLE`), which is 0 for those whose scores do not compare
-        between layers.
+        layers with the highest scores. None: 4 for ``"kfac-natural"`` and
+        ``"kfac-block"``, 0 for other rules, whose scores do not compare between layers.
     max_columns : float
         Largest fraction of a layer's block columns that may have blocks, at least
         ``density``; rounded down to whole columns, but to no fewer than ``density``
