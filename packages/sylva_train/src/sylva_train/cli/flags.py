@@ -41,6 +41,10 @@ PANELS = {
         "model": Flag(
             "NAME|PATH", "minilm, a folder, a GGUF file, or a name on the hub."
         ),
+        "base": Flag(
+            "NAME|PATH",
+            "Where the run's base model is now, if it is not where it was.",
+        ),
         "dtype": Flag(
             "TYPE", f"Type of the model's weights: {either(DTYPES)} (the checkpoint's)."
         ),
@@ -73,7 +77,11 @@ PANELS = {
             "N", "Most instances of each task of Super-NaturalInstructions."
         ),
         "max_length": Flag("N", "Length at which texts are cut, in tokens."),
-        "pooling": Flag("HOW", "How a classifier reads a text: auto, mean or native."),
+        "pooling": Flag(
+            "HOW",
+            "How a classifier reads a text: by the mean of its tokens (mean), in the"
+            " model's own way (native), or what suits the model (auto).",
+        ),
         "metric": Flag(
             "METRIC",
             f"Score to report: {either(METRICS)}; by default accuracy,"
@@ -85,8 +93,7 @@ PANELS = {
         ),
         "max_new_tokens": Flag(
             "N",
-            "Tokens of an answer at most, for the metrics of what a language model"
-            " writes.",
+            "Most tokens of an answer, where a language model writes one.",
         ),
         "num_beams": Flag("N", "Beams that answers are searched with; 1: greedily."),
         "length_penalty": Flag(
@@ -98,7 +105,9 @@ PANELS = {
     },
     "Comparison": {
         "methods": Flag(
-            "NAMES", f"With commas between them, out of {either(METHODS)}."
+            "NAMES",
+            f"With commas between them, out of {either(METHODS)}. Without it compare"
+            " runs all of them, and reproduce the table's.",
         ),
         "seeds": Flag("N,N,…", "Seeds to run each method with."),
         "learning_rates": Flag(
@@ -160,20 +169,26 @@ PANELS = {
         "allocation": Flag(
             "X",
             "Power of a layer's mean score that its density is proportional to; 0:"
-            " the same for all layers; what suits the rule without it.",
+            " the same for all layers. Without it 4 for kfac-natural and kfac-block, 0"
+            " for others.",
         ),
         "spread": Flag(
             "X",
-            "How many times its share of the blocks a row or column may have; 0: no"
-            " limit; what suits the rule without it.",
+            "How many times its share of the blocks a row or column may have, at least"
+            " 1; 0: no limit. Without it 1 for kfac-natural and kfac-block, 0 for"
+            " others.",
         ),
         "masks": Flag("FILE", "Train these blocks: a file of masks."),
         "scores": Flag("FILE", "Choose blocks by these: a file of sylva score."),
     },
     "Scoring": {
-        "importance": Flag("RULE", f"Rule: {either(IMPORTANCES)}."),
+        "importance": Flag(
+            "RULE", f"Rule that scores the weights: {either(IMPORTANCES)}."
+        ),
         "curvature": Flag(
-            "KIND", f"Factors of the kfac rules: {either(CURVATURES)} (exact)."
+            "KIND",
+            "Form of the Kronecker factors of the kfac rules:"
+            f" {either(CURVATURES)} (exact).",
         ),
         "levels": Flag("N", "Depth of the factors' hierarchy."),
         "rank": Flag("N", "Rank of the factors' blocks."),
@@ -207,7 +222,9 @@ PANELS = {
         "epochs": Flag("N", "Passes over the data."),
         "steps": Flag("N", "Optimizer steps in all, instead of epochs."),
         "batch_size": Flag("N", "Examples in a batch."),
-        "bucket": Flag("N", "Batches filled by length together; 0: none."),
+        "bucket": Flag(
+            "N", "Batches filled together by length, to pad less; 0: by chance."
+        ),
         "accumulate": Flag("N", "Batches in an optimizer step."),
         "lr": Flag("X", "Peak learning rate."),
         "weight_decay": Flag("X", "Decoupled weight decay."),
@@ -258,7 +275,11 @@ FLAGS = {
     for name, flag in flags.items()
 }
 #: Names of options that do not follow from the parameter's.
-NAMES = {"config_file": ("--config",), "quiet": ("--quiet", "-q")}
+NAMES = {
+    "base": ("--model",),
+    "config_file": ("--config",),
+    "quiet": ("--quiet", "-q"),
+}
 
 
 def annotated(name: str, kind: Any, **extra: Any) -> Any:

@@ -129,7 +129,7 @@ def evaluate(
     changes: EvaluationChanges,
     data: str | None = None,
     split: str | None = None,
-    model: str | None = None,
+    base: str | None = None,
     batch_size: int = 64,
     device: str = "auto",
     answers: Path | None = None,
@@ -140,6 +140,7 @@ def evaluate(
     """Evaluate a fine-tuned model on its own evaluation data, or on other data.
 
     The adapter is loaded into a fresh base model, which must be the one it was made for.
+    Options that are not given are as in the run.
 
     Examples
     --------
@@ -155,7 +156,7 @@ def evaluate(
     found = evaluate_folder(
         run,
         {n: v for n, v in source.items() if v is not None} | changes.given(),
-        base=model,
+        base=base,
         batch_size=batch_size,
         device=device,
         answers=answers,
@@ -171,7 +172,7 @@ def predict(
     changes: RowChanges,
     data: str,
     split: str | None = None,
-    model: str | None = None,
+    base: str | None = None,
     batch_size: int = 64,
     device: str = "auto",
     out: Path | None = None,
@@ -181,7 +182,7 @@ def predict(
     """Predict what new rows are: their class, their number, or the answer to their prompt.
 
     Labels need not be there. To each row `prediction` is added, and the `probability` of
-    a class.
+    a class. Options that are not given are as in the run.
 
     Examples
     --------
@@ -196,7 +197,7 @@ def predict(
         out,
         changes.given(),
         split=split,
-        base=model,
+        base=base,
         batch_size=batch_size,
         device=device,
         overwrite=overwrite,
@@ -212,7 +213,7 @@ def predict(
 def merge(
     run: Path,
     output: Path,
-    model: str | None = None,
+    base: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a fine-tuned model whole, as a folder for --model and sylva_train.load_model.
@@ -225,7 +226,7 @@ def merge(
     """
     from sylva_train.workflow import merge_folder
 
-    merge_folder(run, output, base=model, overwrite=overwrite)
+    merge_folder(run, output, base=base, overwrite=overwrite)
     printing.written({"model": output})
 
 
@@ -241,11 +242,10 @@ def inspect_command(
 ) -> None:
     """Show what is in a run, an adapter, masks, scores or results.
 
-    Files are read and verified; no model is needed. Scores and masks can be drawn as a
-    page, block by block. With --against, how far scores or
-    masks agree with others, layer by layer, taking those for right: the rank correlation
-    of the blocks' scores, which of the best blocks are the same, and how much of the
-    score they have.
+    Files are read and verified; no model is needed. --draw draws scores and masks as a
+    page, block by block. --against tells how far they agree with others, which are taken
+    for right, layer by layer: the rank correlation of the blocks' scores, which of the
+    best blocks are the same, and how much of the others' score they have.
 
     Examples
     --------
