@@ -151,6 +151,11 @@ def test_one_option_limits_what_is_evaluated_on(command):
     assert "--eval-limit" in sylva(command, "--help").stdout
 
 
+@pytest.mark.parametrize("command", ["evaluate", "predict", "merge"])
+def test_the_model_of_a_run_is_its_base(command):
+    assert "run's base model" in sylva(command, "--help").stdout
+
+
 def test_merge_writes_a_model_without_sylva(home, tmp_path):
     sylva("merge", home / "run", tmp_path / "merged")
     model, tokenizer = load_model(tmp_path / "merged")
