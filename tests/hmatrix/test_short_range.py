@@ -29,6 +29,22 @@ def test_kernels_much_narrower_than_the_blocks(kind, length, rng):
         assert relative(H, kernel(x[:, None], x)) <= rtol
 
 
+@pytest.mark.parametrize("skew", [0.0, 0.5])
+@pytest.mark.parametrize(("n", "leaf_size"), [(653, 16), (711, 16), (2001, 64)])
+def test_corners_are_seen_where_the_last_leaf_is_padded(n, leaf_size, skew):
+    """The trap of periodic bands: all that a block has is next to its padding."""
+
+    def entries(i, j):
+        d = (i - j) % n
+        return 2.0 * (d == 0) - (d == 1) - (1 - skew) * (d == n - 1)
+
+    H = hm.from_entries(entries, n, leaf_size=leaf_size, rtol=1e-8)
+    assert H.tree.padded > n
+    assert H.symmetric == (not skew)
+    i = np.arange(n)
+    assert relative(H, entries(i[:, None], i)) <= 1e-8
+
+
 NARROW = {
     "hat": lambda d: np.maximum(1 - d, 0.0),
     "exponential": lambda d: np.exp(-d),

@@ -80,6 +80,19 @@ class Blocks:
         return self.space.xp
 
     @property
+    def last(self) -> tuple[Array, Array]:
+        """The last rows, and the last columns, that are not padding: (b,) each."""
+        places = self.xp.arange(self.size, device=self.space.device)[None, :]
+        if self.real is None:
+            both = self.xp.broadcast_to(places[0, -1:], (self.count,))
+            return both, both
+        rows, columns = (
+            self.xp.max(self.xp.where(real, places, places[:, :1]), axis=1)
+            for real in self.real
+        )
+        return rows, columns
+
+    @property
     def lower(self) -> Blocks:
         """The blocks on the other side of the diagonal."""
         return replace(

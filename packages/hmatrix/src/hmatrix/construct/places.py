@@ -11,56 +11,75 @@ __all__ = ["grid"]
 
 #: The part of the places that lie next to each other at either end, or at the one.
 ENDS, START = 1 / 8, 1 / 4
+#: Into how many parts a block is divided: places between its ends are multiples.
+PARTS = 2**31
 
 
 def grid(
     blocks: Blocks, count: int, chance: np.random.Generator | None = None
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, tuple[Array, Array]]:
     """Return ``count`` rows and columns (b, count) of blocks, or all, more where they meet.
 
     In blocks of points these are the ones close to the other cluster, in others the
     corners. With ``chance``, others each time: one by chance from each stretch between
-    neighbours. And the square roots of the numbers that they stand for (count,).
+    neighbours. And the square roots of the numbers that rows and columns stand for.
     """
-    space, xp, m, near = blocks.space, blocks.xp, blocks.size, blocks.near
-    whole = space.integers(np.tile(np.arange(m), (blocks.count, 1)))
+    space, xp, b, m = blocks.space, blocks.xp, blocks.count, blocks.size
     if m <= count:
-        return whole, whole, space.real.ones(m)
-    orders = (whole, whole) if near is None else (near.row_order, near.column_order)
-    choose = _dense_at_ends if near is None else _dense_at_start
-    both, weights = [], np.ones(0)
-    for order in orders:
-        index, weights = choose(m, count, chance)
+        whole = space.integers(np.tile(np.arange(m), (b, 1)))
+        ones = space.real.ones(b, m)
+        return whole, whole, (ones, ones)
+    if blocks.near is None:
+        (i, rows), (j, columns) = (
+            _dense_at_ends(blocks, last, count, chance) for last in blocks.last
+        )
+        return i, j, (rows, columns)
+    both, weights = [], []
+    for order in (blocks.near.row_order, blocks.near.column_order):
+        index, numbers = _dense_at_start(m, count, chance)
         both.append(xp.take(order, space.integers(index), axis=1))
-    return both[0], both[1], space.real.asarray(np.sqrt(weights))
+        roots = space.real.asarray(np.sqrt(numbers))
+        weights.append(xp.broadcast_to(roots, (b, count)))
+    return both[0], both[1], (weights[0], weights[1])
 
 
-Chosen = tuple[np.ndarray, np.ndarray]
-
-
-def _dense_at_ends(m: int, count: int, chance: np.random.Generator | None) -> Chosen:
-    """Return ``count`` of m places, all at either end, then fewer and fewer.
+def _dense_at_ends(
+    blocks: Blocks, last: Array, count: int, chance: np.random.Generator | None
+) -> tuple[Array, Array]:
+    """Return ``count`` places from 0 to ``last`` (b,), all at either end, then fewer.
 
     A kernel of short range may be all there is in a block of sorted points. Some of the
-    places come twice. And how many places each stands for.
+    places come twice. And the roots of how many places each stands for.
     """
-    edge, last = np.arange(int(count * ENDS)), count - 2 * int(count * ENDS) - 1
-    steps = np.arange(last + 1) * 1.0
+    space, xp = blocks.space, blocks.xp
+    edge, most = np.arange(int(count * ENDS)), count - 2 * int(count * ENDS) - 1
+    steps = np.arange(most + 1) * 1.0
 
     def place(steps: np.ndarray) -> np.ndarray:
-        return (1 - np.cos(np.pi * np.clip(steps / last, 0, 1))) / 2 * (m - 1)
+        return (1 - np.cos(np.pi * np.clip(steps / most, 0, 1))) / 2
 
     widths = place(steps + 0.5) - place(steps - 0.5)
     if chance is not None:
         steps += chance.uniform(-0.5, 0.5, len(steps))
-    inner = np.round(place(steps)).astype(np.int64)
-    ones = np.ones(len(edge))
-    return np.concatenate([edge, inner, m - 1 - edge]), np.concatenate(
-        [ones, widths, ones]
+    last = last[:, None]
+    # in integers, which all libraries round alike
+    parts = space.integers(np.round(place(steps) * PARTS).astype(np.int64))
+    inner = (parts[None, :] * last + PARTS // 2) // PARTS
+    first = space.integers(edge)[None, :]
+    zero = xp.zeros_like(last)
+    ends = xp.minimum(zero + first, last), xp.maximum(last - first, zero)
+    one = space.real.ones(blocks.count, len(edge))
+    inside = space.real.asarray(np.sqrt(widths))[None, :]
+    inside = inside * xp.sqrt(xp.astype(last, space.real.dtype))
+    return (
+        xp.concat([ends[0], inner, ends[1]], axis=1),
+        xp.concat([one, inside, one], axis=1),
     )
 
 
-def _dense_at_start(m: int, count: int, chance: np.random.Generator | None) -> Chosen:
+def _dense_at_start(
+    m: int, count: int, chance: np.random.Generator | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return ``count`` of m places, all at the start, then fewer and fewer.
 
     And how many places each stands for.

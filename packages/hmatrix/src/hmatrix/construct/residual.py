@@ -73,10 +73,15 @@ def residual(blocks: Blocks, U: Array, V: Array, sample: int, *seed: int) -> Lef
     return norms, rows
 
 
-def compare(blocks: Blocks, U: Array, V: Array, weights: Array | None = None) -> Left:
+def compare(
+    blocks: Blocks,
+    U: Array,
+    V: Array,
+    weights: tuple[Array, Array] | None = None,
+) -> Left:
     """Return the Frobenius norms (b,) of blocks less ``U Vᴴ``, from all entries.
 
-    Rows and columns count as often as the squares of ``weights`` (m,) say.
+    Rows and columns count as often as the squares of ``weights`` (b, m) each say.
     """
     space, xp, right = blocks.space, blocks.xp, adjoint(V)
     b, m, _ = U.shape
@@ -85,7 +90,8 @@ def compare(blocks: Blocks, U: Array, V: Array, weights: Array | None = None) ->
         error = U[part, some, :] @ right[part, ...]
         error -= blocks.group(part).dense(some)
         if weights is not None:
-            error *= weights * weights[some, None]
+            error *= weights[0][part, some][:, :, None]
+            error *= weights[1][part, None, :]
         squares[part, some] = xp.abs(xp.vecdot(error, error))
     return xp.sqrt(xp.sum(squares, axis=-1)), xp.argmax(squares, axis=-1)
 
