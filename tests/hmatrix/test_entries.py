@@ -291,6 +291,15 @@ def test_bad_functions_are_told_apart():
         hm.from_entries(lambda i, j: np.where(i + j == 0, np.nan, 1.0), 100)
     with pytest.raises(hm.NonFiniteError, match="finite everywhere"):
         hm.from_entries(lambda i, j: np.where(abs(i - j) > 300, np.inf, 1.0), 1000)
+    with pytest.raises(hm.NonFiniteError, match=r"infinity for 5 and 5; .* diagonal"):
+        hm.from_entries(lambda i, j: np.where((i == 5) & (j == 5), np.inf, 1.0), 9)
+    with pytest.raises(
+        hm.NonFiniteError, match=r"infinity for \[1. 2.\] and \[0. 0.\]"
+    ):
+        hm.from_kernel(
+            lambda a, b: np.where(a[..., 0] > b[..., 0], np.nan, 1.0),
+            np.array([[0.0, 0.0], [1.0, 2.0]]),
+        )
     with pytest.raises(hm.ShapeError, match="must give an array of shape"):
         hm.from_entries(lambda _i, _j: np.ones(3), 100)
     with pytest.raises(hm.BackendError, match="must give a numpy array"):

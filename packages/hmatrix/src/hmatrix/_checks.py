@@ -318,8 +318,9 @@ def not_finite(name: str, x: Array, dtype: str) -> str:
     """Message about NaN, infinite or overflowing values in ``x``."""
     xp = namespace(x)
     count = int(xp.sum(xp.astype(~xp.isfinite(x), xp.int64)))
-    found = f"{count} NaN or infinite values" if count else "values too large"
+    what = f"`{name}` of shape {tuple(x.shape)} holds"
+    if count:
+        return f"{what} {count} NaN or infinite values; drop or replace them first."
     return (
-        f"`{name}` of shape {tuple(x.shape)} holds {found} to sum its squares in "
-        f"{dtype}; drop or rescale them first."
+        f"{what} values too large to sum their squares in {dtype}; rescale them first."
     )

@@ -6,6 +6,8 @@ import cmath
 import math
 from typing import Any
 
+import numpy as np
+
 from hmatrix._backend import (
     Array,
     Space,
@@ -14,6 +16,7 @@ from hmatrix._backend import (
     dtype_name,
     is_array,
     namespace,
+    to_numpy,
 )
 from hmatrix._checks import BackendError, DTypeError, NonFiniteError, ShapeError
 from hmatrix.construct.blocks import Function
@@ -68,11 +71,25 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
         # a sum is faster, and finite if all entries are, unless it overflows
         total = complex(xp.sum(x))
         if not cmath.isfinite(total) and not bool(xp.all(xp.isfinite(x))):
-            msg = "The function gave NaN or infinite entries; it must be finite everywhere."
-            raise NonFiniteError(msg)
+            raise NonFiniteError(_not_finite(x, a, b, dims))
         return xp.astype(x, space.dtype, copy=False)
 
     return entries
+
+
+def _not_finite(x: Array, a: Array, b: Array, dims: int) -> str:
+    """Message about the first of some entries, of labels a and b, that is not finite."""
+    shape = tuple(x.shape)
+    finite = to_numpy(namespace(x).isfinite(x))
+    place = np.unravel_index(int(np.argmin(finite)), shape)
+    i, j = (
+        np.broadcast_to(to_numpy(y), (*shape, *y.shape[y.ndim - dims :]))[place]
+        for y in (a, b)
+    )
+    return (
+        f"The function gave NaN or infinity for {i} and {j}; it must be finite "
+        "everywhere, on the diagonal too."
+    )
 
 
 def check_place(x: Any, labels: Array) -> Space:
