@@ -221,8 +221,26 @@ def test_inverses_found_from_solutions_have_the_digits_that_there_are(rng):
     H = hm.from_dense(ill_conditioned("general", 11, rng), levels=2, rtol=1e-16)
     exact, tolerance = np.linalg.inv(dense(H)), FACTOR * 1e11 * EPS["float64"]
     assert error_ratio(hm.inverse(H).to_dense(), exact) <= tolerance
-    with pytest.raises(hm.ToleranceError):
+    with pytest.raises(
+        hm.ToleranceError, match="solutions in float64 have no more digits"
+    ):
         hm.inverse(H, rtol=1e-9)
+
+
+def test_stored_inverses_keep_a_tolerance_that_inversion_alone_does_not(rng):
+    """Its halves, a thousand times smaller than the rest, cost it six digits."""
+    A, h = 1e-3 * rng.standard_normal((128, 128)), 64
+    A[:h, h:], A[h:, :h] = (np.linalg.qr(rng.standard_normal((h, h)))[0] for _ in "BC")
+    H = hm.from_dense(A, levels=3, rtol=0)
+    assert error_ratio(hm.inverse(H, rtol=1e-12).to_dense(), np.linalg.inv(A)) <= 2e-12
+
+
+@pytest.mark.parametrize("method", ["auto", "inversion", "orthogonal"])
+def test_inverses_that_overflow_are_an_error_without_warnings(method):
+    V = np.vander(np.linspace(0.05, 0.9, 250), increasing=True).astype(np.float32)
+    H = hm.from_dense(V, leaf_size=16, rtol=0)
+    with pytest.raises((hm.SingularBlockError, hm.PrecisionError)):
+        hm.factorize(H, method=method)
 
 
 def test_their_errors_are_upper_bounds_too(rng):

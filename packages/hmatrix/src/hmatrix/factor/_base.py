@@ -411,7 +411,8 @@ def narrow(
 def telling_nan(H: HODLR) -> Iterator[None]:
     """Say so where a factorization fails because the matrix has NaN."""
     try:
-        with np.errstate(invalid="ignore"):  # of what NumPy would warn is raised
+        # of what NumPy would warn, overflow of inverses among it, is raised
+        with np.errstate(over="ignore", invalid="ignore"):
             yield
     except NotPositiveDefiniteError:
         raise  # Cholesky looks for NaN itself

@@ -16,6 +16,7 @@ from hmatrix._checks import (
     NotPositiveDefiniteError,
     PrecisionError,
     SingularBlockError,
+    ToleranceError,
     check_kind,
 )
 from hmatrix.arithmetic import (
@@ -202,7 +203,15 @@ def _from_solutions(
         max_rank = (
             F.tree.n
         )  # no cap: take what can be had, and say in `error` what that is
-    stored = stored_inverse(F, rtol, max_rank)
+    try:
+        stored = stored_inverse(F, rtol, max_rank)
+    except ToleranceError as reason:
+        msg = (
+            f"A relative error of {reason.asked:.3g} was asked for, and {reason.reached:.3g} "
+            f"reached: solutions in {F.space.name} have no more digits at this condition "
+            "number. Allow more by `rtol`, or use a `shift`."
+        )
+        raise ToleranceError(msg, reason.asked, reason.reached) from None
     error = after(inverse_error(stored, F.matrix), stored.error)
     return replace(stored, error=error)
 
@@ -221,5 +230,6 @@ def _is_off(
     size, off = safe_norm(x), safe_norm(X @ z - x)
     # of the inverse and of the matrix, in the Frobenius norm
     condition = size * safe_norm(F.matrix @ z + F.shift * z) / PROBES
-    rounding = max(math.sqrt(space.eps), 10 * space.eps * condition)
-    return not off <= 2 * ((X.error or 0.0) + max(rtol or 0.0, rounding)) * size
+    asked = math.sqrt(space.eps) if rtol is None else rtol
+    allowed = max(asked, 10 * space.eps * condition)
+    return not off <= 2 * ((X.error or 0.0) + allowed) * size
