@@ -32,16 +32,18 @@ PARTS = {
 }  # fmt: skip
 
 
-def llama(*, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
+def llama(*, tied: bool = False, seed: int = 0, **options) -> LlamaForCausalLM:
     """Return a random model, which writes with its own or with its input vectors."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = LlamaConfig(**LLAMA, tie_word_embeddings=tied)
+        config = LlamaConfig(**LLAMA, tie_word_embeddings=tied, **options)
         return LlamaForCausalLM(config).eval()
 
 
-def write_gguf(path, model, kind="F32", *, architecture="llama", tokenizer=True):
-    """Write a model's weights as float32, or its matrices as another type."""
+def write_gguf(
+    path, model, kind="F32", *, architecture="llama", tokenizer=True, more=None
+):
+    """Write a model's weights as float32, or its matrices as another type, and `more`."""
     kind = gguf.GGMLQuantizationType[kind]
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -62,6 +64,8 @@ def write_gguf(path, model, kind="F32", *, architecture="llama", tokenizer=True)
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(0)
         writer.add_chat_template(TEMPLATE)
+    if more is not None:
+        more(writer)
     for name, tensor in model.state_dict().items():
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue

@@ -15,10 +15,14 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2Model,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MPNetConfig,
+    MPNetModel,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -171,6 +175,20 @@ def test_saved_classifiers_come_back_whole(tiny, tmp_path):
     assert other.classifier.out_features == other.num_labels == 3
     embedding = "backbone.embeddings.word_embeddings.weight"
     assert torch.equal(other.get_parameter(embedding), model.get_parameter(embedding))
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"), [(MPNetConfig, MPNetModel), (DebertaV2Config, DebertaV2Model)]
+)
+def test_saved_classifiers_of_eager_encoders_come_back(config, kind, tmp_path):
+    save_folder(tmp_path / "base", config(**TINY), kind)
+    model, tokenizer = load_model(tmp_path / "base", labels=["no", "yes"])
+    model.save_pretrained(tmp_path / "whole")
+    tokenizer.save_pretrained(tmp_path / "whole")
+    again, _ = load_model(tmp_path / "whole")
+    ids = torch.tensor([[2, 7, 9, 3]])
+    assert isinstance(again, PooledClassifier)
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_lora_takes_it_with_its_head(tiny):

@@ -11,10 +11,12 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    TOKENIZER_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    TokenizersBackend,
 )
 
 from sylva_train._checks import (
@@ -69,7 +71,10 @@ def load_tokenizer(name_or_path: str | Path = MINILM) -> Any:
     with readable("model", source):
         config = read_config(source) if options else None
     with readable("tokenizer", source):
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        # Only of what is no GGUF file: AutoTokenizer would read that once more for a
+        # configuration, which takes ten seconds where the vocabulary is large.
+        kind = AutoTokenizer if config is None else tokenizer_class(config)
+        tokenizer = kind.from_pretrained(where, **options)
     if config is not None:
         mark_tokens(tokenizer, config)
     # Without files transformers makes one up, to which every word is unknown; T5's has
@@ -90,6 +95,14 @@ def load_tokenizer(name_or_path: str | Path = MINILM) -> Any:
         # Padding is told from text by the attention mask and by labels of -100.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_class(config: Any) -> Any:
+    """Return the class that AutoTokenizer takes for a GGUF file of a configuration."""
+    kind: Any = TOKENIZER_MAPPING.get(type(config), None)
+    # Mistral's own one, where it is installed, reads no such file.
+    fits = isinstance(kind, type) and issubclass(kind, TokenizersBackend)
+    return kind if fits else TokenizersBackend
 
 
 def mark_tokens(tokenizer: Any, config: Any) -> None:

@@ -109,10 +109,12 @@ class PooledClassifier(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: Any, backbone: PreTrainedModel | None = None) -> None:
-        super().__init__(config)
+        # First the backbone: which attention it has, eager alone in MPNet and DeBERTa, it
+        # writes to the configuration, where this class would ask for another one.
         if backbone is None:
             kind, options = backbone_class(config)
             backbone = kind(config, **options)
+        super().__init__(config)
         self.backbone = backbone
         self.num_labels = config.num_labels
         width = backbone.get_input_embeddings().weight

@@ -19,6 +19,8 @@ from transformers.utils import logging
 from sylva_train._checks import ConfigError, ModelError
 from sylva_train.options import MINILM, minilm_folder
 
+from .header import complete, read_header
+
 __all__ = ["dequantizing", "gguf_config", "place", "quiet", "readable", "resolve"]
 
 #: The package of `MINILM`.
@@ -114,7 +116,13 @@ def place(source: str) -> tuple[str, dict[str, str]]:
 
 
 def gguf_config(source: str) -> Any:
-    """Return the configuration that transformers makes of a GGUF file's metadata."""
+    """Return the configuration of a GGUF file's model.
+
+    Raises
+    ------
+    ModelError
+        If the model was split into several files, or has positions that are not known.
+    """
     about = Path(source).stat()
     return copy.deepcopy(kept_config(source, about.st_mtime_ns, about.st_size))
 
@@ -122,8 +130,11 @@ def gguf_config(source: str) -> Any:
 @functools.lru_cache(maxsize=4)
 def kept_config(source: str, *_: int) -> Any:
     """Read a file of one state once: its vocabulary, token by token, takes seconds."""
+    header = read_header(source)
     where, file = place(source)
-    return AutoConfig.from_pretrained(where, **file)
+    config = AutoConfig.from_pretrained(where, **file)
+    complete(config, header)
+    return config
 
 
 @contextlib.contextmanager
