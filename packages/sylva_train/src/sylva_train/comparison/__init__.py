@@ -16,15 +16,28 @@ from .plan import (
 )
 from .process import Job, worker
 from .results import FORMAT, load_results, made
+from .tuning import (
+    TRY_RATE,
+    TUNING_SEED,
+    best_rates,
+    check_multiples,
+    trial,
+    tried_rates,
+    tuning_metric,
+)
 
 __all__ = [
     "FORMAT",
     "LEARNING_RATES",
+    "TRY_RATE",
+    "TUNING_SEED",
     "Comparison",
     "Event",
     "Job",
     "PeakMemory",
     "Watcher",
+    "best_rates",
+    "check_multiples",
     "check_output",
     "check_plan",
     "compare",
@@ -34,5 +47,8 @@ __all__ = [
     "made",
     "run_jobs",
     "suited",
+    "trial",
+    "tried_rates",
+    "tuning_metric",
     "worker",
 ]

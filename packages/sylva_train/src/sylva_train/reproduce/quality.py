@@ -10,12 +10,14 @@ from typing import Any
 
 from sylva_train._checks import ConfigError
 from sylva_train.baselines import parse_method
-from sylva_train.comparison import Comparison, Job, check_plan
-from sylva_train.comparison.tuning import (
+from sylva_train.comparison import (
     TRY_RATE,
     TUNING_SEED,
+    Comparison,
+    Job,
     best_rates,
     check_multiples,
+    check_plan,
     trial,
     tried_rates,
     tuning_metric,
