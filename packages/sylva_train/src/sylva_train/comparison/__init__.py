@@ -17,8 +17,8 @@ from .plan import (
 from .process import Job, worker
 from .results import FORMAT, load_results, made
 from .tuning import (
-    TRY_RATE,
     TUNING_SEED,
+    attempt,
     best_rates,
     check_multiples,
     trial,
@@ -29,13 +29,13 @@ from .tuning import (
 __all__ = [
     "FORMAT",
     "LEARNING_RATES",
-    "TRY_RATE",
     "TUNING_SEED",
     "Comparison",
     "Event",
     "Job",
     "PeakMemory",
     "Watcher",
+    "attempt",
     "best_rates",
     "check_multiples",
     "check_output",

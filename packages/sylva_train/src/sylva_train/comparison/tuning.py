@@ -17,9 +17,9 @@ from .plan import Comparison
 from .process import Job
 
 __all__ = [
-    "TRY_RATE",
     "TUNING_SEED",
     "at_best_rates",
+    "attempt",
     "best_rates",
     "check_multiples",
     "trial",
@@ -77,6 +77,16 @@ def trial(comparison: Comparison, method: str, rate: float) -> Comparison:
     )
 
 
+def attempt(one: Comparison, seed: int, **about: str) -> Job:
+    """Return the run of a comparison of one method as a job that may diverge.
+
+    ``about`` are the job's ``name``, ``label`` and ``kind``.
+    """
+    (method,) = one.methods
+    spec = one.spec(method, seed) | {"describe": False}
+    return Job(**about, spec=spec, function=TRY_RATE)
+
+
 def trials(
     comparison: Comparison, multiples: Sequence[float]
 ) -> dict[tuple[str, float], Job]:
@@ -86,13 +96,12 @@ def trials(
         if method == "frozen":  # nothing is trained
             continue
         for rate in tried_rates(comparison, method, check_multiples(multiples)):
-            one = trial(comparison, method, rate)
-            found[method, rate] = Job(
+            found[method, rate] = attempt(
+                trial(comparison, method, rate),
+                TUNING_SEED,
                 name=f"tune-{method.replace(':', '-')}-{rate:g}",
                 label=f"{parse_method(method).label}, rate {rate:g}",
                 kind=f"tune {method}",
-                spec=one.spec(method, TUNING_SEED) | {"describe": False},
-                function=TRY_RATE,
             )
     return found
 

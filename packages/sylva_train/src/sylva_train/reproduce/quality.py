@@ -11,10 +11,10 @@ from typing import Any
 from sylva_train._checks import ConfigError
 from sylva_train.baselines import parse_method
 from sylva_train.comparison import (
-    TRY_RATE,
     TUNING_SEED,
     Comparison,
     Job,
+    attempt,
     best_rates,
     check_multiples,
     check_plan,
@@ -300,13 +300,12 @@ class Plan:
 
     def job(self, cell: Cell, one: Comparison, seed: int, name: str, words: str) -> Job:
         """Return one run as a job."""
-        spec = one.spec(cell.method, seed) | {"describe": False}
-        return Job(
+        return attempt(
+            one,
+            seed,
             name=name.replace("/", "-"),
             label=f"{cell.label}, {words}",
             kind=f"{cell.setting} {cell.method}",
-            spec=spec,
-            function=TRY_RATE,
         )
 
 
