@@ -19,7 +19,6 @@ from sylva_train import report
 from sylva_train._checks import (
     ConfigError,
     DataError,
-    NonFiniteError,
     OutputExistsError,
     SylvaError,
 )
@@ -32,7 +31,6 @@ from sylva_train.comparison import (
 )
 from sylva_train.comparison.process import Processes, start
 from sylva_train.comparison.single import run
-from sylva_train.comparison.tuning import TUNING_SEED
 from sylva_train.options import METHODS
 from tests.sylva_train import jobs
 from tests.sylva_train.jobs import (
@@ -181,35 +179,6 @@ def test_finished_runs_are_kept_and_seeds_may_be_added(here, home, tmp_path):
         "kept", *["begin", "end"] * 3,
     ]  # fmt: skip
     assert len(results["runs"]) == 4
-
-
-def test_rates_are_chosen_before_on_data_and_a_seed_of_their_own(here, home, tmp_path):
-    methods = ("frozen", "full", "sylva:random")
-    options = {"methods": methods, "seeds": (0,), "training": jobs.training(steps=8)}
-    comparison = plan(home, **options)
-    results = compare(comparison, tmp_path / "out", tune=(1e30, 1e-6, 1.0))
-    tuning, runs = here[:6], here[6:]
-    assert {job.spec["training"]["seed"] for job in tuning} == {TUNING_SEED}
-    assert {job.spec["task"]["eval_split"] for job in tuning} == {"held-out"}
-    assert names(runs) == ["frozen-0", "full-0", "sylva-random-0"]
-    scores = {(row["method"], row["lr"]): row["score"] for row in results["tuning"]}
-    assert scores["full", 4e26] is None  # it diverged
-    for row in results["runs"][1:]:
-        of_method = {k[1]: s for k, s in scores.items() if k[0] == row["method"] and s}
-        assert of_method[row["lr"]] == max(of_method.values())
-    table = report.markdown_table(results)
-    assert "the best of 1e+30, 1e-06, 1 times each method's own" in table
-    again = compare(comparison, tmp_path / "out", tune=(1e30, 1e-6, 1.0), resume=True)
-    assert len(here) == 9  # all kept
-    assert again["tuning"] == results["tuning"]
-
-
-def test_rates_that_all_diverge_are_told(here, home, tmp_path):
-    comparison = plan(home, methods=("full",), seeds=(0,))
-    with pytest.raises(
-        NonFiniteError, match=r"Full fine-tuning diverged at every rate"
-    ):
-        compare(comparison, tmp_path / "out", tune=(1e30,))
 
 
 @pytest.mark.parametrize(
