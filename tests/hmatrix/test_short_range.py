@@ -29,6 +29,23 @@ def test_kernels_much_narrower_than_the_blocks(kind, length, rng):
         assert relative(H, kernel(x[:, None], x)) <= rtol
 
 
+def test_a_look_at_a_block_of_high_rank_serves_many_steps():
+    """Where most rows are zeros, those that are not are known from the last look."""
+    n, looked_at = 1024, 0
+    x = np.sort(np.random.default_rng(1).random(n))
+
+    def hat(a, b):
+        nonlocal looked_at
+        entries = np.maximum(1 - abs(a - b) / 0.2, 0.0)
+        looked_at += entries.size
+        return entries
+
+    H = hm.from_kernel(hat, x, rtol=1e-10)
+    assert looked_at < 3 * n * n
+    assert max(H.ranks) > 100
+    assert relative(H, hat(x[:, None], x)) <= 1e-10
+
+
 @pytest.mark.parametrize("skew", [0.0, 0.5])
 @pytest.mark.parametrize(("n", "leaf_size"), [(653, 16), (711, 16), (2001, 64)])
 def test_corners_are_seen_where_the_last_leaf_is_padded(n, leaf_size, skew):

@@ -219,7 +219,7 @@ def nbytes(*arrays: Array) -> int:
 
 
 def contiguous(x: Array) -> Array:
-    """Return ``x`` in row-major memory of its own size.
+    """Return ``x`` in row-major memory of its own size, itself if it is.
 
     torch multiplies strided views an order of magnitude slower, and a slice that is
     kept would keep all of what it was cut from.
@@ -229,5 +229,6 @@ def contiguous(x: Array) -> Array:
         return x.clone() if x.untyped_storage().nbytes() > nbytes(x) else x
     xp = namespace(x)
     if array_api_compat.is_numpy_array(x) or array_api_compat.is_cupy_array(x):
-        return xp.array(x, order="C")
+        own = x.flags.c_contiguous and x.flags.owndata
+        return x if own else xp.array(x, order="C")
     return xp.asarray(x, copy=True)

@@ -149,8 +149,8 @@ class Blocks:
             near=None if self.near is None else self.near.each(take),
         )
 
-    def at(self, i: Array, j: Array) -> Array:
-        """Return entries at places i, j (b, q): (b, q)."""
+    def at(self, i: Array | slice, j: Array) -> Array:
+        """Return entries at places i, j (b, q), i also as a slice: (b, q)."""
         x = self.function(pick(self.rows, i), pick(self.columns, j))
         if self.real is None:
             return x
@@ -233,8 +233,10 @@ def tiles(space: Space, blocks: int, rows: int, width: int) -> Iterator[Tile]:
             yield batch, some
 
 
-def pick(x: Array, places: Array) -> Array:
+def pick(x: Array, places: Array | slice) -> Array:
     """Take rows ``x[b, places[b, q], ...]`` of x (b, m, ...): (b, q, ...)."""
+    if isinstance(places, slice):
+        return x[:, places, ...]
     space = Space.of(x)
     xp, (b, m) = space.xp, x.shape[:2]
     flat = xp.reshape(x, (b * m, *x.shape[2:]))

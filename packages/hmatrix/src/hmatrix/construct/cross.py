@@ -166,7 +166,7 @@ def attempt(
     (U, Tu, Ru), (V, Tv, Rv) = (orthonormal_parts(transpose(x)) for x in (U, V))
     core = (Ru * D[:, None, :]) @ adjoint(Rv)
     left = U @ (Tu @ core @ adjoint(Tv))
-    estimate, _ = residual(blocks, left, V, sample, seed)
+    estimate, *_ = residual(blocks, left, V, sample, seed)
     if largest:
         estimate = xp.maximum(estimate, strays(blocks, left, V, *largest))
     small, lost, _ = cut_triplets(*svd(core), tolerance * 0.8, max_rank)

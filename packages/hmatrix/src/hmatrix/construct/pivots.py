@@ -124,9 +124,9 @@ def search(
 
     def left(U: Array, V: Array) -> Left:
         if whole:
-            norms, rows = residual(inner, U, V, SAMPLE, seed, next(looks))
-            if bool(xp.any(norms > LEFT * tolerances)):
-                return norms, rows
+            found = residual(inner, U, V, SAMPLE, seed, next(looks))
+            if bool(xp.any(found[0] > LEFT * tolerances)):
+                return found
         # of a sample, or where all that was looked at is small: a few entries may not be
         return compare(inner, U, V)
 
@@ -157,8 +157,9 @@ def cross(
     Until the steps of a block are no larger than its ``tolerance`` (b,). Small steps and
     rows of zeros say little where a few rows hold all there is, as of a narrow kernel: if
     ``left`` tells what is left, of ``U Vᴴ`` with U and V (b, m, r), the search goes on
-    there. ``rows`` and ``columns`` (b, m) number those of the blocks: what has the same
-    number is the same, and no pivot twice.
+    there, and in the rows that have more of it than others. ``rows`` and ``columns``
+    (b, m) number those of the blocks: what has the same number is the same, and no pivot
+    twice.
 
     Returns
     -------
@@ -170,7 +171,7 @@ def cross(
         Whether a step found a pivot; its rows are zero where not.
     """
     space, xp, b, m = blocks.space, blocks.xp, blocks.count, blocks.size
-    chance = xp.abs(space.real.normal((m,), seed, m))[None, :]
+    likely = xp.abs(space.real.normal((m,), seed, m))[None, :]
     U, V = space.zeros(b, STEP, m), space.zeros(b, STEP, m)
     steps: list[tuple[Array, Array, Array]] = []
     used_rows, used_columns = (
@@ -243,7 +244,9 @@ def cross(
         if not bool(xp.any(alive)):
             if left is None:
                 break
-            norms, row = left(*(transpose(x[:, : len(steps), :]) for x in (U, V)))
+            norms, row, likely = left(
+                *(transpose(x[:, : len(steps), :]) for x in (U, V))
+            )
             # more than rounding, and than what steps of this size may leave
             limits = xp.maximum(LEFT * tolerance, m * least)
             alive = (norms > limits) & ~chosen(used_rows, first + row)
@@ -251,8 +254,9 @@ def cross(
                 break
             quiet, nulls = (xp.zeros_like(x) for x in (quiet, nulls))
             continue
-        # once nothing is found where it was expected, rows by chance
-        score = xp.where(small[:, None], chance, xp.abs(u))
+        # once nothing is found where it was expected, rows by chance, or by what was left
+        # of them when it was looked at: each look costs as much as many steps
+        score = xp.where(small[:, None], likely, xp.abs(u))
         row = xp.argmax(xp.where(used_rows, -xp.ones_like(score), score), axis=-1)
     i, j, valid = (xp.stack(parts, axis=-1) for parts in zip(*steps, strict=True))
     return i, j, U[:, : len(steps), :], V[:, : len(steps), :], valid

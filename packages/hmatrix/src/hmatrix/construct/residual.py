@@ -10,6 +10,7 @@ from hmatrix._backend import (
     conjugate,
     contiguous,
     namespace,
+    squares,
     transpose,
 )
 from hmatrix.construct.blocks import Blocks, chunks, pick, tiles
@@ -17,8 +18,9 @@ from hmatrix.construct.places import grid
 
 __all__ = ["WHOLE", "Left", "compare", "residual", "strays"]
 
-#: Frobenius norms (b,) of what is left, and the rows (b,) where most of it is.
-Left = tuple[Array, Array]
+#: Frobenius norms (b,) of what is left, the rows (b,) where most of it is, and squares
+#: (b, m) of what is in each row, in part by chance.
+Left = tuple[Array, Array, Array]
 
 #: Entries of each row and column that are looked at by chance.
 PASSES = 2
@@ -32,7 +34,7 @@ STRAYS, LARGE = 8, 10.0
 
 
 def residual(blocks: Blocks, U: Array, V: Array, sample: int, *seed: int) -> Left:
-    """Estimate the Frobenius norms (b,) of blocks less ``U Vᴴ``, U and V (b, m, r).
+    """Estimate what is left of blocks less ``U Vᴴ``, U and V (b, m, r).
 
     A block no larger than the sample, or of at most ``WHOLE`` points in a plane or in
     space, is compared whole. Of others, as many rows and columns as the sample has, others
@@ -48,7 +50,7 @@ def residual(blocks: Blocks, U: Array, V: Array, sample: int, *seed: int) -> Lef
     chance = np.random.default_rng((*seed, m, b))
     count = sample if blocks.near is None else max(sample, MEETING)
     i, j, weights = grid(blocks, min(count, m), chance)
-    norms, rows = compare(blocks.within(i, j), pick(U, i), pick(V, j), weights)
+    norms, rows, _ = compare(blocks.within(i, j), pick(U, i), pick(V, j), weights)
     rows = pick(i, rows[:, None])[:, 0]
     found = [(norms, rows)]
     if blocks.near is not None and blocks.near.count:
@@ -58,19 +60,16 @@ def residual(blocks: Blocks, U: Array, V: Array, sample: int, *seed: int) -> Lef
     order, numbers = chance.permutation(m), np.arange(m)
     shifts = chance.integers(0, m, (PASSES, b, 1))
     squares = space.real.zeros(b, m)
-    for part in chunks(blocks.space, m, PASSES * b * U.shape[-1]):
-        # all passes at once, next to each other
-        i = np.tile(numbers[part], (b, PASSES))
-        j = np.concatenate(order[(numbers[part] + shifts) % m], axis=1)
-        each = _squares(blocks, space.integers(i), space.integers(j), U, V)
-        each = xp.reshape(each, (b, PASSES, part.stop - part.start))
-        squares[:, part] = m / PASSES * xp.sum(each, axis=1)
+    for part in chunks(space, m, b * U.shape[-1]):
+        for shift in shifts:
+            j = space.integers(order[(numbers[part] + shift) % m])
+            squares[:, part] += m / PASSES * _squares(blocks, part, j, U, V)
     found.append(_most(squares, xp.broadcast_to(space.integers(numbers), (b, m))))
     norms, rows = found[0]
     for more, others in found[1:]:
         rows = xp.where(more > norms, others, rows)
         norms = xp.maximum(norms, more)
-    return norms, rows
+    return norms, rows, squares
 
 
 def compare(
@@ -79,7 +78,7 @@ def compare(
     V: Array,
     weights: tuple[Array, Array] | None = None,
 ) -> Left:
-    """Return the Frobenius norms (b,) of blocks less ``U Vᴴ``, from all entries.
+    """Return what is left of blocks less ``U Vᴴ``, from all entries.
 
     Rows and columns count as often as the squares of ``weights`` (b, m) each say.
     """
@@ -93,7 +92,7 @@ def compare(
             error *= weights[0][part, some][:, :, None]
             error *= weights[1][part, None, :]
         squares[part, some] = xp.abs(xp.vecdot(error, error))
-    return xp.sqrt(xp.sum(squares, axis=-1)), xp.argmax(squares, axis=-1)
+    return xp.sqrt(xp.sum(squares, axis=-1)), xp.argmax(squares, axis=-1), squares
 
 
 def strays(blocks: Blocks, U: Array, V: Array, rows: Array, columns: Array) -> Array:
@@ -115,13 +114,12 @@ def strays(blocks: Blocks, U: Array, V: Array, rows: Array, columns: Array) -> A
     return norms
 
 
-def _squares(blocks: Blocks, i: Array, j: Array, U: Array, V: Array) -> Array:
-    """Return squares of what is left at places i, j (b, q)."""
-    xp = blocks.xp
-    return xp.abs(xp.vecdot(pick(V, j), pick(U, i)) - blocks.at(i, j)) ** 2
+def _squares(blocks: Blocks, i: Array | slice, j: Array, U: Array, V: Array) -> Array:
+    """Return squares of what is left at places i, j (b, q); i may be a slice."""
+    return squares(blocks.xp.vecdot(pick(V, j), pick(U, i)) - blocks.at(i, j))
 
 
-def _most(squares: Array, rows: Array) -> Left:
+def _most(squares: Array, rows: Array) -> tuple[Array, Array]:
     """Return norms, and of ``rows`` (b, q) those of the largest squares (b, q)."""
     xp = namespace(squares)
     row = pick(rows, xp.argmax(squares, axis=-1)[:, None])[:, 0]
