@@ -99,6 +99,21 @@ def test_factorizing_over_the_matrix_never_holds_both(rng, monkeypatch):
     assert most[True] < 1.5
 
 
+def test_what_a_factorization_works_on_is_small(rng, monkeypatch):
+    """Beside factors of 10 MB too."""
+    monkeypatch.setattr(climb, "default_workers", lambda _: 1)
+    points = np.sort(rng.random(2**14))
+    H = hm.from_kernel(
+        lambda x, y: np.exp(-50 * (x - y) ** 2),
+        points,
+        nugget=0.01,
+        rtol=1e-10,
+        leaf_size=32,
+    )
+    F, most = traced(lambda: hm.factorize(H))
+    assert most < 2.1 * F.nbytes
+
+
 @pytest.mark.parametrize(("n", "dims"), [(4096, 1), (1024, 2)])
 def test_entries_are_evaluated_and_compared_a_few_at_a_time(n, dims, rng):
     """Blocks of the deepest levels take turns, and so do rows of larger ones."""

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 #: Matrices of a batch from which on a loop over their rows is faster than one over them.
-MANY = 64
+MANY = 32
 
 #: Rows up to which triangles are inverted without a step of refinement, for speed.
 STEADY = 64
@@ -233,21 +233,25 @@ def _raising(a: Array) -> AbstractContextManager[Any]:
     return raising
 
 
-def inverse_lower(a: Array) -> Array:
-    """Inverse of lower triangular ``a`` (..., m, m)."""
+def inverse_lower(a: Array, out: Array | None = None) -> Array:
+    """Inverse of lower triangular ``a`` (..., m, m), in the memory of ``out`` if given."""
     xp, space = namespace(a), Space.of(a)
     if array_api_compat.is_torch_array(a):
         eye = xp.broadcast_to(space.eye(a.shape[-1]), a.shape)
         with one_thread_if_small(a):
-            return xp.linalg.solve_triangular(a, eye, upper=False)
-    out = space.zeros(*a.shape)
+            found = xp.linalg.solve_triangular(a, eye, upper=False)
+        if out is not None:
+            out[...] = found
+        return found
+    if out is None:
+        out = xp.empty(a.shape, dtype=a.dtype, device=space.device)
     with one_thread_if_small(a):
         _invert_lower(a, out, many=math.prod(a.shape[:-2]) >= MANY)
     return out
 
 
 def _invert_lower(a: Array, out: Array, many: bool) -> None:
-    """Write the inverse of ``a`` into ``out``, which is zero."""
+    """Write the inverse of ``a`` into ``out``."""
     xp, m = namespace(a), int(a.shape[-1])
     if m > (8 if many else 32):
         # [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹BA⁻¹, C⁻¹]]: products in place of an LU
@@ -256,6 +260,7 @@ def _invert_lower(a: Array, out: Array, many: bool) -> None:
         top, low = out[..., :h, :h], out[..., h:, h:]
         _invert_lower(a[..., :h, :h], top, many)
         _invert_lower(a[..., h:, h:], low, many)
+        out[..., :h, h:] = 0
         product = a[..., h:, :h] @ top
         multiply_into(out[..., h:, :h], low, -product)
         if m > STEADY:

@@ -25,7 +25,7 @@ __all__ = ["Source", "build"]
 #: Bytes of columns, on the host, that stay in the cache, and that are worth a thread.
 CACHE, SMALL = 2**23, 2**20
 #: Bytes of columns that are updated, or made of leaves, at once.
-PIECE, LEAVES = 2**20, 2**22
+PIECE, LEAVES = 2**18, 2**20
 
 
 class Source(Protocol):
@@ -159,8 +159,7 @@ class _Climb:
         shape = (step, m, width)
         for first in range(0, rows // m, step):
             which = slice(start // m + first, start // m + first + step)
-            half = inverse_lower(source.leaf(which))
-            source.leaves[which, ...] = half
+            half = inverse_lower(source.leaf(which), source.leaves[which, ...])
             if width:
                 columns = source.columns(slice(which.start * m, which.stop * m))
                 columns = self.space.xp.reshape(columns, shape)

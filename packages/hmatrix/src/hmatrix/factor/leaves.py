@@ -17,8 +17,10 @@ def shifted_leaves(
     """Add ``shift`` to the diagonal, and ones to the padded part of it.
 
     Identity in the padded rows keeps them apart from the others and out of the
-    determinant.
+    determinant. Where there is nothing to add it is a view of ``leaves``.
     """
+    if not shift and tree.padded == tree.n:
+        return leaves[which, ...]
     space, m = Space.of(leaves), tree.leaf_size
     xp, leaves = space.xp, space.asarray(leaves[which, ...], copy=True)
     rows = xp.reshape(places("rows", tree, space), (-1, m))
