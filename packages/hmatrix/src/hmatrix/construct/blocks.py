@@ -6,10 +6,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hmatrix._backend import Array, Space, conjugate
+from hmatrix._backend import Array, Space, conjugate, multiply_into
 from hmatrix.construct.near import Near
 
-__all__ = ["CHUNK", "Blocks", "Function", "chunks", "masked", "pick", "tiles"]
+__all__ = [
+    "CHUNK",
+    "Blocks",
+    "Function",
+    "again",
+    "chunks",
+    "masked",
+    "pick",
+    "tiles",
+]
 
 #: From labels of rows and columns, broadcast, to entries.
 Function = Callable[[Array, Array], Array]
@@ -150,11 +159,14 @@ class Blocks:
         )
 
     def at(self, i: Array | slice, j: Array) -> Array:
-        """Return entries at places i, j (b, q), i also as a slice: (b, q)."""
-        x = self.function(pick(self.rows, i), pick(self.columns, j))
+        """Return entries at places i, j (b, q): (b, q).
+
+        Rows that follow each other, a slice, are taken again and again until they are q.
+        """
+        x = self.function(again(self.rows, i, j), pick(self.columns, j))
         if self.real is None:
             return x
-        return masked(x, pick(self.real[0], i), pick(self.real[1], j))
+        return masked(x, again(self.real[0], i, j), pick(self.real[1], j))
 
     def at_columns(self, j: Array, T: Array | None = None) -> Array:
         """Return columns at places j (b, q): (b, q, m), each of them contiguous.
@@ -170,13 +182,14 @@ class Blocks:
             y = self.function(self.rows[:, None, part, ...], right)
             if real is not None:
                 y = masked(y, real[0][:, None, part], real[1][:, :, None])
-            if T is not None:
-                y = T @ y
             if part.stop - part.start == m:
-                return y
+                return y if T is None else T @ y
             if x is None:
-                x = self.space.zeros(count, y.shape[1], m)
-            x[:, :, part] = y
+                x = self.space.zeros(count, q if T is None else T.shape[1], m)
+            if T is None:
+                x[:, :, part] = y
+            else:
+                multiply_into(x[:, :, part], T, y)
         return x
 
     def column_by_column(self) -> Callable[[Array], Array]:
@@ -211,8 +224,8 @@ class Blocks:
 
 def masked(x: Array, rows: Array, columns: Array) -> Array:
     """Return entries with zeros where row or column is padding."""
-    xp = Space.of(x).xp
-    return xp.where(rows & columns, x, xp.zeros_like(x))
+    space = Space.of(x)
+    return space.xp.where(rows & columns, x, space.zeros(1))
 
 
 def chunks(space: Space, count: int, width: int, size: int = CHUNK) -> Iterator[slice]:
@@ -233,10 +246,17 @@ def tiles(space: Space, blocks: int, rows: int, width: int) -> Iterator[Tile]:
             yield batch, some
 
 
-def pick(x: Array, places: Array | slice) -> Array:
+def again(x: Array, places: Array | slice, like: Array) -> Array:
+    """Take rows of x (b, m, ...) as `pick`, or a slice of them, as many as ``like`` has."""
+    if not isinstance(places, slice):
+        return pick(x, places)
+    some = x[:, places, ...]
+    times = like.shape[1] // some.shape[1]
+    return Space.of(x).xp.concat([some] * times, axis=1)
+
+
+def pick(x: Array, places: Array) -> Array:
     """Take rows ``x[b, places[b, q], ...]`` of x (b, m, ...): (b, q, ...)."""
-    if isinstance(places, slice):
-        return x[:, places, ...]
     space = Space.of(x)
     xp, (b, m) = space.xp, x.shape[:2]
     flat = xp.reshape(x, (b * m, *x.shape[2:]))

@@ -23,7 +23,7 @@ from hmatrix._backend import (
 )
 from hmatrix.construct.blocks import Blocks, chunks, pick
 from hmatrix.construct.pivots import GROUP, SAMPLE, Pivots, gather, search
-from hmatrix.construct.residual import residual, strays
+from hmatrix.construct.residual import large, residual, strays
 from hmatrix.construct.sampled import cut_dense, replace_blocks, scatter
 from hmatrix.lowrank import LowRank, cut_triplets, orthonormal_parts
 
@@ -160,15 +160,18 @@ def attempt(
         places = (pick(pivots.rows, i), pick(pivots.columns, j))
         U, V = extend(blocks, places, gather(U, i), gather(V, j), D, valid)
     D = xp.where(valid, D, xp.zeros_like(D))
-    largest = [xp.max(xp.abs(x), axis=1) for x in (U, V)] if m > sample else []
+    outliers = [large(x) for x in (U, V)] if m > sample else []
     # rows of very different norms, which is how partial pivoting leaves them, are
-    # brought to norm 1, and conditioned well enough for Cholesky QR
-    (U, Tu, Ru), (V, Tv, Rv) = (orthonormal_parts(transpose(x)) for x in (U, V))
+    # brought to norm 1, and conditioned well enough for Cholesky QR; one factor goes
+    # before there is another of the other
+    U, Tu, Ru = orthonormal_parts(transpose(U))
+    V, Tv, Rv = orthonormal_parts(transpose(V))
     core = (Ru * D[:, None, :]) @ adjoint(Rv)
     left = U @ (Tu @ core @ adjoint(Tv))
     estimate, *_ = residual(blocks, left, V, sample, seed)
-    if largest:
-        estimate = xp.maximum(estimate, strays(blocks, left, V, *largest))
+    if outliers:
+        estimate = xp.maximum(estimate, strays(blocks, left, V, *outliers))
+    del left
     small, lost, _ = cut_triplets(*svd(core), tolerance * 0.8, max_rank)
     found = LowRank(U @ (Tu @ small.U), small.S, V @ (Tv @ small.V))
     return found, xp.sqrt(lost**2 + estimate**2)

@@ -204,6 +204,8 @@ def joined(
     if len(parts) == 1 and rank == width and bool(xp.all(keep | (S == 0))):
         return parts[0][0], square
 
+    cut = not bool(xp.all(keep))
+
     def all_of(name: str) -> Array:
         first = getattr(parts[0][0], name)
         x = Space.of(first).zeros(error.shape[0], *first.shape[1:-1], rank)
@@ -211,11 +213,11 @@ def joined(
         for block, lost in parts:
             stop = start + lost.shape[0]
             part = getattr(block, name)[..., :rank]
-            mask = keep[start:stop, ..., : part.shape[-1]]
-            mask = xp.reshape(mask, (stop - start, *[1] * (x.ndim - 2), -1))
-            x[start:stop, ..., : part.shape[-1]] = xp.where(
-                mask, part, xp.zeros_like(part)
-            )
+            mask = keep[start:stop, : part.shape[-1]]
+            x[start:stop, ..., : part.shape[-1]] = part
+            if cut:
+                mask = xp.reshape(mask, (stop - start, *[1] * (x.ndim - 2), -1))
+                x[start:stop, ..., : part.shape[-1]] *= xp.astype(mask, x.dtype)
             start = stop
         return x
 
@@ -276,7 +278,9 @@ def looks_hermitian(
             return
         for some in chunks(space, LOOKS, n):
             orders = [chance.permutation(n) for _ in range(LOOKS)[some]]
-            yield np.tile(np.arange(n), len(orders)), np.concatenate(orders)
+            columns = np.concatenate(orders)
+            for part in chunks(space, len(columns), 1):
+                yield np.arange(part.start, part.stop) % n, columns[part]
 
     for pair in pairs():
         a, b = (xp.take(labels, space.integers(i), axis=0) for i in pair)

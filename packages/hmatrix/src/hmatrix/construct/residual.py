@@ -6,6 +6,7 @@ import numpy as np
 
 from hmatrix._backend import (
     Array,
+    Space,
     adjoint,
     conjugate,
     contiguous,
@@ -13,10 +14,10 @@ from hmatrix._backend import (
     squares,
     transpose,
 )
-from hmatrix.construct.blocks import Blocks, chunks, pick, tiles
+from hmatrix.construct.blocks import Blocks, again, chunks, pick, tiles
 from hmatrix.construct.places import grid
 
-__all__ = ["WHOLE", "Left", "compare", "residual", "strays"]
+__all__ = ["WHOLE", "Left", "compare", "large", "residual", "strays"]
 
 #: Frobenius norms (b,) of what is left, the rows (b,) where most of it is, and squares
 #: (b, m) of what is in each row, in part by chance.
@@ -60,10 +61,12 @@ def residual(blocks: Blocks, U: Array, V: Array, sample: int, *seed: int) -> Lef
     order, numbers = chance.permutation(m), np.arange(m)
     shifts = chance.integers(0, m, (PASSES, b, 1))
     squares = space.real.zeros(b, m)
-    for part in chunks(space, m, b * U.shape[-1]):
-        for shift in shifts:
-            j = space.integers(order[(numbers[part] + shift) % m])
-            squares[:, part] += m / PASSES * _squares(blocks, part, j, U, V)
+    for part in chunks(space, m, PASSES * b * U.shape[-1]):
+        # all passes at once, next to each other
+        j = np.concatenate(order[(numbers[part] + shifts) % m], axis=1)
+        each = _squares(blocks, part, space.integers(j), U, V)
+        each = xp.reshape(each, (b, PASSES, part.stop - part.start))
+        squares[:, part] = m / PASSES * xp.sum(each, axis=1)
     found.append(_most(squares, xp.broadcast_to(space.integers(numbers), (b, m))))
     norms, rows = found[0]
     for more, others in found[1:]:
@@ -95,17 +98,31 @@ def compare(
     return xp.sqrt(xp.sum(squares, axis=-1)), xp.argmax(squares, axis=-1), squares
 
 
-def strays(blocks: Blocks, U: Array, V: Array, rows: Array, columns: Array) -> Array:
+def large(coefficients: Array) -> Array | None:
+    """Return the largest coefficient (b, m) of (b, r, m), or None if none is ``LARGE``."""
+    xp = namespace(coefficients)
+    if not Space.of(coefficients).is_complex:
+        # two numbers, which take no memory, are enough for most
+        ends = xp.stack([xp.max(coefficients), -xp.min(coefficients)])
+        if bool(xp.all(ends <= LARGE)):
+            return None
+    largest = xp.max(xp.abs(coefficients), axis=1)
+    return None if bool(xp.all(largest <= LARGE)) else largest
+
+
+def strays(
+    blocks: Blocks, U: Array, V: Array, rows: Array | None, columns: Array | None
+) -> Array:
     """Return what is left of the rows and columns (b,) that pivots stand for worst.
 
     A row of the block is a combination of the pivots' rows; where the largest coefficient
     of one, ``rows`` (b, m), and alike ``columns``, is far above 1, no pivot is like it: an
-    outlying point, say, that no sample has.
+    outlying point, say, that no sample has. They are as of `large`.
     """
     xp, norms = blocks.xp, blocks.space.real.zeros(blocks.count)
     sides = ((blocks.adjoint, V, U, rows), (blocks, U, V, columns))
     for part, left, right, largest in sides:
-        if not bool(xp.any(largest > LARGE)):
+        if largest is None:
             continue
         places = xp.argsort(-largest, axis=-1)[:, :STRAYS]
         error = part.at_columns(places)
@@ -115,8 +132,9 @@ def strays(blocks: Blocks, U: Array, V: Array, rows: Array, columns: Array) -> A
 
 
 def _squares(blocks: Blocks, i: Array | slice, j: Array, U: Array, V: Array) -> Array:
-    """Return squares of what is left at places i, j (b, q); i may be a slice."""
-    return squares(blocks.xp.vecdot(pick(V, j), pick(U, i)) - blocks.at(i, j))
+    """Return squares of what is left at places i, j (b, q), as of `Blocks.at`."""
+    left = blocks.xp.vecdot(pick(V, j), again(U, i, j))
+    return squares(left - blocks.at(i, j))
 
 
 def _most(squares: Array, rows: Array) -> tuple[Array, Array]:
