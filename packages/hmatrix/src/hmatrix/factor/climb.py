@@ -25,7 +25,7 @@ __all__ = ["Source", "build"]
 #: Bytes of columns, on the host, that stay in the cache, and that are worth a thread.
 CACHE, SMALL = 2**23, 2**20
 #: Bytes of columns that are updated, or made of leaves, at once.
-PIECE, LEAVES = 2**18, 2**21
+PIECE, LEAVES = 2**19, 2**21
 
 
 class Source(Protocol):
