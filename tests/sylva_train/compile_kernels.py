@@ -23,7 +23,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 
 
 def compile_for_gpu(kernel, types, constants, **options):
-    """Return what the compiler made: PTX, the shared memory and stack that it needs."""
+    """Return what the compiler made: PTX, and the shared memory and stack it needs."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in constants.items()}
@@ -49,7 +49,7 @@ def stack(binary):
     return int(re.search(r"STACK:(\d+)", done.stdout)[1])
 
 
-def sddmm(rows=1):
+def sddmm(rows=1, columns=2, **options):
     tensors = ["dy", "x", "result", "members", "groups", "pairs", "slots"]
     kinds = ["*bf16", "*bf16", "*fp32"] + 4 * ["*i32"]
     types = {f"{name}_ptr": kind for name, kind in zip(tensors, kinds, strict=True)}
@@ -57,14 +57,18 @@ def sddmm(rows=1):
     numbers += " x_token_stride token_bucket device"
     types |= dict.fromkeys(numbers.split(), "i32")
     constants = {"dy_column_stride": 1, "x_column_stride": 1, "BLOCK": 64, "ROWS": rows}
-    constants |= {"COLUMNS": 2, "ADD": True, "WIDEN": False, "TOKENS": 64}
-    constants |= {"PRECISION": "ieee"}
-    kernel, warps = triton_sddmm.sddmm_kernel, triton_sddmm.warps(rows, 2, 64)
-    return compile_for_gpu(kernel, types, constants, num_warps=warps, num_stages=3)
+    constants |= {"COLUMNS": columns, "ADD": True, "WIDEN": False, "TOKENS": 64}
+    constants |= {"PRECISION": "ieee", "FAR": False}
+    options |= {"num_warps": triton_sddmm.warps(rows, columns, 64), "num_stages": 3}
+    return compile_for_gpu(triton_sddmm.sddmm_kernel, types, constants, **options)
 
 
 def sddmm_large():
-    return sddmm(rows=2)
+    return sddmm(rows=2, maxnreg=triton_sddmm.FEW)
+
+
+def sddmm_largest():
+    return sddmm(rows=2, columns=4)
 
 
 def add_splits():
@@ -107,5 +111,6 @@ def square():
 
 
 if __name__ == "__main__":
-    kernels = [sddmm, sddmm_large, add_splits, prepare, adamw, adamw_of_8_bits, square]
+    kernels = [sddmm, sddmm_large, sddmm_largest, add_splits, prepare]
+    kernels += [adamw, adamw_of_8_bits, square]
     json.dump({kernel.__name__: kernel() for kernel in kernels}, sys.stdout)
