@@ -49,26 +49,26 @@ def stack(binary):
     return int(re.search(r"STACK:(\d+)", done.stdout)[1])
 
 
-def sddmm(rows=1, columns=2, **options):
+def sddmm(rows=1, columns=2, even=True, contiguous="dy_column x_column", **options):
     tensors = ["dy", "x", "result", "members", "groups", "pairs", "slots"]
     kinds = ["*bf16", "*bf16", "*fp32"] + 4 * ["*i32"]
     types = {f"{name}_ptr": kind for name, kind in zip(tensors, kinds, strict=True)}
-    numbers = "tokens outputs inputs blocks tokens_per_split dy_token_stride"
-    numbers += " x_token_stride token_bucket device"
-    types |= dict.fromkeys(numbers.split(), "i32")
-    constants = {"dy_column_stride": 1, "x_column_stride": 1, "BLOCK": 64, "ROWS": rows}
-    constants |= {"COLUMNS": columns, "ADD": True, "WIDEN": False, "TOKENS": 64}
-    constants |= {"PRECISION": "ieee", "FAR": False}
+    ones = {f"{name}_stride": 1 for name in contiguous.split()}
+    numbers = triton_sddmm.sddmm_kernel.arg_names[len(types) :]
+    types |= {n: "i32" for n in numbers if n.islower() and n not in ones}
+    constants = ones | {"BLOCK": 64, "ROWS": rows, "COLUMNS": columns, "TOKENS": 64}
+    constants |= {"ADD": True, "FAR": False, "EVEN": even, "WIDEN": False}
+    constants |= {"PRECISION": "ieee"}
     options |= {"num_warps": triton_sddmm.warps(rows, columns, 64), "num_stages": 3}
     return compile_for_gpu(triton_sddmm.sddmm_kernel, types, constants, **options)
 
 
 def sddmm_large():
-    return sddmm(rows=2, maxnreg=triton_sddmm.FEW)
+    return sddmm(rows=2, even=False, maxnreg=triton_sddmm.FEW)
 
 
 def sddmm_largest():
-    return sddmm(rows=2, columns=4)
+    return sddmm(rows=2, columns=4, contiguous="dy_token x_column")
 
 
 def add_splits():

@@ -121,6 +121,20 @@ def test_every_block_size_is_right_as_it_is_called(triton_device, block, dtype):
     check(out, dy, x, mask, before=1.0)
 
 
+@pytest.mark.parametrize("splits", [None, (2, 128), (4, 64)])
+@pytest.mark.parametrize("tokens", [255, 256])
+def test_a_multiple_of_a_step_is_no_special_case(triton_device, tokens, splits):
+    mask = make_mask((70, 90), 16, 0.3, 3)
+    indices = mask.indices.to(triton_device)
+    plan = make_plan(indices, mask.shape, 16)
+    dy, x = (
+        operand(tokens, n, torch.float16, layout, n, triton_device)
+        for n, layout in zip(mask.shape, ("columns", "offset"), strict=True)
+    )
+    got = triton_sddmm.run_plan(plan, dy, x, len(mask), 16, None, splits, tune=False)
+    check(got, dy, x, mask)
+
+
 @pytest.mark.parametrize("share", [0.1, 1.0], ids=["few", "full"])
 @pytest.mark.parametrize("way", ["blocks", "rectangle", "dense"])
 def test_every_way_is_right(triton_device, monkeypatch, share, way):
