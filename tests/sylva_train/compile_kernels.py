@@ -28,7 +28,7 @@ def compile_for_gpu(kernel, types, constants, **options):
     signature = {name: types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in constants.items()}
     even = [name for name, kind in types.items() if kind[0] == "*" or "stride" in name]
-    even += [n for n in ("outputs", "inputs", "tokens_per_split") if n in types]
+    even += [n for n in ("outputs", "inputs", "tokens_per_split", "size") if n in types]
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
     source = ASTSource(kernel, signature, constants, hints)
     made = compile_kernel(source, target=TARGET, options=options)

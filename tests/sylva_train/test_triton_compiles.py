@@ -59,7 +59,7 @@ def test_the_search_knows_the_shared_memory_of_a_configuration(compiled):
         assert compiled[kernel]["shared"] == sides * 64 * 64 * 2 * 3
 
 
-@pytest.mark.parametrize("kernel", ["adamw", "adamw_of_8_bits", "square"])
+@pytest.mark.parametrize("kernel", ["adamw", "adamw_of_8_bits", "square", "add_splits"])
 def test_values_are_read_and_written_in_wide_pieces(compiled, kernel):
     lines = compiled[kernel]["ptx"].splitlines()
     assert any("ld.global.v4" in line for line in lines)
