@@ -227,7 +227,9 @@ def test_two_programs_share_a_processor_where_their_registers_allow_it(card):
     assert [c.maxnreg for c in few] == [128] + 5 * [None]
     size = 4 * 64 * few[0].kwargs["TOKENS"] * few[0].num_stages * 2
     assert 2 * size <= 232_448
-    # Others would keep their sums in memory.
+    # Others would keep their sums in memory, and the largest with long steps as well.
+    large = triton_sddmm.prune([], given_to_prune((2, 4), 64, torch.bfloat16))
+    assert max(c.kwargs["TOKENS"] for c in large) == 64
     for tile, dtype in (
         ((2, 4), torch.bfloat16),
         ((1, 4), torch.bfloat16),

@@ -191,7 +191,9 @@ def candidates(
     Exact products of float32 have no tensor cores: long pieces only take long to compile.
     """
     sides, memory = (rows + columns) * block, shared_memory(device)
-    most = 32 if exact else max(32, tokens)
+    # A larger sum leaves no registers for long steps.
+    longest = 128 if rows * columns * block**2 <= 128 * 128 else 64
+    most = 32 if exact else max(32, min(tokens, longest))
     # Other tiles and dtypes would not do with few registers; nor would tensor cores that
     # take their operands from registers, as those of other GPUs do.
     is_square = rows * block == columns * block == 128
