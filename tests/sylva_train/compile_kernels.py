@@ -23,12 +23,12 @@ TARGET = GPUTarget("cuda", 90, 32)
 
 
 def compile_for_gpu(kernel, types, constants, **options):
-    """Return what the compiler made: PTX, the shared memory and stack that it needs."""
+    """Return what the compiler made: PTX, and the shared memory and stack it needs."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in constants.items()}
     even = [name for name, kind in types.items() if kind[0] == "*" or "stride" in name]
-    even += [n for n in ("outputs", "inputs", "tokens_per_split") if n in types]
+    even += [n for n in ("outputs", "inputs", "tokens_per_split", "size") if n in types]
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
     source = ASTSource(kernel, signature, constants, hints)
     made = compile_kernel(source, target=TARGET, options=options)
@@ -49,22 +49,26 @@ def stack(binary):
     return int(re.search(r"STACK:(\d+)", done.stdout)[1])
 
 
-def sddmm(rows=1):
+def sddmm(rows=1, columns=2, even=True, contiguous="dy_column x_column", **options):
     tensors = ["dy", "x", "result", "members", "groups", "pairs", "slots"]
     kinds = ["*bf16", "*bf16", "*fp32"] + 4 * ["*i32"]
     types = {f"{name}_ptr": kind for name, kind in zip(tensors, kinds, strict=True)}
-    numbers = "tokens outputs inputs blocks tokens_per_split dy_token_stride"
-    numbers += " x_token_stride token_bucket device"
-    types |= dict.fromkeys(numbers.split(), "i32")
-    constants = {"dy_column_stride": 1, "x_column_stride": 1, "BLOCK": 64, "ROWS": rows}
-    constants |= {"COLUMNS": 2, "ADD": True, "WIDEN": False, "TOKENS": 64}
+    ones = {f"{name}_stride": 1 for name in contiguous.split()}
+    numbers = triton_sddmm.sddmm_kernel.arg_names[len(types) :]
+    types |= {n: "i32" for n in numbers if n.islower() and n not in ones}
+    constants = ones | {"BLOCK": 64, "ROWS": rows, "COLUMNS": columns, "TOKENS": 64}
+    constants |= {"ADD": True, "FAR": False, "EVEN": even, "WIDEN": False}
     constants |= {"PRECISION": "ieee"}
-    kernel, warps = triton_sddmm.sddmm_kernel, triton_sddmm.warps(rows, 2, 64)
-    return compile_for_gpu(kernel, types, constants, num_warps=warps, num_stages=3)
+    options |= {"num_warps": triton_sddmm.warps(rows, columns, 64), "num_stages": 3}
+    return compile_for_gpu(triton_sddmm.sddmm_kernel, types, constants, **options)
 
 
 def sddmm_large():
-    return sddmm(rows=2)
+    return sddmm(rows=2, even=False, maxnreg=triton_sddmm.FEW)
+
+
+def sddmm_largest():
+    return sddmm(rows=2, columns=4, contiguous="dy_token x_column")
 
 
 def add_splits():
@@ -107,5 +111,6 @@ def square():
 
 
 if __name__ == "__main__":
-    kernels = [sddmm, sddmm_large, add_splits, prepare, adamw, adamw_of_8_bits, square]
+    kernels = [sddmm, sddmm_large, sddmm_largest, add_splits, prepare]
+    kernels += [adamw, adamw_of_8_bits, square]
     json.dump({kernel.__name__: kernel() for kernel in kernels}, sys.stdout)

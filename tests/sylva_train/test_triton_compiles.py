@@ -34,7 +34,7 @@ def compiled(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("kernel", ["sddmm", "sddmm_large"])
+@pytest.mark.parametrize("kernel", ["sddmm", "sddmm_large", "sddmm_largest"])
 def test_products_use_tensor_cores_and_copies_of_16_bytes(compiled, kernel):
     ptx = compiled[kernel]["ptx"]
     assert "wgmma.mma_async" in ptx
@@ -51,10 +51,15 @@ def test_all_is_kept_in_registers(compiled):
 
 def test_the_search_knows_the_shared_memory_of_a_configuration(compiled):
     # (rows + columns) · block · tokens · bytes · stages, as `triton_sddmm.prune` has it
-    assert compiled["sddmm"]["shared"] == (1 + 2) * 64 * 64 * 2 * 3
+    for kernel, sides in (
+        ("sddmm", 1 + 2),
+        ("sddmm_large", 2 + 2),
+        ("sddmm_largest", 6),
+    ):
+        assert compiled[kernel]["shared"] == sides * 64 * 64 * 2 * 3
 
 
-@pytest.mark.parametrize("kernel", ["adamw", "adamw_of_8_bits", "square"])
+@pytest.mark.parametrize("kernel", ["adamw", "adamw_of_8_bits", "square", "add_splits"])
 def test_values_are_read_and_written_in_wide_pieces(compiled, kernel):
     lines = compiled[kernel]["ptx"].splitlines()
     assert any("ld.global.v4" in line for line in lines)

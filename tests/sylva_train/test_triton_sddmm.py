@@ -6,8 +6,6 @@ products in float32, in any order.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,7 +89,7 @@ def test_blocks_are_those_of_the_dense_product(
             block,
         )
         return
-    tile = data.draw(st.sampled_from([None, *tiles(block)]))
+    tile = data.draw(st.sampled_from([None, *tiles(block, dtype.itemsize)]))
     each = data.draw(st.sampled_from([tokens, 17, 64]))
     with plans_of(tile):
         plan = make_plan(indices, mask.shape, block, dtype.itemsize)
@@ -121,6 +119,20 @@ def test_every_block_size_is_right_as_it_is_called(triton_device, block, dtype):
     out = torch.ones_like(got)
     assert triton_sddmm.block_sddmm(dy, x, indices, block, out=out) is out
     check(out, dy, x, mask, before=1.0)
+
+
+@pytest.mark.parametrize("splits", [None, (2, 128), (4, 64)])
+@pytest.mark.parametrize("tokens", [255, 256])
+def test_a_multiple_of_a_step_is_no_special_case(triton_device, tokens, splits):
+    mask = make_mask((70, 90), 16, 0.3, 3)
+    indices = mask.indices.to(triton_device)
+    plan = make_plan(indices, mask.shape, 16)
+    dy, x = (
+        operand(tokens, n, torch.float16, layout, n, triton_device)
+        for n, layout in zip(mask.shape, ("columns", "offset"), strict=True)
+    )
+    got = triton_sddmm.run_plan(plan, dy, x, len(mask), 16, None, splits, tune=False)
+    check(got, dy, x, mask)
 
 
 @pytest.mark.parametrize("share", [0.1, 1.0], ids=["few", "full"])
@@ -164,42 +176,104 @@ def test_stretches_cover_all_tokens_and_none_is_empty(triton_device, programs, t
     assert count <= triton_sddmm.MOST_SPLITS
 
 
-def test_the_search_leaves_what_fits(triton_device):
-    given = {"ROWS": 1, "COLUMNS": 1, "BLOCK": 128, "tokens_per_split": 64}
-    given["PRECISION"] = "ieee"
-    given["dy_ptr"] = torch.zeros(1, dtype=torch.bfloat16, device=triton_device)
-    every = triton_sddmm.configurations()
-    left = triton_sddmm.prune(every, given)
-    assert 1 < len(left) <= 6
+@pytest.mark.parametrize("programs", [13, 52, 131, 132, 138, 264, 265, 1000])
+def test_no_processor_is_left_with_much_more_than_the_others(monkeypatch, programs):
+    monkeypatch.setattr(triton_sddmm, "processors", lambda _: 132)
+    tokens, device = 16_384, torch.device("cuda", 7)
+    count, each = triton_sddmm.split(programs, tokens, device)
+    most = -(-programs * count // 132)
+    assert most * each * 132 / (programs * tokens) < 1.3  # of a perfect division
+    if programs == 1000:
+        assert count == 1
+
+
+def given_to_prune(tile, block, dtype, precision="ieee", tokens=4096):
+    rows, columns = tile
+    given = {"ROWS": rows, "COLUMNS": columns, "BLOCK": block, "PRECISION": precision}
+    return given | {"tokens_per_split": tokens, "dy_ptr": torch.zeros(1, dtype=dtype)}
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Let configurations be for a GPU with so much shared memory, Hopper or another."""
+
+    def install(memory, hopper=False):
+        monkeypatch.setattr(triton_sddmm, "shared_memory", lambda _: memory)
+        monkeypatch.setattr(triton_sddmm, "is_hopper", lambda _: hopper)
+        triton_sddmm.candidates.cache_clear()
+
+    yield install
+    triton_sddmm.candidates.cache_clear()
+
+
+def test_the_search_leaves_what_fits(card):
+    card(232_448)
+    given = given_to_prune((1, 1), 128, torch.bfloat16, tokens=64)
+    left = triton_sddmm.prune([], given)
+    assert 1 < len(left) <= 5
     assert all(c.kwargs["TOKENS"] <= 64 for c in left)
     # Four warps would keep a tile of 128 × 128 in memory in part.
     assert {c.num_warps for c in left} == {8}
     given["dy_ptr"] = given["dy_ptr"].float()
-    assert {c.kwargs["TOKENS"] for c in triton_sddmm.prune(every, given)} == {32}
+    assert {c.kwargs["TOKENS"] for c in triton_sddmm.prune([], given)} == {32}
     # Where nothing fits, the smallest is tried all the same.
     given["COLUMNS"] = 1000
-    assert len(triton_sddmm.prune(every, given)) == 1
+    assert len(triton_sddmm.prune([], given)) == 1
+
+
+def test_two_programs_share_a_processor_where_their_registers_allow_it(card):
+    card(232_448, hopper=True)
+    few = triton_sddmm.prune([], given_to_prune((2, 2), 64, torch.bfloat16))
+    assert [c.maxnreg for c in few] == [128] + 5 * [None]
+    size = 4 * 64 * few[0].kwargs["TOKENS"] * few[0].num_stages * 2
+    assert 2 * size <= 232_448
+    # Others would keep their sums in memory, and the largest with long steps as well.
+    large = triton_sddmm.prune([], given_to_prune((2, 4), 64, torch.bfloat16))
+    assert max(c.kwargs["TOKENS"] for c in large) == 64
+    for tile, dtype in (
+        ((2, 4), torch.bfloat16),
+        ((1, 4), torch.bfloat16),
+        ((2, 2), torch.float32),
+    ):
+        some = triton_sddmm.prune([], given_to_prune(tile, 64, dtype))
+        assert {c.maxnreg for c in some} == {None}
+    card(166_912)
+    some = triton_sddmm.prune([], given_to_prune((2, 2), 64, torch.bfloat16))
+    assert {c.maxnreg for c in some} == {None}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("block", triton_sddmm.BLOCKS)
-def test_every_tile_fits_into_a_small_gpu(monkeypatch, block, dtype, precision):
+def test_every_tile_fits_into_a_small_gpu(card, block, dtype, precision):
     memory = 101_376  # of compute capability 8.6, 8.9 and 12.0
-    monkeypatch.setattr(triton_sddmm, "shared_memory", lambda _: memory)
-    given = {"BLOCK": block, "tokens_per_split": 4096, "PRECISION": precision}
-    given["dy_ptr"] = torch.zeros(1, dtype=dtype)
-    for rows, columns in tiles(block):
-        given |= {"ROWS": rows, "COLUMNS": columns}
-        plan = SimpleNamespace(rows=rows, columns=columns)
-        configs = triton_sddmm.prune(triton_sddmm.configurations(), given)
-        untuned = triton_sddmm.untuned(plan, block)
-        for tokens, stages in (
-            *((c.kwargs["TOKENS"], c.num_stages) for c in configs),
-            (untuned["TOKENS"], untuned["num_stages"]),
-        ):
-            size = (rows + columns) * block * tokens * stages * dtype.itemsize
-            assert size <= memory
+    card(memory)
+    for rows, columns in tiles(block, dtype.itemsize):
+        given = given_to_prune((rows, columns), block, dtype, precision)
+        for c in triton_sddmm.prune([], given):
+            depth = c.kwargs["TOKENS"] * c.num_stages
+            assert (rows + columns) * block * depth * dtype.itemsize <= memory
+
+
+def test_places_are_counted_in_64_bits_where_32_do_not_suffice(monkeypatch):
+    def side(n, strides):
+        return torch.empty(0).as_strided((0, n), strides)
+
+    near = side(4096, (4096, 1))
+    assert not triton_sddmm.is_far((near, near), 4096, 64)
+    vocabulary = side(128_256, (1, 32_768))  # a transposed gradient of as many tokens
+    assert not triton_sddmm.is_far((side(128_256, (128_256, 1)), near), 4096, 64)
+    assert triton_sddmm.is_far((vocabulary, near), 4096, 64)
+    assert triton_sddmm.is_far((near, side(64, (1 << 24, 1))), 1, 64)
+    assert triton_sddmm.is_far((near, near), 2**31 // 64**2, 64)
+    # Either way the kernel computes the same.
+    mask = make_mask((70, 90), 16, 0.4, 3)
+    dy, x = (operand(41, n, torch.float32, "columns", n, "cpu") for n in mask.shape)
+    plan = make_plan(mask.indices, mask.shape, 16)
+    if triton_sddmm.INTERPRETED:
+        monkeypatch.setattr(triton_sddmm, "is_far", lambda *_: True)
+        got = triton_sddmm.run_plan(plan, dy, x, len(mask), 16)
+        check(got, dy, x, mask)
 
 
 def search_with(timer, monkeypatch):
@@ -237,7 +311,9 @@ def test_a_search_is_made_once_and_never_in_a_graph(monkeypatch):
     tried = len(timed)
     assert 1 < tried <= len(triton_sddmm.configurations())
     (found,) = triton_sddmm._found.values()
-    best = triton_sddmm.configurations()[1]
+    best = triton_sddmm.prune(
+        [], given_to_prune((plan.rows, plan.columns), 16, dy.dtype)
+    )[1]
     assert (found["TOKENS"], found["num_stages"]) == (
         best.kwargs["TOKENS"],
         best.num_stages,

@@ -29,11 +29,14 @@ FLOPS = {2: 990e12, 4: 60e12}
 EFFICIENCY, LIBRARY_EFFICIENCY = 0.6, 0.7
 #: Products with fewer rows than a warp group has lose this factor.
 SMALL_TILE, SMALL_TILE_FACTOR = 64, 0.5
-#: Bytes a second from the cache that all programs share, and from memory.
-CACHE, MEMORY = 10e12, 3.35e12
+#: Bytes a second from the cache that all programs share, and from memory. Of the former
+#: no data sheet tells; 5120 bytes a clock, as the card before it has, would be 9e12.
+CACHE, MEMORY = 8e12, 3.35e12
 
-#: Largest sides of a program's tile, and its largest area: an accumulator in registers.
-TILE_ROWS, TILE_COLUMNS, TILE_AREA = 128, 256, 128 * 128
+#: Largest sides of a program's tile, and its largest area by bytes of an element: sums are
+#: in registers, and products without tensor cores need others beside them.
+TILE_ROWS, TILE_COLUMNS = 128, 256
+TILE_AREA = {2: 128 * 256, 4: 128 * 128}
 #: Super-rows whose programs run side by side, and so share activations in the cache.
 BAND = 8
 
@@ -74,7 +77,7 @@ class Plan:
         )
 
 
-def tiles(block: int) -> list[tuple[int, int]]:
+def tiles(block: int, itemsize: int) -> list[tuple[int, int]]:
     """Return the tiles that fit, as block rows and block columns."""
     powers = [2**n for n in range(5)]
     return [
@@ -82,7 +85,7 @@ def tiles(block: int) -> list[tuple[int, int]]:
         for rows, columns in itertools.product(powers, powers)
         if rows * block <= max(TILE_ROWS, block)
         and columns * block <= max(TILE_COLUMNS, block)
-        and rows * columns * block**2 <= max(TILE_AREA, block**2)
+        and rows * columns * block**2 <= max(TILE_AREA[itemsize], block**2)
     ]
 
 
@@ -216,7 +219,7 @@ def make_plan(
     """
     device = indices.device
     indices = indices.detach().to("cpu", torch.int64)
-    choices = tiles(block)
+    choices = tiles(block, itemsize)
     block_rows, block_columns, places = arrange(indices)
     paired = {rows: pair_up(places, rows) for rows in {rows for rows, _ in choices}}
     programs = {

@@ -10,6 +10,7 @@ process to the next; `torch.use_deterministic_algorithms` fixes it.)
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from typing import Any
 
@@ -31,9 +32,14 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 #: What Triton raises before anything runs.
 FAILURES = (triton.TritonError,)
 
-#: Programs to each of a GPU's processors that a launch should have at least, by
-#: splitting the tokens; tokens that are worth a program; most stretches.
-WAVES, LEAST_TOKENS, MOST_SPLITS = 2, 256, 32
+#: What `split` counts, in tokens of a tile's work: what it takes to begin and to end one,
+#: and to write a tile and add it up; tokens that are worth a program; most stretches.
+FILL_TOKENS, JOIN_TOKENS, LEAST_TOKENS, MOST_SPLITS = 128, 400, 256, 32
+#: What a program loses that has a processor for itself, and waits.
+LONE_FACTOR = 1.25
+
+#: Registers of a thread of which two programs of eight warps have place.
+FEW = 128
 
 
 # Numbers that differ from call to call would otherwise be compiled anew, each time that
@@ -62,6 +68,8 @@ def sddmm_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ADD: tl.constexpr,
+    FAR: tl.constexpr,
+    EVEN: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -72,45 +80,55 @@ def sddmm_kernel(
     first = tl.load(groups_ptr + 3 * group + 1)
     end = tl.load(groups_ptr + 3 * group + 2)
 
+    # Places are counted from a stretch's first token, in 32 bits unless it is too large:
+    # addresses would take twice the registers, and keep a second program out.
+    PLACE: tl.constexpr = tl.int64 if FAR else tl.int32
     m = tl.arange(0, ROWS * BLOCK)
     n = tl.arange(0, COLUMNS * BLOCK)
-    row = tl.load(members_ptr + super_row * ROWS + m // BLOCK).to(tl.int64)
+    row = tl.load(members_ptr + super_row * ROWS + m // BLOCK).to(PLACE)
     row = row * BLOCK + m % BLOCK
     pair = first + n // BLOCK
     has_pair = pair < end
-    column = tl.load(pairs_ptr + pair, mask=has_pair, other=0).to(tl.int64)
+    column = tl.load(pairs_ptr + pair, mask=has_pair, other=0).to(PLACE)
     column = column * BLOCK + n % BLOCK
     row_inside = (row < outputs)[:, None]
     column_inside = (has_pair & (column < inputs))[None, :]
-
-    # In 64 bits: activations of long sequences have more than 2³¹ elements.
     t = tl.arange(0, TOKENS)
+    token = t.to(PLACE)
+    dy_place = row[:, None] * dy_column_stride + token[None, :] * dy_token_stride
+    x_place = token[:, None] * x_token_stride + column[None, :] * x_column_stride
+
+    slot = slots_ptr + pair[None, :] * ROWS + (m // BLOCK)[:, None]
+    block = tl.load(slot, mask=has_pair[None, :] & (m[:, None] >= 0), other=-1)
+    place = (m % BLOCK)[:, None] * BLOCK + (n % BLOCK)[None, :]
+    place += block.to(PLACE) * (BLOCK * BLOCK)
+    result_ptr += split.to(tl.int64) * blocks * (BLOCK * BLOCK)
+    if ADD:
+        # Now rather than at the end, when it would need registers beside the sums.
+        total = tl.load(result_ptr + place, mask=block >= 0, other=0.0)
+    else:
+        total = tl.zeros((ROWS * BLOCK, COLUMNS * BLOCK), tl.float32)
+
+    # Activations of long sequences have more than 2³¹ elements.
     start = split * tokens_per_split
     stop = tl.minimum(start + tokens_per_split, tokens)
-    token = (start + t).to(tl.int64)
-    dy_tile = (
-        dy_ptr + row[:, None] * dy_column_stride + token[None, :] * dy_token_stride
-    )
-    x_tile = x_ptr + token[:, None] * x_token_stride + column[None, :] * x_column_stride
-    total = tl.zeros((ROWS * BLOCK, COLUMNS * BLOCK), tl.float32)
+    dy_ptr += start.to(tl.int64) * dy_token_stride
+    x_ptr += start.to(tl.int64) * x_token_stride
+    dy_step = TOKENS * tl.cast(dy_token_stride, tl.int64)
+    x_step = TOKENS * tl.cast(x_token_stride, tl.int64)
     for now in range(start, stop, TOKENS):
-        live = now + t < stop
-        a = tl.load(dy_tile, mask=row_inside & live[None, :], other=0.0)
-        b = tl.load(x_tile, mask=column_inside & live[:, None], other=0.0)
+        # A mask of tokens takes a third of a step's instructions, and keeps copies from
+        # being wide where tokens stand side by side.
+        live = (t >= 0) if EVEN else (now + t < stop)
+        a = tl.load(dy_ptr + dy_place, mask=row_inside & live[None, :], other=0.0)
+        b = tl.load(x_ptr + x_place, mask=column_inside & live[:, None], other=0.0)
         if WIDEN:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision=PRECISION)
-        dy_tile += TOKENS * dy_token_stride
-        x_tile += TOKENS * x_token_stride
-
-    slot = slots_ptr + pair[None, :] * ROWS + (m // BLOCK)[:, None]
-    block = tl.load(slot, mask=has_pair[None, :] & (m[:, None] >= 0), other=-1)
-    place = (split.to(tl.int64) * blocks + block) * (BLOCK * BLOCK)
-    result = result_ptr + place + (m % BLOCK)[:, None] * BLOCK + (n % BLOCK)[None, :]
-    if ADD:
-        total += tl.load(result, mask=block >= 0, other=0.0)
-    tl.store(result, total, mask=block >= 0)
+        dy_ptr += dy_step
+        x_ptr += x_step
+    tl.store(result_ptr + place, total, mask=block >= 0)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -135,15 +153,17 @@ def supports(dtype: torch.dtype, block_size: int) -> bool:
 
 
 def configurations() -> list[triton.Config]:
-    """Return what the autotuner may choose from: of each tile half, see `warps`.
+    """Return what the autotuner may choose from, what does well as a rule first.
 
-    The first fits into the 99 KB of shared memory of a consumer's GPU whatever the tile.
+    Of each tile those with its `warps`. Few registers leave place for a second program
+    on a processor, which computes while the first one begins or ends; the last fits into
+    the 99 KB of shared memory of a consumer's GPU whatever the tile.
     """
-    pieces = ((32, 2), (32, 4), (64, 3), (64, 4), (128, 2))
-    return [
+    pieces = ((64, 3), (32, 4), (64, 4), (128, 2), (32, 2))
+    few = triton.Config({"TOKENS": 64}, num_stages=3, num_warps=8, maxnreg=FEW)
+    return [few] + [
         triton.Config({"TOKENS": tokens}, num_stages=stages, num_warps=warps)
-        for warps in (4, 8)
-        for tokens, stages in pieces
+        for warps, (tokens, stages) in itertools.product((4, 8), pieces)
     ]
 
 
@@ -156,27 +176,55 @@ def warps(rows: int, columns: int, block_size: int) -> int:
     return 8 if rows * columns * block_size**2 > 64 * 128 else 4
 
 
-def prune(
-    configs: list[triton.Config], named: dict[str, Any], **rest: Any
+@functools.lru_cache(maxsize=4096)
+def candidates(
+    device: torch.device,
+    itemsize: int,
+    exact: bool,
+    rows: int,
+    columns: int,
+    block: int,
+    tokens: int,
 ) -> list[triton.Config]:
     """Leave out what does not fit into shared memory, or spans all tokens and more.
 
     Exact products of float32 have no tensor cores: long pieces only take long to compile.
     """
-    given = named | rest
-    rows, columns, block = given["ROWS"], given["COLUMNS"], given["BLOCK"]
-    exact = given["dy_ptr"].itemsize == 4 and given["PRECISION"] == "ieee"
-    sides = (rows + columns) * block
-    memory = shared_memory(given["dy_ptr"].device)
+    sides, memory = (rows + columns) * block, shared_memory(device)
+    # A larger sum leaves no registers for long steps.
+    longest = 128 if rows * columns * block**2 <= 128 * 128 else 64
+    most = 32 if exact else max(32, min(tokens, longest))
+    # Other tiles and dtypes would not do with few registers; nor would tensor cores that
+    # take their operands from registers, as those of other GPUs do.
+    is_square = rows * block == columns * block == 128
+    is_tight = is_square and itemsize == 2 and is_hopper(device)
 
     def fits(config: triton.Config) -> bool:
-        tokens: int = config.kwargs["TOKENS"]
-        size: int = sides * tokens * given["dy_ptr"].itemsize * config.num_stages
-        most: int = 32 if exact else max(32, given["tokens_per_split"])
-        return size <= memory and tokens <= most
+        size: int = sides * config.kwargs["TOKENS"] * itemsize * config.num_stages
+        is_allowed = config.maxnreg is None or is_tight
+        return size <= memory and config.kwargs["TOKENS"] <= most and is_allowed
 
-    mine = [c for c in configs if c.num_warps == warps(rows, columns, block)]
-    return [c for c in mine if fits(c)] or mine[:1]
+    mine = [c for c in configurations() if c.num_warps == warps(rows, columns, block)]
+    return [c for c in mine if fits(c)] or mine[-1:]
+
+
+def prune(
+    configs: list[triton.Config],  # noqa: ARG001 - all that there are
+    named: dict[str, Any],
+    **rest: Any,
+) -> list[triton.Config]:
+    """Return what the autotuner is to try; see `candidates`."""
+    given = named | rest
+    dy = given["dy_ptr"]
+    exact = dy.itemsize == 4 and given["PRECISION"] == "ieee"
+    tile = given["ROWS"], given["COLUMNS"], given["BLOCK"]
+    tokens = min(given["tokens_per_split"], 128)
+    return candidates(dy.device, dy.itemsize, exact, *tile, tokens)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device has the tensor cores that read shared memory (`wgmma`)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def shared_memory(device: torch.device) -> int:
@@ -229,19 +277,41 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@functools.lru_cache(maxsize=4096)
 def split(programs: int, tokens: int, device: torch.device) -> tuple[int, int]:
-    """Return the number of stretches of tokens, and the tokens of each."""
-    # Not by `triton.cdiv`, which takes as long as all else here.
-    wanted = -(-WAVES * processors(device) // programs)
-    splits = max(1, min(wanted, MOST_SPLITS, tokens // LEAST_TOKENS))
+    """Return the number of stretches of tokens, and the tokens of each.
+
+    A launch takes as long as the processor with most programs: 138 programs on 132
+    processors take twice as long as 132, three stretches of each 4/3 as long.
+    """
+    each_has = processors(device)
+
+    def cost(splits: int) -> float:
+        most = -(-programs * splits // each_has)
+        work = most * (tokens / splits + FILL_TOKENS)
+        joins = splits * JOIN_TOKENS * programs / each_has if splits > 1 else 0
+        return work * (LONE_FACTOR if most == 1 else 1) + joins
+
+    splits = min(
+        range(1, 1 + max(1, min(MOST_SPLITS, tokens // LEAST_TOKENS))), key=cost
+    )
     each = -(-tokens // (128 * splits)) * 128
     return -(-tokens // each), each
 
 
-def untuned(plan: Plan, block_size: int) -> dict[str, Any]:
-    """Return a configuration that does for every tile, where no search may be made."""
-    count = warps(plan.rows, plan.columns, block_size)
-    return {"TOKENS": 32, "num_stages": 2, "num_warps": count}
+def untuned(arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration that does well as a rule, where no search may be made."""
+    named = dict(zip(sddmm_kernel.arg_names, arguments, strict=False))
+    chosen: dict[str, Any] = prune([], named | options)[0].all_kwargs()
+    return chosen
+
+
+def is_far(sides: tuple[torch.Tensor, ...], blocks: int, block_size: int) -> bool:
+    """Whether places within a stretch's first tokens, or of blocks, need 64 bits."""
+    most = [blocks * block_size**2] + [
+        (t.shape[1] + block_size) * t.stride(1) + 128 * t.stride(0) for t in sides
+    ]
+    return max(most) >= 2**31
 
 
 def search(
@@ -288,6 +358,7 @@ def run_plan(
         "ROWS": plan.rows,
         "COLUMNS": plan.columns,
         "ADD": add and count == 1,
+        "FAR": is_far((dy, x), blocks, block_size),
         # The interpreter's products of bfloat16 are wrong.
         "WIDEN": INTERPRETED and dy.dtype == torch.bfloat16,
         "PRECISION": precision(),
@@ -314,15 +385,16 @@ def run_plan(
     )
     key = (*options.values(), dy.dtype, tokens.bit_length(), device)
     chosen = _found.get(key)
-    if INTERPRETED or not tune or torch.are_deterministic_algorithms_enabled():
-        chosen = untuned(plan, block_size)
-    elif chosen is None and is_capturing(device):
-        chosen = untuned(plan, block_size)  # trials wait for the device
+    # Not searched again for: whatever is chosen, its steps span 128 tokens or a part.
+    options["EVEN"] = tokens % 128 == each % 128 == 0
+    is_fixed = INTERPRETED or not tune or torch.are_deterministic_algorithms_enabled()
+    if is_fixed or (chosen is None and is_capturing(device)):  # trials wait for it
+        chosen = untuned(arguments, options)
     found = None
     with torch.cuda.device_of(dy):
         if chosen is None:
             found = search((programs, count), arguments, options)
-            chosen = _found[key] = found or untuned(plan, block_size)
+            chosen = _found[key] = found or untuned(arguments, options)
         if found is None:
             sddmm_kernel[programs, count](*arguments, **options, **chosen)
         if count > 1:
@@ -356,18 +428,23 @@ def block_sddmm(
 
 
 def self_check(device: torch.device, dtype: torch.dtype, block_size: int) -> float:
-    """Return the largest error on a small random problem, in units of what is allowed.
+    """Return the largest error on small random problems, in units of what is allowed.
 
-    Ragged edges, two stretches of tokens, and a gradient to add to.
+    Ragged edges, two stretches of several steps, even ones or not, and a gradient to add to.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (2 * block_size + 3, 3 * block_size - 5)
     indices = torch.tensor([[0, 0], [0, 2], [1, 0], [2, 1]], device=device)
-    dy, x = (torch.randn(67, n, generator=generator).to(device, dtype) for n in shape)
     plan = make_plan(indices, shape, block_size, dtype.itemsize)
-    out = torch.ones((4, block_size, block_size), device=device)
-    run_plan(plan, dy, x, 4, block_size, out, splits=(2, 40), tune=False)
-    exact = reference.block_sddmm(dy.double(), x.double(), indices, block_size) + 1
     rounded = dtype == torch.float32 and precision() == "tf32"
-    # Sums of 67 products of normal numbers have a size of about 8.
-    return float((out - exact).abs().max()) / (0.1 if rounded else 1e-4)
+    errors = []
+    for tokens in (333, 384):
+        dy, x = (
+            torch.randn(tokens, n, generator=generator).to(device, dtype) for n in shape
+        )
+        out = torch.ones((4, block_size, block_size), device=device)
+        run_plan(plan, dy, x, 4, block_size, out, splits=(2, 256), tune=False)
+        exact = reference.block_sddmm(dy.double(), x.double(), indices, block_size) + 1
+        # Sums of as many products of normal numbers have a size of about 20.
+        errors.append(float((out - exact).abs().max()) / (0.2 if rounded else 2e-4))
+    return max(errors)
