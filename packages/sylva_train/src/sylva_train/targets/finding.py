@@ -245,7 +245,8 @@ def exclusion(names: Iterable[str], targets: Iterable[str]) -> str:
     # Every ending that is taken by a layer which is to stay, and every module that holds one.
     taken = {".".join(parts[i:]) for parts in others for i in range(len(parts))}
     inhabited = {".".join(parts[:i]) for parts in others for i in range(len(parts))}
-    endings, modules = {}, {}
+    endings: dict[str, None] = {}
+    modules: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
         own = (".".join(parts[i:]) for i in reversed(range(len(parts))))
