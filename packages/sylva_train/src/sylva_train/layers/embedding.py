@@ -162,6 +162,7 @@ def uncovered_statistics(
     model: nn.Module, modules_to_save: Iterable[str] | None
 ) -> str | None:
     """Return the first module with running statistics that no adapter holds."""
+    name: str
     for name, module in model.named_modules():
         counts = getattr(module, "running_mean", None) is not None
         if counts and not is_inside(name, modules_to_save):
