@@ -11,7 +11,7 @@ import transformers as tf
 from torch import nn
 from torch.nn import functional as F
 
-from sylva_train._checks import ConfigError, TargetError
+from sylva_train._checks import AdapterError, ConfigError, TargetError
 from sylva_train.config import SylvaConfig, TrainingConfig
 from sylva_train.curvature import loss_units
 from sylva_train.curvature.collect import Collector
@@ -374,6 +374,18 @@ def test_running_statistics_are_to_be_kept_with_the_adapter(tmp_path):
     assert not same(snapshot(make().norm), snapshot(model.norm))
     with torch.no_grad():
         assert torch.equal(model(DATA[0]["x"]), loaded(DATA[0]["x"]))
+
+
+@pytest.mark.filterwarnings("ignore:training changes the running statistics")
+def test_a_refused_adapter_says_that_running_statistics_changed(tmp_path):
+    def make():
+        return Small(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(8)).eval()
+
+    model = embed(make(), random_masks(make(), ["a"], block_size=4))
+    train(model, Batches(DATA), TrainingConfig(steps=1), loss=loss)
+    save_adapter(model, tmp_path / "a")
+    with pytest.raises(AdapterError, match="running statistics of `norm`, which this"):
+        load_adapter(make(), tmp_path / "a")
 
 
 def test_running_statistics_are_no_matter_of_an_adapter_that_is_only_used(tmp_path):

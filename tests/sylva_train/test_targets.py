@@ -13,8 +13,12 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    CLIPConfig,
+    CLIPForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    T5Config,
+    T5ForQuestionAnswering,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -29,7 +33,16 @@ from sylva_train.targets import (
     shared_inputs,
     weight_view,
 )
-from tests.sylva_train.models import ARCHITECTURES, make_batch, make_model
+from tests.sylva_train.models import ARCHITECTURES, T5, make_batch, make_model
+
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 28,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
 
 #: linear layers of each backbone: per layer, and outside the layers
 LINEAR = {
@@ -194,8 +207,52 @@ def test_layers_are_left_out_by_endings_that_no_other_has():
         ),
         exclude_modules=["0.k"],
     ).keys() == {"k"}
-    many = [f"experts.{i}" for i in range(15)]
-    assert exclusion(many, [*many, "a"]).endswith("'11']` and 3 more")
+    many = [f"layers.{i}.gate{i}" for i in range(15)]
+    stay = [f"layers.{i}.k" for i in range(15)]
+    assert exclusion(many, [*many, *stay]).endswith("'gate11']` and 3 more")
+
+
+def test_a_tower_is_left_out_by_its_name():
+    """Its layers are called like the language model's, and there may be hundreds."""
+
+    def tower():
+        return nn.ModuleList(nn.ModuleDict({"k": nn.Linear(2, 2)}) for _ in range(13))
+
+    model = nn.ModuleDict(
+        {"text": tower(), "vision": nn.ModuleDict({"tower": tower()})}
+    )
+    targets = find_targets(model)
+    lost = [name for name in targets if name.startswith("vision")]
+    advice = exclusion(lost, targets)
+    assert advice == r'`exclude_modules=r"vision\..*"`'
+    pattern = advice.split('"')[1]
+    assert set(find_targets(model, exclude_modules=pattern)) == set(targets) - set(lost)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "head"),
+    [
+        (
+            CLIPForImageClassification,
+            lambda: CLIPConfig(vision_config=TOWER),
+            "classifier",
+        ),
+        (T5ForQuestionAnswering, lambda: T5Config(**T5), "qa_outputs"),
+    ],
+)
+def test_a_head_is_one_where_the_class_holds_parts_of_its_backbone(kind, config, head):
+    """Their `base_model_prefix` names nothing that they have."""
+    model = kind(config())
+    assert model.base_model is model
+    assert head in dict(model.named_modules())
+    assert head not in find_targets(model)
+    assert fingerprint(model) == fingerprint(copy_with_new(model, head))
+
+
+def copy_with_new(model, head):
+    copied = copy.deepcopy(model)
+    nn.init.normal_(copied.get_submodule(head).weight)
+    return copied
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -6,11 +6,13 @@ import contextlib
 import copy
 from concurrent.futures import ThreadPoolExecutor
 
+import accelerate
 import peft
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -24,6 +26,7 @@ from sylva_train.config import SylvaConfig
 from sylva_train.importance import score
 from sylva_train.layers import embed, embedded_layers, sync, unload
 from sylva_train.masks import LayerMask
+from sylva_train.optimizer import SparseAdamW
 from sylva_train.targets import find_targets, is_supported, weight_view
 from tests.sylva_train.models import (
     dense_blocks,
@@ -362,3 +365,49 @@ def test_an_average_of_the_indices_is_noticed():
     with pytest.raises(AdapterError, match="use_buffers"):
         average(random((2, 64)))
     assert torch.equal(unload(model)[0].weight, base)
+
+
+@pytest.fixture
+def accelerator():
+    """An accelerator that makes one step of two batches; its state is the process's own."""
+    yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_a_loop_of_accelerate_trains_blocks_and_keeps_their_state(
+    accelerator, tmp_path
+):
+    xs = [random((5, 10), seed=n) for n in range(4)]
+    model, masks = two_layers()
+    plain = embed(copy.deepcopy(model), masks)
+    optimizer = SparseAdamW(plain, lr=0.1)
+    for pair in (xs[:2], xs[2:]):
+        optimizer.zero_grad()
+        sum(plain(x).square().mean() / 2 for x in pair).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        optimizer.step()
+    embed(model, masks)
+    model, optimizer = accelerator.prepare(model, SparseAdamW(model, lr=0.1))
+
+    def step(x):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(x).square().mean())
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for x in xs:
+        step(x)
+    for (name, own), other in zip(
+        model.named_parameters(), plain.parameters(), strict=True
+    ):
+        torch.testing.assert_close(own, other, msg=name)
+    accelerator.save_state(tmp_path)
+    before = model(xs[0])
+    for x in xs:
+        step(x)
+    assert not torch.equal(model(xs[0]), before)
+    accelerator.load_state(tmp_path)
+    assert torch.equal(model(xs[0]), before)

@@ -15,6 +15,7 @@ from .embedding import (
     find_saved,
     merge,
     sync,
+    uncovered_statistics,
     unload,
     warn_of_statistics,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "layer_showing",
     "merge",
     "sync",
+    "uncovered_statistics",
     "unload",
     "values_dtype",
     "warn_of_statistics",

@@ -29,6 +29,7 @@ __all__ = [
     "find_saved",
     "merge",
     "sync",
+    "uncovered_statistics",
     "unload",
     "warn_of_statistics",
 ]
@@ -157,18 +158,28 @@ def check_masks(
     return layers
 
 
-def warn_of_statistics(model: nn.Module, modules_to_save: Iterable[str] | None) -> None:
-    """Warn of running statistics that training changes and no adapter holds."""
+def uncovered_statistics(
+    model: nn.Module, modules_to_save: Iterable[str] | None
+) -> str | None:
+    """Return the first module with running statistics that no adapter holds."""
+    name: str
     for name, module in model.named_modules():
         counts = getattr(module, "running_mean", None) is not None
         if counts and not is_inside(name, modules_to_save):
-            warnings.warn(
-                f"training changes the running statistics of `{name}`, a"
-                f" {type(module).__name__}, which an adapter does not hold: name such"
-                " modules in `modules_to_save`, or keep them in evaluation mode.",
-                stacklevel=3,
-            )
-            break
+            return name
+    return None
+
+
+def warn_of_statistics(model: nn.Module, modules_to_save: Iterable[str] | None) -> None:
+    """Warn of running statistics that training changes and no adapter holds."""
+    name = uncovered_statistics(model, modules_to_save)
+    if name is not None:
+        warnings.warn(
+            f"training changes the running statistics of `{name}`, a"
+            f" {type(model.get_submodule(name)).__name__}, which an adapter does not hold:"
+            " name such modules in `modules_to_save`, or keep them in evaluation mode.",
+            stacklevel=3,
+        )
 
 
 def embed(

@@ -50,6 +50,13 @@ def is_inside(name: str, endings: Iterable[str] | None) -> bool:
     return any(holder.endswith(end) for end in endings or () for holder in holders)
 
 
+#: What `transformers` calls the heads of classes that hold their backbone's parts directly,
+#: as CLIPForImageClassification and T5ForQuestionAnswering do.
+HEADS = {"classifier", "qa_outputs", "score"}
+#: Names that an error lists at most.
+MOST_NAMES = 12
+
+
 def head_names(model: nn.Module) -> set[str]:
     """Names of modules that belong to the task's head rather than to the backbone."""
     heads = set()
@@ -61,6 +68,8 @@ def head_names(model: nn.Module) -> set[str]:
     if backbone is not model:
         inside = {id(module) for module in backbone.modules()}
         heads |= {n for n, m in model.named_modules() if n and id(m) not in inside}
+    elif hasattr(model, "base_model_prefix"):
+        heads |= {n for n, _ in model.named_modules() if n.partition(".")[0] in HEADS}
     return heads
 
 
@@ -226,22 +235,31 @@ def find_targets(
 
 
 def exclusion(names: Iterable[str], targets: Iterable[str]) -> str:
-    """Say how to leave layers out: the shortest endings that no other target has."""
+    """Say how to leave layers out: the shortest endings that no other target has.
+
+    Where those are many, as of a vision tower whose layers are called like the language
+    model's, by the modules that hold no other target.
+    """
     names = list(names)
-    others = set(targets).difference(names)
-    # Every ending that is taken by a layer which is to stay.
-    taken = {
-        other.split(".", i)[-1] for other in others for i in range(other.count(".") + 1)
-    }
-    endings = []
+    others = [name.split(".") for name in set(targets).difference(names)]
+    # Every ending that is taken by a layer which is to stay, and every module that holds one.
+    taken = {".".join(parts[i:]) for parts in others for i in range(len(parts))}
+    inhabited = {".".join(parts[:i]) for parts in others for i in range(len(parts))}
+    endings: dict[str, None] = {}
+    modules: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
         own = (".".join(parts[i:]) for i in reversed(range(len(parts))))
-        ending = next((e for e in own if e not in taken), name)
-        if ending not in endings:
-            endings.append(ending)
-    more = f" and {len(endings) - 12} more" if len(endings) > 12 else ""
-    return f"`exclude_modules=[{', '.join(map(repr, endings[:12]))}]`{more}"
+        around = (".".join(parts[:i]) for i in range(1, len(parts)))
+        endings[next((e for e in own if e not in taken), name)] = None
+        holder = next((h for h in around if h not in inhabited), None)
+        whole = re.escape(name) if holder is None else rf"{re.escape(holder)}\..*"
+        modules[whole] = None
+    if len(endings) > MOST_NAMES >= len(modules):
+        return f'`exclude_modules=r"{"|".join(modules)}"`'
+    more = len(endings) - MOST_NAMES
+    listed = ", ".join(map(repr, list(endings)[:MOST_NAMES]))
+    return f"`exclude_modules=[{listed}]`" + (f" and {more} more" if more > 0 else "")
 
 
 def check_block_size(targets: dict[str, nn.Module], block_size: int) -> None:

@@ -15,6 +15,7 @@ from sylva_train.layers import (
     SparseEmbeddedLinear,
     check_embeddable,
     check_in_memory,
+    uncovered_statistics,
 )
 from sylva_train.targets import (
     fingerprint,
@@ -93,6 +94,17 @@ def base_name(model: nn.Module) -> str | None:
     return getattr(model, "name_or_path", None) or None
 
 
+def counted(model: nn.Module, modules_to_save: list[str] | None) -> str:
+    """Say, amid a message, that training may have changed a base's running statistics."""
+    name = uncovered_statistics(model, modules_to_save)
+    if name is None:
+        return ""
+    return (
+        f" Or training changed the running statistics of `{name}`, which this adapter does"
+        " not hold: train anew with such modules in `modules_to_save` or in evaluation mode."
+    )
+
+
 def check_base(
     model: nn.Module,
     config: SylvaConfig,
@@ -134,6 +146,7 @@ def check_base(
                 f"the adapter was made for the base model {known}, but this one is"
                 f" `{base_name(model)}` ({ours[:12]}…). Its weights differ; load the base"
                 " that the adapter was trained on (in float32 or bfloat16, as then)."
+                + counted(model, config.modules_to_save)
             )
             raise AdapterError(msg)
     for name, shape in (config.layer_shapes or {}).items():
