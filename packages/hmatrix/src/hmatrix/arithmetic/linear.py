@@ -233,6 +233,8 @@ def add_low_rank(
     ------
     ShapeError, DTypeError, BackendError
         If the factors do not fit.
+    ValueError
+        As `truncate`, if ``rtol`` or ``max_rank`` is given.
 
     Examples
     --------

@@ -90,8 +90,8 @@ def inverse(
     ToleranceError
         If ``rtol`` is not kept, because solutions have no more digits than that.
     ValueError
-        If a factorization comes with a ``shift``; or if an inverse found from solutions
-        should have gradients.
+        If a factorization comes with a ``shift``; or if an inverse found from solutions,
+        or one that is cut to smaller ranks, should have gradients.
 
     Notes
     -----

@@ -14,6 +14,7 @@ from hmatrix._backend import (
     cholesky,
     conjugate,
     contiguous,
+    detach,
     eigh_descending,
     in_own_precision,
     inverse_lower,
@@ -128,9 +129,9 @@ class StreamingMLR(Streaming):
         Parameters
         ----------
         factors : sequence of array (2**k, padded / 2**k, q)
-            ``E_k`` of the levels k = 0, 1, …, as in `MLR`.
+            ``E_k`` of the levels k = 0, 1, …, as in `MLR`. torch tensors are detached.
         """
-        self._cascade(factors)
+        self._cascade(list(map(detach, factors)))
 
     def result(self, *, normalize: bool = True) -> MLR:
         """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
