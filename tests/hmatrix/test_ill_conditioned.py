@@ -237,6 +237,20 @@ def test_stored_inverses_keep_a_tolerance_that_inversion_alone_does_not(rng):
     assert error_ratio(hm.inverse(H, rtol=1e-12).to_dense(), np.linalg.inv(A)) <= 2e-12
 
 
+@pytest.mark.parametrize("name", sorted(EPS))
+def test_elimination_of_nearly_unitary_matrices_loses_no_digits(name):
+    """A Gaussian matrix as the random mixing of columns cost up to four of them."""
+    for seed in (8, 11):
+        rng = np.random.default_rng(seed)
+        n, identity = 256, np.eye(256, dtype=name)
+        A = np.eye(n)[rng.permutation(n)]
+        A = A + np.outer(*rng.standard_normal((2, n))) * 1e-3 / n
+        H = hm.from_dense(A.astype(name), leaf_size=8, rtol=1e-15)
+        F = hm.factorize(H, method="orthogonal")
+        error = np.linalg.norm(H @ F.solve(identity, refine=0) - identity)
+        assert error <= 12 * EPS[name] * np.linalg.norm(identity)
+
+
 @pytest.mark.parametrize("rtol", [None, 1e-4])
 def test_stored_inverses_tell_digits_that_their_terms_have_lost(rtol):
     """A cyclic shift has singular blocks everywhere, and a small update hardly better ones."""
