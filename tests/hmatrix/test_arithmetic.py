@@ -135,6 +135,10 @@ def test_what_does_not_match_is_refused():
         hm.shift(H, np.ones(8) * 1j)
     with pytest.raises(hm.DTypeError, match="`factor` must be a number, got str"):
         hm.scale(H, "two")
+    with pytest.raises(hm.DTypeError, match=r"got ndarray; `@` multiplies vectors"):
+        H * np.ones(8)
+    with pytest.raises(hm.DTypeError, match=r"got list; a vector must be an array"):
+        hm.shift(H, [1.0] * 8)
     with pytest.raises(hm.NonFiniteError, match="`diagonal` must be finite"):
         hm.shift(H, np.nan)
     with pytest.raises(hm.ShapeError, match=r"`diagonal` must have shape \(8,\)"):

@@ -112,6 +112,8 @@ def test_wrong_indices_are_refused(H):
         H[0, -9]
     with pytest.raises(hm.EntryError, match="`rows` must be integers, got float64"):
         H.block([0.5], [1])
+    with pytest.raises(hm.EntryError, match="must be integers, got object; use range"):
+        H.block(slice(3), [0])
     with pytest.raises(hm.EntryError, match="`columns` must be integers, got bool"):
         H[:, np.ones(8, bool)]
     with pytest.raises(hm.EntryError, match="`i` must be one integer"):

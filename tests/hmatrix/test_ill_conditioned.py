@@ -1,5 +1,7 @@
 """Ill-conditioned matrices: every digit that is there, or an error, never a wrong sign."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -233,6 +235,33 @@ def test_stored_inverses_keep_a_tolerance_that_inversion_alone_does_not(rng):
     A[:h, h:], A[h:, :h] = (np.linalg.qr(rng.standard_normal((h, h)))[0] for _ in "BC")
     H = hm.from_dense(A, levels=3, rtol=0)
     assert error_ratio(hm.inverse(H, rtol=1e-12).to_dense(), np.linalg.inv(A)) <= 2e-12
+
+
+@pytest.mark.parametrize("name", sorted(EPS))
+def test_elimination_of_nearly_unitary_matrices_loses_no_digits(name):
+    """A Gaussian matrix as the random mixing of columns cost up to four of them."""
+    for seed in (8, 11):
+        rng = np.random.default_rng(seed)
+        n, identity = 256, np.eye(256, dtype=name)
+        A = np.eye(n)[rng.permutation(n)]
+        A = A + np.outer(*rng.standard_normal((2, n))) * 1e-3 / n
+        H = hm.from_dense(A.astype(name), leaf_size=8, rtol=1e-15)
+        F = hm.factorize(H, method="orthogonal")
+        error = np.linalg.norm(H @ F.solve(identity, refine=0) - identity)
+        assert error <= 12 * EPS[name] * np.linalg.norm(identity)
+
+
+@pytest.mark.parametrize("rtol", [None, 1e-4])
+def test_stored_inverses_tell_digits_that_their_terms_have_lost(rtol):
+    """A cyclic shift has singular blocks everywhere, and a small update hardly better ones."""
+    for seed in range(6):
+        u, v = np.random.default_rng(seed).standard_normal((2, 96))
+        A = np.roll(np.eye(96), 1, axis=0) + np.outer(u, v) / 96
+        H = hm.from_dense(A.astype(np.float32), leaf_size=12, rtol=0)
+        X = hm.inverse(H, rtol=rtol)
+        error = error_ratio(X.to_dense().astype(np.float64), np.linalg.inv(A))
+        assert error <= 1.5 * X.error + 1e-6  # four random vectors find it
+        assert error <= 1.2 * (rtol or math.sqrt(EPS["float32"]))
 
 
 @pytest.mark.parametrize("method", ["auto", "inversion", "orthogonal"])

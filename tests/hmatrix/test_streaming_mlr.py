@@ -281,3 +281,26 @@ def test_eigenvectors_survive_rows_of_many_magnitudes():
         assert values.dtype == vectors.dtype == np.float32
         restored = (vectors * values[:, None, :]) @ vectors.transpose(0, 2, 1)
         assert np.abs(restored - gram).max() < 1e-5
+
+
+def test_factors_that_do_not_fit_are_refused():
+    """Complex ones lost their imaginary part, and levels too many were left out."""
+    good = [np.ones((1, 8, 2)), np.ones((2, 4, 1))]
+    for bad, error in (
+        ([*good, np.ones((4, 2, 1))], hm.ShapeError),
+        ([np.ones((2, 4, 1))], hm.ShapeError),
+        (np.ones((8, 2)), hm.ShapeError),
+        ([[1.0]], hm.BackendError),
+        ([1j * good[0]], hm.DTypeError),
+        ([good[0] * np.nan], hm.NonFiniteError),
+    ):
+        stream = hm.StreamingMLR(8, 2, 4)
+        with pytest.raises(error, match="`factors`"):
+            stream.add_factors(bad)
+        assert hm.norm(stream.result()) == 0
+    stream.add_factors(good)
+    exact = 2 * np.ones((8, 8)) + np.kron(np.eye(2), np.ones((4, 4)))
+    np.testing.assert_allclose(stream.result().to_dense(), exact, atol=1e-14)
+    whole = hm.StreamingMLR(8, 0, 4)
+    whole.add_factors(good[:1])
+    np.testing.assert_allclose(whole.result().to_dense(), 2 * np.ones((8, 8)))

@@ -169,7 +169,9 @@ def _positions(name: str, values: Any, n: int) -> np.ndarray:
     """Return indices as int64 of 0 … n − 1."""
     array = to_numpy(values) if is_array(values) else np.asarray(values)
     if array.dtype.kind not in "iu" and (array.size or is_array(values)):
-        msg = f"`{name}` must be integers, got {array.dtype}."
+        hint = "; use numpy.nonzero" if array.dtype.kind == "b" else ""
+        hint = "; use range" if isinstance(values, slice) else hint
+        msg = f"`{name}` must be integers, got {array.dtype}{hint}."
         raise EntryError(msg)
     array = array.astype(np.int64)
     if array.size and not -n <= array.min() <= array.max() < n:

@@ -17,20 +17,27 @@ from hmatrix._backend import (
     in_own_precision,
     inverse_lower,
     is_array,
+    known_gradients,
     namespace,
     one_blas_thread_if_narrow,
     qr,
+    real_part,
     svd,
     to_numpy,
     transpose,
+    wants_gradient,
+    without_gradients,
 )
 from hmatrix._checks import ShapeError, check_array, check_operand
 
 __all__ = [
+    "GRADIENTS_LOST",
     "LowRank",
     "beside",
     "compress",
     "cut_triplets",
+    "differentiated",
+    "gradients_of_parts",
     "kept",
     "orthonormal_parts",
     "pair",
@@ -39,6 +46,12 @@ __all__ = [
     "stack",
     "triplets",
 ]
+
+GRADIENTS_LOST = (
+    "What wants gradients is truncated, and those of what is cut off would be lost. Leave "
+    "out `rtol` and `max_rank` of a sum, apply the factors of a product to vectors, solve "
+    "instead of storing an inverse, or pass detached tensors."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,15 +228,63 @@ def recompress(
     """Cut low-rank blocks: QR of both factors, then the SVD of the small core.
 
     Arguments and results are those of `compress`; the factors of ``block`` need not
-    be orthonormal.
+    be orthonormal. Gradients are those of `differentiated`.
     """
     if not block.rank:
         return cut_triplets(block.U, block.S, block.V, tolerance, max_rank)[:2]
-    with one_blas_thread_if_narrow(Space.of(block.U), block.rank):
+    space = Space.of(block.U)
+    with (
+        one_blas_thread_if_narrow(space, block.rank),
+        without_gradients(space.xp),
+    ):
         Qu, core, Qv = _core(block)
         # the small factors are cut, before there are large ones
         cut, lost, _ = cut_triplets(*core, tolerance, max_rank)
-        return LowRank(Qu @ cut.U, cut.S, Qv @ cut.V), lost
+        cut = LowRank(Qu @ cut.U, cut.S, Qv @ cut.V)
+    return differentiated(cut, block), lost
+
+
+def differentiated(cut: LowRank, block: LowRank) -> LowRank:
+    """Let torch differentiate what was cut from blocks as the blocks B themselves.
+
+    Those of a decomposition do not exist where singular values are equal or zero. The
+    product of factors needs none of them: with the projections P and Q on the orthonormal
+    columns of ``cut`` it is ``P dB + dB Q - P dB Q``, if no column was cut off.
+
+    Raises
+    ------
+    ValueError
+        If a column was. What changes it changes the rank, and would be lost.
+    """
+    inputs = [block.U, block.S, block.V]
+    if not any(map(wants_gradient, inputs)):
+        return cut
+    xp, (U, S, V) = namespace(block.S), (cut.U, cut.S, cut.V)
+    least = min(block.shape[-2:])
+    if np.any(cut.ranks < np.minimum(block.ranks, least)):
+        raise ValueError(GRADIENTS_LOST)
+    with without_gradients(xp):
+        over_S = xp.where(S > 0, 1 / xp.where(S > 0, S, xp.ones_like(S)), 0 * S)
+        over_S = over_S[..., None, :]
+
+    def of_block(left: Array, right: Array) -> list[Array]:
+        """Return gradients, that of the block being ``left rightᴴ``."""
+        times_V = left @ (adjoint(right) @ block.V)
+        return gradients_of_parts(block, times_V, right @ (adjoint(left) @ block.U))
+
+    # (I - P) dB V / S in U, and Bᴴ U / S in V, which holds what moves the scales too
+    new_U = known_gradients(
+        U, lambda g: of_block(scaled(g - U @ (adjoint(U) @ g), over_S), V), inputs
+    )
+    new_V = known_gradients(V, lambda g: of_block(scaled(U, over_S), g), inputs)
+    return LowRank(new_U, S, new_V)
+
+
+def gradients_of_parts(block: LowRank, times_V: Array, times_U: Array) -> list[Array]:
+    """Return those to U, S and V of blocks, from the blocks' own ones ``G V``, ``Gᴴ U``."""
+    S = block.S[..., None, :]
+    along = namespace(times_V).sum(conjugate(block.U) * times_V, axis=-2)
+    return [scaled(times_V, S), real_part(along), scaled(times_U, S)]
 
 
 def triplets(block: LowRank) -> tuple[Array, Array, Array]:

@@ -65,8 +65,9 @@ def _known_function() -> Any:
             # recorded only for second derivatives, which would lack a part
             if torch.is_grad_enabled():
                 msg = (
-                    'Factorizations by "cholesky" and "orthogonal" are differentiated once; '
-                    'use factorize(H, method="inversion") with create_graph=True.'
+                    'Factorizations by "cholesky" and "orthogonal", and what is truncated, '
+                    "are differentiated once; with create_graph=True, use "
+                    'factorize(H, method="inversion").'
                 )
                 raise RuntimeError(msg)
             return (None, None, *ctx.gradients(upstream))

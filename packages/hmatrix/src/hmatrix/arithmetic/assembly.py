@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable, Iterable
 from itertools import islice
 
-from hmatrix._backend import Array, Space, adjoint
+from hmatrix._backend import Array, Space, adjoint, without_gradients
 from hmatrix._checks import NonFiniteError, check_int
 from hmatrix._operator import pad_rows
 from hmatrix.arithmetic.norms import safe_norm, safe_norms
 from hmatrix.construct import block_tolerance, check_rtol
 from hmatrix.hodlr import HODLR, clear_padding, from_sides
-from hmatrix.lowrank import LowRank, beside, cut_triplets, recompress
+from hmatrix.lowrank import LowRank, beside, cut_triplets, differentiated, recompress
 from hmatrix.tree import ClusterTree
 
 __all__ = ["Terms", "assemble", "estimate_norm"]
@@ -88,7 +88,9 @@ def assemble(
     for side in sides:
         for level, b in enumerate(side):
             tolerance = block_tolerance(tree, level, allowed)
-            side[level], cost, _ = cut_triplets(b.U, b.S, b.V, tolerance, max_rank)
+            with without_gradients(space.xp):
+                cut, cost, _ = cut_triplets(b.U, b.S, b.V, tolerance, max_rank)
+            side[level] = differentiated(cut, b)
             losses.append(cost)
     lost += twice * math.hypot(*safe_norms(losses))
     # relative to the exact sum, whose norm may be smaller by what was lost

@@ -134,7 +134,12 @@ def _check_number(name: str, value: Any, space: Space) -> float | complex:
     try:
         number = complex(detach(value) if wants_gradient(value) else value)
     except (TypeError, ValueError):
-        msg = f"`{name}` must be a number, got {type(value).__name__}."
+        hint = (
+            "`@` multiplies vectors and matrices"
+            if name == "factor"
+            else "a vector must be an array"
+        )
+        msg = f"`{name}` must be a number, got {type(value).__name__}; {hint}."
         raise DTypeError(msg) from None
     real, imaginary = (check_float(name, x) for x in (number.real, number.imag))
     if not imaginary:
@@ -233,6 +238,8 @@ def add_low_rank(
     ------
     ShapeError, DTypeError, BackendError
         If the factors do not fit.
+    ValueError
+        As `truncate`, if ``rtol`` or ``max_rank`` is given.
 
     Examples
     --------

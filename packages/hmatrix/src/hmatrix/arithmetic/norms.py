@@ -19,6 +19,7 @@ from hmatrix._backend import (
     squares,
     to_numpy,
     triangle,
+    without_gradients,
 )
 from hmatrix._checks import check_kind
 from hmatrix._operator import Operator, pad_rows
@@ -74,7 +75,8 @@ def norm(H: Operator, kind: str | int = "fro") -> float:
     """
     if kind == 2:
         check_kind("H", H, Operator)
-        return _largest_singular_value(H)
+        with without_gradients(H.space.xp):
+            return _largest_singular_value(H)
     if kind != "fro":
         msg = f"`kind` must be 'fro' or 2, got {kind!r}."
         raise ValueError(msg)

@@ -45,6 +45,8 @@ def matmul(
     ------
     TypeError, ShapeError, DTypeError, BackendError
         If the two do not match.
+    ValueError
+        If tensors that want gradients would lose those of what is cut off.
 
     Notes
     -----

@@ -6,13 +6,25 @@ import math
 from functools import partial
 from typing import TypeVar
 
-from hmatrix._backend import Array, in_own_precision
+from hmatrix._backend import (
+    Array,
+    in_own_precision,
+    wants_gradient,
+    without_gradients,
+)
 from hmatrix._checks import NonFiniteError, check_int, check_kind
 from hmatrix.arithmetic.error import after
 from hmatrix.arithmetic.norms import norm, safe_norms
 from hmatrix.construct import Guard, block_tolerance, check_rtol
 from hmatrix.hodlr import HODLR, clear_padding, from_sides
-from hmatrix.lowrank import LowRank, cut_triplets, recompress, triplets
+from hmatrix.lowrank import (
+    GRADIENTS_LOST,
+    LowRank,
+    cut_triplets,
+    differentiated,
+    recompress,
+    triplets,
+)
 from hmatrix.mlr import MLR
 from hmatrix.update import StreamingMLR
 
@@ -50,7 +62,8 @@ def truncate(
     ------
     ValueError
         If ``rtol`` or ``definite`` is given for an `MLR`, or ``max_rank`` is not; or
-        ``definite`` for a matrix that is not stored as Hermitian.
+        ``definite`` for a matrix that is not stored as Hermitian; or if tensors that want
+        gradients would lose those of what is cut off.
     NonFiniteError
         If a `HODLR` holds NaN or infinite values.
     """
@@ -62,6 +75,8 @@ def truncate(
     if rtol is not None or definite or max_rank is None:
         msg = "An MLR matrix is truncated by `max_rank`, not by `rtol` or `definite`."
         raise ValueError(msg)
+    if any(map(wants_gradient, H._arrays().values())):
+        raise ValueError(GRADIENTS_LOST)
     stream = StreamingMLR(H.tree, rank=max_rank, like=H.leaves, method="eigh")
     stream.add_factors(H.factors)
     held = stream.result(normalize=False)
@@ -76,7 +91,10 @@ def _truncate_hodlr(
         msg = f"`H` holds NaN or infinite values: its norm is {size}."
         raise NonFiniteError(msg)
     if definite and not H.symmetric:
-        msg = "`definite` is true, but `H` is not stored as Hermitian (H.symmetric)."
+        msg = (
+            "`definite` is true, but `H` is not stored as Hermitian (H.symmetric); "
+            "construct it with `symmetric=True`."
+        )
         raise ValueError(msg)
     leaves = H.leaves
     guard = Guard(H.tree, leaves, rtol * size) if definite else None
@@ -88,8 +106,10 @@ def _truncate_hodlr(
             if guard is None:
                 cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
             else:
-                cut_at = partial(cut_triplets, *triplets(block))
-                cut, lost = guard.cut(level, cut_at, max_rank)
+                with without_gradients(H.space.xp):
+                    cut_at = partial(cut_triplets, *triplets(block))
+                    cut, lost = guard.cut(level, cut_at, max_rank)
+                cut = differentiated(cut, block)
             side.append(cut)
             losses.append(lost)
     total = math.hypot(*safe_norms(losses)) * (math.sqrt(2) if H.symmetric else 1)

@@ -74,6 +74,7 @@ class Factorization(ABC):
     """
 
     _logdet: Array  # float64 ()
+    _lost: float  # what `_check_precision` found, of those that call it
     _refinements: ClassVar[int] = 1
 
     def __init__(self, H: HODLR | MLR, shift: float) -> None:

@@ -115,6 +115,7 @@ class HODLREquilibrated(Factorization):
     def _arrays(self) -> dict[str, Array]:
         kind = type(self._factor).__name__
         own = {"logdet": self._logdet, "rows": self._rows, "columns": self._columns}
+        own["lost"] = self.space.xp.full_like(detach(self._logdet), self._lost)
         return own | {f"{kind}.{k}": x for k, x in self._factor._arrays().items()}
 
     def _set_arrays(self, arrays: Mapping[str, Array]) -> None:
@@ -131,7 +132,7 @@ class HODLREquilibrated(Factorization):
             }
             if own:
                 self._factor = kind._restore(scaled, 0.0, own)
-        self._lost = math.inf  # not known: as if digits were lost
+        self._lost = float(take_array(arrays, "lost", ()))
 
 
 def _equilibrated(H: HODLR, shift: float) -> tuple[HODLR, np.ndarray, np.ndarray]:

@@ -16,7 +16,6 @@ from hmatrix._backend import (
     conjugate,
     detach,
     known_gradients,
-    namespace,
     real_part,
 )
 from hmatrix._operator import real_rows
@@ -24,7 +23,7 @@ from hmatrix.arithmetic import matmul
 from hmatrix.construct import from_diagonal
 from hmatrix.factor.symmetric import SymmetricFactor
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, scaled
+from hmatrix.lowrank import gradients_of_parts
 
 __all__ = [
     "diagonal_with_gradients_of",
@@ -90,15 +89,8 @@ def _trace_gradients(X: HODLR, H: HODLR) -> list[Array]:
             # a block meets the one across the diagonal
             G = X.blocks(level)[1 - which].H
             times_V, times_U = G @ block.V, G.H @ block.U
-            found += _block_gradients(block, both * times_V, both * times_U)
+            found += gradients_of_parts(block, both * times_V, both * times_U)
     return found
-
-
-def _block_gradients(block: LowRank, times_V: Array, times_U: Array) -> list[Array]:
-    """Return those to U, S and V of blocks, from the blocks' own ones ``G V``, ``Gᴴ U``."""
-    S = block.S[:, None, :]
-    along = namespace(times_V).sum(conjugate(block.U) * times_V, axis=-2)
-    return [scaled(times_V, S), real_part(along), scaled(times_U, S)]
 
 
 def _logdet_gradients(factor: SymmetricFactor, H: HODLR) -> list[Array]:
@@ -119,7 +111,7 @@ def _logdet_gradients(factor: SymmetricFactor, H: HODLR) -> list[Array]:
         A2 = xp.concat([across[1], halves[:, 1, ...]], axis=-1)
         # both blocks of the matrix are this one: twice A⁻¹₁₂ = A1 A2ᴴ
         times_V, times_U = A1 @ (adjoint(A2) @ block.V), A2 @ (adjoint(A1) @ block.U)
-        found += _block_gradients(block, 2 * times_V, 2 * times_U)
+        found += gradients_of_parts(block, 2 * times_V, 2 * times_U)
         own = xp.stack([M[:, :r, :r], M[:, r:, r:]], axis=1)
         ZM = xp.reshape(halves @ own, (tree.padded, r))
         left = xp.concat([left, ZM], axis=-1)

@@ -276,6 +276,7 @@ class HODLRFactorization(Factorization):
 
     def _arrays(self) -> dict[str, Array]:
         arrays = {"sign": self._sign, "logdet": self._logdet}
+        arrays["lost"] = self.space.xp.full_like(detach(self._logdet), self._lost)
         arrays["inverse_leaves"] = self._inverse_leaves
         for name, series in (("Y", self._Y), ("E", self._E)):
             arrays |= {f"{name}.{k}": x for k, x in enumerate(series)}
@@ -283,7 +284,7 @@ class HODLRFactorization(Factorization):
 
     def _set_arrays(self, arrays: Mapping[str, Array]) -> None:
         self._take_bases()
-        self._lost = math.inf  # not known: as if digits were lost
+        self._lost = float(take_array(arrays, "lost", ()))
         tree, widths = self.tree, self._widths
         self._sign = take_array(arrays, "sign", ())
         leaf = tuple(self.matrix.leaves.shape)

@@ -361,13 +361,15 @@ def _balanced(block: LowRank) -> tuple[Array, Array]:
 def _outer_space(U: Array, level: int) -> tuple[int, Array]:
     """Return unitary Q (b, m, m), and how many of its columns are orthogonal to U.
 
-    Columns of U are mixed at random first, so that QR reveals the rank (Demmel, Dumitriu
+    Columns of U are rotated at random first, so that QR reveals the rank (Demmel, Dumitriu
     & Holtz, "Fast linear algebra is stable", 2007). Of U no more is cut off than
-    rounding has changed.
+    rounding has changed: a Gaussian matrix in place of the rotation would multiply that by
+    its condition number.
     """
     space = Space.of(U)
     xp, (_, m, c) = space.xp, U.shape
-    Q, _ = complete_qr(U @ space.normal((c, c), c, level))
+    rotation, _ = complete_qr(space.normal((c, c), c, level))
+    Q, _ = complete_qr(U @ rotation)
     rows = xp.linalg.vector_norm(adjoint(Q) @ U, axis=-1)
     tails = xp.sqrt(
         xp.flip(xp.cumulative_sum(xp.flip(rows**2, axis=-1), axis=-1), axis=-1)

@@ -14,6 +14,7 @@ from hmatrix._backend import (
     cholesky,
     conjugate,
     contiguous,
+    detach,
     eigh_descending,
     in_own_precision,
     inverse_lower,
@@ -23,7 +24,13 @@ from hmatrix._backend import (
     real_part,
     squares,
 )
-from hmatrix._checks import check_choice, check_int
+from hmatrix._checks import (
+    ShapeError,
+    check_choice,
+    check_finite,
+    check_int,
+    check_operand,
+)
 from hmatrix.mlr import MLR
 from hmatrix.tree import ClusterTree
 from hmatrix.update._base import Streaming
@@ -128,9 +135,25 @@ class StreamingMLR(Streaming):
         Parameters
         ----------
         factors : sequence of array (2**k, padded / 2**k, q)
-            ``E_k`` of the levels k = 0, 1, …, as in `MLR`.
+            ``E_k`` of the levels k = 0, 1, …, as in `MLR`. torch tensors are detached.
+
+        Raises
+        ------
+        ShapeError, DTypeError, BackendError, NonFiniteError
+            If they do not fit, or are not finite. Nothing has been added then.
         """
-        self._cascade(factors)
+        tree, columns = self.tree, []
+        levels = range(max(tree.levels, 1))  # without halvings, the leaf is level 0
+        wanted = [(tree.nodes(k), tree.padded // tree.nodes(k)) for k in levels]
+        for factor in factors:
+            columns.append(detach(check_operand("factors", factor, self.space)))
+        shapes = [tuple(E.shape) for E in columns]
+        if [shape[:-1] for shape in shapes] != wanted[: len(shapes)]:
+            msg = f"`factors` must have shapes {wanted} with (…, q), got {shapes}."
+            raise ShapeError(msg)
+        for E in columns:
+            check_finite("factors", E)
+        self._cascade(columns)
 
     def result(self, *, normalize: bool = True) -> MLR:
         """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
@@ -187,7 +210,8 @@ class StreamingMLR(Streaming):
             lost = self._norm_between_halves(self._by_nodes(rows[start:, :], k))
             self._lost[k] = self._lost[k] + lost
         if not self._factors and columns:  # no level: everything is one leaf
-            rows, start = adjoint(columns[0]), 0
+            E = columns[0]
+            rows, start = adjoint(xp.reshape(E, (n, E.shape[-1]))), 0
         self._add_to_leaves(adjoint(self._by_nodes(rows[start:, :], self.tree.levels)))
 
     def _by_nodes(self, rows: Array, level: int) -> Array:
