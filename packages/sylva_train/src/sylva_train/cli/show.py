@@ -165,8 +165,8 @@ def loss_course(history: Sequence[Mapping[str, float]]) -> str:
 
 def is_idle(found: Mapping[str, Any]) -> bool:
     """Whether classes or numbers do not go with those predicted at all."""
-    correlation = found.get("mcc", found.get("pearson", 1.0))
-    return correlation <= 0 and found.get("accuracy", 0.0) < 1
+    correlation = float(found.get("mcc", found.get("pearson", 1.0)))
+    return correlation <= 0 and float(found.get("accuracy", 0.0)) < 1
 
 
 def run(record: Mapping[str, Any], path: Path) -> None:
