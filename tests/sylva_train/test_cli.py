@@ -178,6 +178,26 @@ def test_inspect_knows_what_it_sees(home, name, words):
     assert json.loads(sylva("inspect", home / name, "--json").stdout)
 
 
+def test_a_run_tells_how_the_loss_went_and_of_a_model_that_learned_nothing(
+    home, tmp_path
+):
+    record = json.loads((home / "run/sylva.json").read_text())
+    step = record["history"][0]
+    record["history"] = [step | {"loss": n / 8} for n in range(30, 0, -1)]
+    shutil.copytree(home / "run", tmp_path / "run")
+    idle = "; one answer for all does as well"
+    for mcc, accuracy, told_of in (
+        (0.0, 0.7, True),
+        (0.1, 0.7, False),
+        (0.0, 1.0, False),
+    ):
+        record["metrics"] |= {"mcc": mcc, "accuracy": accuracy}
+        (tmp_path / "run/sylva.json").write_text(json.dumps(record))
+        shown = sylva("inspect", tmp_path / "run").stdout
+        assert "3.62 in the first tenth of the steps, 0.25 in the last" in shown
+        assert (idle in shown) == told_of
+
+
 def test_inspect_holds_scores_and_masks_against_others(home, tmp_path):
     scores, run = home / "scores.safetensors", home / "run"
     options = ["--importance", "random", "--block-size", 8, "--quiet"]

@@ -322,6 +322,14 @@ def test_hub_data_keeps_its_class_names(monkeypatch):
         load_data("some/name", split="test")
 
 
+def test_missing_labels_that_became_strings_are_warned_of(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,0\nb,1\nc,nan\nd,nan\n")
+    with pytest.warns(UserWarning, match=r"a\.csv: 'nan' .* of 2 rows, is taken for a"):
+        assert load_data(tmp_path / "a.csv").label_names == ["0", "1", "nan"]
+    # Without a warning, which would be an error, where it is a class by name.
+    load_data(tmp_path / "a.csv", labels=["0", "1", "nan"])
+
+
 def test_folders_are_read_by_split(tmp_path):
     for name in ("train", "dev"):
         write_rows(tmp_path / f"{name}.csv")

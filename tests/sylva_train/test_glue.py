@@ -142,6 +142,10 @@ def test_copies_of_datasets_keep_names_and_order_of_classes(tmp_path, form):
         read = load_data(tmp_path / "mnli", split=split)
         assert read.texts == [("a", "c"), ("b", "d")]
         assert (read.labels, read.label_names) == ([2, 0], names)
+    with pytest.raises(
+        DataError, match=r"has train\S*, validation_matched\S*\. A split"
+    ):
+        load_data(tmp_path / "mnli", split="test")
 
 
 def test_numbered_files_make_one_split(tmp_path):

@@ -128,6 +128,25 @@ def test_texts_are_cut_to_max_length():
     assert next(iter(loader))["input_ids"].shape == (9, 4)
 
 
+def test_texts_that_lose_a_part_are_counted():
+    texts = ["a", "a b", "a b c", ("a b", "c d"), "d e f g"]  # of 3, 4, 5, 7, 6 tokens
+    for kind in (texts[:3] + texts[4:], [texts[3], ("a", "b")]):
+        data = TextDataset("toy", "classification", kind, [0] * len(kind), ["a", "b"])
+        loader = Loader(data, word_tokenizer(), 2, max_length=5)
+        assert loader.cut == 1
+        assert Loader(data, word_tokenizer(), 2).cut == 0
+    data = TextDataset("toy", "causal-lm", ["a b c d e", "a b c d"])
+    decoder = word_tokenizer("decoder")
+    assert Loader(data, decoder, 2, max_length=4).cut == 1
+    assert Loader(data, decoder, 2, max_length=4, pack=True).cut == 0
+    data = TextDataset("toy", "causal-lm", ["a b", "a b c"], targets=["c"] * 2)
+    assert Loader(data, decoder, 2, max_length=4).cut == 1
+    data = TextDataset("toy", "seq2seq", ["a b", "a b c d", "a"], targets=["a b c"] * 3)
+    assert Loader(data, word_tokenizer("seq2seq"), 2, max_length=4).cut == 1
+    data = TextDataset("toy", "seq2seq", ["a b", "a b c d"], targets=["a b c d", "a"])
+    assert Loader(data, word_tokenizer("seq2seq"), 2, max_length=4).cut == 2
+
+
 def test_bad_loaders_are_refused():
     tokenizer = word_tokenizer()
     with pytest.raises(DataError, match="empty"):

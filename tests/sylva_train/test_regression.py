@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from sylva_train import (
     predict,
     score,
 )
+from sylva_train.workflow import load_task
 from tests.sylva_train.jobs import (
     STEPS,
     sylva,
@@ -223,6 +225,20 @@ def test_every_kind_of_rule_scores_a_regression(home, rule):
 
 
 # Whole jobs
+
+
+def test_numbers_far_from_those_of_a_new_head_are_warned_of(home, tmp_path):
+    rows = [
+        json.loads(line) for line in (home / "train.jsonl").read_text().splitlines()
+    ]
+    (tmp_path / "far.jsonl").write_text(
+        "\n".join(json.dumps(row | {"score": 50 + row["score"]}) for row in rows)
+    )
+    near = task(home, **options(home))
+    far = dataclasses.replace(near, data=str(tmp_path / "far.jsonl"))
+    load_task(near)  # a warning would be an error
+    with pytest.warns(UserWarning, match=r"far\.jsonl are 5\d.* ± .*undo that"):
+        load_task(far)
 
 
 def test_a_whole_job_from_scores_to_the_merged_model(home, tmp_path):

@@ -10,8 +10,15 @@ from transformers import BertConfig
 from sylva_train import ConfigError, DataError, ModelError, TrainingConfig, finetune
 from sylva_train.data import Loader, TextDataset
 from sylva_train.pretrained import load_model
+from sylva_train.progress import Progress
 from sylva_train.workflow import load_task
-from sylva_train.workflow.task import check_ids, head_order, located, read_data
+from sylva_train.workflow.task import (
+    check_ids,
+    head_order,
+    located,
+    read_data,
+    tell_of_cuts,
+)
 from tests.sylva_train.jobs import sylva_config, task, training, write_data
 from tests.sylva_train.words import TINY, VOCABULARY, save_folder, word_tokenizer
 
@@ -142,6 +149,21 @@ def test_splits_of_a_folder_are_read(home, tmp_path):
     assert (len(training_), len(held_out)) == (20, 6)
     with pytest.raises(DataError, match="'test'"):
         read_data(task(home, data=str(tmp_path), eval_split="test"), seed=0)
+
+
+def test_jobs_tell_how_many_texts_are_too_long(home, capsys, tmp_path):
+    dataset = TextDataset("toy", "causal-lm", ["a b c", "a b c d"], targets=["e", "f"])
+    loader = Loader(dataset, word_tokenizer("decoder"), 2, max_length=5)
+    with Progress() as bars:
+        tell_of_cuts(loader, bars)
+        tell_of_cuts(Loader(dataset, word_tokenizer("decoder"), 2), bars)
+    assert capsys.readouterr().err == (
+        "1 of 2 prompts lose their beginning: with their targets they have more than 5"
+        " tokens (toy). A larger `max_length` (`--max-length`) keeps more.\n"
+    )
+    finetune(task(home, max_length=4), sylva_config(), training(), tmp_path / "run")
+    told = capsys.readouterr().err
+    assert told.count("texts lose their end: they have more than 4 tokens") == 2
 
 
 def test_evaluation_data_may_lie_elsewhere(home, tmp_path):

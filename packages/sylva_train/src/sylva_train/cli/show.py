@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.measure import Measurement
@@ -150,6 +151,24 @@ def adapter(path: Path) -> None:
     layer_table(about, "all of these")
 
 
+def loss_course(history: Sequence[Mapping[str, float]]) -> str:
+    """Say where the training's loss began and ended; batches differ, hence means."""
+    losses = [step["loss"] for step in history]
+    part = len(losses) // 10
+    if not part:
+        return ""
+    return (
+        f"{fmean(losses[:part]):.3g} in the first tenth of the steps,"
+        f" {fmean(losses[-part:]):.3g} in the last"
+    )
+
+
+def is_idle(found: Mapping[str, Any]) -> bool:
+    """Whether classes or numbers do not go with those predicted at all."""
+    correlation = float(found.get("mcc", found.get("pearson", 1.0)))
+    return correlation <= 0 and float(found.get("accuracy", 0.0)) < 1
+
+
 def run(record: Mapping[str, Any], path: Path) -> None:
     """Print what a fine-tuning did."""
     task, options = record["task"], record["sylva"]
@@ -178,8 +197,10 @@ def run(record: Mapping[str, Any], path: Path) -> None:
             "scoring": took,
             "training": f"{steps:,} steps in {duration(record['train_seconds'])}"
             + (f", {seconds:.3g} s each" if seconds else ""),
+            "loss": loss_course(record["history"]),
             "result": f"{score_text(found['metric'], found['score'])} on"
-            f" {found['examples']:,} examples",
+            f" {found['examples']:,} examples"
+            + ("; one answer for all does as well" if is_idle(found) else ""),
             "on disk": size_words(folder_size(path / "adapter")),
         }
     )

@@ -364,7 +364,7 @@ def build(
     Warns
     -----
     UserWarning
-        If classes differ in their case alone.
+        If classes differ in their case alone, or one is a missing label as a string.
     """
     texts = texts_of(table, text_columns)
     if target_column is not None:
@@ -395,6 +395,13 @@ def build(
             f"{table.name}: the classes {', '.join(map(repr, alike))} in column"
             f" {label_column!r} differ in their case alone; write those that are one the"
             " same way.",
+            stacklevel=2,
+        )
+    if labels is None and (missing := [n for n in names if n.casefold() == "nan"]):
+        count = sum(label in missing for label in found)
+        warnings.warn(
+            f"{table.name}: {missing[0]!r} in column {label_column!r}, of {count:,} rows, is"
+            " taken for a class; leave out rows whose label is missing.",
             stacklevel=2,
         )
     index = {whole(name): number for number, name in enumerate(names)}

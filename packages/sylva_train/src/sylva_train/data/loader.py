@@ -62,6 +62,14 @@ class Loader:
     progress : callable, optional
         Called with (texts tokenised, texts in all).
 
+    Attributes
+    ----------
+    examples : Examples
+        Token ids and labels of each text.
+    cut : int
+        How many texts, or prompts with their targets, were longer than ``max_length`` and
+        lost a part.
+
     Raises
     ------
     DataError
@@ -112,12 +120,15 @@ class Loader:
         self.bucket = bucket
         self.task = dataset.task
         self.examples = Examples()
+        self.cut = 0
         texts: list[Text] = []
         for start in range(0, len(dataset), CHUNK):
             stop = min(start + CHUNK, len(dataset))
             part = fitted(dataset.subset(range(start, stop)), tokenizer, max_length)
             texts += part.texts
-            self.examples.add(encode(part, tokenizer, max_length, whole=pack))
+            examples, cut = encode(part, tokenizer, max_length, whole=pack)
+            self.examples.add(examples)
+            self.cut += cut
             if progress is not None:
                 progress(stop, len(dataset))
         # With the texts as they are taken, where there were several forms.
@@ -288,8 +299,11 @@ def fitted(dataset: TextDataset, tokenizer: Any, max_length: int) -> TextDataset
 
 def encode(
     dataset: TextDataset, tokenizer: Any, max_length: int, *, whole: bool
-) -> list[Example]:
-    """Return token ids and labels of each text; ``whole``: without a cut."""
+) -> tuple[list[Example], int]:
+    """Return token ids and labels of each text, and how many were too long.
+
+    ``whole``: without a cut.
+    """
     if dataset.targets and dataset.task == "causal-lm":
         return encode_prompts(dataset, tokenizer, max_length)
     pairs = [
@@ -301,6 +315,7 @@ def encode(
     found = tokenizer(
         [first for first, _ in pairs], seconds or None, verbose=False, **options
     )
+    cut = shortened(found, max_length, whole=whole)
     names = [n for n in ("input_ids", "token_type_ids") if n in found]
     examples = [
         dict(zip(names, values, strict=True))
@@ -313,6 +328,7 @@ def encode(
         targets = tokenizer(
             text_target=dataset.targets, truncation=True, max_length=max_length
         )
+        cut |= shortened(targets, max_length)
         for example, ids in zip(examples, targets["input_ids"], strict=True):
             example["labels"] = ids
     elif dataset.task == "causal-lm":
@@ -321,7 +337,17 @@ def encode(
             ids = ids if whole else ids[:max_length]
             example |= {"input_ids": ids, "labels": ids}
             example.pop("token_type_ids", None)
-    return examples
+    return examples, len(cut)
+
+
+def shortened(found: Any, max_length: int, *, whole: bool = False) -> set[int]:
+    """Return which of the texts that a tokenizer was given lost tokens."""
+    if whole:
+        return set()
+    full = {i for i, ids in enumerate(found["input_ids"]) if len(ids) == max_length}
+    # Tokenizers in Python do not say what they cut off.
+    parts = getattr(found, "encodings", None)
+    return full if parts is None else {i for i in full if parts[i].overflowing}
 
 
 def with_end(ids: list[int], tokenizer: Any) -> list[int]:
@@ -332,12 +358,12 @@ def with_end(ids: list[int], tokenizer: Any) -> list[int]:
 
 def encode_prompts(
     dataset: TextDataset, tokenizer: Any, max_length: int
-) -> list[Example]:
+) -> tuple[list[Example], int]:
     """Join prompts and targets for a causal language model; only targets have labels.
 
     Where neither has a space between them, one is put there. What is too long is cut at
     the prompt's beginning, after the beginning-of-sequence token, and only then at the
-    target's end.
+    target's end. Returned with the examples is how many of them were too long.
     """
     texts = [str(text) for text in dataset.texts]
     targets = [
@@ -346,14 +372,16 @@ def encode_prompts(
     ]
     prompts = prompt_ids(texts, tokenizer)
     answers = answer_ids(texts, targets, prompts, tokenizer)
-    examples = []
+    examples, cut = [], 0
     for prompt, answer in zip(prompts, answers, strict=True):
+        ids = with_end(answer, tokenizer)
+        cut += len(prompt) + len(ids) > max_length
         # One prompt token at least: the first position has no prediction.
-        ids = with_end(answer, tokenizer)[: max_length - 1]
+        ids = ids[: max_length - 1]
         kept = ending(prompt, max_length - len(ids), tokenizer)
         labels = [IGNORED] * len(kept) + ids
         examples.append({"input_ids": kept + ids, "labels": labels})
-    return examples
+    return examples, cut
 
 
 def answer_ids(

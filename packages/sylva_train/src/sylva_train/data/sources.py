@@ -184,9 +184,12 @@ def find_split(
     if len(found) == 1 or numbered:
         return sorted(found, key=lambda entry: entry.name)
     problem = "several files" if found else "no file"
+    # Splits that `datasets` saved are folders, beside a description of their names.
+    parts = [n for n in inner if (Path(name) / n / "state.json").is_file()]
+    have = sorted(parts or [entry.name for entry in every])
     msg = (
         f"{name}: {problem} for the split {split!r}; the folder has"
-        f" {', '.join(sorted(entry.name for entry in every)) or 'no data file'}."
+        f" {', '.join(have) or 'no data file'}."
         " A split goes by its file's name without the ending (`split`, `eval_split`)."
     )
     raise DataError(msg)

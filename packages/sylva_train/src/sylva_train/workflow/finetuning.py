@@ -40,7 +40,7 @@ from .scoring import (
     score_task,
     sylva_options,
 )
-from .task import SCORED, Task, heads, load_task, located
+from .task import SCORED, Task, heads, load_task, located, tell_of_cuts
 
 __all__ = ["finetune"]
 
@@ -157,6 +157,8 @@ def finetune(
         # What the data and the tokenizer do not allow is found before anything is scored.
         loader = task.loader(training, progress=bars.stage("tokenizing"))
         eval_loader = task.eval_loader(training, progress=bars.stage("tokenizing"))
+        for batches in (loader, eval_loader):
+            tell_of_cuts(batches, bars)
         config = dataclasses.replace(config)
         if config.modules_to_save is None:
             config.modules_to_save = heads(task.model, task_config.task)

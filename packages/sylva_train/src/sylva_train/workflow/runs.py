@@ -22,7 +22,13 @@ from sylva_train.training import pick_device
 from sylva_train.tuner import load_adapter
 
 from .outputs import check_file, check_folder
-from .task import check_metric, evaluation_loader, is_file, read_data
+from .task import (
+    check_metric,
+    evaluation_loader,
+    is_file,
+    read_data,
+    tell_of_cuts,
+)
 
 __all__ = [
     "FORMAT",
@@ -198,6 +204,7 @@ def evaluate_folder(
             batch_size,
             progress=bars.stage("tokenizing"),
         )
+        tell_of_cuts(loader, bars)
         model.to(pick_device(device))
         found = evaluate(
             model,

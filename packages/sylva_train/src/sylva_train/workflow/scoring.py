@@ -30,7 +30,7 @@ from sylva_train.targets import check_block_size, find_targets
 from sylva_train.training import number_of_steps, pick_device
 
 from .outputs import check_file, differences
-from .task import SCORED, Task, load_task, located
+from .task import SCORED, Task, load_task, located, tell_of_cuts
 
 __all__ = [
     "begin_scoring",
@@ -202,6 +202,8 @@ def score_task(
         config = dataclasses.replace(config, samples=samples)
         loader = task.score_loader(samples, seed, batch_size)
         progress.say(f"Scoring by {words} on {number}.")
+        if seen is None:  # else the training, which has these examples, tells of them
+            tell_of_cuts(loader, progress)
     else:
         progress.say(f"Scoring by {words}; this needs no data.")
     task.model.to(pick_device(device))

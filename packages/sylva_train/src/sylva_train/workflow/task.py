@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from sylva_train.evaluation import check_libraries, check_prompts
 from sylva_train.metrics import GENERATION, known_metrics
 from sylva_train.options import LABELLED, MINILM
 from sylva_train.pretrained import load_model, saved_labels
-from sylva_train.progress import Report
+from sylva_train.progress import Progress, Report
 
 __all__ = [
     "HELD_OUT",
@@ -38,6 +39,7 @@ __all__ = [
     "load_task",
     "located",
     "read_data",
+    "tell_of_cuts",
 ]
 
 #: Part of a single file that is kept for evaluation.
@@ -45,6 +47,8 @@ HOLDOUT = 0.1
 TENTH = "a tenth held out"
 #: Examples in a batch of scoring, and of evaluation, at most.
 SCORED, EVALUATED = 32, 64
+#: Mean or deviation of numbers from which on they are far from what a new head says, 0 ± 1.
+FAR = 10.0
 #: As ``eval_split``: a tenth of the training data.
 HELD_OUT = "held-out"
 
@@ -172,6 +176,37 @@ def evaluation_loader(
         bucket=16,
         progress=progress,
     )
+
+
+def tell_of_cuts(loader: Loader, progress: Progress) -> None:
+    """Say how many texts are too long: what a model does not see it cannot learn."""
+    if not loader.cut:
+        return
+    data, prompts = (
+        loader.dataset,
+        loader.task == "causal-lm" and loader.dataset.targets,
+    )
+    what = (
+        "prompts lose their beginning: with their targets they"
+        if prompts
+        else "texts lose their end: they"
+    )
+    progress.say(
+        f"{loader.cut:,} of {len(data):,} {what} have more than {loader.max_length} tokens"
+        f" ({data.name}). A larger `max_length` (`--max-length`) keeps more."
+    )
+
+
+def check_scale(dataset: TextDataset) -> None:
+    """Warn of numbers that a new head, which begins near 0, is long on its way to."""
+    mean, deviation = float(np.mean(dataset.labels)), float(np.std(dataset.labels))
+    if max(abs(mean), deviation) > FAR:
+        warnings.warn(
+            f"the numbers of {dataset.name} are {mean:.3g} ± {deviation:.3g} (mean and"
+            " standard deviation), and a new head begins near 0 and moves slowly: train on"
+            " (number - mean) / deviation, and undo that in what is predicted.",
+            stacklevel=2,
+        )
 
 
 def located(config: TaskConfig) -> TaskConfig:
@@ -363,6 +398,11 @@ def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> 
     ConfigError
         If the metric is not one of the task's, or evaluation is to be on a split of a
         single file.
+
+    Warns
+    -----
+    UserWarning
+        If the numbers of a regression are far from those that a new head begins with.
     """
     check_metric(config)
     if evaluation:
@@ -382,6 +422,8 @@ def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> 
             f" {len(training.label_names)}."
         )
         raise ConfigError(msg)
+    if config.task == "regression" and not saved_labels(config.model):
+        check_scale(training)
     model, tokenizer = load_model(
         config.model,
         task=config.task,
