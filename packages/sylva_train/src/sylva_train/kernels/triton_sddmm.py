@@ -101,7 +101,9 @@ def sddmm_kernel(
     slot = slots_ptr + pair[None, :] * ROWS + (m // BLOCK)[:, None]
     block = tl.load(slot, mask=has_pair[None, :] & (m[:, None] >= 0), other=-1)
     place = (m % BLOCK)[:, None] * BLOCK + (n % BLOCK)[None, :]
-    place += block.to(PLACE) * (BLOCK * BLOCK)
+    # In 64 bits: Triton before 3.9 brings what is widened into the order of the stores, and
+    # addresses otherwise, by way of as much shared memory as a tile's sums twice.
+    place += block.to(tl.int64) * (BLOCK * BLOCK)
     result_ptr += split.to(tl.int64) * blocks * (BLOCK * BLOCK)
     if ADD:
         # Now rather than at the end, when it would need registers beside the sums.
@@ -306,11 +308,9 @@ def untuned(arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, An
     return chosen
 
 
-def is_far(sides: tuple[torch.Tensor, ...], blocks: int, block_size: int) -> bool:
-    """Whether places within a stretch's first tokens, or of blocks, need 64 bits."""
-    most = [blocks * block_size**2] + [
-        (t.shape[1] + block_size) * t.stride(1) + 128 * t.stride(0) for t in sides
-    ]
+def is_far(sides: tuple[torch.Tensor, ...], block_size: int) -> bool:
+    """Whether places within a stretch's first tokens need 64 bits."""
+    most = [(t.shape[1] + block_size) * t.stride(1) + 128 * t.stride(0) for t in sides]
     return max(most) >= 2**31
 
 
@@ -358,7 +358,7 @@ def run_plan(
         "ROWS": plan.rows,
         "COLUMNS": plan.columns,
         "ADD": add and count == 1,
-        "FAR": is_far((dy, x), blocks, block_size),
+        "FAR": is_far((dy, x), block_size),
         # The interpreter's products of bfloat16 are wrong.
         "WIDEN": INTERPRETED and dy.dtype == torch.bfloat16,
         "PRECISION": precision(),
