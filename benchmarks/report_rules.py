@@ -43,7 +43,9 @@ USUAL = {
     "head": "fitted",
 }
 #: What a cell is known by.
-CELL = ("task", "density", "block", *USUAL)
+CELL = ("task", "density", "block", "steps", *USUAL)
+#: How many of these the usual cell shares with its variations.
+FIXED = len(CELL) - len(USUAL)
 COLOURS = {"Kronecker factors": "#c1440e", "others": "#3b6ea5"}
 
 
@@ -108,14 +110,14 @@ def rates(rows: Iterable[Row], cell: tuple[Any, ...]) -> list[str]:
 
 def heading(cell: tuple[Any, ...]) -> str:
     """Name a cell."""
-    task, density, block, *_ = cell
+    task, density, block, steps, *_ = cell
     size = f"{100 * density:g}% in {block} × {block} blocks"
-    return ", ".join([TASKS[task], size, *variation(cell)])
+    return ", ".join([TASKS[task], size, f"{steps} steps", *variation(cell)])
 
 
 def variation(cell: tuple[Any, ...]) -> list[str]:
     """Say which options of a cell are not the usual ones."""
-    others = zip(USUAL.items(), cell[3:], strict=True)
+    others = zip(USUAL.items(), cell[FIXED:], strict=True)
     return [
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
         for (name, usual), value in others
@@ -133,7 +135,7 @@ def spread(values: list[float], digits: int = 4) -> str:
 
 def usual(cell: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the cell that a variation is one of."""
-    return (*cell[:3], *USUAL.values())
+    return (*cell[:FIXED], *USUAL.values())
 
 
 def summaries(rows: Iterable[Row], against: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -141,7 +143,7 @@ def summaries(rows: Iterable[Row], against: str) -> dict[tuple[Any, ...], list[R
     found = cells(rows)
 
     def place(cell: tuple[Any, ...]) -> tuple[Any, ...]:
-        return [*TASKS].index(cell[0]), cell[1:3], cell != usual(cell), str(cell)
+        return [*TASKS].index(cell[0]), cell[1:FIXED], cell != usual(cell), str(cell)
 
     return {
         # A variation is held against the usual random blocks, where there are some.
@@ -183,7 +185,7 @@ def table(
     """Return a cell's table as Markdown; ``row`` is one of its runs."""
     seeds = max(len(entry["losses"]) for entry in entries)
     about = (
-        f"{seeds} seeds, {row['steps']} steps of {row['batch']} sentences,"
+        f"{seeds} seeds, steps of {row['batch']} sentences,"
         f" {row['sizes']['test']} of the test split"
     )
     rows = [
@@ -213,7 +215,7 @@ def draw(found: dict[tuple[Any, ...], list[Row]], path: Path, against: str) -> N
     """Draw each seed's difference from a rule's, a panel for each task and density."""
     panels: dict[tuple[Any, ...], list[tuple[str, Row]]] = defaultdict(list)
     for cell, entries in found.items():
-        panels[cell[:3]] += [
+        panels[cell[:FIXED]] += [
             (", ".join([entry["rule"], *variation(cell)]), entry)
             for entry in entries
             if entry["rule"] not in ANCHORS and any(entry["differences"].values())
@@ -237,15 +239,16 @@ def draw(found: dict[tuple[Any, ...], list[Row]], path: Path, against: str) -> N
         axis.axvline(0, color="0.4", lw=1)
         labels = [label for label, _ in entries]
         axis.set_yticks(range(len(entries)), labels, fontsize=8)
-        axis.set_title(heading((*panel, *USUAL.values())), fontsize=10)
+        axis.set_title(heading((*panel, *USUAL.values())), fontsize=9, loc="right")
         axis.set_xlabel(f"test loss minus {against}'s", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="0.9")
         axis.locator_params(axis="x", nbins=5)
     for label, colour in COLOURS.items():
         axes[0][0].plot([], [], "o", ms=4, color=colour, label=label)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower right")
-    figure.tight_layout()
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="upper center", ncols=2, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))
     figure.savefig(path, metadata={"Date": None})
 
 

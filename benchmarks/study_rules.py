@@ -357,18 +357,20 @@ def plan(
     tuned: Cell,
     rules: tuple[str, ...],
     seeds: int,
+    given: float | None = None,
 ) -> Iterator[tuple[Cell, str, float, int]]:
     """Yield the runs that are still to be done: those that choose the rates first.
 
-    ``tuned`` is the cell to choose them in, which a variation may share with another.
+    ``tuned`` is the cell to choose them in, which a variation may share with another;
+    nothing is to be chosen where a rate is ``given``.
     """
-    for rule in rules:
+    for rule in () if given else rules:
         for rate in rates(tuned, rule):
             if key(tuned, rule, rate, TUNING_SEED) not in runs:
                 yield tuned, rule, rate, TUNING_SEED
     for seed in range(seeds):
         for rule in rules:
-            rate = best_rate(runs, tuned, rule)
+            rate = given or best_rate(runs, tuned, rule)
             if key(cell, rule, rate, seed) not in runs:
                 yield cell, rule, rate, seed
 
@@ -380,7 +382,7 @@ def main() -> None:
     options.add_argument(
         "cells",
         help="JSON file: a list of cells, each with rules, seeds, and in `tuned` what is"
-        " different where their rates are chosen",
+        " different where their rates are chosen, or in `lr` the rate",
     )
     options.add_argument(
         "--output", type=Path, default=RESULTS / "rules" / "runs.jsonl"
@@ -413,10 +415,10 @@ def main() -> None:
     with options.output.open("a", encoding="utf-8") as file:
         for group in groups:
             rules, seeds = tuple(group.pop("rules", RULES)), group.pop("seeds", 3)
-            elsewhere = group.pop("tuned", {})
+            elsewhere, given = group.pop("tuned", {}), group.pop("lr", None)
             tuned = Cell(**(group | elsewhere))
             for cell, rule, rate, seed in plan(
-                runs, Cell(**group), tuned, rules, seeds
+                runs, Cell(**group), tuned, rules, seeds, given
             ):
                 which = (cell.task, cell.head, cell.batch, seed)
                 if which not in setups:
