@@ -9,49 +9,12 @@ import torch
 
 import hmatrix as hm
 from tests.helpers import condition
-
-DOUBLES = ("float64", "complex128")
-
-
-def random_parts(rng, dtype, symmetric, *, n=12, levels=2, rank=2):
-    """A tree and leaf tensors of a well-conditioned HODLR matrix, all with gradients."""
-    tree = hm.ClusterTree(n, levels, permutation=rng.permutation(n))
-
-    def draw(*shape):
-        x = torch.asarray(rng.standard_normal(shape))
-        if dtype == "complex128":
-            x = x + 1j * torch.asarray(rng.standard_normal(shape))
-        return x
-
-    m = tree.leaf_size
-    leaves = draw(tree.nodes(levels), m, m)
-    if symmetric:
-        leaves = leaves + leaves.mH
-    parts = [leaves + 60 * torch.eye(m)]
-    for _ in range(1 if symmetric else 2):
-        for k in range(levels):
-            shape = (tree.nodes(k), tree.size(k + 1), rank)
-            scales = 0.5 + torch.asarray(rng.random((tree.nodes(k), rank)))
-            parts += [draw(*shape), scales, draw(*shape)]
-    return tree, [part.detach().requires_grad_() for part in parts]
+from tests.hmatrix.differentiated import CASES, DOUBLES, build, draw_case, random_parts
 
 
-def build(tree, parts, symmetric):
-    """Put the matrix together; a Hermitian one has Hermitian leaves."""
-    leaves, *rest = parts
-    blocks = [hm.LowRank(*rest[i : i + 3]) for i in range(0, len(rest), 3)]
-    upper, lower = tuple(blocks[: tree.levels]), tuple(blocks[tree.levels :])
-    if symmetric:
-        return hm.HODLR(tree, (leaves + leaves.mH) / 2, upper)
-    return hm.HODLR(tree, leaves, upper, lower)
-
-
-@pytest.fixture(params=[(d, s) for d in DOUBLES for s in (False, True)], ids=str)
+@pytest.fixture(params=CASES, ids=str)
 def case(request, rng):
-    dtype, symmetric = request.param
-    tree, parts = random_parts(rng, dtype, symmetric)
-    b = torch.asarray(rng.standard_normal((tree.n, 2))).to(parts[0].dtype)
-    return tree, parts, symmetric, b.requires_grad_()
+    return draw_case(rng, *request.param)
 
 
 def test_products_and_solutions_have_gradients(case):
@@ -348,45 +311,6 @@ def test_stored_inverses_have_gradients_or_say_so(rng):
                 hm.inverse(H)
 
 
-def test_truncated_matrices_have_gradients_or_say_so(case):
-    """Those of an SVD are NaN where singular values are equal, or undefined if complex."""
-    tree, parts, symmetric, b = case
-
-    def truncated(b, *parts):
-        return hm.truncate(build(tree, parts, symmetric), rtol=1e-12) @ b
-
-    def product(b, *parts):
-        H = build(tree, parts, symmetric)
-        return (H @ H.T) @ b
-
-    for function in (truncated, product):
-        assert torch.autograd.gradcheck(function, (b, *parts), fast_mode=True)
-    H = build(tree, parts, symmetric)
-    for cut in (
-        lambda: hm.truncate(H, max_rank=1),
-        lambda: hm.add(H, H, rtol=1e-12),
-        lambda: hm.matmul(H, H, max_rank=1),
-    ):
-        with pytest.raises(ValueError, match="those of what is cut off would be lost"):
-            cut()
-        with torch.no_grad():
-            cut()
-
-
-@pytest.mark.parametrize("definite", [False, True])
-def test_equal_singular_values_have_gradients(definite):
-    U = (torch.eye(8, dtype=torch.float64)[None, :, :3]).requires_grad_()
-    block = hm.LowRank(U, torch.ones(1, 3).double(), U)
-    leaves = 2 * torch.eye(8).double().expand(2, 8, 8)
-    H = hm.truncate(
-        hm.HODLR(hm.ClusterTree(16, 1), leaves, (block,)), definite=definite
-    )
-    weights = torch.arange(256).double().reshape(16, 16)
-    (found,) = torch.autograd.grad((weights * H.to_dense()).sum(), U)
-    both = (weights + weights.mT)[:8, 8:]
-    torch.testing.assert_close(found, ((both + both.mT) @ U).detach())
-
-
 @pytest.mark.parametrize("dtype", DOUBLES)
 def test_numbers_that_want_gradients_get_them(dtype, rng):
     """Where a matrix has no gradients, a product with one used to be detached silently."""
@@ -423,24 +347,6 @@ def test_factors_of_a_semidefinite_matrix_have_gradients():
     factor = torch.tensor(2.0).double().requires_grad_()
     (found,) = torch.autograd.grad((factor * M).diagonal().sum(), factor)
     assert float(found) == pytest.approx(M.trace(), rel=1e-14)
-
-
-def test_semidefinite_matrices_are_not_truncated_without_their_gradients():
-    stream = hm.StreamingMLR(8, 1, 2, like=torch.empty(0).double())
-    stream.update(torch.arange(24).double().reshape(3, 8))
-    M = stream.result().map(lambda x: x.requires_grad_())
-    with pytest.raises(ValueError, match="those of what is cut off would be lost"):
-        hm.truncate(M, max_rank=1)
-    other = hm.StreamingMLR(8, 1, 2, like=torch.empty(0).double())
-    other.add_factors(M.factors)
-    assert not other.result().leaves.requires_grad
-
-
-def test_norms_are_numbers_without_a_warning(case):
-    tree, parts, symmetric, _ = case
-    H = build(tree, parts, symmetric)
-    expected = torch.linalg.matrix_norm(H.to_dense(), 2).item()
-    assert hm.norm(H, 2) == pytest.approx(expected, rel=1e-6)
 
 
 def test_numbers_whose_gradients_would_be_lost_are_refused():
