@@ -407,6 +407,9 @@ def test_experts_that_are_no_linear_layers_are_named():
     plain = SylvaConfig(importance="magnitude", block_size=4)
     with pytest.warns(UserWarning, match=r"\d% of .* a MixtralExperts, belong to no"):
         score(mixture, None, plain)
+    attention = nn.TransformerEncoderLayer(16, 2, 64)
+    with pytest.warns(UserWarning, match=r"67% of .*`self_attn.in_proj_weight` of a"):
+        score(attention, None, plain)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         some = SylvaConfig(

@@ -13,12 +13,18 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    BlipConfig,
+    BlipForConditionalGeneration,
     CLIPConfig,
     CLIPForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    ResNetConfig,
+    ResNetForImageClassification,
     T5Config,
     T5ForQuestionAnswering,
+    WhisperConfig,
+    WhisperForAudioClassification,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -42,6 +48,15 @@ TOWER = {
     "num_attention_heads": 2,
     "image_size": 8,
     "patch_size": 4,
+}
+
+WHISPER = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 28,
+    "num_mel_bins": 8,
+    "max_source_positions": 8,
 }
 
 #: linear layers of each backbone: per layer, and outside the layers
@@ -207,6 +222,7 @@ def test_layers_are_left_out_by_endings_that_no_other_has():
         ),
         exclude_modules=["0.k"],
     ).keys() == {"k"}
+    assert exclusion(["mlp.0"], ["mlp.0", "mlp.2"]) == "`exclude_modules=['mlp.0']`"
     many = [f"layers.{i}.gate{i}" for i in range(15)]
     stay = [f"layers.{i}.k" for i in range(15)]
     assert exclusion(many, [*many, *stay]).endswith("'gate11']` and 3 more")
@@ -238,6 +254,16 @@ def test_a_tower_is_left_out_by_its_name():
             "classifier",
         ),
         (T5ForQuestionAnswering, lambda: T5Config(**T5), "qa_outputs"),
+        (
+            WhisperForAudioClassification,
+            lambda: WhisperConfig(**WHISPER, classifier_proj_size=8),
+            "projector",
+        ),
+        (
+            WhisperForAudioClassification,
+            lambda: WhisperConfig(**WHISPER, classifier_proj_size=8),
+            "classifier",
+        ),
     ],
 )
 def test_a_head_is_one_where_the_class_holds_parts_of_its_backbone(kind, config, head):
@@ -247,6 +273,34 @@ def test_a_head_is_one_where_the_class_holds_parts_of_its_backbone(kind, config,
     assert head in dict(model.named_modules())
     assert head not in find_targets(model)
     assert fingerprint(model) == fingerprint(copy_with_new(model, head))
+
+
+def test_a_language_model_inside_another_keeps_its_head():
+    """It was chosen for blocks, or refused as tied, where the outer class names none."""
+    text = {"vocab_size": 40, "encoder_hidden_size": 16, "max_position_embeddings": 16}
+    config = BlipConfig(vision_config=TOWER, text_config=TOWER | text)
+    model = BlipForConditionalGeneration(config)
+    assert model.get_output_embeddings() is None
+    found = find_targets(model)
+    assert "text_decoder.bert.encoder.layer.0.output.dense" in found
+    assert "vision_model.encoder.layers.0.mlp.fc1" in found
+    assert not [name for name in found if "predictions" in name]
+    head = "text_decoder.cls.predictions.transform.dense"
+    assert fingerprint(model) == fingerprint(copy_with_new(model, head))
+
+
+def test_what_a_model_without_linear_layers_has_is_named():
+    sizes = {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8}
+    model = ResNetForImageClassification(ResNetConfig(**sizes))
+    with pytest.raises(
+        TargetError,
+        match=r"end in '1', and belong to the task's head.* of Conv2d cannot",
+    ):
+        find_targets(model)
+    with pytest.raises(
+        TargetError, match="'all-linear'; it has no linear layer at all"
+    ):
+        find_targets(nn.ReLU())
 
 
 def copy_with_new(model, head):

@@ -52,25 +52,51 @@ def is_inside(name: str, endings: Iterable[str] | None) -> bool:
 
 #: What `transformers` calls the heads of classes that hold their backbone's parts directly,
 #: as CLIPForImageClassification and T5ForQuestionAnswering do.
-HEADS = {"classifier", "qa_outputs", "score"}
+HEADS = {"class_predictor", "classifier", "ctc_head", "qa_outputs", "score"}
 #: Names that an error lists at most.
 MOST_NAMES = 12
+#: Part of the matrices that may be outside of linear layers without a warning: patches'
+#: convolutions and tables of positions are less.
+FEW_OTHERS = 0.2
 
 
 def head_names(model: nn.Module) -> set[str]:
-    """Names of modules that belong to the task's head rather than to the backbone."""
+    """Names of modules that belong to the task's head rather than to the backbone.
+
+    A language model inside another model has a head of its own.
+    """
     heads = set()
-    output = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, part in model.named_modules():
+        if part is model or output_embeddings(part) is not None:
+            heads |= {f"{name}.{own}" if name else own for own in own_heads(part)}
+    return heads
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the layer that maps a language model's tokens to the vocabulary."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def own_heads(model: nn.Module) -> set[str]:
+    """Names of the modules of a model's own head, not of models' inside."""
+    output = output_embeddings(model)
+    heads = {n for n, m in model.named_modules() if n and m is output}
     backbone = getattr(model, "base_model", model)
-    for name, module in model.named_modules():
-        if module is output:
-            heads.add(name)
     if backbone is not model:
         inside = {id(module) for module in backbone.modules()}
-        heads |= {n for n, m in model.named_modules() if n and id(m) not in inside}
-    elif hasattr(model, "base_model_prefix"):
-        heads |= {n for n, _ in model.named_modules() if n.partition(".")[0] in HEADS}
-    return heads
+        return heads | {
+            n for n, m in model.named_modules() if n and id(m) not in inside
+        }
+    children = dict(model.named_children())
+    outside = HEADS & children.keys() if hasattr(model, "base_model_prefix") else set()
+    models = {n for n, m in children.items() if hasattr(m, "base_model_prefix")}
+    if (
+        outside and models
+    ):  # those are the backbone: Whisper's classifier has a projector
+        outside = children.keys() - models
+    return heads | {
+        n for n, _ in model.named_modules() if n.partition(".")[0] in outside
+    }
 
 
 def tied_weights(model: nn.Module) -> dict[int, list[str]]:
@@ -117,9 +143,10 @@ def check_tied(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> N
 
 
 def warn_of_others(model: nn.Module) -> None:
-    """Warn where ``"all-linear"`` is the smaller part of a backbone's matrices.
+    """Warn where ``"all-linear"`` leaves out much of a backbone's matrices.
 
-    Experts of a mixture are often stored as stacks of matrices, not as linear layers.
+    Experts of a mixture are often stored as stacks of matrices, not as linear layers, and
+    attention may hold its matrices itself.
     """
     heads, linear = head_names(model), 0
     others: dict[str, int] = {}
@@ -136,7 +163,7 @@ def warn_of_others(model: nn.Module) -> None:
         else:
             others |= {f"{name}.{n}": size for n, size in sizes.items()}
     total = linear + sum(others.values())
-    if others and total > 2 * linear:
+    if sum(others.values()) > FEW_OTHERS * total:
         largest = max(others, key=others.__getitem__)
         kind = type(model.get_submodule(largest.rpartition(".")[0])).__name__
         warnings.warn(
@@ -213,25 +240,42 @@ def find_targets(
         )
         raise TargetError(msg)
     if not found:
-        msg = (
-            f"no layer of this {type(model).__name__} matches"
-            f" `target_modules`={target_modules!r}"
-            + (
-                f" outside `exclude_modules`={exclude_modules!r}"
-                if exclude_modules
-                else ""
-            )
-            + (
-                f"; its linear layers end in {', '.join(map(repr, endings))}."
-                if endings
-                else "; it has no linear layer at all."
-            )
-        )
-        raise TargetError(msg)
+        raise no_target(model, target_modules, exclude_modules, endings)
     tied = tied_weights(model)
     for name, module in found.items():
         check_tied(name, module, tied)
     return found
+
+
+def no_target(
+    model: nn.Module,
+    target_modules: list[str] | str | None,
+    exclude_modules: list[str] | str | None,
+    endings: list[str],
+) -> TargetError:
+    """Return the error of patterns that leave no layer, and say what layers there are."""
+    kind, rest = type(model).__name__, ""
+    if endings:
+        rest = f"; its linear layers end in {', '.join(map(repr, endings))}"
+    everything = target_modules is None or target_modules == "all-linear"
+    if everything and not exclude_modules:
+        weights = {
+            type(m).__name__
+            for m in model.modules()
+            if not (is_supported(m) or isinstance(m, nn.Embedding))
+            if any(p is not None and p.dim() > 1 for p in m._parameters.values())
+        }
+        if endings:
+            rest += ", and belong to the task's head or compute more than a product"
+        if weights:
+            rest += f"; weights of {', '.join(sorted(weights)[:3])} cannot hold blocks"
+    outside = (
+        f" outside `exclude_modules`={exclude_modules!r}" if exclude_modules else ""
+    )
+    return TargetError(
+        f"no layer of this {kind} matches `target_modules`={target_modules!r}{outside}"
+        f"{rest or '; it has no linear layer at all'}."
+    )
 
 
 def exclusion(names: Iterable[str], targets: Iterable[str]) -> str:
@@ -251,7 +295,9 @@ def exclusion(names: Iterable[str], targets: Iterable[str]) -> str:
         parts = name.split(".")
         own = (".".join(parts[i:]) for i in reversed(range(len(parts))))
         around = (".".join(parts[:i]) for i in range(1, len(parts)))
-        endings[next((e for e in own if e not in taken), name)] = None
+        # A number alone, as of a `Sequential`'s layer, says nothing.
+        said = (e for e in own if e not in taken and not e.isdigit())
+        endings[next(said, name)] = None
         holder = next((h for h in around if h not in inhabited), None)
         whole = re.escape(name) if holder is None else rf"{re.escape(holder)}\..*"
         modules[whole] = None
