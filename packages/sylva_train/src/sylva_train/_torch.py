@@ -25,13 +25,18 @@ __all__ = [
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a batch with its tensors on a device."""
-    return {
-        name: value.to(device, non_blocking=True)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in batch.items()
-    }
+    """Return a batch with its tensors on a device, those in lists and mappings as well."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device, non_blocking=True)
+        if isinstance(value, Mapping):
+            return {name: moved(part) for name, part in value.items()}
+        if type(value) in {list, tuple}:
+            return type(value)(map(moved, value))
+        return value
+
+    return {name: moved(value) for name, value in batch.items()}
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

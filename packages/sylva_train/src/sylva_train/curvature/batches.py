@@ -17,6 +17,7 @@ __all__ = [
     "batches_of",
     "class_name",
     "default_loss",
+    "first_samples",
     "is_encoder_decoder",
     "loss_units",
     "note",
@@ -60,8 +61,13 @@ def not_batches(name: str, loader: Any, got: str) -> DataError:
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:
-    """Return the number of samples in a batch, one of `batches_of`."""
-    tensors = (value for value in batch.values() if isinstance(value, torch.Tensor))
+    """Return the number of samples in a batch, one of `batches_of`.
+
+    Labels and tokens are of samples whatever comes first: patches of all images may be in
+    a row.
+    """
+    known = (batch.get(name) for name in ("labels", "input_ids"))
+    tensors = (v for v in (*known, *batch.values()) if isinstance(v, torch.Tensor))
     return next(len(tensor) for tensor in tensors if tensor.dim())
 
 
@@ -93,16 +99,23 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 def loss_units(model: nn.Module, batch: Mapping[str, Any]) -> int:
     """Return how many terms the model's mean loss has, 0 if no label counts.
 
-    Samples for regression, else labels that count (not -100): of samples, or of a
-    language model's tokens, shifted by one for a causal one.
+    Samples for regression and for CTC, which divides by the length of each text or adds
+    all up, else labels that count (not -100): of samples, of pixels, or of a language
+    model's tokens, shifted by one for a causal one.
     """
     labels = batch.get("labels")
     if not isinstance(labels, torch.Tensor):
         return batch_size(batch)
+    config = getattr(model, "config", None)
+    if class_name(model).endswith("ForCTC"):
+        added = getattr(config, "ctc_loss_reduction", "mean") == "sum"
+        return 1 if added else len(labels)
     if labels.is_floating_point():
         return len(labels)
     shifted = labels.dim() > 1 and is_causal(model)
-    return int((labels[:, 1:] if shifted else labels).ne(-100).sum())
+    pixels = labels.dim() == 3
+    ignored = getattr(config, "semantic_loss_ignore_index", -100) if pixels else -100
+    return int((labels[:, 1:] if shifted else labels).ne(ignored).sum())
 
 
 def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -133,13 +146,31 @@ def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def some_samples(batch: Mapping[str, Any], which: slice) -> dict[str, Any]:
-    """Return some of the samples of a batch."""
+    """Return some of the samples of a batch.
+
+    Objects of each sample, as detectors have for labels, are in lists.
+    """
     full = batch_size(batch)
     result = dict(batch)
     for name, value in batch.items():
-        if isinstance(value, torch.Tensor) and value.dim() and len(value) == full:
+        tensor = isinstance(value, torch.Tensor) and value.dim()
+        objects = isinstance(value, list) and isinstance(
+            next(iter(value), None), Mapping | torch.Tensor | str
+        )
+        if (tensor or objects) and len(value) == full:
             result[name] = value[which]
     return result
+
+
+def first_samples(batch: Mapping[str, Any], most: int) -> Mapping[str, Any]:
+    """Return a batch of at most so many samples, or all of one that cannot be cut.
+
+    Patches of all images in a row, as Qwen2-VL reads them, do not tell whose they are.
+    """
+    full = batch_size(batch)
+    tensors = (v for v in batch.values() if isinstance(v, torch.Tensor))
+    packed = any(t.dim() and len(t) not in {1, full} for t in tensors)
+    return batch if packed or full <= most else some_samples(batch, slice(most))
 
 
 def note(batch: Mapping[str, Any], digest: hashlib._Hash) -> None:

@@ -30,10 +30,10 @@ from .batches import (
     batch_size,
     batches_of,
     default_loss,
+    first_samples,
     is_encoder_decoder,
     loss_units,
     note,
-    some_samples,
 )
 from .factors import describe
 from .hooks import Collector
@@ -176,7 +176,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
         first = next(batches_of("dataloader", self.dataloader), None)
         if first is None:
             return {}
-        batch = on_device(some_samples(first, slice(self.most)), self.device)
+        batch = on_device(first_samples(first, self.most), self.device)
         with frozen(self.model):
             return input_owners(self.targets, lambda: self.loss(self.model, batch))
 
@@ -212,7 +212,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
         with frozen(self.model), collector.attached(), torch.enable_grad():
             given = batches_of("dataloader", self.dataloader)
             for count, full in enumerate(given, 1):
-                batch = some_samples(full, slice(self.most - self.samples))
+                batch = first_samples(full, self.most - self.samples)
                 units = max(1, loss_units(self.model, batch))
                 note(batch, data)
                 self.samples += batch_size(batch)
@@ -225,7 +225,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
                         self.store.save(collector, Position(count, data.hexdigest()))
                 if self.progress is not None:
                     before = self.done * self.most
-                    self.progress(before + self.samples, total)
+                    self.progress(before + min(self.samples, self.most), total)
                 if self.samples >= self.most:
                     break
         if not count:
