@@ -17,7 +17,8 @@ from sylva_train.curvature import loss_units
 from sylva_train.curvature.collect import Collector
 from sylva_train.importance import score
 from sylva_train.layers import embed, embedded_layers
-from sylva_train.targets import shared_inputs
+from sylva_train.masks import LayerMask
+from sylva_train.targets import find_targets, shared_inputs
 from sylva_train.training import train
 from sylva_train.tuner import load_adapter, save_adapter
 from tests.sylva_train.models import (
@@ -354,6 +355,25 @@ def test_a_layer_in_two_places_is_tied():
     model.c = nn.Sequential(model.a)
     with pytest.raises(TargetError, match=r"of `a` is shared with `c\.0\.weight`"):
         scored(model)
+
+
+def test_a_layer_in_a_plain_list_is_refused():
+    """Blocks put in its place would not run: Mask2Former's heads go through such a list."""
+
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(8, 8), nn.Linear(8, 8)]
+            for i, layer in enumerate(self.layers):
+                self.add_module(str(i), layer)
+
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "listed": Listed()})
+    words = r"`listed\.0` is .* with `listed\.layers\[0\].*out \(`.*listed\.1'"
+    with pytest.raises(TargetError, match=words):
+        find_targets(model)
+    assert set(find_targets(model, exclude_modules=["listed.0", "listed.1"])) == {"a"}
+    with pytest.raises(TargetError, match=r"with `listed\.layers\[0\]"):
+        embed(model, {"listed.0": LayerMask((8, 8), 4, torch.tensor([[0, 0]]))})
 
 
 def test_running_statistics_are_to_be_kept_with_the_adapter(tmp_path):

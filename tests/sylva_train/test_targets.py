@@ -222,7 +222,7 @@ def test_layers_are_left_out_by_endings_that_no_other_has():
         ),
         exclude_modules=["0.k"],
     ).keys() == {"k"}
-    assert exclusion(["mlp.0"], ["mlp.0", "mlp.2"]) == "`exclude_modules=['mlp.0']`"
+    assert exclusion(["mlp.0.0"], ["mlp.0.0", "a"]) == "`exclude_modules=['mlp.0.0']`"
     many = [f"layers.{i}.gate{i}" for i in range(15)]
     stay = [f"layers.{i}.k" for i in range(15)]
     assert exclusion(many, [*many, *stay]).endswith("'gate11']` and 3 more")
@@ -287,6 +287,15 @@ def test_a_language_model_inside_another_keeps_its_head():
     assert not [name for name in found if "predictions" in name]
     head = "text_decoder.cls.predictions.transform.dense"
     assert fingerprint(model) == fingerprint(copy_with_new(model, head))
+
+
+def test_what_has_its_weight_from_the_head_is_of_the_head():
+    """D-FINE's decoder has the detector's layers, made anew for other classes."""
+    model = nn.ModuleDict({"model": nn.ModuleDict(), "head": nn.Linear(4, 4)})
+    model["model"].update({"k": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    model["model"]["head"].weight = model["head"].weight
+    object.__setattr__(model, "base_model", model["model"])
+    assert find_targets(model).keys() == {"model.k"}
 
 
 def test_what_a_model_without_linear_layers_has_is_named():

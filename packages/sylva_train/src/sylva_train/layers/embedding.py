@@ -143,7 +143,7 @@ def check_masks(
                 " first (`merge_and_unload`)."
             )
             raise TargetError(msg)
-        check_tied(name, modules[name], tied)
+        check_tied({name: modules[name]}, tied)
         shape = tuple(weight_view(modules[name]).shape)
         if mask.shape != shape:
             msg = (

@@ -63,13 +63,17 @@ FEW_OTHERS = 0.2
 def head_names(model: nn.Module) -> set[str]:
     """Names of modules that belong to the task's head rather than to the backbone.
 
-    A language model inside another model has a head of its own.
+    A language model inside another model has a head of its own. A linear layer that has its
+    weight from a head's, as in the decoder of D-FINE, is of the head.
     """
-    heads = set()
+    heads, linear = set(), {}
     for name, part in model.named_modules():
         if part is model or output_embeddings(part) is not None:
             heads |= {f"{name}.{own}" if name else own for own in own_heads(part)}
-    return heads
+        if is_supported(part):
+            linear[name] = id(part.weight)
+    weights = {linear[name] for name in heads & linear.keys()}
+    return heads | {name for name, weight in linear.items() if weight in weights}
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -103,7 +107,8 @@ def tied_weights(model: nn.Module) -> dict[int, list[str]]:
     """Names of the parameters that are in each place of the memory.
 
     Those of a block of layers that a model has under several names, as Zamba's shared
-    attention, count once: what is put in the place of one of its layers is in all.
+    attention, count once: what is put in the place of one of its layers is in all. Not so
+    in a list that is no `ModuleList`, which is a place of its own.
     """
     places: dict[int, list[str]] = {}
     slots = [("", model)]
@@ -111,6 +116,13 @@ def tied_weights(model: nn.Module) -> dict[int, list[str]]:
         start = f"{name}." if name else ""
         slots += [
             (start + child, m) for child, m in holder._modules.items() if m is not None
+        ]
+        slots += [
+            (f"{start}{attribute}[{i}]", m)
+            for attribute, value in vars(holder).items()
+            if type(value) in {list, tuple}
+            for i, m in enumerate(value)
+            if isinstance(m, nn.Module)
         ]
     for name, module in slots:
         for own, parameter in module._parameters.items():
@@ -126,18 +138,32 @@ def place_of(parameter: torch.Tensor) -> int:
     return id(parameter) if parameter.is_meta else parameter.data_ptr() or id(parameter)
 
 
-def check_tied(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> None:
-    """Raise `TargetError` if another module uses the same weight, by `tied_weights`."""
-    place = place_of(module.weight)  # type: ignore[arg-type]
-    sharers = [other for other in tied[place] if other != f"{name}.weight"]
-    if sharers:
-        more = f" and {len(sharers) - 5} others" if len(sharers) > 5 else ""
+def sharers(name: str, module: nn.Module, tied: Mapping[int, list[str]]) -> list[str]:
+    """Names of the parameters that are a layer's weight, by `tied_weights`, but its own."""
+    return [n for n in tied[place_of(module.weight)] if n != f"{name}.weight"]  # type: ignore[arg-type]
+
+
+def check_tied(
+    layers: Mapping[str, nn.Module],
+    tied: Mapping[int, list[str]],
+    targets: Iterable[str] = (),
+) -> None:
+    """Raise `TargetError` if another module uses the weight of a layer, by `tied_weights`.
+
+    ``targets`` are all layers, of which some might be left out.
+    """
+    shared = {n: found for n, m in layers.items() if (found := sharers(n, m, tied))}
+    if shared:
+        name, others = next(iter(shared.items()))
+        more = f" and {len(others) - 5} others" if len(others) > 5 else ""
+        out = exclusion(shared, targets) if targets else "`target_modules`"
         msg = (
             f"the weight of `{name}` is shared with"
-            f" {', '.join(f'`{s}`' for s in sharers[:5])}{more}"
-            " (tied weights): training blocks of it would silently change both. Leave the"
-            " layer out of `target_modules`, or untie it first (an output embedding by"
-            " `config.tie_word_embeddings=False`)."
+            f" {', '.join(f'`{s}`' for s in others[:5])}{more}"
+            " (tied weights): training blocks of it would silently change both, or only one"
+            f" of them. Leave {'such layers' if targets else 'the layer'} out"
+            f" ({out}), or untie it first (an output embedding by"
+            " `config.tie_word_embeddings=False`, a list of layers by `nn.ModuleList`)."
         )
         raise TargetError(msg)
 
@@ -241,9 +267,7 @@ def find_targets(
         raise TargetError(msg)
     if not found:
         raise no_target(model, target_modules, exclude_modules, endings)
-    tied = tied_weights(model)
-    for name, module in found.items():
-        check_tied(name, module, tied)
+    check_tied(found, tied_weights(model), found)
     return found
 
 
@@ -295,8 +319,8 @@ def exclusion(names: Iterable[str], targets: Iterable[str]) -> str:
         parts = name.split(".")
         own = (".".join(parts[i:]) for i in reversed(range(len(parts))))
         around = (".".join(parts[:i]) for i in range(1, len(parts)))
-        # A number alone, as of a `Sequential`'s layer, says nothing.
-        said = (e for e in own if e not in taken and not e.isdigit())
+        # Numbers alone, as of a `Sequential`'s layer, say nothing.
+        said = (e for e in own if e not in taken and any(map(str.isalpha, e)))
         endings[next(said, name)] = None
         holder = next((h for h in around if h not in inhabited), None)
         whole = re.escape(name) if holder is None else rf"{re.escape(holder)}\..*"
