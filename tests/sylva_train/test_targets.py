@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from sylva_train._checks import ConfigError, TargetError
+from sylva_train.config import SylvaConfig
+from sylva_train.importance import score
 from sylva_train.targets import (
     check_block_size,
     exclusion,
@@ -310,6 +313,26 @@ def test_what_a_model_without_linear_layers_has_is_named():
         TargetError, match="'all-linear'; it has no linear layer at all"
     ):
         find_targets(nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: nn.Linear(4, 4), r"itself a Linear.*`nn\.Sequential\(model\)`"),
+        (lambda: torch.jit.script(nn.Sequential(nn.Linear(4, 4))), "is in TorchScript"),
+        (lambda: nn.Sequential(nn.LazyLinear(4)), r"`0\.weight` has no shape yet: run"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)),
+            "'all-linear'; weights of Linear cannot hold blocks",
+        ),
+    ],
+)
+def test_odd_modules_are_refused_for_what_they_are(make, words):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lazy modules and TorchScript are old
+        model = make()
+    with pytest.raises(TargetError, match=words):
+        score(model, config=SylvaConfig(importance="magnitude", block_size=4))
 
 
 def copy_with_new(model, head):

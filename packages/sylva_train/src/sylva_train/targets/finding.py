@@ -237,6 +237,12 @@ def find_targets(
     ConfigError
         If a regular expression is none.
     """
+    if is_supported(model):
+        msg = (
+            f"the model is itself a {type(model).__name__}, and a layer with blocks is put"
+            " in the place of one inside a model: wrap it (`nn.Sequential(model)`)."
+        )
+        raise TargetError(msg)
     everything = target_modules is None or target_modules == "all-linear"
     heads = head_names(model) if everything else set()
     found, excluded = {}, False

@@ -6,6 +6,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from sylva_train._checks import TargetError
@@ -104,9 +105,23 @@ def check_weights(model: nn.Module) -> None:
     """Raise `TargetError` unless the model computes with weights that it really has.
 
     Refused are quantized models, whose integers stand for weights, models whose weights
-    were never loaded, and sharded ones. A weight that accelerate keeps on the CPU or on disk until
-    its layer runs is there.
+    were never loaded or have no shape yet, sharded ones and those in TorchScript. A weight
+    that accelerate keeps on the CPU or on disk until its layer runs is there.
     """
+    script = next(
+        (n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)),
+        None,
+    )
+    if script is not None:
+        msg = (
+            f"{f'`{script}`' if script else 'the model'} is in TorchScript, whose layers"
+            " cannot be replaced: pass the module that it was made of."
+        )
+        raise TargetError(msg)
+    lazy = next((n for n, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        msg = f"`{lazy}` has no shape yet: run the model once, which gives it one."
+        raise TargetError(msg)
     packed = [
         name
         for name, module in model.named_modules()
@@ -149,5 +164,6 @@ def is_packed(layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")
     if not isinstance(layer, nn.Linear | Conv1D) or weight is None:
         return False
-    wide = weight.is_floating_point() and weight.element_size() >= 2
+    numbers = weight.is_floating_point() or weight.is_complex()
+    wide = numbers and weight.element_size() >= 2
     return not wide or stands_for_others(weight)
