@@ -106,9 +106,9 @@ def own_heads(model: nn.Module) -> set[str]:
 def tied_weights(model: nn.Module) -> dict[int, list[str]]:
     """Names of the parameters that are in each place of the memory.
 
-    Those of a block of layers that a model has under several names, as Zamba's shared
-    attention, count once: what is put in the place of one of its layers is in all. Not so
-    in a list that is no `ModuleList`, which is a place of its own.
+    Those of a block of layers that a model has under several names, as where depth is a
+    loop, count once: what is put in the place of one of its layers is in all. Not so in a
+    list that is no `ModuleList`, which is a place of its own.
     """
     places: dict[int, list[str]] = {}
     slots = [("", model)]
