@@ -74,6 +74,25 @@ def test_a_file_computes_what_its_model_does(kind, tied, tmp_path):
     assert tokenizer.eos_token == tokenizer.pad_token == files.END
 
 
+def test_heads_may_be_wider_than_their_share(tmp_path):
+    """As in Qwen 3 and Mistral Nemo, whose width transformers leaves out of the file."""
+    original = files.llama(head_dim=16)
+
+    def more(writer):
+        writer.add_key_length(16)
+        writer.add_value_length(16)
+
+    path = files.write_gguf(tmp_path / "m.gguf", original, more=more)
+    model, _ = load_model(path, task="causal-lm")
+    assert model.config.head_dim == 16
+    torch.testing.assert_close(logits(model), logits(original), rtol=1e-5, atol=1e-6)
+    path = files.write_gguf(tmp_path / "silent.gguf", original)
+    with pytest.raises(
+        ModelError, match=r"metadata say, .* in the format of transformers"
+    ):
+        load_model(path, task="causal-lm")
+
+
 def test_a_loaded_model_is_an_ordinary_one(place, tmp_path):
     model, tokenizer = load_model(place / "model.gguf", task="causal-lm")
     score(model, config=sylva_config())  # it is not taken for a quantized one

@@ -171,6 +171,10 @@ def complete(config: Any, header: Header) -> None:
     """
     kind = header.fields["general.architecture"]
     heads = getattr(config, "num_attention_heads", 1)
+    # Gemma 4 has heads of two widths, of which transformers reads both.
+    if "head_dim" in vars(config) and not hasattr(config, "global_head_dim"):
+        known = config.head_dim or config.hidden_size // heads
+        config.head_dim = header.fields.get(f"{kind}.attention.key_length", known)
     if config.model_type == "t5":
         # transformers takes every such file for a model of gated layers, as llama.cpp does
         # where there are gates, but leaves the ReLU of those without.

@@ -356,10 +356,14 @@ def load_whole(
     wrong = sorted(w for w in info["mismatched_keys"] if w[0].startswith(inside))
     if wrong:
         name, found, expected = wrong[0]
+        says, advice = "config.json says", "Take both from the same model"
+        if place(source)[1]:
+            says = "metadata say, as transformers reads them"
+            advice = "Get the model in the format of transformers"
         msg = (
             f"the checkpoint `{source}` has {len(wrong)} weights of other shapes than its"
-            f" config.json says, such as `{name}`: {tuple(found)} instead of"
-            f" {tuple(expected)}. Take both from the same model."
+            f" {says}, such as `{name}`: {tuple(found)} instead of {tuple(expected)}."
+            f" {advice}."
         )
         raise ModelError(msg)
     missing = sorted(name for name in info["missing_keys"] if name.startswith(inside))
