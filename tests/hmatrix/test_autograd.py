@@ -349,6 +349,18 @@ def test_factors_of_a_semidefinite_matrix_have_gradients():
     assert float(found) == pytest.approx(M.trace(), rel=1e-14)
 
 
+def test_traces_are_numbers_without_gradients():
+    """torch warns, once, where a number is made of a tensor that wants gradients."""
+    stream = hm.StreamingMLR(8, 1, 2, like=torch.empty(0).double())
+    factor = torch.tensor(2.0).double().requires_grad_()
+    torch.set_warn_always(True)
+    try:
+        for M in (hm.identity(8, like=factor), hm.shift(stream.result(), 1.0)):
+            assert (factor * M).trace() == 16.0
+    finally:
+        torch.set_warn_always(False)
+
+
 def test_numbers_whose_gradients_would_be_lost_are_refused():
     H = hm.identity(8, levels=1, like=torch.empty(0).double())
     number = torch.tensor(2.0).double().requires_grad_()

@@ -334,6 +334,16 @@ def test_right_hand_sides_of_zeros_or_without_columns_are_solved():
     assert F.solve(np.zeros((6, 0)), rtol=0.0).shape == (6, 0)
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e-170, 1e170, 1e300])
+def test_tolerances_of_solutions_whose_squares_leave_the_range(size, rng):
+    H = hm.from_dense(rng.standard_normal((40, 40)), levels=2, rtol=0)
+    F, b = hm.factorize(H), np.full(40, size)
+    x = F.solve(b, refine=0, rtol=1e-13)
+    assert np.linalg.norm(H @ (x / size) - 1) <= 1e-12
+    with pytest.raises(hm.ToleranceError):
+        F.solve(b, rtol=1e-18)
+
+
 @pytest.mark.parametrize("method", ["inversion", "cholesky"])
 @pytest.mark.parametrize(
     ("dtype", "scale"),

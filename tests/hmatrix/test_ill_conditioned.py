@@ -208,6 +208,16 @@ def test_refined_solutions_by_inversion_are_right_or_refused(exponent, rng):
     assert np.linalg.norm(A @ x - b) <= 1e-8 * size
 
 
+def test_elimination_refuses_what_refinement_makes_worse():
+    """Close to singular, but for the eigenvalues: an error whose square is not small."""
+    t = np.linspace(0, 1, 300)
+    A = np.exp(-5 * abs(t[:, None] - t)) + np.triu(np.sin(3 * (t[:, None] + t)))
+    H = hm.from_dense(A, rtol=1e-12)
+    for method in ("auto", "orthogonal"):
+        with pytest.raises(hm.PrecisionError, match="lost its digits"):
+            hm.factorize(H, shift=0.31, method=method)
+
+
 @pytest.mark.parametrize("method", ["auto", "inversion"])
 def test_diagonals_of_inverses_whose_terms_cancel(xp, method, rng):
     """Small diagonal halves of a matrix that is orthogonal otherwise."""

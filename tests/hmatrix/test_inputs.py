@@ -75,11 +75,15 @@ WRONG = {
     "got int; `shift`": lambda given: given.H + 1,
     "got ndarray; `from_dense`": lambda given: given.H + given.A,
     "`G` .* HODLR, got ndarray; `from_dense`": lambda given: given.A - given.H,
-    "`H` .* HODLR, got MLR; `from_matvec`": lambda given: given.M - given.M,
+    "`H` .* HODLR, got MLR; `from_matvec\\(M, symmetric=True": lambda given: (
+        given.M - given.M
+    ),
     "or MLR, got ndarray; `from_dense`": lambda given: hm.factorize(given.A),
     "a `matrix`, and `inverse[(][)]`": lambda given: given.H @ hm.factorize(given.H),
     "`hmatrix.inverse`": lambda given: given.H @ hm.factorize(given.H).inverse(),
-    "got MLR; `from_matvec` makes": lambda given: given.H + given.M,
+    "got MLR; `from_matvec\\(M, symmetric=True\\)` makes": lambda given: (
+        given.H + given.M
+    ),
     "`H` must be a HODLR or MLR": lambda given: hm.add(given.A, given.H),
 }
 

@@ -111,6 +111,22 @@ def test_points_that_almost_touch_in_blocks_too_large_to_check_whole(order, kind
     assert touching(order, kind, 1e-3, dims, 550, 1e-8, 0.0, 0) <= 1e-7
 
 
+def test_a_range_between_a_corner_and_a_block_takes_few_entries():
+    """Of compact support, as tapers have: a search must not end in the rows of zeros."""
+    n, evaluated = 8000, []
+    x = np.sort(np.random.default_rng(0).random(n))
+
+    def taper(a, b):
+        entries = np.maximum(1 - 5 * abs(a - b), 0.0) ** 3
+        evaluated.append(entries.size)
+        return entries
+
+    H = hm.from_kernel(taper, x, nugget=0.1, rtol=1e-6)
+    assert H.error <= 1e-6
+    assert max(H.ranks) < 32
+    assert sum(evaluated) < 0.4 * n**2
+
+
 def test_a_short_range_shows_in_the_corners_of_large_blocks():
     """Of neighbours alone, in blocks with thousands of rows between two of a sample."""
     n = 2**14

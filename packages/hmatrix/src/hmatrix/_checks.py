@@ -225,7 +225,7 @@ def remedy(x: object, otherwise: str = "") -> str:
     if hasattr(x, "inverse_diagonal"):
         return "; it has a `matrix`, and `inverse()` is an operator"
     if hasattr(x, "factors"):
-        return "; `from_matvec` makes a HODLR of an MLR"
+        return "; `from_matvec(M, symmetric=True)` makes a HODLR of an MLR"
     if hasattr(x, "rmatmat") and not hasattr(x, "leaves"):
         return (
             "; `matmul` is for stored matrices, and `hmatrix.inverse` stores an inverse"

@@ -14,6 +14,7 @@ from hmatrix._backend import (
     Array,
     Space,
     conjugate,
+    detach,
     in_own_precision,
     nbytes,
     one_blas_thread_if_narrow,
@@ -149,8 +150,8 @@ class Operator(ABC):
         """Return the diagonal (n,)."""
 
     def trace(self) -> float | complex:
-        """Return the sum of the diagonal."""
-        total = self.space.xp.sum(self.diagonal())
+        """Return the sum of the diagonal; `diagonal` is what has gradients."""
+        total = detach(self.space.xp.sum(self.diagonal()))
         return complex(total) if self.space.is_complex else float(total)
 
     @property

@@ -100,7 +100,8 @@ def search(
     """Find pivots of blocks of several sizes in samples of one size.
 
     Until the steps of the blocks of each part are no larger than its ``tail``; and, of
-    samples with near pairs and of whole blocks, until what is left is not much larger.
+    samples with near pairs and of any that are not a first one, until what is left is not
+    much larger: a kernel of short range is zero in most rows, which ends a search too soon.
     """
     space, xp = parts[0].space, parts[0].xp
     inners, rows, columns, least = [], [], [], []
@@ -130,7 +131,7 @@ def search(
         # of a sample, or where all that was looked at is small: a few entries may not be
         return compare(inner, U, V)
 
-    known = left if whole or parts[0].near is not None else None
+    known = left if sample > SAMPLE or parts[0].near is not None else None
     found = Pivots(i, j, *cross(inner, i, j, tolerances, limit, seed, known))
     if len(parts) == 1:
         return [found]

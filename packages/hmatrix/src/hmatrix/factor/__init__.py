@@ -105,10 +105,10 @@ def factorize(
         If a factorization of a `HODLR` has lost its digits: ``E = (H + shift·I) F⁻¹ −
         I`` is tried on random vectors, and both its Frobenius norm and the root of that of
         ``E²``, which a step of refinement leaves, are above ``eps**(1/4)`` for
-        "inversion" (1e-4, and 2e-2 in single precision); or both norm and spectral radius
-        are above 0.1 for "orthogonal", whose ``E`` is no more than rounding times the
-        condition number. The norm is about the error of the log-determinant, and a
-        radius below 1, which no root exceeds, makes its sign right.
+        "inversion" (1e-4, and 2e-2 in single precision); or the norm and the spectral
+        radius are above 0.1, or norm and root above 1, for "orthogonal", whose ``E`` is no
+        more than rounding times the condition number. The norm is about the error of the
+        log-determinant, and a radius below 1, which no root exceeds, makes its sign right.
     ValueError
         If ``method`` is not one of these, or is "cholesky" for a matrix that is not
         stored as Hermitian; or if tensors that want gradients are to be overwritten.

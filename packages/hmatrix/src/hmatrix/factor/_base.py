@@ -190,12 +190,15 @@ class Factorization(ABC):
     ) -> Array:
         """Refine ``x`` until the residual of every column is small enough."""
         xp = self.space.xp
-        sizes = xp.linalg.vector_norm(detach(b), axis=0)
+        # of entries of about 1, whose squares neither overflow nor underflow
+        top = xp.max(xp.abs(detach(b)), axis=0)
+        top = xp.where(top > 0, top, xp.ones_like(top))
+        sizes = xp.linalg.vector_norm(detach(b) / top, axis=0)
         sizes = xp.where(sizes > 0, sizes, xp.ones_like(sizes))
         before = float("inf")
         for _ in range(MOST_STEPS):
             r = residual(x)
-            norms = xp.linalg.vector_norm(detach(r), axis=0)
+            norms = xp.linalg.vector_norm(detach(r) / top, axis=0)
             reached = float(xp.max(norms / sizes))
             if reached <= rtol:
                 return x
@@ -214,8 +217,9 @@ class Factorization(ABC):
 
         Random vectors find its Frobenius norm, which is returned. Only if that is too
         large, its spectral radius decides: ``det(I + E)`` is positive and refinement
-        converges if that is below 1. Unless a factorization is backward ``stable`` it is
-        the root of the norm of ``E²``, which is what one step of refinement leaves.
+        converges if that is below 1. Unless a factorization is backward ``stable``, and a
+        step of refinement makes errors smaller, it is the root of the norm of ``E²``,
+        which is what that step leaves.
         """
         space, tree = self.space, self.tree
 
@@ -229,7 +233,8 @@ class Factorization(ABC):
             found = lost = safe_norm(first) / math.sqrt(PROBES)
             if found > limit and math.isfinite(found):
                 radius = safe_norm(error(first / found)) / math.sqrt(PROBES)
-                found = min(found, radius if stable else math.sqrt(found * radius))
+                bound = math.sqrt(found * radius)
+                found = min(found, radius if stable and bound < 1 else bound)
         if not found <= limit:
             msg = (
                 f"The factorization has lost its digits: its inverse times the matrix "

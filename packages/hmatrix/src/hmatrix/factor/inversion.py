@@ -77,8 +77,9 @@ def inverse(
     HODLR or MLR
         The inverse, symmetric if ``H`` is. Its ``error`` is a bound that grows with the
         condition number, and leaves rounding aside; digits that terms lost when they
-        cancelled are in it, by an estimate. That of an `MLR` is exact, with the same
-        ranks, unless ``max_rank`` cuts it.
+        cancelled are in it by an estimate, as is what was cut off where the inverse is
+        found from solutions (see Notes). That of an `MLR` is exact, with the same ranks,
+        unless ``max_rank`` cuts it.
 
     Raises
     ------
