@@ -7,6 +7,7 @@ A fine-tuning is a folder: ``adapter/`` (PEFT's layout), ``masks.safetensors``,
 
 from .diagnosis import diagnose
 from .finetuning import finetune
+from .heads import heads
 from .inspection import (
     describe_masks,
     describe_scores,
@@ -30,9 +31,9 @@ from .task import (
     Task,
     evaluated_on,
     evaluation_loader,
-    heads,
     load_task,
     located,
+    words_of_cuts,
 )
 
 __all__ = [
@@ -64,4 +65,5 @@ __all__ = [
     "score_entries",
     "score_file",
     "score_task",
+    "words_of_cuts",
 ]

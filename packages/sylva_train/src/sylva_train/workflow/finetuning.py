@@ -31,6 +31,7 @@ from sylva_train.selection import check_selection, select_as
 from sylva_train.training import number_of_steps, pick_device, train
 from sylva_train.tuner import save_adapter
 
+from .heads import heads
 from .outputs import check_folder, differences
 from .runs import FORMAT, RECORD, read_run
 from .scoring import (
@@ -40,7 +41,7 @@ from .scoring import (
     score_task,
     sylva_options,
 )
-from .task import SCORED, Task, heads, load_task, located, tell_of_cuts
+from .task import SCORED, Task, load_task, located, tell_of_cuts
 
 __all__ = ["finetune"]
 
@@ -149,7 +150,9 @@ def finetune(
         unfinished = begin_scoring(output, resume=resume, overwrite=overwrite)
     pick_device(training.device)  # refused before any time is spent on the data
     with Progress(enabled=progress) as bars:
-        task = load_task(task_config, seed=training.seed)
+        task = load_task(
+            task_config, seed=training.seed, modules_to_save=config.modules_to_save
+        )
         bars.say(
             f"{len(task.train):,} examples to train on ({task.train.name}),"
             f" {task.eval_examples:,} to evaluate on."

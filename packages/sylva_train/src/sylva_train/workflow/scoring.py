@@ -289,7 +289,12 @@ def score_file(
     unfinished = begin_scoring(output, resume=resume, overwrite=overwrite)
     pick_device(device)  # refused before any time is spent on the data
     with Progress(enabled=progress) as bars:
-        task = load_task(task_config, seed=seed, evaluation=False)
+        task = load_task(
+            task_config,
+            seed=seed,
+            evaluation=False,
+            modules_to_save=config.modules_to_save,
+        )
         check_targets(task, config)
         scores = score_task(
             task,

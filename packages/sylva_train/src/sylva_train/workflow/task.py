@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,11 @@ from sylva_train.data import (
 )
 from sylva_train.evaluation import check_libraries, check_prompts
 from sylva_train.metrics import GENERATION, known_metrics
-from sylva_train.options import LABELLED, MINILM
+from sylva_train.options import MINILM
 from sylva_train.pretrained import load_model, saved_labels
 from sylva_train.progress import Progress, Report
+
+from .heads import begin_head
 
 __all__ = [
     "HELD_OUT",
@@ -34,12 +35,12 @@ __all__ = [
     "check_metric",
     "evaluated_on",
     "evaluation_loader",
-    "heads",
     "is_file",
     "load_task",
     "located",
     "read_data",
     "tell_of_cuts",
+    "words_of_cuts",
 ]
 
 #: Part of a single file that is kept for evaluation.
@@ -47,8 +48,6 @@ HOLDOUT = 0.1
 TENTH = "a tenth held out"
 #: Examples in a batch of scoring, and of evaluation, at most.
 SCORED, EVALUATED = 32, 64
-#: Mean or deviation of numbers from which on they are far from what a new head says, 0 ± 1.
-FAR = 10.0
 #: As ``eval_split``: a tenth of the training data.
 HELD_OUT = "held-out"
 
@@ -178,10 +177,10 @@ def evaluation_loader(
     )
 
 
-def tell_of_cuts(loader: Loader, progress: Progress) -> None:
+def words_of_cuts(loader: Loader) -> str:
     """Say how many texts are too long: what a model does not see it cannot learn."""
     if not loader.cut:
-        return
+        return ""
     data, prompts = (
         loader.dataset,
         loader.task == "causal-lm" and loader.dataset.targets,
@@ -191,22 +190,16 @@ def tell_of_cuts(loader: Loader, progress: Progress) -> None:
         if prompts
         else "texts lose their end: they"
     )
-    progress.say(
+    return (
         f"{loader.cut:,} of {len(data):,} {what} have more than {loader.max_length} tokens"
         f" ({data.name}). A larger `max_length` (`--max-length`) keeps more."
     )
 
 
-def check_scale(dataset: TextDataset) -> None:
-    """Warn of numbers that a new head, which begins near 0, is long on its way to."""
-    mean, deviation = float(np.mean(dataset.labels)), float(np.std(dataset.labels))
-    if max(abs(mean), deviation) > FAR:
-        warnings.warn(
-            f"the numbers of {dataset.name} are {mean:.3g} ± {deviation:.3g} (mean and"
-            " standard deviation), and a new head begins near 0 and moves slowly: train on"
-            " (number - mean) / deviation, and undo that in what is predicted.",
-            stacklevel=2,
-        )
+def tell_of_cuts(loader: Loader, progress: Progress) -> None:
+    """Tell of texts that are too long, if some are."""
+    if words := words_of_cuts(loader):
+        progress.say(words)
 
 
 def located(config: TaskConfig) -> TaskConfig:
@@ -373,7 +366,13 @@ def limited(dataset: TextDataset, config: TaskConfig, seed: int) -> TextDataset:
     return dataset.sample(config.eval_limit, seed)
 
 
-def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> Task:
+def load_task(
+    config: TaskConfig,
+    *,
+    seed: int = 0,
+    evaluation: bool = True,
+    modules_to_save: Sequence[str] | None = None,
+) -> Task:
     """Read a task's data and load its model.
 
     Parameters
@@ -384,6 +383,9 @@ def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> 
         Seed of a new head, and of what ``limit`` keeps.
     evaluation : bool
         Whether evaluation data is wanted.
+    modules_to_save : sequence of str, optional
+        What will be trained whole: by default the head. A regression's new one among them
+        begins with the mean and the deviation of the numbers.
 
     Returns
     -------
@@ -402,7 +404,7 @@ def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> 
     Warns
     -----
     UserWarning
-        If the numbers of a regression are far from those that a new head begins with.
+        If a regression's new head has no bias, and the numbers are far from 0.
     """
     check_metric(config)
     if evaluation:
@@ -422,8 +424,6 @@ def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> 
             f" {len(training.label_names)}."
         )
         raise ConfigError(msg)
-    if config.task == "regression" and not saved_labels(config.model):
-        check_scale(training)
     model, tokenizer = load_model(
         config.model,
         task=config.task,
@@ -432,13 +432,7 @@ def load_task(config: TaskConfig, *, seed: int = 0, evaluation: bool = True) -> 
         dtype=config.dtype,
         seed=seed,
     )
+    # A head for several classes is not kept.
+    if config.task == "regression" and len(saved_labels(config.model)) != 1:
+        begin_head(model, modules_to_save, training)
     return Task(config, model, tokenizer, training, held_out if evaluation else None)
-
-
-def heads(model: nn.Module, task: str) -> list[str] | None:
-    """Names of the modules that a new task trains whole: a head on labels."""
-    if task not in LABELLED:
-        return None
-    backbone = getattr(model, "base_model", model)
-    names = [n for n, child in model.named_children() if child is not backbone]
-    return [n for n in names if any(True for _ in model.get_submodule(n).parameters())]
