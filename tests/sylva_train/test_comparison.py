@@ -404,6 +404,14 @@ def test_compare_and_report_only(here, home, tmp_path):
     assert "`--steps` is 2 there and 5 here" in told(refused)
 
 
+def test_cut_texts_are_told_once(here, home, tmp_path):
+    task = jobs.task(home, max_length=4)  # of four words, and two marks around them
+    with pytest.warns(UserWarning, match="texts lose their end") as caught:
+        compare(plan(home, task=task), tmp_path / "out")
+    # Those to train on, and those to evaluate on.
+    assert len(caught) == 2
+
+
 def test_demo_tells_its_story(here, home, tmp_path):
     output = tmp_path / "demo"
     base = [

@@ -53,6 +53,13 @@ def test_rows_are_written_to_a_file(home, tmp_path, name):
     assert "a column is called 'prediction'" in told(sylva(*again, code=1))
 
 
+def test_cut_texts_are_told(home, tmp_path):
+    data = written(tmp_path / "new.csv", [["text"], ["a " * 20], ["b"]])
+    found = sylva("predict", home / "run", "--data", data).stderr
+    assert "1 of 2 texts lose their end: they have more than 16 tokens" in found
+    assert "lose" not in sylva("predict", home / "run", "--data", data, "-q").stderr
+
+
 def test_labels_that_are_there_change_nothing(home, tmp_path):
     sylva(
         "predict",

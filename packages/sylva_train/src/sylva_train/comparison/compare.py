@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from sylva_train._files import write_text
 from sylva_train.baselines import parse_method
 from sylva_train.selection import check_selection
 from sylva_train.training import pick_device
-from sylva_train.workflow import load_task, located
+from sylva_train.workflow import load_task, located, words_of_cuts
 
 from .events import Watcher
 from .jobs import RESULTS, jobs_folder, run_jobs
@@ -98,10 +99,18 @@ def check_plan(comparison: Comparison) -> None:
     ------
     SylvaError
         As a run would.
+
+    Warns
+    -----
+    UserWarning
+        If texts are longer than ``max_length``.
     """
-    config = comparison.sylva
+    config, training = comparison.sylva, comparison.training
     task = load_task(comparison.task, seed=comparison.seeds[0])
-    pick_device(comparison.training.device)
+    pick_device(training.device)
+    for loader in (task.loader(training), task.eval_loader(training)):
+        if words := words_of_cuts(loader):
+            warnings.warn(words, stacklevel=2)
     for rule in {parse_method(name).rule for name in comparison.methods} - {None}:
         assert rule is not None
         check_selection(dataclasses.replace(config, importance=rule), task.model)

@@ -15,12 +15,12 @@ from sylva_train.config import TaskConfig
 from sylva_train.data import Loader, TextDataset, load_texts
 from sylva_train.evaluation import label_logits, write
 from sylva_train.options import LABELLED
-from sylva_train.progress import Progress, Report
+from sylva_train.progress import Progress
 from sylva_train.training import pick_device
 
 from .outputs import check_file
 from .runs import load_folder, read_run
-from .task import evaluation_loader, is_file
+from .task import evaluation_loader, is_file, tell_of_cuts
 
 __all__ = ["predict", "predict_file"]
 
@@ -72,7 +72,8 @@ def predict(
         return []
     task = TaskConfig(**read_run(folder)["task"])
     data = TextDataset("texts", task.task, list(texts))
-    found = predictions(folder, data, task, base, batch_size, device, None)
+    silent = Progress(enabled=False)
+    found = predictions(folder, data, task, base, batch_size, device, silent)
     single = task.task != "classification"
     return [row["prediction"] if single else tuple(row.values()) for row in found]
 
@@ -84,12 +85,17 @@ def predictions(
     base: str | None,
     batch_size: int,
     device: str,
-    progress: Report | None,
+    bars: Progress,
 ) -> list[dict[str, Any]]:
     """Return a model's ``prediction`` of each text, and its ``probability`` if it has one."""
     model, tokenizer, run = load_folder(folder, base=base)
     loader: Loader = evaluation_loader(data, tokenizer, task.max_length, batch_size)
     model.to(pick_device(device))
+    progress = bars.stage("predicting")
+    if (
+        task.task != "causal-lm"
+    ):  # whose prompts are cut for their answers, with a warning
+        tell_of_cuts(loader, bars)
     if task.task not in LABELLED:
         prompts = list(dict.fromkeys(map(str, loader.dataset.texts)))
         written = write(model, loader, prompts, task.generation, progress)
@@ -181,9 +187,7 @@ def predict_file(
                 " to the rows; give it another name."
             )
             raise DataError(msg)
-        found = predictions(
-            folder, dataset, task, base, batch_size, device, bars.stage("predicting")
-        )
+        found = predictions(folder, dataset, task, base, batch_size, device, bars)
     rows = [row | added for row, added in zip(rows, found, strict=True)]
     if output is not None:
         write_rows(output, rows)
