@@ -318,7 +318,9 @@ def test_hub_data_keeps_its_class_names(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data.select([0]))
     assert load_data("some/name:sub", split="dev").label_names == ["no", "yes"]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
-    with pytest.raises(DataError, match=r"some/name\[test\]:2: expected a label"):
+    with pytest.raises(
+        DataError, match=r"\[test\]:2: expected a label.* `sylva predict`"
+    ):
         load_data("some/name", split="test")
 
 

@@ -303,6 +303,8 @@ def label_of(table: Table, line: int, row: Row, column: str | int) -> str:
     if isinstance(value, int) or (isinstance(value, str) and value.strip()):
         return str(value).strip()
     what = "no such column" if column not in row else repr(value)
+    if column in row and value is None:
+        what = "none, as in test sets without labels, which `sylva predict` is for"
     msg = (
         f"{table.name}:{line}: expected a label, a string or an integer, in column"
         f" {column!r}; got {what}."
