@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from sylva_train import LayerScores, Scores, select
+from sylva_train import ConfigError, LayerScores, Scores, select
 from sylva_train.workflow import describe_masks, describe_scores
 
 
@@ -37,6 +37,14 @@ def test_scores_of_zero_say_nothing():
     scores = Scores({"a": layer([[0.0, 0.0]])}, {"importance": "magnitude"})
     about = describe_scores(scores, density=0.5)["layers"]["a"]
     assert (about["effective"], about["top_share"]) == (1.0, 0.5)
+
+
+def test_no_block_is_shown_where_none_would_be_trained():
+    scores = Scores({"a": layer([[4.0, 0.0], [0.0, 0.0]])}, {"importance": "magnitude"})
+    about = describe_scores(scores, density=0.2)["layers"]["a"]
+    assert (about["top"], about["top_share"]) == (0, 0.0)
+    with pytest.raises(ConfigError, match="leaves no whole block"):
+        select(scores, density=0.2, block_size=2)
 
 
 def test_masks_are_described_by_their_own_numbers():

@@ -97,6 +97,8 @@ def scores(about: Mapping[str, Any]) -> None:
         " its best blocks have. 'effective': over how many blocks the score is spread;"
         " 100% if they are all alike."
     )
+    if not any(layer["top"] for layer in about["layers"].values()):
+        prose("At this density no layer has a whole block to train.")
 
 
 def masks(found: Masks) -> None:

@@ -153,7 +153,8 @@ def describe_scores(
     scores : Scores
         From `sylva_train.score`.
     density : float
-        Fraction of the blocks whose share of the scores is told.
+        Fraction of the blocks whose share of the scores is told, rounded down to whole
+        blocks, as `sylva_train.select` does.
     block_size : int, optional
         Side of a block; by default 32, or what the scores can be summed over.
 
@@ -161,8 +162,8 @@ def describe_scores(
     -------
     dict
         ``metadata``, ``density``, ``block_size``; for each of ``layers`` its ``shape``,
-        number of ``blocks``, ``top_share``, the part of the layer's score that the best
-        blocks have, and ``effective``, the exponential of the entropy of the scores over
+        number of ``blocks``, how many of them are in the ``top``, ``top_share``, the part of
+        the layer's score that these have, and ``effective``, the exponential of the entropy of the scores over
         the number of blocks: 1 if all are alike, the less the more a few stand out.
 
     Raises
@@ -180,11 +181,12 @@ def describe_scores(
         flat = layer.blocks(block_size).flatten().clamp(min=0).sort(descending=True)[0]
         total = float(flat.sum())
         share = flat / total if total > 0 else torch.full_like(flat, 1 / len(flat))
-        top = max(1, math.floor(density * len(flat) + 1e-9))
+        top = math.floor(density * len(flat) + 1e-9)
         entropy = float(torch.special.entr(share).sum())
         layers[name] = {
             "shape": list(layer.shape),
             "blocks": len(flat),
+            "top": top,
             "top_share": float(share[:top].sum()),
             "effective": math.exp(entropy) / len(flat),
         }
