@@ -254,6 +254,18 @@ def test_resume_refuses_other_options(home):
     sylva(*base)  # finished: nothing to do
 
 
+def test_resume_tells_of_another_version(home, tmp_path):
+    """An option that there was not when the run began is none that anybody changed."""
+    shutil.copytree(home / "run", tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "sylva.json").read_text())
+    del record["training"]["bucket"], record["task"]["metric"]
+    (tmp_path / "run" / "sylva.json").write_text(json.dumps(record))
+    base = ["finetune", tmp_path / "run", *source(home), *SHORT, "--resume"]
+    message = told(sylva(*base, code=2))
+    assert "`--bucket` is not told there: another version began it" in message
+    assert "--metric" not in message
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_identical_adapter(home, tmp_path):
     options = [*source(home), *SHORT, "--steps", 60, "--save-every", 5]

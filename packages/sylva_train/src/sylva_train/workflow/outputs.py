@@ -17,10 +17,13 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     """Say what options of a job that is there are others than wanted, group by group."""
     groups = [name for name, value in wanted.items() if isinstance(value, dict)]
     return [
-        f"`{name}` is {found.get(group, {}).get(name)!r} there and {value!r} here"
+        f"`{name}` is {there[name]!r} there and {value!r} here"
+        if name in there
+        else f"`{name}` is not told there: another version began it"
         for group in groups
+        for there in [found.get(group, {})]
         for name, value in wanted[group].items()
-        if found.get(group, {}).get(name) != value
+        if there.get(name) != value
     ]
 
 
