@@ -429,3 +429,38 @@ def test_columns_without_a_use_are_refused(tmp_path):
         load_data(path, target_column="label")
     with pytest.raises(DataError, match="no column is known to be the target"):
         load_data(path, task="seq2seq")
+
+
+@pytest.mark.parametrize("named", ["prompt", "input"])
+def test_a_prompt_without_a_known_target_is_no_whole_text(tmp_path, named):
+    """Trained on as a text, it would teach to ask."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({named: "1 + 1?", "reply": "2"}))
+    with pytest.raises(DataError, match="to be the target.*whole texts.*`text_column`"):
+        load_data(path, task="causal-lm")
+    data = load_data(path, task="causal-lm", target_column="reply")
+    assert (data.texts, data.targets) == (["1 + 1?"], ["2"])
+    assert not load_data(path, task="causal-lm", text_column=named).targets
+
+
+def test_arrow_files_are_read_with_and_without_an_index(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.table({"text": ["a", "b"], "label": [0, 1]})
+    for kind in (arrow.ipc.new_file, arrow.ipc.new_stream):
+        with kind(tmp_path / "x.arrow", table.schema) as writer:
+            writer.write_table(table)
+        assert load_data(tmp_path / "x.arrow").labels == [0, 1]
+
+
+@pytest.mark.parametrize("spec", [None, [{"text": "a", "label": 0}]])
+def test_what_is_no_path_is_refused(spec):
+    with pytest.raises(ConfigError, match="must be a path or a name; got a .*TextData"):
+        load_data(spec)
+
+
+def test_long_values_do_not_fill_the_screen(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"text": ["a" * 99] * 99, "label": 0}))
+    with pytest.raises(DataError, match="expected a text") as caught:
+        load_data(path)
+    assert len(str(caught.value)) < 500

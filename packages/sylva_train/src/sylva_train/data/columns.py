@@ -36,6 +36,8 @@ PAIR_NAMES = (
 LABEL_NAMES = ("label", "labels", "class", "gold_label", "is_duplicate", "quality")
 NUMBER_NAMES = ("score", "label", "labels")
 NAMES = {"classification": LABEL_NAMES, "regression": NUMBER_NAMES}
+#: Those of them that stand beside a target.
+PROMPTS = {"input", "prompt"}
 TARGET_NAMES = ("target", "output", "completion", "response", "answer")
 # Columns that hold whole conversations.
 CHATS = {"messages", "conversations"}
@@ -176,6 +178,8 @@ def unknown_column(table: Table, option: str, task: str) -> DataError:
         else "Write conversations as prompts and completions first, with the chat"
         " template of the model's tokenizer (docs/how-to/own-data.md)."
     )
+    if option == "target_column" and task == "causal-lm":
+        advice += " To train on whole texts name their column: `text_column`."
     msg = (
         f"{table.name}: no column is known to be the {option.partition('_')[0]}; the"
         f" columns are {have}. {advice}"
@@ -241,7 +245,7 @@ def choose_columns(
         target = pick_column(table, "target_column", target, TARGET_NAMES, None)
     needed = {
         "label_column": task not in LABELLED or label is not None,
-        "target_column": task != "seq2seq" or target is not None,
+        "target_column": target is not None or not wants_target(table, task, texts),
     }
     for option, there in needed.items():
         if not there:
@@ -255,6 +259,13 @@ def choose_columns(
     if label is not None and not info and task == "classification":
         check_classes(table, label, named=named)
     return text_columns, label, target
+
+
+def wants_target(table: Table, task: str, texts: Sequence[str | int]) -> bool:
+    """Whether texts are half of what is to be learnt: prompts, unless they are asked for."""
+    asked = bool(texts) or task != "causal-lm"
+    found = next((n for n in TEXT_NAMES if n in folded_names(table)), None)
+    return task == "seq2seq" or (not asked and found in PROMPTS)
 
 
 def check_classes(table: Table, column: str | int, *, named: bool) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -139,7 +140,7 @@ def load_data(
     ----------
     spec : str or Path
         A built-in task (`builtin_names`); a file (``.csv``, ``.tsv``, ``.jsonl``,
-        ``.json``, ``.parquet``, and ``.txt`` with a text a paragraph; with ``.gz`` after
+        ``.json``, ``.parquet``, ``.arrow``, and ``.txt`` with a text a paragraph; with ``.gz`` after
         it if it is compressed); a folder with files named after the splits, such as
         GLUE's, or written by ``save_to_disk``; the folder of Super-NaturalInstructions;
         or, for `datasets.load_dataset`, ``"name"`` or ``"name:configuration"``.
@@ -162,7 +163,8 @@ def load_data(
         two or the second of four.
     target_column : str or int, optional
         Column of the targets; by default the first of `TARGET_NAMES`. A causal language
-        model is trained on whole texts where there is none. A list of targets (JSON)
+        model is trained on whole texts where there is none, unless they are found under
+        the name of a prompt (`PROMPTS`). A list of targets (JSON)
         stands for a row each. Where neither it nor the texts' is given, OASST1's
         conversations, Alpaca's instructions, MetaMathQA and GSM8K become prompts and
         targets.
@@ -192,7 +194,7 @@ def load_data(
         of fields, bad JSON, not UTF-8, no text, no label, a label that is not in
         ``labels``, or no finite number. The message has the file and the line.
     ConfigError
-        If the arguments contradict each other.
+        If the arguments contradict each other, or ``spec`` is no path and no name.
 
     Examples
     --------
@@ -200,6 +202,13 @@ def load_data(
     >>> load_data("e2e-rating", split="test")
     TextDataset(e2e-rating/test, classification, 1500 examples, 4 classes)
     """
+    if not isinstance(cast("object", spec), str | Path):
+        msg = (
+            f"`spec` must be a path or a name; got a {type(spec).__name__}. Write rows that"
+            " are in memory to a file, such as a .jsonl or .parquet, or make a"
+            " `sylva_train.TextDataset` of them."
+        )
+        raise ConfigError(msg)
     check_choice("task", task, TASKS)
     if limit is not None:
         check_integer("limit", limit, 1)
@@ -233,7 +242,7 @@ def text_of(table: Table, line: int, row: Row, column: str | int) -> str:
     """
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
-        what = "a blank one" if isinstance(value, str) else f"{value!r}"
+        what = "a blank one" if isinstance(value, str) else reprlib.repr(value)
         if column not in row:
             what = "no such column"
         msg = f"{table.name}:{line}: expected a text in column {column!r}; got {what}."
@@ -302,7 +311,7 @@ def label_of(table: Table, line: int, row: Row, column: str | int) -> str:
         value = int(value)
     if isinstance(value, int) or (isinstance(value, str) and value.strip()):
         return str(value).strip()
-    what = "no such column" if column not in row else repr(value)
+    what = "no such column" if column not in row else reprlib.repr(value)
     if column in row and value is None:
         what = "none, as in test sets without labels, which `sylva predict` is for"
     msg = (
@@ -328,7 +337,7 @@ def number_of(table: Table, line: int, row: Row, column: str | int) -> float:
     value = row.get(column)
     number = number_in(value)
     if number is None:
-        what = "no such column" if column not in row else repr(value)
+        what = "no such column" if column not in row else reprlib.repr(value)
         msg = (
             f"{table.name}:{line}: expected a finite number in column {column!r}; got"
             f" {what}."
@@ -410,8 +419,8 @@ def build(
     for (line, _), label in zip(table.rows, found, strict=True):
         if whole(label) not in index:
             msg = (
-                f"{table.name}:{line}: the label {label!r} is not among the known labels"
-                f" {names!r}; correct the row, or train with that class."
+                f"{table.name}:{line}: the label {reprlib.repr(label)} is not among the known labels"
+                f" {reprlib.repr(names)}; correct the row, or train with that class."
             )
             raise DataError(msg)
     return TextDataset(

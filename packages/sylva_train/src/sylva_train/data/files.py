@@ -294,7 +294,7 @@ def read_json(name: str, data: bytes, _: HeaderTest) -> Table:
 
 
 def read_arrow(name: str, data: bytes, suffix: str) -> Table:
-    """Read a Parquet file, or the Arrow stream that `datasets` saves to disk."""
+    """Read a Parquet or an Arrow file, or the Arrow stream that `datasets` saves."""
     kind = suffix[1:].capitalize()
     try:
         from pyarrow import ArrowException, ipc, parquet
@@ -306,7 +306,9 @@ def read_arrow(name: str, data: bytes, suffix: str) -> Table:
         raise DataError(msg) from None
     try:
         if suffix == ".arrow":
-            table = ipc.open_stream(data).read_all()
+            # What pandas and Polars write has an index at its end; `datasets` streams.
+            indexed = data.startswith(b"ARROW1")
+            table = (ipc.open_file if indexed else ipc.open_stream)(data).read_all()
         else:
             table = parquet.read_table(io.BytesIO(data))
     except (ArrowException, OSError) as error:
