@@ -344,3 +344,17 @@ def test_scoring_that_was_to_replace_a_file_goes_on_with_resume_alone(home, tmp_
     sylva(*other, "--resume")
     assert Scores.load(output).metadata["asked"]["sylva"]["block_size"] == 16
     assert not Path(f"{output}.unfinished").exists()
+
+
+@pytest.mark.parametrize("names", ["nothing", "query"])
+def test_modules_to_save_are_looked_for_before_scoring(home, tmp_path, names):
+    base = ["finetune", tmp_path / "run", *source(home), *SHORT]
+    result = sylva(*base, "--modules-to-save", names, code=2)
+    assert "`--modules-to-save`" in told(result)
+    assert "Scoring" not in result.stderr
+
+
+def test_a_seed_beyond_64_bits_is_refused(home, tmp_path):
+    base = ["finetune", tmp_path / "run", *source(home), *SHORT]
+    message = told(sylva(*base, "--seed", 10**20, code=2))
+    assert "`--seed` must be below 2**63" in message

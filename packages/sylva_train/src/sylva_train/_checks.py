@@ -101,6 +101,9 @@ def check_integer(name: str, value: int, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         msg = f"`{name}` must be an integer of at least {minimum}; got {value!r}."
         raise ConfigError(msg)
+    if value >= 2**63:
+        msg = f"`{name}` must be below 2**63; got {value}."
+        raise ConfigError(msg)
 
 
 def check_positive(name: str, value: float, *, zero: bool = False) -> None:

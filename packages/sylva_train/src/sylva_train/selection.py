@@ -433,8 +433,8 @@ def select_as(
     )
 
 
-def check_selection(config: SylvaConfig, model: nn.Module) -> None:
-    """Find what scores could not be chosen by, before they are made.
+def check_selection(config: SylvaConfig, model: nn.Module) -> Masks:
+    """Find what scores could not be chosen by, before they are made; return blocks by lot.
 
     Raises
     ------
@@ -444,4 +444,4 @@ def check_selection(config: SylvaConfig, model: nn.Module) -> None:
     drawn = score(model, config=dataclasses.replace(config, importance="random"))
     # What suits the rule counts, not what suits chance.
     drawn.metadata["importance"] = config.importance
-    select_as(config, drawn)
+    return select_as(config, drawn)

@@ -22,7 +22,7 @@ from sylva_train.config import SylvaConfig, TaskConfig, TrainingConfig
 from sylva_train.data import Loader
 from sylva_train.evaluation import evaluate
 from sylva_train.importance import Scores
-from sylva_train.layers import embed
+from sylva_train.layers import check_masks, embed, find_saved
 from sylva_train.masks import Masks
 from sylva_train.options import SCORING, SELECTION, SylvaOptions, samples_to_score
 from sylva_train.processes import agree, is_first, together
@@ -214,7 +214,9 @@ def choose(
     check_targets(task, config)
     scoring = None
     if scores is None:
-        check_selection(config, task.model)
+        drawn = check_selection(config, task.model)
+        check_masks(task.model, drawn, config.modules_to_save)
+        find_saved(task.model, config.modules_to_save)
         start = time.perf_counter()
         scores = score_task(
             task,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sylva_train.data import TextDataset
+from sylva_train.layers import find_saved
 from sylva_train.options import LABELLED
 
 __all__ = ["begin_head", "heads"]
@@ -53,7 +54,7 @@ def begin_head(
     mean, deviation = float(np.mean(dataset.labels)), float(np.std(dataset.labels))
     if names is None:
         names = heads(model, dataset.task) or ()
-    inside = (part for name in names for part in model.get_submodule(name).modules())
+    inside = (part for m in find_saved(model, names).values() for part in m.modules())
     last = [m for m in inside if isinstance(m, nn.Linear) and m.out_features == 1][-1:]
     for head in last:
         head.weight.mul_(deviation or 1.0)
