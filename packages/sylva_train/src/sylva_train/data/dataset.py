@@ -140,8 +140,8 @@ def load_data(
     ----------
     spec : str or Path
         A built-in task (`builtin_names`); a file (``.csv``, ``.tsv``, ``.jsonl``,
-        ``.json``, ``.parquet``, ``.arrow``, and ``.txt`` with a text a paragraph; with ``.gz`` after
-        it if it is compressed); a folder with files named after the splits, such as
+        ``.json``, ``.parquet``, ``.arrow``, and ``.txt`` with a text a paragraph; with
+        ``.gz`` after it if it is compressed); a folder with files named after the splits, such as
         GLUE's, or written by ``save_to_disk``; the folder of Super-NaturalInstructions;
         or, for `datasets.load_dataset`, ``"name"`` or ``"name:configuration"``.
     task : str
