@@ -436,7 +436,9 @@ def test_a_prompt_without_a_known_target_is_no_whole_text(tmp_path, named):
     """Trained on as a text, it would teach to ask."""
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({named: "1 + 1?", "reply": "2"}))
-    with pytest.raises(DataError, match=r"to be the target.*whole texts.*`text_column`"):
+    with pytest.raises(
+        DataError, match=r"to be the target.*whole texts.*`text_column`"
+    ):
         load_data(path, task="causal-lm")
     data = load_data(path, task="causal-lm", target_column="reply")
     assert (data.texts, data.targets) == (["1 + 1?"], ["2"])
@@ -454,7 +456,9 @@ def test_arrow_files_are_read_with_and_without_an_index(tmp_path):
 
 @pytest.mark.parametrize("spec", [None, [{"text": "a", "label": 0}]])
 def test_what_is_no_path_is_refused(spec):
-    with pytest.raises(ConfigError, match=r"must be a path or a name; got a .*TextData"):
+    with pytest.raises(
+        ConfigError, match=r"must be a path or a name; got a .*TextData"
+    ):
         load_data(spec)
 
 

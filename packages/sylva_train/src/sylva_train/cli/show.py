@@ -98,7 +98,7 @@ def scores(about: Mapping[str, Any]) -> None:
         " 100% if they are all alike."
     )
     if not any(layer["top"] for layer in about["layers"].values()):
-        prose("At this density no layer has a whole block to train.")
+        prose("At this density no layer has a whole block of its own.")
 
 
 def masks(found: Masks) -> None:
