@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from sylva_train._checks import ConfigError, DataError
-from sylva_train.data import Loader, TextDataset, ending, load_data
+from sylva_train.data import Loader, TextDataset, ending, load_data, prompt_ids
 from sylva_train.data.examples import Examples
 from tests.sylva_train.words import word_tokenizer
 
@@ -260,6 +260,19 @@ def test_long_prompts_keep_the_token_that_texts_begin_with():
     assert example["labels"][:3] == [-100] * 3
     words = tokenizer.convert_ids_to_tokens(example["input_ids"])
     assert words == ["[CLS]", "d", "[SEP]", "good"]
+
+
+@pytest.mark.parametrize("targets", [["good"], []])
+def test_texts_that_bring_their_beginning_begin_once(targets):
+    """As those of chat templates do; others may begin so without the tokenizer's help."""
+    tokenizer = word_tokenizer("encoder", bos_token="[CLS]")
+    found = []
+    for text in ("a b", "[CLS] a b"):
+        data = TextDataset("toy", "causal-lm", [text], targets=targets)
+        (example,) = Loader(data, tokenizer, 1, max_length=8).examples
+        found.append(tokenizer.convert_ids_to_tokens(example["input_ids"])[:3])
+    assert found == [["[CLS]", "a", "b"]] * 2
+    assert prompt_ids(["[CLS] a b"], tokenizer) == prompt_ids(["a b"], tokenizer)
 
 
 def test_long_prompts_lose_their_beginning():

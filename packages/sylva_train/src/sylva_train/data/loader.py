@@ -333,7 +333,7 @@ def encode(
             example["labels"] = ids
     elif dataset.task == "causal-lm":
         for example in examples:
-            ids = with_end(example["input_ids"], tokenizer)
+            ids = with_end(begun_once(example["input_ids"], tokenizer), tokenizer)
             ids = ids if whole else ids[:max_length]
             example |= {"input_ids": ids, "labels": ids}
             example.pop("token_type_ids", None)
@@ -417,7 +417,15 @@ def spaced(text: str, target: str) -> str:
 def prompt_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Return the token ids of prompts, whole, for a causal language model to go on."""
     found = tokenizer(list(texts), verbose=False)["input_ids"]
-    return [without_end(ids, tokenizer) for ids in found]
+    return [without_end(begun_once(ids, tokenizer), tokenizer) for ids in found]
+
+
+def begun_once(ids: list[int], tokenizer: Any) -> list[int]:
+    """Take away the beginning-of-sequence token of a text that brings its own.
+
+    Chat templates write one, and tokenizers that begin each text with it another.
+    """
+    return ids[1:] if ids[:2] == 2 * [tokenizer.bos_token_id] else ids
 
 
 def ending(ids: list[int], room: int, tokenizer: Any) -> list[int]:
