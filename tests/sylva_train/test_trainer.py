@@ -7,10 +7,11 @@ import warnings
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import BertConfig, Trainer, TrainingArguments
 
 from sylva_train.layers import embedded_layers, merge
 from sylva_train.optimizer import SparseAdamW
+from sylva_train.pretrained import PooledClassifier
 from sylva_train.targets import weight_view
 from sylva_train.tuner import inspect_adapter, load_adapter
 from tests.sylva_train.models import (
@@ -28,6 +29,7 @@ from tests.sylva_train.models import (
     trainable,
     transformers_loads_heads,
 )
+from tests.sylva_train.words import TINY
 
 
 def test_transformers_loads_two_adapters_itself(pair):
@@ -64,15 +66,13 @@ class Samples(torch.utils.data.Dataset):
 def make_trainer(model, folder, optimizer=None, **options):
     arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=4,
         learning_rate=5e-3,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        logging_strategy="no",
         dataloader_pin_memory=False,
         seed=0,
-        **options,
+        **{"logging_strategy": "no", "per_device_train_batch_size": 4} | options,
     )
     return Trainer(
         model=model,
@@ -125,6 +125,36 @@ def test_gradient_checkpointing_changes_no_result(tmp_path):
         ).train()
         results.append(logits(model.eval(), make_batch()))
     assert float((results[0] - results[1]).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_trainer_accumulates_the_mean_of_a_pooled_classifier(tmp_path, task):
+    sizes = TINY | {
+        "vocab_size": 40,
+        "num_labels": 3 if task == "classification" else 1,
+    }
+    config = BertConfig(
+        **sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    config.problem_type = task if task == "regression" else None
+    gradients = []
+    for size in (4, 2):
+        torch.manual_seed(0)
+        model = PooledClassifier(config)
+        trainer = make_trainer(
+            model,
+            tmp_path / str(size),
+            max_steps=1,
+            gradient_accumulation_steps=4 // size,
+            save_strategy="no",
+            per_device_train_batch_size=size,
+            logging_strategy="steps",
+            logging_steps=1,
+        )
+        trainer.train()
+        (step,) = [s for s in trainer.state.log_history if "grad_norm" in s]
+        gradients.append((step["grad_norm"], step["loss"]))
+    assert gradients[1] == pytest.approx(gradients[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["AdamW", "SparseAdamW"])

@@ -104,6 +104,8 @@ class PooledClassifier(PreTrainedModel):
 
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
+    #: The loss is a batch's mean: Trainer is to divide it by the batches of a step.
+    accepts_loss_kwargs = False
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
