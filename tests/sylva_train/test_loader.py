@@ -332,3 +332,8 @@ def test_examples_have_their_labels_as_they_were(label):
     examples = Examples()
     examples.add(rows)
     assert json.dumps(list(examples)) == json.dumps(rows)
+
+
+def test_texts_by_themselves_are_no_data_set():
+    with pytest.raises(ConfigError, match="as `load_data` returns; got a list"):
+        Loader(["a", "b"], word_tokenizer(), 2)

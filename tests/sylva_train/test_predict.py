@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from sylva_train import DataError
 from sylva_train.data import load_data
 from sylva_train.workflow import predict
 from tests.sylva_train.jobs import sylva, told
@@ -136,3 +138,17 @@ def test_whatever_json_holds_is_written(home, tmp_path, name):
     else:
         assert row["tags"] == ["é", {"n": 1}]
         assert row["id"] == "\ud83d"
+
+
+def test_a_model_of_single_texts_is_not_asked_of_pairs(home, tmp_path):
+    with pytest.raises(DataError, match=r"texts has pairs.*trained on single texts"):
+        predict(home / "run", [("a", "b")])
+    data = written(tmp_path / "x.csv", [["text", "other"], ["a good", "b bad"]])
+    command = ["predict", home / "run", "--data", data, "--text-column", "text,other"]
+    assert "`--text-column`, a name or two" in told(sylva(*command, code=1))
+    # A run of before does not say, and is asked.
+    shutil.copytree(home / "run", tmp_path / "run")
+    record = json.loads((home / "run" / "sylva.json").read_text())
+    assert record.pop("pairs") is False
+    (tmp_path / "run" / "sylva.json").write_text(json.dumps(record))
+    sylva("predict", tmp_path / "run", *command[2:])

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -110,6 +110,12 @@ class Loader:
         check_integer("max_length", max_length, 2)
         check_integer("seed", seed, 0)
         check_integer("bucket", bucket, 0)
+        if not isinstance(cast("object", dataset), TextDataset):
+            msg = (
+                "`dataset` must be a TextDataset, as `load_data` returns; got a"
+                f" {type(dataset).__name__}."
+            )
+            raise ConfigError(msg)
         check_fit(dataset, tokenizer, max_length, pack=pack)
         self.tokenizer = tokenizer
         self.batch_size = batch_size

@@ -116,7 +116,7 @@ def finetune(
     -------
     dict
         What ``sylva.json`` holds: ``task``, ``sylva``, ``training``, ``labels``,
-        ``metrics`` of the evaluation, ``history`` of the training, ``trainable``
+        ``pairs`` (whether texts are pairs of them), ``metrics`` of the evaluation, ``history`` of the training, ``trainable``
         (``head`` of them outside of the blocks) and ``total`` weights, and ``scoring``:
         the ``samples`` that were scored and the ``seconds`` that it took, None where
         ``masks`` or ``scores`` were given.
@@ -376,6 +376,7 @@ def train_blocks(
     )
     return {
         "labels": task.train.label_names,
+        "pairs": isinstance(task.train.texts[0], tuple),
         "metrics": result.metrics,
         "history": result.history,
         "seconds_per_step": result.seconds_per_step,

@@ -19,7 +19,7 @@ from sylva_train.progress import Progress
 from sylva_train.training import pick_device
 
 from .outputs import check_file
-from .runs import load_folder, read_run
+from .runs import check_pairs, load_folder, read_run
 from .task import evaluation_loader, is_file, tell_of_cuts
 
 __all__ = ["predict", "predict_file"]
@@ -64,6 +64,8 @@ def predict(
     ------
     ConfigError
         If ``texts`` is a single string.
+    DataError
+        If they are pairs and the model was trained on single texts, or the reverse.
     """
     if isinstance(texts, str):
         msg = f"`texts` must be a list of texts; got one: pass [{texts[:40]!r}]."
@@ -88,6 +90,7 @@ def predictions(
     bars: Progress,
 ) -> list[dict[str, Any]]:
     """Return a model's ``prediction`` of each text, and its ``probability`` if it has one."""
+    check_pairs(read_run(folder), data)
     model, tokenizer, run = load_folder(folder, base=base)
     loader: Loader = evaluation_loader(data, tokenizer, task.max_length, batch_size)
     model.to(pick_device(device))

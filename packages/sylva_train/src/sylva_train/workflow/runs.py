@@ -10,9 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from sylva_train._checks import AdapterError, ConfigError, OutputExistsError
+from sylva_train._checks import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    OutputExistsError,
+)
 from sylva_train._files import atomic_folder, atomic_write
 from sylva_train.config import TaskConfig
+from sylva_train.data import TextDataset
 from sylva_train.evaluation import evaluate
 from sylva_train.layers import merge
 from sylva_train.metrics import ANSWERS
@@ -33,6 +39,7 @@ from .task import (
 __all__ = [
     "FORMAT",
     "RECORD",
+    "check_pairs",
     "evaluate_folder",
     "load_folder",
     "merge_folder",
@@ -125,6 +132,18 @@ def load_folder(
     return model.eval(), tokenizer, run
 
 
+def check_pairs(run: Mapping[str, Any], dataset: TextDataset) -> None:
+    """Raise `DataError` for single texts where a model was trained on pairs, or pairs."""
+    found = isinstance(dataset.texts[0], tuple)
+    if run.get("pairs", found) != found:
+        kinds = ("single texts", "pairs of texts")
+        msg = (
+            f"{dataset.name} has {kinds[found]}, and the model was trained on"
+            f" {kinds[not found]}; say where they are: `text_column`, a name or two."
+        )
+        raise DataError(msg)
+
+
 def evaluate_folder(
     folder: str | os.PathLike[str],
     changes: Mapping[str, Any] | None = None,
@@ -197,6 +216,7 @@ def evaluate_folder(
         labels = run["labels"] or None
         _, data = read_data(task, seed=seed, labels=labels, training=False)
         assert data is not None
+        check_pairs(run, data)
         loader = evaluation_loader(
             data,
             tokenizer,
