@@ -419,8 +419,9 @@ def build(
     for (line, _), label in zip(table.rows, found, strict=True):
         if whole(label) not in index:
             msg = (
-                f"{table.name}:{line}: the label {reprlib.repr(label)} is not among the known labels"
-                f" {reprlib.repr(names)}; correct the row, or train with that class."
+                f"{table.name}:{line}: the label {reprlib.repr(label)} is not among the"
+                f" known labels {reprlib.repr(names)}; correct the row, or train with"
+                " that class."
             )
             raise DataError(msg)
     return TextDataset(

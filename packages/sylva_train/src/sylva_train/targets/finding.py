@@ -94,9 +94,8 @@ def own_heads(model: nn.Module) -> set[str]:
     children = dict(model.named_children())
     outside = HEADS & children.keys() if hasattr(model, "base_model_prefix") else set()
     models = {n for n, m in children.items() if hasattr(m, "base_model_prefix")}
-    if (
-        outside and models
-    ):  # those are the backbone: Whisper's classifier has a projector
+    if outside and models:
+        # Those are the backbone: Whisper's classifier has a projector beside it.
         outside = children.keys() - models
     return heads | {
         n for n, _ in model.named_modules() if n.partition(".")[0] in outside

@@ -116,10 +116,10 @@ def finetune(
     -------
     dict
         What ``sylva.json`` holds: ``task``, ``sylva``, ``training``, ``labels``,
-        ``pairs`` (whether texts are pairs of them), ``metrics`` of the evaluation, ``history`` of the training, ``trainable``
-        (``head`` of them outside of the blocks) and ``total`` weights, and ``scoring``:
-        the ``samples`` that were scored and the ``seconds`` that it took, None where
-        ``masks`` or ``scores`` were given.
+        ``pairs`` (whether texts are pairs of them), ``metrics`` of the evaluation,
+        ``history`` of the training, ``trainable`` (``head`` of them outside of the
+        blocks) and ``total`` weights, and ``scoring``: the ``samples`` that were scored
+        and the ``seconds`` that it took, None where ``masks`` or ``scores`` were given.
 
     Raises
     ------

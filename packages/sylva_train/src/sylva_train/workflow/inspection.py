@@ -163,8 +163,9 @@ def describe_scores(
     dict
         ``metadata``, ``density``, ``block_size``; for each of ``layers`` its ``shape``,
         number of ``blocks``, how many of them are in the ``top``, ``top_share``, the part of
-        the layer's score that these have, and ``effective``, the exponential of the entropy of the scores over
-        the number of blocks: 1 if all are alike, the less the more a few stand out.
+        the layer's score that these have, and ``effective``, the exponential of the
+        entropy of the scores over the number of blocks: 1 if all are alike, the less the
+        more a few stand out.
 
     Raises
     ------

@@ -95,9 +95,8 @@ def predictions(
     loader: Loader = evaluation_loader(data, tokenizer, task.max_length, batch_size)
     model.to(pick_device(device))
     progress = bars.stage("predicting")
-    if (
-        task.task != "causal-lm"
-    ):  # whose prompts are cut for their answers, with a warning
+    # A causal model's prompts are cut for their answers, with a warning.
+    if task.task != "causal-lm":
         tell_of_cuts(loader, bars)
     if task.task not in LABELLED:
         prompts = list(dict.fromkeys(map(str, loader.dataset.texts)))
