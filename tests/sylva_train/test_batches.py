@@ -33,6 +33,7 @@ def speech(reduction: str) -> nn.Module:
     return tf.Wav2Vec2ForCTC(config).eval()
 
 
+@pytest.mark.filterwarnings("ignore:Please use the new API")  # PyTorch 2.9 of itself
 def test_the_mean_of_ctc_is_over_samples():
     """Each is divided by its own length; by tokens, long texts would count more."""
     model = speech("mean")

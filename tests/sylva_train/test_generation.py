@@ -160,7 +160,8 @@ def test_an_answer_ends_before_a_stop_string(several):
     options = {"max_new_tokens": 12, "do_sample": True, "temperature": 5.0}
     torch.manual_seed(1)
     before = answers(model, batches, GenerationConfig(**options))
-    stop = before[0][3]
+    # Not the character that parts of others are read as.
+    stop = next(letter for letter in before[0][3:] if letter.isascii())
     options["stop_strings"] = [stop, "##"] if several else stop
     torch.manual_seed(1)
     found = answers(model, batches, GenerationConfig(**options))

@@ -173,6 +173,8 @@ def is_hooked(values: torch.Tensor) -> bool:
     )
 
 
+# A compiled step would trace the hook, and go through all entries, of which some may go.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def check_shown(values: torch.Tensor) -> None:
     """Let the layer check that its forward pass used these values."""
     layer = layer_showing(values)
