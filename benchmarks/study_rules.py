@@ -332,11 +332,15 @@ def rates(cell: Cell, rule: str) -> tuple[float, ...]:
     return ANCHOR_RATES.get((rule, cell.model), RATES[cell.model])
 
 
-def best_rate(runs: dict[str, dict[str, Any]], cell: Cell, rule: str) -> float:
+def best_rate(
+    runs: dict[str, dict[str, Any]], cell: Cell, rule: str, among: Sequence[float]
+) -> float:
     """Return the rate with the least validation loss under the tuning seed."""
+    if len(among) == 1:
+        return among[0]
     losses = {
         rate: runs[key(cell, rule, rate, TUNING_SEED)]["validation"]["loss"]
-        for rate in rates(cell, rule)
+        for rate in among
     }
     return min(losses, key=losses.__getitem__)
 
@@ -357,20 +361,21 @@ def plan(
     tuned: Cell,
     rules: tuple[str, ...],
     seeds: int,
-    given: float | None = None,
+    given: Sequence[float] = (),
 ) -> Iterator[tuple[Cell, str, float, int]]:
     """Yield the runs that are still to be done: those that choose the rates first.
 
-    ``tuned`` is the cell to choose them in, which a variation may share with another;
-    nothing is to be chosen where a rate is ``given``.
+    ``tuned`` is the cell to choose them in, which a variation may share with another.
+    They are ``given`` or the usual ones; nothing is to be chosen from one.
     """
-    for rule in () if given else rules:
-        for rate in rates(tuned, rule):
+    among = {rule: given or rates(tuned, rule) for rule in rules}
+    for rule, several in among.items():
+        for rate in several if len(several) > 1 else ():
             if key(tuned, rule, rate, TUNING_SEED) not in runs:
                 yield tuned, rule, rate, TUNING_SEED
     for seed in range(seeds):
         for rule in rules:
-            rate = given or best_rate(runs, tuned, rule)
+            rate = best_rate(runs, tuned, rule, among[rule])
             if key(cell, rule, rate, seed) not in runs:
                 yield cell, rule, rate, seed
 
@@ -382,7 +387,7 @@ def main() -> None:
     options.add_argument(
         "cells",
         help="JSON file: a list of cells, each with rules, seeds, and in `tuned` what is"
-        " different where their rates are chosen, or in `lr` the rate",
+        " different where their rates are chosen, or in `lr` the rate or a list to choose from",
     )
     options.add_argument(
         "--output", type=Path, default=RESULTS / "rules" / "runs.jsonl"
@@ -415,7 +420,8 @@ def main() -> None:
     with options.output.open("a", encoding="utf-8") as file:
         for group in groups:
             rules, seeds = tuple(group.pop("rules", RULES)), group.pop("seeds", 3)
-            elsewhere, given = group.pop("tuned", {}), group.pop("lr", None)
+            elsewhere, given = group.pop("tuned", {}), group.pop("lr", [])
+            given = given if isinstance(given, list) else [given]
             tuned = Cell(**(group | elsewhere))
             for cell, rule, rate, seed in plan(
                 runs, Cell(**group), tuned, rules, seeds, given
