@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import re
@@ -12,34 +11,8 @@ import numpy as np
 import pytest
 
 from sylva_train._checks import ConfigError, DataError
-from sylva_train.data import Loader, TextDataset, builtin_names, load_data
-from tests.sylva_train.words import word_tokenizer
-
-ROWS = [("good film", "pos"), ("bad film", "neg"), ('a "b", c', "pos")]
-
-
-def write(path, text: str | bytes):
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
-
-
-def write_rows(path, rows=ROWS):
-    """The same rows in any format."""
-    records = [{"sentence": text, "label": label} for text, label in rows]
-    if path.suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("sentence", "label"), *rows])
-    elif path.suffix == ".tsv":
-        write(path, "sentence\tlabel\n" + "".join(f"{t}\t{n}\n" for t, n in rows))
-    elif path.suffix == ".json":
-        write(path, json.dumps(records, indent=2))
-    elif path.suffix == ".jsonl":
-        write(path, "".join(json.dumps(record) + "\n" for record in records))
-    else:
-        arrow, parquet = pytest.importorskip("pyarrow"), "pyarrow.parquet"
-        table = arrow.Table.from_pylist(records)
-        pytest.importorskip(parquet).write_table(table, path)
-    return path
+from sylva_train.data import TextDataset, builtin_names, load_data
+from tests.sylva_train.tables import ROWS, write, write_rows
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
@@ -70,46 +43,6 @@ def test_a_row_takes_little_more_than_its_text(tmp_path, suffix):
 def test_json_lines_are_read_whatever_the_suffix(tmp_path):
     source = write_rows(tmp_path / "x.jsonl")
     assert load_data(source.rename(tmp_path / "x.json")).texts[0] == "good film"
-
-
-def test_sst2_and_cola_need_no_column_names(tmp_path):
-    sst2 = load_data(write(tmp_path / "a.tsv", '1\t"good film\n0\tbad\n'))
-    assert (sst2.texts, sst2.labels) == (['"good film', "bad"], [1, 0])
-    cola = load_data(write(tmp_path / "b.tsv", "gj\t1\t\tHe ran.\ngj\t0\t*\tRan he.\n"))
-    assert (cola.texts, cola.labels) == (["He ran.", "Ran he."], [1, 0])
-
-
-def test_columns_go_by_name_or_number(tmp_path):
-    path = write(tmp_path / "x.csv", "x,y,z\nq,good,b\nr,bad,a\n")
-    named = load_data(path, text_column="y", label_column="z")
-    numbered = load_data(path, text_column=1, label_column=2, header=True)
-    assert named == numbered
-    assert named == load_data(path, text_column="1", label_column="2")
-    assert named.labels == [1, 0]
-
-
-def test_a_first_row_with_a_label_of_others_is_no_header(tmp_path):
-    path = write(tmp_path / "x.csv", "good,b\nbad,a\nfair,b\n")
-    data = load_data(path, text_column=0, label_column=1)
-    assert (data.texts, data.labels) == (["good", "bad", "fair"], [1, 0, 1])
-    assert data == load_data(path, text_column=0, label_column=1, header=False)
-
-
-def test_usual_names_are_found_in_any_case(tmp_path):
-    for name, comma in (("x.csv", ","), ("x.tsv", "\t")):
-        path = write(
-            tmp_path / name, "Label, Text\n1,good\n0,bad\n".replace(",", comma)
-        )
-        data = load_data(path)
-        assert (data.texts, data.labels) == (["good", "bad"], [1, 0])
-
-
-def test_two_columns_make_pairs(tmp_path):
-    path = write(tmp_path / "x.tsv", "label\ts1\ts2\n1\ta\tb\n0\tc\td\n")
-    data = load_data(path, text_column=["s1", "s2"])
-    assert data.texts == [("a", "b"), ("c", "d")]
-    batch = next(iter(Loader(data, word_tokenizer(), 2)))
-    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]] * 2
 
 
 def test_byte_order_mark_and_crlf_are_no_text(tmp_path):
@@ -238,14 +171,6 @@ def test_a_number_beyond_all_floats_is_refused(tmp_path):
         load_data(path, task="regression")
 
 
-def test_a_column_is_not_text_and_label_at_once(tmp_path):
-    path = write_rows(tmp_path / "x.csv")
-    with pytest.raises(
-        ConfigError, match="'sentence' cannot be text and label at once"
-    ):
-        load_data(path, label_column="sentence")
-
-
 def test_a_class_without_a_name_is_refused(tmp_path):
     names = {"label": {"_type": "ClassLabel", "names": ["neg", "pos"]}}
     metadata = {"huggingface": json.dumps({"info": {"features": names}})}
@@ -271,29 +196,6 @@ def test_a_missing_shard_is_told(tmp_path):
         gzip.compress(b"text,label\nc,0\nd,1\n"),
     )
     assert load_data(tmp_path).texts == ["a", "b", "c", "d", "a", "b"]
-
-
-def test_another_separator_is_told_where_no_column_is_known(tmp_path):
-    path = write(tmp_path / "x.csv", "sentence;label\na;1\nb;0\n")
-    with pytest.raises(
-        DataError, match=r"'sentence;label'.*The first row has semicolons"
-    ):
-        load_data(path)
-
-
-def test_columns_that_are_not_there_are_named(tmp_path):
-    path = write_rows(tmp_path / "x.csv")
-    with pytest.raises(DataError, match=r"`text_column` 'txt'.*'sentence', 'label'"):
-        load_data(path, text_column="txt")
-    with pytest.raises(DataError, match=r"`label_column` 7 .*'sentence'"):
-        load_data(path, label_column=7, header=True)
-
-
-def test_texts_are_not_taken_for_labels(tmp_path):
-    path = write(tmp_path / "x.tsv", "".join(f"text {n}\t{n % 2}\n" for n in range(30)))
-    with pytest.raises(DataError, match="30 different values in 30 rows"):
-        load_data(path)
-    assert load_data(path, text_column=0, label_column=1).labels[:2] == [0, 1]
 
 
 @pytest.mark.parametrize("spec", ["nowhere/x.csv", "./nowhere", "/nowhere"])
@@ -419,30 +321,6 @@ def test_builtin_splits_share_nothing_and_are_small():
     for data in splits.values():
         assert data.label_names == ["not stated", "low", "average", "high"]
         assert min(np.bincount(data.labels)) > 0.15 * len(data)
-
-
-def test_columns_without_a_use_are_refused(tmp_path):
-    path = write_rows(tmp_path / "x.csv")
-    with pytest.raises(ConfigError, match="`label_column` is for"):
-        load_data(path, task="causal-lm", label_column="label")
-    with pytest.raises(ConfigError, match="`target_column` is for"):
-        load_data(path, target_column="label")
-    with pytest.raises(DataError, match="no column is known to be the target"):
-        load_data(path, task="seq2seq")
-
-
-@pytest.mark.parametrize("named", ["prompt", "input"])
-def test_a_prompt_without_a_known_target_is_no_whole_text(tmp_path, named):
-    """Trained on as a text, it would teach to ask."""
-    path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps({named: "1 + 1?", "reply": "2"}))
-    with pytest.raises(
-        DataError, match=r"to be the target.*whole texts.*`text_column`"
-    ):
-        load_data(path, task="causal-lm")
-    data = load_data(path, task="causal-lm", target_column="reply")
-    assert (data.texts, data.targets) == (["1 + 1?"], ["2"])
-    assert not load_data(path, task="causal-lm", text_column=named).targets
 
 
 def test_arrow_files_are_read_with_and_without_an_index(tmp_path):

@@ -101,7 +101,7 @@ def curves(page: Page) -> str:
         (score, f"{page.metric.words.capitalize()} by step{unit}", levels),
     ]
     kinds = [kind for kind in kinds if kind[0]]
-    band = "Line: mean over seeds. Band: lowest to highest seed."
+    band = "Line: mean over seeds. Band: lowest to highest seed, cut off where it is far out."
     note = band if page.several else ""
     if len(trained) <= figures.OVERLAY:
         pictures = [
