@@ -244,7 +244,7 @@ def inverse_lower(a: Array, out: Array | None = None) -> Array:
             out[...] = found
         return found
     if out is None:
-        out = xp.empty(a.shape, dtype=a.dtype, device=space.device)
+        out = space.empty(*a.shape)
     with one_thread_if_small(a):
         _invert_lower(a, out, many=math.prod(a.shape[:-2]) >= MANY)
     return out

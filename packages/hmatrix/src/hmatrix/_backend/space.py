@@ -129,6 +129,10 @@ class Space:
         """Return an array of zeros."""
         return self.xp.zeros(shape, dtype=self.dtype, device=self.device)
 
+    def empty(self, *shape: int) -> Array:
+        """Return memory that is to be written over."""
+        return self.xp.empty(shape, dtype=self.dtype, device=self.device)
+
     def ones(self, *shape: int) -> Array:
         """Return an array of ones."""
         return self.xp.ones(shape, dtype=self.dtype, device=self.device)

@@ -181,12 +181,12 @@ class _Source:
         self.width = sum(block.rank for block in self.upper)
         self.leaves, self.bases = self.given, []
         if not overwrite or not is_writeable(self.given):
-            self.leaves = self.space.zeros(*self.given.shape)
+            self.leaves = self.space.empty(*self.given.shape)
         if overwrite:
             H._release()
         for level, block in enumerate(self.upper):
             nodes, half, r = block.U.shape
-            pairs = self.space.zeros(nodes, 2, half, r)
+            pairs = self.space.empty(nodes, 2, half, r)
             if overwrite:  # each level goes before the next is copied
                 U, V = pairs[:, 0, ...], pairs[:, 1, ...]
                 U[...], V[...] = block.U, block.V
@@ -195,7 +195,7 @@ class _Source:
 
     def columns(self, rows: slice) -> Array:
         """Rows of U in the first half of each node, of V in the second."""
-        x, done = self.space.zeros(rows.stop - rows.start, self.width), 0
+        x, done = self.space.empty(rows.stop - rows.start, self.width), 0
         for block in self.upper:
             _put_rows(x[:, done : done + block.rank], block, rows)
             done += block.rank

@@ -25,7 +25,7 @@ __all__ = ["Source", "build"]
 #: Bytes of columns, on the host, that stay in the cache, and that are worth a thread.
 CACHE, SMALL = 2**23, 2**20
 #: Bytes of columns that are updated, or made of leaves, at once.
-PIECE, LEAVES = 2**19, 2**21
+PIECE, LEAVES = 2**20, 2**22
 
 
 class Source(Protocol):
@@ -94,7 +94,7 @@ class _Climb:
         shapes = [(tree.nodes(k), *Q.shape) for k, Q in enumerate(source.bases)]
         sides = [(nodes, blocks // nodes * r) for nodes, blocks, _, r in shapes]
         self.cores, self.inverse_cores = (
-            [space.zeros(nodes, side, side) for nodes, side in sides] for _ in range(2)
+            [space.empty(nodes, side, side) for nodes, side in sides] for _ in range(2)
         )
         self.workers = default_workers(space)
         recorded = any(map(wants_gradient, (source.leaves, *source.bases)))
@@ -125,7 +125,7 @@ class _Climb:
     def subtree(self, which: int) -> None:
         """Factor the levels of one worker's rows."""
         size, step = self.tree.size(self.top), self.tree.size(self.low)
-        x, memory = self.space.zeros(step, sum(self.widths)), self.piece()
+        x, memory = self.space.empty(step, sum(self.widths)), self.piece()
         begin, end = which * size, (which + 1) * size
         for start in range(begin, end, step):
             self.bottom(start, x, memory)
