@@ -269,9 +269,32 @@ def test_second_derivatives_are_refused(of, embedded):
     x = random((4, 10)).requires_grad_()
     # The output's gradient is a constant: the last layer's share is the weight's alone.
     source = x if of == "input" else model[2].sylva_values["default"]
-    (g,) = torch.autograd.grad(model(x).sum(), source, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
-        g.square().sum().backward()
+        torch.autograd.grad(model(x).sum(), source, create_graph=True)
+
+
+def test_a_hessian_beside_a_trained_head_is_refused():
+    """The head's part of it is there, and autograd asks no node for the blocks' part."""
+    model, masks = two_layers()
+    embed(model, {"0": masks["0"]})
+    model[2].requires_grad_(True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        grads = torch.autograd.grad(
+            model(random((4, 10))).square().sum(), trained, create_graph=True
+        )
+        torch.autograd.grad(sum(g.sum() for g in grads), trained)
+
+
+def test_second_derivatives_of_the_head_alone():
+    model, masks = two_layers()
+    embed(model, {"0": masks["0"]})
+    model[2].requires_grad_(True)
+    head, x = model[2].weight, random((4, 10))
+    (g,) = torch.autograd.grad(model(x).square().sum(), head, create_graph=True)
+    (h,) = torch.autograd.grad(g.sum(), head)
+    inner = model[:2](x).detach()
+    assert torch.allclose(h, 2 * (inner.T @ inner.sum(1))[None].expand_as(h), atol=1e-4)
 
 
 def test_transforms_of_functions_are_refused():
