@@ -227,6 +227,26 @@ def test_a_compiled_forward_pass_with_stale_weights_is_found_out(compiler):
         assert torch.allclose(compiled(x), copy.deepcopy(model)(x), atol=1e-6)
 
 
+@pytest.mark.parametrize("part", ["all", "trained"])
+def test_a_compiled_forward_pass_sees_a_loaded_state(part, compiler):
+    """As `Trainer` loads one when it resumes; it compiles before that, and traces after."""
+    model, masks = two_layers()
+    embed(model, masks)
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in values_of(trained):
+            p.mul_(2)
+    state = trained.state_dict()
+    if part == "trained":
+        state = {name: t for name, t in state.items() if "sylva_values" in name}
+    x = random((4, 10))
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    for _ in range(2):
+        model.load_state_dict(state, strict=part == "all")
+        assert torch.allclose(compiled(x), trained(x), atol=1e-6)
+    compiled(x).sum().backward()
+
+
 def test_a_step_inside_the_backward_pass():
     model, masks = two_layers()
     embed(model, masks)
