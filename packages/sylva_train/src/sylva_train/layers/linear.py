@@ -114,7 +114,7 @@ class SparseEmbeddedLinear(nn.Module):
         self.embedded: str | None = None
         self.is_out = False
         self._was_shown = False
-        self.register_load_state_dict_post_hook(show_loaded)
+        self.register_load_state_dict_post_hook(show_loaded)  # type: ignore[no-untyped-call]
 
     @property
     def weight(self) -> torch.Tensor:
