@@ -122,14 +122,35 @@ class Trained:
     everything: bool = False
 
 
+def key_width(config: LlamaConfig) -> int:
+    """Columns of the keys, and of the values."""
+    return config.head_dim * config.num_key_value_heads
+
+
+def layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Shapes (out, in) of the linear layers of a block."""
+    h, f, k = config.hidden_size, config.intermediate_size, key_width(config)
+    shapes = {"gate_proj": (f, h), "up_proj": (f, h), "down_proj": (h, f)}
+    shapes |= dict.fromkeys(("q_proj", "o_proj"), (h, h))
+    return shapes | dict.fromkeys(("k_proj", "v_proj"), (k, h))
+
+
+def count_weights(config: LlamaConfig) -> int:
+    """Weights of a model; an embedding that is the head as well counts once."""
+    h, n = config.hidden_size, config.num_hidden_layers
+    vocabularies = 1 if config.tie_word_embeddings else 2
+    block = sum(o * i for o, i in layer_shapes(config).values()) + 2 * h
+    return n * block + h + vocabularies * config.vocab_size * h
+
+
 def memory_model(
     config: LlamaConfig, tokens: int, trained: Trained, *, checkpointing: bool
 ) -> dict[str, int]:
     """Bytes that a step with bfloat16 weights holds, worked out.
 
     For each token a layer keeps: of either norm its input in float32 (``4 H``) and a
-    root mean square; of attention query, key, value and output (``2 · 4 H``) and a
-    float32 for each head; of the MLP gate, its activation and up (``2 · 3 F``); and of
+    root mean square; of attention query, key, value and output (``2 · 4 H``, or less
+    where queries share keys and values) and a float32 for each head; of the MLP gate, its activation and up (``2 · 3 F``); and of
     the inputs of linear layers the kept fractions of ``2 H`` (query, key and value),
     ``2 H`` (gate and up) and ``2 F`` (down). The loss keeps float32 log-probabilities of
     the vocabulary; a table of sines and one of cosines and the labels are kept once. A
@@ -137,7 +158,7 @@ def memory_model(
     """
     h, f, n = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     norm = 4 * h + 4 + (2 * h if trained.everything else 0)
-    attention = 2 * 4 * h + 4 * config.num_attention_heads
+    attention = 2 * (2 * h + 2 * key_width(config)) + 4 * config.num_attention_heads
     mlp = 2 * 3 * f
     kept = trained.kept
     linear = 2 * (kept["qkv"] * h + kept["mlp"] * h + kept["down"] * f)
@@ -148,9 +169,8 @@ def memory_model(
     head = norm + 4 * config.vocab_size + (2 * h if trained.everything else 0)
     kept_bytes = n * 2 * h + max(layer, head) if checkpointing else n * layer + head
     kept_bytes += 2 * 2 * config.head_dim + 8
-    matrices = n * (4 * h * h + 3 * h * f) + 2 * config.vocab_size * h
     return {
-        "weights": 2 * (matrices + (2 * n + 1) * h) + trained.weights,
+        "weights": 2 * count_weights(config) + trained.weights,
         "activations": tokens * round(kept_bytes - first),
         "gradients": trained.gradients,
         "moments": trained.moments,
@@ -228,8 +248,7 @@ def lora_method(
 
 def lora_trained(config: LlamaConfig, density: float, *, wide: bool) -> Trained:
     """Return what the memory model has to know of LoRA on every linear layer."""
-    h, f, n = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    shapes = [(h, h)] * 4 + [(f, h)] * 2 + [(h, f)]
+    n, shapes = config.num_hidden_layers, layer_shapes(config).values()
     ranks = [max(1, round(density * o * i / (o + i))) for o, i in shapes]
     size = 4 if wide else 2
     extra = size * sum(ranks)
@@ -313,16 +332,14 @@ def compare(config: LlamaConfig, tokens: int, densities: list[float]) -> list[di
 
 def predict(config: LlamaConfig, tokens: int, densities: list[float]) -> list[dict]:
     """Work out the memory of a model that is never built."""
-    h, f, n = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    shapes = {"gate_proj": (f, h), "up_proj": (f, h), "down_proj": (h, f)}
-    shapes |= dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (h, h))
+    n, shapes = config.num_hidden_layers, layer_shapes(config)
     scores = staircase({f"{i}.{k}": s for i in range(n) for k, s in shapes.items()})
     together = [
         [f"{i}.{k}" for k in GROUPS[group]]
         for i in range(n)
         for group in ("qkv", "mlp")
     ]
-    size = 2 * (n * (4 * h * h + 3 * h * f + 2 * h) + h + 2 * config.vocab_size * h)
+    size = 2 * count_weights(config)
     whole = dict.fromkeys(GROUPS, 1.0)
     methods = {("full", 1.0): Trained(whole, 0, 0, size, 2 * size, everything=True)}
     for density in densities:

@@ -96,6 +96,33 @@ def test_every_door_opens_every_file(name, how, tmp_path):
 
 
 @pytest.mark.parametrize("make", [make_plain, make_trained])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.nn.DataParallel,
+        torch.optim.swa_utils.AveragedModel,
+        lambda model: torch.compile(torch.nn.DataParallel(model), backend="eager"),
+    ],
+)
+def test_what_is_wrapped_around_a_model_is_no_part_of_its_adapter(make, wrap, tmp_path):
+    model = make("llama")
+    save_adapter(wrap(model), tmp_path / "a")
+    base = make_model("llama")
+    wrapped = wrap(base)
+    assert load_adapter(wrapped, tmp_path / "a") is wrapped
+    inner = base if embedded_layers(base) else wrapped.module  # an average is a copy
+    batch = make_batch("llama")
+    assert torch.equal(logits(inner, batch), logits(model, batch))
+
+
+def test_an_adapter_of_a_module_around_the_model_says_so(tmp_path):
+    outer = torch.nn.ModuleDict({"model": make_plain("llama")})
+    save_adapter(outer, tmp_path / "a")
+    with pytest.raises(AdapterError, match=r"no layer `model\..*around the model"):
+        load_adapter(make_model("llama"), tmp_path / "a")
+
+
+@pytest.mark.parametrize("make", [make_plain, make_trained])
 def test_saving_leaves_the_weights_as_they_are(make, tmp_path):
     """Graphs that were captured read them, and so does a backward pass under way."""
     model = make("bert")

@@ -227,6 +227,26 @@ def test_a_compiled_forward_pass_with_stale_weights_is_found_out(compiler):
         assert torch.allclose(compiled(x), copy.deepcopy(model)(x), atol=1e-6)
 
 
+@pytest.mark.parametrize("part", ["all", "trained"])
+def test_a_compiled_forward_pass_sees_a_loaded_state(part, compiler):
+    """As `Trainer` loads one when it resumes; it compiles before that, and traces after."""
+    model, masks = two_layers()
+    embed(model, masks)
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in values_of(trained):
+            p.mul_(2)
+    state = trained.state_dict()
+    if part == "trained":
+        state = {name: t for name, t in state.items() if "sylva_values" in name}
+    x = random((4, 10))
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    for _ in range(2):
+        model.load_state_dict(state, strict=part == "all")
+        assert torch.allclose(compiled(x), trained(x), atol=1e-6)
+    compiled(x).sum().backward()
+
+
 def test_a_step_inside_the_backward_pass():
     model, masks = two_layers()
     embed(model, masks)
@@ -269,9 +289,35 @@ def test_second_derivatives_are_refused(of, embedded):
     x = random((4, 10)).requires_grad_()
     # The output's gradient is a constant: the last layer's share is the weight's alone.
     source = x if of == "input" else model[2].sylva_values["default"]
-    (g,) = torch.autograd.grad(model(x).sum(), source, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
-        g.square().sum().backward()
+        torch.autograd.grad(model(x).sum(), source, create_graph=True)
+
+
+def test_a_hessian_beside_a_trained_head_is_refused():
+    """The head's part of it is there, and autograd asks no node for the blocks' part."""
+    model, masks = two_layers()
+    embed(model, {"0": masks["0"]})
+    model[2].requires_grad_(True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = model(random((4, 10))).square().sum()
+
+    def hessian_times_ones():
+        grads = torch.autograd.grad(loss, trained, create_graph=True)
+        return torch.autograd.grad(sum(g.sum() for g in grads), trained)
+
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        hessian_times_ones()
+
+
+def test_second_derivatives_of_the_head_alone():
+    model, masks = two_layers()
+    embed(model, {"0": masks["0"]})
+    model[2].requires_grad_(True)
+    head, x = model[2].weight, random((4, 10))
+    (g,) = torch.autograd.grad(model(x).square().sum(), head, create_graph=True)
+    (h,) = torch.autograd.grad(g.sum(), head)
+    inner = model[:2](x).detach()
+    assert torch.allclose(h, 2 * (inner.T @ inner.sum(1))[None].expand_as(h), atol=1e-4)
 
 
 def test_transforms_of_functions_are_refused():

@@ -22,14 +22,16 @@ def bench(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_the_memory_model_is_within_five_percent(bench):
+@pytest.mark.parametrize(("key_heads", "tied"), [(2, False), (1, True)])
+def test_the_memory_model_is_within_five_percent(bench, key_heads, tied):
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=64,
         intermediate_size=160,
         num_hidden_layers=3,
         num_attention_heads=2,
-        num_key_value_heads=2,
+        num_key_value_heads=key_heads,
+        tie_word_embeddings=tied,
     )
     rows = bench.compare(config, 48, [0.1])
     assert len(rows) == 10

@@ -11,6 +11,7 @@ from torch import nn
 
 from sylva_train._checks import ConfigError
 from sylva_train.layers import embed, merge, unload
+from sylva_train.masks import LayerMask
 from sylva_train.optimizer import SparseAdamW
 from tests.sylva_train.models import make_peft, random_masks
 from tests.sylva_train.pairs import assert_same_blocks, loss_of, make_pair, train
@@ -108,6 +109,33 @@ def test_moments_in_8_bits_are_loaded_beside_others():
     loss_of(wide, 0, torch.float64).backward()
     optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("counts", [(1, 3), (3, 1)])
+@pytest.mark.parametrize("moments", ["32bit", "8bit"])
+def test_moments_of_other_blocks_are_refused(counts, moments):
+    optimizers = []
+    for count in counts:
+        model = nn.Sequential(nn.Linear(16, 16))
+        indices = torch.tensor([[0, 0], [0, 1], [1, 0]])[:count]
+        embed(model, {"0": LayerMask((16, 16), 8, indices)})
+        optimizers.append(SparseAdamW(model, moments=moments))
+        model(torch.ones(2, 16)).sum().backward()
+        optimizers[-1].step()
+    old, new = optimizers
+    with pytest.raises(ConfigError, match="other blocks"):
+        new.load_state_dict(old.state_dict())
+
+
+def test_hooks_run_once_a_step():
+    """Also where PyTorch has wrapped the step of AdamW itself."""
+    model, _, _ = make_pair()
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    optimizer, calls = SparseAdamW(model), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    train(model, optimizer, 2)
+    assert calls == ["pre", "post"] * 2
 
 
 def test_decay_towards_a_float64_base_keeps_its_digits():

@@ -60,25 +60,6 @@ def is_product(layer: nn.Module) -> bool:
     )
 
 
-class Refusal(torch.autograd.Function):
-    """Pass a gradient through, and raise if it is differentiated."""
-
-    @staticmethod
-    def forward(_: Any, gradient: torch.Tensor) -> torch.Tensor:
-        """Return an alias of the gradient."""
-        return gradient.detach()
-
-    @staticmethod
-    def backward(_: Any, *__: torch.Tensor) -> torch.Tensor:
-        """Raise RuntimeError."""
-        msg = (
-            "second derivatives through embedded blocks are not computed"
-            " (`create_graph=True`, gradient penalties): the weight that the input gradient"
-            " is a product with is frozen, and they would come out wrong."
-        )
-        raise RuntimeError(msg)
-
-
 class WeightGradient(torch.autograd.Function):
     """Pass a dense weight through, and give its blocks their part of its gradient.
 
@@ -144,19 +125,15 @@ class BlockGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return ``dy`` for ``y``, and the blocks of ``dyᵀ x`` for the values."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return BlockGradient.first(ctx, dy)
-        with torch.no_grad():
-            gradients = BlockGradient.first(ctx, dy)
-        # Also where ``dy`` depends on nothing: the base layer's input gradient would.
-        return tuple(
-            g if g is None else Refusal.apply(g.detach().requires_grad_())  # type: ignore[no-untyped-call]
-            for g in gradients
-        )
-
-    @staticmethod
-    def first(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the first derivatives."""
+        # At once: `torch.autograd.grad` goes through no node that its `inputs` do not lie
+        # behind, so a node that raised would be passed by, and the result be wrong.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            msg = (
+                "second derivatives through embedded blocks are not computed"
+                " (`create_graph=True`, gradient penalties): the weight that the input"
+                " gradient is a product with is frozen, and they would come out wrong."
+            )
+            raise RuntimeError(msg)
         (x,) = ctx.saved_tensors
         indices, block_size, dtype, values = ctx.use
         out = None

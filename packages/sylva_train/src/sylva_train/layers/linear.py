@@ -62,6 +62,14 @@ def check_embeddable(layer: nn.Module) -> None:
         raise TargetError(msg)
 
 
+def show_loaded(layer: SparseEmbeddedLinear, _: Any) -> None:
+    """Write loaded values at once: compiled passes do not look whether there are any."""
+    # What is wrong with them is said where they are used.
+    with contextlib.suppress(AdapterError, TargetError):
+        if layer._was_shown:
+            layer.sync()
+
+
 class SparseEmbeddedLinear(nn.Module):
     """A linear layer some of whose blocks of weights can be trained.
 
@@ -105,6 +113,8 @@ class SparseEmbeddedLinear(nn.Module):
         self._readers: dict[str, Reader] = {}
         self.embedded: str | None = None
         self.is_out = False
+        self._was_shown = False
+        self.register_load_state_dict_post_hook(show_loaded)  # type: ignore[no-untyped-call]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -396,6 +406,7 @@ class SparseEmbeddedLinear(nn.Module):
         A saved weight shows the values that were written into it. What lies under them
         is only known here, so it is put into the weight before that is loaded.
         """
+        self._was_shown = self.shown.adapter is not None
         self.restore_()
         key, own = f"{prefix}base_layer.weight", weight_view(self.base_layer)
         tables = {

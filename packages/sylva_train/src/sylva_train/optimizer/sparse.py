@@ -16,6 +16,17 @@ from .fused import KernelStep, kernel_of, laid_out_as, may_fuse, may_fuse_on_cpu
 __all__ = ["SparseAdamW"]
 
 
+def adamw_step(optimizer: torch.optim.Optimizer) -> None:
+    """Take `torch.optim.AdamW`'s step without the hooks, which the caller's step runs.
+
+    PyTorch wraps the ``step`` of each optimizer class once there is an instance of it.
+    """
+    step = torch.optim.AdamW.step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    step(optimizer)  # type: ignore[arg-type]
+
+
 class SparseAdamW(torch.optim.AdamW):
     """AdamW whose state exists for active blocks only.
 
@@ -159,7 +170,7 @@ class SparseAdamW(torch.optim.AdamW):
         scale, found_inf = (getattr(self, n, None) for n in ("grad_scale", "found_inf"))
         self._kernel.prepare()
         clip = self.clip(scale) if self.max_grad_norm else None
-        super().step()
+        adamw_step(self)
         self._kernel.update(clip, scale, found_inf)
         if self.decay_towards == "base":
             self.decay_to_base(self._kernel.rest)
@@ -213,7 +224,7 @@ class SparseAdamW(torch.optim.AdamW):
         Raises
         ------
         ConfigError
-            If moments were saved in another number of bits.
+            If moments were saved in another number of bits, or are of other blocks.
         """
         groups = [
             {**saved, "fused": own["fused"]}
@@ -237,6 +248,16 @@ class SparseAdamW(torch.optim.AdamW):
                 f" optimizer, which was made with `moments={self.moments!r}`."
             )
             raise ConfigError(msg)
+        for p, saved in zip(parameters, saved_states, strict=False):
+            # Fused steps go through memory by the parameter's size, and beyond.
+            if "exp_avg" in saved and saved["exp_avg"].shape != p.shape:
+                msg = (
+                    "`state_dict` has moments of shape"
+                    f" {tuple(saved['exp_avg'].shape)} for values of shape"
+                    f" {tuple(p.shape)}: it was saved with other blocks or in another"
+                    " order. Begin with a new optimizer where the masks changed."
+                )
+                raise ConfigError(msg)
         if len(groups) == len(state_dict["param_groups"]):
             state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)

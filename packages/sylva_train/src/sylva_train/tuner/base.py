@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from sylva_train._checks import AdapterError, TargetError
 from sylva_train.config import SylvaConfig
@@ -24,7 +26,7 @@ from sylva_train.targets import (
     weight_view,
 )
 
-__all__ = ["base_fingerprint", "base_in_place", "base_name", "check_base"]
+__all__ = ["bare", "base_fingerprint", "base_in_place", "base_name", "check_base"]
 
 
 @contextlib.contextmanager
@@ -89,6 +91,19 @@ def base_fingerprint(model: nn.Module, modules_to_save: list[str] | None) -> str
         return fingerprint(model, modules_to_save)
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """Return the model inside data parallelism, `torch.compile` and averages of weights."""
+    kinds = DistributedDataParallel, nn.DataParallel, AveragedModel
+    while True:
+        # Not as an attribute, which wrappers hand on to what is inside them.
+        inner = model._modules.get(
+            "module" if isinstance(model, kinds) else "_orig_mod"
+        )
+        if inner is None:
+            return model
+        model = inner
+
+
 def base_name(model: nn.Module) -> str | None:
     """Name or path that a model was loaded from."""
     return getattr(model, "name_or_path", None) or None
@@ -142,10 +157,20 @@ def check_base(
         with replaced(model, embeddings or {}):
             ours = fingerprint(model, config.modules_to_save)
         if ours != theirs:
+            strange = next(
+                (n for n in config.layer_shapes or {} if n not in modules), ""
+            )
+            if strange:
+                strange = (
+                    f" It has no layer `{strange}`, of which the adapter has blocks; one that"
+                    " was saved of a module around the model (Lightning's) goes into"
+                    " such a module."
+                )
             msg = (
                 f"the adapter was made for the base model {known}, but this one is"
                 f" `{base_name(model)}` ({ours[:12]}…). Its weights differ; load the base"
                 " that the adapter was trained on (in float32 or bfloat16, as then)."
+                + strange
                 + counted(model, config.modules_to_save)
             )
             raise AdapterError(msg)

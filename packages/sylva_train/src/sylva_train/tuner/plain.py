@@ -22,7 +22,7 @@ from sylva_train.layers import (
 )
 from sylva_train.targets import is_inside
 
-from .base import base_fingerprint, base_name, check_base
+from .base import bare, base_fingerprint, base_name, check_base
 from .files import (
     INDICES,
     PREFIX,
@@ -111,8 +111,9 @@ def save_adapter(
     Parameters
     ----------
     model : torch.nn.Module
-        From `sylva_train.embed` or `peft.get_peft_model`; of several adapters the active
-        one is saved.
+        From `sylva_train.embed` or `peft.get_peft_model`, also as DistributedDataParallel,
+        `torch.compile` or AveragedModel wrap it; of several adapters the active one is
+        saved.
     path : path
         The folder.
     config : SylvaConfig, optional
@@ -128,6 +129,7 @@ def save_adapter(
     OutputExistsError
         If there is something at ``path`` and not ``overwrite``.
     """
+    model = bare(model)
     if not embedded_layers(model):
         msg = "`model` has no embedded blocks; `sylva_train.embed` makes some."
         raise ConfigError(msg)
@@ -174,7 +176,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     TargetError
         If the model is embedded already.
     """
-    adapter = read_adapter(path)
+    adapter, given, model = read_adapter(path), model, bare(model)
     check_unembedded(model)
     check_base(model, adapter.config, adapter.embeddings)
     own: dict[str, torch.Tensor] = dict(model.named_buffers())
@@ -196,4 +198,4 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         for name, tensor in (adapter.modules | adapter.embeddings).items():
             own[name].copy_(tensor)
     sync(model)
-    return model
+    return given
