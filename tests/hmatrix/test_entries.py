@@ -406,3 +406,18 @@ def test_leaves_may_be_small_beside_the_rest(small):
     if small:
         with pytest.raises(hm.NonFiniteError, match="rescale it"):
             hm.from_kernel(lambda x, y: small / (1 + abs(x - y)), t, rtol=1e-6)
+
+
+def test_entries_of_a_lower_precision_are_refused(xp):
+    """Their rounding has full rank, and no error that is measured against them sees it."""
+    like = xp.asarray(np.empty(0))
+
+    def function(i, j):
+        return 1 / (1 + namespace(i).astype(abs(i - j), namespace(i).float32))
+
+    for dtype in ("float64", "complex128"):
+        with pytest.raises(hm.DTypeError, match=f"gave float32 entries for .* {dtype}"):
+            hm.from_entries(function, 300, like=like, dtype=dtype)
+    assert hm.from_entries(function, 300, like=like, dtype="float32").error < 1e-3
+    whole = hm.from_entries(lambda i, j: i * j, 300, like=like)  # integers are exact
+    assert whole.ranks == (1,) * 3
