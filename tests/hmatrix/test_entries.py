@@ -421,3 +421,21 @@ def test_entries_of_a_lower_precision_are_refused(xp):
     assert hm.from_entries(function, 300, like=like, dtype="float32").error < 1e-3
     whole = hm.from_entries(lambda i, j: i * j, 300, like=like)  # integers are exact
     assert whole.ranks == (1,) * 3
+
+
+@pytest.mark.parametrize("seed", [1, 2, 4, 10])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_few_rows_among_much_padding_are_not_missed(xp, seed, symmetric):
+    """Blocks of 512 places, three of them rows: what goes by places seldom meets those."""
+    n, rng = 250, np.random.default_rng(seed)
+    t = np.sort(rng.random(n))
+    A = np.exp(-4 * abs(t[:, None] - t)) + (0 if symmetric else np.outer(t, t**2))
+    order = rng.permutation(n)
+    tree = hm.ClusterTree.from_sizes([2, 1, 246, 1], leaf_size=3, permutation=order)
+    B = xp.asarray(A)
+
+    def entries(i, j):
+        return namespace(B).reshape(B, (-1,))[i * n + j]
+
+    H = hm.from_entries(entries, n, like=B, tree=tree, rtol=1e-9)
+    assert relative(H, A) <= 1e-9
