@@ -406,3 +406,36 @@ def test_leaves_may_be_small_beside_the_rest(small):
     if small:
         with pytest.raises(hm.NonFiniteError, match="rescale it"):
             hm.from_kernel(lambda x, y: small / (1 + abs(x - y)), t, rtol=1e-6)
+
+
+def test_entries_of_a_lower_precision_are_refused(xp):
+    """Their rounding has full rank, and no error that is measured against them sees it."""
+    like = xp.asarray(np.empty(0))
+
+    def function(i, j):
+        return 1 / (1 + namespace(i).astype(abs(i - j), namespace(i).float32))
+
+    for dtype in ("float64", "complex128"):
+        with pytest.raises(hm.DTypeError, match=f"gave float32 entries for .* {dtype}"):
+            hm.from_entries(function, 300, like=like, dtype=dtype)
+    assert hm.from_entries(function, 300, like=like, dtype="float32").error < 1e-3
+    whole = hm.from_entries(lambda i, j: i * j, 300, like=like)  # integers are exact
+    assert whole.ranks == (1,) * 3
+
+
+@pytest.mark.parametrize("seed", [1, 2, 4, 10])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_few_rows_among_much_padding_are_not_missed(xp, seed, symmetric):
+    """Blocks of 512 places, three of them rows: what goes by places seldom meets those."""
+    n, rng = 250, np.random.default_rng(seed)
+    t = np.sort(rng.random(n))
+    A = np.exp(-4 * abs(t[:, None] - t)) + (0 if symmetric else np.outer(t, t**2))
+    order = rng.permutation(n)
+    tree = hm.ClusterTree.from_sizes([2, 1, 246, 1], leaf_size=3, permutation=order)
+    B = xp.asarray(A)
+
+    def entries(i, j):
+        return namespace(B).reshape(B, (-1,))[i * n + j]
+
+    H = hm.from_entries(entries, n, like=B, tree=tree, rtol=1e-9)
+    assert relative(H, A) <= 1e-9

@@ -121,3 +121,26 @@ def test_types_of_python_are_those_of_double_precision(xp):
     for dtype, name in ((float, "float64"), (complex, "complex128")):
         H = hm.identity(5, like=xp.asarray(np.ones(1, np.float32)), dtype=dtype)
         assert H.space.name == name
+
+
+def test_tensors_that_are_negative_by_a_flag_are_read():
+    """The imaginary part of a conjugate is a view that says so."""
+    import torch
+
+    t = torch.linspace(0, 1, 40, dtype=torch.float64).flip(0)
+    points = torch.complex(t, -t).conj().imag
+    assert points.is_neg()
+    H = hm.from_kernel(lambda a, b: torch.exp(-abs(a - b)), points, rtol=1e-9)
+    np.testing.assert_allclose(H, np.exp(-abs(np.subtract.outer(t, t))), atol=1e-7)
+    D = hm.from_diagonal(points, levels=1)
+    assert D.to(like=np.empty(0)).trace() == pytest.approx(float(t.sum()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_messages_name_the_wider_dtype(dtype):
+    wider = {"float32": "float64", "complex64": "complex128"}[dtype]
+    H = hm.from_diagonal(np.zeros(8, dtype), levels=1)
+    with pytest.raises(hm.SingularLeafError, match=f"or fewer levels, or {wider}"):
+        hm.factorize(H, method="inversion")
+    with pytest.raises(hm.SingularLeafError, match=r"or fewer levels\.$"):
+        hm.factorize(H.to(dtype=wider), method="inversion")

@@ -177,3 +177,21 @@ def test_sparse_matrices_multiply_from_the_left(rng):
     H = hm.from_dense(A, levels=2, rtol=1e-12)
     assert np.allclose(S.tocsr() @ H, S.toarray() @ A)
     assert np.ndim(H) == 2
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e40])
+def test_a_single_precision_operator_takes_double_vectors_of_any_size(xp, size, rng):
+    """A preconditioner of float32 would make zeros of 1e-40, and infinity of 1e40."""
+    A = np.exp(-abs(np.subtract.outer(range(60), range(60))) / 9) + np.eye(60) / 9
+    H = hm.from_dense(xp.asarray(A.astype(np.float32)), levels=2)
+    operator, X = hm.aslinearoperator(H), rng.standard_normal((60, 3))
+    X *= size * np.asarray([1, 1e-9, 0])  # each column has its own
+    for x in (X, X[:, 1], X + 1j * X[:, ::-1]):
+        y = operator @ x
+        assert y.dtype == np.result_type(x, np.float64)
+        # its squares are numbers
+        assert_close(y / size, A @ (x / size), ("float32", "exact"), 10)
+    M = hm.aslinearoperator(hm.factorize(H).inverse())
+    steps, x = count_steps(cg, A, X[:, 0], M=M)
+    assert steps < 10
+    assert_close(A @ (x / size), X[:, 0] / size, ("float64", "solve"), 1e6)

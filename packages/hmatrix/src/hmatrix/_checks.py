@@ -309,7 +309,7 @@ def check_norm(norm: float, space: Space, *, whole: bool = True) -> float:
     msg = (
         f"The norm of the matrix is {norm:.3g}: squares of its entries and of errors "
         f"overflow or underflow in {space.name}; rescale it"
-        + (", or use float64." if space.eps > 1e-10 else ".")
+        + (f", or use {space.wider}." if space.wider else ".")
     )
     raise NonFiniteError(msg)
 

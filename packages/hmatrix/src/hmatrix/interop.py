@@ -22,7 +22,8 @@ def aslinearoperator(H: Operator) -> Any:
     ----------
     H : HODLR, MLR, or what ``inverse`` returns
         The matrix, on any device: vectors are copied to it and back. Complex ones are
-        multiplied with a real matrix part by part.
+        multiplied with a real matrix part by part. Products with float64 vectors, of a
+        float32 matrix, are float64 arrays of float32 accuracy, whatever the vectors' size.
 
     Returns
     -------
@@ -60,12 +61,19 @@ def aslinearoperator(H: Operator) -> Any:
         msg = "`H` is a Factorization; pass `H.inverse()`, or the matrix itself."
         raise TypeError(msg)
     check_kind("H", H, Operator)
+    dtype = np.dtype(H.space.name)
 
     def host(product: Callable[[Array], Array]) -> Callable[[np.ndarray], np.ndarray]:
         def apply(x: np.ndarray) -> np.ndarray:
             if np.iscomplexobj(x) and not H.space.is_complex:
                 return apply(x.real) + 1j * apply(x.imag)
-            return to_numpy(product(H.space.asarray(x)))
+            wide = np.result_type(x.dtype, dtype)
+            if wide == dtype:
+                return to_numpy(product(H.space.asarray(x)))
+            # of about 1, lest numbers that only the wider dtype has become 0 or infinite
+            size = np.max(np.abs(x), axis=0, initial=0.0)
+            size = np.where((size > 0) & np.isfinite(size), size, 1.0)
+            return to_numpy(product(H.space.asarray(x / size))).astype(wide) * size
 
         return apply
 
@@ -76,5 +84,5 @@ def aslinearoperator(H: Operator) -> Any:
         matmat=host(H.matmat),
         rmatvec=host(lambda x: H.rmatvec(x) if len(x.shape) == 1 else H.rmatmat(x)),
         rmatmat=host(H.rmatmat),
-        dtype=np.dtype(H.space.name),
+        dtype=dtype,
     )

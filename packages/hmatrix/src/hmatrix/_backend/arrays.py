@@ -96,7 +96,7 @@ def detach(x: Array) -> Array:
 def to_numpy(x: Array) -> np.ndarray:
     """Copy an array of any library and device into host memory."""
     if array_api_compat.is_torch_array(x):
-        return np.asarray(x.detach().cpu().resolve_conj())
+        return np.asarray(x.detach().cpu().resolve_conj().resolve_neg())
     if array_api_compat.is_cupy_array(x):
         if x.ndim > 1 and not x.flags.c_contiguous:
             turned = x.swapaxes(-2, -1)

@@ -102,6 +102,13 @@ class Space:
         return float(self.xp.finfo(self.dtype).eps)
 
     @property
+    def wider(self) -> str:
+        """Name of the dtype with twice the digits, empty if there is none."""
+        if self.name in ("float64", "complex128"):
+            return ""
+        return "complex128" if self.is_complex else "float64"
+
+    @property
     def smallest_norm(self) -> float:
         """Norm whose part of epsilon has a square that does not underflow."""
         return math.sqrt(float(self.xp.finfo(self.dtype).smallest_normal)) / self.eps

@@ -144,7 +144,9 @@ def estimate_norm(
 
 def _check_finite(space: Space, norm: float) -> None:
     if not math.isfinite(norm):
-        msg = f"The result overflows {space.name}; scale the matrices, or use float64."
+        msg = f"The result overflows {space.name}; scale the matrices" + (
+            f", or use {space.wider}." if space.wider else "."
+        )
         raise NonFiniteError(msg)
 
 

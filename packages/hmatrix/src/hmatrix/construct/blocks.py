@@ -89,17 +89,28 @@ class Blocks:
         return self.space.xp
 
     @property
-    def last(self) -> tuple[Array, Array]:
-        """The last rows, and the last columns, that are not padding: (b,) each."""
-        places = self.xp.arange(self.size, device=self.space.device)[None, :]
-        if self.real is None:
-            both = self.xp.broadcast_to(places[0, -1:], (self.count,))
-            return both, both
-        rows, columns = (
-            self.xp.max(self.xp.where(real, places, places[:, :1]), axis=1)
-            for real in self.real
-        )
-        return rows, columns
+    def places(self) -> tuple[tuple[Array | None, Array], ...]:
+        """Which rows, and which columns, are no padding, (b, m), and how many, (b,).
+
+        In order, and then again and again; None instead of all of them. Parts of a tree
+        may have padding anywhere: what goes by all places may miss the few that count.
+        """
+        xp = self.xp
+        numbers = xp.arange(self.size, device=self.space.device)[None, :]
+        found: list[tuple[Array | None, Array]] = []
+        for real in self.real or (None, None):
+            if real is None or bool(xp.all(real)):
+                every = xp.broadcast_to(numbers[0, -1:] + 1, (self.count,))
+                found.append((None, every))
+                continue
+            count = xp.sum(xp.astype(real, numbers.dtype), axis=1)
+            count = xp.maximum(count, xp.ones_like(count))
+            # sorted by their numbers, those of padding last
+            order = xp.sort(xp.where(real, numbers, numbers + self.size), axis=1)
+            again = numbers % count[:, None]
+            order = xp.take_along_axis(order % self.size, again, axis=1)
+            found.append((order, count))
+        return tuple(found)
 
     @property
     def lower(self) -> Blocks:

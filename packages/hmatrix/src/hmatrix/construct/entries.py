@@ -61,7 +61,9 @@ def from_entries(
         ``function(i, j)`` gives entries for integer arrays of rows and columns that
         broadcast against each other, all entries of a block in one call. Or a matrix
         (m, q) for lists of m rows and q columns, as ``A[numpy.ix_(i, j)]`` is: that takes
-        a call for each block. torch tensors are detached.
+        a call for each block. Entries are integers or numbers of at least the matrix's
+        precision; torch divides integers in float32, ``i.double()`` does not. torch
+        tensors are detached.
     n : int
         Rows and columns.
     like : array, optional
@@ -94,7 +96,7 @@ def from_entries(
     ShapeError, BackendError, DTypeError, NonFiniteError
         If the function gives no finite array of the shape of its arguments, or one so
         large or small that squares overflow or underflow; or complex entries of a real
-        matrix.
+        matrix, or entries of a lower precision than its own.
     ValueError
         If ``symmetric=True`` and the leaves differ from their adjoints beyond the
         tolerance.

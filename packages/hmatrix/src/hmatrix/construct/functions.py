@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from hmatrix._backend import (
+    HALVES,
+    NUMBERS,
     Array,
     Space,
     contiguous,
     detach,
-    dtype_name,
     is_array,
     namespace,
     to_numpy,
@@ -50,10 +51,19 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
         if turned:
             a, b = map(_by_coordinates, (a, b))
         x = function(a, b)
-        if check_place(x, a).is_complex and not space.is_complex:
+        found = check_place(x, a)
+        if found.is_complex and not space.is_complex:
             msg = (
-                f"The function gave {dtype_name(x.dtype)} entries for a matrix of "
+                f"The function gave {found.name} entries for a matrix of "
                 f"{space.name}; give `dtype`, or take the real part."
+            )
+            raise DTypeError(msg)
+        # their rounding would be compressed as if it were part of the matrix
+        if found.name in (*HALVES, *NUMBERS) and found.eps > space.eps:
+            msg = (
+                f"The function gave {found.name} entries for a matrix of {space.name}; "
+                "give `dtype`, or compute in that precision (torch divides integers in "
+                "float32: convert them first)."
             )
             raise DTypeError(msg)
         shapes = (s[: len(s) - dims] for s in (tuple(a.shape), tuple(b.shape)))

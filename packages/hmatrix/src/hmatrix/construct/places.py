@@ -31,7 +31,7 @@ def grid(
         return whole, whole, (ones, ones)
     if blocks.near is None:
         (i, rows), (j, columns) = (
-            _dense_at_ends(blocks, last, count, chance) for last in blocks.last
+            _dense_at_ends(blocks, *places, count, chance) for places in blocks.places
         )
         return i, j, (rows, columns)
     both, weights = [], []
@@ -44,11 +44,15 @@ def grid(
 
 
 def _dense_at_ends(
-    blocks: Blocks, last: Array, count: int, chance: np.random.Generator | None
+    blocks: Blocks,
+    places: Array | None,
+    many: Array,
+    count: int,
+    chance: np.random.Generator | None,
 ) -> tuple[Array, Array]:
-    """Return ``count`` places from 0 to ``last`` (b,), all at either end, then fewer.
+    """Return ``count`` of ``many`` (b,) ``places``, all at either end, then fewer.
 
-    A kernel of short range may be all there is in a block of sorted points. Some of the
+    Those are as of `Blocks.places`. A kernel of short range may be all there is in a block of sorted points. Some of the
     places come twice. And the roots of how many places each stands for.
     """
     space, xp = blocks.space, blocks.xp
@@ -61,7 +65,7 @@ def _dense_at_ends(
     widths = place(steps + 0.5) - place(steps - 0.5)
     if chance is not None:
         steps += chance.uniform(-0.5, 0.5, len(steps))
-    last = last[:, None]
+    last = many[:, None] - 1
     # in integers, which all libraries round alike
     parts = space.integers(np.round(place(steps) * PARTS).astype(np.int64))
     inner = (parts[None, :] * last + PARTS // 2) // PARTS
@@ -71,10 +75,10 @@ def _dense_at_ends(
     one = space.real.ones(blocks.count, len(edge))
     inside = space.real.asarray(np.sqrt(widths))[None, :]
     inside = inside * xp.sqrt(xp.astype(last, space.real.dtype))
-    return (
-        xp.concat([ends[0], inner, ends[1]], axis=1),
-        xp.concat([one, inside, one], axis=1),
-    )
+    chosen = xp.concat([ends[0], inner, ends[1]], axis=1)
+    if places is not None:
+        chosen = xp.take_along_axis(places, chosen, axis=1)
+    return chosen, xp.concat([one, inside, one], axis=1)
 
 
 def _dense_at_start(

@@ -60,14 +60,23 @@ def residual(blocks: Blocks, U: Array, V: Array, sample: int, *seed: int) -> Lef
         found.append(_most(squares, near.rows))
     order, numbers = chance.permutation(m), np.arange(m)
     shifts = chance.integers(0, m, (PASSES, b, 1))
+    # none of padding, of which there may be far more than of others
+    (own, count_rows), (others, count_columns) = blocks.places
+    share = xp.astype(count_rows * count_columns, space.real.dtype)[:, None]
+    share = share / (m * PASSES)
     squares = space.real.zeros(b, m)
     for part in chunks(space, m, PASSES * b * U.shape[-1]):
         # all passes at once, next to each other
-        j = np.concatenate(order[(numbers[part] + shifts) % m], axis=1)
-        each = _squares(blocks, part, space.integers(j), U, V)
+        j = space.integers(np.concatenate(order[(numbers[part] + shifts) % m], axis=1))
+        j = j if others is None else xp.take_along_axis(others, j, axis=1)
+        i = part if own is None else xp.concat([own[:, part]] * PASSES, axis=1)
+        each = _squares(blocks, i, j, U, V)
         each = xp.reshape(each, (b, PASSES, part.stop - part.start))
-        squares[:, part] = m / PASSES * xp.sum(each, axis=1)
-    found.append(_most(squares, xp.broadcast_to(space.integers(numbers), (b, m))))
+        squares[:, part] = share * xp.sum(each, axis=1)
+    each_row = xp.broadcast_to(space.integers(numbers), (b, m))
+    found.append(_most(squares, each_row if own is None else own))
+    if own is not None:
+        squares = _in_their_places(squares, blocks.real[0])  # type: ignore[index]
     norms, rows = found[0]
     for more, others in found[1:]:
         rows = xp.where(more > norms, others, rows)
@@ -135,6 +144,14 @@ def _squares(blocks: Blocks, i: Array | slice, j: Array, U: Array, V: Array) -> 
     """Return squares of what is left at places i, j (b, q), as of `Blocks.at`."""
     left = blocks.xp.vecdot(pick(V, j), again(U, i, j))
     return squares(left - blocks.at(i, j))
+
+
+def _in_their_places(x: Array, real: Array) -> Array:
+    """Return the first numbers of x (b, m) where ``real`` (b, m) is true, else zeros."""
+    xp = namespace(x)
+    order = xp.cumulative_sum(xp.astype(real, xp.int64), axis=1)
+    moved = xp.take_along_axis(x, xp.maximum(order - 1, xp.zeros_like(order)), axis=1)
+    return xp.where(real, moved, xp.zeros_like(x))
 
 
 def _most(squares: Array, rows: Array) -> tuple[Array, Array]:

@@ -208,7 +208,7 @@ class Factorization(ABC):
         msg = (
             f"`rtol` = {rtol:.3g} was not reached: refinement in {self.space.name} ends "
             f"at a relative residual of {reached:.3g}. Allow more, or use a `shift`"
-            + (" or float64." if self.space.eps > 1e-10 else ".")
+            + (f" or {self.space.wider}." if self.space.wider else ".")
         )
         raise ToleranceError(msg, rtol, reached)
 

@@ -267,8 +267,8 @@ class HODLRFactorization(Factorization):
             where = f"leaf {node}" if leaf else f"node {node} of level {level}"
             msg = (
                 f"Singular at {where}: condition number {condition[node]:.3g} in "
-                f"{space.name}. Use a `shift`, fewer levels"
-                + (", or float64." if space.name == "float32" else ".")
+                f"{space.name}. Use a `shift` or fewer levels"
+                + (f", or {space.wider}." if space.wider else ".")
             )
             error = SingularLeafError if leaf else SingularBlockError
             raise error(msg, level, node)

@@ -171,7 +171,7 @@ class HODLROrthogonal(Factorization):
             self._steps.append(step)
         self._root = contiguous(D)
         self._count(D, 0)
-        advice = "" if self.space.eps < 1e-10 else " or float64"
+        advice = f" or {self.space.wider}" if self.space.wider else ""
         self._lost = self._check_precision(HOPELESS, advice, stable=True)
 
     def _differentiate(self, plain: HODLROrthogonal) -> None:
