@@ -419,6 +419,7 @@ def test_entries_of_a_lower_precision_are_refused(xp):
         with pytest.raises(hm.DTypeError, match=f"gave float32 entries for .* {dtype}"):
             hm.from_entries(function, 300, like=like, dtype=dtype)
     assert hm.from_entries(function, 300, like=like, dtype="float32").error < 1e-3
+    assert hm.from_entries(function, 300, like=like, rtol=1e-5).error < 1e-5
     whole = hm.from_entries(lambda i, j: i * j, 300, like=like)  # integers are exact
     assert whole.ranks == (1,) * 3
 

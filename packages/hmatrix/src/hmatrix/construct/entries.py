@@ -28,7 +28,7 @@ from hmatrix._checks import (
 )
 from hmatrix._operator import pad_rows, real_rows
 from hmatrix.construct.blocks import Function
-from hmatrix.construct.budget import LEAF_SIZE, make_tree
+from hmatrix.construct.budget import LEAF_SIZE, check_rtol, make_tree
 from hmatrix.construct.functions import broadcasting, checked
 from hmatrix.construct.levels import build
 from hmatrix.construct.near import near_parts
@@ -61,8 +61,8 @@ def from_entries(
         ``function(i, j)`` gives entries for integer arrays of rows and columns that
         broadcast against each other, all entries of a block in one call. Or a matrix
         (m, q) for lists of m rows and q columns, as ``A[numpy.ix_(i, j)]`` is: that takes
-        a call for each block. Entries are integers or numbers of at least the matrix's
-        precision; torch divides integers in float32, ``i.double()`` does not. torch
+        a call for each block. Entries are integers, or numbers whose precision ``rtol``
+        leaves room for; torch divides integers in float32, ``i.double()`` does not. torch
         tensors are detached.
     n : int
         Rows and columns.
@@ -96,7 +96,7 @@ def from_entries(
     ShapeError, BackendError, DTypeError, NonFiniteError
         If the function gives no finite array of the shape of its arguments, or one so
         large or small that squares overflow or underflow; or complex entries of a real
-        matrix, or entries of a lower precision than its own.
+        matrix, or entries of a lower precision than its own and than ``rtol``.
     ValueError
         If ``symmetric=True`` and the leaves differ from their adjoints beyond the
         tolerance.
@@ -134,7 +134,7 @@ def from_entries(
     labels = space.integers(np.minimum(tree.rows, tree.n - 1))
     function, _ = broadcasting(function, labels, dims=0)
     return build(
-        checked(function, space),
+        checked(function, space, rtol=check_rtol(space, rtol, math.sqrt(space.eps))),
         labels,
         tree,
         space,

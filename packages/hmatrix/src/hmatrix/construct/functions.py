@@ -40,10 +40,13 @@ def broadcasting(function: Function, labels: Array, dims: int) -> tuple[Function
     return function, probe
 
 
-def checked(function: Function, space: Space, dims: int = 0) -> Function:
+def checked(
+    function: Function, space: Space, dims: int = 0, rtol: float = 0.0
+) -> Function:
     """Return the function with its results checked and cast.
 
-    ``dims`` trailing axes of a label are those of a point.
+    ``dims`` trailing axes of a label are those of a point. Entries of a lower precision
+    than the matrix's are refused where ``rtol`` is finer than that.
     """
     xp, turned = space.xp, dims and space.on_host
 
@@ -59,11 +62,12 @@ def checked(function: Function, space: Space, dims: int = 0) -> Function:
             )
             raise DTypeError(msg)
         # their rounding would be compressed as if it were part of the matrix
-        if found.name in (*HALVES, *NUMBERS) and found.eps > space.eps:
+        coarse = found.name in (*HALVES, *NUMBERS) and found.eps > space.eps
+        if coarse and found.eps > rtol:
             msg = (
                 f"The function gave {found.name} entries for a matrix of {space.name}; "
                 "give `dtype`, or compute in that precision (torch divides integers in "
-                "float32: convert them first)."
+                f"float32: convert them first), or give an `rtol` above {found.eps:.1g}."
             )
             raise DTypeError(msg)
         shapes = (s[: len(s) - dims] for s in (tuple(a.shape), tuple(b.shape)))
