@@ -12,7 +12,7 @@ import pytest
 
 from sylva_train._checks import ConfigError, NonFiniteError, OutputExistsError
 from sylva_train.cli.comparing import row_text
-from sylva_train.comparison import Comparison, results, single
+from sylva_train.comparison import Comparison, provenance, single
 from sylva_train.comparison.tuning import TUNING_SEED
 from sylva_train.reproduce import TABLES, Table, reproduce
 from sylva_train.reproduce.quality import Plan
@@ -305,8 +305,48 @@ def test_the_commit_is_that_of_the_package(tmp_path, monkeypatch):
 
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "another project")
-    (tmp_path / "file.py").touch()
-    monkeypatch.setattr(results, "__file__", str(tmp_path / "file.py"))
-    assert results.commit() is None
-    git("add", "file.py")
-    assert results.commit()
+    file = tmp_path / "package" / "room" / "file.py"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    monkeypatch.setattr(provenance, "__file__", str(file))
+    assert provenance.commit() is None
+    git("add", ".")
+    git("commit", "-q", "-m", "this one")
+    clean = provenance.commit()
+    assert clean
+    assert "-" not in clean
+    # Results are written beside the package, and change nothing of it.
+    (tmp_path / "results.json").touch()
+    git("add", ".")
+    assert provenance.commit() == clean
+    file.write_text("changed")
+    assert provenance.commit() == f"{clean}-dirty"
+
+
+def test_a_resumed_table_tells_what_its_earlier_runs_were_made_with(
+    here, home, tmp_path
+):
+    output = tmp_path / "out"
+    settings = {"tiny": setting(home)}
+    table = dataclasses.replace(SWEEP, methods=("sylva:magnitude",))
+    now = reproduce(table, settings, output)["made"]
+    assert "earlier" not in now
+    stamps = [
+        {name: now[name] for name in ("versions", "commit")} | {"date": "2026-02-02"},
+        {
+            "versions": now["versions"] | {"torch": "2.9"},
+            "commit": "abc1234",
+            "date": "2026-01-01",
+        },
+    ]
+    rows = sorted(
+        path
+        for path in (output / "runs").glob("*.json")
+        if not path.name.endswith(".spec.json")
+    )
+    for path, stamp in zip(rows, stamps, strict=True):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"made": stamp}))
+    made = reproduce(table, settings, output, resume=True)["made"]
+    assert made["date"] == "2026-02-02"  # not that of writing the table again
+    assert made["earlier"] == ["torch 2.9, commit abc1234"]
+    assert "with torch 2.9, commit abc1234." in (output / "table.md").read_text()

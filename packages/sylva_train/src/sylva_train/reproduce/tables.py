@@ -158,6 +158,8 @@ def provenance(results: Results) -> str:
         f"{about['device']}, {about['threads']} threads; {versions}; commit"
         f" {about['commit'] or 'unknown'}; {about['date']}."
     )
+    for words in about.get("earlier", ()):
+        text += f" Some runs were made earlier, with {words}."
     return f"{text}\n\nAgain: `{results['command']}`" if results["command"] else text
 
 
