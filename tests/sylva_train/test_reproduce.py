@@ -298,6 +298,23 @@ def test_options_of_another_kind_of_table_are_refused(tmp_path, arguments, said)
     assert not output.exists()
 
 
+def test_a_table_of_samples_tells_how_many_there_were(here, home, tmp_path):
+    settings = {"tiny": setting(home)}
+    table = dataclasses.replace(
+        SWEEP, methods=("sylva:gradient",), option="samples", values=(4, 1000)
+    )
+    found = reproduce(table, settings, tmp_path / "out")
+    few, most = (run["scored"] for run in found["runs"])
+    assert few == 4
+    assert most < 1000
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| 4 |" in text
+    assert f"| 1000 ({most} scored) |" in text
+    assert f"1000 ({most} scored)" in (tmp_path / "out" / "table.svg").read_text()
+    with (tmp_path / "out" / "table.csv").open() as file:
+        assert [row["scored"] for row in csv.DictReader(file)] == ["4", str(most)]
+
+
 def test_the_commit_is_that_of_the_package(tmp_path, monkeypatch):
     def git(*words):
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
