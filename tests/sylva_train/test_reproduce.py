@@ -272,6 +272,9 @@ def test_measurements_are_written_and_resumed(here, monkeypatch, tmp_path):
     names = {path.name for path in output.iterdir()}
     assert names == {"results.json", "table.md", "table.csv", "figure.svg", "runs"}
     jobs.sylva("reproduce", "fig5", output, "--resume")
+    assert "Latency of a layer" in jobs.sylva("inspect", output).stdout
+    shown = json.loads(jobs.sylva("inspect", output, "--json").stdout)
+    assert shown == json.loads((output / "results.json").read_text())
     assert len(here) == 1
 
 
