@@ -26,13 +26,14 @@ def provenance(setup: dict[str, Any]) -> str:
         f"{name} {version}" for name, version in setup["versions"].items()
     )
     seeds, threads = len(setup["seeds"]), setup["threads"]
+    earlier = "".join(f" Earlier runs: {w}." for w in setup.get("earlier", ()))
     return (
         f"{setup['model']} on {setup['data']}: {setup['train_examples']} training and"
         f" {setup['eval_examples']} evaluation examples, {setup['steps']} steps of"
         f" {setup['batch_size']}, density {setup['density']:g}, blocks of"
         f" {setup['block_size']}, {seeds} seed{'s' if seeds > 1 else ''}."
         f" {setup['device']}, {threads} thread{'s' if threads > 1 else ''}; {versions};"
-        f" {setup['date']}, commit {setup['commit'] or 'unknown'}."
+        f" {setup['date']}, commit {setup['commit'] or 'unknown'}.{earlier}"
     )
 
 

@@ -27,7 +27,8 @@ def test_jobs_side_by_side_share_their_fate(tmp_path):
     with jobs_folder([], tmp_path / "out"):
         pair = [todo["a"], todo["b"]]
         rows = run_jobs(pair, tmp_path / "out", lambda _: None, workers=2)
-        assert rows == [{"text": "a"}, {"text": "b"}]
+        assert [row["text"] for row in rows] == ["a", "b"]
+        assert all(row["made"]["versions"] for row in rows)
         # One that would wait for ever is ended with the one that fails.
         with pytest.raises(DataError, match="job bad: no luck"):
             run_jobs(list(todo.values()), tmp_path / "out", lambda _: None, workers=2)

@@ -12,7 +12,7 @@ import pytest
 
 from sylva_train._checks import ConfigError, NonFiniteError, OutputExistsError
 from sylva_train.cli.comparing import row_text
-from sylva_train.comparison import Comparison, results, single
+from sylva_train.comparison import Comparison, provenance, single
 from sylva_train.comparison.tuning import TUNING_SEED
 from sylva_train.reproduce import TABLES, Table, reproduce
 from sylva_train.reproduce.quality import Plan
@@ -272,6 +272,9 @@ def test_measurements_are_written_and_resumed(here, monkeypatch, tmp_path):
     names = {path.name for path in output.iterdir()}
     assert names == {"results.json", "table.md", "table.csv", "figure.svg", "runs"}
     jobs.sylva("reproduce", "fig5", output, "--resume")
+    assert "Latency of a layer" in jobs.sylva("inspect", output).stdout
+    shown = json.loads(jobs.sylva("inspect", output, "--json").stdout)
+    assert shown == json.loads((output / "results.json").read_text())
     assert len(here) == 1
 
 
@@ -298,6 +301,23 @@ def test_options_of_another_kind_of_table_are_refused(tmp_path, arguments, said)
     assert not output.exists()
 
 
+def test_a_table_of_samples_tells_how_many_there_were(here, home, tmp_path):
+    settings = {"tiny": setting(home)}
+    table = dataclasses.replace(
+        SWEEP, methods=("sylva:gradient",), option="samples", values=(4, 1000)
+    )
+    found = reproduce(table, settings, tmp_path / "out")
+    few, most = (run["scored"] for run in found["runs"])
+    assert few == 4
+    assert most < 1000
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| 4 |" in text
+    assert f"| 1000 ({most} scored) |" in text
+    assert f"1000 ({most} scored)" in (tmp_path / "out" / "table.svg").read_text()
+    with (tmp_path / "out" / "table.csv").open() as file:
+        assert [row["scored"] for row in csv.DictReader(file)] == ["4", str(most)]
+
+
 def test_the_commit_is_that_of_the_package(tmp_path, monkeypatch):
     def git(*words):
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -305,8 +325,48 @@ def test_the_commit_is_that_of_the_package(tmp_path, monkeypatch):
 
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "another project")
-    (tmp_path / "file.py").touch()
-    monkeypatch.setattr(results, "__file__", str(tmp_path / "file.py"))
-    assert results.commit() is None
-    git("add", "file.py")
-    assert results.commit()
+    file = tmp_path / "package" / "room" / "file.py"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    monkeypatch.setattr(provenance, "__file__", str(file))
+    assert provenance.commit() is None
+    git("add", ".")
+    git("commit", "-q", "-m", "this one")
+    clean = provenance.commit()
+    assert clean
+    assert "-" not in clean
+    # Results are written beside the package, and change nothing of it.
+    (tmp_path / "results.json").touch()
+    git("add", ".")
+    assert provenance.commit() == clean
+    file.write_text("changed")
+    assert provenance.commit() == f"{clean}-dirty"
+
+
+def test_a_resumed_table_tells_what_its_earlier_runs_were_made_with(
+    here, home, tmp_path
+):
+    output = tmp_path / "out"
+    settings = {"tiny": setting(home)}
+    table = dataclasses.replace(SWEEP, methods=("sylva:magnitude",))
+    now = reproduce(table, settings, output)["made"]
+    assert "earlier" not in now
+    stamps = [
+        {name: now[name] for name in ("versions", "commit")} | {"date": "2026-02-02"},
+        {
+            "versions": now["versions"] | {"torch": "2.9"},
+            "commit": "abc1234",
+            "date": "2026-01-01",
+        },
+    ]
+    rows = sorted(
+        path
+        for path in (output / "runs").glob("*.json")
+        if not path.name.endswith(".spec.json")
+    )
+    for path, stamp in zip(rows, stamps, strict=True):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"made": stamp}))
+    made = reproduce(table, settings, output, resume=True)["made"]
+    assert made["date"] == "2026-02-02"  # not that of writing the table again
+    assert made["earlier"] == ["torch 2.9, commit abc1234"]
+    assert "with torch 2.9, commit abc1234." in (output / "table.md").read_text()

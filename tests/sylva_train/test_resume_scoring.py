@@ -9,9 +9,12 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
+from sylva_train._artifacts import read_tensors
 from sylva_train._checks import AdapterError, ConfigError
 from sylva_train._files import atomic_write
+from sylva_train.curvature.hooks import Collector
 from sylva_train.importance import score
 from tests.sylva_train.models import make_model
 from tests.sylva_train.test_passes import (
@@ -109,6 +112,37 @@ def test_other_rules_go_on_as_well(rule, tmp_path):
     options = config(importance=rule)
     whole = score(make_model(), data("bert"), options)
     assert_same(whole, resumed("bert", tmp_path, options, 2)[0])
+
+
+def test_sums_go_on_in_memory_that_is_aligned_as_before(tmp_path, monkeypatch):
+    # Products of numbers where a file's header ends differed from the others in a bit.
+    def read(*args):
+        tensors, header = read_tensors(*args)
+        for name, tensor in tensors.items():
+            bytes_ = torch.empty(tensor.nbytes + 72, dtype=torch.uint8)
+            start = -bytes_.data_ptr() % 64 + 8
+            odd = bytes_[start : start + tensor.nbytes].view(tensor.dtype)
+            tensors[name] = odd.view(tensor.shape).copy_(tensor)
+        return tensors, header
+
+    found = []
+    start = Collector.start
+
+    def look(self, *args, **options):
+        for sums in self.sums.values():
+            found.extend(x.data_ptr() % 64 for x in (sums.gradient, sums.G.sum))
+        start(self, *args, **options)
+
+    monkeypatch.setattr("sylva_train.curvature.state.read_tensors", read)
+    monkeypatch.setattr(Collector, "start", look)
+    resumed("llama", tmp_path, config(curvature="dense"), 2)
+    assert found
+    assert set(found) == {0}
+
+
+def test_sums_are_taken_away_once_all_is_scored(tmp_path):
+    resumed("bert", tmp_path, config(), 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"]
 
 
 @pytest.mark.parametrize(("seconds", "left"), [(29.9, 3), (30.0, 1)])

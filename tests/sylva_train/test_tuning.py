@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sylva_train import report
-from sylva_train._checks import NonFiniteError
+from sylva_train._checks import ConfigError, NonFiniteError
 from sylva_train.comparison import TUNING_SEED, compare
+from sylva_train.reproduce import reproduce
 from tests.sylva_train import jobs
 from tests.sylva_train.test_comparison import names, plan
 
@@ -40,3 +41,12 @@ def test_rates_that_all_diverge_are_told(here, home, tmp_path):
         NonFiniteError, match=r"Full fine-tuning diverged at every rate"
     ):
         compare(comparison, tmp_path / "out", tune=(1e30,))
+
+
+def test_rates_are_not_chosen_with_a_seed_that_is_reported(home, tmp_path):
+    comparison = plan(home, seeds=(0, TUNING_SEED))
+    with pytest.raises(ConfigError, match=f"must not have {TUNING_SEED} beside `tune`"):
+        compare(comparison, tmp_path / "out", tune=(1.0,))
+    with pytest.raises(ConfigError, match=f"must not have {TUNING_SEED} beside `tune`"):
+        reproduce("table3", {"tiny": comparison}, tmp_path / "out", tune=(1.0,))
+    assert not (tmp_path / "out").exists()

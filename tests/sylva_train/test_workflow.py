@@ -98,6 +98,23 @@ def test_scores_made_before_are_the_runs_own(home, tmp_path):
     assert scores.metadata["data"] == str(home / "train.jsonl")
 
 
+def test_of_scores_the_layers_that_are_named_are_taken(home, tmp_path):
+    scores = score_file(task(home), sylva_config(), tmp_path / "s", progress=False)
+    config = sylva_config(target_modules=["query"])
+    run(home, tmp_path / "run", sylva=config, scores=scores, training=training(steps=1))
+    masks = Masks.load(tmp_path / "run" / "masks.safetensors")
+    assert set(masks) == {name for name in scores if name.endswith("query")}
+    assert set(Scores.load(tmp_path / "run" / "scores.safetensors")) == set(masks)
+    with pytest.raises(ConfigError, match=r"leave `.*key` in, of which there are no"):
+        run(
+            home,
+            tmp_path / "other",
+            sylva=sylva_config(target_modules=["key", "query"]),
+            scores=Scores.load(tmp_path / "run" / "scores.safetensors"),
+        )
+    assert not (tmp_path / "other").exists()
+
+
 def test_masks_bring_the_options_they_were_made_with(home, tmp_path):
     made = load_task(task(home), seed=0)
     config = sylva_config(importance="random", seed=4, density=0.5, block_size=16)

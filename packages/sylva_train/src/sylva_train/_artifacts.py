@@ -106,7 +106,8 @@ def read_tensors(
         raise AdapterError(msg) from error
     found = header.get("format") if isinstance(header, dict) else None
     if found != file_format:
-        msg = f"`{path}` is not a {what} file of the format {file_format}."
+        other = f"; its format is {found}" if found else ""
+        msg = f"`{path}` is not a {what} file of the format {file_format}{other}."
         raise AdapterError(msg)
     if header.pop("sha256", None) != checksum(tensors, header):
         msg = f"the {what} file `{path}` was changed; make it again."

@@ -240,7 +240,7 @@ def inspect_command(
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
-    """Show what is in a run, an adapter, masks, scores or results.
+    """Show what is in a run, an adapter, masks, scores, results or a table.
 
     Files are read and verified; no model is needed. --draw draws scores and masks as a
     page, block by block. --against tells how far they agree with others, which are taken

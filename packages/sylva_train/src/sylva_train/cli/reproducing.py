@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markdown import Markdown
-
 from sylva_train._checks import ConfigError, check_choice
 from sylva_train.comparison import Event
 from sylva_train.progress import Progress
@@ -23,7 +21,7 @@ from sylva_train.reproduce import (
 )
 
 from .comparing import row_text, show_event
-from .printing import out, written
+from .show import show_table
 
 __all__ = ["check_unused", "is_measurement", "make_measurement", "make_table"]
 
@@ -67,17 +65,6 @@ def make_table(
 
         reproduce(table, settings, output, watch=watch, **options)
     show_table(output)
-
-
-def show_table(output: Path) -> None:
-    """Print a finished table, and where it is."""
-    out().print(Markdown((output / "table.md").read_text(encoding="utf-8")))
-    names = {
-        "table": "table.md", "rows": "table.csv", "picture": "table.svg",
-        "figure": "figure.svg",
-    }  # fmt: skip
-    paths = {label: output / name for label, name in names.items()}
-    written({label: path for label, path in paths.items() if path.exists()})
 
 
 def is_measurement(name: str) -> bool:

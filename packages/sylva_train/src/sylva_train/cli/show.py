@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich.markdown import Markdown
 from rich.measure import Measurement
 
 from sylva_train._checks import ConfigError
@@ -50,6 +52,7 @@ __all__ = [
     "run",
     "score_text",
     "scores",
+    "show_table",
 ]
 
 
@@ -370,6 +373,17 @@ def drawn(
     write_choices(choices, draw, found)
 
 
+def show_table(output: Path) -> None:
+    """Print a finished table, and where it is."""
+    out().print(Markdown((output / "table.md").read_text(encoding="utf-8")))
+    names = {
+        "table": "table.md", "rows": "table.csv", "picture": "table.svg",
+        "figure": "figure.svg",
+    }  # fmt: skip
+    paths = {label: output / name for label, name in names.items()}
+    written({label: path for label, path in paths.items() if path.exists()})
+
+
 def inspect(
     path: Path,
     kind: str,
@@ -397,6 +411,11 @@ def inspect(
         if record["finished"]:
             inspect_adapter(path / "adapter")  # verifies it
         as_text(record) if as_json else run(record, path)
+    elif kind == "table":
+        if as_json:
+            as_text(json.loads((path / "results.json").read_text(encoding="utf-8")))
+        else:
+            show_table(path)
     elif kind == "masks":
         found = Masks.load(path)
         as_text(describe_masks(found)) if as_json else masks(found)

@@ -15,7 +15,8 @@ from .plan import (
     suited,
 )
 from .process import Job, worker
-from .results import FORMAT, load_results, made
+from .provenance import made
+from .results import FORMAT, load_results
 from .tuning import (
     TUNING_SEED,
     attempt,

@@ -23,6 +23,7 @@ from sylva_train._checks import SylvaError
 from sylva_train._files import write_text
 
 from .events import decode_event, send
+from .provenance import stamp
 
 __all__ = ["RUNS", "Job", "Processes", "Tell", "done", "start", "worker"]
 
@@ -220,4 +221,4 @@ def worker() -> None:
     finally:
         # nanobind, where Triton is there, takes what stays frozen for leaked.
         gc.unfreeze()
-    write_text(result_path, json.dumps(row))
+    write_text(result_path, json.dumps(row | {"made": stamp()}))

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import datetime as dt
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sylva_train._checks import ConfigError
 from sylva_train.metrics import METRICS
-from sylva_train.training import pick_device
 from sylva_train.workflow import evaluated_on
 
 from .plan import Comparison
+from .provenance import made
 
-__all__ = ["FORMAT", "gather", "load_results", "made"]
+__all__ = ["FORMAT", "gather", "load_results"]
 
 #: The layout of the results that reports are made of.
 FORMAT = "sylva-comparison/1"
@@ -78,63 +71,8 @@ def setup(comparison: Comparison, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "block_size": comparison.sylva.block_size,
         "seeds": list(comparison.seeds),
         "total_weights": rows[0]["total"],
-        **made(training.device),
+        **made(training.device, rows),
     }
-
-
-def made(device: str = "auto") -> dict[str, Any]:
-    """Return with what and when something was measured, as JSON.
-
-    Parameters
-    ----------
-    device : str
-        As `pick_device` takes it.
-    """
-    picked = pick_device(device)
-    packages = ("sylva-train", "hmatrix", "torch", "transformers", "peft", "numpy")
-    return {
-        "device": torch.cuda.get_device_name(picked)
-        if picked.type == "cuda"
-        else processor(),
-        "threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"python": sys.version.split()[0]},
-        "commit": commit(),
-        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def processor() -> str:
-    """Return the CPU's name."""
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """Return the commit of the checkout that the package runs from, if any."""
-    file = Path(__file__)
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", *words],
-            cwd=file.parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.stdout.strip()
-
-    try:
-        # An environment may be installed inside of another project's checkout.
-        return (
-            git("ls-files", file.name) and git("rev-parse", "--short", "HEAD")
-        ) or None
-    except FileNotFoundError:
-        return None
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from sylva_train._checks import NonFiniteError, check_positive
+from sylva_train._checks import ConfigError, NonFiniteError, check_positive
 from sylva_train.baselines import parse_method
 from sylva_train.metrics import METRICS, known_metrics
 from sylva_train.options import LABELLED
@@ -36,10 +36,24 @@ TRY_RATE = "sylva_train.comparison.single:try_rate"
 Key = TypeVar("Key")
 
 
-def check_multiples(multiples: Sequence[float]) -> tuple[float, ...]:
-    """Return multiples of learning rates, or raise `ConfigError` if one is none."""
+def check_multiples(
+    multiples: Sequence[float], seeds: Iterable[int]
+) -> tuple[float, ...]:
+    """Return multiples of learning rates to try before runs with these seeds.
+
+    Raises
+    ------
+    ConfigError
+        If one is none, or a seed is that of the trials.
+    """
     for multiple in multiples:
         check_positive("tune", multiple)
+    if multiples and TUNING_SEED in seeds:
+        msg = (
+            f"`seeds` must not have {TUNING_SEED} beside `tune`: rates are chosen with it,"
+            " and would be reported on what they were chosen by."
+        )
+        raise ConfigError(msg)
     return tuple(dict.fromkeys(multiples))
 
 
@@ -91,11 +105,11 @@ def trials(
     comparison: Comparison, multiples: Sequence[float]
 ) -> dict[tuple[str, float], Job]:
     """Return the runs that choose a comparison's rates, by method and rate."""
-    found = {}
+    found, multiples = {}, check_multiples(multiples, comparison.seeds)
     for method in comparison.methods:
         if method == "frozen":  # nothing is trained
             continue
-        for rate in tried_rates(comparison, method, check_multiples(multiples)):
+        for rate in tried_rates(comparison, method, multiples):
             found[method, rate] = attempt(
                 trial(comparison, method, rate),
                 TUNING_SEED,

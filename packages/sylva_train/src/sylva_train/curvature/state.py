@@ -164,20 +164,24 @@ class Store:
             return None
         collector.owner = header["owner"]
         devices = {n: weight_device(collector.targets[n]) for n in collector.names}
+        # Copies: numbers in a file lie wherever its header ends, and products of memory that is
+        # not aligned as PyTorch's own is may round differently.
+        tensors = {
+            key: tensor.to(devices[key.split("/")[0]], copy=True)
+            for key, tensor in tensors.items()
+        }
         for key, tensor in tensors.items():
             name, part, *rest = key.split("/")
             sums = collector.sums.setdefault(name, Accumulators())
             sums.rows = header["rows"][name]
             if not rest:
-                there = tensor.to(devices[name])
-                setattr(
-                    sums, part, collector.placed(there) if part == "gradient" else there
-                )
+                placed = collector.placed(tensor) if part == "gradient" else tensor
+                setattr(sums, part, placed)
         for key, plain in header["plain"].items():
             name, part = key.split("/")
             head = f"{key}/"
             arrays = {
-                k.removeprefix(head): t.to(devices[name])
+                k.removeprefix(head): t
                 for k, t in tensors.items()
                 if k.startswith(head)
             }

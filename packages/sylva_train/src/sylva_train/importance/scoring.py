@@ -263,6 +263,8 @@ def run_rules(
         found[rule] = from_first({name: found[rule][name] for name in targets})
         check_finite(found[rule])
     keep()
+    if kept is not None:
+        kept.store.clear()
     if bad:
         warnings.warn(
             f"{bad} entries of the inverse diagonals are not positive: truncated HODLR"

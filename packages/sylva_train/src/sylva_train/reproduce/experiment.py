@@ -153,7 +153,10 @@ def gather(
         "title": plan.table.title,
         "option": plan.table.option,
         "tune": list(plan.multiples),
-        "made": made(next(iter(plan.settings.values())).training.device),
+        "made": made(
+            next(iter(plan.settings.values())).training.device,
+            [row for _, row in [*tried, *reported]],
+        ),
         "settings": settings,
         "tuning": [entry(*result) for result in tried],
         "runs": [entry(*result) for result in reported],

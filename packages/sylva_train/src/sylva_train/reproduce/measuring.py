@@ -160,7 +160,7 @@ def measure(
         # One at a time: they would slow each other down.
         rows = run_jobs(jobs, output, watch or (lambda _: None))
     options = jobs[0].spec["options"]
-    about = made(options["device"])
+    about = made(options["device"], rows)
     about["threads"] = options.get("threads") or about["threads"]
     results = {
         "format": FORMAT,

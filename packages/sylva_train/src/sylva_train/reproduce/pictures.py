@@ -9,7 +9,7 @@ from sylva_train.baselines import parse_method
 from sylva_train.report import label_rows, looks, seeds_line, shorten
 
 from .quality import average
-from .tables import cells, metric, scored
+from .tables import cells, metric, printed_value, scored
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,8 @@ def draw(results: Mapping[str, Any]) -> Figure:
                 _, deviation = average(scores)
                 seeds_line(axes, place, scores, deviation or 0.0, look[cell.method])
             label = parse_method(cell.method).label
-            labels.append(label if cell.value is None else f"{label}, {cell.value}")
+            value = printed_value(results, cell.value, found[cell])
+            labels.append(label if cell.value is None else f"{label}, {value}")
         label_rows(axes, [shorten(label, 40) for label in labels])
         axes.margins(x=0.06)
         axes.set_xlabel(shown.title)

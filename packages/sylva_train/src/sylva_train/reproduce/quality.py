@@ -192,8 +192,8 @@ class Plan:
     Raises
     ------
     ConfigError
-        If a value is not one of its option, two settings have one name, or a multiple is
-        not a positive number.
+        If a value is not one of its option, two settings have one name, a multiple is not
+        a positive number, or a seed is that by which rates are chosen.
     """
 
     def __init__(
@@ -205,7 +205,8 @@ class Plan:
         if not settings:
             msg = "`settings` must have at least one model and task."
             raise ConfigError(msg)
-        self.table, self.multiples = table, check_multiples(multiples)
+        seeds = {seed for setting in settings.values() for seed in setting.seeds}
+        self.table, self.multiples = table, check_multiples(multiples, seeds)
         self.settings = {
             name: dataclasses.replace(
                 setting, sylva=dataclasses.replace(setting.sylva, **table.fixed)

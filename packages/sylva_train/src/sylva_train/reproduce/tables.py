@@ -20,6 +20,7 @@ __all__ = [
     "cells",
     "markdown",
     "metric",
+    "printed_value",
     "provenance",
     "scored",
 ]
@@ -106,6 +107,15 @@ def by_method(results: Results) -> str:
     return markdown(header, rows)
 
 
+def printed_value(results: Results, value: Any, runs: Iterable[Results]) -> str:
+    """Print an option's value, and how many samples were scored where there are fewer."""
+    if results["option"] != "samples":
+        return str(value)
+    found = {run["scored"] for run in runs if run.get("scored") not in {None, value}}
+    told = ", ".join(map(str, sorted(found)))
+    return f"{value} ({told} scored)" if told else str(value)
+
+
 def by_value(results: Results) -> str:
     """Return a table a setting, with a line a method and value, a column a metric."""
     found, parts = cells(results), []
@@ -125,7 +135,8 @@ def by_value(results: Results) -> str:
             fractions = [run["trainable_fraction"] for run in scored(runs)]
             fraction = percentage(average(fractions)[0]) if fractions else MISSING
             label = parse_method(cell.method).label
-            rows.append([label, str(cell.value), fraction, *columns])
+            value = printed_value(results, cell.value, runs)
+            rows.append([label, value, fraction, *columns])
         parts.append(f"**{setting}**\n\n{markdown(header, rows)}")
     return "\n".join(parts)
 
@@ -158,6 +169,8 @@ def provenance(results: Results) -> str:
         f"{about['device']}, {about['threads']} threads; {versions}; commit"
         f" {about['commit'] or 'unknown'}; {about['date']}."
     )
+    for words in about.get("earlier", ()):
+        text += f" Some runs were made earlier, with {words}."
     return f"{text}\n\nAgain: `{results['command']}`" if results["command"] else text
 
 
@@ -199,7 +212,7 @@ def as_csv(results: Results) -> str:
     runs = results["runs"]
     plain = ("setting", "method", "value", "seed", "lr", "score")
     costs = (
-        "trainable", "trainable_head", "trainable_fraction", "score_seconds",
+        "trainable", "trainable_head", "trainable_fraction", "scored", "score_seconds",
         "train_seconds", "seconds_per_step", "peak_memory_bytes", "adapter_bytes",
     )  # fmt: skip
     metrics = list(

@@ -28,6 +28,7 @@ from sylva_train.options import SCORING, SELECTION, SylvaOptions, samples_to_sco
 from sylva_train.processes import agree, is_first, together
 from sylva_train.progress import Progress
 from sylva_train.selection import check_selection, select_as
+from sylva_train.targets import find_targets
 from sylva_train.training import number_of_steps, pick_device, train
 from sylva_train.tuner import save_adapter
 
@@ -101,7 +102,8 @@ def finetune(
         Folder of the run.
     masks, scores : Masks, Scores, optional
         Chosen or scored before; nothing is scored then, and the options that they were
-        made with take the place of ``config``'s.
+        made with take the place of ``config``'s. Of scores, those of the layers that
+        ``target_modules`` and ``exclude_modules`` name are taken.
     resume : bool
         Go on with an interrupted run in ``output``, or with its scoring, which is kept
         every ten minutes in a folder beside it (its name and ``.unfinished``), to the
@@ -230,8 +232,32 @@ def choose(
         )
         seconds = time.perf_counter() - start
         scoring = {"samples": scores.metadata["samples"], "seconds": seconds}
+    else:
+        scores = of_targets(scores, task, config)
     masks = select_as(config, scores, task.model, task.score_loader(4, 0))
     return masks, scores, scoring
+
+
+def of_targets(scores: Scores, task: Task, config: SylvaConfig) -> Scores:
+    """Return the scores of the layers that options name; all of them where they name none.
+
+    Raises
+    ------
+    ConfigError
+        If a layer has no scores.
+    """
+    patterns = config.target_modules, config.exclude_modules
+    if patterns == ("all-linear", None):
+        return scores
+    targets = find_targets(task.model, *patterns)
+    missing = next((name for name in targets if name not in scores), None)
+    if missing is not None:
+        msg = (
+            f"`target_modules` and `exclude_modules` leave `{missing}` in, of which there"
+            " are no scores: leave it out, or score again with the same options."
+        )
+        raise ConfigError(msg)
+    return Scores({n: scores[n] for n in scores if n in targets}, scores.metadata)
 
 
 def begun_run(

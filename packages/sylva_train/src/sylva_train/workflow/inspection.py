@@ -29,6 +29,7 @@ __all__ = [
 #: The file that tells what a folder is, in the order in which they are looked for.
 FOLDERS = {
     "sylva.json": "run",
+    "table.md": "table",  # of `sylva reproduce`, whose results.json is of another form
     "results.json": "comparison",
     "adapter_config.json": "adapter",
 }
@@ -44,8 +45,8 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     Returns
     -------
     str
-        ``"run"``, ``"comparison"`` or ``"adapter"`` for a folder, ``"comparison"``,
-        ``"masks"`` or ``"scores"`` for a file.
+        ``"run"``, ``"table"``, ``"comparison"`` or ``"adapter"`` for a folder,
+        ``"comparison"``, ``"masks"`` or ``"scores"`` for a file.
 
     Raises
     ------
@@ -72,8 +73,8 @@ def kind_of(path: str | os.PathLike[str]) -> str:
                 raise
     if kind is None:
         msg = (
-            f"`{path}` is none of these: the folder of a fine-tuning, of a comparison or"
-            " of an adapter, a file of masks or scores, or a results.json."
+            f"`{path}` is none of these: the folder of a fine-tuning, of a comparison, of"
+            " a table or of an adapter, a file of masks or scores, or a results.json."
         )
         raise ConfigError(msg)
     return kind
