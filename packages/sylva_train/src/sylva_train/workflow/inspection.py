@@ -29,7 +29,7 @@ __all__ = [
 #: The file that tells what a folder is, in the order in which they are looked for.
 FOLDERS = {
     "sylva.json": "run",
-    "table.md": "table",  # of `sylva reproduce`, whose results.json is of another form
+    "table.csv": "table",  # of `sylva reproduce`, whose results.json is of another form
     "results.json": "comparison",
     "adapter_config.json": "adapter",
 }
