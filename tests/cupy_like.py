@@ -313,13 +313,18 @@ def cholesky(a):
 
 
 def inv(a):
-    return _call(functools.partial(_one_by_one, np.linalg.inv), a)
+    """Invert as cuBLAS does, for which rows are columns: the transpose has the pivots."""
+    turned = _call(functools.partial(_one_by_one, np.linalg.inv), a.swapaxes(-2, -1))
+    return turned.swapaxes(-2, -1)
 
 
 def solve(a, b):
     if b.ndim > 1 and a.shape[:-1] != b.shape[:-1]:
         msg = "a must have (..., M, M) shape and b must have (..., M, K)"
         raise ValueError(msg)
+    if a.ndim > 2 and a.size and not b.size:
+        msg = "CuPy counts addresses that are 0 apart."
+        raise ZeroDivisionError(msg)
     return _call(functools.partial(_one_by_one, np.linalg.solve), a, b)
 
 

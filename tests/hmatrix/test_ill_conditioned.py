@@ -388,6 +388,15 @@ def test_inverse_of_triangles(m, xp, rng):
     assert np.all(residual <= 4 * m * EPS["float64"] * norms)
 
 
+@pytest.mark.parametrize("m", [4, 8, 16, 32])
+def test_inverses_of_triangles_whose_rows_fade_keep_their_digits(m, xp, rng):
+    """Pivots would mix rows of many sizes."""
+    unit = np.tril(rng.standard_normal((9, m, m)), -1) / m + np.eye(m)
+    sizes = 2.0 ** np.round(np.linspace(-26, 0, m))
+    X = to_numpy(inverse_lower(xp.asarray(unit * sizes[:, None])))
+    np.testing.assert_allclose(X * sizes, np.linalg.inv(unit), atol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_elimination_keeps_no_more_rows_than_there_are_columns(rng, dtype):
     """Rounding below a full-rank block's last row once passed for rank."""

@@ -145,6 +145,40 @@ def test_what_cannot_be_shared_is_copied(rng):
         assert abs(H.leaves).min() > 0
 
 
+def test_reversed_arrays_of_a_device_are_copied_for_torch(monkeypatch, rng):
+    """A negative stride ends the process in `torch.from_dlpack`."""
+    import array_api_compat.torch
+    import torch
+
+    cupy = pytest.importorskip("cupy")
+    if hasattr(cupy, "stand_in"):
+        take = array_api_compat.torch.from_dlpack
+
+        def checked(x):
+            assert min(x.strides) > 0
+            return take(x._a)
+
+        monkeypatch.setattr(torch.Tensor, "__dlpack_device__", lambda _: (2, 0))
+        monkeypatch.setattr(array_api_compat.torch, "from_dlpack", checked)
+    leaves = rng.standard_normal((1, 4, 4))
+    H = hm.HODLR(hm.ClusterTree(4, 0), cupy.asarray(leaves)[:, ::-1, :], ())
+    device = "cpu" if hasattr(cupy, "stand_in") else "cuda"
+    T = H.to(like=torch.empty(0, device=device), dtype="float64")
+    np.testing.assert_array_equal(to_numpy(T.leaves), leaves[:, ::-1])
+
+
+def test_negated_views_are_handed_over(rng):
+    """Those that torch negates when it reads them: imaginary parts of conjugates."""
+    import torch
+
+    A = torch.asarray(rng.standard_normal((8, 8)) + 1j * rng.standard_normal((8, 8)))
+    leaf = A.mH.imag[None, ...]
+    assert leaf.is_neg()
+    H = hm.HODLR(hm.ClusterTree(8, 0), leaf, ())
+    N = H.to(like=np.empty(0), dtype="float64")
+    np.testing.assert_array_equal(N.to_dense(), -A.numpy().imag.T)
+
+
 def test_adjoint_views_are_handed_over(rng):
     import torch
 

@@ -23,6 +23,7 @@ __all__ = [
     "dtype_name",
     "is_array",
     "is_writeable",
+    "materialized",
     "multiply_into",
     "namespace",
     "plus_product",
@@ -93,10 +94,15 @@ def detach(x: Array) -> Array:
     return x.detach() if array_api_compat.is_torch_array(x) else x
 
 
+def materialized(x: Array) -> Array:
+    """Return what memory holds: torch conjugates and negates some views when it reads them."""
+    return x.resolve_conj().resolve_neg() if array_api_compat.is_torch_array(x) else x
+
+
 def to_numpy(x: Array) -> np.ndarray:
     """Copy an array of any library and device into host memory."""
     if array_api_compat.is_torch_array(x):
-        return np.asarray(x.detach().cpu().resolve_conj().resolve_neg())
+        return np.asarray(materialized(x.detach().cpu()))
     if array_api_compat.is_cupy_array(x):
         if x.ndim > 1 and not x.flags.c_contiguous:
             turned = x.swapaxes(-2, -1)

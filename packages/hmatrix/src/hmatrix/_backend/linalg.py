@@ -269,8 +269,12 @@ def _invert_lower(a: Array, out: Array, many: bool) -> None:
             rest = product + a[..., h:, h:] @ out[..., h:, :h]
             out[..., h:, :h] -= low @ rest
     elif not many:
-        # an upper triangular one has no pivots to look for, which would cost digits
-        out[...] = transpose(xp.linalg.inv(transpose(a)))
+        # an upper triangular one has no pivots to look for, which would cost digits; CuPy
+        # hands cuBLAS the transpose of what it is given
+        if array_api_compat.is_cupy_array(a):
+            out[...] = xp.linalg.inv(a)
+        else:
+            out[...] = transpose(xp.linalg.inv(transpose(a)))
     else:
         # row by row for all matrices at once, their numbers next to each other: a call of
         # LAPACK for each takes four times as long

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 __all__ = ["in_own_precision"]
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
+#: What of torch multiplies float32 in fewer bits where it was told that it may.
+BACKENDS = ("cuda", "mkldnn")
+
 
 def in_own_precision(function: Callable[P, Result]) -> Callable[P, Result]:
-    """Keep ``torch.autocast`` out of a function.
+    """Keep ``torch.autocast`` and TF32 out of a function.
 
-    Around a model's forward it would make half-precision products of float32 tensors here
+    Around a model's forward they would make products of fewer bits of float32 tensors here
     too: neither sums of squares nor factorizations survive that.
     """
 
@@ -31,6 +35,66 @@ def in_own_precision(function: Callable[P, Result]) -> Callable[P, Result]:
         with ExitStack() as stack:
             for device in filter(lowers, ("cpu", "cuda")):
                 stack.enter_context(torch.autocast(device, enabled=False))
+            if _whole.times or _are_rounded(torch):
+                stack.enter_context(_whole_products(torch))
             return function(*args, **kwargs)
 
     return run
+
+
+def _settings(torch: Any) -> list[Any]:
+    """Return what holds ``fp32_precision`` of each backend's products."""
+    backends = getattr(torch, "backends", None)
+    found: list[Any] = [getattr(backends, name, None) for name in BACKENDS]
+    return [x.matmul for x in found if hasattr(x, "matmul")]
+
+
+def _are_rounded(torch: Any) -> bool:
+    return any(x.fp32_precision in ("tf32", "bf16") for x in _settings(torch))
+
+
+class _Whole:
+    """How many want whole products at this time, and what gives back what was before."""
+
+    def __init__(self) -> None:
+        self.lock, self.times, self.give_back = threading.Lock(), 0, lambda: None
+
+
+_whole: Any = _Whole()
+
+
+@contextmanager
+def _whole_products(torch: Any) -> Iterator[None]:
+    # the setting is of the process, and the last to leave gives it back
+    with _whole.lock:
+        if not _whole.times:
+            _whole.give_back = _set_to_whole(torch)
+        _whole.times += 1
+    try:
+        yield
+    finally:
+        with _whole.lock:
+            _whole.times -= 1
+            if not _whole.times:
+                _whole.give_back()
+
+
+def _set_to_whole(torch: Any) -> Callable[[], None]:
+    """Have all factors multiplied as they are; return what undoes that."""
+    settings, general = _settings(torch), None
+    before = [x.fp32_precision for x in settings]
+    try:
+        general = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    except RuntimeError:  # set for backends, after which torch refuses the general one
+        for x in settings:
+            x.fp32_precision = "ieee"
+
+    def give_back() -> None:
+        if general is not None:
+            torch.set_float32_matmul_precision(general)
+        for x, value in zip(settings, before, strict=True):
+            if x.fp32_precision != value:
+                x.fp32_precision = value
+
+    return give_back

@@ -19,6 +19,7 @@ from .arrays import (
     Namespace,
     detach,
     dtype_name,
+    materialized,
     namespace,
     to_numpy,
 )
@@ -170,9 +171,9 @@ class Space:
         device = x.__dlpack_device__()
         # only devices of their own need DLPack: host memory is shared through NumPy
         if device[0] != 1 and device == self.zeros(1).__dlpack_device__():
-            x = detach(x)
-            if array_api_compat.is_torch_array(x):
-                x = x.resolve_conj()
+            x = materialized(detach(x))
+            if array_api_compat.is_cupy_array(x) and min(x.strides, default=0) < 0:
+                x = contiguous(x)  # reversed, which ends the process of torch
             return self.xp.from_dlpack(x)
         host = to_numpy(x)
         if not host.flags.writeable or min(host.strides, default=0) < 0:
