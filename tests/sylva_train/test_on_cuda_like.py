@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sylva_train import load_adapter, merge, save_adapter, unload
+from sylva_train._torch import on_device
+from sylva_train.comparison import PeakMemory
 from sylva_train.config import SylvaConfig, TrainingConfig
 from sylva_train.importance import score
 from sylva_train.kernels import dispatch
@@ -47,6 +49,21 @@ def build(device, **options):
     masks = random_masks(model, ["0", "2"], block_size=16)
     embed(model.to(device), masks)
     return model, SparseAdamW(model, lr=0.01, **options)
+
+
+def test_the_host_waits_for_what_it_is_to_read(waits):
+    x = torch.ones(3, device="cuda")
+    waits.clear()
+    on_device({"x": x, "parts": [x]}, torch.device("cpu"))
+    assert waits.total() == 2
+
+
+def test_a_peak_can_be_forgotten_before_the_first_tensor(monkeypatch, waits):
+    calls = []
+    for name in ("init", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: calls.append(name))
+    PeakMemory(torch.device("cuda:0")).reset()
+    assert calls == ["init", "reset_peak_memory_stats"]
 
 
 @pytest.mark.parametrize(
