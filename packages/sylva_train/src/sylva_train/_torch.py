@@ -26,7 +26,6 @@ __all__ = [
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a batch with its tensors on a device, those in lists and mappings as well."""
-
     # The host would read what a GPU has yet to write.
     waits = device.type == "cpu"
 
