@@ -61,9 +61,8 @@ def add_product(
 ) -> None:
     """Add ``units · gᵀ x`` of 16 bits on a GPU to a gradient in float32.
 
-    Products of 16 bits are exact in float32, and have tensor cores; those of float32 would
-    take several times as long as the backward pass. By parts, so that no other gradient as
-    large as this one is there.
+    Their products are exact in float32, and have tensor cores, as those of float32 have
+    not. By parts, so that no other gradient as large as this one is there.
     """
     out, inputs = gradient.shape
     for part in strips(out, inputs, multiple=128):
