@@ -25,34 +25,45 @@ from sylva_train.curvature import collect_curvature
 
 #: Outputs and inputs of the layers.
 SHAPES = [*((n, n) for n in (768, 1024, 1536, 2048, 4096)), (4096, 11008)]
-#: Batches of one timing: what is done once for all of them is spread over so many.
-BATCHES = 2
-Batch = Mapping[str, torch.Tensor]
+#: Batches of one timing: what is done once for all of them is spread over so many, of
+#: which a GPU takes more in the time that the host takes for that.
+BATCHES = {"cpu": 2, "cuda": 16}
+Batch = Mapping[str, Any]
 
 
 def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return a loss whose gradient by the layer's output is ``batch["g"]``."""
-    return (model(batch["x"]) * batch["g"]).sum(dtype=torch.float32)
+    """Return a loss whose gradient by the layer's output is the batch's ``g``."""
+    layer = batch["layer"]
+    return (model(layer["x"]) * layer["g"]).sum(dtype=torch.float32)
 
 
 def make_batches(
     shape: tuple[int, int], tokens: int, like: torch.Tensor
 ) -> list[Batch]:
-    """Draw inputs and output gradients of texts, with spectra that decay."""
+    """Draw inputs and output gradients of texts, with spectra that decay.
+
+    Scoring makes a digest of the samples, of which a model has a few bytes: what a layer
+    in it sees is kept from that.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(n: int) -> torch.Tensor:
         values = torch.randn(1, tokens, n, generator=generator)
         return (values / torch.arange(1.0, n + 1).sqrt()).to(like)
 
-    return [{"x": draw(shape[1]), "g": draw(shape[0])} for _ in range(BATCHES)]
+    return [
+        {"samples": torch.zeros(1), "layer": {"x": draw(shape[1]), "g": draw(shape[0])}}
+        for _ in range(BATCHES[like.device.type])
+    ]
 
 
 def train(model: nn.Module, batches: list[Batch]) -> None:
     """Run forward and backward as full fine-tuning does."""
     model.requires_grad_(True)
     for batch in batches:
-        loss(model, batch | {"x": batch["x"].detach().requires_grad_(True)}).backward()
+        layer = batch["layer"]
+        x = layer["x"].detach().requires_grad_(True)
+        loss(model, {"layer": layer | {"x": x}}).backward()
         model.zero_grad()
 
 
@@ -60,7 +71,7 @@ def gather(
     model: nn.Module, batches: list[Batch], wanted: list[str], options: dict[str, Any]
 ) -> None:
     """Gather a layer's statistics as scoring does."""
-    config = SylvaConfig(samples=BATCHES, **options)
+    config = SylvaConfig(samples=len(batches), **options)
     collect_curvature(model, {"0": model[0]}, batches, config, wanted, loss=loss)
 
 
@@ -98,7 +109,7 @@ def measure(shape: tuple[int, int], options: Any) -> dict[str, Any]:
             if name == "forward and backward"
             else {"added": round(one["min"] / whole - 1, 3)}
         )
-        row[name] = {"ms": round(1e3 * one["min"] / BATCHES, 2), **extra}
+        row[name] = {"ms": round(1e3 * one["min"] / len(batches), 2), **extra}
     print(row, flush=True)
     return row
 

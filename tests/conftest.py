@@ -49,14 +49,29 @@ LIBRARIES = [
 
 
 def pytest_collection_modifyitems(items):
-    """Skip GPU tests where there is no CUDA device."""
+    """Skip GPU tests where there is no CUDA device; where there is one, they come first."""
     if all(item.get_closest_marker("gpu") is None for item in items):
         return
-    if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="no CUDA device")
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(skip)
+    if torch.cuda.is_available():
+        # The compiler remembers from the first time whether there is a GPU.
+        items.sort(key=lambda item: item.get_closest_marker("gpu") is None)
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Hide GPUs from tests that are not for one: models would go there by default."""
+    if item.get_closest_marker("gpu") or not torch.cuda.is_available():
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the processes that they start
+        return (yield)
 
 
 # Session scope, since hypothesis runs many examples with one fixture.

@@ -12,7 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from sylva_train import load_adapter, merge, save_adapter, unload
+from sylva_train._torch import on_device
+from sylva_train.comparison import PeakMemory
 from sylva_train.config import SylvaConfig, TrainingConfig
+from sylva_train.curvature import collect_curvature, factors
 from sylva_train.importance import score
 from sylva_train.kernels import dispatch
 from sylva_train.layers import embed
@@ -47,6 +50,21 @@ def build(device, **options):
     masks = random_masks(model, ["0", "2"], block_size=16)
     embed(model.to(device), masks)
     return model, SparseAdamW(model, lr=0.01, **options)
+
+
+def test_the_host_waits_for_what_it_is_to_read(waits):
+    x = torch.ones(3, device="cuda")
+    waits.clear()
+    on_device({"x": x, "parts": [x]}, torch.device("cpu"))
+    assert waits.total() == 2
+
+
+def test_a_peak_can_be_forgotten_before_the_first_tensor(monkeypatch, waits):
+    calls = []
+    for name in ("init", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: calls.append(name))
+    PeakMemory(torch.device("cuda:0")).reset()
+    assert calls == ["init", "reset_peak_memory_stats"]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +127,41 @@ def test_scoring_waits_a_few_times_for_each_layer_and_batch(waits, last):
     # whether all numbers are finite, and how many rows are no padding; the loss
     each = (waits.total() - once) / 3
     assert each <= 2 * len(model.layers) + 3, waits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("waits")
+def test_gradients_are_summed_of_16_bits_as_they_are(monkeypatch, dtype):
+    monkeypatch.setattr(factors, "LARGEST_PART", 1 << 10)
+    shapes, mm = [], torch.mm
+
+    def watched(a, b, **options):
+        if a.is_cuda:
+            shapes.append(a.shape)
+        return mm(a, b, **options)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    batch = {"x": random((2, 9, 24), seed=0), "labels": torch.tensor([1, 0])}
+
+    def gradient(device):
+        layer = nn.Linear(24, 300, bias=False)
+        layer.weight.data = random((300, 24), seed=1)
+        model = nn.Sequential(layer).to(device, dtype)
+
+        def loss(model, batch):
+            return model(batch["x"].to(dtype)).float().square().mean()
+
+        found, _ = collect_curvature(
+            model, {"0": layer}, [batch], SylvaConfig(), ["gradient"], loss=loss
+        )
+        return found["0"].gradient
+
+    expected = gradient("cpu")
+    assert not shapes
+    found = gradient("cuda:1").cpu()
+    assert [tuple(shape) for shape in shapes] == [(128, 18), (128, 18), (44, 18)]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.usefixtures("waits")

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from sylva_train._checks import ConfigError, ModelError
+from sylva_train.config import SylvaConfig
+from sylva_train.curvature import collect_curvature
 from sylva_train.report import svg_file
 from sylva_train.reproduce import (
     draw_masks,
@@ -329,3 +331,28 @@ def test_benchmarks_of_gpus_run_small(name, monkeypatch, capsys):
             sys.modules.pop(module, None)
     shown = capsys.readouterr().out
     assert ("over_full" if "layer" in name else "few columns") in shown
+
+
+def test_the_benchmark_of_scoring_times_no_digest_of_activations(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    try:
+        bench = importlib.import_module("bench_scoring")
+    finally:
+        for module in ("bench_scoring", "_common"):
+            sys.modules.pop(module, None)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 48, bias=False))
+    batches = bench.make_batches((48, 64), 96, torch.empty(0))
+    seen = []
+    monkeypatch.setattr(
+        "sylva_train.curvature.batches.note_tensors",
+        lambda tensors, _: seen.extend(tensors.values()),
+    )
+    config = SylvaConfig(samples=len(batches))
+    wanted = ["gradient"]
+    found, _ = collect_curvature(
+        model, {"0": model[0]}, batches, config, wanted, loss=bench.loss
+    )
+    assert sum(t.numel() for t in seen) == len(batches)
+    layers = [batch["layer"] for batch in batches]
+    mean = sum(one["g"][0].T @ one["x"][0] for one in layers) / len(layers)
+    torch.testing.assert_close(found["0"].gradient, mean)

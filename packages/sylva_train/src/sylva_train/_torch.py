@@ -26,10 +26,12 @@ __all__ = [
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a batch with its tensors on a device, those in lists and mappings as well."""
+    # The host would read what a GPU has yet to write.
+    waits = device.type == "cpu"
 
     def moved(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.to(device, non_blocking=True)
+            return value.to(device, non_blocking=not waits)
         if isinstance(value, Mapping):
             return {name: moved(part) for name, part in value.items()}
         if type(value) in {list, tuple}:

@@ -27,6 +27,7 @@ class PeakMemory:
         """Forget the peak so far, and give freed memory back first."""
         gc.collect()
         if self.device.type == "cuda":
+            torch.cuda.init()  # or there is nothing to reset before the first tensor
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.status.exists():

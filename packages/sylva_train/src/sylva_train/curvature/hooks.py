@@ -27,7 +27,7 @@ from sylva_train.targets import (
 )
 
 from .batches import batch_size
-from .factors import Factor, accumulator
+from .factors import Factor, accumulator, strips
 from .layer import Accumulators, LayerCurvature, block_sums
 
 __all__ = ["Collector"]
@@ -54,6 +54,20 @@ def finite(*tensors: torch.Tensor) -> bool:
         if x.numel()
     ]
     return not found or bool(torch.stack([f.to(found[0].device) for f in found]).all())
+
+
+def add_product(
+    gradient: torch.Tensor, g: torch.Tensor, x: torch.Tensor, units: float
+) -> None:
+    """Add ``units · gᵀ x`` of 16 bits on a GPU to a gradient in float32.
+
+    Their products are exact in float32, and have tensor cores, as those of float32 have
+    not. By parts, so that no other gradient as large as this one is there.
+    """
+    out, inputs = gradient.shape
+    for part in strips(out, inputs, multiple=128):
+        product = torch.mm(g[:, part].T, x, out_dtype=torch.float32)
+        gradient[part].add_(product, alpha=units)
 
 
 @dataclass
@@ -271,9 +285,8 @@ class Collector:
         # Of rows alone, which are taken in the model's own type: copies of all that are wider
         # take more than the batch. The loss is a mean: its gradient times the terms is the
         # sum of the samples'.
-        rows_x, rows_g = (
-            t.flatten(0, -2).index_select(0, places).to(wide) for t in (x, g)
-        )
+        own = tuple(t.flatten(0, -2).index_select(0, places) for t in (x, g))
+        rows_x, rows_g = (t.to(wide) for t in own)
         rows_g *= self.units
         self.find_owner(name)
         sums = self.sums.get(name) or self.begin(name, rows_g)
@@ -281,7 +294,10 @@ class Collector:
             # One in main memory comes here and goes back, which the host waits for; one
             # that is here is what `to` returns.
             gradient = sums.gradient.to(g.device, non_blocking=True)
-            gradient.addmm_(rows_g.T, rows_x)
+            if all(t.is_cuda and t.dtype == x.dtype and t.itemsize < 4 for t in own):
+                add_product(gradient, own[1], own[0], self.units)
+            else:
+                gradient.addmm_(rows_g.T, rows_x)
             sums.gradient.copy_(gradient)
         if sums.input_squares is not None:
             sums.input_squares += rows_x.square().sum(0)

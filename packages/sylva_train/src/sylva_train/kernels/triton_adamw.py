@@ -214,8 +214,8 @@ def check_kind(
             else:
                 # Roundings tell a number on a level apart, which is seldom.
                 errors += [apart.max(), apart.mean() / 1e-2]
-        # A value that two roundings tell apart may differ in its last bit.
-        limit = 1e-5 + exact.weight.float().abs() * torch.finfo(dtype).eps
+        # As the values, of which two roundings may tell one apart by its last bit.
+        limit = 1e-5 + exact.weight.float().abs() * (1e-5 + torch.finfo(dtype).eps)
         errors.append(((found.weight - exact.weight).float().abs() / limit).max())
     return float(torch.stack(errors).max())
 
