@@ -30,6 +30,8 @@ TASKS = {
     "llama-sst2": "small LLaMA, SST-2 text",
     "smollm2-e2e": "SmolLM2, E2E text",
     "smollm2-sst2": "SmolLM2, SST-2 text",
+    "gemma3-e2e": "Gemma 3, E2E text",
+    "gemma3-sst2": "Gemma 3, SST-2 text",
     "minilm-e2e": "MiniLM, e2e-rating",
     "minilm-sst2": "MiniLM, SST-2",
 }

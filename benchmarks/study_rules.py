@@ -61,22 +61,26 @@ LAYERS_ALONE = "kfac-natural-layers"
 UNBIASED, MANY = "kfac-natural-unbiased", "kfac-natural-many"
 ANCHORS = ("frozen", "lora", "full")
 #: Models that are adapted to text; the others tell classes apart.
-LANGUAGE_MODELS = frozenset({"llama", "smollm2"})
+LANGUAGE_MODELS = frozenset({"llama", "smollm2", "gemma3"})
 #: Peak learning rates to choose from: of blocks, and of what they stand between.
 RATES = {
     "llama": (2e-2, 6e-2, 2e-1, 6e-1),
     "smollm2": (3e-3, 1e-2, 3e-2),
+    "gemma3": (1e-3, 3e-3, 1e-2, 3e-2),
     "minilm": (3e-3, 1e-2, 3e-2, 1e-1),
 }
 ANCHOR_RATES = {
     ("frozen", "llama"): (0.0,),  # nothing is trained
     ("frozen", "smollm2"): (0.0,),
+    ("frozen", "gemma3"): (0.0,),
     ("frozen", "minilm"): (3e-3,),
     ("lora", "llama"): (6e-3, 2e-2, 6e-2),
     ("lora", "smollm2"): (1e-3, 3e-3, 1e-2),
+    ("lora", "gemma3"): (1e-3, 3e-3, 1e-2),
     ("lora", "minilm"): (3e-3, 1e-2, 3e-2),
     ("full", "llama"): (1e-3, 4e-3),
     ("full", "smollm2"): (3e-4, 1e-3),
+    ("full", "gemma3"): (1e-4, 3e-4, 1e-3),
     ("full", "minilm"): (2e-4, 6e-4),
 }
 #: Seed to choose them with.
@@ -394,6 +398,7 @@ def main() -> None:
     )
     options.add_argument("--llama", type=Path, help="folder of the language model")
     options.add_argument("--smollm2", type=Path, help="GGUF file or folder of SmolLM2")
+    options.add_argument("--gemma3", type=Path, help="GGUF file or folder of Gemma 3")
     options.add_argument("--sst2", type=Path, help="folder of SST-2")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--samples", type=int, default=128)
