@@ -52,8 +52,9 @@ def _dense_at_ends(
 ) -> tuple[Array, Array]:
     """Return ``count`` of ``many`` (b,) ``places``, all at either end, then fewer.
 
-    Those are as of `Blocks.places`. A kernel of short range may be all there is in a block of sorted points. Some of the
-    places come twice. And the roots of how many places each stands for.
+    Those are as of `Blocks.places`. A kernel of short range may be all there is in a
+    block of sorted points. Some of the places come twice. And the roots of how many
+    places each stands for.
     """
     space, xp = blocks.space, blocks.xp
     edge, most = np.arange(int(count * ENDS)), count - 2 * int(count * ENDS) - 1
