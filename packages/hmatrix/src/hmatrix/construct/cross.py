@@ -153,12 +153,12 @@ def attempt(
     xp, m, valid = blocks.xp, blocks.size, pivots.valid
     i, j, U, V = pivots.i, pivots.j, pivots.U, pivots.V
     # the pivots D are taken out of V, so that both factors have entries of order 1
-    D = xp.linalg.diagonal(gather(V, j))
+    D = xp.linalg.diagonal(V if m > sample else gather(V, j))
     D = conjugate(xp.where(valid, D, xp.ones_like(D)))
     V = V / conjugate(D)[:, :, None]
     if m > sample:
         places = (pick(pivots.rows, i), pick(pivots.columns, j))
-        U, V = extend(blocks, places, gather(U, i), gather(V, j), D, valid)
+        U, V = extend(blocks, places, U, V, D, valid)
     D = xp.where(valid, D, xp.zeros_like(D))
     outliers = [large(x) for x in (U, V)] if m > sample else []
     # rows of very different norms, which is how partial pivoting leaves them, are
@@ -173,8 +173,9 @@ def attempt(
         estimate = xp.maximum(estimate, strays(blocks, left, V, *outliers))
     del left
     small, lost, _ = cut_triplets(*svd(core), tolerance * 0.8, max_rank)
-    found = LowRank(U @ (Tu @ small.U), small.S, V @ (Tv @ small.V))
-    return found, xp.sqrt(lost**2 + estimate**2)
+    U = U @ (Tu @ small.U)  # which goes before there is another V
+    V = V @ (Tv @ small.V)
+    return LowRank(U, small.S, V), xp.sqrt(lost**2 + estimate**2)
 
 
 def extend(

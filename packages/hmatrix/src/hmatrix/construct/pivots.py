@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 
@@ -51,7 +51,8 @@ class Pivots:
     rows, columns : array (b, s)
         Numbers of the samples' rows and columns.
     i, j, U, V, valid : array (b, r) or (b, r, s)
-        Results of `cross`.
+        Results of `cross`. Of samples that are not whole blocks, U[I] and V[J] (b, r, r)
+        alone: the samples of all levels would be large beside a matrix of a few of them.
     """
 
     rows: Array
@@ -67,6 +68,10 @@ class Pivots:
         samples = (x[some, :] for x in (self.rows, self.columns))
         found = (self.i, self.j, self.U, self.V, self.valid)
         return Pivots(*samples, *(x[some, :steps, ...] for x in found))
+
+    def alone(self) -> Pivots:
+        """Return them without the rest of their rows and columns."""
+        return replace(self, U=gather(self.U, self.i), V=gather(self.V, self.j))
 
 
 def together(levels: Sequence[Blocks]) -> int:
@@ -134,12 +139,12 @@ def search(
     known = left if sample > SAMPLE or parts[0].near is not None else None
     found = Pivots(i, j, *cross(inner, i, j, tolerances, limit, seed, known))
     if len(parts) == 1:
-        return [found]
+        return [found if whole else found.alone()]
     valid, start, each = to_numpy(found.valid), 0, []
     for blocks in parts:
         some = slice(start, start + blocks.count)
         steps = np.flatnonzero(valid[some].any(axis=0)).max(initial=0) + 1
-        each.append(found.group(some, int(steps)))
+        each.append(found.group(some, int(steps)).alone())
         start = some.stop
     return each
 

@@ -129,6 +129,7 @@ class _Climb:
         begin, end = which * size, (which + 1) * size
         for start in range(begin, end, step):
             self.bottom(start, x, memory)
+        del x
         self.climb(begin, end, range(self.top, self.low), memory)
 
     def bottom(self, start: int, x: Array, memory: Array) -> None:
@@ -162,9 +163,10 @@ class _Climb:
             half = inverse_lower(source.leaf(which), source.leaves[which, ...])
             if width:
                 columns = source.columns(slice(which.start * m, which.stop * m))
-                columns = self.space.xp.reshape(columns, shape)
                 out = x[first * m : (first + step) * m, :]
-                multiply_into(self.space.xp.reshape(out, shape), half, columns)
+                out, columns = (self.space.xp.reshape(y, shape) for y in (out, columns))
+                multiply_into(out, half, columns)
+                del columns  # before the next
 
     def climb(self, start: int, stop: int, levels: range, memory: Array) -> None:
         """Take the terms of some levels out of rows whose columns lie in the bases."""
