@@ -37,7 +37,6 @@ from .outputs import check_folder, differences
 from .runs import FORMAT, RECORD, read_run
 from .scoring import (
     begin_scoring,
-    check_targets,
     examples_seen,
     score_task,
     sylva_options,
@@ -213,7 +212,6 @@ def choose(
     bars: Progress,
 ) -> tuple[Masks, Scores, dict[str, Any] | None]:
     """Choose blocks by scores, which are made where there are none; say what that took."""
-    check_targets(task, config)
     scoring = None
     if scores is None:
         drawn = check_selection(config, task.model)
