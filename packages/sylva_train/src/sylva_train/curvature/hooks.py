@@ -263,11 +263,6 @@ class Collector:
 
         return forward
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all that is added up."""
-        return sum(sums.nbytes for sums in self.sums.values())
-
     @torch.no_grad()
     def add(self, name: str, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add one batch of a layer: inputs (..., in), output gradients (..., out)."""

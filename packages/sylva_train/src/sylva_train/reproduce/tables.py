@@ -18,6 +18,7 @@ __all__ = [
     "as_csv",
     "as_markdown",
     "cells",
+    "csv_text",
     "markdown",
     "metric",
     "printed_value",
@@ -33,6 +34,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Lay out a table in Markdown: the first column words, the others to the right."""
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Lay out a table as comma-separated values."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
 
 
 def cells(results: Results) -> dict[Cell, list[Mapping[str, Any]]]:
@@ -224,15 +232,12 @@ def as_csv(results: Results) -> str:
         )
     )
     metrics = [name for name in metrics if name != "score"]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*plain, *metrics, *costs])
-    for run in runs:
-        writer.writerow(
-            [
-                *(run[name] for name in plain),
-                *(run["metrics"].get(name) for name in metrics),
-                *(run.get(name) for name in costs),
-            ]
-        )
-    return text.getvalue()
+    rows = [
+        [
+            *(run[name] for name in plain),
+            *(run["metrics"].get(name) for name in metrics),
+            *(run.get(name) for name in costs),
+        ]
+        for run in runs
+    ]
+    return csv_text([*plain, *metrics, *costs], rows)
