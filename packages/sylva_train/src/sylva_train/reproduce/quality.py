@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ from sylva_train.comparison import (
     tuning_metric,
 )
 
-__all__ = ["TABLES", "Cell", "Plan", "Table", "average"]
+__all__ = ["TABLES", "Cell", "Plan", "Table"]
 
 #: The paper's rule, with factors that stay definite, and the one ahead on the small LLaMA.
 SYLVA, NATURAL = "sylva:kfac:mlr", "sylva:kfac-natural"
@@ -308,9 +307,3 @@ class Plan:
             label=f"{cell.label}, {words}",
             kind=f"{cell.setting} {cell.method}",
         )
-
-
-def average(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return mean and sample standard deviation; None for one value."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return statistics.fmean(values), deviation

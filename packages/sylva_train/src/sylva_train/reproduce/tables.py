@@ -6,13 +6,14 @@ import csv
 import functools
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from sylva_train.baselines import parse_method
 from sylva_train.metrics import METRICS, key_of
-from sylva_train.report import Metric, percentage
+from sylva_train.report import Metric, deviation, percentage
 
-from .quality import Cell, average
+from .quality import Cell
 
 __all__ = [
     "as_csv",
@@ -72,8 +73,7 @@ def printed(
     """Print mean and deviation of a cell's runs, and how many diverged."""
     values, words = [value(run) for run in scored(runs)], []
     if values:
-        mean, deviation = average(values)
-        words.append(shown.number(mean) + shown.spread(deviation))
+        words.append(shown.number(fmean(values)) + shown.spread(deviation(values)))
     if lost := len(runs) - len(values):
         words.append(f"({lost} of {len(runs)} diverged)")
     return " ".join(words) or MISSING
@@ -141,7 +141,7 @@ def by_value(results: Results) -> str:
                 for name, m in zip(names, shown, strict=True)
             ]
             fractions = [run["trainable_fraction"] for run in scored(runs)]
-            fraction = percentage(average(fractions)[0]) if fractions else MISSING
+            fraction = percentage(fmean(fractions)) if fractions else MISSING
             label = parse_method(cell.method).label
             value = printed_value(results, cell.value, runs)
             rows.append([label, value, fraction, *columns])
