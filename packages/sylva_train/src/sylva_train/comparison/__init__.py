@@ -22,8 +22,7 @@ from .tuning import (
     attempt,
     best_rates,
     check_multiples,
-    trial,
-    tried_rates,
+    rate_jobs,
     tuning_metric,
 )
 
@@ -46,10 +45,9 @@ __all__ = [
     "jobs_folder",
     "load_results",
     "made",
+    "rate_jobs",
     "run_jobs",
     "suited",
-    "trial",
-    "tried_rates",
     "tuning_metric",
     "worker",
 ]
