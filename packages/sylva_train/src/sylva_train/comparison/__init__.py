@@ -8,12 +8,7 @@ from .compare import check_plan, compare
 from .events import Event, Watcher
 from .jobs import check_output, jobs_folder, run_jobs
 from .memory import PeakMemory
-from .plan import (
-    LEARNING_RATES,
-    Comparison,
-    demonstration,
-    suited,
-)
+from .plan import LEARNING_RATES, Comparison, demonstration, suited
 from .process import Job, worker
 from .provenance import made
 from .results import FORMAT, load_results

@@ -20,12 +20,7 @@ from sylva_train.workflow import check_folder, differences
 from .events import Clock, Event, Watcher
 from .process import RUNS, Job, Processes, done, start
 
-__all__ = [
-    "RESULTS",
-    "check_output",
-    "jobs_folder",
-    "run_jobs",
-]
+__all__ = ["RESULTS", "check_output", "jobs_folder", "run_jobs"]
 
 RESULTS = "results.json"
 

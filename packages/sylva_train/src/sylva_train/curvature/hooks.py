@@ -18,13 +18,7 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, NonFiniteError
 from sylva_train.config import SylvaConfig
-from sylva_train.targets import (
-    Calls,
-    is_same,
-    layer_input,
-    weight_device,
-    weight_view,
-)
+from sylva_train.targets import Calls, is_same, layer_input, weight_device, weight_view
 
 from .batches import batch_size
 from .factors import Factor, accumulator, strips

@@ -19,13 +19,7 @@ from sylva_train._checks import ConfigError, check_choice
 
 from .capture import check_not_capturing
 
-__all__ = [
-    "check_kernels",
-    "find_kernel",
-    "find_mode",
-    "give_up",
-    "is_demanded",
-]
+__all__ = ["check_kernels", "find_kernel", "find_mode", "give_up", "is_demanded"]
 
 VARIABLE = "SYLVA_KERNELS"
 MODES = ("auto", "triton", "torch")
@@ -125,11 +119,7 @@ def find_problem(
 
 
 def give_up(
-    kernel: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    block_size: int,
-    trouble: str,
+    kernel: str, device: torch.device, dtype: torch.dtype, block_size: int, trouble: str
 ) -> None:
     """Leave a kernel alone from now on, with one warning."""
     problem = (

@@ -80,9 +80,7 @@ class Column:
 
 
 def measured(
-    title: str,
-    values: Iterable[float | None],
-    units: Sequence[tuple[float, str]],
+    title: str, values: Iterable[float | None], units: Sequence[tuple[float, str]]
 ) -> Column:
     """Return a column of quantities, all in the unit that suits their median."""
     values = list(values)

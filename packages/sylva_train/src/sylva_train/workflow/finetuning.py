@@ -35,12 +35,7 @@ from sylva_train.tuner import save_adapter
 from .heads import heads
 from .outputs import check_folder, differences
 from .runs import FORMAT, RECORD, read_run
-from .scoring import (
-    begin_scoring,
-    examples_seen,
-    score_task,
-    sylva_options,
-)
+from .scoring import begin_scoring, examples_seen, score_task, sylva_options
 from .task import SCORED, Task, load_task, located, tell_of_cuts
 
 __all__ = ["finetune"]
