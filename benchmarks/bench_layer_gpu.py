@@ -322,7 +322,7 @@ def main() -> None:
     elif chosen.device != "cuda" or not torch.cuda.is_available():
         raise SystemExit("bench_layer_gpu.py needs a CUDA device, or --tiny.")
     os.environ.setdefault("SYLVA_KERNELS", "triton")
-    problems = [check.problem for check in check_kernels(DEVICE) if check.problem]
+    problems = [*filter(None, check_kernels(DEVICE))]
     if problems:
         raise SystemExit(
             "\n".join(["Some kernels do not work on this device:", *problems])

@@ -153,11 +153,10 @@ def test_demanded_kernels_compute_the_same(monkeypatch, triton_device, problem):
 
 def test_every_kernel_can_be_tried(use):
     use(Kernel())
-    found = check_kernels()
-    assert {check.problem for check in found} == {None}
-    assert {check.block_size for check in found} == {16}
+    # Of two kernels, of three dtypes each, for the one size of blocks that is supported.
+    assert check_kernels() == 6 * [None]
     use(Kernel(ValueError("no such chip")))
-    assert all("no such chip" in check.problem for check in check_kernels())
+    assert all("no such chip" in problem for problem in check_kernels())
     use(None)
     assert check_kernels() == []
 

@@ -10,7 +10,6 @@ from sylva_train.config import SylvaConfig
 from sylva_train.curvature import Store, collect_curvature, planning, settings
 from sylva_train.curvature.hooks import Collector
 from sylva_train.curvature.planning import plan_passes
-from sylva_train.curvature.state import Position
 from sylva_train.importance import score
 from sylva_train.targets import find_targets
 from tests.sylva_train.models import make_batch, make_model
@@ -117,9 +116,9 @@ def test_unfinished_sums_go_back_to_where_they_were(beside, tmp_path):
         collector.start(batch, 1)
         model(**batch).loss.backward()
     store = Store(tmp_path, 0, settings(model, targets, options))
-    store.save(collector, Position(1, ""))
+    store.save(collector, 1, "")
     again = Collector(targets, options, frozenset(WANTED), (*targets,), hosted=True)
-    assert store.load(again) == Position(1, "")
+    assert store.load(again) == (1, "")
     assert len(beside) == len(targets)
     for name, sums in again.sums.items():
         assert torch.equal(sums.gradient.tensor, collector.sums[name].gradient)

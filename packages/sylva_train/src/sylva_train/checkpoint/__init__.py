@@ -9,13 +9,7 @@ from .files import (
     save_checkpoint,
     update_record,
 )
-from .state import (
-    capture,
-    identify,
-    restore,
-    rng_state,
-    set_rng_state,
-)
+from .state import capture, identify, restore, rng_state, set_rng_state
 
 __all__ = [
     "Checkpoint",

@@ -173,9 +173,7 @@ def claimed(output: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def save_checkpoint(
-    output: str | os.PathLike[str],
-    checkpoint: Checkpoint,
-    identity: Mapping[str, Any],
+    output: str | os.PathLike[str], checkpoint: Checkpoint, identity: Mapping[str, Any]
 ) -> Path:
     """Write ``checkpoint-<step>`` into a folder and keep only the one before it.
 

@@ -17,13 +17,7 @@ from sylva_train._torch import sampled, tensor_bytes
 from sylva_train.config import TrainingConfig
 from sylva_train.layers import embedded_layers
 
-__all__ = [
-    "capture",
-    "identify",
-    "restore",
-    "rng_state",
-    "set_rng_state",
-]
+__all__ = ["capture", "identify", "restore", "rng_state", "set_rng_state"]
 
 #: Options that may differ between a run and its continuation: none changes a weight.
 IRRELEVANT = {"device", "eval_every", "save_every"}

@@ -36,17 +36,14 @@ def run_comparison(
     tune: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Run a comparison with its progress on stderr, and write its report."""
+    text = partial(row_text, metric=comparison.metric)
     with Progress(enabled=not quiet) as bars:
-
-        def watch(event: Event) -> None:
-            show_event(bars, event, partial(row_text, metric=comparison.metric))
-
         results = compare(
             comparison,
             output,
             resume=resume,
             overwrite=overwrite,
-            watch=watch,
+            watch=partial(show_event, bars, text=text),
             workers=workers,
             tune=tune,
             command=command,

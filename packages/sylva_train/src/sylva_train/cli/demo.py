@@ -69,12 +69,7 @@ def introduce(comparison: Comparison) -> None:
 
 
 def run_demo(
-    comparison: Comparison,
-    output: Path,
-    *,
-    resume: bool,
-    overwrite: bool,
-    command: str,
+    comparison: Comparison, output: Path, *, resume: bool, overwrite: bool, command: str
 ) -> None:
     """Compare, fine-tune once, save, load and predict."""
     check_output(output, resume=resume, overwrite=overwrite)

@@ -173,11 +173,14 @@ def reproduce_command(
         "quiet": quiet,
         "command": typed(),
     }
+    changes: dict[str, Any] = {
+        "seeds": seeds, "model": model, "data": data, "limit": limit,
+        "eval_limit": eval_limit, "steps": steps, "device": device,
+    }  # fmt: skip
     if is_measurement(experiment):
-        of_tables = {
-            "configs": configs, "seeds": seeds, "values": values, "methods": methods,
-            "model": model, "data": data, "limit": limit, "eval_limit": eval_limit,
-            "steps": steps, "tune": tune, "workers": workers, "device": device,
+        of_tables = changes | {
+            "configs": configs, "values": values, "methods": methods, "tune": tune,
+            "workers": workers,
         }  # fmt: skip
         check_unused(experiment, of_tables, reproduce_command)
         make_measurement(experiment, output, scale=scale, **common)
@@ -189,15 +192,7 @@ def reproduce_command(
         configs=words(configs) or (),
         values=words(values),
         methods=words(methods),
-        changes={
-            "seeds": numbers("seeds", seeds),
-            "model": model,
-            "data": data,
-            "limit": limit,
-            "eval_limit": eval_limit,
-            "steps": steps,
-            "device": device,
-        },
+        changes=changes | {"seeds": numbers("seeds", seeds)},
         tune=numbers("tune", tune, float),
         workers=workers,
         **common,

@@ -7,13 +7,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from sylva_train.metrics import METRICS
-from sylva_train.options import (
-    CURVATURES,
-    DTYPES,
-    IMPORTANCES,
-    METHODS,
-    SCHEDULES,
-)
+from sylva_train.options import CURVATURES, DTYPES, IMPORTANCES, METHODS, SCHEDULES
 
 __all__ = ["FLAGS", "annotated"]
 

@@ -211,10 +211,7 @@ def predict(
 
 @command(run="Folder of a fine-tuning.", output="Folder for the whole model.")
 def merge(
-    run: Path,
-    output: Path,
-    base: str | None = None,
-    overwrite: bool = False,
+    run: Path, output: Path, base: str | None = None, overwrite: bool = False
 ) -> None:
     """Write a fine-tuned model whole, as a folder for --model and sylva_train.load_model.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sylva_train._checks import ConfigError, check_choice
-from sylva_train.comparison import Event
 from sylva_train.progress import Progress
 from sylva_train.reproduce import (
     MEASUREMENTS,
@@ -32,10 +32,7 @@ EXPERIMENTS = ("table2", "fig4", "fig5", *TABLES)
 def make_measurement(name: str, output: Path, *, quiet: bool, **options: Any) -> None:
     """Measure with progress on stderr, and show the table."""
     with Progress(enabled=not quiet) as bars:
-
-        def watch(event: Event) -> None:
-            show_event(bars, event, lambda _: "measured")
-
+        watch = partial(show_event, bars, text=lambda _: "measured")
         measure(name, output, watch=watch, **options)
     show_table(output)
 
@@ -59,10 +56,7 @@ def make_table(
         table = dataclasses.replace(table, methods=tuple(methods))
     settings = load_settings(configs, **changes)
     with Progress(enabled=not quiet) as bars:
-
-        def watch(event: Event) -> None:
-            show_event(bars, event, row_text)
-
+        watch = partial(show_event, bars, text=row_text)
         reproduce(table, settings, output, watch=watch, **options)
     show_table(output)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from rich.markdown import Markdown
 from rich.measure import Measurement
+from rich.table import Table
 
 from sylva_train._checks import ConfigError
 from sylva_train._files import folder_size
@@ -63,11 +64,6 @@ def score_text(metric: str, value: float) -> str:
     return f"{metric.replace('_', ' ')} {number}"
 
 
-def shape_text(shape: Sequence[int]) -> str:
-    """Print a weight's shape."""
-    return " × ".join(map(str, shape))
-
-
 def shortened(names: Sequence[str]) -> tuple[str, list[str]]:
     """Return what layers' names have in common as a title, and the rest of each."""
     parts = [name.split(".")[:-1] for name in names]
@@ -78,23 +74,30 @@ def shortened(names: Sequence[str]) -> tuple[str, list[str]]:
     return title, [".".join(name.split(".")[common:]) for name in names]
 
 
+def layer_table(
+    layers: Mapping[str, Any],
+    columns: Sequence[str],
+    cells: Callable[[Mapping[str, Any]], Sequence[str]],
+) -> Table:
+    """Lay out layers with their shapes, and the cells of what is known of each."""
+    title, names = shortened(list(layers))
+    rows = [
+        (name, " × ".join(map(str, layer["shape"])), *cells(layer))
+        for name, layer in zip(names, layers.values(), strict=True)
+    ]
+    return table((title, "shape", *columns), rows)
+
+
 def scores(about: Mapping[str, Any]) -> None:
     """Print how the importance of each layer is spread over its blocks."""
     side, density = about["block_size"], about["density"]
-    title, names = shortened(list(about["layers"]))
-    rows = [
-        (
-            name,
-            shape_text(layer["shape"]),
-            str(layer["blocks"]),
-            f"{layer['top_share']:.1%}",
-            f"{layer['effective']:.0%}",
-        )
-        for name, layer in zip(names, about["layers"].values(), strict=True)
-    ]
     top = f"in top {density:.3g}" if density < 0.01 else f"in top {density:.0%}"
-    columns = (title, "shape", "blocks", top, "effective")
-    out().print(table(columns, rows))
+
+    def cells(layer: Mapping[str, Any]) -> tuple[str, str, str]:
+        share, spread = f"{layer['top_share']:.1%}", f"{layer['effective']:.0%}"
+        return str(layer["blocks"]), share, spread
+
+    out().print(layer_table(about["layers"], ("blocks", top, "effective"), cells))
     prose(
         f"Blocks of {side} × {side} weights. '{top}': the share of the layer's score that"
         " its best blocks have. 'effective': over how many blocks the score is spread;"
@@ -108,32 +111,19 @@ def masks(found: Masks) -> None:
     """Print the blocks of each layer."""
     about = describe_masks(found)
     provenance(about)
-    layer_table(about)
+    block_table(about)
 
 
-def layer_table(about: Mapping[str, Any], total_name: str = "all") -> None:
+def block_table(about: Mapping[str, Any], total_name: str = "all") -> None:
     """Print blocks, weights and density of each layer and of all."""
-    title, names = shortened(list(about["layers"]))
-    rows = [
-        (
-            name,
-            shape_text(layer["shape"]),
-            f"{layer['blocks']:,}",
-            f"{layer['trainable']:,}",
-            f"{layer['density']:.1%}",
-        )
-        for name, layer in zip(names, about["layers"].values(), strict=True)
-    ]
-    total = (
-        total_name,
-        "",
-        f"{about['blocks']:,}",
-        f"{about['trainable']:,}",
-        f"{about['density']:.1%}",
-    )
-    grid = table((title, "shape", "blocks", "weights", "density"), rows)
+
+    def cells(part: Mapping[str, Any]) -> tuple[str, str, str]:
+        blocks, weights = f"{part['blocks']:,}", f"{part['trainable']:,}"
+        return blocks, weights, f"{part['density']:.1%}"
+
+    grid = layer_table(about["layers"], ("blocks", "weights", "density"), cells)
     grid.add_section()
-    grid.add_row(*total, style="bold")
+    grid.add_row(total_name, "", *cells(about), style="bold")
     out().print(grid)
 
 
@@ -153,7 +143,7 @@ def adapter(path: Path) -> None:
         }
     )
     # Layers without a block are not in an adapter.
-    layer_table(about, "all of these")
+    block_table(about, "all of these")
 
 
 def loss_course(history: Sequence[Mapping[str, float]]) -> str:
@@ -309,19 +299,11 @@ def agreement(
         as_text({"path": str(path), "against": str(against)} | found)
         return
     facts({str(path): other, "against": reference})
-    title, names = shortened(list(found["layers"]))
-
-    rows = [
-        [
-            name,
-            shape_text(layer["shape"]),
-            f"{layer['blocks']:,}",
-            *agreement_cells(layer),
-        ]
-        for name, layer in zip(names, found["layers"].values(), strict=True)
-    ]
-    columns = (title, "shape", "blocks", *AGREEMENT)
-    grid = table(columns, rows)
+    grid = layer_table(
+        found["layers"],
+        ("blocks", *AGREEMENT),
+        lambda layer: (f"{layer['blocks']:,}", *agreement_cells(layer)),
+    )
     grid.add_section()
     for name in ("least", "median"):
         grid.add_row(name, "", "", *agreement_cells(found[name]), style="bold")

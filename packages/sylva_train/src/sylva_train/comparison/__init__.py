@@ -8,12 +8,7 @@ from .compare import check_plan, compare
 from .events import Event, Watcher
 from .jobs import check_output, jobs_folder, run_jobs
 from .memory import PeakMemory
-from .plan import (
-    LEARNING_RATES,
-    Comparison,
-    demonstration,
-    suited,
-)
+from .plan import LEARNING_RATES, Comparison, demonstration, suited
 from .process import Job, worker
 from .provenance import made
 from .results import FORMAT, load_results
@@ -22,8 +17,7 @@ from .tuning import (
     attempt,
     best_rates,
     check_multiples,
-    trial,
-    tried_rates,
+    rate_jobs,
     tuning_metric,
 )
 
@@ -46,10 +40,9 @@ __all__ = [
     "jobs_folder",
     "load_results",
     "made",
+    "rate_jobs",
     "run_jobs",
     "suited",
-    "trial",
-    "tried_rates",
     "tuning_metric",
     "worker",
 ]

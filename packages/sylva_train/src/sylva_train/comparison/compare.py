@@ -111,6 +111,5 @@ def check_plan(comparison: Comparison) -> None:
     for loader in (task.loader(training), task.eval_loader(training)):
         if words := words_of_cuts(loader):
             warnings.warn(words, stacklevel=2)
-    for rule in {parse_method(name).rule for name in comparison.methods} - {None}:
-        assert rule is not None
+    for rule in filter(None, {parse_method(n).rule for n in comparison.methods}):
         check_selection(dataclasses.replace(config, importance=rule), task.model)

@@ -18,14 +18,9 @@ from sylva_train._checks import ConfigError, check_integer
 from sylva_train.workflow import check_folder, differences
 
 from .events import Clock, Event, Watcher
-from .process import RUNS, Job, Processes, Tell, done, start
+from .process import RUNS, Job, Processes, done, start
 
-__all__ = [
-    "RESULTS",
-    "check_output",
-    "jobs_folder",
-    "run_jobs",
-]
+__all__ = ["RESULTS", "check_output", "jobs_folder", "run_jobs"]
 
 RESULTS = "results.json"
 
@@ -210,18 +205,13 @@ class Queue:
             return row
         self.tell(event)
         begin = time.perf_counter()
-        report = self.stages(event, number, begin)
+
+        def report(stage: str, done: int, total: int) -> None:
+            left = self.clock.left(number, time.perf_counter() - begin)
+            progress = {"stage": stage, "done": done, "total": total}
+            self.tell(event, kind="stage", left=left, **progress)
+
         row = start(job, self.output, report, self.processes)
         self.clock.finish(number, time.perf_counter() - begin)
         self.tell(event, kind="end", row=row, left=self.clock.left())
         return row
-
-    def stages(self, event: Event, number: int, begin: float) -> Tell:
-        """Return the function of (stage, done, total) that tells a job's progress on."""
-
-        def report(stage: str, done: int, total: int) -> None:
-            left = self.clock.left(number, time.perf_counter() - begin)
-            progress: dict[str, Any] = {"stage": stage, "done": done, "total": total}
-            self.tell(event, kind="stage", left=left, **progress)
-
-        return report

@@ -24,12 +24,7 @@ from sylva_train.options import (
 
 from .process import Job
 
-__all__ = [
-    "LEARNING_RATES",
-    "Comparison",
-    "demonstration",
-    "suited",
-]
+__all__ = ["LEARNING_RATES", "Comparison", "demonstration", "suited"]
 
 #: Peak learning rates, chosen on the validation split (benchmarks/bench_rates.py). The
 #: serial adapter takes LoRA's; the pruner, SHiRA and Super-Tuning train the same kind of

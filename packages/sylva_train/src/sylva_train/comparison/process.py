@@ -124,12 +124,7 @@ class Processes:
             process.kill()
 
 
-def start(
-    job: Job,
-    output: Path,
-    report: Tell,
-    processes: Processes,
-) -> dict[str, Any]:
+def start(job: Job, output: Path, report: Tell, processes: Processes) -> dict[str, Any]:
     """Do a job in a process of its own and return its row; its files keep both.
 
     Parameters

@@ -32,12 +32,7 @@ from sylva_train.metrics import key_of, known_metrics
 from sylva_train.options import samples_to_score
 from sylva_train.pretrained import pooled_features, quiet
 from sylva_train.targets import find_targets
-from sylva_train.training import (
-    TrainResult,
-    number_of_steps,
-    pick_device,
-    train,
-)
+from sylva_train.training import TrainResult, number_of_steps, pick_device, train
 from sylva_train.tuner import save_adapter
 from sylva_train.workflow import (
     SCORED,
@@ -59,11 +54,7 @@ __all__ = ["run"]
 def saved_bytes(adapted: Adapted, config: SylvaConfig) -> int:
     """Save what a method trained, as its users would, and return its size on disk."""
     model: Any = adapted.model
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        quiet(),
-        warnings.catch_warnings(),
-    ):
+    with tempfile.TemporaryDirectory() as folder, quiet(), warnings.catch_warnings():
         # PEFT asks the base's config.json, which a GGUF file has not, whether the
         # vocabulary was resized: here it never is.
         warnings.filterwarnings("ignore", "Could not find a config file")

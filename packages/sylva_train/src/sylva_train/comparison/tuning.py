@@ -22,9 +22,8 @@ __all__ = [
     "attempt",
     "best_rates",
     "check_multiples",
-    "trial",
+    "rate_jobs",
     "trials",
-    "tried_rates",
     "tuning_metric",
 ]
 
@@ -57,13 +56,6 @@ def check_multiples(
     return tuple(dict.fromkeys(multiples))
 
 
-def tried_rates(
-    comparison: Comparison, method: str, multiples: Sequence[float]
-) -> list[float]:
-    """Return the learning rates to try: multiples of the method's own."""
-    return [float(f"{x * comparison.rate(method):.3g}") for x in multiples]
-
-
 def tuning_metric(comparison: Comparison) -> str:
     """Return what learning rates are chosen by.
 
@@ -72,23 +64,6 @@ def tuning_metric(comparison: Comparison) -> str:
     """
     task = comparison.task.task
     return comparison.metric if task in LABELLED else known_metrics(task)[0]
-
-
-def trial(comparison: Comparison, method: str, rate: float) -> Comparison:
-    """Return a run at one rate, on a tenth of the training data that is held out."""
-    task = dataclasses.replace(
-        comparison.task,
-        eval_data=None,
-        eval_split=HELD_OUT,
-        metric=tuning_metric(comparison),
-    )
-    return dataclasses.replace(
-        comparison,
-        task=task,
-        methods=(method,),
-        seeds=(TUNING_SEED,),
-        learning_rates={method: rate},
-    )
 
 
 def attempt(one: Comparison, seed: int, **about: str) -> Job:
@@ -101,22 +76,48 @@ def attempt(one: Comparison, seed: int, **about: str) -> Job:
     return Job(**about, spec=spec, function=TRY_RATE)
 
 
+def rate_jobs(
+    one: Comparison, multiples: Sequence[float], *, name: str, label: str, kind: str
+) -> dict[float, Job]:
+    """Return the runs that choose a rate of a comparison of one method, by rate.
+
+    They are on a tenth of the training data that is held out, at multiples of the
+    method's own rate. Their names and labels begin with those given.
+    """
+    (method,) = one.methods
+    task = dataclasses.replace(
+        one.task, eval_data=None, eval_split=HELD_OUT, metric=tuning_metric(one)
+    )
+    found = {}
+    for multiple in multiples:
+        rate = float(f"{multiple * one.rate(method):.3g}")
+        found[rate] = attempt(
+            dataclasses.replace(one, task=task, learning_rates={method: rate}),
+            TUNING_SEED,
+            name=f"tune-{name}-{rate:g}",
+            label=f"{label}, rate {rate:g}",
+            kind=kind,
+        )
+    return found
+
+
 def trials(
     comparison: Comparison, multiples: Sequence[float]
 ) -> dict[tuple[str, float], Job]:
     """Return the runs that choose a comparison's rates, by method and rate."""
-    found, multiples = {}, check_multiples(multiples, comparison.seeds)
+    found: dict[tuple[str, float], Job] = {}
+    multiples = check_multiples(multiples, comparison.seeds)
     for method in comparison.methods:
         if method == "frozen":  # nothing is trained
             continue
-        for rate in tried_rates(comparison, method, multiples):
-            found[method, rate] = attempt(
-                trial(comparison, method, rate),
-                TUNING_SEED,
-                name=f"tune-{method.replace(':', '-')}-{rate:g}",
-                label=f"{parse_method(method).label}, rate {rate:g}",
-                kind=f"tune {method}",
-            )
+        jobs = rate_jobs(
+            dataclasses.replace(comparison, methods=(method,)),
+            multiples,
+            name=method.replace(":", "-"),
+            label=parse_method(method).label,
+            kind=f"tune {method}",
+        )
+        found |= {(method, rate): job for rate, job in jobs.items()}
     return found
 
 

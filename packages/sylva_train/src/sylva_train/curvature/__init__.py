@@ -9,13 +9,7 @@ from .batches import (
     note,
     some_samples,
 )
-from .collect import (
-    LARGEST_SCALE,
-    Loss,
-    collect_curvature,
-    damage,
-    describe_factor,
-)
+from .collect import LARGEST_SCALE, Loss, collect_curvature, damage, describe_factor
 from .factors import Factor, strips
 from .layer import LayerCurvature, block_sums
 from .planning import curvature_bytes

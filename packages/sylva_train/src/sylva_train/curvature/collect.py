@@ -40,7 +40,7 @@ from .hooks import Collector
 from .layer import LayerCurvature
 from .merging import merge
 from .planning import Pass, plan_passes
-from .state import Position, Store
+from .state import Store
 
 __all__ = ["Curvatures", "Loss", "collect_curvature", "damage", "describe_factor"]
 
@@ -205,8 +205,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
     def run(self, data: hashlib._Hash) -> None:
         """Add up what this process's share of the batches tells of some layers."""
         collector, (rank, processes) = self.collector, rank_and_size()
-        start = self.store.load(collector) if self.store else None
-        skipped = start.batches if start is not None else 0
+        skipped, before = self.store.load(collector) if self.store else (0, "")
         total, count = self.most * len(self.plan), 0
         self.samples = self.terms = 0
         with frozen(self.model), collector.attached(), torch.enable_grad():
@@ -217,22 +216,22 @@ class Curvatures(Mapping[str, LayerCurvature]):
                 note(batch, data)
                 self.samples += batch_size(batch)
                 self.terms += units
-                if count == skipped and start is not None:
-                    check_same(data.hexdigest(), start.data, "before it stopped")
+                if count == skipped:
+                    check_same(data.hexdigest(), before, "before it stopped")
                 if count > skipped and (count - 1) % processes == rank:
                     self.add(on_device(batch, self.device), units, count)
                     if self.store is not None and self.store.due():
-                        self.store.save(collector, Position(count, data.hexdigest()))
+                        self.store.save(collector, count, data.hexdigest())
                 if self.progress is not None:
-                    before = self.done * self.most
-                    self.progress(before + min(self.samples, self.most), total)
+                    now = min(self.samples, self.most)
+                    self.progress(self.done * self.most + now, total)
                 if self.samples >= self.most:
                     break
         if not count:
             msg = "`dataloader` gave no batch: there is nothing to score with."
             raise DataError(msg)
-        if start is not None and count < skipped:
-            check_same("", start.data, "before it stopped")
+        if count < skipped:
+            check_same("", before, "before it stopped")
 
     def add(self, batch: Mapping[str, Any], units: int, step: int) -> None:
         """Run one batch forward and backward under the hooks."""

@@ -15,14 +15,7 @@ import hmatrix as hm
 from sylva_train._checks import ConfigError
 from sylva_train.config import SylvaConfig
 
-__all__ = [
-    "DenseCovariance",
-    "Factor",
-    "accumulator",
-    "describe",
-    "revive",
-    "strips",
-]
+__all__ = ["DenseCovariance", "Factor", "accumulator", "describe", "revive", "strips"]
 
 #: Rows of a leaf below which a hierarchy is not worth its bookkeeping.
 SMALLEST_LEAF = 8

@@ -18,13 +18,7 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, NonFiniteError
 from sylva_train.config import SylvaConfig
-from sylva_train.targets import (
-    Calls,
-    is_same,
-    layer_input,
-    weight_device,
-    weight_view,
-)
+from sylva_train.targets import Calls, is_same, layer_input, weight_device, weight_view
 
 from .batches import batch_size
 from .factors import Factor, accumulator, strips
@@ -262,11 +256,6 @@ class Collector:
             )
 
         return forward
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all that is added up."""
-        return sum(sums.nbytes for sums in self.sums.values())
 
     @torch.no_grad()
     def add(self, name: str, x: torch.Tensor, g: torch.Tensor) -> None:

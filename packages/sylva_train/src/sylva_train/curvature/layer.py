@@ -37,12 +37,6 @@ class Accumulators:
     output_squares: torch.Tensor | None = None
     rows: int = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored numbers."""
-        parts = (self.A, self.G, *(getattr(self, name) for name in TENSORS))
-        return sum(part.nbytes for part in parts if part is not None)
-
 
 @dataclass
 class LayerCurvature:

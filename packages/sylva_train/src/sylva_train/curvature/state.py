@@ -6,7 +6,6 @@ import hashlib
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from .factors import revive
 from .hooks import Collector
 from .layer import TENSORS, Accumulators
 
-__all__ = ["Position", "Store", "settings"]
+__all__ = ["Store", "settings"]
 
 FORMAT = "sylva-scoring/1"
 #: Options that change the statistics, and the scores beside them.
@@ -46,22 +45,6 @@ def settings(
     found |= {"samples": samples_to_score(config.samples)}
     found |= {"model": digest.hexdigest(), "layers": shapes}
     return found | {"processes": rank_and_size()[1]}
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far a pass has come.
-
-    Attributes
-    ----------
-    batches : int
-        Batches of the data that are done.
-    data : str
-        Digest of them.
-    """
-
-    batches: int
-    data: str
 
 
 class Store:
@@ -120,8 +103,8 @@ class Store:
         """Whether it is time to save."""
         return time.monotonic() - self.saved >= 60 * self.minutes
 
-    def save(self, collector: Collector, position: Position) -> None:
-        """Write the sums of a pass, in the place of those before."""
+    def save(self, collector: Collector, batches: int, data: str) -> None:
+        """Write the sums of a pass over some batches, whose digest is ``data``."""
         tensors, plain = {}, {}
         for name, sums in collector.sums.items():
             for part in TENSORS:
@@ -144,8 +127,8 @@ class Store:
             "owner": collector.owner,
             "rows": {name: sums.rows for name, sums in collector.sums.items()},
             "plain": plain,
-            "batches": position.batches,
-            "data": position.data,
+            "batches": batches,
+            "data": data,
         }
         write_tensors(self.path, tensors, header)
         self.saved = time.monotonic()
@@ -154,14 +137,14 @@ class Store:
         """Take the sums of a pass away, whose layers are scored."""
         self.path.unlink(missing_ok=True)
 
-    def load(self, collector: Collector) -> Position | None:
-        """Put back what `save` wrote, if it is of the same pass."""
+    def load(self, collector: Collector) -> tuple[int, str]:
+        """Put back what `save` wrote of the same pass; return its batches and digest."""
         if not self.path.exists():
-            return None
+            return 0, ""
         tensors, header = read_tensors(self.path, FORMAT, "scoring")
         self.check(header["settings"])
         if header["names"] != list(collector.names):
-            return None
+            return 0, ""
         collector.owner = header["owner"]
         devices = {n: weight_device(collector.targets[n]) for n in collector.names}
         # Copies: numbers in a file lie wherever its header ends, and products of memory that is
@@ -186,4 +169,4 @@ class Store:
                 if k.startswith(head)
             }
             setattr(collector.sums[name], part, revive(plain | arrays))
-        return Position(header["batches"], header["data"])
+        return header["batches"], header["data"]

@@ -321,7 +321,7 @@ def encode(
     found = tokenizer(
         [first for first, _ in pairs], seconds or None, verbose=False, **options
     )
-    cut = shortened(found, max_length, whole=whole)
+    cut = set() if whole else shortened(found, max_length)
     names = [n for n in ("input_ids", "token_type_ids") if n in found]
     examples = [
         dict(zip(names, values, strict=True))
@@ -346,10 +346,8 @@ def encode(
     return examples, len(cut)
 
 
-def shortened(found: Any, max_length: int, *, whole: bool = False) -> set[int]:
+def shortened(found: Any, max_length: int) -> set[int]:
     """Return which of the texts that a tokenizer was given lost tokens."""
-    if whole:
-        return set()
     full = {i for i, ids in enumerate(found["input_ids"]) if len(ids) == max_length}
     # Tokenizers in Python do not say what they cut off.
     parts = getattr(found, "encodings", None)

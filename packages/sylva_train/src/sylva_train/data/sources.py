@@ -14,14 +14,7 @@ from typing import Any
 
 from sylva_train._checks import ConfigError, DataError
 
-from .files import (
-    SUFFIXES,
-    HeaderTest,
-    Table,
-    data_suffix,
-    named_table,
-    read_table,
-)
+from .files import SUFFIXES, HeaderTest, Table, data_suffix, named_table, read_table
 from .instructions import is_instructions, read_instructions
 from .mmlu import is_mmlu, read_mmlu
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from sylva_train._checks import ConfigError, DataError, SylvaError, check_choice
@@ -272,11 +273,10 @@ def rouge_l(answers: Texts, references: References) -> float:
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    scores = [
+    return fmean(
         scorer.score_multi(group, text)["rougeL"].fmeasure
         for text, group in zip(answers, references, strict=True)
-    ]
-    return math.fsum(scores) / len(scores)
+    )
 
 
 def rouge_l_coco(answers: Texts, references: References) -> float:
@@ -284,11 +284,10 @@ def rouge_l_coco(answers: Texts, references: References) -> float:
     from pycocoevalcap.rouge.rouge import Rouge
 
     scorer = Rouge()
-    scores = [
+    return fmean(
         scorer.calc_score([plain(text)], list(map(plain, group)))
         for text, group in zip(answers, references, strict=True)
-    ]
-    return math.fsum(scores) / len(scores)
+    )
 
 
 def cider(answers: Texts, references: References) -> float:
@@ -310,11 +309,10 @@ def folded(text: str) -> str:
 
 def exact_match(answers: Texts, references: References) -> float:
     """Return the fraction of the texts that are a reference."""
-    hits = [
+    return fmean(
         folded(text) in map(folded, group)
         for text, group in zip(answers, references, strict=True)
-    ]
-    return sum(hits) / len(hits)
+    )
 
 
 def final_number(text: str) -> Decimal | None:

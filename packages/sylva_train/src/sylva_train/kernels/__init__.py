@@ -9,7 +9,7 @@ kernel.
 from . import adamw
 from .adamw import OPTIONS, BlockState
 from .capture import Mirror, is_capturing
-from .dispatch import KernelCheck, check_kernels, find_kernel, find_mode, is_demanded
+from .dispatch import check_kernels, find_kernel, find_mode, is_demanded
 from .operators import block_sddmm
 from .quantize import GROUP
 from .reference import gather_blocks, scatter_blocks_
@@ -18,7 +18,6 @@ __all__ = [
     "GROUP",
     "OPTIONS",
     "BlockState",
-    "KernelCheck",
     "Mirror",
     "adamw",
     "block_sddmm",

@@ -11,7 +11,6 @@ import importlib
 import itertools
 import os
 import warnings
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -20,14 +19,7 @@ from sylva_train._checks import ConfigError, check_choice
 
 from .capture import check_not_capturing
 
-__all__ = [
-    "KernelCheck",
-    "check_kernels",
-    "find_kernel",
-    "find_mode",
-    "give_up",
-    "is_demanded",
-]
+__all__ = ["check_kernels", "find_kernel", "find_mode", "give_up", "is_demanded"]
 
 VARIABLE = "SYLVA_KERNELS"
 MODES = ("auto", "triton", "torch")
@@ -127,11 +119,7 @@ def find_problem(
 
 
 def give_up(
-    kernel: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    block_size: int,
-    trouble: str,
+    kernel: str, device: torch.device, dtype: torch.dtype, block_size: int, trouble: str
 ) -> None:
     """Leave a kernel alone from now on, with one warning."""
     problem = (
@@ -146,32 +134,21 @@ def give_up(
     )
 
 
-@dataclass(frozen=True)
-class KernelCheck:
-    """What `check_kernels` found out about one kernel."""
-
-    kernel: str
-    dtype: torch.dtype
-    block_size: int
-    problem: str | None
-
-
-def check_kernels(device: torch.device | str = "cuda") -> list[KernelCheck]:
+def check_kernels(device: torch.device | str = "cuda") -> list[str | None]:
     """Try every Triton kernel on a device, beside the reference.
 
     Returns
     -------
-    list of KernelCheck
-        One for each kernel, dtype and block size; empty where there is no Triton.
+    list of str or None
+        What is wrong with each kernel for each dtype and block size, None where nothing
+        is; empty where there is no Triton.
     """
     device = torch.device(device)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return [
-            KernelCheck(
-                kernel, dtype, block, find_problem(kernel, device, dtype, block)
-            )
+            find_problem(kernel, device, dtype, block)
             for kernel, dtype, block in itertools.product(
                 ("sddmm", "adamw"), dtypes, (16, 32, 64, 128)
             )

@@ -113,9 +113,7 @@ def library_seconds(
     return 2 * 4 * out * inputs / MEMORY, token
 
 
-def arrange(
-    indices: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def arrange(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Put active rows next to each other that have blocks in the same columns.
 
     Scores of (nearly) rank one choose, of a row with fewer blocks, some of the columns
@@ -187,10 +185,7 @@ def order(groups: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
 
 
 def make_plan(
-    indices: torch.Tensor,
-    shape: tuple[int, int],
-    block: int,
-    itemsize: int = 2,
+    indices: torch.Tensor, shape: tuple[int, int], block: int, itemsize: int = 2
 ) -> Plan:
     """Plan the computation of a mask's blocks.
 

@@ -10,12 +10,7 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, TargetError
 from sylva_train.masks import LayerMask
-from sylva_train.targets import (
-    check_tied,
-    is_inside,
-    tied_weights,
-    weight_view,
-)
+from sylva_train.targets import check_tied, is_inside, tied_weights, weight_view
 
 from .linear import SparseEmbeddedLinear, check_embeddable
 from .storage import check_in_memory
@@ -219,9 +214,7 @@ def embed(
 
 
 def embed_blocks(
-    model: nn.Module,
-    masks: Mapping[str, LayerMask],
-    modules_to_save: list[str] | None,
+    model: nn.Module, masks: Mapping[str, LayerMask], modules_to_save: list[str] | None
 ) -> nn.Module:
     """As `embed`, also where the blocks may be there for their values alone."""
     check_unembedded(model)

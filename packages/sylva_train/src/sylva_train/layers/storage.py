@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from sylva_train._torch import is_in_backward
 from sylva_train.targets import is_sharded
 
 from .shown import Shown
+
+if TYPE_CHECKING:
+    from .linear import SparseEmbeddedLinear
 
 __all__ = [
     "Masters",
@@ -134,24 +137,14 @@ def own_weight(layer: nn.Module) -> torch.Tensor:
     return weight
 
 
-class ShowsValues(Protocol):
-    """A layer whose dense weight shows values."""
-
-    def sync(self) -> None:
-        """Make the weight show the values."""
-
-    def check_shown(self, values: torch.Tensor) -> None:
-        """Raise RuntimeError if the weight that was used did not."""
-
-
 # Layer of each parameter of values that a dense weight shows, held weakly: parameters
 # are copied and pickled.
-_shown: ByIdentity[weakref.ref[ShowsValues]] = ByIdentity()
+_shown: ByIdentity[weakref.ref[SparseEmbeddedLinear]] = ByIdentity()
 # Hooks of those that were trainable when they were written.
 _checked: ByIdentity[RemovableHandle] = ByIdentity()
 
 
-def watch(values: torch.Tensor, layer: ShowsValues) -> None:
+def watch(values: torch.Tensor, layer: SparseEmbeddedLinear) -> None:
     """Remember which layer shows values, and check in backward that it did."""
     if layer_showing(values) is not layer:
         _shown[values] = weakref.ref(layer)
@@ -159,7 +152,7 @@ def watch(values: torch.Tensor, layer: ShowsValues) -> None:
         _checked[values] = values.register_post_accumulate_grad_hook(check_shown)
 
 
-def layer_showing(parameter: torch.Tensor) -> ShowsValues | None:
+def layer_showing(parameter: torch.Tensor) -> SparseEmbeddedLinear | None:
     """Return the layer whose weight shows a parameter, if there is one."""
     found = _shown.get(parameter)
     return None if found is None else found()

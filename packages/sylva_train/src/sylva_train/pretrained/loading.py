@@ -19,28 +19,13 @@ from transformers import (
     TokenizersBackend,
 )
 
-from sylva_train._checks import (
-    ConfigError,
-    ModelError,
-    check_choice,
-    check_integer,
-)
-from sylva_train.options import (
-    DTYPES,
-    LABELLED,
-    MINILM,
-    POOLINGS,
-    TASKS,
-)
+from sylva_train._checks import ConfigError, ModelError, check_choice, check_integer
+from sylva_train.options import DTYPES, LABELLED, MINILM, POOLINGS, TASKS
 
 from .pooled import PooledClassifier, backbone_class, read_config
 from .sources import dequantizing, place, readable, resolve
 
-__all__ = [
-    "load_model",
-    "load_tokenizer",
-    "saved_labels",
-]
+__all__ = ["load_model", "load_tokenizer", "saved_labels"]
 
 #: Class and known configurations of models that write, by task.
 WRITERS = {
@@ -292,10 +277,7 @@ def load_classifier(
         if pooling == "native":
             set_labels(config, labels)
             return load_whole(
-                AutoModelForSequenceClassification,
-                source,
-                options,
-                new_head=True,
+                AutoModelForSequenceClassification, source, options, new_head=True
             )
         if pooled:
             model = load_whole(PooledClassifier, source, options)

@@ -7,7 +7,7 @@ from .figures import label_rows, seeds_line
 from .headline import headline
 from .page import write_report
 from .style import THEME, looks, shorten, svg_file
-from .summary import Metric, percentage, summary_rows
+from .summary import Metric, deviation, percentage, summary_rows
 from .tables import markdown_table, summary_table
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "THEME",
     "Metric",
     "agreement_cells",
+    "deviation",
     "headline",
     "label_rows",
     "looks",

@@ -85,12 +85,7 @@ def learning_curves(
         places = np.add.reduceat(np.array(steps, dtype=np.float64), edges[:-1]) / sizes
         found.append(
             Curve(
-                row.method,
-                row.label,
-                places,
-                table.mean(1),
-                table.min(1),
-                table.max(1),
+                row.method, row.label, places, table.mean(1), table.min(1), table.max(1)
             )
         )
     return found
@@ -145,10 +140,7 @@ def curve_panel(
 
 
 def curve_cell(
-    curve: Curve,
-    others: Sequence[Curve],
-    look: Look,
-    level: float | None,
+    curve: Curve, others: Sequence[Curve], look: Look, level: float | None
 ) -> Figure:
     """Draw one method's curve before those of all others in grey."""
     figure, axes = frame(1.5, width=2.15, left=0.42, right=0.1, top=0.08, bottom=0.3)

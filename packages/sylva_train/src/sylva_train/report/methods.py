@@ -144,42 +144,17 @@ def _small_multiples(
 
 def costs(page: Page) -> str:
     """Return score against trained weights, and bars of time and memory."""
-    rows = page.rows
-    ranges = {row.method: row.step_iqr for row in rows if row.step_iqr}
+    ranges = {row.method: row.step_iqr for row in page.rows if row.step_iqr}
     steps = "Median over the steps"
     steps += "; the line spans the middle half of them." if ranges else "."
     largest = "The largest over the seeds."
+    before = "What choosing the blocks costs before training begins."
     pictures = [
         _trade_off(page),
-        _bars(
-            page,
-            "Time of a training step",
-            {row.method: row.step_seconds for row in rows},
-            SECONDS,
-            steps,
-            ranges,
-        ),
-        _bars(
-            page,
-            "Peak memory of training",
-            {row.method: row.peak_memory for row in rows},
-            BYTES,
-            largest,
-        ),
-        _bars(
-            page,
-            "Time of scoring, once",
-            {row.method: row.score_seconds for row in rows},
-            SECONDS,
-            "What choosing the blocks costs before training begins.",
-        ),
-        _bars(
-            page,
-            "Peak memory of scoring",
-            {row.method: row.score_memory for row in rows},
-            BYTES,
-            largest,
-        ),
+        _bars(page, "Time of a training step", "step_seconds", SECONDS, steps, ranges),
+        _bars(page, "Peak memory of training", "peak_memory", BYTES, largest),
+        _bars(page, "Time of scoring, once", "score_seconds", SECONDS, before),
+        _bars(page, "Peak memory of scoring", "score_memory", BYTES, largest),
     ]
     found = [picture for picture in pictures if picture]
     return section("Cost", pair(found, "flow") if found else "")
@@ -213,12 +188,13 @@ def _trade_off(page: Page) -> str:
 def _bars(
     page: Page,
     title: str,
-    values: Mapping[str, float | None],
+    name: str,
     units: Sequence[tuple[float, str]],
     text: str,
     ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> str:
-    """Return bars in the unit that suits most of them; nothing without values."""
+    """Return bars of a field of the rows, in the unit that suits most of them, if any."""
+    values = {row.method: getattr(row, name) for row in page.rows}
     there = {method: value for method, value in values.items() if value is not None}
     if not there:
         return ""

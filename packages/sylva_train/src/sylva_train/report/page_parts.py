@@ -52,15 +52,11 @@ class Page:
         found: Mapping[str, Any] = self.results.get(key) or {}
         return {r.method: found[r.method] for r in self.rows if found.get(r.method)}
 
-    def swatch(self, method: str) -> str:
-        """Return a dot in the method's colour."""
-        look = self.looks[method]
-        kind = " hollow" if look.hollow else ""
-        return f'<i class="swatch{kind}" style="--c:var(--{look.name})"></i>'
-
     def named(self, method: str) -> str:
-        """Return the method's label after its dot."""
-        return f"{self.swatch(method)}{escape(self.labels[method])}"
+        """Return the method's label after a dot in its colour."""
+        look, label = self.looks[method], escape(self.labels[method])
+        kind = " hollow" if look.hollow else ""
+        return f'<i class="swatch{kind}" style="--c:var(--{look.name})"></i>{label}'
 
     def picture(self, draw: Callable[[], Figure], title: str, text: str = "") -> str:
         """Return a picture under its title and over its caption, both plain text."""

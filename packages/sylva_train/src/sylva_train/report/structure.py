@@ -9,17 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .style import (
-    INK,
-    LEVELS,
-    MUTED,
-    SURFACE,
-    THEME,
-    WIDTH,
-    Look,
-    frame,
-    in_powers,
-)
+from .style import INK, LEVELS, MUTED, SURFACE, THEME, WIDTH, Look, frame, in_powers
 from .summary import BYTES, finite, quantity
 
 if TYPE_CHECKING:

@@ -33,7 +33,6 @@ __all__ = [
     "in_powers",
     "inline_svg",
     "looks",
-    "power",
     "shorten",
     "svg_file",
 ]
@@ -194,15 +193,13 @@ def css_colours(dark: bool) -> str:
     return "".join(f"--{name}:{pair[dark]};" for name, pair in THEME.items())
 
 
-def power(exponent: int) -> str:
-    """Print a power of ten, without the mathematics that SVG text has not."""
-    digits = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-    return {0: "1", 1: "10"}.get(exponent, f"10{str(exponent).translate(digits)}")
-
-
 def in_powers(value: float, _: float = 0) -> str:
-    """Print a tick of a logarithmic axis."""
-    return power(round(math.log10(value))) if value > 0 else ""
+    """Print a tick of a logarithmic axis, without the mathematics that SVG has not."""
+    if value <= 0:
+        return ""
+    exponent, raised = round(math.log10(value)), "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"
+    digits = str(exponent).translate(str.maketrans("-0123456789", raised))
+    return {0: "1", 1: "10"}.get(exponent, f"10{digits}")
 
 
 def shorten(text: str, length: int = 31) -> str:

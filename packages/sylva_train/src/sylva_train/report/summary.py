@@ -22,6 +22,7 @@ __all__ = [
     "Results",
     "Row",
     "best",
+    "deviation",
     "digits",
     "finite",
     "metric_of",
@@ -53,6 +54,11 @@ BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 COUNTS = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
 CONFIDENCE = 0.95
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Return the sample standard deviation; None for one value."""
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ class Paired:
     @property
     def std(self) -> float | None:
         """Sample standard deviation of the differences; None for one seed."""
-        return statistics.stdev(self.differences) if len(self.differences) > 1 else None
+        return deviation(self.differences)
 
     def margin(self, comparisons: int = 1) -> float:
         """Half the width of Student's 95% interval of the mean difference.
@@ -219,7 +225,7 @@ class Row:
     @property
     def std(self) -> float | None:
         """Sample standard deviation of the score."""
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+        return deviation(self.scores)
 
     @property
     def low(self) -> float | None:

@@ -80,9 +80,7 @@ class Column:
 
 
 def measured(
-    title: str,
-    values: Iterable[float | None],
-    units: Sequence[tuple[float, str]],
+    title: str, values: Iterable[float | None], units: Sequence[tuple[float, str]]
 ) -> Column:
     """Return a column of quantities, all in the unit that suits their median."""
     values = list(values)
@@ -213,7 +211,9 @@ def summary_table(results: Results) -> Table:
         caption_justify="left",
     )
     for column in columns:
-        heading = _narrow_heading(column)
+        minor = column.minor.title if column.minor else ""
+        # A line each: 80 characters must do.
+        heading = [part for part in (column.title, minor, column.unit) if part]
         words = [*heading, *column.cells, *(column.minor.cells if column.minor else ())]
         table.add_column(
             Text("\n".join(heading)),
@@ -232,12 +232,6 @@ def summary_table(results: Results) -> Table:
         ]
         table.add_row(*cells, style="bold" if row.best else None)
     return table
-
-
-def _narrow_heading(column: Column) -> list[str]:
-    """Return title, minor title and unit, a line each: 80 characters must do."""
-    minor = column.minor.title if column.minor else ""
-    return [part for part in (column.title, minor, column.unit) if part]
 
 
 def markdown_table(results: Results) -> str:

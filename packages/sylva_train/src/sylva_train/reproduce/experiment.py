@@ -11,13 +11,7 @@ from typing import Any
 
 from sylva_train._checks import ConfigError, NonFiniteError
 from sylva_train._files import write_text
-from sylva_train.comparison import (
-    Comparison,
-    Watcher,
-    jobs_folder,
-    made,
-    run_jobs,
-)
+from sylva_train.comparison import Comparison, Watcher, jobs_folder, made, run_jobs
 from sylva_train.report import svg_file
 from sylva_train.workflow import evaluated_on, located
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import json
 import os
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from sylva_train.report import svg_file
 from .performance import measure_layer, measure_memory, measure_step
 from .performance_jobs import fig4_jobs, fig5_jobs, table2_jobs
 from .performance_tables import Table, draw_fig4, draw_fig5, fig4, fig5, table2
-from .tables import markdown, provenance
+from .tables import csv_text, markdown, provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -192,14 +190,12 @@ def write_measurement(results: dict[str, Any], output: Path) -> dict[str, Any]:
     """Write the results as JSON, Markdown, CSV and SVG, and return them."""
     one = MEASUREMENTS[results["name"]]
     header, lines = one.table(results["runs"])
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *lines])
     body = [f"# {one.title}", markdown(header, lines), f"Scale: {results['scale']}."]
     page = "\n\n".join([*body, provenance(results)])
     texts = {
         RESULTS: json.dumps(results),
         "table.md": f"{page}\n",
-        "table.csv": text.getvalue(),
+        "table.csv": csv_text(header, lines),
     }
     if one.draw is not None:
         texts["figure.svg"] = svg_file(functools.partial(one.draw, results["runs"]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -28,6 +29,10 @@ from .timing import Phases, summarize, take_turns
 
 __all__ = ["measure_layer", "measure_memory", "measure_step"]
 
+#: What is None where memory did not suffice.
+MEASURED = (
+    "weights", "trainable", "seconds", "tokens_per_second", "peak_memory_bytes",
+)  # fmt: skip
 #: File that a process of a group leaves when it runs out of memory.
 OUT_OF_MEMORY = "out-of-memory"
 
@@ -154,27 +159,16 @@ def measure_step(spec: Mapping[str, Any]) -> dict[str, Any]:
     """
     chosen = StepSpec.read(spec)
     device = chosen.prepare()
-    row = {
+    several = chosen.processes > 1 or chosen.method == "zero"
+    found = run_group(chosen) if several else run(chosen, device)
+    limit = memory_bytes(chosen.memory_limit) or math.inf
+    return {
         "spec": dataclasses.asdict(chosen),
         "device": device_name(device),
         "label": LABELS[chosen.method],
-        "weights": None,
-        "trainable": None,
-        "seconds": None,
-        "tokens_per_second": None,
-        "peak_memory_bytes": None,
-        "out_of_memory": False,
+        **(found or dict.fromkeys(MEASURED)),
+        "out_of_memory": found is None or found["peak_memory_bytes"] > limit,
     }
-    several = chosen.processes > 1 or chosen.method == "zero"
-    found = run_group(chosen) if several else run(chosen, device)
-    if found is None:
-        return row | {"out_of_memory": True}
-    limit = memory_bytes(chosen.memory_limit)
-    return (
-        row
-        | found
-        | {"out_of_memory": limit is not None and found["peak_memory_bytes"] > limit}
-    )
 
 
 def measure_memory(spec: Mapping[str, Any]) -> dict[str, Any]:

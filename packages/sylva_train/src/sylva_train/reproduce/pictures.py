@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sylva_train.baselines import parse_method
-from sylva_train.report import label_rows, looks, seeds_line, shorten
+from sylva_train.report import deviation, label_rows, looks, seeds_line, shorten
 
-from .quality import average
 from .tables import cells, metric, printed_value, scored
 
 if TYPE_CHECKING:
@@ -37,8 +36,8 @@ def draw(results: Mapping[str, Any]) -> Figure:
         for place, cell in enumerate(lines[setting]):
             scores = [shown.factor * run["score"] for run in scored(found[cell])]
             if scores:
-                _, deviation = average(scores)
-                seeds_line(axes, place, scores, deviation or 0.0, look[cell.method])
+                spread = deviation(scores) or 0.0
+                seeds_line(axes, place, scores, spread, look[cell.method])
             label = parse_method(cell.method).label
             value = printed_value(results, cell.value, found[cell])
             labels.append(label if cell.value is None else f"{label}, {value}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,19 +10,17 @@ from typing import Any
 from sylva_train._checks import ConfigError
 from sylva_train.baselines import parse_method
 from sylva_train.comparison import (
-    TUNING_SEED,
     Comparison,
     Job,
     attempt,
     best_rates,
     check_multiples,
     check_plan,
-    trial,
-    tried_rates,
+    rate_jobs,
     tuning_metric,
 )
 
-__all__ = ["TABLES", "Cell", "Plan", "Table", "average"]
+__all__ = ["TABLES", "Cell", "Plan", "Table"]
 
 #: The paper's rule, with factors that stay definite, and the one ahead on the small LLaMA.
 SYLVA, NATURAL = "sylva:kfac:mlr", "sylva:kfac-natural"
@@ -172,7 +169,13 @@ class Cell:
     def name(self) -> str:
         """The cell in a file's name."""
         parts = [self.setting, self.method.replace(":", "-")]
-        return "-".join([*parts, *([] if self.value is None else [str(self.value)])])
+        parts += [] if self.value is None else [str(self.value)]
+        return "-".join(parts).replace("/", "-")
+
+    @property
+    def kind(self) -> str:
+        """What its runs take about as long as."""
+        return f"{self.setting} {self.method}"
 
 
 class Plan:
@@ -244,19 +247,13 @@ class Plan:
 
     def tuning(self) -> dict[tuple[Cell, float], Job]:
         """Return the runs that choose learning rates, by cell and rate."""
-        found = {}
-        for cell in (
-            dict.fromkeys(map(self.tuned, self.cells)) if self.multiples else ()
-        ):
-            one = self.comparison(cell)
-            for rate in tried_rates(one, cell.method, self.multiples):
-                found[cell, rate] = self.job(
-                    cell,
-                    trial(one, cell.method, rate),
-                    TUNING_SEED,
-                    f"tune-{cell.name}-{rate:g}",
-                    f"rate {rate:g}",
-                )
+        found: dict[tuple[Cell, float], Job] = {}
+        for cell in dict.fromkeys(map(self.tuned, self.cells)):
+            one, name, label = self.comparison(cell), cell.name, cell.label
+            jobs = rate_jobs(
+                one, self.multiples, name=name, label=label, kind=cell.kind
+            )
+            found |= {(cell, rate): job for rate, job in jobs.items()}
         return found
 
     def tuned(self, cell: Cell) -> Cell:
@@ -293,24 +290,7 @@ class Plan:
                     changes = {"learning_rates": {cell.method: rates[cell]}}
                 one = self.comparison(cell, **changes)
                 if seed in one.seeds:
-                    name = f"{cell.name}-{seed}"
-                    found.append(
-                        (cell, self.job(cell, one, seed, name, f"seed {seed}"))
-                    )
+                    name, label = f"{cell.name}-{seed}", f"{cell.label}, seed {seed}"
+                    job = attempt(one, seed, name=name, label=label, kind=cell.kind)
+                    found.append((cell, job))
         return found
-
-    def job(self, cell: Cell, one: Comparison, seed: int, name: str, words: str) -> Job:
-        """Return one run as a job."""
-        return attempt(
-            one,
-            seed,
-            name=name.replace("/", "-"),
-            label=f"{cell.label}, {words}",
-            kind=f"{cell.setting} {cell.method}",
-        )
-
-
-def average(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return mean and sample standard deviation; None for one value."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return statistics.fmean(values), deviation

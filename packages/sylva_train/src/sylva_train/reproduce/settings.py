@@ -9,7 +9,7 @@ from typing import Any
 
 from sylva_train._checks import ConfigError
 from sylva_train.comparison import LEARNING_RATES, Comparison
-from sylva_train.config_files import load_config, load_rates
+from sylva_train.config_files import READERS, load_config, load_rates
 
 from .quality import Table
 
@@ -67,11 +67,7 @@ def load_settings(names: Sequence[str], **options: Any) -> dict[str, Comparison]
     """
     found: dict[str, Comparison] = {}
     for name in names:
-        short = (
-            Path(name).stem
-            if Path(name).suffix in {".json", ".yaml", ".toml", ".yml"}
-            else name
-        )
+        short = Path(name).stem if Path(name).suffix in READERS else name
         if short in found:
             msg = f"`configs` must have different names; {short!r} stands twice."
             raise ConfigError(msg)

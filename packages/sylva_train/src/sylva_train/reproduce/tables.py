@@ -6,18 +6,20 @@ import csv
 import functools
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from sylva_train.baselines import parse_method
 from sylva_train.metrics import METRICS, key_of
-from sylva_train.report import Metric, percentage
+from sylva_train.report import Metric, deviation, percentage
 
-from .quality import Cell, average
+from .quality import Cell
 
 __all__ = [
     "as_csv",
     "as_markdown",
     "cells",
+    "csv_text",
     "markdown",
     "metric",
     "printed_value",
@@ -33,6 +35,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Lay out a table in Markdown: the first column words, the others to the right."""
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Lay out a table as comma-separated values."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
 
 
 def cells(results: Results) -> dict[Cell, list[Mapping[str, Any]]]:
@@ -64,8 +73,7 @@ def printed(
     """Print mean and deviation of a cell's runs, and how many diverged."""
     values, words = [value(run) for run in scored(runs)], []
     if values:
-        mean, deviation = average(values)
-        words.append(shown.number(mean) + shown.spread(deviation))
+        words.append(shown.number(fmean(values)) + shown.spread(deviation(values)))
     if lost := len(runs) - len(values):
         words.append(f"({lost} of {len(runs)} diverged)")
     return " ".join(words) or MISSING
@@ -133,7 +141,7 @@ def by_value(results: Results) -> str:
                 for name, m in zip(names, shown, strict=True)
             ]
             fractions = [run["trainable_fraction"] for run in scored(runs)]
-            fraction = percentage(average(fractions)[0]) if fractions else MISSING
+            fraction = percentage(fmean(fractions)) if fractions else MISSING
             label = parse_method(cell.method).label
             value = printed_value(results, cell.value, runs)
             rows.append([label, value, fraction, *columns])
@@ -224,15 +232,12 @@ def as_csv(results: Results) -> str:
         )
     )
     metrics = [name for name in metrics if name != "score"]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*plain, *metrics, *costs])
-    for run in runs:
-        writer.writerow(
-            [
-                *(run[name] for name in plain),
-                *(run["metrics"].get(name) for name in metrics),
-                *(run.get(name) for name in costs),
-            ]
-        )
-    return text.getvalue()
+    rows = [
+        [
+            *(run[name] for name in plain),
+            *(run["metrics"].get(name) for name in metrics),
+            *(run.get(name) for name in costs),
+        ]
+        for run in runs
+    ]
+    return csv_text([*plain, *metrics, *costs], rows)

@@ -11,13 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sylva_train._checks import NonFiniteError
-from sylva_train.curvature import (
-    LARGEST_SCALE,
-    Loss,
-    damage,
-    loss_units,
-    some_samples,
-)
+from sylva_train.curvature import LARGEST_SCALE, Loss, damage, loss_units, some_samples
 from sylva_train.layers import accumulating
 from sylva_train.processes import rank_and_size
 

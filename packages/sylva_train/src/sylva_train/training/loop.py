@@ -40,13 +40,7 @@ from sylva_train.processes import agree, is_first, rank_and_size, together
 from sylva_train.progress import Progress
 
 from .gradient import Batch, accumulate_gradient, clip_gradient, share
-from .setup import (
-    check_parts,
-    make_scheduler,
-    place,
-    preserved_rng,
-    seed_everything,
-)
+from .setup import check_parts, make_scheduler, place, preserved_rng, seed_everything
 
 __all__ = ["BatchLoader", "TrainResult", "number_of_steps", "train"]
 

@@ -19,12 +19,7 @@ from sylva_train.layers import (
     check_in_memory,
     uncovered_statistics,
 )
-from sylva_train.targets import (
-    fingerprint,
-    is_packed,
-    stacked_experts,
-    weight_view,
-)
+from sylva_train.targets import fingerprint, is_packed, stacked_experts, weight_view
 
 __all__ = ["bare", "base_fingerprint", "base_in_place", "base_name", "check_base"]
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sylva_train._checks import AdapterError, ConfigError
-from sylva_train._files import atomic_folder
+from sylva_train._files import atomic_folder, folder_size
 from sylva_train._torch import note_tensors
 from sylva_train.config import SylvaConfig, SylvaType
 from sylva_train.masks import LayerMask, Masks
@@ -218,11 +218,10 @@ def verify(
     """
     rest = own_tensors(tensors, config)
     digest = checksum(rest, config)
-    plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     embeddings = {
         name: tensor
-        for name, tensor in plain.items()
-        if name not in rest and not is_repeated(name)
+        for key, tensor in tensors.items()
+        if (name := key.removeprefix(PREFIX)) not in rest and not is_repeated(name)
     }
     masks, values = {}, {}
     for name in config.block_counts or {}:
@@ -334,5 +333,5 @@ def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
         "density": masks.density,
         "modules_to_save": {k: tuple(t.shape) for k, t in adapter.modules.items()},
         "modules_trainable": sum(t.numel() for t in adapter.modules.values()),
-        "bytes": sum(f.stat().st_size for f in Path(path).iterdir() if f.is_file()),
+        "bytes": folder_size(Path(path)),
     }

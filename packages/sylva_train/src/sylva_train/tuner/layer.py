@@ -164,10 +164,6 @@ class SylvaLayer(SparseEmbeddedLinear, BaseTunerLayer):  # type: ignore[misc]
         super().let_go()
         self.merged_adapters, self._active_adapter = [], []
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:  # noqa: ARG002
-        """Say no: blocks are not low rank."""
-        return False
-
     def check_loaded(self, name: str) -> None:
         """Raise `AdapterError` if only room was made for an adapter's blocks."""
         if not self.is_loaded(name):

@@ -47,7 +47,7 @@ def trained_modules(model: nn.Module) -> list[str]:
         owner = name.rpartition(".")[0]
         places = (name[: m.start()] for m in re.finditer(r"\.", name))
         holder = next((place for place in places if place in layers), None)
-        own = holder is not None and is_within(name, f"{holder}.{VALUES}")
+        own = holder is not None and name.startswith(f"{holder}.{VALUES}.")
         if not parameter.requires_grad or own or is_inside(owner, endings):
             continue
         if holder is not None or not owner:
@@ -58,11 +58,6 @@ def trained_modules(model: nn.Module) -> list[str]:
             raise ConfigError(msg)
         endings.append(owner)
     return endings
-
-
-def is_within(name: str, module: str) -> bool:
-    """Whether a dotted name is a module's or inside it."""
-    return name == module or name.startswith(f"{module}.")
 
 
 def describe(

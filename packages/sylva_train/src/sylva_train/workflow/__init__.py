@@ -18,12 +18,7 @@ from .inspection import (
 )
 from .outputs import check_file, check_folder, differences
 from .prediction import predict, predict_file
-from .runs import (
-    evaluate_folder,
-    load_folder,
-    merge_folder,
-    read_run,
-)
+from .runs import evaluate_folder, load_folder, merge_folder, read_run
 from .scoring import examples_seen, score_file, score_task
 from .task import (
     HELD_OUT,

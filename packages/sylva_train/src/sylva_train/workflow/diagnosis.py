@@ -83,7 +83,7 @@ def check_device(name: str) -> dict[str, Any]:
     """Return which kernels run on a device, and the problems of those tried."""
     device = torch.device(name)
     tried = check_kernels(device) if device.type == "cuda" else []
-    problems = [check.problem for check in tried if check.problem]
+    problems = [problem for problem in tried if problem]
     found = {"kernels": None, "tried": len(tried), "problems": problems}
     try:
         if device.type == "cpu" and is_demanded() and torch.cuda.is_available():

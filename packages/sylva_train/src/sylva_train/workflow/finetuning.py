@@ -35,13 +35,7 @@ from sylva_train.tuner import save_adapter
 from .heads import heads
 from .outputs import check_folder, differences
 from .runs import FORMAT, RECORD, read_run
-from .scoring import (
-    begin_scoring,
-    check_targets,
-    examples_seen,
-    score_task,
-    sylva_options,
-)
+from .scoring import begin_scoring, examples_seen, score_task, sylva_options
 from .task import SCORED, Task, load_task, located, tell_of_cuts
 
 __all__ = ["finetune"]
@@ -213,7 +207,6 @@ def choose(
     bars: Progress,
 ) -> tuple[Masks, Scores, dict[str, Any] | None]:
     """Choose blocks by scores, which are made where there are none; say what that took."""
-    check_targets(task, config)
     scoring = None
     if scores is None:
         drawn = check_selection(config, task.model)

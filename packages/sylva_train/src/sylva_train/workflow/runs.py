@@ -10,12 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from sylva_train._checks import (
-    AdapterError,
-    ConfigError,
-    DataError,
-    OutputExistsError,
-)
+from sylva_train._checks import AdapterError, ConfigError, DataError, OutputExistsError
 from sylva_train._files import atomic_folder, atomic_write
 from sylva_train.config import TaskConfig
 from sylva_train.data import TextDataset
@@ -28,13 +23,7 @@ from sylva_train.training import pick_device
 from sylva_train.tuner import load_adapter
 
 from .outputs import check_file, check_folder
-from .task import (
-    check_metric,
-    evaluation_loader,
-    is_file,
-    read_data,
-    tell_of_cuts,
-)
+from .task import check_metric, evaluation_loader, is_file, read_data, tell_of_cuts
 
 __all__ = [
     "FORMAT",

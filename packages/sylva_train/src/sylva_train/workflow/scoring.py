@@ -26,7 +26,6 @@ from sylva_train.options import (
 )
 from sylva_train.processes import is_first, together
 from sylva_train.progress import Progress, duration
-from sylva_train.targets import check_block_size, find_targets
 from sylva_train.training import number_of_steps, pick_device
 
 from .outputs import check_file, differences
@@ -34,7 +33,6 @@ from .task import SCORED, Task, load_task, located, tell_of_cuts
 
 __all__ = [
     "begin_scoring",
-    "check_targets",
     "examples_seen",
     "score_file",
     "score_task",
@@ -118,12 +116,6 @@ def begin_scoring(
         if stale and is_first():
             shutil.rmtree(folder)
     return folder
-
-
-def check_targets(task: Task, config: SylvaConfig) -> None:
-    """Find the layers before any time is spent on the data."""
-    targets = find_targets(task.model, config.target_modules, config.exclude_modules)
-    check_block_size(targets, config.block_size)
 
 
 def examples_seen(loader: Loader, training: TrainingConfig) -> int:
@@ -295,7 +287,6 @@ def score_file(
             evaluation=False,
             modules_to_save=config.modules_to_save,
         )
-        check_targets(task, config)
         scores = score_task(
             task,
             config,

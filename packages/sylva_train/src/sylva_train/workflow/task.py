@@ -13,13 +13,7 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, DataError, ModelError, check_choice
 from sylva_train.config import TaskConfig, TrainingConfig
-from sylva_train.data import (
-    Loader,
-    TextDataset,
-    builtin_names,
-    is_single,
-    load_data,
-)
+from sylva_train.data import Loader, TextDataset, builtin_names, is_single, load_data
 from sylva_train.evaluation import check_libraries, check_prompts
 from sylva_train.metrics import GENERATION, known_metrics
 from sylva_train.options import MINILM
