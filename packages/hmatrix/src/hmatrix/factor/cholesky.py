@@ -18,14 +18,13 @@ from hmatrix._backend import (
     multiply_into,
     namespace,
 )
-from hmatrix._checks import PrecisionError, SingularBlockError
+from hmatrix._checks import PrecisionError, SingularBlockError, take_array
 from hmatrix._operator import cleared, unpad_rows
 from hmatrix.arithmetic import Terms
 from hmatrix.factor._base import (
     Factorization,
     has_gradients,
     narrow,
-    take_array,
 )
 from hmatrix.factor.climb import build
 from hmatrix.factor.gradients import logdet_with_gradients
