@@ -59,7 +59,10 @@ def factorize(
         Of a `HODLR`:
 
         * "cholesky" is the symmetric factorization ``W Wᴴ`` of a Hermitian positive
-          definite matrix, which also gives ``sample`` and ``whiten``.
+          definite matrix, which also gives ``sample`` and ``whiten``. ``W Wᴴ`` is the
+          matrix but for rounding, or there is none: digits that solutions,
+          ``inverse_diagonal`` or differences of log-determinants lose to the condition
+          number are not looked at. ``F.solve(b, rtol=...)`` looks.
         * "inversion" is recursive block inversion, of any matrix none of whose diagonal
           blocks is close to singular.
         * "orthogonal" is elimination by unitary transformations, of any matrix: as

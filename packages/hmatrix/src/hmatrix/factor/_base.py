@@ -74,7 +74,6 @@ class Factorization(ABC):
 
     _logdet: Array  # float64 ()
     _lost: float  # what `_check_precision` found, of those that call it
-    _refinements: ClassVar[int] = 1
 
     def __init__(self, H: HODLR | MLR, shift: float) -> None:
         self.matrix = H
@@ -93,6 +92,11 @@ class Factorization(ABC):
     def shape(self) -> tuple[int, int]:
         """``(n, n)``."""
         return self.tree.n, self.tree.n
+
+    @property
+    def _refinements(self) -> int:
+        """Steps of refinement that solutions have by default."""
+        return 1
 
     @property
     def nbytes(self) -> int:
@@ -116,8 +120,9 @@ class Factorization(ABC):
         refine : int, optional
             Steps of iterative refinement, each a product and another solve. Default: 1
             by "inversion" and "orthogonal", to make up for inverted leaves and triangles
-            where triangular solves would be backward stable; 0 by "cholesky", whose
-            inverted triangles cost the square root of the condition number at most.
+            where triangular solves would be backward stable. By "cholesky", whose
+            inverted triangles cost the square root of the condition number at most, 1
+            where a pivot is below the square root of epsilon, else 0.
         rtol : float, optional
             Go on until ``‖b − (H + shift·I) x‖ ≤ rtol · ‖b‖`` for every right-hand
             side.

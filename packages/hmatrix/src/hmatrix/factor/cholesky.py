@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from itertools import starmap
-from typing import ClassVar
 
 from hmatrix._backend import (
     Array,
@@ -47,7 +47,6 @@ class HODLRCholesky(Factorization):
     """``H + shift·I = W Wᴴ`` of a Hermitian `HODLR` matrix; see `factorize`."""
 
     matrix: HODLR
-    _refinements: ClassVar[int] = 0
     _overwritten = False
 
     def __init__(
@@ -74,8 +73,25 @@ class HODLRCholesky(Factorization):
                 self._logdet, self._factor, self.matrix
             )
 
+    @cached_property
+    def _refinements(self) -> int:
+        """One step, where a pivot says that inverted triangles cost digits."""
+        if self._overwritten:
+            return 0  # there is no matrix to refine with
+        xp, factor = self.space.xp, self._factor
+        entries = xp.abs(detach(self.matrix.diagonal()) + self.shift)
+        inverses = xp.reshape(xp.linalg.diagonal(factor.inverse_leaves), (-1,))
+        pivots = [1 / (xp.abs(unpad_rows(inverses, self.tree)) ** 2 * entries)]
+        for core in factor.cores:
+            pivots += [xp.reshape(xp.abs(1 + xp.linalg.diagonal(core)) ** 2, (-1,))]
+        smallest = float(xp.min(xp.concat(pivots)))
+        return int(smallest < math.sqrt(self.space.eps))
+
     def inverse(self) -> HODLRInverse:
-        """Return the inverse as an operator; nothing is formed."""
+        """Return the inverse as an operator; nothing is formed.
+
+        Its products are not refined, as those of `solve` may be: it stays definite.
+        """
         return HODLRInverse(self)
 
     @narrow
