@@ -472,3 +472,22 @@ def test_solutions_of_ill_conditioned_matrices_are_backward_stable(
 
     G = hm.factorize(H, shift=0.1, method="cholesky")  # of pivots that are no cause
     np.testing.assert_array_equal(G.solve(b), G.solve(b, refine=0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_auto_leaves_a_symmetric_factor_that_has_lost_its_digits(seed):
+    """A jitter of 1e-10 is small enough for that, and log-determinants were off by 1."""
+    rng = np.random.default_rng(seed)
+    t, b = np.sort(rng.random(127)), rng.standard_normal(127)
+    A = np.exp(-50 * (t[:, None] - t) ** 2) + 1e-10 * np.eye(127)
+    H = hm.from_dense(A, levels=1, rtol=1e-14)
+    F, D = hm.factorize(H), np.asarray(H)
+    exact, factor = np.linalg.inv(D), 100 * np.finfo(float).eps * np.linalg.cond(D)
+    assert error_ratio(F.solve(b), exact @ b) < factor
+    assert error_ratio(F.inverse_diagonal(), np.diag(exact)) < factor
+    assert error_ratio(hm.inverse(H).to_dense(), exact) < factor
+    assert F.logdet() == pytest.approx(np.linalg.slogdet(D)[1], abs=1e-2)
+
+    W = hm.factorize(H, method="cholesky").sample(np.eye(127))
+    assert error_ratio(W @ W.T, D) < 1e-9
+    assert isinstance(hm.factorize(H, shift=1e-3), hm.factor.HODLRCholesky)

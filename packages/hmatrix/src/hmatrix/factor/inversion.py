@@ -38,7 +38,7 @@ from hmatrix.factor.equilibration import (
 from hmatrix.factor.hodlr import HODLRFactorization
 from hmatrix.factor.mlr import MLRFactorization
 from hmatrix.factor.operator import stored_inverse
-from hmatrix.factor.orthogonal import HODLROrthogonal
+from hmatrix.factor.orthogonal import HOPELESS, HODLROrthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 
@@ -166,11 +166,31 @@ def _factorized(H: HODLR, shift: float) -> Factorization:
     """Factorize for the terms of the inverse: W Wᴴ keeps the most digits, if there is W."""
     if H.symmetric and not has_gradients(H):
         try:
-            return HODLRCholesky(H, shift)
+            return cholesky_or_orthogonal(H, shift)
         except NotPositiveDefiniteError:
             pass
     make = partial(inversion_or_orthogonal, strict=False)
     return equilibrated_if_lossy(make, H, shift)
+
+
+def cholesky_or_orthogonal(
+    H: HODLR, shift: float, *, overwrite: bool = False
+) -> HODLRCholesky | HODLROrthogonal:
+    """Factorize a definite matrix as W Wᴴ, or orthogonally where that keeps more digits.
+
+    Those lost are looked at where a pivot is small, which costs little beside W.
+    """
+    first = HODLRCholesky(H, shift, overwrite=overwrite)
+    if not first._refinements:
+        return first
+    lost = first._check_precision(math.inf, "", stable=True)
+    if lost <= HOPELESS:
+        return first
+    try:
+        second = HODLROrthogonal(H, shift)
+    except (PrecisionError, SingularBlockError):
+        return first
+    return second if second._lost < lost else first
 
 
 def inversion_or_orthogonal(H: HODLR, shift: float, *, strict: bool = True) -> General:

@@ -37,7 +37,7 @@ from hmatrix.factor.operator import HODLRInverse, stored_inverse
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, pair, scaled
 
-__all__ = ["HODLROrthogonal"]
+__all__ = ["HOPELESS", "HODLROrthogonal"]
 
 #: Error of the inverse that only a matrix singular to working precision leaves.
 HOPELESS = 0.1
