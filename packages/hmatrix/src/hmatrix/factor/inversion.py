@@ -16,7 +16,6 @@ from hmatrix._checks import (
     NotPositiveDefiniteError,
     PrecisionError,
     SingularBlockError,
-    ToleranceError,
     check_kind,
 )
 from hmatrix._operator import cleared, pad_rows, unpad_rows
@@ -178,10 +177,11 @@ def cholesky_or_orthogonal(
 ) -> HODLRCholesky | HODLROrthogonal:
     """Factorize a definite matrix as W Wᴴ, or orthogonally where that keeps more digits.
 
-    Those lost are looked at where a pivot is small, which costs little beside W.
+    Those lost are looked at where a pivot is small, which costs little beside W. Tensors
+    that want gradients keep W, whose log-determinant has those to more digits.
     """
     first = HODLRCholesky(H, shift, overwrite=overwrite)
-    if not first._refinements:
+    if not first._refinements or has_gradients(H):
         return first
     lost = first._check_precision(math.inf, "", stable=True)
     if lost <= HOPELESS:
@@ -231,15 +231,7 @@ def _from_solutions(
         max_rank = (
             F.tree.n
         )  # no cap: take what can be had, and say in `error` what that is
-    try:
-        stored = stored_inverse(F, rtol, max_rank)
-    except ToleranceError as reason:
-        msg = (
-            f"A relative error of {reason.asked:.3g} was asked for, and {reason.reached:.3g} "
-            f"reached: solutions in {F.space.name} have no more digits at this condition "
-            "number. Allow more by `rtol`, or use a `shift`."
-        )
-        raise ToleranceError(msg, reason.asked, reason.reached) from None
+    stored = stored_inverse(F, rtol, max_rank)
     error = after(inverse_error(stored, F.matrix), stored.error)
     return replace(stored, error=error)
 
