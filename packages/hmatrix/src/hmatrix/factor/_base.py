@@ -74,6 +74,7 @@ class Factorization(ABC):
 
     _logdet: Array  # float64 ()
     _lost: float  # what `_check_precision` found, of those that call it
+    _refinements = 1  # that solutions have by default
 
     def __init__(self, H: HODLR | MLR, shift: float) -> None:
         self.matrix = H
@@ -92,11 +93,6 @@ class Factorization(ABC):
     def shape(self) -> tuple[int, int]:
         """``(n, n)``."""
         return self.tree.n, self.tree.n
-
-    @property
-    def _refinements(self) -> int:
-        """Steps of refinement that solutions have by default."""
-        return 1
 
     @property
     def nbytes(self) -> int:

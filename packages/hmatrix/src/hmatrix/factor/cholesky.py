@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import cached_property, partial
+from functools import partial
 from itertools import starmap
 
 from hmatrix._backend import (
@@ -68,14 +68,14 @@ class HODLRCholesky(Factorization):
         again = None if overwrite else partial(leaf_factors, self.matrix, self.shift)
         self._factor = build(self.tree, source, again=again, sparing=overwrite)
         self._logdet = source.logdet()
+        self._refinements = self._steps()  # solutions wait for no device
         if differentiable:
             self._logdet = logdet_with_gradients(
                 self._logdet, self._factor, self.matrix
             )
 
-    @cached_property
-    def _refinements(self) -> int:
-        """One step, where a pivot says that inverted triangles cost digits."""
+    def _steps(self) -> int:
+        """Return one step, where a pivot says that inverted triangles cost digits."""
         if self._overwritten:
             return 0  # there is no matrix to refine with
         xp, factor = self.space.xp, self._factor
@@ -179,6 +179,7 @@ class HODLRCholesky(Factorization):
             inverse_cores,
             partial(leaf_factors, self.matrix, self.shift),
         )
+        self._refinements = self._steps()
 
 
 class _Source:
