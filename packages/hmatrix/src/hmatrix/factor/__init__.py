@@ -66,7 +66,8 @@ def factorize(
           definite matrix, which also gives ``sample`` and ``whiten``. ``W Wᴴ`` is the
           matrix to epsilon times the root of its condition number: samples are right
           however large that is, and nothing is a `PrecisionError`. But the
-          log-determinant and the inverse may have lost their digits from 1e10 on.
+          log-determinant and the inverse may have lost their digits where epsilon times
+          its power 3/2 is no longer small.
         * "inversion" is recursive block inversion, of any matrix none of whose diagonal
           blocks is close to singular.
         * "orthogonal" is elimination by unitary transformations, of any matrix: as
