@@ -386,3 +386,21 @@ def test_diagonals_of_ill_conditioned_definite_inverses_have_gradients(rng):
     exact = -(X @ X).reshape(4, 50, 4, 50)[range(4), :, range(4), :]
     error = np.linalg.norm(leaves.grad.numpy() - exact)
     assert error <= 1e-5 * np.linalg.norm(exact)
+
+
+def test_gradients_of_an_ill_conditioned_log_determinant_are_those_of_its_factor():
+    """By elimination, from the stored inverse, they have no digits left."""
+    t = torch.sort(
+        torch.rand(127, generator=torch.Generator().manual_seed(0)).double()
+    )[0]
+    K = torch.exp(-50 * (t[:, None] - t) ** 2) + 1e-9 * torch.eye(127).double()
+    H = hm.from_dense(K, levels=1, rtol=1e-14)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    shifted = 1e-10 * torch.eye(127).double()
+    F = hm.factorize(hm.shift(scale * H, 1e-10))
+    (found,) = torch.autograd.grad(F.logdet(), scale)
+    value = torch.logdet(scale * H.to_dense() + shifted)
+    (expected,) = torch.autograd.grad(value, scale)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+    with pytest.raises(hm.ToleranceError, match=r"no more digits .* use a `shift`"):
+        F.inverse_diagonal().sum().backward()

@@ -136,3 +136,15 @@ def test_kernels_of_many_ranks_are_called_few_times(rng, library):
     assert len(called) < 200
     d = np.asarray(x)[:, None] - np.asarray(x)
     assert relative(H, np.exp(-np.linalg.norm(d, axis=-1))) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_single_precision_keeps_the_promise_for_torch(dtype):
+    """What LAPACK decomposes in single is off by many epsilon where singular values vanish."""
+    A = torch.ones((1000, 1000), dtype=dtype)
+    A = A * (1 + 1j) if dtype.is_complex else A
+    for rtol in (1e-5, 1e-6):
+        H = hm.from_dense(A, rtol=rtol)
+        assert H.leaves.dtype == dtype
+        assert relative(H, np.asarray(A, dtype=complex)) <= rtol
+        assert H.ranks == (1, 1, 1, 1)

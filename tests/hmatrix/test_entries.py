@@ -316,7 +316,7 @@ def test_bad_functions_are_told_apart():
         hm.from_kernel(lambda a, b: a * b, np.arange(4.0), nugget=np.ones(3))
     with pytest.raises(hm.NonFiniteError, match=r"`nugget` .* 4 NaN"):
         hm.from_kernel(lambda a, b: a * b, np.arange(4.0), nugget=np.full(4, np.nan))
-    with pytest.raises(hm.DTypeError, match=r"`dtype` must be one of .*, got int;"):
+    with pytest.raises(hm.DTypeError, match=r"`dtype` must be one of .*, got int64;"):
         hm.from_entries(lambda i, j: i + j, 4, dtype=int)
     with pytest.raises(hm.ShapeError, match="`seed` must be an integer, got NoneType"):
         hm.from_entries(lambda i, j: i + j, 4, seed=None)

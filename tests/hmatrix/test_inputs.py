@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy import sparse
 
 import hmatrix as hm
@@ -144,3 +145,39 @@ def test_messages_name_the_wider_dtype(dtype):
         hm.factorize(H, method="inversion")
     with pytest.raises(hm.SingularLeafError, match=r"or fewer levels\.$"):
         hm.factorize(H.to(dtype=wider), method="inversion")
+
+
+def test_numbers_are_not_read_out_of_strings(A):
+    H, t = hm.from_dense(A, levels=2), np.linspace(0, 1, 40)
+    for act in (
+        lambda: hm.from_dense(A, rtol="1e-3"),
+        lambda: hm.from_kernel(lambda x, y: x * y, t, nugget="1"),
+        lambda: hm.truncate(H, rtol=np.str_("1e-3")),
+        lambda: hm.factorize(H, "1"),
+        lambda: hm.factorize(H).solve(t, rtol="1e-3"),
+        lambda: hm.shift(H, "1"),
+        lambda: "2" * H,
+    ):
+        with pytest.raises(hm.DTypeError, match=r"must be a (real )?number, got str"):
+            act()
+
+
+@pytest.mark.parametrize("like", [None, torch.empty(0)])
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("f8", "float64"), ("<f4", "float32"), ("float", "float64"), ("D", "complex128")],
+)
+def test_dtypes_are_named_as_numpy_does(text, name, like):
+    H = hm.identity(9, levels=1, like=like, dtype=text)
+    assert str(H.dtype).endswith(name)
+    with pytest.raises(
+        hm.DTypeError, match=r"must be one of float32, .* got half-ish;"
+    ):
+        hm.identity(9, levels=1, dtype="half-ish")
+
+
+def test_factorizations_say_how_to_solve(A):
+    F, b = hm.factorize(hm.from_dense(A, levels=2)), A[0]
+    for act in (lambda: F @ b, lambda: b @ F, lambda: torch.from_numpy(b) @ F):
+        with pytest.raises(TypeError, match=r"`F\.solve\(b\)`"):
+            act()

@@ -444,3 +444,50 @@ def test_only_hermitian_matrices_can_be_kept_definite(rng):
     stream.update(rng.standard_normal((9, 8)))
     with pytest.raises(ValueError, match="not by `rtol` or `definite`"):
         hm.truncate(stream.result(), max_rank=1, definite=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_solutions_of_ill_conditioned_matrices_are_backward_stable(
+    dtype, rng, tmp_path
+):
+    """Inverted triangles are not: a step of refinement follows where a pivot is small."""
+    t = np.sort(rng.random(300))
+    d = abs(t[:, None] - t) / 0.3
+    nugget = np.finfo(dtype).eps ** 0.6
+    A = ((1 + d) * np.exp(-d) + nugget * np.eye(300)).astype(dtype)
+    H = hm.from_dense(A, levels=3, symmetric=True, rtol=1e-15)
+    F = hm.factorize(H, method="cholesky")
+    b = rng.standard_normal(300).astype(dtype)
+    D = np.asarray(H, dtype=float)
+
+    def backward_error(x):
+        sizes = np.linalg.norm(D, 2) * np.linalg.norm(x) + np.linalg.norm(b)
+        return np.linalg.norm(D @ x - b) / sizes
+
+    x = F.solve(b)
+    assert backward_error(x) < np.finfo(dtype).eps
+    assert backward_error(x) < backward_error(F.solve(b, refine=0)) / 3
+    hm.save(tmp_path / "F.safetensors", F)
+    np.testing.assert_array_equal(hm.load(tmp_path / "F.safetensors").solve(b), x)
+
+    G = hm.factorize(H, shift=0.1, method="cholesky")  # of pivots that are no cause
+    np.testing.assert_array_equal(G.solve(b), G.solve(b, refine=0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_auto_leaves_a_symmetric_factor_that_has_lost_its_digits(seed):
+    """A jitter of 1e-10 is small enough for that, and log-determinants were off by 1."""
+    rng = np.random.default_rng(seed)
+    t, b = np.sort(rng.random(127)), rng.standard_normal(127)
+    A = np.exp(-50 * (t[:, None] - t) ** 2) + 1e-10 * np.eye(127)
+    H = hm.from_dense(A, levels=1, rtol=1e-14)
+    F, D = hm.factorize(H), np.asarray(H)
+    exact, factor = np.linalg.inv(D), 100 * np.finfo(float).eps * np.linalg.cond(D)
+    assert error_ratio(F.solve(b), exact @ b) < factor
+    assert error_ratio(F.inverse_diagonal(), np.diag(exact)) < factor
+    assert error_ratio(hm.inverse(H).to_dense(), exact) < factor
+    assert F.logdet() == pytest.approx(np.linalg.slogdet(D)[1], abs=1e-2)
+
+    W = hm.factorize(H, method="cholesky").sample(np.eye(127))
+    assert error_ratio(W @ W.T, D) < 1e-9
+    assert isinstance(hm.factorize(H, shift=1e-3), hm.factor.HODLRCholesky)

@@ -1,5 +1,6 @@
 """What torch differentiates is truncated with its gradients, or not at all."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,3 +68,30 @@ def test_norms_are_numbers_without_a_warning(case):
     H = build(tree, parts, symmetric)
     expected = torch.linalg.matrix_norm(H.to_dense(), 2).item()
     assert hm.norm(H, 2) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("n", "levels"), [(5, 2), (13, 1), (13, 2), (14, 3), (16, 2)])
+def test_full_blocks_have_gradients_whatever_the_padding(n, levels, symmetric, rng):
+    """The rank of a padded block goes no further than its rows that are not padding."""
+    A = rng.standard_normal((n, n)) + n * np.eye(n)
+    A = torch.from_numpy(A + A.T if symmetric else A)
+    fixed = hm.from_dense(A, levels=levels, rtol=1e-15, symmetric=symmetric)
+    parts = [x.requires_grad_() for x in fixed._arrays().values()]
+    weights = torch.from_numpy(rng.standard_normal((n, n)))
+
+    def gradients(function, H):
+        return torch.autograd.grad(
+            (weights * function(H)).sum(), parts, retain_graph=True
+        )
+
+    for stored, dense in (
+        (hm.truncate, torch.clone),
+        (hm.inverse, torch.linalg.inv),
+        (lambda H: hm.matmul(H, H), lambda A: A @ A),
+    ):
+        H = build(fixed.tree, parts, symmetric)
+        found = gradients(torch.clone, stored(H).to_dense())
+        torch.testing.assert_close(
+            found, gradients(dense, H.to_dense()), rtol=1e-8, atol=1e-8
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ __all__ = [
     "not_finite",
     "remedy",
     "space_like",
+    "take_array",
 ]
 
 
@@ -163,7 +165,9 @@ def check_float(name: str, value: Any, *, minimum: float = -math.inf) -> float:
     """Return ``value`` as a finite float of at least ``minimum``."""
     try:
         # `float` drops the imaginary part of NumPy's numbers, and takes arrays of one
-        given = None if np.ndim(value) else complex(value)
+        # and so does `complex` of strings that look like numbers
+        taken = not (np.ndim(value) or isinstance(value, str))
+        given = complex(value) if taken else None
     except (TypeError, ValueError):
         given = None
     if given is None or given.imag:
@@ -324,3 +328,17 @@ def not_finite(name: str, x: Array, dtype: str) -> str:
     return (
         f"{what} values too large to sum their squares in {dtype}; rescale them first."
     )
+
+
+def take_array(
+    arrays: Mapping[str, Array], name: str, shape: tuple[int | None, ...]
+) -> Array:
+    """Return an array of this shape, in which None stands for any number."""
+    found = tuple(arrays[name].shape)
+    fits = len(found) == len(shape) and all(
+        want in (have, None) for have, want in zip(found, shape, strict=True)
+    )
+    if not fits:
+        msg = f"`{name}` must have shape {shape}, got {found}."
+        raise ShapeError(msg)
+    return arrays[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -223,12 +224,16 @@ def compress(
 
 
 def recompress(
-    block: LowRank, *, tolerance: float = 0.0, max_rank: int | None = None
+    block: LowRank,
+    *,
+    tolerance: float = 0.0,
+    max_rank: int | None = None,
+    sides: Callable[[], np.ndarray] | None = None,
 ) -> tuple[LowRank, Array]:
     """Cut low-rank blocks: QR of both factors, then the SVD of the small core.
 
     Arguments and results are those of `compress`; the factors of ``block`` need not
-    be orthonormal. Gradients are those of `differentiated`.
+    be orthonormal. Gradients, and ``sides``, are those of `differentiated`.
     """
     if not block.rank:
         return cut_triplets(block.U, block.S, block.V, tolerance, max_rank)[:2]
@@ -241,15 +246,19 @@ def recompress(
         # the small factors are cut, before there are large ones
         cut, lost, _ = cut_triplets(*core, tolerance, max_rank)
         cut = LowRank(Qu @ cut.U, cut.S, Qv @ cut.V)
-    return differentiated(cut, block), lost
+    return differentiated(cut, block, sides), lost
 
 
-def differentiated(cut: LowRank, block: LowRank) -> LowRank:
+def differentiated(
+    cut: LowRank, block: LowRank, sides: Callable[[], np.ndarray] | None = None
+) -> LowRank:
     """Let torch differentiate what was cut from blocks as the blocks B themselves.
 
     Those of a decomposition do not exist where singular values are equal or zero. The
     product of factors needs none of them: with the projections P and Q on the orthonormal
-    columns of ``cut`` it is ``P dB + dB Q - P dB Q``, if no column was cut off.
+    columns of ``cut`` it is ``P dB + dB Q - P dB Q``, if no column was cut off, or if one
+    of the two is all that the block has. Of padded blocks ``sides`` gives the smaller
+    side of each that is left without padding, beyond which no rank goes.
 
     Raises
     ------
@@ -260,7 +269,7 @@ def differentiated(cut: LowRank, block: LowRank) -> LowRank:
     if not any(map(wants_gradient, inputs)):
         return cut
     xp, (U, S, V) = namespace(block.S), (cut.U, cut.S, cut.V)
-    least = min(block.shape[-2:])
+    least = min(block.shape[-2:]) if sides is None else sides()
     if np.any(cut.ranks < np.minimum(block.ranks, least)):
         raise ValueError(GRADIENTS_LOST)
     with without_gradients(xp):

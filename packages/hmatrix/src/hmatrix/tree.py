@@ -246,6 +246,12 @@ class ClusterTree:
         rows[self.slots] = np.arange(self.n)
         return rows
 
+    def counts(self, level: int) -> np.ndarray:
+        """Return the rows of each node at ``level``, padding left out: int64 (2**level,)."""
+        real = (self.rows < self.n).reshape(self.nodes(level), -1)
+        counts: np.ndarray = np.count_nonzero(real, axis=1)
+        return counts
+
     @cached_property
     def _moved(self) -> dict[Any, Any]:
         """Integers of this tree that have been brought to a device."""

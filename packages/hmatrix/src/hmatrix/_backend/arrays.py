@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import array_api_compat
@@ -69,6 +70,8 @@ def namespace(x: Array) -> Namespace:
 def dtype_name(dtype: object) -> str:
     """Return the bare name of a dtype of any library, ``float32`` say.
 
+    Strings are what NumPy takes them for.
+
     Examples
     --------
     >>> import numpy as np
@@ -77,6 +80,8 @@ def dtype_name(dtype: object) -> str:
     ('float64', 'float32', 'float32')
     >>> dtype_name(float), dtype_name(complex)  # as NumPy takes them; torch.float is single
     ('float64', 'complex128')
+    >>> dtype_name("f8"), dtype_name("double"), dtype_name("torch.float32")
+    ('float64', 'float64', 'float32')
     """
     if dtype is float or dtype is complex:
         dtype = np.dtype(dtype)
@@ -84,8 +89,11 @@ def dtype_name(dtype: object) -> str:
     key = type(dtype), dtype
     if key not in _names:
         name = getattr(dtype, "__name__" if isinstance(dtype, type) else "name", None)
-        known = isinstance(name, str)
-        _names[key] = str(name) if known else str(dtype).rsplit(".", 1)[-1]
+        name = name if isinstance(name, str) else str(dtype).rsplit(".", 1)[-1]
+        if isinstance(dtype, str):
+            with suppress(TypeError):  # of other names, bfloat16 among them
+                name = np.dtype(name).name
+        _names[key] = name
     return _names[key]
 
 

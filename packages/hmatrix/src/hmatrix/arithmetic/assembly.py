@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 
 from hmatrix._backend import Array, Space, adjoint, without_gradients
 from hmatrix._checks import NonFiniteError, check_int
 from hmatrix._operator import pad_rows
 from hmatrix.arithmetic.norms import safe_norm, safe_norms
-from hmatrix.construct import block_tolerance, check_rtol
+from hmatrix.construct import block_sides, block_tolerance, check_rtol
 from hmatrix.hodlr import HODLR, clear_padding, from_sides
 from hmatrix.lowrank import LowRank, beside, cut_triplets, differentiated, recompress
 from hmatrix.tree import ClusterTree
@@ -90,7 +91,7 @@ def assemble(
             tolerance = block_tolerance(tree, level, allowed)
             with without_gradients(space.xp):
                 cut, cost, _ = cut_triplets(b.U, b.S, b.V, tolerance, max_rank)
-            side[level] = differentiated(cut, b)
+            side[level] = differentiated(cut, b, partial(block_sides, tree, level))
             losses.append(cost)
     lost += twice * math.hypot(*safe_norms(losses))
     # relative to the exact sum, whose norm may be smaller by what was lost
@@ -116,15 +117,17 @@ def _hand_down(
             blocks = [beside(*two) for two in zip(blocks, offsides, strict=True)]
             below.append(halves)
         tolerance = block_tolerance(tree, level, early)
+        real = partial(block_sides, tree, level)
         for side, block in zip(sides, blocks, strict=False):
-            kept, cost = recompress(block, tolerance=tolerance)
+            kept, cost = recompress(block, tolerance=tolerance, sides=real)
             side.append(kept)
             losses.append(cost)
         handed = beside(*below)
         if level + 1 < tree.levels:
             # one share for each level that hands down, none to the leaves
             share = early / ((tree.levels - 1) * math.sqrt(tree.nodes(level + 1)))
-            handed, cost = recompress(handed, tolerance=share)
+            real = partial(tree.counts, level + 1)
+            handed, cost = recompress(handed, tolerance=share, sides=real)
             losses_below.append(cost)
     return handed, losses, losses_below
 

@@ -132,6 +132,8 @@ def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
 def _check_number(name: str, value: Any, space: Space) -> float | complex:
     """Return a finite number as a float, or as a complex one with an imaginary part."""
     try:
+        if isinstance(value, str):
+            raise TypeError
         number = complex(detach(value) if wants_gradient(value) else value)
     except (TypeError, ValueError):
         hint = (

@@ -15,7 +15,7 @@ from hmatrix._backend import (
 from hmatrix._checks import NonFiniteError, check_int, check_kind
 from hmatrix.arithmetic.error import after
 from hmatrix.arithmetic.norms import norm, safe_norms
-from hmatrix.construct import Guard, block_tolerance, check_rtol
+from hmatrix.construct import Guard, block_sides, block_tolerance, check_rtol
 from hmatrix.hodlr import HODLR, clear_padding, from_sides
 from hmatrix.lowrank import (
     GRADIENTS_LOST,
@@ -102,14 +102,17 @@ def _truncate_hodlr(
     losses: list[Array] = []
     for level in range(H.tree.levels):
         tolerance = block_tolerance(H.tree, level, rtol * size)
+        real = partial(block_sides, H.tree, level)
         for side, block in zip(sides, H.blocks(level), strict=False):
             if guard is None:
-                cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
+                cut, lost = recompress(
+                    block, tolerance=tolerance, max_rank=max_rank, sides=real
+                )
             else:
                 with without_gradients(H.space.xp):
                     cut_at = partial(cut_triplets, *triplets(block))
                     cut, lost = guard.cut(level, cut_at, max_rank)
-                cut = differentiated(cut, block)
+                cut = differentiated(cut, block, real)
             side.append(cut)
             losses.append(lost)
     total = math.hypot(*safe_norms(losses)) * (math.sqrt(2) if H.symmetric else 1)

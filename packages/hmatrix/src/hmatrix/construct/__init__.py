@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hmatrix.construct.budget import Guard, block_tolerance, check_rtol
+from hmatrix.construct.budget import Guard, block_sides, block_tolerance, check_rtol
 from hmatrix.construct.dense import from_dense
 from hmatrix.construct.entries import from_entries, from_kernel
 from hmatrix.construct.matvec import from_matvec
@@ -17,6 +17,7 @@ from hmatrix.construct.toeplitz import from_toeplitz
 
 __all__ = [
     "Guard",
+    "block_sides",
     "block_tolerance",
     "check_rtol",
     "from_dense",

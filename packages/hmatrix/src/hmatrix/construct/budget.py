@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+
 from hmatrix._backend import Array, Space, frobenius, namespace
 from hmatrix._checks import ShapeError, check_float, check_int, check_kind
 from hmatrix._operator import real_rows
@@ -16,6 +18,7 @@ from hmatrix.tree import ClusterTree
 __all__ = [
     "LEAF_SIZE",
     "Guard",
+    "block_sides",
     "block_tolerance",
     "check_rtol",
     "check_symmetric",
@@ -38,6 +41,12 @@ def block_tolerance(tree: ClusterTree, level: int, total: float) -> float:
     errors of all blocks together are then at most ``total``.
     """
     return total / math.sqrt(tree.levels * 2 * tree.nodes(level))
+
+
+def block_sides(tree: ClusterTree, level: int) -> np.ndarray:
+    """Return the smaller side of each off-diagonal block of ``level``, padding left out."""
+    sides: np.ndarray = tree.counts(level + 1).reshape(-1, 2).min(axis=1)
+    return sides
 
 
 def cut_blocks(

@@ -19,7 +19,11 @@ from hmatrix.factor.equilibration import (
     equilibrated_if_lossy,
 )
 from hmatrix.factor.hodlr import HODLRFactorization
-from hmatrix.factor.inversion import inverse, inversion_or_orthogonal
+from hmatrix.factor.inversion import (
+    cholesky_or_orthogonal,
+    inverse,
+    inversion_or_orthogonal,
+)
 from hmatrix.factor.mlr import MLRFactorization
 from hmatrix.factor.operator import HODLRInverse
 from hmatrix.factor.orthogonal import HODLROrthogonal
@@ -59,7 +63,11 @@ def factorize(
         Of a `HODLR`:
 
         * "cholesky" is the symmetric factorization ``W Wᴴ`` of a Hermitian positive
-          definite matrix, which also gives ``sample`` and ``whiten``.
+          definite matrix, which also gives ``sample`` and ``whiten``. ``W Wᴴ`` is the
+          matrix to epsilon times the root of its condition number: samples are right
+          however large that is, and nothing is a `PrecisionError`. But the
+          log-determinant and the inverse may have lost their digits where epsilon times
+          its power 3/2 is no longer small.
         * "inversion" is recursive block inversion, of any matrix none of whose diagonal
           blocks is close to singular.
         * "orthogonal" is elimination by unitary transformations, of any matrix: as
@@ -70,9 +78,10 @@ def factorize(
         smaller than others a constructor whose ``rtol`` is of the whole matrix keeps few
         digits: those factors and diagonals hold that are given.)
 
-        "auto" takes the first of these that applies and keeps the digits: "inversion" if
-        the Frobenius norm of its ``E`` (see `PrecisionError` below) is at most
-        ``sqrt(eps)``. One step of refinement mends solutions above that, and products of
+        "auto" takes the first of these that applies and keeps the digits: "cholesky" if no
+        pivot is below ``sqrt(eps)``, or the Frobenius norm of its ``E`` (see
+        `PrecisionError` below) is at most 0.1 or less than that of "orthogonal", or
+        tensors want gradients; "inversion" if that norm is at most ``sqrt(eps)``. One step of refinement mends solutions above that, and products of
         the operator that ``inverse`` gives. ``inverse_diagonal`` is compared with
         solutions, and found by "orthogonal" where it differs. An `MLR` has one method.
     overwrite : bool
@@ -167,8 +176,9 @@ def factorize(
 
 def _factorize(H: HODLR, shift: float, method: str, overwrite: bool) -> Factorization:
     if method == "cholesky" or (method == "auto" and H.symmetric):
+        definite = HODLRCholesky if method == "cholesky" else cholesky_or_orthogonal
         try:
-            return HODLRCholesky(H, shift, overwrite=overwrite)
+            return definite(H, shift, overwrite=overwrite)
         except NotPositiveDefiniteError:
             if method == "cholesky" or overwrite:
                 raise

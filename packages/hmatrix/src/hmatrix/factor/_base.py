@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
 import numpy as np
 
@@ -25,11 +25,11 @@ from hmatrix._checks import (
     NonFiniteError,
     NotPositiveDefiniteError,
     PrecisionError,
-    ShapeError,
     SingularBlockError,
     ToleranceError,
     check_float,
     check_int,
+    take_array,
 )
 from hmatrix._operator import Operator, apply_padded, cleared, pad_rows
 from hmatrix.arithmetic import norm, safe_norm
@@ -42,7 +42,6 @@ __all__ = [
     "Factorization",
     "has_gradients",
     "narrow",
-    "take_array",
     "telling_nan",
 ]
 
@@ -75,7 +74,7 @@ class Factorization(ABC):
 
     _logdet: Array  # float64 ()
     _lost: float  # what `_check_precision` found, of those that call it
-    _refinements: ClassVar[int] = 1
+    _refinements = 1  # that solutions have by default
 
     def __init__(self, H: HODLR | MLR, shift: float) -> None:
         self.matrix = H
@@ -117,8 +116,9 @@ class Factorization(ABC):
         refine : int, optional
             Steps of iterative refinement, each a product and another solve. Default: 1
             by "inversion" and "orthogonal", to make up for inverted leaves and triangles
-            where triangular solves would be backward stable; 0 by "cholesky", whose
-            inverted triangles cost the square root of the condition number at most.
+            where triangular solves would be backward stable. By "cholesky", whose
+            inverted triangles cost the square root of the condition number at most, 1
+            where a pivot is below the square root of epsilon, else 0.
         rtol : float, optional
             Go on until ``‖b − (H + shift·I) x‖ ≤ rtol · ‖b‖`` for every right-hand
             side.
@@ -328,6 +328,18 @@ class Factorization(ABC):
         """Product of the adjoint inverse with a padded block: Hermitian, unless said."""
         return self._apply(x)
 
+    # NumPy must leave ``array @ F`` to ``F.__rmatmul__``.
+    __array_ufunc__: ClassVar[None] = None
+
+    def __matmul__(self, x: object) -> NoReturn:
+        msg = (
+            "A factorization is not a matrix: `F.solve(b)` applies its inverse, "
+            "`F.inverse() @ b` too, and `F.matrix @ b` multiplies with what was factorized."
+        )
+        raise TypeError(msg)
+
+    __rmatmul__ = __matmul__
+
     @abstractmethod
     def inverse(self) -> Operator:
         """Return the inverse as an operator."""
@@ -432,17 +444,3 @@ def telling_nan(H: HODLR) -> Iterator[None]:
 def has_gradients(H: HODLR) -> bool:
     """Tell whether a matrix has tensors that want gradients."""
     return any(map(wants_gradient, H._arrays().values()))
-
-
-def take_array(
-    arrays: Mapping[str, Array], name: str, shape: tuple[int | None, ...]
-) -> Array:
-    """Return an array of this shape, in which None stands for any number."""
-    found = tuple(arrays[name].shape)
-    fits = len(found) == len(shape) and all(
-        want in (have, None) for have, want in zip(found, shape, strict=True)
-    )
-    if not fits:
-        msg = f"`{name}` must have shape {shape}, got {found}."
-        raise ShapeError(msg)
-    return arrays[name]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import starmap
-from typing import ClassVar
 
 from hmatrix._backend import (
     Array,
@@ -18,14 +18,13 @@ from hmatrix._backend import (
     multiply_into,
     namespace,
 )
-from hmatrix._checks import PrecisionError, SingularBlockError
+from hmatrix._checks import PrecisionError, SingularBlockError, take_array
 from hmatrix._operator import cleared, unpad_rows
 from hmatrix.arithmetic import Terms
 from hmatrix.factor._base import (
     Factorization,
     has_gradients,
     narrow,
-    take_array,
 )
 from hmatrix.factor.climb import build
 from hmatrix.factor.gradients import logdet_with_gradients
@@ -48,7 +47,6 @@ class HODLRCholesky(Factorization):
     """``H + shift·I = W Wᴴ`` of a Hermitian `HODLR` matrix; see `factorize`."""
 
     matrix: HODLR
-    _refinements: ClassVar[int] = 0
     _overwritten = False
 
     def __init__(
@@ -70,13 +68,30 @@ class HODLRCholesky(Factorization):
         again = None if overwrite else partial(leaf_factors, self.matrix, self.shift)
         self._factor = build(self.tree, source, again=again, sparing=overwrite)
         self._logdet = source.logdet()
+        self._refinements = self._steps()  # solutions wait for no device
         if differentiable:
             self._logdet = logdet_with_gradients(
                 self._logdet, self._factor, self.matrix
             )
 
+    def _steps(self) -> int:
+        """Return one step, where a pivot says that inverted triangles cost digits."""
+        if self._overwritten:
+            return 0  # there is no matrix to refine with
+        xp, factor = self.space.xp, self._factor
+        entries = xp.abs(detach(self.matrix.diagonal()) + self.shift)
+        inverses = xp.reshape(xp.linalg.diagonal(factor.inverse_leaves), (-1,))
+        pivots = [1 / (xp.abs(unpad_rows(inverses, self.tree)) ** 2 * entries)]
+        for core in factor.cores:
+            pivots += [xp.reshape(xp.abs(1 + xp.linalg.diagonal(core)) ** 2, (-1,))]
+        smallest = float(xp.min(xp.concat(pivots)))
+        return int(smallest < math.sqrt(self.space.eps))
+
     def inverse(self) -> HODLRInverse:
-        """Return the inverse as an operator; nothing is formed."""
+        """Return the inverse as an operator; nothing is formed.
+
+        Its products are not refined, as those of `solve` may be: it stays definite.
+        """
         return HODLRInverse(self)
 
     @narrow
@@ -164,6 +179,7 @@ class HODLRCholesky(Factorization):
             inverse_cores,
             partial(leaf_factors, self.matrix, self.shift),
         )
+        self._refinements = self._steps()
 
 
 class _Source:

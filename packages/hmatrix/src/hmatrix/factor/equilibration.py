@@ -9,10 +9,10 @@ from contextlib import suppress
 import numpy as np
 
 from hmatrix._backend import Array, detach, namespace, nbytes, to_numpy
-from hmatrix._checks import PrecisionError, SingularBlockError
+from hmatrix._checks import PrecisionError, SingularBlockError, take_array
 from hmatrix._operator import unpad_rows
 from hmatrix.arithmetic import shift as shifted
-from hmatrix.factor._base import Factorization, take_array
+from hmatrix.factor._base import Factorization
 from hmatrix.factor.hodlr import HODLRFactorization
 from hmatrix.factor.operator import HODLRInverse
 from hmatrix.factor.orthogonal import HODLROrthogonal

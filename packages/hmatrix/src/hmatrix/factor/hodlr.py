@@ -22,14 +22,13 @@ from hmatrix._backend import (
     to_numpy,
     without_gradients,
 )
-from hmatrix._checks import SingularBlockError, SingularLeafError
+from hmatrix._checks import SingularBlockError, SingularLeafError, take_array
 from hmatrix._operator import cleared, real_rows, unpad_rows
 from hmatrix.arithmetic import Terms, estimate_norm
 from hmatrix.factor._base import (
     PROBES,
     Factorization,
     narrow,
-    take_array,
 )
 from hmatrix.factor.leaves import shifted_leaves, without_padding
 from hmatrix.factor.operator import HODLRInverse

@@ -16,7 +16,6 @@ from hmatrix._checks import (
     NotPositiveDefiniteError,
     PrecisionError,
     SingularBlockError,
-    ToleranceError,
     check_kind,
 )
 from hmatrix._operator import cleared, pad_rows, unpad_rows
@@ -38,7 +37,7 @@ from hmatrix.factor.equilibration import (
 from hmatrix.factor.hodlr import HODLRFactorization
 from hmatrix.factor.mlr import MLRFactorization
 from hmatrix.factor.operator import stored_inverse
-from hmatrix.factor.orthogonal import HODLROrthogonal
+from hmatrix.factor.orthogonal import HOPELESS, HODLROrthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 
@@ -166,11 +165,32 @@ def _factorized(H: HODLR, shift: float) -> Factorization:
     """Factorize for the terms of the inverse: W Wᴴ keeps the most digits, if there is W."""
     if H.symmetric and not has_gradients(H):
         try:
-            return HODLRCholesky(H, shift)
+            return cholesky_or_orthogonal(H, shift)
         except NotPositiveDefiniteError:
             pass
     make = partial(inversion_or_orthogonal, strict=False)
     return equilibrated_if_lossy(make, H, shift)
+
+
+def cholesky_or_orthogonal(
+    H: HODLR, shift: float, *, overwrite: bool = False
+) -> HODLRCholesky | HODLROrthogonal:
+    """Factorize a definite matrix as W Wᴴ, or orthogonally where that keeps more digits.
+
+    Those lost are looked at where a pivot is small, which costs little beside W. Tensors
+    that want gradients keep W, whose log-determinant has those to more digits.
+    """
+    first = HODLRCholesky(H, shift, overwrite=overwrite)
+    if not first._refinements or has_gradients(H):
+        return first
+    lost = first._check_precision(math.inf, "", stable=True)
+    if lost <= HOPELESS:
+        return first
+    try:
+        second = HODLROrthogonal(H, shift)
+    except (PrecisionError, SingularBlockError):
+        return first
+    return second if second._lost < lost else first
 
 
 def inversion_or_orthogonal(H: HODLR, shift: float, *, strict: bool = True) -> General:
@@ -211,15 +231,7 @@ def _from_solutions(
         max_rank = (
             F.tree.n
         )  # no cap: take what can be had, and say in `error` what that is
-    try:
-        stored = stored_inverse(F, rtol, max_rank)
-    except ToleranceError as reason:
-        msg = (
-            f"A relative error of {reason.asked:.3g} was asked for, and {reason.reached:.3g} "
-            f"reached: solutions in {F.space.name} have no more digits at this condition "
-            "number. Allow more by `rtol`, or use a `shift`."
-        )
-        raise ToleranceError(msg, reason.asked, reason.reached) from None
+    stored = stored_inverse(F, rtol, max_rank)
     error = after(inverse_error(stored, F.matrix), stored.error)
     return replace(stored, error=error)
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from functools import cached_property, partial
 
 from hmatrix._backend import Array, adjoint, contiguous, in_own_precision, inverse_lower
-from hmatrix.factor._base import Factorization, take_array
+from hmatrix._checks import take_array
+from hmatrix.factor._base import Factorization
 from hmatrix.factor.climb import build
 from hmatrix.factor.leaves import leaf_factors, shifted_leaves, without_padding
 from hmatrix.factor.symmetric import (

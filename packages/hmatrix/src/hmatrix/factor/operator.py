@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hmatrix._backend import Array, Space, conjugate
-from hmatrix._checks import DTypeError
+from hmatrix._checks import DTypeError, ToleranceError
 from hmatrix._operator import Operator, cleared
 from hmatrix.construct import from_matvec
 from hmatrix.factor._base import Factorization
@@ -79,10 +79,15 @@ def stored_inverse(
 ) -> HODLR:
     """Return the inverse as a matrix, found from solutions; see `from_matvec`."""
     assert isinstance(F.matrix, HODLR)
-    return from_matvec(
-        F.inverse(),
-        tree=F.tree,
-        rtol=rtol,
-        max_rank=max_rank,
-        symmetric=F.matrix.symmetric,
-    )
+    symmetric = F.matrix.symmetric
+    try:
+        return from_matvec(
+            F.inverse(), tree=F.tree, rtol=rtol, max_rank=max_rank, symmetric=symmetric
+        )
+    except ToleranceError as reason:
+        msg = (
+            f"A relative error of {reason.asked:.3g} was asked for, and {reason.reached:.3g} "
+            f"reached: solutions in {F.space.name} have no more digits at this condition "
+            "number. Allow more by `rtol` (gradients have none), or use a `shift`."
+        )
+        raise ToleranceError(msg, reason.asked, reason.reached) from None

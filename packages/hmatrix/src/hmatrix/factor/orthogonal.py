@@ -21,13 +21,12 @@ from hmatrix._backend import (
     slogdet,
     solve,
 )
-from hmatrix._checks import SingularBlockError
+from hmatrix._checks import SingularBlockError, take_array
 from hmatrix._operator import cleared, unpad_rows
 from hmatrix.factor._base import (
     Factorization,
     has_gradients,
     narrow,
-    take_array,
 )
 from hmatrix.factor.gradients import (
     diagonal_with_gradients_of,
@@ -38,7 +37,7 @@ from hmatrix.factor.operator import HODLRInverse, stored_inverse
 from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, pair, scaled
 
-__all__ = ["HODLROrthogonal"]
+__all__ = ["HOPELESS", "HODLROrthogonal"]
 
 #: Error of the inverse that only a matrix singular to working precision leaves.
 HOPELESS = 0.1
