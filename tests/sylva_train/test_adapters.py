@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import BertForQuestionAnswering, BertForTokenClassification
 
 from sylva_train._checks import AdapterError, ConfigError
 from sylva_train.config import SylvaConfig
@@ -297,3 +298,38 @@ def test_classification_tasks_save_their_head_by_themselves(tmp_path):
     assert torch.equal(
         logits(load_adapter(make_model(), tmp_path), make_batch()), expected
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "labels"),
+    [
+        (BertForTokenClassification, "TOKEN_CLS", ("labels",)),
+        (
+            BertForQuestionAnswering,
+            "QUESTION_ANS",
+            ("start_positions", "end_positions"),
+        ),
+    ],
+)
+def test_tasks_whose_head_is_named_afterwards_save_it(tmp_path, kind, task, labels):
+    settings = make_model().config
+    settings.num_labels = 2
+    base = kind(settings).eval()
+    ids = make_batch()["input_ids"]
+    places = ids % 2 if task == "TOKEN_CLS" else torch.tensor([0, 1, 2])
+    batch = {"input_ids": ids, **dict.fromkeys(labels, places)}
+
+    def outputs(model):
+        with torch.no_grad():
+            return torch.stack(model(**batch).to_tuple()[1:])
+
+    config = SylvaConfig(masks=random_masks(base), task_type=task)
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    assert any("modules_to_save" in n for n in trainable(model))
+    train_step(model, batch)
+    model.save_pretrained(tmp_path)
+    expected = outputs(model)
+    assert not torch.equal(outputs(base), expected)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(outputs(loaded.eval()), expected)
+    assert torch.equal(outputs(load_adapter(base, tmp_path)), expected)

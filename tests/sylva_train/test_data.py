@@ -346,3 +346,16 @@ def test_long_values_do_not_fill_the_screen(tmp_path):
     with pytest.raises(DataError, match="expected a text") as caught:
         load_data(path)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "texts", [["a", None], [["a", "b"]], [("a", "b"), "cd"], [("a", "b", "c")], [5]]
+)
+def test_texts_that_are_no_texts_are_refused(texts):
+    with pytest.raises(DataError, match=f"number {len(texts) - 1} is"):
+        TextDataset("toy", "classification", texts)
+
+
+def test_labels_are_as_many_as_texts():
+    with pytest.raises(DataError, match="`labels` must be as many"):
+        TextDataset("toy", "classification", ["a", "b"], [0], ["x", "y"])

@@ -152,6 +152,19 @@ def test_leaving_out_what_is_not_there_is_refused(pattern):
     assert "pooler" not in str(list(find_targets(model, exclude_modules=r".*pooler.*")))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["query", "valeu"]},
+        {"target_modules": ["query", "value"], "exclude_modules": ["query", "valeu"]},
+    ],
+)
+def test_a_misspelt_name_among_others_is_warned_of(options):
+    config = SylvaConfig(importance="magnitude", block_size=8, **options)
+    with pytest.warns(UserWarning, match="'valeu', which no module"):
+        score(make_model(), config=config)
+
+
 def test_a_pattern_that_is_no_regular_expression_is_refused():
     with pytest.raises(ConfigError, match=r"'\(a' is not a regular expression"):
         find_targets(nested(), "(a")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import reprlib
+from collections.abc import Collection, Sequence
 
 __all__ = [
     "AdapterError",
@@ -20,6 +21,7 @@ __all__ = [
     "check_integer",
     "check_positive",
     "check_spread",
+    "check_texts",
 ]
 
 
@@ -113,3 +115,17 @@ def check_positive(name: str, value: float, *, zero: bool = False) -> None:
         kind = "a finite number of at least 0" if zero else "a finite number above 0"
         msg = f"`{name}` must be {kind}; got {value!r}."
         raise ConfigError(msg)
+
+
+def check_texts(texts: Sequence[object]) -> None:
+    """Raise `DataError` unless all are strings, or all pairs of strings."""
+    for number, text in enumerate(texts):
+        # A list would do for the words of one text, as a tokenizer takes it.
+        parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
+        is_text = all(isinstance(part, str) for part in parts)
+        if not is_text or isinstance(text, str) != isinstance(texts[0], str):
+            msg = (
+                "`texts` must be strings, or all of them pairs (tuples) of strings;"
+                f" number {number} is {reprlib.repr(text)}."
+            )
+            raise DataError(msg)

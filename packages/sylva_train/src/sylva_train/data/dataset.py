@@ -14,7 +14,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from sylva_train._checks import ConfigError, DataError, check_choice, check_integer
+from sylva_train._checks import (
+    ConfigError,
+    DataError,
+    check_choice,
+    check_integer,
+    check_texts,
+)
 from sylva_train.options import LABELLED, TASKS
 
 from .columns import (
@@ -64,6 +70,12 @@ class TextDataset:
     shorter : list of tuple of str
         Shorter forms of each text, the longest first, for where it is too long; empty
         where there are none.
+
+    Raises
+    ------
+    DataError
+        If texts are not all strings, nor all pairs of them, or labels and the like are
+        not as many.
     """
 
     name: str
@@ -74,6 +86,13 @@ class TextDataset:
     targets: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
     shorter: list[tuple[str, ...]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_texts(self.texts)
+        for name in ("labels", "targets", "groups", "shorter"):
+            if len(getattr(self, name)) not in {0, len(self)}:
+                msg = f"`{name}` must be as many as `texts`, or none."
+                raise DataError(msg)
 
     def __len__(self) -> int:
         return len(self.texts)

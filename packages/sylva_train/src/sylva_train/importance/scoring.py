@@ -31,6 +31,7 @@ from sylva_train.targets import (
     is_plain,
     loaded_weight,
     warn_of_others,
+    warn_of_strays,
 )
 
 from .rules import RULES, Inputs
@@ -180,6 +181,8 @@ def checked_targets(model: nn.Module, config: SylvaConfig) -> dict[str, nn.Modul
     check_block_size(targets, config.block_size)
     if config.target_modules in (None, "all-linear"):
         warn_of_others(model)
+    for option in ("target_modules", "exclude_modules"):
+        warn_of_strays(model, option, getattr(config, option))
     return targets
 
 

@@ -11,6 +11,7 @@ from .finding import (
     matches,
     tied_weights,
     warn_of_others,
+    warn_of_strays,
 )
 from .identity import fingerprint
 from .inputs import Calls, input_owners, is_same, layer_input, shared_inputs
@@ -56,6 +57,7 @@ __all__ = [
     "stands_for_others",
     "tied_weights",
     "warn_of_others",
+    "warn_of_strays",
     "weight_device",
     "weight_view",
 ]

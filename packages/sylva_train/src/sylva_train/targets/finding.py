@@ -24,6 +24,7 @@ __all__ = [
     "matches",
     "tied_weights",
     "warn_of_others",
+    "warn_of_strays",
 ]
 
 
@@ -165,6 +166,20 @@ def check_tied(
             " `config.tie_word_embeddings=False`, a list of layers by `nn.ModuleList`)."
         )
         raise TargetError(msg)
+
+
+def warn_of_strays(model: nn.Module, option: str, patterns: object) -> None:
+    """Warn of names in a list that no module has, where others of the list match."""
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        return
+    names = [name for name, _ in model.named_modules()]
+    strays = [p for p in patterns if not any(matches(name, [p]) for name in names)]
+    if strays:
+        warnings.warn(
+            f"`{option}` has {', '.join(map(repr, strays))}, which no module of this"
+            f" {type(model).__name__} is called.",
+            stacklevel=4,
+        )
 
 
 def warn_of_others(model: nn.Module) -> None:

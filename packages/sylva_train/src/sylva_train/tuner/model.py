@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import TaskType
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -28,6 +29,9 @@ from .layer import SylvaLayer, check_one
 from .plan import plan
 
 __all__ = ["SylvaModel"]
+
+#: Tasks whose head PEFT adds to the caller's ``modules_to_save`` once the layers are in.
+NAMED_AFTERWARDS = (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
 class SylvaModel(BaseTuner):
@@ -65,6 +69,8 @@ class SylvaModel(BaseTuner):
             raise ConfigError(msg)
         # A copy, so that the facts of this adapter stay out of the caller's object.
         given: Any = self.peft_config[adapter_name]
+        if given.modules_to_save is None and given.task_type in NAMED_AFTERWARDS:
+            given.modules_to_save = []  # the copy's as well
         # Preference optimization asks so for the reference that a trained adapter starts
         # from, and cannot copy the blocks itself.
         self._source = next(

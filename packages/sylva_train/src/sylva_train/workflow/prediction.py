@@ -65,7 +65,8 @@ def predict(
     ConfigError
         If ``texts`` is a single string.
     DataError
-        If they are pairs and the model was trained on single texts, or the reverse.
+        If they are pairs and the model was trained on single texts, or the reverse; if
+        one of them is neither.
     """
     if isinstance(texts, str):
         msg = f"`texts` must be a list of texts; got one: pass [{texts[:40]!r}]."
