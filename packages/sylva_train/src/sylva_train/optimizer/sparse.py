@@ -158,7 +158,8 @@ class SparseAdamW(torch.optim.AdamW):
         Raises
         ------
         ConfigError
-            If all blocks were merged or unloaded.
+            If all blocks were merged or unloaded, or moments in 8 bits are in use of blocks
+            that are not shown.
         """
         if self.layers and all(layer.is_out for layer in self.layers):
             msg = (
@@ -172,6 +173,7 @@ class SparseAdamW(torch.optim.AdamW):
                 loss = closure()
         scale, found_inf = (getattr(self, n, None) for n in ("grad_scale", "found_inf"))
         self._kernel.prepare()
+        self.check_moments()
         clip = self.clip(scale) if self.max_grad_norm else None
         adamw_step(self)
         follow_masters(self)
@@ -188,6 +190,22 @@ class SparseAdamW(torch.optim.AdamW):
         for layer, _ in rest:
             layer.sync()
         return loss
+
+    def check_moments(self) -> None:
+        """Raise `ConfigError` where PyTorch's AdamW would meet moments in 8 bits."""
+        if self.moments == "8bit" and any(
+            parameter.grad is not None
+            and "exp_avg_scale" in state
+            and not self._kernel.takes(parameter)
+            for parameter, state in self.state.items()
+        ):
+            msg = (
+                "blocks of an adapter that is not active have a gradient, but with"
+                " `moments='8bit'` steps are taken of active ones alone; nothing was"
+                " changed. Call `set_adapter` after the step, and `zero_grad` with"
+                " `set_to_none=True`."
+            )
+            raise ConfigError(msg)
 
     def clip(self, scale: torch.Tensor | None) -> torch.Tensor | None:
         """Clip what PyTorch updates; return the factor for what the kernel updates."""
