@@ -72,12 +72,14 @@ def choose_way(
     is_far = tokens * grid[1] * b >= FAR_ELEMENTS
     far = FAR_COST if is_far else 0
     copy = (COPY_COST * b + far) * copying
+    taken = blocks * area * write  # out of a larger product
     costs = {
         "rows": blocks * (narrow * (ROW_COST * area + copy) + join * area)
         + narrow * active[0] * call,
         "cartesian": active[0] * active[1] * area * (RECTANGLE_COST + write)
-        + threads * (sum(active) * copy + call),
-        "dense": grid[0] * grid[1] * area * (MARGIN + write) + blocks * area * write,
+        + threads * (sum(active) * copy + call)
+        + taken,
+        "dense": grid[0] * grid[1] * area * (MARGIN + write) + taken,
     }
     if stacked:
         both = (STACK_COST * b + 2 * far) * copying
