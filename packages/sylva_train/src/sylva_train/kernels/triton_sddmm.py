@@ -316,9 +316,8 @@ def search(
 ) -> dict[str, Any] | None:
     """Time the configurations, launch the fastest and return it.
 
-    None, and the result is as it was, where memory does not suffice: trials take a copy of
-    the result and a piece of memory that fills the cache. Or where a configuration does
-    not compile in a way that the autotuner does not expect, as others may.
+    None, and the result is as it was, where a configuration fails to compile otherwise than
+    the autotuner expects, or memory does not suffice: trials take a copy of the result.
     """
     try:
         with _searching:
@@ -327,9 +326,9 @@ def search(
     except torch.OutOfMemoryError:
         return None
     except Exception as failure:
-        if not never_ran(failure, arguments[0].device):
-            raise
-        return None
+        if never_ran(failure, arguments[0].device):
+            return None
+        raise
     return found
 
 
