@@ -1,10 +1,11 @@
 """Ways to take blocks of ``dyᵀ x`` on a CPU: what the cost model in kernels rests on.
 
 For each shape: the product of the active rows and columns, a product for each block row,
-and what `block_sddmm` chose, all relative to the dense gradient that full fine-tuning
-computes: ``dy.T @ x`` in the operands' dtype, into memory of its own. Processor time of
-one thread, or wall time of several: the ways take turns, and the ratios are of their
-fastest runs, which other work on the machine disturbs least.
+a stack of products of a block each, and what `block_sddmm` chose, all relative to the
+dense gradient that full fine-tuning computes: ``dy.T @ x`` in the operands' dtype, into
+memory of its own. Processor time of one thread, or wall time of several: the ways take
+turns, and the ratios are of their fastest runs, which other work on the machine disturbs
+least.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 import torch
 from _common import interleave, parser, setting, write
 
-from sylva_train.kernels import cost, reference
+from sylva_train.kernels import reference
 
 
 def ways(dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, b: int) -> list:
@@ -23,11 +24,11 @@ def ways(dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, b: int) -> li
 
     def forced(way: str):
         def run() -> torch.Tensor:
-            kept, reference.choose_way = reference.choose_way, lambda *_: way
+            kept, reference.find_way = reference.find_way, lambda *_: way
             try:
                 return reference.block_sddmm(dy, x, indices, b)
             finally:
-                reference.choose_way = kept
+                reference.find_way = kept
 
         return run
 
@@ -35,6 +36,7 @@ def ways(dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, b: int) -> li
         lambda: dy.T @ x,
         forced("rows"),
         forced("cartesian"),
+        forced("stack"),
         lambda: reference.block_sddmm(dy, x, indices, b),
     ]
 
@@ -64,18 +66,8 @@ def main() -> None:
         flat = flat.sort().values
         indices = torch.stack([flat // columns, flat % columns], 1)
         times = interleave(options.repeats, *ways(dy, x, indices, b), clock=clock)
-        dense, rows_, cartesian, chosen = (t["min"] for t in times)
+        dense, rows_, cartesian, stack, chosen = (t["min"] for t in times)
         active = len(indices[:, 0].unique()), len(indices[:, 1].unique())
-        grid = blocks // columns, columns
-        way = cost.choose_way(
-            len(indices),
-            active,
-            grid,
-            b,
-            tokens,
-            options.threads,
-            *cost.speeds_of(dy),
-        )
         row = {
             "dtype": str(dtype).removeprefix("torch."),
             "tokens": tokens,
@@ -85,7 +77,8 @@ def main() -> None:
             "active_rows_times_columns": active[0] * active[1] / blocks,
             "rows": rows_ / dense,
             "cartesian": cartesian / dense,
-            "way": way,
+            "stack": stack / dense,
+            "way": reference.find_way(dy, x, indices, b),
             "chosen": chosen / dense,
         }
         rows.append(

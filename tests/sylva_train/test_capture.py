@@ -61,12 +61,13 @@ def test_nothing_is_worked_out_for_the_first_time_in_a_graph(capturing):
 
 
 def build(device, dtype):
-    """Two layers with ragged edges, and their optimizer."""
-    model = nn.Sequential(nn.Linear(70, 48), nn.GELU(), nn.Linear(48, 33))
+    """Two layers with ragged edges and a head, and their optimizer."""
+    layers = nn.Linear(70, 48), nn.GELU(), nn.Linear(48, 33), nn.Linear(33, 33)
+    model = nn.Sequential(*layers)
     for seed, parameter in enumerate(model.parameters()):
         parameter.data = random(parameter.shape, seed=seed) / 8
     masks = random_masks(model, ["0", "2"], block_size=16)
-    embed(model.to(device, dtype), masks)
+    embed(model.to(device, dtype), masks, modules_to_save=["3"])
     rate = torch.tensor(0.01, device=device)
     return model, SparseAdamW(model, lr=rate, capturable=True, max_grad_norm=1.0)
 

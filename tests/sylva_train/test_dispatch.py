@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from sylva_train._checks import ConfigError
 from sylva_train.kernels import block_sddmm, check_kernels, dispatch
+from sylva_train.kernels.capture import never_ran
 from tests.sylva_train.models import random
 
 CPU = torch.device("cpu")
@@ -91,26 +93,73 @@ def test_a_kernel_that_does_not_work_is_left_out_with_one_warning(use, outcome, 
     assert kernel.calls == 1
 
 
-def test_a_tile_that_does_not_compile_is_replaced(use, monkeypatch, problem):
+class Failing(Kernel):
+    """A kernel that proved right, and then fails."""
+
+    INTERPRETED = True
+
+    def block_sddmm(self, *_, **__):
+        raise self.outcome
+
+
+@pytest.fixture
+def use_failing(use, monkeypatch):
+    def replace(failure):
+        kernel = use(Failing(failure))
+        found = "sylva_train.kernels.operators.find_kernel"
+        monkeypatch.setattr(found, lambda *_: kernel)
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RuntimeError("PassManager::run failed"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        IndexError("map::at"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("add", [False, True])
+def test_a_tile_that_does_not_compile_is_replaced(
+    use_failing, monkeypatch, problem, failure, add
+):
     dy, x, indices, block = problem
-    expected = block_sddmm(*problem)
-
-    class Failing(Kernel):
-        INTERPRETED = True
-        FAILURES = (LookupError,)
-
-        def block_sddmm(self, *_, **__):
-            self.calls += 1
-            raise LookupError
-
-    kernel = use(Failing())
-    monkeypatch.setattr("sylva_train.kernels.operators.find_kernel", lambda *_: kernel)
-    with pytest.warns(RuntimeWarning, match="LookupError"):
-        assert torch.equal(block_sddmm(dy, x, indices, block), expected)
-    assert "LookupError" in dispatch.find_problem("sddmm", CPU, dy.dtype, block)
+    expected = block_sddmm(*problem) + add
+    out = torch.ones_like(expected) if add else None
+    use_failing(failure)
+    with pytest.warns(RuntimeWarning, match=re.escape(str(failure))):
+        assert torch.equal(block_sddmm(dy, x, indices, block, out=out), expected)
+    assert str(failure) in dispatch.find_problem("sddmm", CPU, dy.dtype, block)
     monkeypatch.setenv("SYLVA_KERNELS", "triton")
-    with pytest.raises(LookupError):
+    with pytest.raises(type(failure)):
         block_sddmm(dy, x, indices, block)
+
+
+def test_no_memory_is_no_reason_to_leave_a_kernel(use_failing, problem):
+    use_failing(torch.OutOfMemoryError())
+    with pytest.raises(torch.OutOfMemoryError):
+        block_sddmm(*problem)
+    assert not dispatch._problems
+
+
+def test_a_fault_on_the_device_is_raised(monkeypatch):
+    failure = RuntimeError("Triton Error [CUDA]: an illegal memory access")
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    assert never_ran(failure, GPU)
+    assert waits == [GPU]
+
+    def fault(_):
+        raise failure
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fault)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        never_ran(ValueError("what came of it"), GPU)
+    # To wait would end the capture, and the graph would lack the kernel.
+    monkeypatch.setattr("sylva_train.kernels.capture.is_capturing", lambda _: True)
+    assert not never_ran(failure, GPU)
 
 
 def test_the_environment_overrides(use, monkeypatch):

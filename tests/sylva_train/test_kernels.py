@@ -118,12 +118,27 @@ def test_sddmm_is_the_dense_product_at_the_blocks(mask, dtype, tokens, seed):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("way", "elements"),
-    [("rows", 1 << 20), ("rows", 64), ("cartesian", 0), ("dense", 0)],
-    ids=["rows", "rows in pieces", "cartesian", "dense"],
+    [
+        ("rows", 1 << 20),
+        ("rows", 64),
+        ("cartesian", 0),
+        ("dense", 0),
+        ("stack", 1 << 17),
+        ("stack", 300),
+    ],
+    ids=[
+        "rows",
+        "rows in pieces",
+        "cartesian",
+        "dense",
+        "stack",
+        "stack in pieces",
+    ],
 )
 def test_every_way_to_a_product_is_right(monkeypatch, dtype, way, elements):
     monkeypatch.setattr(reference, "choose_way", lambda *_: way)
     monkeypatch.setattr(reference, "_PIECE_ELEMENTS", elements)
+    monkeypatch.setattr(reference, "_STACK_ELEMENTS", elements)
     for block, shape in [(4, (12, 20)), (4, (13, 22)), (5, (5, 5)), (1, (3, 4))]:
         grid = torch.rand(
             [-(-n // block) for n in shape], generator=torch.Generator().manual_seed(0)
@@ -168,6 +183,17 @@ def test_few_tokens_make_the_dense_product_likelier():
         cost.choose_way(20, (16, 8), (24, 24), 16, tokens) for tokens in (1, 64, 512)
     ]
     assert ways == ["dense", "cartesian", "rows"]
+
+
+def test_few_tokens_make_a_stack_of_products_likelier():
+    def way(blocks, tokens):
+        return cost.choose_way(
+            blocks, (24, 24), (24, 24), 16, tokens, stacked=tokens > 1
+        )
+
+    assert [way(60, tokens) for tokens in (1, 2, 64)] == ["dense", "stack", "stack"]
+    assert [way(120, tokens) for tokens in (8, 2048)] == ["stack", "rows"]
+    assert way(576, 8) == "dense"
 
 
 @pytest.mark.parametrize(("block_size", "way"), [(16, "dense"), (64, "rows")])

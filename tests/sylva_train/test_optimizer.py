@@ -131,6 +131,93 @@ def test_a_thousand_tiny_steps_move_a_bfloat16_weight():
     assert bool((shown < 1).all())
 
 
+def half_and_whole(dtype, **options):
+    """A half-precision model with a head near 1, and the head in float32, with optimizers."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 3, bias=False))
+    model[1].weight.data.fill_(1.0)
+    reference = copy.deepcopy(model[1])
+    mask = LayerMask((4, 4), 2, torch.tensor([[0, 0]]))
+    embed(model.to(dtype), {"0": mask}, modules_to_save=["1"])
+    sparse = SparseAdamW(model, **options)
+    return (
+        model,
+        sparse,
+        reference,
+        torch.optim.AdamW(reference.parameters(), **options),
+    )
+
+
+def push(head, optimizer, dtype, steps=1):
+    """Take steps that lower all of a head's weights, at gradients that dtypes hold."""
+    for step in range(steps):
+        gradient = torch.full_like(head.weight, 1 + step % 3, dtype=torch.float32)
+        gradient[0] *= -0.5
+        head.weight.grad = gradient.to(dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"fused": True}, {"foreach": True}, {"amsgrad": True}, {"maximize": True}],
+    ids=str,
+)
+def test_a_thousand_tiny_steps_move_a_half_precision_head(dtype, options):
+    # One step of 1e-5 is less than half of the numbers' spacing near 1.
+    model, sparse, head, plain = half_and_whole(dtype, lr=1e-5, **options)
+    push(model[1], sparse, dtype, 1000)
+    push(head, plain, torch.float32, 1000)
+    expected = head.weight.detach()
+    assert float((expected - 1).abs().min()) > 5e-3
+    state = sparse.state[model[1].weight]
+    torch.testing.assert_close(state["master"], expected, rtol=0, atol=1e-6)
+    assert torch.equal(model[1].weight, state["master"].to(dtype))
+    assert all(t.dtype == torch.float32 for t in state.values())
+
+
+def test_a_master_follows_what_others_write():
+    model, sparse, head, plain = half_and_whole(torch.bfloat16, lr=1e-4)
+    push(model[1], sparse, torch.bfloat16, 3)
+    push(head, plain, torch.float32, 3)
+    with torch.no_grad():
+        for layer in (model[1], head):
+            layer.weight[:, 1] = 0.25
+    push(model[1], sparse, torch.bfloat16, 3)
+    push(head, plain, torch.float32, 3)
+    master = sparse.state[model[1].weight]["master"]
+    torch.testing.assert_close(master, head.weight.detach(), rtol=0, atol=1e-6)
+
+
+def test_masters_go_on_from_a_saved_state():
+    model, sparse, _, _ = half_and_whole(torch.bfloat16, lr=1e-5)
+    push(model[1], sparse, torch.bfloat16, 5)
+    twin = copy.deepcopy(model)
+    resumed = SparseAdamW(twin, lr=1e-5)
+    resumed.load_state_dict(copy.deepcopy(sparse.state_dict()))
+    states = []
+    for each, optimizer in ((model, sparse), (twin, resumed)):
+        push(each[1], optimizer, torch.bfloat16, 5)
+        states.append(optimizer.state[each[1].weight])
+    for name in ("master", "exp_avg", "exp_avg_sq", "step"):
+        assert states[0][name].dtype == torch.float32
+        assert torch.equal(states[0][name], states[1][name])
+
+
+def test_pytorch_s_adamw_goes_on_from_a_state_with_masters_and_back():
+    model, sparse, _, _ = half_and_whole(torch.bfloat16, lr=1e-3)
+    push(model[1], sparse, torch.bfloat16, 3)
+    matrices = [p for p in model.parameters() if p.requires_grad]
+    plain = torch.optim.AdamW([{"params": matrices}], lr=1e-3)
+    plain.load_state_dict(copy.deepcopy(sparse.state_dict()))
+    push(model[1], plain, torch.bfloat16, 3)
+    moved = model[1].weight.detach().clone()
+    sparse.load_state_dict(copy.deepcopy(plain.state_dict()))
+    push(model[1], sparse, torch.bfloat16)
+    # From where PyTorch left it, not from the old master.
+    assert float((model[1].weight.detach() - moved).abs().max()) < 5e-3
+    assert float(sparse.state[model[1].weight]["step"]) == 7
+
+
 def test_state_exists_for_active_blocks_and_head_alone():
     model = make_model("bert")
     masks = random_masks(model)

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError
+from sylva_train.config import SylvaConfig
 from sylva_train.layers import embed, merge, unload
 from sylva_train.masks import LayerMask
 from sylva_train.optimizer import SparseAdamW
-from tests.sylva_train.models import make_peft, random_masks
+from tests.sylva_train.models import make_model, make_peft, random_masks
 from tests.sylva_train.pairs import assert_same_blocks, loss_of, make_pair, train
 
 
@@ -109,6 +110,33 @@ def test_moments_in_8_bits_are_loaded_beside_others():
     loss_of(wide, 0, torch.float64).backward()
     optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("moments", ["32bit", "8bit"])
+def test_an_adapter_that_is_not_active_takes_no_step_by_moments_in_8_bits(moments):
+    model = make_peft()
+    second = SylvaConfig(masks=random_masks(make_model(), seed=9))
+    model.add_adapter("second", second)
+    values = [p for n, p in model.named_parameters() if "sylva_values" in n]
+    optimizer = SparseAdamW(model, values, lr=0.1, moments=moments)
+
+    def step(name):
+        model.set_adapter(name)
+        for p in values:
+            p.grad = torch.ones_like(p) if p.requires_grad else p.grad
+        optimizer.step()
+
+    step("default")
+    before = [p.detach().clone() for p in values]
+    if moments == "32bit":
+        step("second")
+        assert not any(torch.equal(p, b) for p, b in zip(values, before, strict=True))
+        return
+    with pytest.raises(ConfigError, match="not active have a gradient"):
+        step("second")
+    assert all(torch.equal(p, b) for p, b in zip(values, before, strict=True))
+    optimizer.zero_grad()
+    step("second")
 
 
 @pytest.mark.parametrize("counts", [(1, 3), (3, 1)])

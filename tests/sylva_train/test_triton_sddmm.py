@@ -329,13 +329,18 @@ def test_a_search_is_made_once_and_never_in_a_graph(monkeypatch):
     assert len(triton_sddmm._found) == 2
 
 
-def test_without_memory_for_a_search_the_kernel_runs_all_the_same(monkeypatch):
+@pytest.mark.parametrize(
+    "failure",
+    [torch.OutOfMemoryError(), RuntimeError("PassManager::run failed")],
+    ids=["no memory", "no compiler"],
+)
+def test_after_a_search_that_failed_the_kernel_runs_all_the_same(monkeypatch, failure):
     asked = []
 
     def timer(call, quantiles):
         call()
         asked.append(quantiles)
-        raise torch.OutOfMemoryError
+        raise failure
 
     search_with(timer, monkeypatch)
     mask = make_mask((70, 90), 16, 0.3, 3)

@@ -8,7 +8,7 @@ import torch
 
 from sylva_train._checks import ConfigError
 
-__all__ = ["Mirror", "check_not_capturing", "is_capturing"]
+__all__ = ["Mirror", "check_not_capturing", "is_capturing", "never_ran"]
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -31,6 +31,20 @@ def check_not_capturing(device: torch.device, what: str) -> None:
             " before the capture, with inputs of the same shapes."
         )
         raise ConfigError(msg)
+
+
+def never_ran(failure: Exception, device: torch.device) -> bool:
+    """Whether a kernel's call failed before anything ran, so that another may stand in.
+
+    Compilers raise errors of many classes, among them the RuntimeError of CUDA's own. But
+    a fault while a kernel runs, this one or one before it, stays with the device, and
+    whatever waits for the device raises it: so does this. No memory is no fault of a kernel.
+    """
+    if isinstance(failure, torch.OutOfMemoryError) or is_capturing(device):
+        return False
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return True
 
 
 class Mirror:

@@ -19,7 +19,8 @@ __all__ = ["choose_way", "product_dtype", "speeds_of", "wide"]
 # makes the dense product faster by, it does not do for narrow ones; these even lose a
 # little, since threads wait for each other. Inputs of as many elements are too large for
 # the cache, and each run of a block's row that is copied out of them costs more by this.
-COPY_COST, ROW_COST, RECTANGLE_COST, MARGIN = 34.0, 1.05, 1.15, 0.92
+COPY_COST, STACK_COST = 34.0, 48.0
+ROW_COST, RECTANGLE_COST, MARGIN = 1.05, 1.15, 0.92
 CALL_COST, WRITE_COST, JOIN_COST, THREAD_COST = 3 << 18, 5.0, 20.0, 1.4
 FAR_ELEMENTS, FAR_COST = 1 << 23, 500.0
 # How fast products are, relative to those of float32 on the CPU that the costs are of,
@@ -37,6 +38,7 @@ def choose_way(
     threads: int = 1,
     speed: float = 1.0,
     copying: float = 1.0,
+    stacked: bool = False,
 ) -> str:
     """Choose the cheapest way to blocks of a product, the dense one when in doubt.
 
@@ -55,25 +57,34 @@ def choose_way(
     speed, copying : float
         How fast products are, and what copying an element costs in units of them: see
         `speeds_of`.
+    stacked : bool
+        Whether a stack of products is among the ways.
 
     Returns
     -------
     str
-        ``"rows"``, ``"cartesian"`` or ``"dense"``.
+        ``"rows"``, ``"cartesian"``, ``"dense"`` or ``"stack"``.
     """
     area, b = block_size**2, block_size
     once = CALL_COST, WRITE_COST, JOIN_COST
     call, write, join = (cost * speed / tokens for cost in once)
     narrow = 1 + THREAD_COST * (threads - 1)
     is_far = tokens * grid[1] * b >= FAR_ELEMENTS
-    copy = (COPY_COST * b + (FAR_COST if is_far else 0)) * copying
+    far = FAR_COST if is_far else 0
+    copy = (COPY_COST * b + far) * copying
+    taken = blocks * area * write  # out of a larger product
     costs = {
         "rows": blocks * (narrow * (ROW_COST * area + copy) + join * area)
         + narrow * active[0] * call,
         "cartesian": active[0] * active[1] * area * (RECTANGLE_COST + write)
-        + threads * (sum(active) * copy + call),
-        "dense": grid[0] * grid[1] * area * (MARGIN + write),
+        + threads * (sum(active) * copy + call)
+        + taken,
+        "dense": grid[0] * grid[1] * area * (MARGIN + write) + taken,
     }
+    if stacked:
+        both = (STACK_COST * b + 2 * far) * copying
+        product = narrow * (ROW_COST * area + both)
+        costs["stack"] = blocks * (product + area * write) + narrow * call
     return min(costs, key=lambda way: costs[way])
 
 

@@ -139,7 +139,7 @@ def scatter_blocks_(
 
 # Elements of gathered activations at a time: pieces that stay in the cache, in memory
 # that is used again. Larger ones cost several times as much, in page faults alone.
-_PIECE_ELEMENTS = 1 << 20
+_PIECE_ELEMENTS, _STACK_ELEMENTS = 1 << 20, 1 << 17
 # Elements of a dense product at a time: they are copied while they are in the cache. But
 # with many tokens copies matter less than that flat products are slower.
 _PANEL_ELEMENTS = 1 << 19
@@ -177,27 +177,39 @@ def block_sddmm(
 
     Notes
     -----
-    Three ways, chosen by a measured cost model (`cost.choose_way`): for each active block row
+    Four ways, chosen by a measured cost model (`cost.choose_way`): for each active block row
     one product with the columns of its blocks; one product of the active rows with the
     active columns, from which the blocks are taken (masks of a rank-one score are nearly
-    cartesian); the dense product, of which no more than a panel is there at a time.
+    cartesian); the dense product, of which no more than a panel is there at a time; with
+    few tokens a stack of products, one for each block.
     """
     count, tokens = indices.shape[0], dy.shape[0]
     if count == 0 or tokens == 0:
         shape = (count, block_size, block_size)
         return dy.new_zeros(shape, dtype=wide(dy.dtype)) if out is None else out
-    places = find_places(indices)
-    way = choose_way(
-        count,
-        places.active,
+    way = find_way(dy, x, indices, block_size)
+    blocks = WAYS[way](dy, x, indices, block_size)
+    return blocks if out is None else out.add_(blocks)
+
+
+def find_way(
+    dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int
+) -> str:
+    """Choose the way to the blocks of a product by `cost.choose_way`."""
+    tokens = len(dy)
+    # Not of one token, whose outer products PyTorch is slow at in a stack; nor in bfloat16.
+    on_cpu = dy.device.type == "cpu"
+    stacked = on_cpu and tokens > 1 and product_dtype(dy.dtype, "cpu") != torch.bfloat16
+    return choose_way(
+        len(indices),
+        find_places(indices).active,
         (-(-dy.shape[1] // block_size), -(-x.shape[1] // block_size)),
         block_size,
         tokens,
         torch.get_num_threads(),
         *speeds_of(dy),
+        stacked,
     )
-    blocks = WAYS[way](dy, x, indices, block_size)
-    return blocks if out is None else out.add_(blocks)
 
 
 def wide_product(
@@ -317,4 +329,29 @@ def from_rows(
     return blocks.to(wide(dy.dtype), memory_format=torch.contiguous_format)
 
 
-WAYS = {"dense": from_dense, "cartesian": from_rectangle, "rows": from_rows}
+def from_stack(
+    dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Compute the blocks as a stack of products, for which both sides are copied.
+
+    With few tokens these copies are small beside the blocks, which are written once and
+    where they belong.
+    """
+    b, dtype = block_size, wide(dy.dtype)
+    size = max(1, _STACK_ELEMENTS // (len(dy) * b))
+    blocks = dy.new_empty((len(indices), b, b), dtype=dtype)
+    dy, x = in_blocks(dy, b), in_blocks(x, b)
+    parts = (part.split(size) for part in (*indices.unbind(1), blocks))
+    for rows, columns, out in zip(*parts, strict=True):
+        left = dy.index_select(1, rows).to(dtype).permute(1, 2, 0)
+        right = x.index_select(1, columns).to(dtype).transpose(0, 1)
+        torch.bmm(left, right, out=out)
+    return blocks
+
+
+WAYS = {
+    "dense": from_dense,
+    "cartesian": from_rectangle,
+    "rows": from_rows,
+    "stack": from_stack,
+}

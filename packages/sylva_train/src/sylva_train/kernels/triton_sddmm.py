@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .capture import is_capturing
+from .capture import is_capturing, never_ran
 from .plan import Plan, find_plan, make_plan
 
 __all__ = ["INTERPRETED", "block_sddmm", "run_plan", "self_check", "supports"]
@@ -28,9 +28,6 @@ BLOCKS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Whether Triton runs on a CPU, step by step, without a compiler.
 INTERPRETED: bool = triton.knobs.runtime.interpret
-
-#: What Triton raises before anything runs.
-FAILURES = (triton.TritonError,)
 
 #: What `split` counts, in tokens of a tile's work: what it takes to begin and to end one,
 #: and to write a tile and add it up; tokens that are worth a program; most stretches.
@@ -319,8 +316,8 @@ def search(
 ) -> dict[str, Any] | None:
     """Time the configurations, launch the fastest and return it.
 
-    None, and nothing was launched, where memory does not suffice: trials take a copy of
-    the result and a piece of memory that fills the cache.
+    None, and the result is as it was, where a configuration fails to compile otherwise than
+    the autotuner expects, or memory does not suffice: trials take a copy of the result.
     """
     try:
         with _searching:
@@ -328,6 +325,10 @@ def search(
             found: dict[str, Any] = tuned_sddmm_kernel.best_config.all_kwargs()
     except torch.OutOfMemoryError:
         return None
+    except Exception as failure:
+        if never_ran(failure, arguments[0].device):
+            return None
+        raise
     return found
 
 

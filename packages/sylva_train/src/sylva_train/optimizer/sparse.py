@@ -12,6 +12,7 @@ from sylva_train._checks import ConfigError, check_choice, check_positive
 from sylva_train.layers import SparseEmbeddedLinear, embedded_layers, layer_showing
 
 from .fused import KernelStep, kernel_of, laid_out_as, may_fuse, may_fuse_on_cpu
+from .masters import HALVES, MOMENTS, follow_masters, keep_master, load_master
 
 __all__ = ["SparseAdamW"]
 
@@ -32,6 +33,8 @@ class SparseAdamW(torch.optim.AdamW):
 
     The blocks' values are float32 masters: gradients, moments and steps are kept for
     them alone, and every step ends with the values rounded into the dense weights.
+    Other parameters in bfloat16 or float16, such as those of a head, have their master
+    and moments in the state, in float32 too.
     Schedulers, clipping and gradient scalers work as with any optimizer. On a GPU one
     Triton kernel updates the blocks of all layers; elsewhere, and for whatever is no
     block, PyTorch's own AdamW does, fused where it can be. All keep the same state, so
@@ -155,7 +158,8 @@ class SparseAdamW(torch.optim.AdamW):
         Raises
         ------
         ConfigError
-            If all blocks were merged or unloaded.
+            If all blocks were merged or unloaded, or moments in 8 bits are in use of blocks
+            that are not shown.
         """
         if self.layers and all(layer.is_out for layer in self.layers):
             msg = (
@@ -169,8 +173,10 @@ class SparseAdamW(torch.optim.AdamW):
                 loss = closure()
         scale, found_inf = (getattr(self, n, None) for n in ("grad_scale", "found_inf"))
         self._kernel.prepare()
+        self.check_moments()
         clip = self.clip(scale) if self.max_grad_norm else None
         adamw_step(self)
+        follow_masters(self)
         self._kernel.update(clip, scale, found_inf)
         if self.decay_towards == "base":
             self.decay_to_base(self._kernel.rest)
@@ -184,6 +190,22 @@ class SparseAdamW(torch.optim.AdamW):
         for layer, _ in rest:
             layer.sync()
         return loss
+
+    def check_moments(self) -> None:
+        """Raise `ConfigError` where PyTorch's AdamW would meet moments in 8 bits."""
+        if self.moments == "8bit" and any(
+            parameter.grad is not None
+            and "exp_avg_scale" in state
+            and not self._kernel.takes(parameter)
+            for parameter, state in self.state.items()
+        ):
+            msg = (
+                "blocks of an adapter that is not active have a gradient, but with"
+                " `moments='8bit'` steps are taken of active ones alone; nothing was"
+                " changed. Call `set_adapter` after the step, and `zero_grad` with"
+                " `set_to_none=True`."
+            )
+            raise ConfigError(msg)
 
     def clip(self, scale: torch.Tensor | None) -> torch.Tensor | None:
         """Clip what PyTorch updates; return the factor for what the kernel updates."""
@@ -261,6 +283,9 @@ class SparseAdamW(torch.optim.AdamW):
         if len(groups) == len(state_dict["param_groups"]):
             state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)
+        for p, saved in zip(parameters, saved_states, strict=True):
+            if saved and p.dtype in HALVES:
+                load_master(p, self.state[p], saved)
         for parameter, state in self.state.items():
             # PyTorch casts what it loads to the parameters' dtype, which holds all codes.
             eight_bit = "exp_avg_scale" in state
@@ -270,12 +295,20 @@ class SparseAdamW(torch.optim.AdamW):
                     state[name] = laid_out_as(parameter, state[name].to(dtype))
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
-        """Leave to PyTorch's AdamW what no kernel updates."""
+        """Leave to PyTorch's AdamW what no kernel updates, and masters for half floats."""
         rest = [p for p in group["params"] if not self._kernel.takes(p)]
         group = {**group, "params": rest}
         result: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        parameters, gradients, *moments = lists
+        for i, parameter in enumerate(parameters):
+            if parameter.dtype in HALVES:
+                state = self.state[parameter]
+                parameters[i] = keep_master(parameter, state)
+                gradients[i] = gradients[i].float()
+                for name, found in zip(MOMENTS, moments, strict=False):
+                    if found:  # the last is only filled for `amsgrad`
+                        found[i] = state[name]
         if group["fused"]:
-            parameters, gradients = lists[:2]
             gradients[:] = map(laid_out_as, parameters, gradients)
         return result
 
