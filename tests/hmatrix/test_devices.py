@@ -7,8 +7,14 @@ import pytest
 import torch
 
 import hmatrix as hm
-from hmatrix._backend import batched, cholesky, inverse, linalg, solve
-from hmatrix.lowrank import orthonormal_parts
+from hmatrix._backend import (
+    batched,
+    cholesky,
+    inverse,
+    linalg,
+    orthonormal_parts,
+    solve,
+)
 from tests import cuda_like, cupy_like
 from tests.helpers import Library, error_ratio, to_numpy
 

@@ -13,10 +13,8 @@ from hmatrix._backend import (
     Array,
     Space,
     adjoint,
-    cholesky,
     conjugate,
     in_own_precision,
-    inverse_lower,
     is_array,
     known_gradients,
     namespace,
@@ -25,7 +23,6 @@ from hmatrix._backend import (
     real_part,
     svd,
     to_numpy,
-    transpose,
     wants_gradient,
     without_gradients,
 )
@@ -40,7 +37,6 @@ __all__ = [
     "differentiated",
     "gradients_of_parts",
     "kept",
-    "orthonormal_parts",
     "pair",
     "recompress",
     "scaled",
@@ -337,53 +333,6 @@ def stack(first: LowRank, second: LowRank) -> LowRank:
     parts = ((first.U, second.U), (first.S, second.S), (first.V, second.V))
     paired = (pair(*part) for part in parts)
     return LowRank(*(xp.reshape(x, (2 * x.shape[0], *x.shape[2:])) for x in paired))
-
-
-def orthonormal_parts(X: Array) -> tuple[Array, Array, Array]:
-    """Return Q, T and R of tall X (b, m, r): ``Q T`` orthonormal, ``Q T R = X``.
-
-    T (b, r, r) is for the caller to multiply with what else is small, since Q is as
-    large as X. Cholesky's QR decomposition of the columns brought to norm 1: products
-    and small factorizations, many times faster than Householder's. What it leaves of
-    ``QᴴQ − I`` is taken out by T, by its power series or else by a second decomposition.
-    A column of zeros stays one in Q and in R.
-    """
-    space, r = Space.of(X), int(X.shape[-1])
-    xp, eye = space.xp, space.eye(r)
-    if X.shape[-2] < r:
-        return _householder(X)
-    gram = adjoint(X) @ X
-    norms, null = xp.sqrt(xp.linalg.diagonal(gram)[:, None, :]), 0 * eye
-    none = norms == 0
-    if not space.on_host or bool(xp.any(none)):
-        norms = xp.where(none, xp.ones_like(norms), norms)
-        null = xp.astype(none, X.dtype) * eye
-    # by one norm at a time: their product may be subnormal, where complex division fails;
-    # where there is none, a device's has NaN or leaves Q far from orthonormal
-    first = cholesky(gram / norms / transpose(norms) + null, sure=True)
-    if first is None:
-        return _householder(X)
-    Q = X @ (adjoint(inverse_lower(first)) / transpose(norms))
-    rest = adjoint(Q) @ Q + (null - eye)
-    lost = float(xp.max(xp.abs(rest)))  # of orthogonality
-    if r * lost < space.eps ** (1 / 3) / 2:
-        square = rest @ rest
-        T = eye - rest / 2 + square * (3 / 8)  # (QᴴQ)^(−1/2), and its inverse
-        inverse = eye + rest / 2 - square / 8
-    else:
-        second = cholesky(rest + eye) if lost < 0.5 else None
-        if second is None:
-            return _householder(X)
-        T, inverse = adjoint(inverse_lower(second)), adjoint(second)
-    R = (inverse @ adjoint(first) - null) * norms
-    return Q, T, R
-
-
-def _householder(X: Array) -> tuple[Array, Array, Array]:
-    space = Space.of(X)
-    Q, R = qr(X)
-    width = int(Q.shape[-1])
-    return Q, space.xp.broadcast_to(space.eye(width), (*Q.shape[:-2], width, width)), R
 
 
 def cut_triplets(

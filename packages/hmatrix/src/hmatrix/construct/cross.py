@@ -17,6 +17,7 @@ from hmatrix._backend import (
     adjoint,
     conjugate,
     inverse_lower,
+    orthonormal_parts,
     svd,
     to_numpy,
     transpose,
@@ -25,7 +26,7 @@ from hmatrix.construct.blocks import Blocks, chunks, pick
 from hmatrix.construct.pivots import GROUP, SAMPLE, Pivots, gather, search
 from hmatrix.construct.residual import large, residual, strays
 from hmatrix.construct.sampled import cut_dense, replace_blocks, scatter
-from hmatrix.lowrank import LowRank, cut_triplets, orthonormal_parts
+from hmatrix.lowrank import LowRank, cut_triplets
 
 __all__ = ["Found", "approximate"]
 

@@ -17,6 +17,7 @@ from hmatrix._backend import (
     is_writeable,
     multiply_into,
     namespace,
+    orthonormal_parts,
 )
 from hmatrix._checks import PrecisionError, SingularBlockError, take_array
 from hmatrix._operator import cleared, unpad_rows
@@ -38,7 +39,7 @@ from hmatrix.factor.symmetric import (
     logdet_of_cholesky,
 )
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, orthonormal_parts, scaled, stack
+from hmatrix.lowrank import LowRank, scaled, stack
 
 __all__ = ["HODLRCholesky"]
 
