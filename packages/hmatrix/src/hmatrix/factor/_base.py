@@ -315,7 +315,7 @@ class Factorization(ABC):
 
     def _symmetric_factor(self) -> SymmetricFactor:
         msg = (
-            "Block inversion has no symmetric factor W; use "
+            f"{type(self).__name__} has no symmetric factor W; use "
             'factorize(H, method="cholesky") of a positive definite matrix.'
         )
         raise TypeError(msg)
