@@ -164,8 +164,8 @@ def check_int(name: str, value: object, minimum: int) -> int:
 def check_float(name: str, value: Any, *, minimum: float = -math.inf) -> float:
     """Return ``value`` as a finite float of at least ``minimum``."""
     try:
-        # `float` drops the imaginary part of NumPy's numbers, and takes arrays of one
-        # and so does `complex` of strings that look like numbers
+        # `float` drops the imaginary part of NumPy's numbers, and takes arrays of one;
+        # `complex` reads strings
         taken = not (np.ndim(value) or isinstance(value, str))
         given = complex(value) if taken else None
     except (TypeError, ValueError):

@@ -111,8 +111,8 @@ def eigh_descending(a: Array) -> tuple[Array, Array]:
 def svd(a: Array) -> tuple[Array, Array, Array]:
     """Thin singular value decomposition ``a = U diag(S) Vᴴ``: U, S and V.
 
-    Single precision of torch is decomposed in double on a CPU, as NumPy does: what
-    LAPACK's divide and conquer gives is off by up to n epsilon / 10 in single.
+    Single precision of torch is decomposed in double on a CPU, as NumPy does: LAPACK's
+    divide and conquer in single is off by many epsilon where singular values vanish.
     """
     xp, space = namespace(a), Space.of(a)
     if array_api_compat.is_torch_array(a) and space.on_host and space.wider:
