@@ -234,7 +234,7 @@ class SparseAdamW(torch.optim.AdamW):
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             layer = layer_showing(parameter)
-            if isinstance(layer, SparseEmbeddedLinear) and layer not in self.layers:
+            if layer is not None and layer not in self.layers:
                 self.layers.append(layer)
         self._kernel.forget()
 
