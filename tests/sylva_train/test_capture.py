@@ -111,6 +111,12 @@ def test_a_whole_step_in_a_graph_is_the_eager_one(monkeypatch, mode, dtype):
         plain.zero_grad()
         loss = run(twin, plain, some, wanted)
         assert torch.allclose(captured, loss, rtol=1e-3)
+    for one, other in zip(model[3].parameters(), twin[3].parameters(), strict=True):
+        assert float((one - other).detach().abs().mean()) < 1e-3
+        states = optimizer.state[one], plain.state[other]
+        assert states[0].keys() == states[1].keys()
+        assert ("master" in states[0]) == (dtype == torch.bfloat16)
+        assert float(states[0]["step"]) == float(states[1]["step"]) == 9
     pairs = zip(
         embedded_layers(model).values(), embedded_layers(twin).values(), strict=True
     )

@@ -386,6 +386,14 @@ def test_warnings_are_lines(home, tmp_path):
     assert "importance.py" not in result.stderr
 
 
+def test_a_warning_is_told_once(home, tmp_path):
+    few = ["--target-modules", "query,valeu", *SHORT]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        result = sylva("finetune", tmp_path / "run", *source(home), *few)
+    assert result.stderr.count("'valeu'") == 1
+
+
 def test_pairs_of_texts(home, tmp_path):
     data = tmp_path / "pairs.csv"
     rows = [f"{a},{b},{'same' if a == b else 'other'}" for a in "abcd" for b in "abcd"]

@@ -357,5 +357,7 @@ def test_texts_that_are_no_texts_are_refused(texts):
 
 
 def test_labels_are_as_many_as_texts():
-    with pytest.raises(DataError, match="`labels` must be as many"):
+    with pytest.raises(
+        DataError, match="`labels` must be 2, as `texts` are, or none; got 1"
+    ):
         TextDataset("toy", "classification", ["a", "b"], [0], ["x", "y"])

@@ -43,12 +43,14 @@ def waits():
 
 
 def build(device, **options):
-    """Two layers with ragged edges, on another device than the current one."""
-    model = nn.Sequential(nn.Linear(70, 48), nn.GELU(), nn.Linear(48, 33))
+    """Two layers with ragged edges and a bfloat16 head, on another device than the current."""
+    layers = nn.Linear(70, 48), nn.GELU(), nn.Linear(48, 33), nn.Linear(33, 4)
+    model = nn.Sequential(*layers)
     for seed, parameter in enumerate(model.parameters()):
         parameter.data = random(parameter.shape, seed=seed) / 8
+    model[3].bfloat16()
     masks = random_masks(model, ["0", "2"], block_size=16)
-    embed(model.to(device), masks)
+    embed(model.to(device), masks, modules_to_save=["3"])
     return model, SparseAdamW(model, lr=0.01, **options)
 
 

@@ -175,6 +175,21 @@ def test_a_thousand_tiny_steps_move_a_half_precision_head(dtype, options):
     assert all(t.dtype == torch.float32 for t in state.values())
 
 
+@pytest.mark.parametrize("gradient", [40.0, 3e4])
+def test_gradients_in_float16_are_clipped_to_a_norm_beyond_its_numbers(gradient):
+    # As a scaler leaves them: the norm's square is beyond 65504, or the norm itself.
+    head = nn.Linear(64, 64).half()
+    sparse = SparseAdamW(head, lr=1e-3, weight_decay=0, max_grad_norm=1.0)
+    for p in head.parameters():
+        p.grad = torch.full_like(p, gradient)
+    sparse.step()
+    # In a first step as much of the clipped gradient as Adam's first moment takes.
+    moments = torch.cat(
+        [sparse.state[p]["exp_avg"].flatten() for p in head.parameters()]
+    )
+    assert float(moments.norm()) == pytest.approx(0.1, rel=1e-3)
+
+
 def test_a_master_follows_what_others_write():
     model, sparse, head, plain = half_and_whole(torch.bfloat16, lr=1e-4)
     push(model[1], sparse, torch.bfloat16, 3)

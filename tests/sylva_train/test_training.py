@@ -20,6 +20,7 @@ from sylva_train.optimizer import SparseAdamW
 from sylva_train.options import SCHEDULES
 from sylva_train.targets import weight_view
 from sylva_train.training import make_scheduler, pick_device, setup, train
+from sylva_train.training.gradient import clip_gradient
 from tests.sylva_train.models import same
 from tests.sylva_train.toy import (
     HaltError,
@@ -113,6 +114,14 @@ def test_data_to_evaluate_on_is_enough_to_evaluate():
 
 
 # ---------------------------------------------------------------------------- one step
+
+
+def test_the_norm_of_a_float16_gradient_may_be_beyond_its_numbers():
+    weight = torch.nn.Parameter(torch.zeros(64, 64, dtype=torch.float16))
+    weight.grad = torch.full_like(weight, 2000.0)
+    norm = clip_gradient({"weight": weight}, 1.0, "step 1")
+    assert norm == pytest.approx(64 * 2000)
+    assert float(weight.grad.norm()) == pytest.approx(1, rel=1e-3)
 
 
 @pytest.mark.parametrize("limit", [1e-3, 0.0, 1e3])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "sampled",
     "set_version",
     "tensor_bytes",
+    "total_norm",
 ]
 
 
@@ -58,6 +59,18 @@ def note_tensors(tensors: Mapping[str, torch.Tensor], digest: hashlib._Hash) -> 
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
+
+
+def total_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the norm of gradients together, in float32 at least.
+
+    In float16 a norm overflows where no gradient does, and its square long before.
+    """
+    norms = [
+        torch.linalg.vector_norm(g, dtype=torch.float32) if g.dtype.itemsize < 4 else g
+        for g in gradients
+    ]
+    return torch.nn.utils.get_total_norm(norms)
 
 
 @contextlib.contextmanager

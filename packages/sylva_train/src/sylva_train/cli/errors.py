@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import traceback
@@ -43,13 +44,19 @@ def fail(message: str) -> None:
 
 
 def warn(
-    message: Warning | str, category: type[Warning], *_: object, **__: object
+    told: set[str],
+    message: Warning | str,
+    category: type[Warning],
+    *_: object,
+    **__: object,
 ) -> None:
-    """Print a warning as a line, without the source that it came from.
+    """Print a warning as a line, without the source that it came from, if it was not told.
 
-    Not what libraries tell developers, such as that a function of theirs will go.
+    What is looked at before anything takes time is warned of again where it counts. Not what
+    libraries tell developers, such as that a function of theirs will go.
     """
-    if issubclass(category, UserWarning):
+    if issubclass(category, UserWarning) and str(message) not in told:
+        told.add(str(message))
         tell("Warning", str(message), "yellow")
 
 
@@ -66,7 +73,7 @@ class Commands(typer.core.TyperGroup):
         arguments: list[str] = ctx.meta[ARGUMENTS]
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = warn
+                warnings.showwarning = functools.partial(warn, set())
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             fail(interruption(arguments, self.flags(arguments)))

@@ -90,8 +90,8 @@ class TextDataset:
     def __post_init__(self) -> None:
         check_texts(self.texts)
         for name in ("labels", "targets", "groups", "shorter"):
-            if len(getattr(self, name)) not in {0, len(self)}:
-                msg = f"`{name}` must be as many as `texts`, or none."
+            if (count := len(getattr(self, name))) not in {0, len(self)}:
+                msg = f"`{name}` must be {len(self)}, as `texts` are, or none; got {count}."
                 raise DataError(msg)
 
     def __len__(self) -> int:

@@ -12,7 +12,8 @@ __all__ = ["choose_way", "product_dtype", "speeds_of", "wide"]
 
 # Cost model of the ways on a CPU, in multiply-adds of the dense product for each token
 # (benchmarks/bench_layer.py): copying an active row or column of blocks costs so much for
-# each element; products of block rows and of a rectangle are slower by these factors;
+# each element, both sides of a stack's product so much together; products of block rows
+# (and blocks) and of a rectangle are slower by these factors;
 # and another way must be cheaper than the dense product by this margin to be taken.
 # Beside, for all tokens together, each call of a product costs so much, writing each
 # element of its result, and putting together those of narrow ones. What each thread more

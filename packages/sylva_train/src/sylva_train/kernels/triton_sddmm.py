@@ -322,14 +322,12 @@ def search(
     try:
         with _searching:
             tuned_sddmm_kernel[grid](*arguments, **options)
-            found: dict[str, Any] = tuned_sddmm_kernel.best_config.all_kwargs()
-    except torch.OutOfMemoryError:
-        return None
+            return dict(tuned_sddmm_kernel.best_config.all_kwargs())
     except Exception as failure:
-        if never_ran(failure, arguments[0].device):
+        lacks_memory = isinstance(failure, torch.OutOfMemoryError)
+        if lacks_memory or never_ran(failure, arguments[0].device):
             return None
         raise
-    return found
 
 
 def run_plan(

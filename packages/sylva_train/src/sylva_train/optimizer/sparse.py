@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError, check_choice, check_positive
+from sylva_train._torch import total_norm
 from sylva_train.layers import SparseEmbeddedLinear, embedded_layers, layer_showing
 
 from .fused import KernelStep, kernel_of, laid_out_as, may_fuse, may_fuse_on_cpu
@@ -218,8 +219,7 @@ class SparseAdamW(torch.optim.AdamW):
         ]
         squares = self._kernel.square_norms()
         if rest:
-            total = torch.nn.utils.get_total_norm([p.grad for p in rest])
-            squares.append(total.square())
+            squares.append(total_norm(p.grad for p in rest).square())
         if not squares:
             return None
         device = squares[0].device
@@ -234,7 +234,7 @@ class SparseAdamW(torch.optim.AdamW):
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             layer = layer_showing(parameter)
-            if isinstance(layer, SparseEmbeddedLinear) and layer not in self.layers:
+            if layer is not None and layer not in self.layers:
                 self.layers.append(layer)
         self._kernel.forget()
 

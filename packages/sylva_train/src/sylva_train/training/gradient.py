@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sylva_train._checks import NonFiniteError
+from sylva_train._torch import total_norm
 from sylva_train.curvature import LARGEST_SCALE, Loss, damage, loss_units, some_samples
 from sylva_train.layers import accumulating
 from sylva_train.processes import rank_and_size
@@ -134,7 +135,7 @@ def clip_gradient(
         If a gradient is NaN or infinite.
     """
     gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
-    total = torch.nn.utils.get_total_norm(gradients.values())
+    total = total_norm(gradients.values())
     norm = total.item()
     if not math.isfinite(norm):
         bad = (n for n, g in gradients.items() if not bool(torch.isfinite(g).all()))

@@ -312,7 +312,8 @@ def train(
     loss : callable, optional
         Mean loss of (model, batch), where the model does not compute its own.
     optimizer : torch.optim.Optimizer, optional
-        Instead of `SparseAdamW` with ``config.lr`` and ``config.weight_decay``.
+        Instead of `SparseAdamW` with ``config.lr`` and ``config.weight_decay``, which has
+        float32 masters of weights in bfloat16 and float16, also in full fine-tuning.
     scheduler : torch.optim.lr_scheduler.LRScheduler, optional
         Instead of the one that ``config`` describes; stepped once a step.
     eval_loader : iterable of batches, optional

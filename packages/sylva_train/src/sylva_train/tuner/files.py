@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sylva_train._checks import AdapterError, ConfigError
-from sylva_train._files import atomic_folder, folder_size
+from sylva_train._files import atomic_folder
 from sylva_train._torch import note_tensors
 from sylva_train.config import SylvaConfig, SylvaType
 from sylva_train.masks import LayerMask, Masks
@@ -333,5 +333,6 @@ def inspect_adapter(path: str | os.PathLike[str]) -> dict[str, Any]:
         "density": masks.density,
         "modules_to_save": {k: tuple(t.shape) for k, t in adapter.modules.items()},
         "modules_trainable": sum(t.numel() for t in adapter.modules.values()),
-        "bytes": folder_size(Path(path)),
+        # Not of its subfolders: other adapters of a PeftModel, checkpoints of Trainer.
+        "bytes": sum(f.stat().st_size for f in Path(path).iterdir() if f.is_file()),
     }
