@@ -56,7 +56,7 @@ def main() -> None:
     rows = []
     cases = [(dtype, n) for dtype, tokens in TOKENS.items() for n in tokens]
     for (dtype, tokens), (out, inputs), b, density in itertools.product(
-        cases, SHAPES, [16, 64], [0.05, 0.2, 0.5, 1.0]
+        cases, SHAPES, [16, 64], [0.01, 0.05, 0.2, 0.5, 1.0]
     ):
         dy = torch.randn(tokens, out, generator=generator).to(dtype)
         x = torch.randn(tokens, inputs, generator=generator).to(dtype)

@@ -180,7 +180,7 @@ def test_the_way_is_chosen_by_the_mask(blocks, active, way, block_size):
 
 def test_few_tokens_make_the_dense_product_likelier():
     ways = [
-        cost.choose_way(20, (16, 8), (24, 24), 16, tokens) for tokens in (1, 64, 512)
+        cost.choose_way(60, (20, 16), (24, 24), 16, tokens) for tokens in (1, 64, 512)
     ]
     assert ways == ["dense", "cartesian", "rows"]
 

@@ -17,12 +17,14 @@ __all__ = ["choose_way", "product_dtype", "speeds_of", "wide"]
 # and another way must be cheaper than the dense product by this margin to be taken.
 # Beside, for all tokens together, each call of a product costs so much, writing each
 # element of its result, and putting together those of narrow ones. What each thread more
-# makes the dense product faster by, it does not do for narrow ones; these even lose a
-# little, since threads wait for each other. Inputs of as many elements are too large for
-# the cache, and each run of a block's row that is copied out of them costs more by this.
-COPY_COST, STACK_COST = 34.0, 48.0
+# makes the dense product faster by, it does not do for narrow ones, which even lose
+# a little, since threads wait for each other; those of a stack less. Inputs of as many
+# elements are too large for the cache, and each run of a block's row that is copied out
+# of them costs more by this.
+COPY_COST, STACK_COST = 34.0, 56.0
 ROW_COST, RECTANGLE_COST, MARGIN = 1.05, 1.15, 0.92
-CALL_COST, WRITE_COST, JOIN_COST, THREAD_COST = 3 << 18, 5.0, 20.0, 1.4
+CALL_COST, WRITE_COST, JOIN_COST = 3 << 17, 5.0, 20.0
+THREAD_COST, STACK_THREAD_COST = 1.4, 1.2
 FAR_ELEMENTS, FAR_COST = 1 << 23, 500.0
 # How fast products are, relative to those of float32 on the CPU that the costs are of,
 # where copies and calls are as slow as ever: (float32, bfloat16 where a CPU has it).
@@ -84,6 +86,7 @@ def choose_way(
     }
     if stacked:
         both = (STACK_COST * b + 2 * far) * copying
+        narrow = 1 + STACK_THREAD_COST * (threads - 1)
         product = narrow * (ROW_COST * area + both)
         costs["stack"] = blocks * (product + area * write) + narrow * call
     return min(costs, key=lambda way: costs[way])
