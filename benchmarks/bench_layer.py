@@ -62,7 +62,9 @@ def main() -> None:
         x = torch.randn(tokens, inputs, generator=generator).to(dtype)
         columns = -(-inputs // b)
         blocks = -(-out // b) * columns
-        flat = torch.randperm(blocks, generator=generator)[: int(density * blocks)]
+        flat = torch.randperm(blocks, generator=generator)[
+            : max(1, int(density * blocks))
+        ]
         flat = flat.sort().values
         indices = torch.stack([flat // columns, flat % columns], 1)
         times = interleave(options.repeats, *ways(dy, x, indices, b), clock=clock)
