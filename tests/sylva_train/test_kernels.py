@@ -188,7 +188,7 @@ def test_few_tokens_make_the_dense_product_likelier():
 def test_few_tokens_make_a_stack_of_products_likelier():
     def way(blocks, tokens):
         return cost.choose_way(
-            blocks, (24, 24), (24, 24), 16, tokens, stacked=tokens > 1
+            blocks, (24, 24), (24, 24), 16, tokens, stacked=float(tokens > 1)
         )
 
     assert [way(60, tokens) for tokens in (1, 2, 64)] == ["dense", "stack", "stack"]

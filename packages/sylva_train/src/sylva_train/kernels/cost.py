@@ -41,7 +41,7 @@ def choose_way(
     threads: int = 1,
     speed: float = 1.0,
     copying: float = 1.0,
-    stacked: bool = False,
+    stacked: float = 0.0,
 ) -> str:
     """Choose the cheapest way to blocks of a product, the dense one when in doubt.
 
@@ -60,8 +60,9 @@ def choose_way(
     speed, copying : float
         How fast products are, and what copying an element costs in units of them: see
         `speeds_of`.
-    stacked : bool
-        Whether a stack of products is among the ways.
+    stacked : float
+        How many times as long as the dense product those of a stack take, which are of
+        float32 at least. 0: there is no stack among the ways.
 
     Returns
     -------
@@ -85,9 +86,9 @@ def choose_way(
         "dense": grid[0] * grid[1] * area * (MARGIN + write) + taken,
     }
     if stacked:
-        both = (STACK_COST * b + 2 * far) * copying
+        both = (STACK_COST * b + 2 * far) * speed
         narrow = 1 + STACK_THREAD_COST * (threads - 1)
-        product = narrow * (ROW_COST * area + both)
+        product = narrow * (stacked * ROW_COST * area + both)
         costs["stack"] = blocks * (product + area * write) + narrow * call
     return min(costs, key=lambda way: costs[way])
 

@@ -196,10 +196,11 @@ def find_way(
     dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int
 ) -> str:
     """Choose the way to the blocks of a product by `cost.choose_way`."""
-    tokens = len(dy)
-    # Not of one token, whose outer products PyTorch is slow at in a stack; nor in bfloat16.
-    on_cpu = dy.device.type == "cpu"
-    stacked = on_cpu and tokens > 1 and product_dtype(dy.dtype, "cpu") != torch.bfloat16
+    tokens, (speed, copying) = len(dy), speeds_of(dy)
+    # No stack of one token, whose outer products PyTorch is slow at there.
+    stacked = 0.0
+    if dy.device.type == "cpu" and tokens > 1:
+        stacked = speed / speeds_of(dy.new_empty(0, dtype=wide(dy.dtype)))[0]
     return choose_way(
         len(indices),
         find_places(indices).active,
@@ -207,7 +208,8 @@ def find_way(
         block_size,
         tokens,
         torch.get_num_threads(),
-        *speeds_of(dy),
+        speed,
+        copying,
         stacked,
     )
 
