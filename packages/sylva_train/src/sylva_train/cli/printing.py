@@ -11,7 +11,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.table import Table
 
 from sylva_train.config_files import config_names, find_config, read_config_file
@@ -74,6 +73,8 @@ def table(
 
 def markdown(text: str) -> None:
     """Print Markdown, the words and numbers of its tables uncut."""
+    from rich.markdown import Markdown  # slow, and few commands need it
+
     console = out()
     for tabular, block in groupby(text.splitlines(), lambda line: line.startswith("|")):
         if not tabular:
