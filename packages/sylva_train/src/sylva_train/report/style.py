@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import warnings
@@ -171,7 +172,7 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
     """Give each method its look: that of its family, else one that nobody has.
 
     Two variants of a family (two ranks of LoRA) may share it only when no colour is
-    left; methods without a family are then grey.
+    left; methods without a family are then grey, and neighbours have different markers.
     """
     methods = list(methods)
     places = {method: _family(method) for method in methods}
@@ -180,12 +181,14 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
         if places[method] < len(LOOKS):
             owners.setdefault(LOOKS[places[method]][1], method)
     spare = (name for name in SPARE if name not in owners)
+    markers = itertools.cycle("dh")
     found: dict[str, Look] = {}
     for method in methods:
-        _, name, marker = (*LOOKS, ("", "muted", "d"))[places[method]]
+        _, name, marker = (*LOOKS, ("", "muted", ""))[places[method]]
         if owners.get(name) != method:
             name = next(spare, name)
-        found[method] = Look(name, marker, method.startswith("sylva:random"))
+        hollow = method.startswith("sylva:random")
+        found[method] = Look(name, marker or next(markers), hollow)
     return found
 
 
