@@ -23,6 +23,7 @@ from study_rules import RULES as SCORED
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 Row = dict[str, Any]
 TASKS = {
@@ -48,6 +49,8 @@ USUAL = {
 CELL = ("task", "density", "block", "steps", *USUAL)
 #: How many of these the usual cell shares with its variations.
 FIXED = len(CELL) - len(USUAL)
+#: Inches above the panels, of a line, between panels, of a column and of its labels.
+TOP, LINE, BETWEEN, COLUMN, LABELS = 0.6, 0.22, 0.8, 5.8, 2.7
 COLOURS = {"Kronecker factors": "#c1440e", "others": "#3b6ea5"}
 
 
@@ -222,15 +225,20 @@ def draw(found: dict[tuple[Any, ...], list[Row]], path: Path, against: str) -> N
             for entry in entries
             if entry["rule"] not in ANCHORS and any(entry["differences"].values())
         ]
-    high = -(-len(panels) // 2)
-    rows = [max(map(len, [*panels.values()][2 * k : 2 * k + 2])) for k in range(high)]
-    figure, axes = plt.subplots(
-        high, 2, squeeze=False, figsize=(11, 0.22 * sum(rows) + 1.1 * high),
-        height_ratios=[0.22 * count + 0.1 for count in rows],
-    )  # fmt: skip
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (panel, entries) in zip(axes.flat, panels.items(), strict=False):
+    # Each panel goes to the column that is shorter so far.
+    ends, places = [TOP, TOP], []
+    for entries in panels.values():
+        column = ends.index(min(ends))
+        places.append((column, ends[column] + LINE * len(entries)))
+        ends[column] += LINE * len(entries) + BETWEEN
+    figure = plt.figure(figsize=(2 * COLUMN, max(ends)))
+    size = figure.get_size_inches()
+    for (panel, entries), (column, bottom) in zip(panels.items(), places, strict=True):
+        corner = (column * COLUMN + LABELS, size[1] - bottom)
+        box = (*corner, COLUMN - LABELS - 0.2, LINE * len(entries))
+        axis = figure.add_axes(
+            [v / s for v, s in zip(box, (*size, *size), strict=True)]
+        )
         entries.sort(key=lambda e: -statistics.fmean(e[1]["differences"].values()))
         for y, (_, entry) in enumerate(entries):
             values = [*entry["differences"].values()]
@@ -240,17 +248,20 @@ def draw(found: dict[tuple[Any, ...], list[Row]], path: Path, against: str) -> N
             axis.plot(statistics.fmean(values), y, "|", ms=11, mew=2.5, color=colour)
         axis.axvline(0, color="0.4", lw=1)
         labels = [label for label, _ in entries]
-        axis.set_yticks(range(len(entries)), labels, fontsize=8)
+        axis.set_yticks(range(len(entries)), labels)
+        axis.set_ylim(-0.5, len(entries) - 0.5)
+        axis.tick_params(labelsize=8)
         axis.set_title(heading((*panel, *USUAL.values())), fontsize=9, loc="right")
         axis.set_xlabel(f"test loss minus {against}'s", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="0.9")
         axis.locator_params(axis="x", nbins=5)
-    for label, colour in COLOURS.items():
-        axes[0][0].plot([], [], "o", ms=4, color=colour, label=label)
-    handles = axes[0][0].get_legend_handles_labels()
-    figure.legend(*handles, loc="upper center", ncols=2, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))
+    handles = [
+        Line2D([], [], ls="", marker="o", ms=4, color=c) for c in COLOURS.values()
+    ]
+    figure.legend(
+        handles, [*COLOURS], loc="upper center", ncols=2, fontsize=8, frameon=False
+    )
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -41,8 +41,39 @@ def test_a_single_leaf_has_no_blocks():
 
     ax = hm.plot(hm.from_dense(np.eye(3), levels=0))
     assert len(ax.collections[0].get_paths()) == 1
+    assert not ax.child_axes  # no ranks, no scale of them
     ax.figure.canvas.draw()
     plt.close(ax.figure)
+
+
+def test_blocks_are_drawn_without_padding(ax, rng):
+    tree = hm.ClusterTree.from_sizes([10, 60, 30, 5])
+    hm.plot(hm.from_dense(rng.standard_normal((105, 105)), tree=tree), ax)
+    leaves, blocks = ax.collections
+    boxes = [path.get_extents().bounds for path in leaves.get_paths()]
+    assert boxes == [
+        (0, 0, 10, 10),
+        (10, 10, 60, 60),
+        (70, 70, 30, 30),
+        (100, 100, 5, 5),
+    ]
+    upper, lower, *_ = (path.get_extents().bounds for path in blocks.get_paths())
+    assert upper == (70, 0, 35, 70)
+    assert lower == (0, 70, 70, 35)
+    assert (ax.get_xlim(), ax.get_ylim()) == ((0, 105), (105, 0))
+
+
+def test_small_blocks_are_not_covered_by_lines_or_numbers(ax):
+    hm.plot(hm.identity(1024, leaf_size=1), ax)
+    assert max(min(patches.get_linewidths()) for patches in ax.collections) < 0.1
+    assert len(ax.texts) < 128
+
+
+def test_the_scale_of_ranks_has_whole_numbers(ax, rng):
+    hm.plot(hm.from_low_rank(rng.standard_normal((64, 1)), leaf_size=16), ax)
+    ax.figure.canvas.draw()
+    (scale,) = ax.child_axes
+    assert [text.get_text() for text in scale.get_yticklabels()] == ["0", "1"]
 
 
 def test_without_matplotlib_the_remedy_is_named(monkeypatch):

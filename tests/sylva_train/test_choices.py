@@ -111,7 +111,7 @@ def test_two_files_are_drawn_into_one_picture(tmp_path):
         counts[colour] = counts.get(colour, 0) + len(blocks_in(path))
     both = round(found["overlap"] * 36)
     assert counts == {
-        "": both, "var(--orange)": 36 - both, "var(--sky)": 36 - both,
+        "": both, "var(--sky)": 36 - both, "var(--yellow)": 36 - both,
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sylva_train
-from sylva_train.cli import main
+from sylva_train.cli import main, printing
 from sylva_train.importance import Scores
 from sylva_train.masks import Masks
 from sylva_train.pretrained import load_model
@@ -435,3 +435,27 @@ def test_debug_shows_where_an_error_arose(tmp_path):
     result = sylva("inspect", tmp_path / "nothing", "--debug", code=2, trace=True)
     assert "Traceback" in result.stderr
     assert told(result)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_tables_cut_no_number_however_narrow_the_terminal_is(
+    width, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", str(width))
+    methods = [f"a method named {number}" for number in range(9)]
+    values = [f"{number}.001 ± 10.{number}02" for number in range(9)]
+    rows = [["", *methods], [":--", *["--:"] * 9], ["a-setting-of-the-table", *values]]
+    printing.markdown("# A table\n" + "".join(f"| {' | '.join(r)} |\n" for r in rows))
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width
+    assert all(word in shown.split() for value in values for word in value.split())
+
+
+def test_columns_without_room_are_named(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    row = f"| {' | '.join(f'{number}.000000001' for number in range(8))} |\n"
+    head = f"| {' | '.join(f'column-{number}' for number in range(8))} |\n"
+    printing.markdown(f"{head}| {' | '.join(8 * ['--:'])} |\n{20 * row}")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2.000000001" not in shown
+    assert "No room for: column-2, column-3" in shown

@@ -15,7 +15,7 @@ from sylva_train import LayerMask, Masks, report
 from sylva_train.report import figures, structure
 from sylva_train.report.masks import chance
 from sylva_train.report.style import looks
-from sylva_train.report.summary import metric_of, summary_rows
+from sylva_train.report.summary import Metric, metric_of, summary_rows
 from tests.sylva_train.results import scored
 
 
@@ -172,3 +172,17 @@ def test_names_of_spectra_are_beside_the_curves(levels):
     frame, box = axes.get_window_extent(), legend.get_window_extent()
     assert frame.x1 <= box.x0
     assert box.x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "heading"),
+    [
+        ("bleu", "BLEU", "BLEU"),
+        ("rouge-l", "ROUGE-L", "ROUGE-L"),
+        ("f1-binary", "F1-binary", "F1-binary"),
+        ("token_accuracy", "token accuracy", "Token accuracy"),
+    ],
+)
+def test_metrics_are_spelled_as_their_field_does(name, words, heading):
+    metric = Metric.of(name, higher=True, examples=10)
+    assert (metric.words, metric.heading) == (words, heading)

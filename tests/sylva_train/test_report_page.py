@@ -243,3 +243,12 @@ def test_every_known_method_has_its_own_colour():
     assert (
         looks(["full", "sylva:kfac:mlr"])["sylva:kfac:mlr"] == found["sylva:kfac:mlr"]
     )
+
+
+def test_methods_without_a_colour_take_none_that_another_has():
+    methods = ["adapter", "shira", "supertuning", "kfac-pruner", "lora", "sylva:new"]
+    methods += ["sylva:kfac:mlr", "sylva:kfac:hodlr", "sylva:gradient"]
+    found = looks(methods)
+    assert len({look.name for look in found.values()}) == len(methods)
+    for method in ("kfac-pruner", "lora", "sylva:kfac:hodlr", "sylva:gradient"):
+        assert found[method] == looks([method])[method]

@@ -14,7 +14,9 @@ from sylva_train._checks import ConfigError, NonFiniteError, OutputExistsError
 from sylva_train.cli.comparing import row_text
 from sylva_train.comparison import Comparison, provenance, single
 from sylva_train.comparison.tuning import TUNING_SEED
+from sylva_train.report import svg_file
 from sylva_train.reproduce import TABLES, Table, reproduce
+from sylva_train.reproduce.pictures import draw
 from sylva_train.reproduce.quality import Plan
 from sylva_train.reproduce.settings import with_values
 from tests.sylva_train import jobs
@@ -370,3 +372,27 @@ def test_a_resumed_table_tells_what_its_earlier_runs_were_made_with(
     assert made["date"] == "2026-02-02"  # not that of writing the table again
     assert made["earlier"] == ["torch 2.9, commit abc1234"]
     assert "with torch 2.9, commit abc1234." in (output / "table.md").read_text()
+
+
+@pytest.mark.parametrize(("worst", "scale"), [(20.0, "linear"), (250.0, "log")])
+def test_one_bad_perplexity_does_not_squeeze_the_others(worst, scale):
+    scores = {"full": 5.0, "lora": 6.0, "kfac-pruner": worst}
+    results = {
+        "option": "block_size",
+        "settings": {"text": {"metric": "perplexity", "eval_examples": 9}},
+        "runs": [
+            {
+                "setting": "text",
+                "method": method,
+                "value": 16,
+                "seed": 0,
+                "score": score,
+            }
+            for method, score in scores.items()
+        ],
+    }
+    figures = []
+    svg_file(lambda: figures.append(draw(results)) or figures[0])
+    (axes,) = figures[0].axes
+    assert axes.get_xscale() == scale
+    assert axes.get_title(loc="left") == "text, by block size"

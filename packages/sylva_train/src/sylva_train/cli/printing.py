@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "count",
     "facts",
     "lines",
+    "markdown",
     "out",
     "prose",
     "say",
@@ -66,6 +68,62 @@ def table(
         )
     for row in rows:
         grid.add_row(*row)
+    return grid
+
+
+def markdown(text: str) -> None:
+    """Print Markdown, the words and numbers of its tables uncut."""
+    from rich.markdown import Markdown  # slow, and few commands need it
+
+    console = out()
+    for tabular, block in groupby(text.splitlines(), lambda line: line.startswith("|")):
+        if not tabular:
+            console.print(Markdown("\n".join(block)))
+            continue
+        rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in block]
+        console.print(_whole([rows[0], *rows[2:]], console.width))
+
+
+def _whole(rows: list[list[str]], room: int) -> Table:
+    """Lay out a table whose columns have room for their longest words.
+
+    It is turned where that makes it fit. Columns that do not fit are named below it.
+    """
+
+    def words(columns: Sequence[Sequence[str]]) -> list[int]:
+        return [
+            max((len(word) for cell in column for word in cell.split()), default=1)
+            for column in columns
+        ]
+
+    def fit(columns: Sequence[Sequence[str]]) -> bool:
+        return sum(words(columns)) + 3 * len(columns) <= room  # with what is between
+
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    if not fit(columns) and fit(rows):
+        columns = rows
+    left_out: list[str] = []
+    while not fit(columns) and len(columns) > 2:
+        *columns, last = columns
+        left_out.insert(0, last[0])
+    widths = words(columns)
+    lacks = [
+        max(map(len, column)) - width
+        for column, width in zip(columns, widths, strict=True)
+    ]
+    left = room - sum(widths) - 3 * len(columns)
+    # Numbers before the words of the first column, as many on one line as can be.
+    for n in sorted(range(len(columns)), key=lambda n: (n == 0, lacks[n])):
+        more = max(0, min(left, lacks[n]))
+        widths[n] += more
+        left -= more
+    header, *body = zip(*columns, strict=True)
+    grid = table(header, body)
+    for column, width in zip(grid.columns, widths, strict=True):
+        column.width = width
+    if left_out:
+        grid.caption = f"No room for: {', '.join(left_out)}."
+        grid.caption_justify = "left"
     return grid
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.markdown import Markdown
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -41,7 +40,7 @@ from sylva_train.workflow import (
     score_entries,
 )
 
-from .printing import as_text, count, facts, out, prose, say, table, written
+from .printing import as_text, count, facts, markdown, out, prose, say, table, written
 
 __all__ = [
     "agreement",
@@ -357,7 +356,7 @@ def drawn(
 
 def show_table(output: Path) -> None:
     """Print a finished table, and where it is."""
-    out().print(Markdown((output / "table.md").read_text(encoding="utf-8")))
+    markdown((output / "table.md").read_text(encoding="utf-8"))
     names = {
         "table": "table.md", "rows": "table.csv", "picture": "table.svg",
         "figure": "figure.svg",

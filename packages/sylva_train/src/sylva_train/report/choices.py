@@ -23,8 +23,8 @@ __all__ = ["AGREEMENT", "agreement_cells", "write_choices"]
 
 #: Columns of what is told of a layer.
 AGREEMENT = ("Spearman", "overlap", "of score")
-#: Colours of the blocks that both have, and that one has.
-BOTH, HERE, THERE = "var(--navy)", "var(--orange)", "var(--sky)"
+#: Colour of the blocks that both have; one's own have the colour it has elsewhere.
+BOTH = "var(--navy)"
 
 #: A file's name, and its masks and scores as in the results of a comparison.
 Choice = tuple[str, Mapping[str, Any]]
@@ -91,16 +91,17 @@ def agreed(page: Page, agreement: Mapping[str, Any]) -> str:
     """Return the blocks of both in one picture, and a table of the layers."""
     here, there = map(escape, page.labels.values())
     one, other = page.masks.values()
+    own, others = (f"var(--{page.looks[method].name})" for method in page.masks)
     found = agreement["layers"]
     both, mine, theirs = divided({n: (one[n], other[n]) for n in found})
     swatch = '<i class="swatch" style="--c:{}"></i>'
     key = (
-        f'<p class="note">{swatch.format(BOTH)}in both, {swatch.format(HERE)}only in'
-        f" {here}, {swatch.format(THERE)}only in {there}.</p>"
+        f'<p class="note">{swatch.format(BOTH)}in both, {swatch.format(own)}only in'
+        f" {here}, {swatch.format(others)}only in {there}.</p>"
     )
     drawn = both.blocks + mine.blocks + theirs.blocks
     picture = (
-        masks.mask_grid(both, BOTH, [(mine, HERE), (theirs, THERE)])
+        masks.mask_grid(both, BOTH, [(mine, own), (theirs, others)])
         if drawn <= layers.MOST_BLOCKS
         else ""
     )

@@ -140,7 +140,7 @@ class Findings:
             )
         rank = "" if winner.is_random else ", the best scoring rule here"
         text = (
-            f"{self.metric.words.capitalize()} is {self.value(winner)} with"
+            f"{self.metric.heading} is {self.value(winner)} with"
             f" {winner.rule}{rank} ({spread})"
         )
         return f"{text}, against {_listed(others)}." if others else f"{text}."

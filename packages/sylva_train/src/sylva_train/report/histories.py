@@ -122,7 +122,7 @@ def curve_panel(
         look = looks[curve.method]
         _draw(axes, curve, look)
         ends.append((float(curve.steps[-1]), float(curve.mean[-1]), curve.label, look))
-    axes.set_xlim(0, last)
+    axes.set_xlim(0, 1.02 * last)
     axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel("step")
     gap = 0.16 * (high - low) / 2.1
@@ -151,7 +151,7 @@ def curve_cell(
         axes.axhline(level, color=MUTED, lw=0.7, ls=(0, (4, 3)), zorder=1)
     _draw(axes, curve, look)
     axes.set_ylim(low, high)
-    axes.set_xlim(0, max(float(c.steps[-1]) for c in (curve, *others)) * 1.02)
+    axes.set_xlim(0, max(float(c.steps[-1]) for c in (curve, *others)) * 1.03)
     axes.grid(False)
     axes.tick_params(labelsize=8)
     axes.locator_params(axis="both", nbins=3)

@@ -112,8 +112,8 @@ def block_scores(page: Page) -> str:
     if not pictures and not examples:
         return ""
     text = (
-        "For each matrix: thick bar, the middle half of its block scores; thin line, "
-        "5th to 95th percentile; dot, the largest; wide tick, the threshold above which "
+        "For each matrix: thick bar, the middle half of its block scores, its gap the "
+        "median; thin line, 5th to 95th percentile; dot, the largest; wide tick, the threshold above which "
         "a block is trained. One logarithmic scale for all, in the rule's own unit."
     )
     lede = f'<p class="lede">{page.named(method)}. {text}</p>' if pictures else ""

@@ -66,7 +66,7 @@ def scores(page: Page) -> str:
     pictures = [
         page.picture(
             partial(figures.score_dots, page.rows, page.metric, page.looks),
-            f"{page.metric.words.capitalize()} of each method",
+            f"{page.metric.heading} of each method",
             f"{marks} Dashed: frozen and full fine-tuning.{beyond}",
         )
     ]
@@ -98,7 +98,7 @@ def curves(page: Page) -> str:
     unit = ", %" if page.metric.percent else ""
     kinds: list[tuple[list[histories.Curve], str, dict[str, tuple[str, float]]]] = [
         (loss, "Training loss by step", {}),
-        (score, f"{page.metric.words.capitalize()} by step{unit}", levels),
+        (score, f"{page.metric.heading} by step{unit}", levels),
     ]
     kinds = [kind for kind in kinds if kind[0]]
     band = "Line: mean over seeds. Band: lowest to highest seed, cut off where it is far out."
@@ -180,7 +180,7 @@ def _trade_off(page: Page) -> str:
         text += f" Not drawn: {', '.join(others)}."
     return page.picture(
         partial(figures.trade_off, points, page.metric, page.looks),
-        f"{page.metric.words.capitalize()} against trained weights",
+        f"{page.metric.heading} against trained weights",
         text,
     )
 

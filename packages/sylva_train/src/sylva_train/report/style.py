@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import warnings
@@ -83,7 +84,7 @@ LOOKS = (
     ("sylva:kfac:hodlr", "sky", "o"),
     ("sylva:kfac:dense", "navy", "o"),
     ("sylva:kfac", "blue", "o"),
-    ("sylva:kfac-natural", "blue", "D"),
+    ("sylva:kfac-natural", "navy", "D"),
     ("sylva:fisher-diag", "green", "D"),
     ("sylva:weight-gradient", "yellow", "P"),
     ("sylva:gradient", "violet", "X"),
@@ -91,6 +92,10 @@ LOOKS = (
     ("sylva:kfac-pruner", "red", "p"),
     ("sylva:random", "slate", "o"),
 )
+#: Colours for methods without one of their own: those that mean least first.
+SPARE = (
+    "sky", "yellow", "magenta", "violet", "green", "navy", "blue", "red", "orange",
+)  # fmt: skip
 
 RC: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -167,25 +172,36 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
     """Give each method its look: that of its family, else one that nobody has.
 
     Two variants of a family (two ranks of LoRA) may share it only when no colour is
-    left.
+    left; methods without a family are then grey, and neighbours have different markers.
     """
+    methods = list(methods)
+    places = {method: _family(method) for method in methods}
+    owners: dict[str, str] = {}
+    for method in sorted(methods, key=places.__getitem__):
+        if places[method] < len(LOOKS):
+            owners.setdefault(LOOKS[places[method]][1], method)
+    spare = (name for name in SPARE if name not in owners)
+    markers = itertools.cycle("dh")
     found: dict[str, Look] = {}
-    spare = [name for _, name, _ in LOOKS if name not in {"grey", "coal", "slate"}]
     for method in methods:
-        used = {look.name for look in found.values()}
-        name, marker = next(
-            (
-                (name, marker)
-                for beginning, name, marker in LOOKS
-                if method == beginning or method.startswith(f"{beginning}:")
-            ),
-            ("", "d"),
-        )
-        if not name or name in used:
-            name = next((n for n in spare if n not in used), name or "muted")
+        _, name, marker = (*LOOKS, ("", "muted", ""))[places[method]]
+        if owners.get(name) != method:
+            name = next(spare, name)
         hollow = method.startswith("sylva:random")
-        found[method] = Look(name, marker, hollow)
+        found[method] = Look(name, marker or next(markers), hollow)
     return found
+
+
+def _family(method: str) -> int:
+    """Return which of `LOOKS` a method has, their number if none."""
+    return next(
+        (
+            place
+            for place, (beginning, _, _) in enumerate(LOOKS)
+            if method == beginning or method.startswith(f"{beginning}:")
+        ),
+        len(LOOKS),
+    )
 
 
 def css_colours(dark: bool) -> str:
@@ -202,7 +218,7 @@ def in_powers(value: float, _: float = 0) -> str:
     return {0: "1", 1: "10"}.get(exponent, f"10{digits}")
 
 
-def shorten(text: str, length: int = 31) -> str:
+def shorten(text: str, length: int = 32) -> str:
     """Cut a label that no picture has room for."""
     return text if len(text) <= length else f"{text[: length - 1].rstrip()}…"
 

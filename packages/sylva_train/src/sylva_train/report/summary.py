@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,6 +56,13 @@ COUNTS = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
 CONFIDENCE = 0.95
 
+#: How parts of metrics' names are spelled that are no words.
+SPELLED = {
+    "bleu": "BLEU", "cider": "CIDEr", "coco": "COCO", "f1": "F1", "l": "L", "mcc": "MCC",
+    "meteor": "METEOR", "mse": "MSE", "nist": "NIST", "pearson": "Pearson correlation",
+    "rouge": "ROUGE", "spearman": "Spearman correlation",
+}  # fmt: skip
+
 
 def deviation(values: Sequence[float]) -> float | None:
     """Return the sample standard deviation; None for one value."""
@@ -98,7 +106,13 @@ class Metric:
     @property
     def words(self) -> str:
         """Name as words."""
-        return self.name.replace("_", " ")
+        name = self.name.replace("_", " ")
+        return re.sub(r"\w+", lambda part: SPELLED.get(part[0], part[0]), name)
+
+    @property
+    def heading(self) -> str:
+        """Name as words at the beginning of a sentence."""
+        return self.words[:1].upper() + self.words[1:]
 
     @property
     def title(self) -> str:

@@ -227,6 +227,7 @@ def draw_fig5(results: Results) -> Figure:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(range(len(own)), shapes)
+        axes.set_xlabel("out × in")
     row[0].set_ylabel("ms: forward, backward, optimizer")
     handles, names = row[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=3, fontsize=8)

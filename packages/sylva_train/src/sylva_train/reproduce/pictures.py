@@ -6,15 +6,25 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sylva_train.baselines import parse_method
-from sylva_train.report import deviation, label_rows, looks, seeds_line, shorten
+from sylva_train.report import (
+    Metric,
+    deviation,
+    label_rows,
+    looks,
+    seeds_line,
+    shorten,
+)
 
 from .tables import cells, metric, printed_value, scored
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["draw"]
 
+#: Perplexities that differ by more than this are drawn on a logarithmic axis.
+FAR = 10
 #: Inches of a line, and around the lines of a setting.
 LINE, AROUND = 0.24, 0.75
 
@@ -43,6 +53,21 @@ def draw(results: Mapping[str, Any]) -> Figure:
             labels.append(label if cell.value is None else f"{label}, {value}")
         label_rows(axes, [shorten(label, 40) for label in labels])
         axes.margins(x=0.06)
+        _scale(axes, shown)
         axes.set_xlabel(shown.title)
-        axes.set_title(setting, loc="left", fontsize=9)
+        option = results["option"] and results["option"].replace("_", " ")
+        title = f"{setting}, by {option}" if option else setting
+        axes.set_title(title, loc="left", fontsize=9)
     return figure
+
+
+def _scale(axes: Axes, shown: Metric) -> None:
+    """Give perplexities that are far from each other a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axes.dataLim.intervalx
+    if shown.name == "perplexity" and high > FAR * low > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
