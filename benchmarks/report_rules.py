@@ -266,12 +266,15 @@ def draw(found: dict[tuple[Any, ...], list[Row]], path: Path, against: str) -> N
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--folder", type=Path, default=RESULTS / "rules")
-    options.add_argument("--against", default="random", help="rule to compare with")
-    options = options.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=RESULTS / "rules")
+    parser.add_argument("--against", default="random", help="rule to compare with")
+    options = parser.parse_args()
     folder, against = options.folder, options.against
     rows = read(folder)
+    rules = sorted({row["rule"] for row in rows})
+    if against not in rules:
+        parser.error(f"no run is of `{against}`; --against one of {', '.join(rules)}.")
     found = summaries(rows, against)
     made, sizes = rows[-1]["setting"], rows[-1]["sizes"]
     commits = ", ".join(sorted({row["setting"]["commit"] for row in rows}))
