@@ -193,7 +193,7 @@ class Space:
         seed = np.random.SeedSequence(key)
         if array_api_compat.is_torch_namespace(self.xp):
             generator = self.xp.Generator(device=self.device)
-            generator.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+            generator.manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
             return self.xp.randn(
                 shape, generator=generator, dtype=self.dtype, device=self.device
             )
