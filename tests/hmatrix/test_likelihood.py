@@ -36,7 +36,7 @@ def test_a_gaussian_process_learns_its_length_scale_and_noise():
     y = torch.linalg.cholesky(truth) @ torch.asarray(rng.standard_normal(n))
 
     def dense(length, noise):
-        K = torch.exp(-abs(t[:, None] - t) / length) + noise * torch.eye(n)
+        K = torch.exp(-abs(t[:, None] - t) / length) + noise * torch.eye(n).double()
         square = y @ torch.linalg.solve(K, y)
         return (square + torch.logdet(K) + n * math.log(2 * math.pi)) / 2
 
