@@ -229,11 +229,13 @@ def test_halves_are_copied_at_half_the_cost_where_there_are_products_of_them(
 ):
     monkeypatch.setattr(cost, "has_amx", lambda: amx)
     for dtype in (torch.float32, torch.float16, torch.float64):
-        speed, copying = cost.speeds_of(torch.zeros(1, dtype=dtype))
+        speed, copying, stacked = cost.speeds_of(torch.zeros(1, dtype=dtype))
         assert speed == copying
+        assert stacked == 1
     monkeypatch.setattr(cost, "product_dtype", lambda dtype, _: dtype)
-    speed, copying = cost.speeds_of(torch.zeros(1, dtype=torch.bfloat16))
+    speed, copying, stacked = cost.speeds_of(torch.zeros(1, dtype=torch.bfloat16))
     assert speed == 2 * copying > cost.speeds_of(torch.zeros(1))[0]
+    assert stacked == speed / cost.speeds_of(torch.zeros(1))[0]
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.data())

@@ -110,9 +110,13 @@ def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     return dtype if has_fast_bfloat16() else torch.float32
 
 
-def speeds_of(x: torch.Tensor) -> tuple[float, float]:
-    """Return the speed of a tensor's products, and the cost of copies relative to it."""
+def speeds_of(x: torch.Tensor) -> tuple[float, float, float]:
+    """Return the speed of a tensor's products, and two costs relative to it.
+
+    Those of copies, and of products in float32 at least, as those of a stack are.
+    """
     float32, bfloat16 = SPEEDS["AMX" if has_amx() else "other"]
     if product_dtype(x.dtype, x.device.type) == torch.bfloat16:
-        return bfloat16, bfloat16 / 2  # half as many bytes to copy
-    return float32, float32
+        # half as many bytes to copy
+        return bfloat16, bfloat16 / 2, bfloat16 / float32
+    return float32, float32, 1.0

@@ -196,11 +196,9 @@ def find_way(
     dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, block_size: int
 ) -> str:
     """Choose the way to the blocks of a product by `cost.choose_way`."""
-    tokens, (speed, copying) = len(dy), speeds_of(dy)
-    # No stack of one token, whose outer products PyTorch is slow at there.
-    stacked = 0.0
-    if dy.device.type == "cpu" and tokens > 1:
-        stacked = speed / speeds_of(dy.new_empty(0, dtype=wide(dy.dtype)))[0]
+    tokens, (speed, copying, stacked) = len(dy), speeds_of(dy)
+    if dy.device.type != "cpu" or tokens == 1:
+        stacked = 0.0  # PyTorch is slow at the outer products of a single token
     return choose_way(
         len(indices),
         find_places(indices).active,
