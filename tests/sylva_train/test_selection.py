@@ -397,6 +397,14 @@ def test_layers_compete_where_the_rule_makes_them_comparable():
         )
 
 
+def test_a_budget_of_each_layer_is_none_of_all():
+    scores = make_scores(torch.rand(8, 8) + 1, importance="kfac-natural")
+    for scope in ("model", "absolute"):
+        with pytest.raises(ConfigError, match="`allocation` gives each layer"):
+            select(scores, 0.5, 1, scope, allocation=2)
+        assert select(scores, 0.5, 1, scope).metadata["allocation"] == 0
+
+
 def test_layers_without_a_score_share_what_is_left():
     scores = make_scores(torch.zeros(4, 4), torch.zeros(4, 8))
     assert [len(m) for m in select(scores, 0.5, 1, allocation=2).values()] == [8, 16]

@@ -115,6 +115,23 @@ def test_of_scores_the_layers_that_are_named_are_taken(home, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_of_masks_the_layers_that_are_named_are_taken(home, tmp_path):
+    made = load_task(task(home), seed=0)
+    config = sylva_config(importance="random", target_modules=["key", "query"])
+    masks = select(score(made.model, config=config), config.density, config.block_size)
+    one = sylva_config(importance="random", target_modules=["query"])
+    record = run(
+        home, tmp_path / "run", masks=masks, sylva=one, training=training(steps=1)
+    )
+    trained = Masks.load(tmp_path / "run" / "masks.safetensors")
+    assert set(trained) == {name for name in masks if name.endswith("query")}
+    assert record["blocks"] == trained.blocks
+    config.target_modules = ["query", "value"]
+    with pytest.raises(ConfigError, match=r"leave `.*value` in, of which there are no"):
+        run(home, tmp_path / "other", masks=masks, sylva=config)
+    assert not (tmp_path / "other").exists()
+
+
 def test_masks_bring_the_options_they_were_made_with(home, tmp_path):
     made = load_task(task(home), seed=0)
     config = sylva_config(importance="random", seed=4, density=0.5, block_size=16)

@@ -214,21 +214,31 @@ def best_of_all(
 
 
 def with_defaults(
-    scores: Scores, max_columns: float, spread: float | None, allocation: float | None
+    scores: Scores,
+    scope: str,
+    max_columns: float,
+    spread: float | None,
+    allocation: float | None,
 ) -> tuple[float, float]:
     """Return ``spread`` and ``allocation``: as given, else what suits the scores' rule.
 
     Raises
     ------
     ConfigError
-        If one cannot be used, or not together with ``max_columns``.
+        If one cannot be used, or not together with ``scope`` or ``max_columns``.
     """
     suitable = SUITABLE.get(scores.metadata.get("importance", ""), (0.0, 0.0))
     if allocation is None:
-        allocation = suitable[0]
+        allocation = suitable[0] if scope == "layer" else 0.0
     if spread is None:
         spread = suitable[1] if max_columns == 1 else 0.0
     check_positive("allocation", allocation, zero=True)
+    if allocation and scope != "layer":
+        msg = (
+            "`allocation` gives each layer a budget of its own, and with"
+            f' `scope="{scope}"` all blocks compete for one: give one of them.'
+        )
+        raise ConfigError(msg)
     if spread and max_columns < 1:
         msg = (
             "`spread` keeps blocks apart and `max_columns` together: give one of them."
@@ -328,8 +338,8 @@ def select(
         for ``"kfac-natural"`` and ``"kfac-block"``, unless ``max_columns`` is below 1; no
         limit for other rules.
     allocation : float, optional
-        With ``scope="layer"``, the power of a layer's mean score that its density is
-        proportional to: 0, the same for all layers; the larger, the more go to the
+        With ``scope="layer"`` alone, the power of a layer's mean score that its density
+        is proportional to: 0, the same for all layers; the larger, the more go to the
         layers with the highest scores. None: 4 for ``"kfac-natural"`` and
         ``"kfac-block"``, 0 for other rules, whose scores do not compare between layers.
     max_columns : float
@@ -365,17 +375,16 @@ def select(
     check_choice("scope", scope, SCOPES)
     check_columns(max_columns, density)
     check_spread(spread)
-    spread, allocation = with_defaults(scores, max_columns, spread, allocation)
+    spread, allocation = with_defaults(scores, scope, max_columns, spread, allocation)
     whole = blocks_of(scores, block_size)
     blocks = whole
     if max_columns < 1:
         blocks = concentrate(whole, density, max_columns, together)
-    shared = allocation if scope == "layer" else 0.0
-    counts = allotted(blocks, whole, density, shared)
+    counts = allotted(blocks, whole, density, allocation)
     preferred: dict[str, torch.Tensor | None] = dict.fromkeys(blocks)
     if spread:
         for name, block in blocks.items():
-            own = counts[name] / block.numel() if shared else density
+            own = counts[name] / block.numel() if allocation else density
             preferred[name] = spread_out(block, *caps(block.shape, spread * own))
     if scope == "layer":
         chosen = {
@@ -389,7 +398,7 @@ def select(
             blocks = {n: b / (typical[n] or 1) for n, b in blocks.items()}
         chosen = best_of_all(blocks, density, preferred)
     if not any(len(flat) for flat in chosen.values()):
-        alone = scope == "layer" and not shared
+        alone = scope == "layer" and not allocation
         raise none_left(blocks, density, block_size, alone=alone)
     masks = {
         name: LayerMask.from_flat(scores[name].shape, block_size, flat)

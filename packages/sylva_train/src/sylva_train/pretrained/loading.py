@@ -269,7 +269,10 @@ def load_classifier(
         )
         raise ConfigError(msg)
     if labels is None and not (pooled if pooling == "mean" else native):
-        msg = f"`labels` must be given: `{source}` has no head to classify with."
+        msg = (
+            f"`labels` must be given: `{source}` has no head to classify with. A language"
+            ' model is loaded with `task="causal-lm"` or `"seq2seq"`.'
+        )
         raise ConfigError(msg)
     # transformers draws the weights of a new head from the global generator.
     with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,7 @@ import shutil
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sylva_train._artifacts import as_read
 from sylva_train._checks import ConfigError, OutputExistsError
@@ -43,6 +43,7 @@ __all__ = ["finetune"]
 MASKS = "masks.safetensors"
 #: Options that say how to choose blocks, which masks bring with them.
 CHOICE = SELECTION | {"importance", "samples", *SCORING}
+Given = TypeVar("Given", Masks, Scores)
 
 
 def run_record(
@@ -96,8 +97,8 @@ def finetune(
         Folder of the run.
     masks, scores : Masks, Scores, optional
         Chosen or scored before; nothing is scored then, and the options that they were
-        made with take the place of ``config``'s. Of scores, those of the layers that
-        ``target_modules`` and ``exclude_modules`` name are taken.
+        made with take the place of ``config``'s. Those of the layers are taken that
+        ``target_modules`` and ``exclude_modules`` name.
     resume : bool
         Go on with an interrupted run in ``output``, or with its scoring, which is kept
         every ten minutes in a folder beside it (its name and ``.unfinished``), to the
@@ -175,6 +176,8 @@ def finetune(
                 if unfinished is not None and not resume and first:
                     shutil.rmtree(unfinished, ignore_errors=True)
                 raise
+        else:
+            masks = of_targets(masks, task, config)
         config.samples = samples_to_score(config.samples, seen)
         total = sum(p.numel() for p in task.model.parameters())
         agree(masks.digest(), "blocks to train")
@@ -231,26 +234,28 @@ def choose(
     return masks, scores, scoring
 
 
-def of_targets(scores: Scores, task: Task, config: SylvaConfig) -> Scores:
-    """Return the scores of the layers that options name; all of them where they name none.
+def of_targets(given: Given, task: Task, config: SylvaConfig) -> Given:
+    """Return masks or scores of the layers that options name; of all if they name none.
 
     Raises
     ------
     ConfigError
-        If a layer has no scores.
+        If a layer has none.
     """
     patterns = config.target_modules, config.exclude_modules
     if patterns == ("all-linear", None):
-        return scores
+        return given
     targets = find_targets(task.model, *patterns)
-    missing = next((name for name in targets if name not in scores), None)
+    missing = next((name for name in targets if name not in given), None)
     if missing is not None:
+        what = "scores" if isinstance(given, Scores) else "masks"
         msg = (
             f"`target_modules` and `exclude_modules` leave `{missing}` in, of which there"
-            " are no scores: leave it out, or score again with the same options."
+            f" are no {what}: leave it out, or make {what} again with the same options."
         )
         raise ConfigError(msg)
-    return Scores({n: scores[n] for n in scores if n in targets}, scores.metadata)
+    kept = {name: given[name] for name in given if name in targets}
+    return type(given)(kept, given.metadata)
 
 
 def begun_run(
