@@ -258,6 +258,6 @@ def _card(
         )
         columns.append(f'<div style="max-width:{limit:.0f}px">{boxes}</div>')
     return (
-        f'<figure class="card"><h4>{escape(title)}</h4>'
+        f'<figure class="card"><figcaption class="name">{escape(title)}</figcaption>'
         f"<div>{''.join(columns)}</div></figure>"
     )
