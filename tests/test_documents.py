@@ -134,3 +134,10 @@ def test_long_tables_of_measurements_are_folded(measurements, rows):
     lines = list(measurements.table([{"who": "a", "n": n} for n in range(rows)]))
     assert (lines[0] == ":::{dropdown} All 41 rows") == (rows > 40)
     assert "| :--- | ---: |" in lines
+
+
+def test_every_picture_is_told_in_words():
+    for path in (ROOT / "docs").rglob("*.md"):
+        text = path.read_text("utf-8")
+        for picture in re.findall(r"(?:\{image\}|^\.\. plot::).*\n\s*(.*)", text, re.M):
+            assert picture.startswith(":alt: "), path
