@@ -139,5 +139,7 @@ def test_long_tables_of_measurements_are_folded(measurements, rows):
 def test_every_picture_is_told_in_words():
     for path in (ROOT / "docs").rglob("*.md"):
         text = path.read_text("utf-8")
-        for picture in re.findall(r"(?:\{image\}|^\.\. plot::).*\n\s*(.*)", text, re.M):
+        for picture in re.findall(
+            r"(?:\{image\}|^\.\. plot::).*\n\s*(.*)", text, re.MULTILINE
+        ):
             assert picture.startswith(":alt: "), path

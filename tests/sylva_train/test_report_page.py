@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 from sylva_train import LayerMask, Masks, report
 from sylva_train.report import layers
 from sylva_train.report.histories import curve_cell, curve_panel, learning_curves
-from sylva_train.report.masks import layer_places, mask_path, overlaps
+from sylva_train.report.masks import layer_places, mask_key, mask_path, overlaps
 from sylva_train.report.page_parts import Page
 from sylva_train.report.style import dodge, looks
 from tests.sylva_train.results import (
@@ -176,6 +176,13 @@ def test_thirty_six_layers_are_all_drawn():
     text = Outline(layers.chosen_blocks(Page(results))).text
     assert all(f"layer {i}" in text for i in range(36))
     assert "encoder.layer.35.output.dense, 384 × 1536: 29 blocks" in text
+
+
+def test_the_key_is_as_large_beside_a_head_of_many_words():
+    no_blocks = torch.zeros((0, 2), dtype=torch.int64)
+    layer = {"layers.0.q": LayerMask((96, 96), 16, no_blocks)}
+    head = {"head": LayerMask((9600, 96), 16, no_blocks)}
+    assert mask_key(Masks(layer | head)) == mask_key(Masks(layer))
 
 
 @pytest.mark.parametrize("kind", ["MLR", "HODLR"])

@@ -208,7 +208,7 @@ def trade_off(rows: Sequence[Row], metric: Metric, looks: Mapping[str, Look]) ->
     """Draw score against trained weights; labels stand beside their points."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure, axes = frame(0.9 + max(2.1, 0.2 * len(rows)), left=0.6, right=0.25)
+    figure, axes = frame(0.9 + max(2.1, 0.2 * len(rows)), left=0.7, right=0.25)
     for row in rows:
         # No ranges: rules train equally many weights, and theirs would cover each other.
         mean, look = metric.factor * (row.mean or 0.0), looks[row.method]

@@ -18,7 +18,7 @@ margin:3.25rem 0 1rem;padding-top:1rem;border-top:1px solid var(--grid)}
 h3{font-size:.95rem;font-weight:600;margin:1.5rem 0 .5rem}
 p{margin:0 0 .6rem;max-width:44rem}
 small{font-size:.82em;color:var(--muted)}
-.subject{color:var(--muted);font-size:.875rem;margin:0}
+.subject{color:var(--muted);font-size:.875rem;margin:0;overflow-wrap:anywhere}
 .subject span::before{content:"·";margin:0 .5em}
 .subject span:empty{display:none}
 .note,figcaption{color:var(--muted);font-size:.85rem;line-height:1.45}
@@ -92,7 +92,8 @@ print-color-adjust:exact;-webkit-print-color-adjust:exact}
 justify-content:center;height:100%;padding:2px;font-size:.66rem;line-height:1.2;
 text-align:center;overflow:hidden}
 .mask .upright{writing-mode:vertical-rl}
-.mask .upright small{display:inline}
+.mask .upright small,.mask .flat small{display:inline}
+.mask .flat{flex-direction:row;gap:.5em;padding:0;white-space:nowrap}
 .mask span small{display:block;font-size:1em;white-space:nowrap}
 details{margin:.35rem 0}
 summary{cursor:pointer;font-size:.95rem;padding:.2rem 0}
