@@ -48,9 +48,9 @@ def cell(value: Any) -> str:
         text = f"{value:{groups}.0f}" if whole else f"{value:.4g}"
         return text.replace("-", "\N{MINUS SIGN}")
     if isinstance(value, list):
-        # a shape stays on one line
+        # a shape stays on one line, its sides without commas of their own
         return (",\N{NO-BREAK SPACE}" if len(value) == 2 else ", ").join(
-            map(cell, value)
+            cell(v).replace(",", "") for v in value
         )
     # what is quoted is code, whose quotes stay straight
     text = re.sub(r'\S*"\S*', r"`\g<0>`", str(value))
