@@ -50,7 +50,7 @@ CELL = ("task", "density", "block", "steps", *USUAL)
 #: How many of these the usual cell shares with its variations.
 FIXED = len(CELL) - len(USUAL)
 #: Inches above the panels, of a line, between panels, of a column and of its labels.
-TOP, LINE, BETWEEN, COLUMN, LABELS = 0.6, 0.22, 0.8, 5.8, 2.7
+TOP, LINE, BETWEEN, COLUMN, LABELS = 0.6, 0.22, 0.8, 4.7, 2.55
 COLOURS = {"Kronecker factors": "#c1440e", "others": "#3b6ea5"}
 
 

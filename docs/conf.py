@@ -38,7 +38,7 @@ html_theme = "furo"
 html_math_renderer = "mathml"
 html_title = "Sylva and hmatrix"
 html_static_path = ["_static"]
-pygments_style = "friendly"
+html_css_files = ["pages.css"]
 # Blocks without a language are commands.
 highlight_language = "none"
 

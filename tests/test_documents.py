@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"hmatrix": hmatrix, "sylva_train": sylva_train}
 
 
-def load_script(name):
-    path = ROOT / "scripts" / f"{name}.py"
+def load_script(name, folder="scripts"):
+    path = ROOT / folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -102,3 +102,44 @@ def test_readme_table_refuses_a_file_without_marks(results, tmp_path):
 def test_links_to_files_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text("utf-8"))
     assert all((ROOT / link).exists() for link in links)
+
+
+@pytest.fixture(scope="module")
+def measurements():
+    pytest.importorskip("sphinx", reason="pages are built with Sphinx")
+    return load_script("measurements", "docs/_ext")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (4096, "4096"),
+        (22565376, "22,565,376"),
+        (10644.6, "10,645"),
+        (1234.5, "1234"),
+        (-0.02888, "−0.02888"),
+        (7.7e-12, "7.7e−12"),
+        (True, "yes"),
+        ([4096, 11008], "4096,\xa011008"),
+        ({"median": 0.5, "q1": 0.25, "q3": 1.0}, "0.5 (0.25–\u20601)"),
+        ('numpy, method="inversion"', 'numpy, `method="inversion"`'),
+    ],
+)
+def test_a_measurement_is_printed_for_people(measurements, value, text):
+    assert measurements.cell(value) == text
+
+
+@pytest.mark.parametrize("rows", [40, 41])
+def test_long_tables_of_measurements_are_folded(measurements, rows):
+    lines = list(measurements.table([{"who": "a", "n": n} for n in range(rows)]))
+    assert (lines[0] == ":::{dropdown} All 41 rows") == (rows > 40)
+    assert "| :--- | ---: |" in lines
+
+
+def test_every_picture_is_told_in_words():
+    for path in (ROOT / "docs").rglob("*.md"):
+        text = path.read_text("utf-8")
+        for picture in re.findall(
+            r"(?:\{image\}|^\.\. plot::).*\n\s*(.*)", text, re.MULTILINE
+        ):
+            assert picture.startswith(":alt: "), path

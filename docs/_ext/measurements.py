@@ -1,13 +1,15 @@
 """``{measurements} NAME``: the figures of ``benchmarks/results/NAME.json`` as tables.
 
 Pages show no number of a benchmark that is not read from its file when they are built.
+Tables of more than `LONG` rows are folded away.
 ``{other-measurements}`` shows the files that no page names.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from sphinx.util.docutils import SphinxDirective
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 #: What belongs to the heading of a result rather than to its tables.
 SETTING = ("device", "threads", "load", "versions", "commit", "date")
+#: Rows of a table that a reader can still take in.
+LONG = 40
 
 
 def plain(value: Any) -> bool:
@@ -33,17 +37,24 @@ def plain(value: Any) -> bool:
 def cell(value: Any) -> str:
     """Print a value; a timing as its median and quartiles."""
     if isinstance(value, Mapping):
-        return f"{cell(value['median'])} ({cell(value['q1'])}–{cell(value['q3'])})"
+        low, high = cell(value["q1"]), cell(value["q3"])
+        return f"{cell(value['median'])} ({low}–\N{WORD JOINER}{high})"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
-    if isinstance(value, float):
-        return f"{value:.4g}"
+    if isinstance(value, int | float):
+        # four digits, all of a whole part, in groups where there are more of these
+        whole = isinstance(value, int) or abs(value) >= 1000
+        groups = "," if abs(value) >= 10_000 else ""
+        text = f"{value:{groups}.0f}" if whole else f"{value:.4g}"
+        return text.replace("-", "\N{MINUS SIGN}")
     if isinstance(value, list):
-        # a shape stays on one line
+        # a shape stays on one line, its sides without commas of their own
         return (",\N{NO-BREAK SPACE}" if len(value) == 2 else ", ").join(
-            map(cell, value)
+            cell(v).replace(",", "") for v in value
         )
-    return str(value).replace("|", "\\|")
+    # what is quoted is code, whose quotes stay straight
+    text = re.sub(r'\S*"\S*', r"`\g<0>`", str(value))
+    return text.replace("|", "\\|")
 
 
 def words(name: str) -> str:
@@ -72,13 +83,23 @@ def spread(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield the lines of a pipe table."""
+    """Yield the lines of a pipe table, columns of numbers to the right."""
     titles = list(dict.fromkeys(title for row in rows for title in row))
+    sides = (":---" if named(row.get(t) for row in rows) else "---:" for t in titles)
+    if len(rows) > LONG:
+        yield f":::{{dropdown}} All {len(rows)} rows"
     yield f"| {' | '.join(titles)} |"
-    yield f"| {' | '.join('---' for _ in titles)} |"
+    yield f"| {' | '.join(sides)} |"
     for row in rows:
         yield f"| {' | '.join(cell(row.get(title)) for title in titles)} |"
+    if len(rows) > LONG:
+        yield ":::"
     yield ""
+
+
+def named(values: Iterable[Any]) -> bool:
+    """Whether there are words among a column's values."""
+    return any(isinstance(value, str | bool | list) for value in values)
 
 
 def tables(name: str, value: Any) -> Iterator[str]:

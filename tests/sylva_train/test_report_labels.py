@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from matplotlib.text import Annotation, Text
 from sylva_train import LayerMask, Masks, report
 from sylva_train.report import figures, structure
 from sylva_train.report.masks import chance
-from sylva_train.report.style import looks
+from sylva_train.report.style import RC, looks
 from sylva_train.report.summary import Metric, metric_of, summary_rows
 from tests.sylva_train.results import scored
 
@@ -138,6 +139,22 @@ def test_labels_of_one_side_are_clear_and_lead_to_their_points():
             axes.transAxes.inverted().transform(point), abs=1e-6
         )
     assert not named
+
+
+@pytest.mark.parametrize("scale", [1, 100])
+def test_values_stand_clear_of_their_lines_and_inside_the_picture(scale):
+    scores = {"lora": 9.21, "sylva:gradient": 7.43, "sylva:random": 8.96}
+    found = {m: (x * scale, x * scale + 1.2) for m, x in scores.items()}
+    made = scored(found, metric="perplexity", higher_is_better=False)
+    rows, how = summary_rows(made), metric_of(made)
+    for draw in (figures.score_dots, figures.differences):
+        with mpl.rc_context(RC):
+            figure = draw(rows, how, looks(scores))
+            figure.set_dpi(720)  # few pixels would widen the letters
+            boxes = drawn(figure).values()
+        frame = figure.axes[0].get_window_extent()
+        for box in boxes:
+            assert frame.x1 + 40 < box.x0 < box.x1 < figure.bbox.x1
 
 
 @pytest.mark.parametrize("most", [2400, 2800, 9000, 80_000, 22_000_000])

@@ -15,8 +15,8 @@ from hypothesis.extra.numpy import arrays
 
 from sylva_train import LayerMask, Masks, report
 from sylva_train.report import layers
-from sylva_train.report.histories import learning_curves
-from sylva_train.report.masks import layer_places, mask_path, overlaps
+from sylva_train.report.histories import curve_cell, curve_panel, learning_curves
+from sylva_train.report.masks import layer_places, mask_key, mask_path, overlaps
 from sylva_train.report.page_parts import Page
 from sylva_train.report.style import dodge, looks
 from tests.sylva_train.results import (
@@ -137,11 +137,52 @@ def test_few_methods_and_one_seed_make_a_page(methods, tmp_path):
     assert Outline(text).open == []
 
 
+def test_headings_are_nested(page, small_page):
+    for text in (page, small_page):
+        levels = [int(tag[1]) for tag in Outline(text).tags if re.match(r"h\d", tag)]
+        assert levels[0] == 1
+        assert np.diff(levels).max() == 1
+
+
+def test_words_speak_of_what_the_results_have(small_page, tmp_path):
+    assert "largest over the seeds" in Outline(small_page).text
+    assert "Dashed: Full fine-tuning." in Outline(small_page).text
+    one = small_results(("lora", "sylva:random"), seeds=1)
+    text = Outline(written(one, tmp_path)).text
+    for words in ("largest over the seeds", "spread is over seeds", "Dashed"):
+        assert words not in text
+
+
+def test_the_usual_learning_rate_is_named_once(tmp_path):
+    results = small_results(("full", "lora", "sylva:kfac:mlr", "sylva:random"))
+    for run in results["runs"]:
+        run["lr"] = 4e-4 if run["method"] == "full" else 0.004
+    text = Outline(written(results, tmp_path)).text
+    assert "learning rate0.004; Full fine-tuning 0.0004" in text
+
+
+def test_steps_are_whole_numbers():
+    results = small_results(seeds=1)
+    found = learning_curves(results, "loss", report.summary_rows(results))
+    look = looks(curve.method for curve in found)
+    cell = curve_cell(found[0], found[1:], look[found[0].method], None)
+    for figure in (curve_panel(found, look, {}), cell):
+        ticks = figure.axes[0].get_xticks()
+        np.testing.assert_array_equal(ticks, ticks.round())
+
+
 def test_thirty_six_layers_are_all_drawn():
     results = fake_results(DEMO[3:], seeds=1, depth=36, steps=8)
     text = Outline(layers.chosen_blocks(Page(results))).text
     assert all(f"layer {i}" in text for i in range(36))
     assert "encoder.layer.35.output.dense, 384 × 1536: 29 blocks" in text
+
+
+def test_the_key_is_as_large_beside_a_head_of_many_words():
+    no_blocks = torch.zeros((0, 2), dtype=torch.int64)
+    layer = {"layers.0.q": LayerMask((96, 96), 16, no_blocks)}
+    head = {"head": LayerMask((9600, 96), 16, no_blocks)}
+    assert mask_key(Masks(layer | head)) == mask_key(Masks(layer))
 
 
 @pytest.mark.parametrize("kind", ["MLR", "HODLR"])

@@ -19,6 +19,7 @@ from sylva_train.reproduce import TABLES, Table, reproduce
 from sylva_train.reproduce.pictures import draw
 from sylva_train.reproduce.quality import Plan
 from sylva_train.reproduce.settings import with_values
+from sylva_train.reproduce.tables import markdown
 from tests.sylva_train import jobs
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
@@ -396,3 +397,11 @@ def test_one_bad_perplexity_does_not_squeeze_the_others(worst, scale):
     (axes,) = figures[0].axes
     assert axes.get_xscale() == scale
     assert axes.get_title(loc="left") == "text, by block size"
+
+
+def test_words_stand_left_and_numbers_right():
+    header, rows = ("", "method", "ms"), [("a", "Full, ZeRO-2", "46 [43, 52]")]
+    _, sides, row = markdown(header, rows).splitlines()
+    assert sides == "| :-- | :-- | --: |"
+    assert row == "| a | Full, ZeRO-2 | 46 [43,\xa052] |"  # breaks before the bracket
+    assert markdown(header, []).endswith("| :-- | --: | --: |\n")

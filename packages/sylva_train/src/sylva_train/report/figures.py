@@ -42,29 +42,32 @@ def label_rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _rows_frame(labels: Sequence[str], *, right: float) -> tuple[Figure, Axes]:
-    """Return a chart with one labelled line a method, the first on top."""
+def _rows_frame(
+    labels: Sequence[str], notes: Sequence[str], best: Sequence[bool]
+) -> tuple[Figure, Axes]:
+    """Return a chart with one labelled line a method, the first on top.
+
+    Each line ends in its note, to the right of the frame; those of the best are bold.
+    """
     labels = [shorten(label) for label in labels]
     left, bottom = 0.18 + 0.064 * max(map(len, labels)), 0.42
+    right = 0.1 + 0.077 * max(map(len, notes))
     height = ROW * len(labels) + bottom + 0.1
     figure, axes = frame(height, left=left, right=right, top=0.1, bottom=bottom)
     label_rows(axes, labels)
     axes.tick_params(axis="y", pad=6)
     axes.locator_params(axis="x", nbins=6, steps=[1, 2, 5, 10])
+    for place, (note, bold) in enumerate(zip(notes, best, strict=True)):
+        axes.annotate(
+            note,
+            (1.0, place),
+            (6, 0),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            va="center",
+            fontweight="bold" if bold else "normal",
+        )
     return figure, axes
-
-
-def _note(axes: Axes, place: int, text: str, bold: bool = False) -> None:
-    """Write a value at the right end of a line."""
-    axes.text(
-        1.0,
-        place,
-        f"  {text}",
-        transform=axes.get_yaxis_transform(),
-        va="center",
-        ha="left",
-        fontweight="bold" if bold else "normal",
-    )
 
 
 def seeds_line(
@@ -118,7 +121,11 @@ def score_dots(
     """
     rows = [row for row in rows if row.mean is not None]
     beyond = stragglers(rows, metric)
-    figure, axes = _rows_frame([row.label for row in rows], right=0.82)
+    figure, axes = _rows_frame(
+        [row.label for row in rows],
+        [metric.number(row.mean or 0.0) + metric.spread(row.std) for row in rows],
+        [row.best for row in rows],
+    )
     for place, row in enumerate(rows):
         values = [metric.factor * score for score in row.scores]
         deviation = metric.factor * (row.std or 0.0)
@@ -138,8 +145,6 @@ def score_dots(
             )
         else:
             seeds_line(axes, place, values, deviation, look)
-        text = metric.number(row.mean or 0.0) + metric.spread(row.std)
-        _note(axes, place, text, row.best)
     axes.margins(x=0.06)
     axes.set_xlabel(metric.title)
     return figure
@@ -149,19 +154,18 @@ def differences(
     rows: Sequence[Row], metric: Metric, looks: Mapping[str, Look]
 ) -> Figure:
     """Draw the paired differences to random blocks, with Student's 95% interval."""
-    rows = [row for row in rows if row.versus_random is not None]
-    figure, axes = _rows_frame([row.rule for row in rows], right=0.82)
+    found = [(row, row.versus_random) for row in rows if row.versus_random]
+    figure, axes = _rows_frame(
+        [row.rule for row, _ in found],
+        [metric.signed(pair.mean) + metric.spread(pair.std) for _, pair in found],
+        [row.best for row, _ in found],
+    )
     axes.axvline(0, color=INK, lw=0.8, zorder=1)
-    for place, row in enumerate(rows):
-        pair = row.versus_random
-        if pair is None:
-            continue
+    for place, (row, pair) in enumerate(found):
         values = [metric.factor * value for value in pair.differences]
         seeds_line(
             axes, place, values, metric.factor * pair.margin(), looks[row.method]
         )
-        text = metric.signed(pair.mean) + metric.spread(pair.std)
-        _note(axes, place, text, row.best)
     axes.margins(x=0.06)
     unit = "points of " if metric.percent else ""
     axes.set_xlabel(f"difference to random blocks, {unit}{metric.words}")
@@ -178,7 +182,11 @@ def bars(
 ) -> Figure:
     """Draw one quantity by method as bars from zero, with a line for its range."""
     rows = [row for row in rows if row.method in values]
-    figure, axes = _rows_frame([row.label for row in rows], right=0.55)
+    figure, axes = _rows_frame(
+        [row.label for row in rows],
+        [number(values[row.method]) for row in rows],
+        [row.best for row in rows],
+    )
     for place, row in enumerate(rows):
         look, value = looks[row.method], values[row.method]
         axes.barh(
@@ -191,7 +199,6 @@ def bars(
         )
         if row.method in ranges:
             axes.plot(ranges[row.method], [place, place], color=INK, lw=0.9)
-        _note(axes, place, number(value), row.best)
     axes.set_xlim(0, None)
     axes.set_xlabel(unit)
     return figure
@@ -201,13 +208,10 @@ def trade_off(rows: Sequence[Row], metric: Metric, looks: Mapping[str, Look]) ->
     """Draw score against trained weights; labels stand beside their points."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure, axes = frame(0.9 + max(2.1, 0.2 * len(rows)), left=0.6, right=0.25)
+    figure, axes = frame(0.9 + max(2.1, 0.2 * len(rows)), left=0.7, right=0.25)
     for row in rows:
+        # No ranges: rules train equally many weights, and theirs would cover each other.
         mean, look = metric.factor * (row.mean or 0.0), looks[row.method]
-        low, high = (metric.factor * (v or 0.0) for v in (row.low, row.high))
-        # Many rules train equally many weights: their ranges would cover each other.
-        if len(rows) <= OVERLAY:
-            axes.plot([row.trainable] * 2, [low, high], color=look.colour, lw=1.2)
         axes.plot([row.trainable], [mean], ms=6.5, zorder=3, **look.point)
     axes.set_xscale("log")
     axes.minorticks_off()

@@ -107,6 +107,8 @@ def curve_panel(
     levels : mapping of str to (str, float)
         Label and value of methods without a history, drawn as a level.
     """
+    from matplotlib.ticker import MaxNLocator
+
     names = [curve.label for curve in curves] + [label for label, _ in levels.values()]
     right = 0.3 + 0.06 * max(len(shorten(name)) for name in names)
     figure, axes = frame(2.75, left=0.42, right=right)
@@ -123,7 +125,7 @@ def curve_panel(
         _draw(axes, curve, look)
         ends.append((float(curve.steps[-1]), float(curve.mean[-1]), curve.label, look))
     axes.set_xlim(0, 1.02 * last)
-    axes.locator_params(axis="x", nbins=5)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_xlabel("step")
     gap = 0.16 * (high - low) / 2.1
     heights = dodge([end[1] for end in ends], gap, low, high)
@@ -143,6 +145,8 @@ def curve_cell(
     curve: Curve, others: Sequence[Curve], look: Look, level: float | None
 ) -> Figure:
     """Draw one method's curve before those of all others in grey."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = frame(1.5, width=2.15, left=0.42, right=0.1, top=0.08, bottom=0.3)
     low, high = _limits([curve, *others], [] if level is None else [level])
     for other in others:
@@ -154,7 +158,8 @@ def curve_cell(
     axes.set_xlim(0, max(float(c.steps[-1]) for c in (curve, *others)) * 1.03)
     axes.grid(False)
     axes.tick_params(labelsize=8)
-    axes.locator_params(axis="both", nbins=3)
+    axes.locator_params(axis="y", nbins=3)
+    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     return figure
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -205,13 +205,15 @@ def mask_key(layers: Masks) -> str:
         words = escape(places[name].part)
         words = re.sub(r"([._])", r"\1<wbr>", words)
         kind = " class=upright" if out > 2 * width else ""
+        kind = " class=flat" if width > 3 * out else kind
         return f"<span{kind}>{words}<small>{out}×{width}</small></span>"
 
-    card = _card(f"Key: {title}", names, layers, 2 * _scale(layers), box)
+    scale = 2 * _scale({name: layers[name] for name in names})
+    card = _card(f"Key: {title}", names, layers, scale, box)
     return f'<div class="masks key">{card}</div>'
 
 
-def _scale(layers: Masks) -> float:
+def _scale(layers: Mapping[str, LayerMask]) -> float:
     """Return pixels a weight."""
     return LONGEST / max(max(mask.shape) for mask in layers.values())
 
@@ -258,6 +260,6 @@ def _card(
         )
         columns.append(f'<div style="max-width:{limit:.0f}px">{boxes}</div>')
     return (
-        f'<figure class="card"><h4>{escape(title)}</h4>'
+        f'<figure class="card"><figcaption class="name">{escape(title)}</figcaption>'
         f"<div>{''.join(columns)}</div></figure>"
     )

@@ -63,11 +63,13 @@ def scores(page: Page) -> str:
     beyond = ""
     if figures.stragglers(page.rows, page.metric):
         beyond = " An arrow: beyond the picture."
+    levels = [row.label for row in page.rows if row.method in {"frozen", "full"}]
+    dashed = f" Dashed: {' and '.join(levels)}." if levels else ""
     pictures = [
         page.picture(
             partial(figures.score_dots, page.rows, page.metric, page.looks),
             f"{page.metric.heading} of each method",
-            f"{marks} Dashed: frozen and full fine-tuning.{beyond}",
+            f"{marks}{dashed}{beyond}",
         )
     ]
     if any(row.versus_random for row in page.rows):
@@ -147,7 +149,7 @@ def costs(page: Page) -> str:
     ranges = {row.method: row.step_iqr for row in page.rows if row.step_iqr}
     steps = "Median over the steps"
     steps += "; the line spans the middle half of them." if ranges else "."
-    largest = "The largest over the seeds."
+    largest = "The largest over the seeds." if page.several else ""
     before = "What choosing the blocks costs before training begins."
     pictures = [
         _trade_off(page),
@@ -173,9 +175,8 @@ def _trade_off(page: Page) -> str:
             points.append(row)
     if len(points) < 2:
         return ""
-    text = "Logarithmic axis."
-    if len(points) <= figures.OVERLAY and page.several:
-        text = f"Vertical line: lowest to highest seed. {text}"
+    text = "Mean over seeds. " if page.several else ""
+    text += "Logarithmic axis."
     if others:
         text += f" Not drawn: {', '.join(others)}."
     return page.picture(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
@@ -88,7 +89,6 @@ def _setup(page: Page) -> str:
     wide = [
         ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
         ("learning rate", _rates(page)),
-        ("command", command),
     ]
     measures = "".join(
         f"<div><dt>{escape(term)}</dt><dd>{escape(text)}</dd></div>"
@@ -96,31 +96,40 @@ def _setup(page: Page) -> str:
     )
     return section(
         "Setup",
-        f"{facts(basic)}{facts(wide, 'facts wide')}"
+        f"{facts(basic)}{facts(wide, 'facts wide')}{_command(command)}"
         "<h3>How each number was measured</h3>"
         f'<dl class="measures">{measures}</dl>',
     )
 
 
+def _command(command: str | None) -> str:
+    """Return the command, each option on the line of its name."""
+    if not command:
+        return ""
+    options = re.split(r" (?=--)", command)
+    words = " ".join(f"<span>{escape(option)}</span>" for option in options)
+    words = words.replace(",", ",<wbr>")
+    return f'<dl class="facts wide"><div><dt>command</dt><dd>{words}</dd></div></dl>'
+
+
 def _rates(page: Page) -> str:
-    """Return the learning rate, or one a method where they differ."""
-    rates = {
-        row.label: ", ".join(
-            sorted(
-                {
-                    f"{run['lr']:g}"
-                    for run in page.results["runs"]
-                    if run["method"] == row.method and finite(run.get("lr"))
-                }
-            )
-        )
-        for row in page.rows
-        if row.step_seconds is not None
-    }
-    values = {rate for rate in rates.values() if rate}
-    if len(values) == 1:
-        return values.pop()
-    return "; ".join(f"{label} {rate}" for label, rate in rates.items() if rate)
+    """Return the learning rate of most methods, and of those that have another one."""
+    labels: dict[str, list[str]] = {}
+    for row in page.rows:
+        rates = {
+            f"{run['lr']:g}"
+            for run in page.results["runs"]
+            if run["method"] == row.method and finite(run.get("lr"))
+        }
+        if rates and row.step_seconds is not None:
+            labels.setdefault(", ".join(sorted(rates)), []).append(row.label)
+    if not labels:
+        return ""
+    usual = max(labels, key=lambda rate: len(labels[rate]))
+    others = [
+        f"{label} {rate}" for rate in labels if rate != usual for label in labels[rate]
+    ]
+    return "; ".join([usual, *others])
 
 
 def _measures(page: Page) -> dict[str, str]:
@@ -129,10 +138,13 @@ def _measures(page: Page) -> dict[str, str]:
     best = next((row for row in page.rows if row.best), page.rows[0])
     examples = f"{count} held-out examples" if count else "the held-out examples"
     text = (
-        f"Of the model after its last step, on {examples}, the same for every method. "
-        "The spread is over seeds, which set the head, the order of the data, random "
-        "blocks and, where examples are limited or a tenth is held out, which ones."
+        f"Of the model after its last step, on {examples}, the same for every method."
     )
+    if page.several:
+        text += (
+            " The spread is over seeds, which set the head, the order of the data, random "
+            "blocks and, where examples are limited or a tenth is held out, which ones."
+        )
     if page.metric.name == "accuracy" and count and best.mean is not None:
         error = 100 * (best.mean * (1 - best.mean) / count) ** 0.5
         text += (
@@ -157,9 +169,11 @@ def _measures(page: Page) -> dict[str, str]:
 
 def _plain(value: object) -> str:
     """Print a setup entry."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int):
         return f"{value:,}".replace(",", "\u202f")
     return "" if value is None else str(value)
 

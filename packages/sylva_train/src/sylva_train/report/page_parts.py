@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ class Page:
     def cell(self, draw: Callable[[], Figure], title: str, label: str) -> str:
         """Return a small picture, its title HTML and its label plain text."""
         image = inline_svg(draw, next(self._names), label)
-        return f"<figure><h4>{title}</h4>{image}</figure>"
+        return f'<figure><figcaption class="name">{title}</figcaption>{image}</figure>'
 
 
 def section(title: str, body: str) -> str:
@@ -90,7 +91,7 @@ def cells(pictures: list[str]) -> str:
 def facts(pairs: Iterable[tuple[str, object]], kind: str = "facts") -> str:
     """Lay out names and values; those without a value are left out."""
     items = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
+        f"<div><dt>{escape(name)}</dt><dd>{breakable(str(value))}</dd></div>"
         for name, value in pairs
         if value not in (None, "")
     )
@@ -100,9 +101,14 @@ def facts(pairs: Iterable[tuple[str, object]], kind: str = "facts") -> str:
 def table(kind: str, heads: str, lines: str) -> str:
     """Lay out a table, cells and rows of HTML, that scrolls where it is too wide."""
     return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{heads}</tr></thead>'
+        f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{lines}</tbody></table></div>"
     )
+
+
+def breakable(text: str) -> str:
+    """Return text whose dotted names may break behind their dots."""
+    return re.sub(r"(?<=[a-z\d]\.)(?=[a-z]|\d+\.[a-z])", "<wbr>", escape(text))
 
 
 def small(text: str) -> str:

@@ -16,16 +16,17 @@ font-weight:650;margin:.4rem 0 1.5rem;max-width:26em;text-wrap:balance}
 h2{font-size:1.3rem;line-height:1.25;letter-spacing:-.01em;font-weight:650;
 margin:3.25rem 0 1rem;padding-top:1rem;border-top:1px solid var(--grid)}
 h3{font-size:.95rem;font-weight:600;margin:1.5rem 0 .5rem}
-h4{font-size:.8rem;font-weight:500;margin:0 0 .25rem;overflow-wrap:anywhere}
 p{margin:0 0 .6rem;max-width:44rem}
 small{font-size:.82em;color:var(--muted)}
-.subject{color:var(--muted);font-size:.875rem;margin:0}
+.subject{color:var(--muted);font-size:.875rem;margin:0;overflow-wrap:anywhere}
 .subject span::before{content:"·";margin:0 .5em}
 .subject span:empty{display:none}
 .note,figcaption{color:var(--muted);font-size:.85rem;line-height:1.45}
 .lede{color:var(--muted);font-size:.95rem}
 figure{margin:0;min-width:0}
 figcaption{margin-top:.35rem;max-width:34rem}
+figcaption.name{color:inherit;font-size:.8rem;font-weight:500;margin:0 0 .25rem;
+overflow-wrap:anywhere}
 dl,dd{margin:0}
 .tiles{display:flex;flex-wrap:wrap;gap:1px;background:var(--grid);
 border:1px solid var(--grid);border-radius:.6rem;overflow:hidden;margin-bottom:1.5rem}
@@ -73,7 +74,9 @@ print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .overlap{font-size:.85rem}
 .overlap th{font-weight:450;text-align:left;padding:.2rem .6rem .2rem 0;white-space:nowrap}
 .overlap thead th{text-align:center;padding:.2rem;color:var(--muted)}
-.overlap th span{display:inline-flex;align-items:baseline;gap:.5em}
+.overlap th:first-child{position:sticky;left:-1.25rem;background:var(--surface)}
+.overlap th span{display:flex;align-items:baseline;gap:.5em}
+.overlap th small{min-width:1.2em;text-align:right}
 .overlap td{width:2.6rem;min-width:2.2rem;height:1.9rem;text-align:center;
 border:1px solid var(--surface);
 background:color-mix(in srgb,var(--blue) calc(var(--v)*.6),var(--surface));
@@ -89,26 +92,36 @@ print-color-adjust:exact;-webkit-print-color-adjust:exact}
 justify-content:center;height:100%;padding:2px;font-size:.66rem;line-height:1.2;
 text-align:center;overflow:hidden}
 .mask .upright{writing-mode:vertical-rl}
-.mask .upright small{display:inline}
-.mask span small{display:block;font-size:.92em;white-space:nowrap}
+.mask .upright small,.mask .flat small{display:inline}
+.mask .flat{flex-direction:row;gap:.5em;padding:0;white-space:nowrap}
+.mask span small{display:block;font-size:1em;white-space:nowrap}
 details{margin:.35rem 0}
 summary{cursor:pointer;font-size:.95rem;padding:.2rem 0}
 details[open] summary{margin-bottom:.6rem}
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));
 gap:.7rem 1.5rem;font-size:.9rem;margin-bottom:1.25rem}
 .facts dt,.measures dt{color:var(--muted);font-size:.82rem}
-.wide{grid-template-columns:1fr}.facts dd{overflow-wrap:anywhere}
+.wide{grid-template-columns:1fr;margin-bottom:.7rem}.facts dd{overflow-wrap:anywhere}
+.facts dd span{display:inline-block}
 .measures{display:grid;gap:.7rem;font-size:.9rem;max-width:44rem}
 @media (max-width:46rem){.cells{grid-template-columns:1fr 1fr}}
+@media (max-width:30rem){.cells .chart text{font-size:9.5px!important}
+.overlap tbody th{white-space:normal;min-width:9rem}}
 @media (max-width:40rem){main{padding-top:1.5rem}
 .summary{font-size:.82rem}.summary th,.summary td{padding:.45rem .4rem}
+.scroll{padding-left:0}
+.summary th:first-child,.overlap th:first-child{left:0;padding-left:1.25rem}
 .tiles div{flex-basis:38%}.facts:not(.wide){grid-template-columns:1fr 1fr}.masks{zoom:.8;gap:1.1rem}.key{zoom:.9}.tiles dd{font-size:1.25rem}}
 @media print{@page{margin:14mm}
 body{font-size:10.5pt}main{max-width:none;padding:0}
 h2{break-after:avoid}h3{break-after:avoid}
-figure,.tiles,table,.facts div{break-inside:avoid}
+h3+.note,.lede{break-after:avoid;break-inside:avoid}
+figure,.tiles,tr,.overlap,.facts div{break-inside:avoid}
 .scroll{overflow:visible;margin:0;padding:0}.summary{font-size:7.6pt}
 .summary th,.summary td{padding:.3rem .25rem}.summary tbody th{min-width:0}
+th:first-child{position:static!important;background:none!important}
+.summary .best>*{background:color-mix(in srgb,var(--blue) 8%,var(--surface))!important}
+.badge{font-size:6.5pt;margin-left:1em}
 .pair{grid-template-columns:1fr 1fr;gap:1rem 1.5rem}
 .flow{columns:2}.cells{grid-template-columns:repeat(4,1fr)}
 details:not([open]){display:none}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -32,8 +33,15 @@ MISSING = "–"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out a table in Markdown: the first column words, the others to the right."""
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    """Lay out a table in Markdown: words to the left, numbers to the right."""
+    # The two ends of an interval stay on one line.
+    rows = [
+        [re.sub(r"(\[\S+,) ", "\\1\N{NO-BREAK SPACE}", cell) for cell in row]
+        for row in rows
+    ]
+    words = [any(row[k][:1].isalpha() for row in rows) for k in range(len(header))]
+    sides = [":--" if word else "--:" for word in [True, *words[1:]]]
+    lines = [header, sides, *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
