@@ -19,6 +19,7 @@ __all__ = [
     "on_device",
     "preserved_modes",
     "sampled",
+    "separate",
     "set_version",
     "tensor_bytes",
     "total_norm",
@@ -52,6 +53,16 @@ def sampled(tensor: torch.Tensor) -> torch.Tensor:
     """Return some of a weight's elements, evenly spaced: enough to tell it from others."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, len(flat) // 256)]
+
+
+def separate(tensors: dict[str, torch.Tensor]) -> None:
+    """Copy those of some tensors that share memory with others: safetensors refuses them."""
+    end = 0
+    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            tensors[key] = tensor.clone()
+        else:
+            end = tensor.data_ptr() + tensor.nbytes
 
 
 def note_tensors(tensors: Mapping[str, torch.Tensor], digest: hashlib._Hash) -> None:
