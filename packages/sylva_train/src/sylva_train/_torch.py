@@ -15,6 +15,7 @@ __all__ = [
     "has_amx",
     "has_fast_bfloat16",
     "is_in_backward",
+    "is_transformed",
     "note_tensors",
     "on_device",
     "preserved_modes",
@@ -63,6 +64,13 @@ def separate(tensors: dict[str, torch.Tensor]) -> None:
             tensors[key] = tensor.clone()
         else:
             end = tensor.data_ptr() + tensor.nbytes
+
+
+def is_transformed(tensor: torch.Tensor | None = None) -> bool:
+    """Whether a tensor stands for others in a `torch.func` transform, or one is going on."""
+    if tensor is None:
+        return bool(torch._C._are_functorch_transforms_active())
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def note_tensors(tensors: Mapping[str, torch.Tensor], digest: hashlib._Hash) -> None:
