@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sylva_train._checks import AdapterError
+from sylva_train._checks import AdapterError, TargetError
 from sylva_train.config import SylvaConfig
 from sylva_train.importance import score
 from sylva_train.layers import embed
@@ -79,6 +79,8 @@ def test_tied_embeddings_that_are_trained_whole(tmp_path):
     batch = {"input_ids": ids}
     model = make_language_model(tied=True)
     masks = select(score(model, config=options), 0.3, 8)
+    with pytest.raises(TargetError, match="name all that share it"):
+        embed(model, masks, modules_to_save=["lm_head"])
     embed(model, masks, modules_to_save=both)
     train_step(model, batch | {"labels": ids})
     save_adapter(model, tmp_path / "one")

@@ -74,8 +74,9 @@ def find_saved(model: nn.Module, endings: Iterable[str] | None) -> dict[str, nn.
         if id(parameter) in inside and not is_inside(name.rpartition(".")[0], endings):
             msg = (
                 f"`modules_to_save` names `{inside[id(parameter)]}`, whose weight is"
-                f" shared with `{name}`: training it would change both. Leave it out, or"
-                " untie it first (`config.tie_word_embeddings=False`)."
+                f" shared with `{name}`: training it would change both. Leave it out,"
+                " name all that share it, or untie it first"
+                " (`config.tie_word_embeddings=False`)."
             )
             raise TargetError(msg)
     return found
