@@ -59,6 +59,9 @@ def test_a_base_whose_vocabulary_was_resized(saved_whole, tied, tmp_path):
         loaded = door(base(), tmp_path / "a")
         assert torch.equal(logits(loaded, batch), logits(model, batch))
     if saved_whole is None:
+        options = peft.PeftConfig.from_pretrained(tmp_path / "a")
+        with pytest.raises(AdapterError, match="without a `config`"):
+            peft.PeftModel.from_pretrained(base(), tmp_path / "a", config=options)
         before = base(40)
         kept = snapshot(before)
         with pytest.raises(AdapterError, match=r"resize_token_embeddings\(44\)"):

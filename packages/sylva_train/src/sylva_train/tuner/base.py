@@ -168,6 +168,13 @@ def check_base(
                 + strange
                 + counted(model, config.modules_to_save)
             )
+            if embeddings is None and config.folder is None:
+                # Those of a file are a mapping, if an empty one.
+                msg += (
+                    " If its vocabulary was resized, use `PeftModel.from_pretrained(model,"
+                    " path)` without a `config`: the new embeddings lie beside the adapter,"
+                    " and other ways to load it do not say where that is."
+                )
             raise AdapterError(msg)
     for name, shape in (config.layer_shapes or {}).items():
         try:
