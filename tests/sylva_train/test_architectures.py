@@ -162,7 +162,7 @@ def test_keys_of_cross_attention_are_the_encoders(name):
 
 def test_no_cache_for_generation_is_filled_while_scoring():
     """RWKV's is written in place, and evaluation mode asks for it."""
-    options = {"attention_hidden_size": 16, "context_length": LENGTH}
+    options = {"rescale_every": 0, "context_length": LENGTH}
     names = ("vocab_size", "hidden_size", "num_hidden_layers")
     options |= {name: DECODER[name] for name in names}
     model = tf.RwkvForCausalLM(tf.RwkvConfig(**options)).eval()

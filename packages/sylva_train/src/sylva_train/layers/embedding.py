@@ -10,7 +10,13 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, TargetError
 from sylva_train.masks import LayerMask
-from sylva_train.targets import check_tied, is_inside, tied_weights, weight_view
+from sylva_train.targets import (
+    check_tied,
+    check_unscaled,
+    is_inside,
+    tied_weights,
+    weight_view,
+)
 
 from .linear import SparseEmbeddedLinear, check_embeddable
 from .storage import check_in_memory
@@ -102,6 +108,7 @@ def check_masks(
         If a mask has the wrong shape, no mask has a block, or a layer is inside a module
         that is trained whole.
     """
+    check_unscaled(model)
     endings = list(modules_to_save or ())
     modules = dict(model.named_modules())
     layers, tied = {}, tied_weights(model)

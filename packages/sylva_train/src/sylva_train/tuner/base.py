@@ -19,7 +19,13 @@ from sylva_train.layers import (
     check_in_memory,
     uncovered_statistics,
 )
-from sylva_train.targets import fingerprint, is_packed, stacked_experts, weight_view
+from sylva_train.targets import (
+    check_unscaled,
+    fingerprint,
+    is_packed,
+    stacked_experts,
+    weight_view,
+)
 
 __all__ = ["bare", "base_fingerprint", "base_in_place", "base_name", "check_base"]
 
@@ -134,6 +140,7 @@ def check_base(
         Weights that come with the adapter and are going to replace the model's: new rows
         of a resized vocabulary are random.
     """
+    check_unscaled(model)
     modules = dict(model.named_modules())
     for name in config.layer_shapes or {}:
         check_in_memory(modules.get(name, model))
