@@ -339,6 +339,13 @@ def test_what_was_set_to_train_later_is_saved_too(tmp_path):
     peft.PeftModel.from_pretrained(make_model(), tmp_path / "a")
 
 
+def test_what_peft_does_not_save_is_named(tmp_path):
+    model = make_peft()
+    model.base_model.model.bert.embeddings.LayerNorm.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"LayerNorm\.weight` requires a gradient"):
+        model.save_pretrained(tmp_path)
+
+
 def test_a_frozen_head_that_was_trained_is_saved(tmp_path):
     model = make_plain()
     model.requires_grad_(False)

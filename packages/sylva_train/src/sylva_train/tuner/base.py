@@ -171,7 +171,8 @@ def check_base(
             msg = (
                 f"the adapter was made for the base model {known}, but this one is"
                 f" `{base_name(model)}` ({ours[:12]}…). Its weights differ; load the base"
-                " that the adapter was trained on (in float32 or bfloat16, as then)."
+                " that the adapter was trained on (in float16 if it was so then, otherwise"
+                " in float32 or bfloat16)."
                 + strange
                 + counted(model, config.modules_to_save)
             )
