@@ -168,6 +168,8 @@ def uncovered_statistics(
     name: str
     for name, module in model.named_modules():
         counts = getattr(module, "running_mean", None) is not None
+        # Whose singular vectors each pass in training mode brings on by a step.
+        counts |= type(module).__name__ == "_SpectralNorm"
         if counts and not is_inside(name, modules_to_save):
             return name
     return None
