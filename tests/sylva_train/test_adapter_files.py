@@ -152,53 +152,6 @@ def test_blocks_of_an_output_embedding(tmp_path):
         assert same(snapshot(unload(loaded)), snapshot(make_model("llama")))
 
 
-@pytest.mark.parametrize(
-    ("saved_whole", "tied"),
-    [(None, False), (None, True), (["embed_tokens", "lm_head"], False)],
-)
-def test_a_base_whose_vocabulary_was_resized(saved_whole, tied, tmp_path):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24}
-    config = LlamaConfig(
-        vocab_size=40, num_attention_heads=2, tie_word_embeddings=tied, **sizes
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-
-    def base(rows=44):
-        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-        if rows != 40:
-            model.resize_token_embeddings(rows)  # new rows are random
-        return model
-
-    options = SylvaConfig(
-        importance="random", density=0.3, block_size=8, modules_to_save=saved_whole
-    )
-    model = peft.get_peft_model(base(), options).eval()
-    ids = torch.arange(36, 44)[None]
-    train_step(model, {"input_ids": ids, "labels": ids})
-    batch = {"input_ids": ids}
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # PEFT says that it adds embeddings
-        model.save_pretrained(tmp_path / "a")
-    assert any("embed_tokens" in name for name in load_file(tmp_path / "a" / TENSORS))
-    for door in (peft.PeftModel.from_pretrained, load_adapter):
-        loaded = door(base(), tmp_path / "a")
-        assert torch.equal(logits(loaded, batch), logits(model, batch))
-    if saved_whole is None:
-        before = base(40)
-        kept = snapshot(before)
-        with pytest.raises(AdapterError, match=r"resize_token_embeddings\(44\)"):
-            load_adapter(before, tmp_path / "a")
-        assert same(snapshot(before), kept)
-        before = base()
-        before.model.norm.weight.data += 1
-        kept = snapshot(before)
-        with pytest.raises(AdapterError, match="made for the base"):
-            peft.PeftModel.from_pretrained(before, tmp_path / "a")
-        assert same(snapshot(before), kept)
-
-
 def test_saving_again_gives_the_same_bytes(saved, tmp_path):
     path, _ = saved
     models = [
@@ -384,6 +337,13 @@ def test_what_was_set_to_train_later_is_saved_too(tmp_path):
     }
     assert norm is not None
     peft.PeftModel.from_pretrained(make_model(), tmp_path / "a")
+
+
+def test_what_peft_does_not_save_is_named(tmp_path):
+    model = make_peft()
+    model.base_model.model.bert.embeddings.LayerNorm.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"LayerNorm\.weight` requires a gradient"):
+        model.save_pretrained(tmp_path)
 
 
 def test_a_frozen_head_that_was_trained_is_saved(tmp_path):

@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 from sylva_train._checks import AdapterError, ConfigError, TargetError
 from sylva_train.config import SylvaConfig, TrainingConfig
@@ -162,7 +163,7 @@ def test_keys_of_cross_attention_are_the_encoders(name):
 
 def test_no_cache_for_generation_is_filled_while_scoring():
     """RWKV's is written in place, and evaluation mode asks for it."""
-    options = {"attention_hidden_size": 16, "context_length": LENGTH}
+    options = {"rescale_every": 0, "context_length": LENGTH}
     names = ("vocab_size", "hidden_size", "num_hidden_layers")
     options |= {name: DECODER[name] for name in names}
     model = tf.RwkvForCausalLM(tf.RwkvConfig(**options)).eval()
@@ -376,16 +377,21 @@ def test_a_layer_in_a_plain_list_is_refused():
         embed(model, {"listed.0": LayerMask((8, 8), 4, torch.tensor([[0, 0]]))})
 
 
-def test_running_statistics_are_to_be_kept_with_the_adapter(tmp_path):
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm1d, lambda size: spectral_norm(nn.Linear(size, size))]
+)
+def test_running_statistics_are_to_be_kept_with_the_adapter(norm, tmp_path):
+    words = "running statistics of `norm.*`, a (BatchNorm1d|_SpectralNorm)"
+
     def make():
-        model = Small(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(8))
+        model = Small(lambda m, x: m.b(m.norm(m.a(x))), norm=norm(8))
         return model.eval()
 
     model = make()
     masks = random_masks(model, ["a"], block_size=4)
-    with pytest.warns(UserWarning, match="running statistics of `norm`, a BatchNorm1d"):
+    with pytest.warns(UserWarning, match=words):
         embed(make(), masks)
-    with pytest.warns(UserWarning, match="running statistics of `norm`, a BatchNorm1d"):
+    with pytest.warns(UserWarning, match=words):
         peft.get_peft_model(make(), SylvaConfig(masks=masks))
     embed(model, masks, modules_to_save=["norm"])
     train(model, Batches(DATA), TrainingConfig(steps=2, lr=0.1), loss=loss)

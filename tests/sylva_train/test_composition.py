@@ -320,11 +320,33 @@ def test_second_derivatives_of_the_head_alone():
     assert torch.allclose(h, 2 * (inner.T @ inner.sum(1))[None].expand_as(h), atol=1e-4)
 
 
-def test_transforms_of_functions_are_refused():
+@pytest.mark.parametrize("what", ["input", "values", "all", "samples", "models"])
+def test_transforms_of_functions_are_refused(what):
     model, masks = two_layers()
     embed(model, masks)
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda x: model(x).sum())(random((4, 10)))
+    x = random((4, 10))
+    before = model(x)
+    own = {n: p.detach() for n, p in model.named_parameters()}
+    values = {n: p for n, p in own.items() if "values" in n}
+
+    def loss(own, x):
+        return torch.func.functional_call(model, own, (x,)).sum()
+
+    transform, first = {
+        "input": (torch.func.grad(loss, 1), {}),
+        "values": (torch.func.grad(loss), values),
+        "all": (torch.func.grad(loss), own),
+        "samples": (torch.vmap(torch.func.grad(loss), (None, 0)), own),
+        "models": (
+            torch.no_grad()(torch.vmap(loss, (0, None))),
+            {n: p[None] for n, p in own.items()},
+        ),
+    }[what]
+    with pytest.raises(RuntimeError, match="transforms cannot go through"):
+        transform(first, x)
+    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        assert torch.allclose(torch.vmap(model)(x), before)
 
 
 def test_gradients_of_micro_batches_add_up():

@@ -6,13 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import peft
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
-from sylva_train import inspect_adapter, predict
+from sylva_train import SylvaConfig, inspect_adapter, predict
 from tests.sylva_train.hub import COMMIT, serving
 from tests.sylva_train.jobs import SHORT, write_data
+from tests.sylva_train.models import make_model
 from tests.sylva_train.words import save_folder
 
 MODEL = "models/org/tiny"
@@ -23,6 +28,15 @@ COMMAND = "from sylva_command import main; main()"
 PREDICT = f"""
 import json, sys, sylva_train
 print(json.dumps(sylva_train.predict(sys.argv[1], {TEXTS})))
+"""
+LOAD = """
+import json, sys
+import peft, torch, transformers
+import sylva_train
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model.resize_token_embeddings(44)
+model = peft.PeftModel.from_pretrained(model, "org/adapter")
+print(json.dumps(model(torch.arange(44)[None]).logits.tolist()))
 """
 
 pytestmark = pytest.mark.slow
@@ -84,6 +98,28 @@ def test_a_model_of_the_hub_is_tuned_and_found_again(tmp_path, root):
     # The hub is gone; what was fetched is not.
     answers = json.loads(python(PREDICT, run, **online, HF_HUB_OFFLINE="1"))
     assert answers == [list(pair) for pair in predict(run, TEXTS, base=root / MODEL)]
+
+
+def test_an_adapter_of_the_hub_brings_resized_embeddings(tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(44)  # new rows are random
+    options = SylvaConfig(importance="random", density=0.2, block_size=8)
+    model = peft.get_peft_model(model, options).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT says that it adds them
+        model.save_pretrained(tmp_path / "hub/models/org/adapter")
+    quiet = {
+        "PYTHONWARNINGS": "ignore",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    with serving(tmp_path / "hub") as hub:
+        online = {"home": tmp_path / "cache", "HF_ENDPOINT": hub.address, **quiet}
+        found = python(LOAD, tmp_path / "base", **online)
+    expected = model(torch.arange(44)[None]).logits
+    assert torch.allclose(torch.tensor(json.loads(found)), expected)
+    assert python(LOAD, tmp_path / "base", **online, HF_HUB_OFFLINE="1") == found
 
 
 def test_data_of_the_hub_is_read_and_found_again(tmp_path, root):

@@ -12,12 +12,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from sylva_train._checks import AdapterError, TargetError
 from sylva_train.config import SylvaConfig
 from sylva_train.importance import score
 from sylva_train.layers import embed, embedded_layers, merge
 from sylva_train.masks import LayerMask
+from sylva_train.selection import select
 from sylva_train.targets import find_targets, fingerprint
 from sylva_train.tuner import load_adapter, save_adapter
 from tests.sylva_train.models import (
@@ -213,6 +215,33 @@ def test_quantized_weights_that_say_they_are_floats_are_refused(door, tmp_path):
         DOORS[door](model, masks, tmp_path / "adapter")
     if door != "step":
         assert list(find_targets(model)) == ["2"]
+
+
+def test_weights_that_a_model_rescales_in_place_are_refused(tmp_path):
+    def rwkv(every):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 3, "context_length": 8}
+        model = RwkvForCausalLM(RwkvConfig(vocab_size=24, rescale_every=every, **sizes))
+        for seed, parameter in enumerate(model.parameters()):
+            parameter.data += 0.2 * random(parameter.shape, seed=seed)
+        return model
+
+    options = SylvaConfig(importance="magnitude", block_size=8)
+    batch = {"input_ids": torch.arange(8)[None]}
+    model = rwkv(0)
+    masks = select(score(model, config=options), 0.25, 8)
+    embed(model, masks)
+    torch.testing.assert_close(logits(model, batch), logits(rwkv(1), batch))
+    save_adapter(model, tmp_path / "a")
+    for door in (
+        lambda model: score(model, config=options),
+        lambda model: embed(model, masks),
+        lambda model: peft.get_peft_model(model, SylvaConfig(masks=masks)),
+        lambda model: load_adapter(model, tmp_path / "a"),
+        lambda model: peft.PeftModel.from_pretrained(model, tmp_path / "a"),
+    ):
+        with pytest.raises(TargetError, match="rescale_every=0"):
+            door(rwkv(1))
 
 
 def test_extra_state_of_a_module_is_no_weight():

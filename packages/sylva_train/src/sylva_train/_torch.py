@@ -15,10 +15,12 @@ __all__ = [
     "has_amx",
     "has_fast_bfloat16",
     "is_in_backward",
+    "is_transformed",
     "note_tensors",
     "on_device",
     "preserved_modes",
     "sampled",
+    "separate",
     "set_version",
     "tensor_bytes",
     "total_norm",
@@ -52,6 +54,23 @@ def sampled(tensor: torch.Tensor) -> torch.Tensor:
     """Return some of a weight's elements, evenly spaced: enough to tell it from others."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, len(flat) // 256)]
+
+
+def separate(tensors: dict[str, torch.Tensor]) -> None:
+    """Copy those of some tensors that share memory with others: safetensors refuses them."""
+    end = 0
+    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            tensors[key] = tensor.clone()
+        else:
+            end = tensor.data_ptr() + tensor.nbytes
+
+
+def is_transformed(tensor: torch.Tensor | None = None) -> bool:
+    """Whether a tensor stands for others in a `torch.func` transform, or one is going on."""
+    if tensor is None:
+        return bool(torch._C._are_functorch_transforms_active())
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def note_tensors(tensors: Mapping[str, torch.Tensor], digest: hashlib._Hash) -> None:

@@ -127,6 +127,7 @@ class SylvaConfig(SylvaOptions, PeftConfig):
         PeftConfig.__post_init__(self)  # type: ignore[no-untyped-call]
         self.peft_type = SylvaType.SYLVA
         self.folder: Path | None = None
+        self.hub: dict[str, Any] = {}
         # PEFT and transformers look for the base model there, and do not know its name.
         if self.base_model_name_or_path == MINILM:
             self.base_model_name_or_path = minilm_folder() or MINILM
@@ -139,11 +140,14 @@ class SylvaConfig(SylvaOptions, PeftConfig):
         subfolder: str | None = None,
         **kwargs: Any,
     ) -> SylvaConfig:
-        """Read ``adapter_config.json``, and remember the folder that it lies in."""
+        """Read ``adapter_config.json``, and remember where it lies."""
         path = pretrained_model_name_or_path
         config: SylvaConfig = super().from_pretrained(path, subfolder, **kwargs)
-        # Not a field: only of use to check the tensors beside it before they are loaded.
+        # No fields: only of use to check the tensors beside it before they are loaded.
         config.folder = Path(path, subfolder or "")
+        if not config.folder.is_dir():
+            options, *_ = cls._split_kwargs(kwargs)  # type: ignore[no-untyped-call]
+            config.hub = {"model_id": path, "subfolder": subfolder} | options
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from sylva_train._checks import ConfigError, OutputExistsError, SylvaError
 from sylva_train._files import atomic_folder, write_text
+from sylva_train._torch import separate
 
 __all__ = [
     "Checkpoint",
@@ -90,16 +91,6 @@ def flatten(value: Any, tensors: dict[str, torch.Tensor], key: str) -> Any:
         " or with an optimizer and scheduler whose state is made of these."
     )
     raise ConfigError(msg)
-
-
-def separate(tensors: dict[str, torch.Tensor]) -> None:
-    """Copy those of some tensors that share memory with others: safetensors refuses them."""
-    end = 0
-    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
-        if tensor.data_ptr() < end:
-            tensors[key] = tensor.clone()
-        else:
-            end = tensor.data_ptr() + tensor.nbytes
 
 
 def unflatten(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:

@@ -10,7 +10,13 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, TargetError
 from sylva_train.masks import LayerMask
-from sylva_train.targets import check_tied, is_inside, tied_weights, weight_view
+from sylva_train.targets import (
+    check_tied,
+    check_unscaled,
+    is_inside,
+    tied_weights,
+    weight_view,
+)
 
 from .linear import SparseEmbeddedLinear, check_embeddable
 from .storage import check_in_memory
@@ -74,8 +80,9 @@ def find_saved(model: nn.Module, endings: Iterable[str] | None) -> dict[str, nn.
         if id(parameter) in inside and not is_inside(name.rpartition(".")[0], endings):
             msg = (
                 f"`modules_to_save` names `{inside[id(parameter)]}`, whose weight is"
-                f" shared with `{name}`: training it would change both. Leave it out, or"
-                " untie it first (`config.tie_word_embeddings=False`)."
+                f" shared with `{name}`: training it would change both. Leave it out,"
+                " name all that share it, or untie it first"
+                " (`config.tie_word_embeddings=False`)."
             )
             raise TargetError(msg)
     return found
@@ -101,6 +108,7 @@ def check_masks(
         If a mask has the wrong shape, no mask has a block, or a layer is inside a module
         that is trained whole.
     """
+    check_unscaled(model)
     endings = list(modules_to_save or ())
     modules = dict(model.named_modules())
     layers, tied = {}, tied_weights(model)
@@ -160,6 +168,8 @@ def uncovered_statistics(
     name: str
     for name, module in model.named_modules():
         counts = getattr(module, "running_mean", None) is not None
+        # Whose singular vectors each pass in training mode brings on by a step.
+        counts |= type(module).__name__ == "_SpectralNorm"
         if counts and not is_inside(name, modules_to_save):
             return name
     return None

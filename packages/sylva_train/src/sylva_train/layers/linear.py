@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from sylva_train._checks import AdapterError, ConfigError, TargetError
+from sylva_train._torch import is_transformed
 from sylva_train.kernels import gather_blocks, is_capturing, scatter_blocks_
 from sylva_train.masks import LayerMask
 from sylva_train.targets import (
@@ -32,6 +33,12 @@ __all__ = ["SparseEmbeddedLinear", "check_embeddable", "values_dtype"]
 
 #: Dtypes of weights that can hold trained values.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NO_TRANSFORMS = (
+    "`torch.func` transforms cannot go through embedded blocks, which are written into the"
+    " dense weight: take gradients by `backward` or `torch.autograd.grad`, one sample at a"
+    " time where each is to have its own, or transform a copy that was merged"
+    " (`sylva_train.merge`)."
+)
 # While a layer has another weight for a pass, of which other threads must know nothing.
 _exchange = threading.RLock()
 
@@ -266,6 +273,8 @@ class SparseEmbeddedLinear(nn.Module):
             return
         base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
         values = self.values_of(wanted)
+        if is_transformed(values):
+            raise RuntimeError(NO_TRANSFORMS)
         with _exchange:
             weight = own_weight(base)
         is_written = wanted == shown.adapter and shown.is_current(values, weight)
@@ -355,7 +364,11 @@ class SparseEmbeddedLinear(nn.Module):
         if name is None or not torch.is_grad_enabled():
             return None
         values = self.values_of(name)
-        return values if values.requires_grad and values.shape[0] else None
+        if not (values.requires_grad and values.shape[0]):
+            return None
+        if not torch.compiler.is_compiling() and is_transformed():
+            raise RuntimeError(NO_TRANSFORMS)
+        return values
 
     def differentiable(self, values: torch.Tensor) -> torch.Tensor:
         """Return the weight as the base layer stores it, as a function of its values."""

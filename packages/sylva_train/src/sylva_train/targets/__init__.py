@@ -17,6 +17,7 @@ from .identity import fingerprint
 from .inputs import Calls, input_owners, is_same, layer_input, shared_inputs
 from .weights import (
     as_matrix,
+    check_unscaled,
     check_weights,
     is_packed,
     is_patched,
@@ -34,6 +35,7 @@ __all__ = [
     "as_matrix",
     "check_block_size",
     "check_tied",
+    "check_unscaled",
     "check_weights",
     "exclusion",
     "find_targets",

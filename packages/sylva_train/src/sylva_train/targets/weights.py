@@ -13,6 +13,7 @@ from sylva_train._checks import TargetError
 
 __all__ = [
     "as_matrix",
+    "check_unscaled",
     "check_weights",
     "is_packed",
     "is_patched",
@@ -101,13 +102,30 @@ def loaded_weight(module: nn.Module) -> torch.Tensor:
         return weight_view(module).clone()
 
 
+def check_unscaled(model: nn.Module) -> None:
+    """Raise `TargetError` if a model multiplies its weights in place, between its modes.
+
+    RWKV does, against overflow in float16; blocks would be put back as they were.
+    """
+    for module in model.modules():
+        if hasattr(module, "layers_are_rescaled") and module.config.rescale_every:  # type: ignore[union-attr]
+            msg = (
+                f"a {type(module).__name__} divides weights in place in evaluation mode,"
+                " which blocks in them would undo: load the model with"
+                " `rescale_every=0`, which changes its outputs by rounding alone."
+            )
+            raise TargetError(msg)
+
+
 def check_weights(model: nn.Module) -> None:
     """Raise `TargetError` unless the model computes with weights that it really has.
 
     Refused are quantized models, whose integers stand for weights, models whose weights
-    were never loaded or have no shape yet, sharded ones and those in TorchScript. A weight
-    that accelerate keeps on the CPU or on disk until its layer runs is there.
+    were never loaded or have no shape yet, sharded ones, those in TorchScript and those of
+    `check_unscaled`. A weight that accelerate keeps on the CPU or on disk until its layer
+    runs is there.
     """
+    check_unscaled(model)
     script = next(
         (n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)),
         None,

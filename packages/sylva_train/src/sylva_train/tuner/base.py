@@ -19,7 +19,13 @@ from sylva_train.layers import (
     check_in_memory,
     uncovered_statistics,
 )
-from sylva_train.targets import fingerprint, is_packed, stacked_experts, weight_view
+from sylva_train.targets import (
+    check_unscaled,
+    fingerprint,
+    is_packed,
+    stacked_experts,
+    weight_view,
+)
 
 __all__ = ["bare", "base_fingerprint", "base_in_place", "base_name", "check_base"]
 
@@ -134,6 +140,7 @@ def check_base(
         Weights that come with the adapter and are going to replace the model's: new rows
         of a resized vocabulary are random.
     """
+    check_unscaled(model)
     modules = dict(model.named_modules())
     for name in config.layer_shapes or {}:
         check_in_memory(modules.get(name, model))
@@ -164,10 +171,18 @@ def check_base(
             msg = (
                 f"the adapter was made for the base model {known}, but this one is"
                 f" `{base_name(model)}` ({ours[:12]}…). Its weights differ; load the base"
-                " that the adapter was trained on (in float32 or bfloat16, as then)."
+                " that the adapter was trained on (in float16 if it was so then, otherwise"
+                " in float32 or bfloat16)."
                 + strange
                 + counted(model, config.modules_to_save)
             )
+            if embeddings is None and config.folder is None:
+                # Those of a file are a mapping, if an empty one.
+                msg += (
+                    " If its vocabulary was resized, use `PeftModel.from_pretrained(model,"
+                    " path)` without a `config`: the new embeddings lie beside the adapter,"
+                    " and other ways to load it do not say where that is."
+                )
             raise AdapterError(msg)
     for name, shape in (config.layer_shapes or {}).items():
         try:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from sylva_train._checks import AdapterError, ConfigError
 from sylva_train._files import atomic_folder
-from sylva_train._torch import note_tensors
+from sylva_train._torch import note_tensors, separate
 from sylva_train.config import SylvaConfig, SylvaType
 from sylva_train.masks import LayerMask, Masks
 from sylva_train.options import KRONECKER
@@ -134,6 +134,7 @@ def write_adapter(
     config = copy.copy(config)
     config.inference_mode = True
     kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    separate(kept)
     with atomic_folder(path, overwrite=overwrite) as folder:
         save_file(kept, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(folder))

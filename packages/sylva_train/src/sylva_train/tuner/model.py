@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -184,6 +185,7 @@ class SylvaModel(BaseTuner):
         unwanted_adapter_names: list[str],  # noqa: ARG003
     ) -> dict[str, torch.Tensor]:
         """Select an adapter's blocks, and write its identity into ``config``."""
+        warn_of_others(model)
         kept = {}
         for name, layer in embedded_layers(model).items():
             # PEFT would add those of an output embedding, which show the values.
@@ -247,6 +249,30 @@ class SylvaModel(BaseTuner):
             model, config, adapter_name, state_dict
         )
         return remapped
+
+
+def warn_of_others(model: nn.Module) -> None:
+    """Warn of weights that are trained beside adapters, which PEFT does not save."""
+    kinds = BaseTunerLayer, AuxiliaryTrainingWrapper
+    holders = tuple(
+        f"{name}." for name, m in model.named_modules() if isinstance(m, kinds)
+    )
+    name = next(
+        (
+            n
+            for n, p in model.named_parameters()
+            if p.requires_grad and not n.startswith(holders)
+        ),
+        None,
+    )
+    if name is not None:
+        warnings.warn(
+            f"`{name}` requires a gradient, but an adapter holds blocks and"
+            " `modules_to_save`, and fits a base with the other weights that this one has"
+            " now: name modules that are trained whole in `modules_to_save`, or save the"
+            " merged model.",
+            stacklevel=4,
+        )
 
 
 def saved_wrappers(model: nn.Module, adapter_name: str) -> dict[str, Any]:

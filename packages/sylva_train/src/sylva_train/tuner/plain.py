@@ -167,7 +167,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises
     ------
     AdapterError
-        If the adapter is damaged or was made for another base. The model is unchanged.
+        If the adapter is damaged, was made for another base, or has two weights where the
+        model has one. The model is unchanged.
     TargetError
         If the model is embedded already.
     """
@@ -176,6 +177,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     check_base(model, adapter.config, adapter.embeddings)
     own: dict[str, torch.Tensor] = dict(model.named_buffers())
     own.update(model.named_parameters(remove_duplicate=False))
+    firsts: dict[int, str] = {}
     for name, tensor in adapter.modules.items():
         found = tuple(own[name].shape) if name in own else None
         if found != tuple(tensor.shape):
@@ -183,6 +185,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 f"the adapter has `{name}` of shape {tuple(tensor.shape)}, but the model"
                 f" has {found or 'no such tensor'}; load the base with the same head"
                 " (the same labels)."
+            )
+            raise AdapterError(msg)
+        first = firsts.setdefault(id(own[name]), name)
+        if first != name and not torch.equal(tensor, adapter.modules[first]):
+            msg = (
+                f"the adapter has other weights for `{name}` than for `{first}`, which"
+                " share one in this model: PEFT trained a copy of each. Load it with"
+                " `peft.PeftModel.from_pretrained`, or into a base that is loaded with"
+                " `tie_word_embeddings=False`."
             )
             raise AdapterError(msg)
     endings = adapter.config.modules_to_save if adapter.modules else None

@@ -6,6 +6,8 @@ import copy
 import os
 from collections.abc import Mapping
 
+import torch
+from peft import load_peft_weights
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
@@ -19,7 +21,7 @@ from sylva_train.selection import select_as
 from sylva_train.targets import is_inside, is_supported, matches
 
 from .base import check_base
-from .files import read_adapter, state_blocks
+from .files import read_adapter, state_blocks, verify
 
 __all__ = ["plan"]
 
@@ -59,6 +61,16 @@ def choose_masks(model: nn.Module, config: SylvaConfig) -> Mapping[str, LayerMas
     return select_as(config, scores)
 
 
+def saved_embeddings(config: SylvaConfig) -> Mapping[str, torch.Tensor] | None:
+    """Return the embeddings that a saved adapter brings for a resized vocabulary."""
+    if config.hub:
+        tensors = load_peft_weights(device="cpu", **config.hub)
+        return verify(tensors, config, str(config.folder)).embeddings
+    if config.folder and (config.folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        return read_adapter(config.folder).embeddings
+    return None
+
+
 def plan(model: nn.Module, config: SylvaConfig) -> Mapping[str, LayerMask] | None:
     """Check everything about a new adapter, and write its layers into ``config``.
 
@@ -75,10 +87,7 @@ def plan(model: nn.Module, config: SylvaConfig) -> Mapping[str, LayerMask] | Non
         None for an adapter that was saved, whose blocks are loaded afterwards.
     """
     if config.masks is None and config.block_counts is not None:
-        embeddings = None
-        if config.folder and (config.folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-            embeddings = read_adapter(config.folder).embeddings
-        check_base(model, config, embeddings)
+        check_base(model, config, saved_embeddings(config))
         return None
     masks = choose_masks(model, config)
     layers = check_masks(model, masks, config.modules_to_save)
