@@ -32,7 +32,6 @@ __all__ = [
     "GRADIENTS_LOST",
     "LowRank",
     "beside",
-    "compress",
     "cut_triplets",
     "differentiated",
     "gradients_of_parts",
@@ -193,32 +192,6 @@ class LowRank:
         return scaled(adjoint(self.V) @ x, self.S[..., None])
 
 
-def compress(
-    blocks: Array, *, tolerance: float = 0.0, max_rank: int | None = None
-) -> tuple[LowRank, Array]:
-    """Cut dense blocks by the SVD, the best approximation of each rank.
-
-    Parameters
-    ----------
-    blocks : array (..., m, n)
-        The blocks.
-    tolerance : float
-        Frobenius norm that each block may lose.
-    max_rank : int, optional
-        Cap on the rank; it wins over ``tolerance``.
-
-    Returns
-    -------
-    LowRank
-        Orthonormal factors, as wide as the largest rank of the batch; the columns
-        that a block does not need are zero.
-    array (...)
-        Frobenius norm that each block did lose.
-    """
-    cut, lost, _ = cut_triplets(*svd(blocks), tolerance, max_rank)
-    return cut, lost
-
-
 def recompress(
     block: LowRank,
     *,
@@ -228,8 +201,24 @@ def recompress(
 ) -> tuple[LowRank, Array]:
     """Cut low-rank blocks: QR of both factors, then the SVD of the small core.
 
-    Arguments and results are those of `compress`; the factors of ``block`` need not
-    be orthonormal. Gradients, and ``sides``, are those of `differentiated`.
+    Parameters
+    ----------
+    block : LowRank
+        The blocks; their factors need not be orthonormal.
+    tolerance : float
+        Frobenius norm that each block may lose.
+    max_rank : int, optional
+        Cap on the rank; it wins over ``tolerance``.
+    sides : callable, optional
+        As of `differentiated`, whose gradients the result has.
+
+    Returns
+    -------
+    LowRank
+        Orthonormal factors, as wide as the largest rank of the batch; the columns
+        that a block does not need are zero.
+    array (...)
+        Frobenius norm that each block did lose.
     """
     if not block.rank:
         return cut_triplets(block.U, block.S, block.V, tolerance, max_rank)[:2]

@@ -73,7 +73,7 @@ def cut_dense(
     Returns
     -------
     LowRank
-        As `compress` gives it.
+        As `recompress` gives it.
     lost, largest : array (b,)
         Frobenius norm that each block does lose, and a bound of the spectral norm.
     """
