@@ -41,6 +41,7 @@ __all__ = [
     "scaled",
     "stack",
     "triplets",
+    "widened",
 ]
 
 GRADIENTS_LOST = (
@@ -81,12 +82,8 @@ class LowRank:
         space = Space.of(U)
         V = check_operand("V", self.V, space)
         S = check_operand("S", self.S, space.real)
-        batch, r = tuple(U.shape[:-2]), U.shape[-1]
-        fits = (*batch, r) == tuple(S.shape) and (*batch, r) == (
-            *V.shape[:-2],
-            V.shape[-1],
-        )
-        if not fits:
+        scales = tuple(S.shape)
+        if not scales == (*U.shape[:-2], U.shape[-1]) == (*V.shape[:-2], V.shape[-1]):
             msg = (
                 "`U`, `S` and `V` must have shapes (..., m, r), (..., r) and "
                 f"(..., n, r), got {tuple(U.shape)}, {tuple(S.shape)}, {tuple(V.shape)}."
@@ -116,9 +113,8 @@ class LowRank:
     @property
     def H(self) -> LowRank:
         """The adjoint blocks (views)."""
-        swapped = object.__new__(
-            LowRank
-        )  # they fit, and products ask for it every time
+        # unchecked: they fit, and products ask for it every time
+        swapped = object.__new__(LowRank)
         vars(swapped).update(U=self.V, S=self.S, V=self.U)
         return swapped
 
@@ -223,10 +219,7 @@ def recompress(
     if not block.rank:
         return cut_triplets(block.U, block.S, block.V, tolerance, max_rank)[:2]
     space = Space.of(block.U)
-    with (
-        one_blas_thread_if_narrow(space, block.rank),
-        without_gradients(space.xp),
-    ):
+    with one_blas_thread_if_narrow(space, block.rank), without_gradients(space.xp):
         Qu, core, Qv = _core(block)
         # the small factors are cut, before there are large ones
         cut, lost, _ = cut_triplets(*core, tolerance, max_rank)
@@ -305,15 +298,18 @@ def beside(*blocks: LowRank) -> LowRank:
     return LowRank(*(xp.concat(part, axis=-1) for part in parts))
 
 
+def widened(x: Array, width: int) -> Array:
+    """Return x (..., r) with zeros up to a width."""
+    space = Space.of(x)
+    more = space.zeros(*x.shape[:-1], width - x.shape[-1])
+    return space.xp.concat([x, more], axis=-1)
+
+
 def pair(first: Array, second: Array) -> Array:
     """Stack (b, ..., r) and (b, ..., s) to (b, 2, ..., max(r, s)), zeros at the end."""
-    space = Space.of(first)
     width = max(first.shape[-1], second.shape[-1])
-    parts = [
-        space.xp.concat([x, space.zeros(*x.shape[:-1], width - x.shape[-1])], axis=-1)
-        for x in (first, second)
-    ]
-    return space.xp.stack(parts, axis=1)
+    both = [widened(x, width) for x in (first, second)]
+    return namespace(first).stack(both, axis=1)
 
 
 def stack(first: LowRank, second: LowRank) -> LowRank:

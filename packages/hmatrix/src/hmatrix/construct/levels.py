@@ -26,9 +26,8 @@ from hmatrix.construct.budget import block_tolerance, check_tolerances
 from hmatrix.construct.cross import Found, approximate
 from hmatrix.construct.near import Near
 from hmatrix.construct.pivots import SAMPLE, Pivots, search, together
-from hmatrix.construct.sampled import widened
 from hmatrix.hodlr import HODLR, from_sides
-from hmatrix.lowrank import LowRank, kept
+from hmatrix.lowrank import LowRank, kept, widened
 from hmatrix.tree import ClusterTree
 
 __all__ = ["build"]

@@ -21,9 +21,9 @@ from hmatrix._backend import (
     to_numpy,
 )
 from hmatrix.construct.blocks import tiles
-from hmatrix.lowrank import LowRank, cut_triplets
+from hmatrix.lowrank import LowRank, cut_triplets, widened
 
-__all__ = ["cut_dense", "replace_blocks", "scatter", "widened"]
+__all__ = ["cut_dense", "replace_blocks", "scatter"]
 
 #: What is cut, and the Frobenius and spectral norms lost.
 Cut = tuple[LowRank, Array, Array]
@@ -237,10 +237,3 @@ def replace_blocks(all_: LowRank, part: LowRank, which: np.ndarray) -> LowRank:
     return LowRank(
         *(scatter(widened(x, width), widened(y, width), which) for x, y in pairs)
     )
-
-
-def widened(x: Array, width: int) -> Array:
-    """Return x (..., r) with zeros up to a width."""
-    space = Space.of(x)
-    more = space.zeros(*x.shape[:-1], width - x.shape[-1])
-    return space.xp.concat([x, more], axis=-1)
