@@ -13,6 +13,7 @@ from hmatrix._backend import (
     Array,
     add_product,
     adjoint,
+    block_diagonal_times,
     block_matrix,
     conjugate,
     namespace,
@@ -192,10 +193,8 @@ class HODLR(StoredOperator):
 
     def _apply(self, x: Array, top: int = 0) -> Array:
         """Product with a padded block; with ``top``, of the part at and below a level."""
-        xp = self.space.xp
-        y = self.leaves @ xp.reshape(x, (*self.leaves.shape[:2], x.shape[1]))
         pairs = (self.blocks(level) for level in range(top, self.tree.levels))
-        return apply_blocks(pairs, x, xp.reshape(y, x.shape))
+        return apply_blocks(pairs, x, block_diagonal_times(self.leaves, x))
 
     def _apply_adjoint(self, x: Array) -> Array:
         return self.H._apply(x)

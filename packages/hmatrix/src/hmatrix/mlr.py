@@ -11,6 +11,7 @@ from hmatrix._backend import (
     Array,
     add_product,
     adjoint,
+    block_diagonal_times,
     block_matrix,
     conjugate,
     squares,
@@ -138,16 +139,12 @@ class MLR(StoredOperator):
         return MLR(self.tree, change(self.leaves), factors, self.sign)
 
     def _apply(self, x: Array) -> Array:
-        xp, q = self.space.xp, x.shape[1]
-        y = self.leaves @ xp.reshape(x, (*self.leaves.shape[:2], q))
-        y = xp.reshape(y, x.shape)
+        xp, y = self.space.xp, block_diagonal_times(self.leaves, x)
         for F in self.factors:
-            nodes = (*F.shape[:2], q)
+            nodes = (*F.shape[:2], x.shape[1])
             part = adjoint(F) @ xp.reshape(x, nodes)
-            y = xp.reshape(
-                add_product(xp.reshape(y, nodes), F, part, self.sign), x.shape
-            )
-        return y
+            y = add_product(xp.reshape(y, nodes), F, part, self.sign)
+        return xp.reshape(y, x.shape)
 
     def _apply_adjoint(self, x: Array) -> Array:
         return self._apply(x)

@@ -18,6 +18,7 @@ __all__ = [
     "add_product",
     "add_to_diagonals",
     "adjoint",
+    "block_diagonal_times",
     "block_matrix",
     "conjugate",
     "detach",
@@ -142,6 +143,13 @@ def block_matrix(A11: Array, A12: Array, A21: Array, A22: Array) -> Array:
     concat = namespace(A11).concat
     rows = concat([A11, A12], axis=-1), concat([A21, A22], axis=-1)
     return concat(rows, axis=-2)
+
+
+def block_diagonal_times(blocks: Array, x: Array) -> Array:
+    """Multiply rows x (b m, q) with the matrix of diagonal blocks (b, m, m)."""
+    xp = namespace(x)
+    y = blocks @ xp.reshape(x, (*blocks.shape[:2], x.shape[1]))
+    return xp.reshape(y, x.shape)
 
 
 def is_writeable(x: Array) -> bool:

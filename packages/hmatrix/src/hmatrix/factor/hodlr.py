@@ -11,6 +11,7 @@ from hmatrix._backend import (
     Array,
     Space,
     adjoint,
+    block_diagonal_times,
     block_matrix,
     conjugate,
     contiguous,
@@ -70,7 +71,7 @@ class HODLRFactorization(Factorization):
         # P of all levels, each (padded, r): the halves' factors below each other
         P = [pair(B12.U, B21.U) for B12, B21 in map(H.blocks, range(tree.levels))]
         P = [xp.reshape(pair, (tree.padded, -1)) for pair in P]
-        X = self._solve_leaves(xp.concat(P, axis=-1))
+        X = block_diagonal_times(self._inverse_leaves, xp.concat(P, axis=-1))
         for level in reversed(range(tree.levels)):
             width = self._widths[level]
             self._Y[level] = contiguous(X[:, X.shape[1] - width :])
@@ -174,7 +175,7 @@ class HODLRFactorization(Factorization):
         return Y, self._halves(level, self._solve_adjoint(self._Q[level], level + 1))
 
     def _apply(self, x: Array) -> Array:
-        x = self._solve_leaves(x)
+        x = block_diagonal_times(self._inverse_leaves, x)
         for level in reversed(range(self.tree.levels)):
             x = self._step(level, x, own=True)
         return x
@@ -195,7 +196,7 @@ class HODLRFactorization(Factorization):
             small = xp.flip(xp.reshape(small, (*Y.shape[:2], -1, x.shape[1])), axis=1)
             Q = self._halves(level, self._Q[level])
             x = _less(x, Q, small, own=x is not given)
-        return self._leaves_times(adjoint(self._inverse_leaves), x)
+        return block_diagonal_times(adjoint(self._inverse_leaves), x)
 
     def _step(self, level: int, x: Array, *, own: bool = False) -> Array:
         """Turn the children's solutions into the nodes': x − D P E Qᴴ x."""
@@ -301,13 +302,6 @@ class HODLRFactorization(Factorization):
         """View (padded, q) as (2**level, 2, half, q)."""
         nodes, half = self.tree.nodes(level), self.tree.size(level + 1)
         return self.space.xp.reshape(x, (nodes, 2, half, int(x.shape[-1])))
-
-    def _solve_leaves(self, x: Array) -> Array:
-        return self._leaves_times(self._inverse_leaves, x)
-
-    def _leaves_times(self, leaves: Array, x: Array) -> Array:
-        y = leaves @ self.space.xp.reshape(x, (*leaves.shape[:2], x.shape[1]))
-        return self.space.xp.reshape(y, x.shape)
 
 
 def _less(x: Array, Y: Array, small: Array, *, own: bool) -> Array:

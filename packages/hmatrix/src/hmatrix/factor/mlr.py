@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property, partial
 
-from hmatrix._backend import Array, adjoint, contiguous, in_own_precision, inverse_lower
+from hmatrix._backend import (
+    Array,
+    adjoint,
+    block_diagonal_times,
+    contiguous,
+    in_own_precision,
+    inverse_lower,
+)
 from hmatrix._checks import take_array
 from hmatrix.factor._base import Factorization
 from hmatrix.factor.climb import build
@@ -35,8 +42,8 @@ class MLRFactorization(Factorization):
         W: list[Array] = [None] * tree.levels
         if tree.levels:
             columns = xp.concat(_columns(H), axis=-1)
-            X = xp.reshape(columns, (*leaves.shape[:2], columns.shape[-1]))
-            X = xp.reshape(adjoint(half) @ (half @ X), columns.shape)
+            X = block_diagonal_times(half, columns)
+            X = block_diagonal_times(adjoint(half), X)
             for level in reversed(range(tree.levels)):
                 F = H.factors[level]
                 rest = columns.shape[-1] - F.shape[-1]

@@ -13,6 +13,7 @@ from hmatrix._backend import (
     Array,
     Space,
     adjoint,
+    block_diagonal_times,
     cholesky,
     conjugate,
     detach,
@@ -66,11 +67,11 @@ class SymmetricFactor:
         given = x
         for Q, X in zip(self.bases, self.cores, strict=True):
             x = apply_term(Q, X, x, own=x is not given)
-        return _blocks_times(self.leaves, x)
+        return block_diagonal_times(self.leaves, x)
 
     def solve(self, x: Array) -> Array:
         """Return ``W⁻¹ x``."""
-        x = _blocks_times(self.inverse_leaves, x)
+        x = block_diagonal_times(self.inverse_leaves, x)
         for Q, Y in zip(self.bases[::-1], self.inverse_cores[::-1], strict=True):
             x = apply_term(Q, Y, x, own=True)
         return x
@@ -80,7 +81,7 @@ class SymmetricFactor:
         given = x
         for Q, Y in zip(self.bases, self.inverse_cores, strict=True):
             x = apply_term(Q, adjoint(Y), x, own=x is not given)
-        return _blocks_times(adjoint(self.inverse_leaves), x)
+        return block_diagonal_times(adjoint(self.inverse_leaves), x)
 
     def inverse_terms(self) -> Iterator[tuple[Array, Array]]:
         """Return Z and M of each level: the inverse is that of the leaves and Z M Zᴴ.
@@ -94,7 +95,7 @@ class SymmetricFactor:
             x = apply_term(Q, adjoint(Y), x)
             x = xp.concat([x, xp.reshape(Q, (x.shape[0], Q.shape[-1]))], axis=-1)
         # x is now W⁻ᴴ Q of the nodes' children, for all levels
-        x = _blocks_times(adjoint(self.inverse_leaves), x)
+        x = block_diagonal_times(adjoint(self.inverse_leaves), x)
         done = 0
         for Q, Y in zip(self.bases, self.inverse_cores, strict=True):
             r = Q.shape[-1]
@@ -133,13 +134,6 @@ def inner(Q: Array, X: Array, y: Array) -> Array:
     xp, (r, q) = namespace(y), (Q.shape[-1], y.shape[-1])
     small = X @ xp.reshape(adjoint(Q) @ y, (-1, X.shape[1], q))
     return xp.reshape(small, (-1, r, q))
-
-
-def _blocks_times(blocks: Array, x: Array) -> Array:
-    """Multiply rows (padded, q) with diagonal blocks."""
-    xp = namespace(x)
-    y = blocks @ xp.reshape(x, (*blocks.shape[:2], x.shape[1]))
-    return xp.reshape(y, x.shape)
 
 
 def logdet_of_cholesky(L: Array) -> Array:
