@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
+
+from .threads import Shared
 
 __all__ = ["in_own_precision"]
 
@@ -36,7 +37,7 @@ def in_own_precision(function: Callable[P, Result]) -> Callable[P, Result]:
             for device in filter(lowers, ("cpu", "cuda")):
                 stack.enter_context(torch.autocast(device, enabled=False))
             if _whole.times or _are_rounded(torch):
-                stack.enter_context(_whole_products(torch))
+                stack.enter_context(_whole.held())
             return function(*args, **kwargs)
 
     return run
@@ -53,34 +54,9 @@ def _are_rounded(torch: Any) -> bool:
     return any(x.fp32_precision in ("tf32", "bf16") for x in _settings(torch))
 
 
-class _Whole:
-    """How many want whole products at this time, and what gives back what was before."""
-
-    def __init__(self) -> None:
-        self.lock, self.times, self.give_back = threading.Lock(), 0, lambda: None
-
-
-_whole: Any = _Whole()
-
-
-@contextmanager
-def _whole_products(torch: Any) -> Iterator[None]:
-    # the setting is of the process, and the last to leave gives it back
-    with _whole.lock:
-        if not _whole.times:
-            _whole.give_back = _set_to_whole(torch)
-        _whole.times += 1
-    try:
-        yield
-    finally:
-        with _whole.lock:
-            _whole.times -= 1
-            if not _whole.times:
-                _whole.give_back()
-
-
-def _set_to_whole(torch: Any) -> Callable[[], None]:
+def _set_to_whole() -> Callable[[], None]:
     """Have all factors multiplied as they are; return what undoes that."""
+    torch = sys.modules["torch"]
     settings, general = _settings(torch), None
     before = [x.fp32_precision for x in settings]
     try:
@@ -98,3 +74,6 @@ def _set_to_whole(torch: Any) -> Callable[[], None]:
                 x.fp32_precision = value
 
     return give_back
+
+
+_whole = Shared(_set_to_whole)

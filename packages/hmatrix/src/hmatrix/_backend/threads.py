@@ -18,6 +18,7 @@ from .arrays import Array, namespace
 from .space import Space
 
 __all__ = [
+    "Shared",
     "default_workers",
     "in_threads",
     "one_blas_thread",
@@ -54,8 +55,36 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
 
 
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
+class Shared:
+    """A setting of the whole process, which several threads may want at a time.
+
+    The first makes it by ``begin``, which returns what gives back what was before; the
+    last to leave calls that.
+    """
+
+    def __init__(self, begin: Callable[[], Callable[[], object]]) -> None:
+        self._begin, self._lock, self.times = begin, threading.Lock(), 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Have the setting."""
+        with self._lock:
+            if not self.times:
+                self._give_back = self._begin()
+            self.times += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.times -= 1
+                if not self.times:
+                    self._give_back()
+
+
+_one_thread = Shared(lambda: _blas().limit(limits=1).restore_original_limits)
+
+
+def one_blas_thread() -> AbstractContextManager[None]:
     """Hold BLAS and LAPACK of NumPy to one thread.
 
     For batches of small or narrow matrices, and where threads of ours are at work.
@@ -63,28 +92,7 @@ def one_blas_thread() -> Iterator[None]:
     processors that have other work too, H @ B of 20 columns at n = 65536 takes 6 s, by one
     thread 0.06 s.
     """
-    # the count is global, and the last to leave gives it back
-    with _held.lock:
-        if not _held.times:
-            _held.limiter = _blas().limit(limits=1)
-        _held.times += 1
-    try:
-        yield
-    finally:
-        with _held.lock:
-            _held.times -= 1
-            if not _held.times:
-                _held.limiter.restore_original_limits()
-
-
-class _Held:
-    """How many hold BLAS to one thread at this time."""
-
-    def __init__(self) -> None:
-        self.lock, self.times, self.limiter = threading.Lock(), 0, None
-
-
-_held: Any = _Held()
+    return _one_thread.held()
 
 
 def one_blas_thread_if_narrow(
@@ -92,7 +100,11 @@ def one_blas_thread_if_narrow(
 ) -> AbstractContextManager[None]:
     """Hold BLAS to one thread if NumPy multiplies matrices no wider than these."""
     small = max(widths, default=0) <= SINGLE_THREAD_SIZE
-    if small and not _held.times and array_api_compat.is_numpy_namespace(space.xp):
+    if (
+        small
+        and not _one_thread.times
+        and array_api_compat.is_numpy_namespace(space.xp)
+    ):
         return one_blas_thread()
     return nullcontext()
 
