@@ -17,10 +17,8 @@ from hmatrix._backend import (
     Array,
     Space,
     detach,
-    dtype_name,
     frobenius,
     is_array,
-    library,
     namespace,
 )
 
@@ -262,20 +260,20 @@ def check_operand(
 ) -> Array:
     """Return ``x`` if it lives in ``space``; ``narrower`` floats may be allowed."""
     array = check_array(name, x)
-    if namespace(array) is not space.xp:
+    found = Space.of(array)
+    if found.xp is not space.xp:
         msg = (
-            f"`{name}` is a {library(array)} array, expected {space.library}; "
+            f"`{name}` is a {found.library} array, expected {space.library}; "
             f"convert one side, or build the other with `like={name}`."
         )
         raise BackendError(msg)
-    device = Space.of(array).device
-    if device != space.device:
+    if found.device != space.device:
         msg = (
-            f"`{name}` is on device {device}, expected {space.device}; move it there, "
-            f"or build the other side with `like={name}`."
+            f"`{name}` is on device {found.device}, expected {space.device}; move it "
+            f"there, or build the other side with `like={name}`."
         )
         raise BackendError(msg)
-    arrived, expected = dtype_name(array.dtype), space.name
+    arrived, expected = found.name, space.name
     allowed: tuple[str, ...] = (expected,)
     if narrower and expected not in COMPLEX:
         allowed = (*FLOATS[: FLOATS.index(expected) + 1], *HALVES)

@@ -118,10 +118,8 @@ class Entries(ABC):
         ShapeError
             If the indices are not vectors.
         """
-        i, j = (
-            _positions(name, x, self.tree.n)
-            for name, x in (("rows", rows), ("columns", columns))
-        )
+        n = self.tree.n
+        i, j = _positions("rows", rows, n), _positions("columns", columns, n)
         if i.ndim != 1 or j.ndim != 1:
             msg = f"`rows` and `columns` must be vectors, got {i.shape} and {j.shape}."
             raise ShapeError(msg)

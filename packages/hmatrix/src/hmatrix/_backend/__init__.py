@@ -50,12 +50,7 @@ from .linalg import (
     unscaled_norm,
 )
 from .precision import in_own_precision
-from .space import (
-    Space,
-    contiguous,
-    library,
-    nbytes,
-)
+from .space import Space, contiguous, nbytes
 from .threads import (
     default_workers,
     in_threads,
@@ -92,7 +87,6 @@ __all__ = [
     "is_array",
     "is_writeable",
     "known_gradients",
-    "library",
     "multiply_into",
     "namespace",
     "nbytes",

@@ -24,12 +24,7 @@ from .arrays import (
     to_numpy,
 )
 
-__all__ = [
-    "Space",
-    "contiguous",
-    "library",
-    "nbytes",
-]
+__all__ = ["Space", "contiguous", "nbytes"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ class Space:
 
     @property
     def library(self) -> str:
-        """Name of the library."""
+        """Name of the library: ``numpy``, ``torch``, ``cupy``."""
         return str(self.xp.__name__).removeprefix("array_api_compat.").split(".")[0]
 
     @property
@@ -218,11 +213,6 @@ def _named(xp: str, dtype: str, device: Any) -> Space:
 def _of_numpy(dtype: Any) -> Space:
     x = np.empty(0, dtype)
     return Space(namespace(x), dtype, x.device)
-
-
-def library(x: Array) -> str:
-    """Return the library of ``x`` by name: ``numpy``, ``torch``, ``cupy``."""
-    return Space.of(x).library
 
 
 def nbytes(*arrays: Array) -> int:
