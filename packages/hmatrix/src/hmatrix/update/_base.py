@@ -278,8 +278,7 @@ class Streaming(ABC):
         """Cut a batch into nearly equal pieces of at most ``_chunk`` samples."""
         c = int(Z.shape[0])
         count = -(-c // self._chunk(c)) if c else 0
-        edges = [c * i // count for i in range(count + 1)] if count else []
-        return [Z[a:b, :] for a, b in itertools.pairwise(edges)]
+        return [Z[c * i // count : c * (i + 1) // count, :] for i in range(count)]
 
     def _check_finite(self, Z: Array, pieces: Sequence[Array], weight: float) -> None:
         """Refuse a batch before any of it is added; one number leaves the device."""
