@@ -44,8 +44,8 @@ def approximate(
     tolerance: float,
     max_rank: int | None,
     seed: int,
-    pivots: Pivots | None = None,
-    expected: int = 2,
+    pivots: Pivots | None,
+    expected: int,
 ) -> list[Found]:
     """Approximate blocks by low rank.
 
@@ -59,7 +59,7 @@ def approximate(
         Cap on the ranks.
     seed : int
         Of the check.
-    pivots : Pivots, optional
+    pivots : Pivots or None
         Of a first sample, if they have been found.
     expected : int
         Rank of blocks that the first sample of all entries is made for.

@@ -100,25 +100,22 @@ def approximate_levels(
     `trimmed`. Returns the blocks of one side or both, and the norm of the matrix, whose
     leaves have the ``norm``.
     """
-    sides: list[Side] = [[] for _ in range(1 if symmetric else 2)]
+    both = [blocks] if symmetric else [blocks, [x.lower for x in blocks]]
+    sides: list[Side] = [[] for _ in both]
     once = together(blocks)
-    pivots: list[list[Pivots]] = [[] for _ in sides]
+    pivots: list[list[Pivots]] = [[] for _ in both]
     for level in reversed(range(tree.levels)):
         space = blocks[level].space
         # no smaller in the end than one whose squares are numbers
         known = allowed(max(norm, space.smallest_norm) if norm else 0.0)
         if level + 1 == once:
             tails = [block_tolerance(tree, k, known) / 4 for k in range(once)]
-            pivots[0] = search(blocks[:once], tails, max_rank, seed)
-            if not symmetric:
-                mirrored = [x.lower for x in blocks[:once]]
-                pivots[1] = search(mirrored, tails, max_rank, seed)
+            pivots = [search(x[:once], tails, max_rank, seed) for x in both]
         tolerance = block_tolerance(tree, level, known)
-        both = (blocks[level], blocks[level].lower)
-        for side, which, found in zip(sides, both, pivots, strict=False):
+        for side, x, found in zip(sides, both, pivots, strict=True):
             first = found[level] if found else None
             below = max(block.rank for block, _ in side[0]) if side else 2
-            parts = approximate(which, tolerance, max_rank, seed, first, below)
+            parts = approximate(x[level], tolerance, max_rank, seed, first, below)
             side.insert(0, parts)
             for block, lost in parts:
                 # where a cap leaves little or nothing, the norm is in what it cut off
