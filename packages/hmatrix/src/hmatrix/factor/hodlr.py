@@ -237,19 +237,13 @@ class HODLRFactorization(Factorization):
         Blocks are leaves if ``real`` (b, m) tells which of their rows are no padding. A
         device is asked after the last level which cannot be inverted, the host here.
         """
-        xp, real_space = self.space.xp, self.space.real
-        infinite = math.inf * real_space.ones(signs.shape[0])
-        singular = signs == 0
-        on_host = self.space.on_host
-        if on_host and bool(xp.any(singular)):
-            inverses, condition = (
-                blocks,
-                xp.where(singular, infinite, 0 * xp.abs(signs)),
-            )
-        else:
+        xp, singular, on_host = self.space.xp, signs == 0, self.space.on_host
+        inverses, condition = blocks, 0 * xp.abs(signs)
+        if not (on_host and bool(xp.any(singular))):
             inverses = inverse(blocks)
             condition = _one_norm(blocks, real) * _one_norm(inverses, real)
-            condition = xp.where(singular, infinite, condition)
+        infinite = math.inf * xp.ones_like(condition)
+        condition = xp.where(singular, infinite, condition)
         self._conditions.append((level, real is not None, condition))
         if on_host:
             self._check_conditions()

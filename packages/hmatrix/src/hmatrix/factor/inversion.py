@@ -228,9 +228,8 @@ def _from_solutions(
         )
         raise ValueError(msg)
     if rtol is None and max_rank is None:
-        max_rank = (
-            F.tree.n
-        )  # no cap: take what can be had, and say in `error` what that is
+        # no cap: take what can be had, and say in `error` what that is
+        max_rank = F.tree.n
     stored = stored_inverse(F, rtol, max_rank)
     error = after(inverse_error(stored, F.matrix), stored.error)
     return replace(stored, error=error)
