@@ -19,6 +19,7 @@ from hmatrix._backend import (
     known_gradients,
     namespace,
     one_blas_thread_if_narrow,
+    positive_or_one,
     qr,
     real_part,
     svd,
@@ -251,7 +252,7 @@ def differentiated(
     if np.any(cut.ranks < np.minimum(block.ranks, least)):
         raise ValueError(GRADIENTS_LOST)
     with without_gradients(xp):
-        over_S = xp.where(S > 0, 1 / xp.where(S > 0, S, xp.ones_like(S)), 0 * S)
+        over_S = xp.where(S > 0, 1 / positive_or_one(S), 0 * S)
         over_S = over_S[..., None, :]
 
     def of_block(left: Array, right: Array) -> list[Array]:
@@ -370,7 +371,7 @@ def kept(
     # tails[..., i]: norm of the singular values from i on. Summed from the small end
     # and relative to the largest, so that tiny ones neither vanish nor underflow.
     top = xp.max(S, axis=-1, keepdims=True)
-    scale = xp.where(top > 0, top, xp.ones_like(top))
+    scale = positive_or_one(top)
     squares = xp.flip((S / scale) ** 2, axis=-1)
     tails = scale * xp.sqrt(xp.flip(xp.cumulative_sum(squares, axis=-1), axis=-1))
     keep = (tails > tolerance) | (spectral < S)

@@ -29,6 +29,7 @@ __all__ = [
     "multiply_into",
     "namespace",
     "plus_product",
+    "positive_or_one",
     "real_part",
     "squares",
     "to_numpy",
@@ -172,6 +173,12 @@ def squares(x: Array) -> Array:
 def real_part(x: Array) -> Array:
     """Real part; a real array is returned as it is."""
     return namespace(x).real(x) if dtype_name(x.dtype) in COMPLEX else x
+
+
+def positive_or_one(x: Array) -> Array:
+    """Return ``x``, with 1 where it is not positive, to divide by."""
+    xp = namespace(x)
+    return xp.where(x > 0, x, xp.ones_like(x))
 
 
 def add_product(x: Array, a: Array, b: Array, sign: int = 1) -> Array:

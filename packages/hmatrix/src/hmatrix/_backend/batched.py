@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from .arrays import Array, adjoint, namespace
+from .arrays import Array, adjoint, namespace, positive_or_one
 from .gradients import wants_gradient
 from .space import Space
 
@@ -43,8 +43,7 @@ def householder_qr(a: Array, *, complete: bool = False) -> tuple[Array, Array]:
         sign = xp.where(none, xp.ones_like(first), first)
         sign = sign / xp.astype(xp.where(none, xp.ones_like(size), absolute), a.dtype)
         # of norm √2: v / ‖v‖ √2, whose first part cannot cancel
-        length = xp.sqrt(size * (size + absolute))
-        length = xp.where(length > 0, length, xp.ones_like(length))
+        length = positive_or_one(xp.sqrt(size * (size + absolute)))
         head = first + sign * xp.astype(size, a.dtype)
         v = xp.concat([head, x[..., 1:, :]], axis=-2) / xp.astype(length, a.dtype)
         reflectors.append(v)

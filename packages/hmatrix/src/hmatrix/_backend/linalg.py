@@ -15,6 +15,7 @@ from .arrays import (
     block_matrix,
     multiply_into,
     namespace,
+    positive_or_one,
     transpose,
 )
 from .batched import householder_qr, in_turn
@@ -98,8 +99,7 @@ def eigh_descending(a: Array) -> tuple[Array, Array]:
         return space.real.zeros(*a.shape[:-1]), a
     if space.on_host:
         a = xp.astype(a, xp.complex128 if space.is_complex else xp.float64)
-    scale = xp.max(xp.abs(a), axis=(-2, -1), keepdims=True)
-    scale = xp.where(scale > 0, scale, xp.ones_like(scale))
+    scale = positive_or_one(xp.max(xp.abs(a), axis=(-2, -1), keepdims=True))
     a = a / scale
     tiny = xp.finfo(space.dtype).smallest_normal
     a = xp.where(xp.abs(a) < tiny, xp.zeros_like(a), a)

@@ -15,6 +15,7 @@ from hmatrix._backend import (
     frobenius,
     in_own_precision,
     namespace,
+    positive_or_one,
     real_part,
     squares,
     to_numpy,
@@ -96,7 +97,7 @@ def safe_norms(arrays: Sequence[Array]) -> list[float]:
         xp = namespace(x)
         if math.prod(x.shape):
             top = xp.max(xp.abs(x))
-            scale = xp.where(top > 0, top, xp.ones_like(top))
+            scale = positive_or_one(top)
             numbers += [top, xp.sum((xp.abs(x) / scale) ** 2)]
         else:
             numbers += [Space.of(x).real.zeros()] * 2

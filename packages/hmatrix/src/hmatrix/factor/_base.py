@@ -17,6 +17,7 @@ from hmatrix._backend import (
     known_gradients,
     nbytes,
     one_blas_thread_if_narrow,
+    positive_or_one,
     wants_gradient,
     without_gradients,
 )
@@ -191,10 +192,8 @@ class Factorization(ABC):
         """Refine ``x`` until the residual of every column is small enough."""
         xp = self.space.xp
         # of entries of about 1, whose squares neither overflow nor underflow
-        top = xp.max(xp.abs(detach(b)), axis=0)
-        top = xp.where(top > 0, top, xp.ones_like(top))
-        sizes = xp.linalg.vector_norm(detach(b) / top, axis=0)
-        sizes = xp.where(sizes > 0, sizes, xp.ones_like(sizes))
+        top = positive_or_one(xp.max(xp.abs(detach(b)), axis=0))
+        sizes = positive_or_one(xp.linalg.vector_norm(detach(b) / top, axis=0))
         before = float("inf")
         for _ in range(MOST_STEPS):
             r = residual(x)

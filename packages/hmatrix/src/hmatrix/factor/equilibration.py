@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from hmatrix._backend import Array, detach, namespace, nbytes, to_numpy
+from hmatrix._backend import Array, detach, namespace, nbytes, positive_or_one, to_numpy
 from hmatrix._checks import PrecisionError, SingularBlockError, take_array
 from hmatrix._operator import unpad_rows
 from hmatrix.arithmetic import shift as shifted
@@ -218,8 +218,7 @@ def _divided(H: HODLR, rows: Array, columns: Array) -> HODLR:
         S = block.S
         parts = []
         for x in (U, V):
-            top = xp.max(xp.abs(detach(x)), axis=-2)
-            top = xp.where(top > 0, top, xp.ones_like(top))
+            top = positive_or_one(xp.max(xp.abs(detach(x)), axis=-2))
             parts.append(x / xp.astype(top, x.dtype, copy=False)[..., None, :])
             S = S * top
         return LowRank(parts[0], S, parts[1])

@@ -18,6 +18,7 @@ from hmatrix._backend import (
     detach,
     in_own_precision,
     inverse_lower,
+    positive_or_one,
     slogdet,
     solve,
 )
@@ -353,8 +354,8 @@ def _balanced(block: LowRank) -> tuple[Array, Array]:
     xp = Space.of(block.U).xp
     norms = xp.linalg.vector_norm(block.V, axis=-2, keepdims=True)
     U = scaled(block.U, norms * block.S[..., None, :])
-    norms = xp.where(norms > 0, norms, xp.ones_like(norms))
-    return U, block.V / xp.astype(norms, block.V.dtype, copy=False)
+    norms = xp.astype(positive_or_one(norms), block.V.dtype, copy=False)
+    return U, block.V / norms
 
 
 def _outer_space(U: Array, level: int) -> tuple[int, Array]:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Self
 
-from hmatrix._backend import Array, adjoint, contiguous, one_thread_if_small, qr, svd
+from hmatrix._backend import (
+    Array,
+    adjoint,
+    contiguous,
+    one_thread_if_small,
+    positive_or_one,
+    qr,
+    svd,
+)
 from hmatrix.hodlr import HODLR, clear_padding
 from hmatrix.lowrank import LowRank
 from hmatrix.update._base import Streaming
@@ -102,6 +110,6 @@ class StreamingHODLR(Streaming):
         self._bases[k] = Q @ small
         self._scales[k] = contiguous(S[..., :r])
         # beside the largest, which has a square where small ones have none
-        top = xp.where(S[..., :1] > 0, S[..., :1], xp.ones_like(S[..., :1]))
+        top = positive_or_one(S[..., :1])
         lost = xp.linalg.vector_norm(S[..., r:] / top, axis=-1) * top[..., 0]
         self._lost[k] = self._lost[k] + lost

@@ -20,6 +20,7 @@ from hmatrix._backend import (
     inverse_lower,
     namespace,
     one_thread_if_small,
+    positive_or_one,
     qr,
     real_part,
     squares,
@@ -300,9 +301,8 @@ def _square_root(M: Array) -> Array:
     G = M @ adjoint(M)
     with one_thread_if_small(G):
         norms = xp.sqrt(real_part(xp.linalg.diagonal(G)))
-        scales = xp.where(norms > 0, norms, xp.ones_like(norms))
         # one after the other: their product may be subnormal, where complex division fails
-        rows = xp.astype(scales, G.dtype, copy=False)
+        rows = xp.astype(positive_or_one(norms), G.dtype, copy=False)
         G = G / rows[:, :, None] / rows[:, None, :]
         values, vectors = eigh_descending(G)
         roots = xp.sqrt(xp.where(values > 0, values, xp.zeros_like(values)))
@@ -330,7 +330,7 @@ def _cholesky_qr_twice(Y: Array, noise: Array) -> Array | None:
     Q = xp.astype(Y, xp.float64)
     norms = xp.linalg.vector_norm(Q, axis=-2, keepdims=True)
     level = NOISE / math.sqrt(noise.shape[0])
-    Q = Q / xp.where(norms > 0, norms, xp.ones_like(norms))
+    Q = Q / positive_or_one(norms)
     Q = Q + level * xp.astype(noise, xp.float64)
     for _ in range(2):
         L = cholesky(adjoint(Q) @ Q, sure=True)  # by the noise
