@@ -141,23 +141,12 @@ class Blocks:
         return self._each(lambda x: x[some, ...])
 
     def within(self, rows: Array, columns: Array) -> Blocks:
-        """Return places ``rows`` and ``columns`` (b, q) or (q,) of all blocks."""
-
-        def take(x: Array, places: Array) -> Array:
-            if places.ndim == 2:
-                return pick(x, places)
-            return self.xp.take(x, places, axis=1)
-
+        """Return places ``rows`` and ``columns`` (b, q) of each block."""
         real = self.real
-        return replace(
-            self,
-            rows=take(self.rows, rows),
-            columns=take(self.columns, columns),
-            real=None
-            if real is None
-            else (take(real[0], rows), take(real[1], columns)),
-            near=None,
-        )
+        if real is not None:
+            real = pick(real[0], rows), pick(real[1], columns)
+        rows, columns = pick(self.rows, rows), pick(self.columns, columns)
+        return replace(self, rows=rows, columns=columns, real=real, near=None)
 
     def _each(self, take: Callable[[Array], Array]) -> Blocks:
         """Apply ``take`` to all arrays."""
