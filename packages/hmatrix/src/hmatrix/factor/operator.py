@@ -65,7 +65,7 @@ class HODLRInverse(Operator):
         if not self._refined:
             return y
         y = cleared(y, self.tree)
-        return y + inverse(cleared(x - product(y) - factor.shift * y, self.tree))
+        return y + inverse(factor._residual(x, y, product))
 
     def _apply_adjoint(self, x: Array) -> Array:
         return self.H._apply(x)
