@@ -25,7 +25,6 @@ from hmatrix.factor.inversion import (
     inversion_or_orthogonal,
 )
 from hmatrix.factor.mlr import MLRFactorization
-from hmatrix.factor.operator import HODLRInverse
 from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
@@ -35,7 +34,6 @@ __all__ = [
     "HODLRCholesky",
     "HODLREquilibrated",
     "HODLRFactorization",
-    "HODLRInverse",
     "HODLROrthogonal",
     "MLRFactorization",
     "factorize",
