@@ -25,7 +25,7 @@ from hmatrix._backend import (
 from hmatrix.construct.blocks import Blocks, chunks, pick
 from hmatrix.construct.pivots import GROUP, SAMPLE, Pivots, gather, search
 from hmatrix.construct.residual import large, residual, strays
-from hmatrix.construct.sampled import cut_dense, replace_blocks, scatter
+from hmatrix.construct.sampled import cut_dense, replaced
 from hmatrix.lowrank import LowRank, cut_triplets
 
 __all__ = ["Found", "approximate"]
@@ -103,9 +103,9 @@ def approximated(
     sample, tail = SAMPLE, tolerance / 4
     if pivots is None:
         (pivots,) = search([blocks], [tail], max_rank, seed)
-    found, lost = attempt(blocks, pivots, sample, tolerance, max_rank, seed)
+    found = attempt(blocks, pivots, sample, tolerance, max_rank, seed)
     while max_rank is None and sample < blocks.size:
-        bad = np.flatnonzero(~(to_numpy(lost) <= tolerance))
+        bad = np.flatnonzero(~(to_numpy(found[1]) <= tolerance))
         if not len(bad):
             break
         # where singular values decay slowly, what follows a small step is not small
@@ -115,15 +115,13 @@ def approximated(
         rest = blocks.taken(space.integers(bad))
         (pivots,) = search([rest], [tail], None, seed, sample)
         again = attempt(rest, pivots, sample, tolerance, None, seed)
-        found = replace_blocks(found, again[0], bad)
-        lost = scatter(lost, again[1], bad)
-    bad = np.flatnonzero(~(to_numpy(lost) <= tolerance))
+        found = replaced(found, again, bad)
+    bad = np.flatnonzero(~(to_numpy(found[1]) <= tolerance))
     if len(bad) and blocks.size <= DENSE:
         rest = blocks.taken(space.integers(bad))
-        exact = whole(rest, tolerance, max_rank, found.rank)
-        found = replace_blocks(found, exact[0], bad)
-        lost = scatter(lost, exact[1], bad)
-    return found, lost
+        exact = whole(rest, tolerance, max_rank, found[0].rank)
+        found = replaced(found, exact, bad)
+    return found
 
 
 def whole(

@@ -7,6 +7,7 @@ products that tell what a block of low rank is made of.
 from __future__ import annotations
 
 import math
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,10 +24,11 @@ from hmatrix._backend import (
 from hmatrix.construct.blocks import tiles
 from hmatrix.lowrank import LowRank, cut_triplets, widened
 
-__all__ = ["cut_dense", "replace_blocks", "scatter"]
+__all__ = ["cut_dense", "replaced"]
 
 #: What is cut, and the Frobenius and spectral norms lost.
 Cut = tuple[LowRank, Array, Array]
+Some = TypeVar("Some", bound=tuple[Any, ...])
 
 #: Columns of a sample beyond the rank that is expected; each next one has twice as many.
 MORE = 2
@@ -102,7 +104,7 @@ def cut_dense(
             cut = LowRank(Q @ small.U, small.S, left @ small.V), *norms
         else:
             cut = cut_triplets(*svd(blocks), tolerance, max_rank, spectral)
-        found = cut if found is None else _replaced(found, cut, where)
+        found = cut if found is None else replaced(found, cut, where)
         if not bad.any():
             return found
         where = where[bad]
@@ -212,28 +214,22 @@ def _cut(
     return block, xp.hypot(lost, missed), xp.hypot(largest, missed)
 
 
-def _replaced(all_: Cut, part: Cut, which: np.ndarray) -> Cut:
-    blocks = replace_blocks(all_[0], part[0], which)
-    lost, largest = (
-        scatter(x, y, which) for x, y in zip(all_[1:], part[1:], strict=True)
+def replaced(every: Some, part: Some, which: np.ndarray) -> Some:
+    """Return blocks, and norms (b,) of each, with some of them replaced."""
+    space, count = Space.of(every[1]), every[1].shape[0]
+    order = np.arange(count)
+    order[which] = count + np.arange(len(which))
+    places = space.integers(order)
+
+    def scatter(x: Array, y: Array) -> Array:
+        return space.xp.take(space.xp.concat([x, y], axis=0), places, axis=0)
+
+    (a, *norms), (b, *others) = every, part
+    width = max(a.rank, b.rank)
+    blocks = LowRank(
+        *(
+            scatter(widened(x, width), widened(y, width))
+            for x, y in ((a.U, b.U), (a.S, b.S), (a.V, b.V))
+        )
     )
-    return blocks, lost, largest
-
-
-def scatter(x: Array, part: Array, which: np.ndarray) -> Array:
-    """Return x (b, ...) with some entries replaced."""
-    space = Space.of(x)
-    order = np.arange(x.shape[0])
-    order[which] = x.shape[0] + np.arange(len(which))
-    return space.xp.take(
-        space.xp.concat([x, part], axis=0), space.integers(order), axis=0
-    )
-
-
-def replace_blocks(all_: LowRank, part: LowRank, which: np.ndarray) -> LowRank:
-    """Return blocks with some of them replaced."""
-    width = max(all_.rank, part.rank)
-    pairs = zip((all_.U, all_.S, all_.V), (part.U, part.S, part.V), strict=True)
-    return LowRank(
-        *(scatter(widened(x, width), widened(y, width), which) for x, y in pairs)
-    )
+    return blocks, *map(scatter, norms, others)  # type: ignore[return-value]
