@@ -169,11 +169,8 @@ def _parts(H: HODLR | MLR) -> tuple[dict[str, Any], dict[str, Any]]:
         header |= {"symmetric": H.symmetric, "error": H.error}
     else:
         header |= {"sign": H.sign}
-    arrays = H._arrays()
-    for name in ("sizes", "permutation"):
-        if getattr(H.tree, name) is not None:
-            arrays[f"tree.{name}"] = getattr(H.tree, name)
-    return header, arrays
+    tree = {f"tree.{name}": x for name, x in H.tree._arrays().items()}
+    return header, H._arrays() | tree
 
 
 def _is_transposed(x: np.ndarray) -> bool:

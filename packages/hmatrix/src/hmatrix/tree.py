@@ -263,13 +263,14 @@ class ClusterTree:
         sizes: np.ndarray = np.clip(left, 0, m)
         return sizes
 
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """Return sizes and permutation, where a plain tree has none, by name."""
+        both = {"sizes": self.sizes, "permutation": self.permutation}
+        return {name: x for name, x in both.items() if x is not None}
+
     def _key(self) -> tuple[Any, ...]:
-        arrays = (self.sizes, self.permutation)
-        return (
-            self.n,
-            self.levels,
-            *(None if x is None else x.tobytes() for x in arrays),
-        )
+        arrays = ((name, x.tobytes()) for name, x in self._arrays().items())
+        return self.n, self.levels, *arrays
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ClusterTree):

@@ -259,11 +259,7 @@ class Streaming(ABC):
             "levels": self.tree.levels,
             "rank": self.rank,
             "seed": self.seed,
-            **{
-                name: value
-                for name in ("sizes", "permutation")
-                if (value := getattr(self.tree, name)) is not None
-            },
+            **self.tree._arrays(),
         }
 
     def _arrays(self) -> dict[str, Array]:
