@@ -24,7 +24,7 @@ def grid(
     corners. With ``chance``, others each time: one by chance from each stretch between
     neighbours. And the square roots of the numbers that rows and columns stand for.
     """
-    space, xp, b, m = blocks.space, blocks.xp, blocks.count, blocks.size
+    space, b, m = blocks.space, blocks.count, blocks.size
     if m <= count:
         whole = space.integers(np.tile(np.arange(m), (b, 1)))
         ones = space.real.ones(b, m)
@@ -33,14 +33,12 @@ def grid(
         (i, rows), (j, columns) = (
             _dense_at_ends(blocks, *places, count, chance) for places in blocks.places
         )
-        return i, j, (rows, columns)
-    both, weights = [], []
-    for order in (blocks.near.row_order, blocks.near.column_order):
-        index, numbers = _dense_at_start(m, count, chance)
-        both.append(xp.take(order, space.integers(index), axis=1))
-        roots = space.real.asarray(np.sqrt(numbers))
-        weights.append(xp.broadcast_to(roots, (b, count)))
-    return both[0], both[1], (weights[0], weights[1])
+    else:
+        orders = blocks.near.row_order, blocks.near.column_order
+        (i, rows), (j, columns) = (
+            _dense_at_start(blocks, order, count, chance) for order in orders
+        )
+    return i, j, (rows, columns)
 
 
 def _dense_at_ends(
@@ -83,15 +81,18 @@ def _dense_at_ends(
 
 
 def _dense_at_start(
-    m: int, count: int, chance: np.random.Generator | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``count`` of m places, all at the start, then fewer and fewer.
+    blocks: Blocks, order: Array, count: int, chance: np.random.Generator | None
+) -> tuple[Array, Array]:
+    """Return ``count`` places of an ``order`` (b, m), all at its start, then fewer.
 
-    And how many places each stands for.
+    And the roots of how many places each stands for.
     """
-    edge = int(count * START)
-    bounds = np.linspace(0, 1, count - edge + 1) ** 2 * (m - edge)
+    space, xp, edge = blocks.space, blocks.xp, int(count * START)
+    bounds = np.linspace(0, 1, count - edge + 1) ** 2 * (blocks.size - edge)
+    widths = np.diff(bounds)
     part = 0.5 if chance is None else chance.random(count - edge)
-    inner = bounds[:-1] + part * np.diff(bounds)
-    index = np.concatenate([np.arange(edge), edge + inner.astype(np.int64)])
-    return index, np.concatenate([np.ones(edge), np.diff(bounds)])
+    inner = (bounds[:-1] + part * widths).astype(np.int64)
+    index = space.integers(np.concatenate([np.arange(edge), edge + inner]))
+    roots = space.real.asarray(np.sqrt(np.concatenate([np.ones(edge), widths])))
+    chosen = xp.take(order, index, axis=1)
+    return chosen, xp.broadcast_to(roots, tuple(chosen.shape))
