@@ -69,8 +69,8 @@ class HODLRFactorization(Factorization):
         """Find the terms of all levels, from the leaves to the root."""
         H, xp, tree = self.matrix, self.space.xp, self.tree
         # P of all levels, each (padded, r): the halves' factors below each other
-        P = [pair(B12.U, B21.U) for B12, B21 in map(H.blocks, range(tree.levels))]
-        P = [xp.reshape(pair, (tree.padded, -1)) for pair in P]
+        pairs = (pair(B12.U, B21.U) for B12, B21 in map(H.blocks, range(tree.levels)))
+        P = [xp.reshape(both, (tree.padded, -1)) for both in pairs]
         X = block_diagonal_times(self._inverse_leaves, xp.concat(P, axis=-1))
         for level in reversed(range(tree.levels)):
             width = self._widths[level]
@@ -83,9 +83,8 @@ class HODLRFactorization(Factorization):
     def _take_bases(self) -> None:
         """Keep Q of each level, (padded, r), as P without the scales C."""
         H, tree = self.matrix, self.tree
-        self.symmetric = H.symmetric
         pairs = (pair(B21.V, B12.V) for B12, B21 in map(H.blocks, range(tree.levels)))
-        bases = (self.space.xp.reshape(pair, (tree.padded, -1)) for pair in pairs)
+        bases = (self.space.xp.reshape(both, (tree.padded, -1)) for both in pairs)
         self._Q = [cleared(basis, tree) for basis in bases]
         self._widths = [int(q.shape[-1]) for q in self._Q]
 
@@ -95,7 +94,7 @@ class HODLRFactorization(Factorization):
 
     def _sign_of_determinant(self) -> float | complex:
         sign = complex(self._sign)
-        if self.space.is_complex and not self.symmetric:
+        if self.space.is_complex and not self.matrix.symmetric:
             return sign
         # that of a Hermitian matrix is real, to rounding
         return math.copysign(1.0, sign.real)
@@ -170,7 +169,7 @@ class HODLRFactorization(Factorization):
     def _term_bases(self, level: int) -> tuple[Array, Array]:
         """Return D P and Dᴴ Q of a level, each (2**level, 2, half, r)."""
         Y = self._halves(level, self._Y[level])
-        if self.symmetric:
+        if self.matrix.symmetric:
             return Y, Y
         return Y, self._halves(level, self._solve_adjoint(self._Q[level], level + 1))
 
