@@ -7,23 +7,13 @@ one small factorization.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from hmatrix._backend import in_own_precision, one_blas_thread_if_narrow
-from hmatrix._checks import NotPositiveDefiniteError, check_choice, check_kind
+from hmatrix._checks import check_choice, check_kind
 from hmatrix.factor._base import Factorization, telling_nan
 from hmatrix.factor.cholesky import HODLRCholesky
-from hmatrix.factor.equilibration import (
-    General,
-    HODLREquilibrated,
-    equilibrated_if_lossy,
-)
+from hmatrix.factor.equilibration import HODLREquilibrated, equilibrated_if_lossy
 from hmatrix.factor.hodlr import HODLRFactorization
-from hmatrix.factor.inversion import (
-    cholesky_or_orthogonal,
-    inverse,
-    inversion_or_orthogonal,
-)
+from hmatrix.factor.inversion import automatic, inverse
 from hmatrix.factor.mlr import MLRFactorization
 from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR
@@ -175,15 +165,9 @@ def factorize(
 
 
 def _factorize(H: HODLR, shift: float, method: str, overwrite: bool) -> Factorization:
-    if method == "cholesky" or (method == "auto" and H.symmetric):
-        definite = HODLRCholesky if method == "cholesky" else cholesky_or_orthogonal
-        try:
-            return definite(H, shift, overwrite=overwrite)
-        except NotPositiveDefiniteError:
-            if method == "cholesky" or overwrite:
-                raise
-    make: dict[str, Callable[[HODLR, float], General]] = {
-        "inversion": HODLRFactorization,
-        "orthogonal": HODLROrthogonal,
-    }
-    return equilibrated_if_lossy(make.get(method, inversion_or_orthogonal), H, shift)
+    if method == "auto":
+        return automatic(H, shift, overwrite=overwrite)
+    if method == "cholesky":
+        return HODLRCholesky(H, shift, overwrite=overwrite)
+    make = HODLRFactorization if method == "inversion" else HODLROrthogonal
+    return equilibrated_if_lossy(make, H, shift)

@@ -41,7 +41,7 @@ from hmatrix.factor.orthogonal import HOPELESS, HODLROrthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 
-__all__ = ["inverse", "inversion_or_orthogonal"]
+__all__ = ["automatic", "inverse"]
 
 
 @in_own_precision
@@ -126,7 +126,7 @@ def inverse(
         F = inversion_or_orthogonal(H.matrix, H.shift, strict=False)
     elif isinstance(H, HODLR):
         with telling_nan(H):
-            F = _factorized(H, shift)
+            F = automatic(H, shift, for_terms=True)
     elif isinstance(H, MLR):
         F = MLRFactorization(H, shift)
     assert isinstance(F, Factorization)
@@ -161,19 +161,25 @@ def inverse(
     return replace(stored, error=error)
 
 
-def _factorized(H: HODLR, shift: float) -> Factorization:
-    """Factorize for the terms of the inverse: W Wᴴ keeps the most digits, if there is W."""
-    if H.symmetric and not has_gradients(H):
+def automatic(
+    H: HODLR, shift: float, *, overwrite: bool = False, for_terms: bool = False
+) -> Factorization:
+    """Factorize by "auto" of `factorize`, or ``for_terms`` of the inverse.
+
+    Those of W Wᴴ keep the most digits, but have no gradients to the matrix.
+    """
+    if H.symmetric and not (for_terms and has_gradients(H)):
         try:
-            return cholesky_or_orthogonal(H, shift)
+            return cholesky_or_orthogonal(H, shift, overwrite=overwrite)
         except NotPositiveDefiniteError:
-            pass
-    make = partial(inversion_or_orthogonal, strict=False)
+            if overwrite:
+                raise
+    make = partial(inversion_or_orthogonal, strict=not for_terms)
     return equilibrated_if_lossy(make, H, shift)
 
 
 def cholesky_or_orthogonal(
-    H: HODLR, shift: float, *, overwrite: bool = False
+    H: HODLR, shift: float, *, overwrite: bool
 ) -> HODLRCholesky | HODLROrthogonal:
     """Factorize a definite matrix as W Wᴴ, or orthogonally where that keeps more digits.
 
@@ -193,7 +199,7 @@ def cholesky_or_orthogonal(
     return second if second._lost < lost else first
 
 
-def inversion_or_orthogonal(H: HODLR, shift: float, *, strict: bool = True) -> General:
+def inversion_or_orthogonal(H: HODLR, shift: float, *, strict: bool) -> General:
     """Factorize by inversion, or orthogonally where that fails or loses digits.
 
     What `HODLRFactorization` lets pass by itself, because refinement converges, is too much
