@@ -340,7 +340,7 @@ class StoredOperator(Entries, Operator):
         return _operations["subtract"](self, other)
 
     def __rsub__(self, other: object) -> Any:
-        return _operations["scale"](self - other, -1.0)
+        return -(self - other)
 
     def __neg__(self) -> Any:
         return _operations["scale"](self, -1.0)

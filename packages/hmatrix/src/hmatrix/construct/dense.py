@@ -124,7 +124,7 @@ def from_dense(
     norm = check_finite("A", A)
     tree = make_tree(n, levels, leaf_size, tree)
     rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
-    A, symmetric = _symmetrize(A, True if definite else symmetric, norm)
+    A, symmetric = _symmetrize(A, definite or symmetric, norm)
     A = transpose(pad_rows(transpose(pad_rows(A, tree)), tree))
 
     total = max(rtol * norm, atol)

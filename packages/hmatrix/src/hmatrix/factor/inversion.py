@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from hmatrix._backend import (
     in_own_precision,
@@ -129,14 +128,14 @@ def inverse(
             F = automatic(H, shift, for_terms=True)
     elif isinstance(H, MLR):
         F = MLRFactorization(H, shift)
-    assert isinstance(F, Factorization)
+    if isinstance(F, MLRFactorization):
+        X = F.inverse()
+        if rtol is None and max_rank is None:
+            return X
+        return truncate(X, rtol=rtol, max_rank=max_rank)
     if isinstance(F, (HODLREquilibrated, HODLROrthogonal)):
         return _from_solutions(F, rtol, max_rank)
-    if not isinstance(F, (HODLRCholesky, HODLRFactorization)):
-        X: Any = F.inverse()
-        if rtol is None and max_rank is None:
-            return X  # type: ignore[no-any-return]
-        return truncate(X, rtol=rtol, max_rank=max_rank)  # type: ignore[no-any-return]
+    assert isinstance(F, (HODLRCholesky, HODLRFactorization))
     with one_blas_thread_if_narrow(F.space, *F.matrix._widths):
         leaves, terms = F._terms()
         stored = assemble(
