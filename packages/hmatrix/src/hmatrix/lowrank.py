@@ -346,10 +346,7 @@ def cut_triplets(
 
 
 def kept(
-    S: Array,
-    tolerance: float | Array,
-    max_rank: int | None,
-    spectral: float = math.inf,
+    S: Array, tolerance: float | Array, max_rank: int | None, spectral: float = math.inf
 ) -> tuple[Array, Array, Array]:
     """Decide which singular values S (..., r), descending, blocks need.
 

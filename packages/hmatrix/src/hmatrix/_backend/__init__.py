@@ -30,11 +30,7 @@ from .arrays import (
     to_numpy,
     transpose,
 )
-from .gradients import (
-    known_gradients,
-    wants_gradient,
-    without_gradients,
-)
+from .gradients import known_gradients, wants_gradient, without_gradients
 from .linalg import (
     cholesky,
     complete_qr,

@@ -11,11 +11,7 @@ import array_api_compat
 
 from .arrays import Array, Namespace, namespace
 
-__all__ = [
-    "known_gradients",
-    "wants_gradient",
-    "without_gradients",
-]
+__all__ = ["known_gradients", "wants_gradient", "without_gradients"]
 
 
 def wants_gradient(x: Array) -> bool:
@@ -34,9 +30,7 @@ def without_gradients(xp: Namespace) -> AbstractContextManager[Any]:
 
 
 def known_gradients(
-    value: Array,
-    gradients: Callable[[Array], Sequence[Array]],
-    inputs: Sequence[Array],
+    value: Array, gradients: Callable[[Array], Sequence[Array]], inputs: Sequence[Array]
 ) -> Array:
     """Let torch differentiate ``value`` by ``inputs``, once.
 

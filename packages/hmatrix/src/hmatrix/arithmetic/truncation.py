@@ -6,12 +6,7 @@ import math
 from functools import partial
 from typing import TypeVar
 
-from hmatrix._backend import (
-    Array,
-    in_own_precision,
-    wants_gradient,
-    without_gradients,
-)
+from hmatrix._backend import Array, in_own_precision, wants_gradient, without_gradients
 from hmatrix._checks import NonFiniteError, check_int, check_kind
 from hmatrix.arithmetic.error import after
 from hmatrix.arithmetic.norms import norm, safe_norms

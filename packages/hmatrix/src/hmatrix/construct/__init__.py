@@ -7,12 +7,7 @@ from hmatrix.construct.dense import from_dense
 from hmatrix.construct.entries import from_entries, from_kernel
 from hmatrix.construct.matvec import from_matvec
 from hmatrix.construct.sparse import from_sparse
-from hmatrix.construct.structured import (
-    from_diagonal,
-    from_low_rank,
-    identity,
-    slices,
-)
+from hmatrix.construct.structured import from_diagonal, from_low_rank, identity, slices
 from hmatrix.construct.toeplitz import from_toeplitz
 
 __all__ = [

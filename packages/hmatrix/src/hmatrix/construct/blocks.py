@@ -9,16 +9,7 @@ from typing import Any
 from hmatrix._backend import Array, Space, conjugate, multiply_into
 from hmatrix.construct.near import Near
 
-__all__ = [
-    "CHUNK",
-    "Blocks",
-    "Function",
-    "again",
-    "chunks",
-    "masked",
-    "pick",
-    "tiles",
-]
+__all__ = ["Blocks", "Function", "again", "chunks", "masked", "pick", "tiles"]
 
 #: From labels of rows and columns, broadcast, to entries.
 Function = Callable[[Array, Array], Array]

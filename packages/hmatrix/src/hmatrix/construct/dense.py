@@ -17,12 +17,7 @@ from hmatrix._backend import (
     namespace,
     transpose,
 )
-from hmatrix._checks import (
-    ShapeError,
-    check_array,
-    check_finite,
-    check_space,
-)
+from hmatrix._checks import ShapeError, check_array, check_finite, check_space
 from hmatrix._operator import pad_rows
 from hmatrix.construct.blocks import chunks
 from hmatrix.construct.budget import (

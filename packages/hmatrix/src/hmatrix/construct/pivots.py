@@ -9,14 +9,7 @@ from itertools import count
 
 import numpy as np
 
-from hmatrix._backend import (
-    Array,
-    Space,
-    conjugate,
-    contiguous,
-    to_numpy,
-    transpose,
-)
+from hmatrix._backend import Array, Space, conjugate, contiguous, to_numpy, transpose
 from hmatrix.construct.blocks import Blocks, chunks
 from hmatrix.construct.places import grid
 from hmatrix.construct.residual import Left, compare, residual

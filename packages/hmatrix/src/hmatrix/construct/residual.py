@@ -17,7 +17,7 @@ from hmatrix._backend import (
 from hmatrix.construct.blocks import Blocks, again, chunks, pick, tiles
 from hmatrix.construct.places import grid
 
-__all__ = ["WHOLE", "Left", "compare", "large", "residual", "strays"]
+__all__ = ["Left", "compare", "large", "residual", "strays"]
 
 #: Frobenius norms (b,) of what is left, the rows (b,) where most of it is, and squares
 #: (b, m) of what is in each row, in part by chance.
@@ -85,10 +85,7 @@ def residual(blocks: Blocks, U: Array, V: Array, sample: int, *seed: int) -> Lef
 
 
 def compare(
-    blocks: Blocks,
-    U: Array,
-    V: Array,
-    weights: tuple[Array, Array] | None = None,
+    blocks: Blocks, U: Array, V: Array, weights: tuple[Array, Array] | None = None
 ) -> Left:
     """Return what is left of blocks less ``U Vᴴ``, from all entries.
 

@@ -33,11 +33,7 @@ __all__ = [
 
 @in_own_precision
 def factorize(
-    H: HODLR | MLR,
-    shift: float = 0.0,
-    *,
-    method: str = "auto",
-    overwrite: bool = False,
+    H: HODLR | MLR, shift: float = 0.0, *, method: str = "auto", overwrite: bool = False
 ) -> Factorization:
     """Factorize ``H + shift·I``.
 

@@ -38,13 +38,7 @@ from hmatrix.factor.symmetric import SymmetricFactor
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 
-__all__ = [
-    "PROBES",
-    "Factorization",
-    "has_gradients",
-    "narrow",
-    "telling_nan",
-]
+__all__ = ["PROBES", "Factorization", "has_gradients", "narrow", "telling_nan"]
 
 Apply = Callable[[Array], Array]
 Fact = TypeVar("Fact", bound="Factorization")
@@ -182,12 +176,7 @@ class Factorization(ABC):
         return x + known_gradients(step, lambda g: [solve_adjoint(g)], [residual])
 
     def _refine(
-        self,
-        b: Array,
-        x: Array,
-        residual: Apply,
-        apply: Apply,
-        rtol: float,
+        self, b: Array, x: Array, residual: Apply, apply: Apply, rtol: float
     ) -> Array:
         """Refine ``x`` until the residual of every column is small enough."""
         xp = self.space.xp
@@ -409,9 +398,7 @@ class Factorization(ABC):
         )
 
 
-def narrow(
-    method: Callable[[Fact], Result],
-) -> Callable[[Fact], Result]:
+def narrow(method: Callable[[Fact], Result]) -> Callable[[Fact], Result]:
     """Hold BLAS to one thread in a method, if the factorization is of narrow arrays."""
 
     @wraps(method)

@@ -22,11 +22,7 @@ from hmatrix._backend import (
 from hmatrix._checks import PrecisionError, SingularBlockError, take_array
 from hmatrix._operator import cleared, unpad_rows
 from hmatrix.arithmetic import Terms
-from hmatrix.factor._base import (
-    Factorization,
-    has_gradients,
-    narrow,
-)
+from hmatrix.factor._base import Factorization, has_gradients, narrow
 from hmatrix.factor.climb import build
 from hmatrix.factor.gradients import logdet_with_gradients
 from hmatrix.factor.hodlr import HODLRFactorization
@@ -148,10 +144,7 @@ class HODLRCholesky(Factorization):
 
     def _arrays(self) -> dict[str, Array]:
         factor = self._factor
-        arrays = {
-            "logdet": self._logdet,
-            "inverse_leaves": factor.inverse_leaves,
-        }
+        arrays = {"logdet": self._logdet, "inverse_leaves": factor.inverse_leaves}
         for name in ("bases", "cores", "inverse_cores"):
             arrays |= {f"{name}.{k}": x for k, x in enumerate(getattr(factor, name))}
         return arrays

@@ -26,11 +26,7 @@ from hmatrix._backend import (
 from hmatrix._checks import SingularBlockError, SingularLeafError, take_array
 from hmatrix._operator import cleared, real_rows, unpad_rows
 from hmatrix.arithmetic import Terms, estimate_norm
-from hmatrix.factor._base import (
-    PROBES,
-    Factorization,
-    narrow,
-)
+from hmatrix.factor._base import PROBES, Factorization, narrow
 from hmatrix.factor.leaves import shifted_leaves, without_padding
 from hmatrix.factor.operator import HODLRInverse
 from hmatrix.factor.orthogonal import HODLROrthogonal

@@ -24,11 +24,7 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import SingularBlockError, take_array
 from hmatrix._operator import cleared, unpad_rows
-from hmatrix.factor._base import (
-    Factorization,
-    has_gradients,
-    narrow,
-)
+from hmatrix.factor._base import Factorization, has_gradients, narrow
 from hmatrix.factor.gradients import (
     diagonal_with_gradients_of,
     logdet_with_gradients_of,

@@ -122,9 +122,7 @@ class StreamingMLR(Streaming):
     def _allocate(self) -> None:
         self._factors = [
             self.space.zeros(
-                self.tree.nodes(k),
-                self.tree.size(k),
-                min(self.rank, self.tree.size(k)),
+                self.tree.nodes(k), self.tree.size(k), min(self.rank, self.tree.size(k))
             )
             for k in range(self.tree.levels)
         ]
