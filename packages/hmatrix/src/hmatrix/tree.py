@@ -260,8 +260,7 @@ class ClusterTree:
     def _equal_sizes(self) -> np.ndarray:
         m = -(-self.n >> self.levels)
         left = self.n - m * np.arange(self.nodes(self.levels))
-        sizes: np.ndarray = np.clip(left, 0, m)
-        return sizes
+        return np.clip(left, 0, m)
 
     def _arrays(self) -> dict[str, np.ndarray]:
         """Return sizes and permutation, where a plain tree has none, by name."""

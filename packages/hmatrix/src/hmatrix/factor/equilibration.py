@@ -200,8 +200,7 @@ def _largest_terms(block: LowRank) -> Array:
 def _root(sizes: np.ndarray) -> np.ndarray:
     """Return powers of two near the square roots of sizes, 1 for zero."""
     exponents = np.log2(np.where(sizes > 0, sizes, 1.0)) / 2
-    powers: np.ndarray = 2.0 ** np.round(exponents)
-    return powers
+    return 2.0 ** np.round(exponents)
 
 
 def _divided(H: HODLR, rows: Array, columns: Array) -> HODLR:
