@@ -310,8 +310,7 @@ def check_norm(norm: float, space: Space, *, whole: bool = True) -> float:
         return norm
     msg = (
         f"The norm of the matrix is {norm:.3g}: squares of its entries and of errors "
-        f"overflow or underflow in {space.name}; rescale it"
-        + (f", or use {space.wider}." if space.wider else ".")
+        f"overflow or underflow in {space.name}; rescale it{space.or_wider(', or use')}."
     )
     raise NonFiniteError(msg)
 

@@ -104,6 +104,10 @@ class Space:
             return ""
         return "complex128" if self.is_complex else "float64"
 
+    def or_wider(self, words: str) -> str:
+        """Advise, in these ``words``, the wider dtype; nothing if there is none."""
+        return f"{words} {self.wider}" if self.wider else ""
+
     @property
     def smallest_norm(self) -> float:
         """Norm whose part of epsilon has a square that does not underflow."""

@@ -147,9 +147,8 @@ def estimate_norm(
 
 def _check_finite(space: Space, norm: float) -> None:
     if not math.isfinite(norm):
-        msg = f"The result overflows {space.name}; scale the matrices" + (
-            f", or use {space.wider}." if space.wider else "."
-        )
+        advice = f"scale the matrices{space.or_wider(', or use')}."
+        msg = f"The result overflows {space.name}; {advice}"
         raise NonFiniteError(msg)
 
 

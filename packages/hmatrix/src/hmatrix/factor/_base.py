@@ -196,7 +196,7 @@ class Factorization(ABC):
         msg = (
             f"`rtol` = {rtol:.3g} was not reached: refinement in {self.space.name} ends "
             f"at a relative residual of {reached:.3g}. Allow more, or use a `shift`"
-            + (f" or {self.space.wider}." if self.space.wider else ".")
+            f"{self.space.or_wider(' or')}."
         )
         raise ToleranceError(msg, rtol, reached)
 

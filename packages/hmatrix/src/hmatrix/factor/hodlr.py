@@ -256,8 +256,7 @@ class HODLRFactorization(Factorization):
             where = f"leaf {node}" if leaf else f"node {node} of level {level}"
             msg = (
                 f"Singular at {where}: condition number {condition[node]:.3g} in "
-                f"{space.name}. Use a `shift` or fewer levels"
-                + (f", or {space.wider}." if space.wider else ".")
+                f"{space.name}. Use a `shift` or fewer levels{space.or_wider(', or')}."
             )
             error = SingularLeafError if leaf else SingularBlockError
             raise error(msg, level, node)

@@ -167,7 +167,7 @@ class HODLROrthogonal(Factorization):
             self._steps.append(step)
         self._root = contiguous(D)
         self._count(D, 0)
-        advice = f" or {self.space.wider}" if self.space.wider else ""
+        advice = self.space.or_wider(" or")
         self._lost = self._check_precision(HOPELESS, advice, stable=True)
 
     def _differentiate(self, plain: HODLROrthogonal) -> None:
