@@ -184,8 +184,9 @@ def from_low_rank(
     leaves = nodes.to_dense() + _diagonal_leaves(diagonal, tree)
     if symmetric:
         leaves = (leaves + adjoint(leaves)) / 2
-    blocks = (*upper, *(upper if symmetric else lower))
-    parts = (leaves, *(recompress(block)[0].S for block in blocks))
+    blocks = upper if symmetric else (*upper, *lower)
+    scales = [recompress(block)[0].S for block in blocks] * (2 if symmetric else 1)
+    parts = (leaves, *scales)
     norm = check_norm(math.hypot(*(float(frobenius(x)) for x in parts)), space)
     return cut_blocks(
         tree,
