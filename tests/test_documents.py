@@ -89,6 +89,14 @@ def test_readme_has_a_place_for_the_table(results, tmp_path):
     assert outside[0] == outside[1]
 
 
+def test_readme_has_the_figures_of_the_study(tmp_path):
+    copy = tmp_path / "README.md"
+    before = (ROOT / "README.md").read_text("utf-8")
+    copy.write_text(before, encoding="utf-8")
+    load_script("readme_table").main(["--readme", str(copy)])
+    assert copy.read_text("utf-8") == before
+
+
 def test_readme_table_refuses_a_file_without_marks(results, tmp_path):
     script = load_script("readme_table")
     file = tmp_path / "empty.md"

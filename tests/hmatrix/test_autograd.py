@@ -10,6 +10,7 @@ import torch
 import hmatrix as hm
 from tests.helpers import condition
 from tests.hmatrix.differentiated import CASES, DOUBLES, build, draw_case, random_parts
+from tests.strategies import mlr_matrix
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -129,6 +130,21 @@ def test_what_inversion_fails_on_is_differentiated_orthogonally():
     torch.testing.assert_close(gradient, exact)
     with pytest.raises(ValueError, match="no gradients"):
         hm.inverse(H)
+
+
+@pytest.mark.parametrize("method", ["inversion", "orthogonal", "cholesky", None])
+def test_padded_rows_have_no_gradients(method):
+    """Steps along those of a log-determinant would fill them."""
+    H = mlr_matrix(13, 2, 0)
+    if method:
+        H = hm.from_dense(H.to_dense(), levels=2)
+    H = H.to(like=torch.empty(0).double()).map(lambda x: x.clone().requires_grad_())
+    F = hm.factorize(H, 0.3, method=method or "auto")
+    x = F.solve(torch.ones(13).double())
+    (F.logdet() + F.inverse_diagonal().sum() + x.sum()).backward()
+    padded = torch.from_numpy(H.tree.rows >= 13).reshape(H.leaves.shape[:2])
+    assert not H.leaves.grad[padded].any()
+    assert not H.leaves.grad.mT[padded].any()
 
 
 @pytest.mark.parametrize("sign", [1, -1])

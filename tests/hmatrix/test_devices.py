@@ -66,6 +66,34 @@ def test_many_matrices_are_factorized_at_once(xp, dtype, kind, shape, rng):
         assert error_ratio(product, A) < 100 * eps
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+def test_complex_decompositions_survive_subnormal_numbers(dtype, rng):
+    """MKL divides by them, as by what rounding leaves of a block of one row."""
+    tiny = np.finfo(dtype).smallest_normal
+    A = rng.standard_normal((200, 8, 5)) + 1j * rng.standard_normal((200, 8, 5))
+    A[:, 1:] *= np.sqrt(tiny) / 50 * rng.random((200, 7, 1)) ** 20
+    A[:100, 2:] *= np.sqrt(tiny)
+    a = torch.from_numpy(A.astype(dtype))
+    finite = [
+        *linalg.qr(a),
+        *linalg.complete_qr(a),
+        linalg.triangle(a),
+        *linalg.svd(a),
+        *linalg.svd_by_eigh(a),
+        *batched.householder_qr(a),
+    ]
+    assert all(bool(torch.isfinite(x).all()) for x in finite)
+    for Q in (finite[0], finite[2], finite[5], finite[7], finite[8], finite[10]):
+        assert_orthonormal(Q, EPS[dtype])
+
+
+def test_a_cyclic_shift_has_a_stored_inverse_in_complex64():
+    """The rows left of its blocks, one number each, once had a QR of NaN on torch."""
+    A = torch.roll(torch.eye(61, dtype=torch.complex64), 1, 0)
+    X = hm.inverse(hm.from_dense(A, leaf_size=8, rtol=0.0))
+    assert error_ratio(X.to_dense(), A.T) < 1e-5
+
+
 def kernel_matrix(n, rtol=1e-9):
     t = np.linspace(0, 1, n)
     A = 1 / (1 + 9 * abs(t[:, None] - t)) + np.eye(n)

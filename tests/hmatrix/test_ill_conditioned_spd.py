@@ -62,6 +62,28 @@ def test_a_matrix_singular_to_rounding_is_not_called_definite():
             hm.factorize(H)
 
 
+@pytest.mark.parametrize("m", [20, 40])
+def test_a_matrix_that_rounding_alone_makes_definite_is_not_solved_with(m):
+    """Solutions with the symmetric factor had residuals of 5 and of 262."""
+    ends = np.zeros(m)
+    ends[[0, -1]] = 1
+    L = 2 * np.eye(m) - np.eye(m, k=1) - np.eye(m, k=-1) - np.diag(ends)
+    A = np.kron(L, np.eye(m)) + np.kron(np.eye(m), L)  # insulated: singular
+    H = hm.from_dense(A, rtol=1e-12)
+    singular = hm.PrecisionError, hm.SingularBlockError
+    with pytest.raises(singular) as found:
+        hm.factorize(H)
+    with pytest.raises(singular):
+        hm.inverse(H)
+    try:
+        F = hm.factorize(H, method="cholesky")
+    except hm.NotPositiveDefiniteError:
+        return  # as rounding has it
+    assert 'alone, use method="cholesky"' in str(found.value)
+    W = F.sample(np.eye(m * m))
+    assert error_ratio(W @ W.T, A) < 1e-9
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_solutions_of_ill_conditioned_matrices_are_backward_stable(
     dtype, rng, tmp_path

@@ -53,6 +53,22 @@ def test_what_is_masked_is_not_taken_for_numbers(A):
             make()
 
 
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_sparse_tensors_are_not_dense_ones(A, layout):
+    torch = pytest.importorskip("torch")
+    dense = torch.from_numpy(A)
+    sparse = getattr(dense, layout)()
+    for make in (
+        lambda: hm.from_dense(sparse),
+        lambda: hm.from_dense(dense) @ sparse,
+        lambda: hm.factorize(hm.from_dense(dense), shift=100.0).solve(sparse),
+        lambda: hm.StreamingMLR(40, levels=1, like=dense).update(sparse),
+    ):
+        with pytest.raises(hm.BackendError, match=r"layout torch\.sparse.*`to_dense`"):
+            make()
+
+
 def test_the_name_of_a_library_or_device_is_not_like_an_array(A, tmp_path):
     H = hm.from_dense(A, levels=2)
     hm.save(tmp_path / "H.safetensors", H)

@@ -55,3 +55,20 @@ def test_given_leaves_are_halved_until_they_are_small(sizes, leaf_size):
     assert tree.leaf_size == plain.leaf_size or tree.leaf_size <= -(
         -plain.leaf_size // 2
     )
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "int64"])
+def test_boxes_of_narrow_numbers_have_their_sides(dtype):
+    """That from −120 to 120 is 240 long, not the −16 of int8."""
+    x = np.stack([np.linspace(-120, 120, 64), np.arange(64) % 16], axis=1).astype(dtype)
+    if dtype == "float16":
+        x[:, 0] *= 500
+    tree = hm.ClusterTree.from_points(x, leaf_size=32)
+    wide = hm.ClusterTree.from_points(x.astype(float), leaf_size=32)
+    np.testing.assert_array_equal(tree.permutation, wide.permutation)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "complex128", "object", "S3"])
+def test_points_are_real_numbers(dtype):
+    with pytest.raises(hm.DTypeError, match="integers or floats"):
+        hm.ClusterTree.from_points(np.ones((5, 2)).astype(dtype))

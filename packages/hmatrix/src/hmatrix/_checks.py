@@ -246,6 +246,13 @@ def check_array(name: str, x: object, ndim: int | None = None) -> Array:
             f"got {type(x).__name__}{remedy(x, '; convert it, with numpy.asarray say')}."
         )
         raise BackendError(msg)
+    layout = str(getattr(x, "layout", "torch.strided"))
+    if layout != "torch.strided":
+        msg = (
+            f"`{name}` has the layout {layout}, expected torch.strided; `to_dense` makes "
+            "it dense, and `from_sparse` takes SciPy's sparse matrices."
+        )
+        raise BackendError(msg)
     if isinstance(x, np.ndarray) and not (type(x) is np.ndarray and x.dtype.isnative):
         x = np.asarray(x, dtype=x.dtype.newbyteorder("="))
     shape = tuple(x.shape)  # type: ignore[attr-defined]

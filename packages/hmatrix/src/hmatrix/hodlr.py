@@ -46,7 +46,8 @@ class HODLR(StoredOperator):
         Blocks ``B12`` of level k as one batch (2**k, padded / 2**(k+1), same).
     lower : tuple of LowRank, optional
         Blocks ``B21`` alike. Without them the matrix is Hermitian (symmetric, if real),
-        ``B21 = B12ᴴ``.
+        ``B21 = B12ᴴ``, and so must its leaves be. That is not checked: "cholesky" takes
+        their lower triangles for both, products take them as they are.
     error : float, optional
         Relative Frobenius error ``‖A − H‖ / ‖A‖`` of the compression that made it, where
         known: exact or an estimate, as the constructor says. Arithmetic makes an upper

@@ -39,7 +39,8 @@ class MLR(StoredOperator):
     tree : ClusterTree
         The halving.
     leaves : array (2**K, m, m)
-        Hermitian diagonal blocks ``L``.
+        Hermitian diagonal blocks ``L``. That they are is not checked: factorizations take
+        their lower triangles for both.
     factors : tuple of array (2**k, padded / 2**k, r)
         ``F_k`` for each level k < K. Padded rows are zero.
     sign : {1, -1}

@@ -9,8 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from hmatrix._backend import to_numpy
-from hmatrix._checks import NonFiniteError, ShapeError, check_array, check_int
+from hmatrix._backend import dtype_name, to_numpy
+from hmatrix._checks import (
+    DTypeError,
+    NonFiniteError,
+    ShapeError,
+    check_array,
+    check_int,
+)
 
 __all__ = ["ClusterTree"]
 
@@ -169,6 +175,8 @@ class ClusterTree:
         ------
         ShapeError, BackendError
             If there are no points, or not an array of them.
+        DTypeError
+            If they are neither integers nor floats that NumPy has.
         NonFiniteError
             If a coordinate is NaN or infinite.
 
@@ -179,7 +187,12 @@ class ClusterTree:
         >>> ClusterTree.from_points(np.random.default_rng(0).random((1000, 2)))
         ClusterTree(n=1000, levels=4, permuted, leaves of 62 to 63 rows)
         """
-        points = to_numpy(check_array("points", points))
+        points = check_array("points", points)
+        if not (name := dtype_name(points.dtype)).startswith(("int", "uint", "float")):
+            msg = f"`points` must be integers or floats, got {name}; convert them."
+            raise DTypeError(msg)
+        # where sides of boxes of narrow integers do not overflow
+        points = to_numpy(points).astype(np.float64, copy=False)
         points = points[:, None] if points.ndim == 1 else points
         if points.ndim != 2 or not points.size:
             msg = f"`points` must have shape (n, d) or (n,), got {points.shape}."

@@ -31,7 +31,7 @@ def in_turn(a: Array, free: int = 0) -> bool:
 def householder_qr(a: Array, *, complete: bool = False) -> tuple[Array, Array]:
     """QR decomposition of ``a`` (..., m, n), thin or with square Q: one column at a time."""
     xp, space, (m, n) = namespace(a), Space.of(a), a.shape[-2:]
-    k = min(m, n)
+    k, tiny = min(m, n), float(xp.finfo(a.dtype).smallest_normal)
     R = space.asarray(a, copy=True)
     reflectors = []
     for j in range(k):
@@ -39,7 +39,7 @@ def householder_qr(a: Array, *, complete: bool = False) -> tuple[Array, Array]:
         size = xp.linalg.vector_norm(x, axis=-2, keepdims=True)
         first = x[..., :1, :]
         absolute = xp.abs(first)
-        none = absolute == 0
+        none = absolute < tiny  # complex division overflows at subnormal numbers
         sign = xp.where(none, xp.ones_like(first), first)
         sign = sign / xp.astype(xp.where(none, xp.ones_like(size), absolute), a.dtype)
         # of norm √2: v / ‖v‖ √2, whose first part cannot cancel

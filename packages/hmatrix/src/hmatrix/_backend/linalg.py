@@ -125,7 +125,8 @@ def svd(a: Array) -> tuple[Array, Array, Array]:
         # singular values, finite and harmless to other methods
         with suppress(failed), one_thread_if_small(a):
             U, S, Vh = xp.linalg.svd(a, full_matrices=False)
-            return U, S, adjoint(Vh)
+            if not (_spoilt(U) or _spoilt(Vh)):
+                return U, S, adjoint(Vh)
     return svd_by_eigh(a)
 
 
@@ -147,8 +148,9 @@ def svd_by_eigh(a: Array) -> tuple[Array, Array, Array]:
     U, R = householder_qr(R @ V)
     diagonal = xp.linalg.diagonal(R)
     S = xp.abs(diagonal)
-    sizes = xp.astype(xp.where(S > 0, S, xp.ones_like(S)), a.dtype)
-    signs = xp.where(S > 0, diagonal / sizes, xp.ones_like(diagonal))
+    large = float(xp.finfo(a.dtype).smallest_normal) <= S  # for complex division
+    sizes = xp.astype(xp.where(large, S, xp.ones_like(S)), a.dtype)
+    signs = xp.where(large, diagonal / sizes, xp.ones_like(diagonal))
     # in order, which rounding may have changed among the smallest
     order = xp.flip(xp.argsort(S, axis=-1), axis=-1)
     columns = xp.broadcast_to(order[..., None, :], V.shape)
@@ -164,7 +166,7 @@ def qr(a: Array) -> tuple[Array, Array]:
         return householder_qr(a)
     with one_thread_if_small(a):
         Q, R = namespace(a).linalg.qr(a)
-    return Q, R
+    return householder_qr(a) if _spoilt(Q) else (Q, R)
 
 
 def triangle(a: Array) -> Array:
@@ -173,7 +175,8 @@ def triangle(a: Array) -> Array:
         return qr(a)[1]
     with one_thread_if_small(a):
         R = namespace(a).linalg.qr(a, mode="r")
-    return R if type(a) is np.ndarray else R[1]
+    R = R if type(a) is np.ndarray else R[1]
+    return householder_qr(a)[1] if _spoilt(R) else R
 
 
 def complete_qr(a: Array) -> tuple[Array, Array]:
@@ -182,7 +185,20 @@ def complete_qr(a: Array) -> tuple[Array, Array]:
         return householder_qr(a, complete=True)
     with one_thread_if_small(a):
         Q, R = namespace(a).linalg.qr(a, mode="complete")
-    return Q, R
+    return householder_qr(a, complete=True) if _spoilt(Q) else (Q, R)
+
+
+def _spoilt(x: Array) -> bool:
+    """Tell whether a decomposition has NaN, as MKL's complex ones may.
+
+    They divide by subnormal numbers, which is all that rounding leaves of the last columns
+    of a matrix of low rank. Those of gradients have no other way to go.
+    """
+    if not array_api_compat.is_torch_array(x) or wants_gradient(x):
+        return False
+    if not (x.is_complex() and x.device.type == "cpu"):
+        return False
+    return not bool(namespace(x).all(namespace(x).isfinite(x)))
 
 
 def solve(a: Array, b: Array) -> Array:

@@ -65,7 +65,8 @@ def factorize(
         "auto" takes the first of these that applies and keeps the digits: "cholesky" if no
         pivot is below ``sqrt(eps)``, or the Frobenius norm of its ``E`` (see
         `PrecisionError` below) is at most 0.1 or less than that of "orthogonal", or
-        tensors want gradients; "inversion" if that norm is at most ``sqrt(eps)``. One step
+        tensors want gradients (where both have lost their digits, that is a
+        `PrecisionError`); "inversion" if that norm is at most ``sqrt(eps)``. One step
         of refinement mends solutions above that, and products of the operator that
         ``inverse`` gives. ``inverse_diagonal`` is compared with solutions, and found by
         "orthogonal" where it differs. Ask for "cholesky" where you need ``sample`` or

@@ -177,13 +177,12 @@ def automatic(
     return equilibrated_if_lossy(make, H, shift)
 
 
-def cholesky_or_orthogonal(
-    H: HODLR, shift: float, *, overwrite: bool
-) -> HODLRCholesky | HODLROrthogonal:
+def cholesky_or_orthogonal(H: HODLR, shift: float, *, overwrite: bool) -> Factorization:
     """Factorize a definite matrix as W Wᴴ, or orthogonally where that keeps more digits.
 
-    Those lost are looked at where a pivot is small, which costs little beside W. Tensors
-    that want gradients keep W, whose log-determinant has those to more digits.
+    Those lost are looked at where a pivot is small, which costs little beside W; where
+    both lose all, the matrix is singular for all that is known. Tensors that want
+    gradients keep W, whose log-determinant has those to more digits.
     """
     first = HODLRCholesky(H, shift, overwrite=overwrite)
     if not first._refinements or has_gradients(H):
@@ -192,9 +191,10 @@ def cholesky_or_orthogonal(
     if lost <= HOPELESS:
         return first
     try:
-        second = HODLROrthogonal(H, shift)
-    except (PrecisionError, SingularBlockError):
-        return first
+        second = equilibrated_if_lossy(HODLROrthogonal, H, shift)
+    except (PrecisionError, SingularBlockError) as error:
+        msg = f'{error} For `sample` and `whiten` alone, use method="cholesky".'
+        raise PrecisionError(msg, lost) from None
     return second if second._lost < lost else first
 
 

@@ -22,9 +22,11 @@ def shifted_leaves(
     if not shift and tree.padded == tree.n:
         return leaves[which, ...]
     space, m = Space.of(leaves), tree.leaf_size
-    xp, leaves = space.xp, space.asarray(leaves[which, ...], copy=True)
-    rows = xp.reshape(places("rows", tree, space), (-1, m))
+    xp, rows = space.xp, space.xp.reshape(places("rows", tree, space), (-1, m))
     real = rows[which, :] < tree.n
+    # not a mere copy: padded rows want no gradient of the log-determinant
+    zero = xp.zeros((), dtype=space.dtype, device=space.device)
+    leaves = xp.where(real[:, :, None], leaves[which, ...], zero)
     added = xp.full(real.shape, shift, dtype=space.dtype, device=space.device)
     added = xp.where(real, added, xp.ones_like(added))
     return add_to_diagonals(leaves, added)
