@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib.metadata
 import os
 
 import hypothesis
@@ -12,10 +13,20 @@ import torch
 from tests import cuda_like, cupy_like
 from tests.helpers import Library
 
+
+def release(name: str) -> tuple[int, ...]:
+    """Return the first two numbers of a package's version; of one that is missing (0,)."""
+    try:
+        return tuple(map(int, importlib.metadata.version(name).split(".")[:2]))
+    except importlib.metadata.PackageNotFoundError:
+        return (0,)
+
+
 # Where there is no GPU, Triton's kernels are run step by step; Triton reads this once,
-# when something imports it.
+# when something imports it. That of Triton 3.6 and before fails with NumPy 2.4.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if release("triton") >= (3, 7) or release("numpy") < (2, 4):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     cupy_like.install()
 #: Of the tests for a GPU, `CUDA_LIKE=1 pytest -m gpu` runs those that it can on a stand-in.
 if os.environ.get("CUDA_LIKE") and cuda_like.usable:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -339,6 +340,9 @@ def load_whole(
     model.name_or_path = model.config.name_or_path = source
     inside = f"{model.base_model_prefix}." if new_head else ""
     wrong = sorted(w for w in info["mismatched_keys"] if w[0].startswith(inside))
+    if place(source)[1]:
+        # transformers 5.17 takes such weights of a GGUF file without a word
+        wrong = wrong or sorted(misshapen(model))
     if wrong:
         name, found, expected = wrong[0]
         says, advice = "config.json says", "Take both from the same model"
@@ -366,6 +370,15 @@ def load_whole(
         )
         raise ModelError(msg)
     return model
+
+
+def misshapen(model: nn.Module) -> Iterator[tuple[str, torch.Size, tuple[int, int]]]:
+    """Yield the linear layers' weights that are not of the shape the layers say."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            expected = module.out_features, module.in_features
+            if module.weight.shape != expected:
+                yield f"{name}.weight", module.weight.shape, expected
 
 
 def set_dropout(config: Any, dropout: float) -> None:
