@@ -229,3 +229,30 @@ def test_a_single_precision_operator_takes_double_vectors_of_any_size(xp, size, 
     steps, x = count_steps(cg, A, X[:, 0], M=M)
     assert steps < 10
     assert_close(A @ (x / size), X[:, 0] / size, ("float64", "solve"), 1e6)
+
+
+def test_dense_arrays_are_never_views(xp, rng):
+    H = hm.from_dense(xp.asarray(rng.standard_normal((8, 8))), levels=1)
+    block = hm.LowRank(*(xp.asarray(rng.random(s)) for s in ((4, 2), (2,), (3, 2))))
+    for matrix in (H, block):
+        with pytest.raises(ValueError, match="always a new one"):
+            np.asarray(matrix, copy=False)
+        np.testing.assert_array_equal(np.asarray(matrix, copy=True), dense(matrix))
+        assert np.asarray(matrix, dtype="float32").dtype == "float32"
+
+
+def test_division_is_by_numbers(xp, dtype, rng):
+    A = rng.standard_normal((8, 8))
+    H = hm.from_dense(xp.asarray(A.astype(dtype)), levels=1)
+    assert_close(dense(H / 4), A / 4, (dtype, "exact"))
+    with pytest.raises(ZeroDivisionError):
+        H / 0
+
+
+def test_a_complex_inverse_has_an_adjoint_and_no_transpose(rng):
+    A = rng.standard_normal((8, 8)) + 1j * rng.standard_normal((8, 8))
+    inverse = hm.factorize(hm.from_dense(A, levels=1)).inverse()
+    operator = hm.factorize(hm.from_dense(A @ A.conj().T, levels=1, symmetric=True))
+    assert_close(dense(inverse.H), np.linalg.inv(A).conj().T, ("float64", "solve"))
+    with pytest.raises(hm.DTypeError, match="its adjoint `H`"):
+        _ = operator.inverse().T

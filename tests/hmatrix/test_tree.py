@@ -72,3 +72,46 @@ def test_boxes_of_narrow_numbers_have_their_sides(dtype):
 def test_points_are_real_numbers(dtype):
     with pytest.raises(hm.DTypeError, match="integers or floats"):
         hm.ClusterTree.from_points(np.ones((5, 2)).astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (
+            lambda: hm.ClusterTree(8, 1, permutation=[0, 1, 2, 3, 4, 5, 6, 6]),
+            "each of 0 … 7 once",
+        ),
+        (
+            lambda: hm.ClusterTree(8, 1, permutation=np.arange(8.0)),
+            "must be 8 integers, got float64",
+        ),
+        (
+            lambda: hm.ClusterTree(8, 1, sizes=[3, 4]),
+            "sum to n = 8, got 3 at least and 7",
+        ),
+        (lambda: hm.ClusterTree(8, 1, sizes=[-1, 9]), "got -1 at least and 8"),
+        (lambda: hm.ClusterTree.from_sizes([3, 4, 5]), "a power of two of them, got 3"),
+        (lambda: hm.ClusterTree.from_sizes([]), "a power of two of them, got 0"),
+        (
+            lambda: hm.ClusterTree.from_points(np.ones((2, 3, 4))),
+            r"\(n, d\) or \(n,\), got \(2, 3, 4\)",
+        ),
+        (lambda: hm.ClusterTree.from_points(np.ones((0, 2))), r"got \(0, 2\)"),
+    ],
+)
+def test_rows_that_are_no_rows_of_the_matrix_are_refused(make, expected):
+    with pytest.raises(hm.ShapeError, match=expected):
+        make()
+
+
+def test_points_that_are_nowhere_are_refused():
+    with pytest.raises(hm.NonFiniteError, match="drop these rows"):
+        hm.ClusterTree.from_points(np.array([0.0, np.nan, 1.0]))
+
+
+def test_trees_are_equal_to_trees_alone():
+    tree = hm.ClusterTree(8, 1)
+    assert tree == hm.ClusterTree(8, 1, permutation=np.arange(8))
+    assert hash(tree) == hash(hm.ClusterTree(8, 1))
+    assert tree != hm.ClusterTree(8, 2)
+    assert tree != (8, 1)

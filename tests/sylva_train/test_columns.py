@@ -68,6 +68,13 @@ def test_another_separator_is_told_where_no_column_is_known(tmp_path):
         load_data(path)
 
 
+def test_texts_are_in_one_or_two_columns(tmp_path):
+    path = write_rows(tmp_path / "x.csv")
+    for columns in ([], ["sentence"] * 3):
+        with pytest.raises(ConfigError, match="one or two columns"):
+            load_data(path, text_column=columns)
+
+
 def test_columns_that_are_not_there_are_named(tmp_path):
     path = write_rows(tmp_path / "x.csv")
     with pytest.raises(DataError, match=r"`text_column` 'txt'.*'sentence', 'label'"):

@@ -309,7 +309,13 @@ def test_names_are_made_whole_and_unknown_ones_refused(home):
     assert plan(home, methods=("sylva:kfac", "sylva:kfac:mlr")).methods == (
         "sylva:kfac:mlr",
     )
-    for methods in (("sylva:luck",), ("sylva:random:mlr",), ("lorra",), ()):
+    for methods in (
+        ("sylva:luck",),
+        ("sylva:random:mlr",),
+        ("lorra",),
+        ("sylva:kfac:lu",),
+        (),
+    ):
         with pytest.raises(ConfigError, match="method"):
             plan(home, methods=methods)
     with pytest.raises(ConfigError, match="leave it out for 'causal-lm'"):

@@ -92,6 +92,17 @@ def test_a_task_without_a_part_is_named(tmp_path, part):
         load_data(folder, task="seq2seq")
 
 
+def test_tasks_that_are_no_tasks_are_named(tmp_path):
+    folder = write_instructions(tmp_path / "ni")
+    for path in sorted((folder / "tasks").iterdir()):
+        path.write_text(json.dumps(instruction_task(path.stem) | {"Instances": []}))
+    with pytest.raises(DataError, match="the tasks have no instances"):
+        load_data(folder, task="seq2seq")
+    path.write_text("{")
+    with pytest.raises(DataError, match=rf"{path.name}: expected a task in JSON"):
+        load_data(folder, task="seq2seq", split="test")
+
+
 def test_missing_tasks_and_splits_are_named(tmp_path):
     folder = write_instructions(tmp_path / "ni")
     with pytest.raises(DataError, match=r"no file validation_tasks\.txt.*test_tasks"):

@@ -159,6 +159,12 @@ def test_bad_loaders_are_refused():
         Loader(numbers(3), tokenizer, 0)
     with pytest.raises(ConfigError, match="`pack`"):
         Loader(numbers(3), tokenizer, 4, pack=True)
+    pairs = TextDataset("toy", "causal-lm", [("a", "b")])
+    with pytest.raises(ConfigError, match="pairs of texts are for classification"):
+        Loader(pairs, word_tokenizer("decoder"), 4)
+    silent = TextDataset("toy", "classification", ["a", ""], [0, 1], ["no", "yes"])
+    with pytest.raises(DataError, match="example 1 has no token: ''"):
+        Loader(silent, word_tokenizer("decoder"), 4)
 
 
 def test_identity_tells_data_and_options_apart():

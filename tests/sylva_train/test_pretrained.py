@@ -175,6 +175,8 @@ def test_saved_classifiers_come_back_whole(tiny, tmp_path):
     assert other.classifier.out_features == other.num_labels == 3
     embedding = "backbone.embeddings.word_embeddings.weight"
     assert torch.equal(other.get_parameter(embedding), model.get_parameter(embedding))
+    with pytest.raises(ConfigError, match=r'saved with `pooling="mean"`; load it so'):
+        load_model(tmp_path / "saved", pooling="native")
 
 
 @pytest.mark.parametrize(
@@ -373,6 +375,13 @@ def test_a_saved_classifier_needs_its_tokenizer(tiny, tmp_path):
     tiny[0].save_pretrained(tmp_path / "whole")
     with pytest.raises(ModelError, match=r"beside it \(`tokenizer\.save_pretrained`\)"):
         load_model(tmp_path / "whole")
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
+    tokenizer = word_tokenizer(pad_token=None)
+    save_folder(tmp_path, tokenizer=tokenizer)
+    with pytest.raises(ModelError, match="neither a padding nor an end-of-sequence"):
+        load_model(tmp_path, labels=LABELS)
 
 
 def test_a_configuration_of_another_kind_is_refused(folder):

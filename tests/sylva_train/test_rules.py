@@ -247,3 +247,20 @@ def test_a_rule_has_one_copy_of_a_layers_numbers_at_most(rule, monkeypatch):
     # The factors are squares, one of them larger than the layer.
     copies = [each for each in large if len(each) != 2 or each[0] != each[1]]
     assert len(copies) == (rule == "kfac-natural"), copies
+
+
+@pytest.mark.parametrize("which", ["A", "G"])
+@pytest.mark.parametrize("rule", sorted(r for r in RULES if "factors" in RULES[r][1]))
+def test_where_no_input_or_no_gradient_arrives_nothing_matters(rule, which):
+    factors = {"A": torch.eye(20), "G": torch.eye(12)}
+    factors[which].zero_()
+    layer = LayerCurvature(
+        **{name: Factor(matrix) for name, matrix in factors.items()},
+        gradient=torch.zeros(12, 20),
+    )
+    inputs = Inputs(
+        torch.ones(12, 20), layer, SylvaConfig(block_size=8), torch.Generator()
+    )
+    blocks = RULES[rule][0](inputs).blocks(8)
+    assert blocks.shape == (2, 3)
+    assert not blocks.any()

@@ -322,6 +322,10 @@ def test_parts_that_do_not_fit_are_named():
         run(model, list(ToyLoader()))
     with pytest.raises(DataError, match="`loader` has no batch"):
         run(model, ToyLoader(samples=0))
+    once = ToyLoader()
+    once.epoch = lambda epoch, start=0: () if epoch else ToyLoader.epoch(once, 0, start)
+    with pytest.raises(DataError, match="`loader` gave no batch in epoch 1"):
+        run(model, once)
     with pytest.raises(ConfigError, match="no parameter that requires a gradient"):
         run(toy_base().requires_grad_(False))
 
