@@ -9,15 +9,16 @@ import os
 import hypothesis
 import pytest
 import torch
+from packaging.version import Version
 
 from tests import cuda_like, cupy_like
 from tests.helpers import Library
 
 
 def release(name: str) -> tuple[int, ...]:
-    """Return the first two numbers of a package's version; of one that is missing (0,)."""
+    """Return the numbers of a package's version; of one that is missing (0,)."""
     try:
-        return tuple(map(int, importlib.metadata.version(name).split(".")[:2]))
+        return Version(importlib.metadata.version(name)).release
     except importlib.metadata.PackageNotFoundError:
         return (0,)
 

@@ -13,6 +13,7 @@ import torch
 from sylva_train._checks import AdapterError, ModelError
 from sylva_train.importance import score
 from sylva_train.pretrained import load_model, load_tokenizer, saved_labels
+from sylva_train.pretrained.loading import misshapen
 from sylva_train.tuner import inspect_adapter
 from sylva_train.workflow import load_folder
 from tests.sylva_train.jobs import (
@@ -91,6 +92,17 @@ def test_heads_may_be_wider_than_their_share(tmp_path):
         ModelError, match=r"metadata say, .* in the format of transformers"
     ):
         load_model(path, task="causal-lm")
+
+
+def test_weights_of_another_shape_than_their_layers_are_found():
+    """As transformers 5.17 leaves them, without a word."""
+    model = files.llama()
+    assert not list(misshapen(model))
+    layer = model.model.layers[1].self_attn.q_proj
+    layer.weight = torch.nn.Parameter(torch.zeros(64, 32))
+    expected = layer.out_features, layer.in_features
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert list(misshapen(model)) == [(name, (64, 32), expected)]
 
 
 def test_a_loaded_model_is_an_ordinary_one(place, tmp_path):
