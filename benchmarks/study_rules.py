@@ -19,16 +19,16 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from _choices import in_layers, shuffled, unbiased
 from _common import RESULTS, setting
 from sklearn.linear_model import LogisticRegression
-from torch import nn
 
 from sylva_train import (
     Loader,
@@ -43,8 +43,7 @@ from sylva_train import (
     train,
 )
 from sylva_train.baselines import lora_config
-from sylva_train.curvature import block_sums, collect_curvature, loss_units
-from sylva_train.importance import LayerScores, score_rules
+from sylva_train.importance import score_rules
 from sylva_train.pretrained import pooled_features
 from sylva_train.targets import find_targets
 
@@ -56,6 +55,9 @@ RULES = (
 #: Random blocks, in layers that share the budget as `kfac-natural` shares it out: what
 #: choosing layers is worth by itself. In general, `a@b` has blocks by `a` in `b`'s layers.
 LAYERS_ALONE = "kfac-natural-layers"
+#: `a~both` has the blocks of `a` with each layer's block rows and columns in random order:
+#: piled up as they are, but not where. `a~rows` and `a~columns` have the ones alone.
+SHUFFLED = {"both": (0, 1), "rows": (0,), "columns": (1,)}
 #: `kfac-natural` without the gradient's noise, and by all training sentences with exact
 #: factors.
 UNBIASED, MANY = "kfac-natural-unbiased", "kfac-natural-many"
@@ -218,8 +220,9 @@ class Setup:
     def chosen(self, cell: Cell, rule: str) -> Scores:
         """Return the scores that a rule, or one in the layers of another, chooses by."""
         found = self.scores(cell.block, cell.damping)
-        blocks, _, layers = parts(rule)
-        return in_layers(found[blocks], found[layers or blocks], cell.block)
+        blocks, layers, sides = parts(rule)
+        scores = in_layers(found[blocks], found[layers or blocks], cell.block)
+        return shuffled(scores, cell.block, SHUFFLED.get(sides, ()), self.seed)
 
     def run(self, cell: Cell, rule: str, rate: float) -> dict[str, Any]:
         """Train what a rule chooses and evaluate it."""
@@ -283,52 +286,12 @@ class Setup:
 
 
 def parts(rule: str) -> tuple[str, str, str]:
-    """Return the rule that blocks are chosen by, and after an `@` the layers' own one."""
-    return ("random@kfac-natural" if rule == LAYERS_ALONE else rule).partition("@")
-
-
-def in_layers(blocks: Scores, layers: Scores, size: int) -> Scores:
-    """Give the blocks of a layer the order of the one, and the mean of the other."""
-    made = {}
-    for name, other in layers.items():
-        grid = blocks[name].blocks(size)
-        grid += other.blocks(size).mean() - grid.mean()
-        made[name] = LayerScores(other.shape, grid=grid, unit=size)
-    return Scores(made, blocks.metadata)
-
-
-def unbiased(
-    model: nn.Module, batches: Sequence[Mapping[str, Any]], config: SylvaConfig
-) -> Scores:
-    """Score as `kfac-natural` does, without what the gradient's noise adds to it.
-
-    By ``(Γ₁ ∘ G⁻¹ Γ₂ A⁻¹ + Γ₂ ∘ G⁻¹ Γ₁ A⁻¹) / 2``: the gradients of every other batch and
-    of the rest have noise of their own, which their product does not add up as a square.
-    """
-    targets = find_targets(model)
-    whole, _ = collect_curvature(
-        model, targets, batches, config, ["factors", "gradient"]
-    )
-    half, _ = collect_curvature(model, targets, batches[::2], config, ["gradient"])
-    terms, others = (
-        sum(loss_units(model, batch) for batch in part)
-        for part in (batches[::2], batches[1::2])
-    )
-    scores = {}
-    for name in targets:
-        A, G = whole[name].A, whole[name].G
-        λ_A, λ_G = (config.damping * factor.mean_eigenvalue() for factor in (A, G))
-        total, first = (part[name].gradient.double() for part in (whole, half))
-        second = ((terms + others) * total - terms * first) / others
-        products = (
-            one * G.solve(A.solve(other.T, λ_A).T, λ_G)
-            for one, other in ((first, second), (second, first))
-        )
-        grid = block_sums(sum(products) / 2, config.block_size)
-        scores[name] = LayerScores(
-            tuple(total.shape), grid=grid, unit=config.block_size
-        )
-    return Scores(scores, {"importance": UNBIASED})
+    """Return the rule of the blocks, that of the layers, and which sides are shuffled."""
+    named, _, sides = rule.partition("~")
+    if named == LAYERS_ALONE:
+        named = "random@kfac-natural"
+    blocks, _, layers = named.partition("@")
+    return blocks, layers, sides
 
 
 def rates(cell: Cell, rule: str) -> tuple[float, ...]:
@@ -420,7 +383,7 @@ def main() -> None:
     setups: dict[Any, Setup] = {}
     groups = json.loads(Path(options.cells).read_text(encoding="utf-8"))
     # Those that are to be scored by; what is chosen is held against the gradient's choice.
-    named = {part for g in groups for r in g.get("rules", RULES) for part in parts(r)}
+    named = {p for g in groups for r in g.get("rules", RULES) for p in parts(r)[:2]}
     needed = frozenset(named | {"gradient"})
     with options.output.open("a", encoding="utf-8") as file:
         for group in groups:
