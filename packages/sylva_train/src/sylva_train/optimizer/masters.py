@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from .fused import laid_out_as
-
-__all__ = ["HALVES", "MOMENTS", "follow_masters", "keep_master", "load_master"]
+__all__ = ["HALVES", "MOMENTS", "follow_masters", "keep_master"]
 
 HALVES = (torch.bfloat16, torch.float16)
 #: As `torch.optim.AdamW` orders and names them.
@@ -48,13 +46,3 @@ def follow_masters(optimizer: torch.optim.Optimizer) -> None:
     ]
     if pairs:
         torch._foreach_copy_([p for p, _ in pairs], [master for _, master in pairs])
-
-
-def load_master(
-    parameter: torch.Tensor, state: dict[str, Any], saved: dict[str, Any]
-) -> None:
-    """Undo that PyTorch cast what it loaded of a parameter's state to its dtype."""
-    for name in ("master", *MOMENTS):
-        if name in saved:
-            loaded = saved[name].to(parameter.device, torch.float32)
-            state[name] = laid_out_as(parameter, loaded)

@@ -10,10 +10,15 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, check_choice, check_positive
 from sylva_train._torch import total_norm
-from sylva_train.layers import SparseEmbeddedLinear, embedded_layers, layer_showing
+from sylva_train.layers import (
+    SparseEmbeddedLinear,
+    embedded_layers,
+    layer_showing,
+    values_dtype,
+)
 
 from .fused import KernelStep, kernel_of, laid_out_as, may_fuse, may_fuse_on_cpu
-from .masters import HALVES, MOMENTS, follow_masters, keep_master, load_master
+from .masters import HALVES, MOMENTS, follow_masters, keep_master
 
 __all__ = ["SparseAdamW"]
 
@@ -260,19 +265,17 @@ class SparseAdamW(torch.optim.AdamW):
         parameters = [p for group in self.param_groups for p in group["params"]]
         numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
         saved_states = [state_dict["state"].get(i, {}) for i in numbers]
-        if any(
-            "exp_avg" in saved
-            and (id(p) in coded if "exp_avg_scale" not in saved else not eight_bit)
-            for p, saved in zip(parameters, saved_states, strict=False)
-        ):
-            msg = (
-                "`state_dict` has moments in another number of bits than this"
-                f" optimizer, which was made with `moments={self.moments!r}`."
-            )
-            raise ConfigError(msg)
         for p, saved in zip(parameters, saved_states, strict=False):
+            if "exp_avg" not in saved:
+                continue
+            if not eight_bit if "exp_avg_scale" in saved else id(p) in coded:
+                msg = (
+                    "`state_dict` has moments in another number of bits than this"
+                    f" optimizer, which was made with `moments={self.moments!r}`."
+                )
+                raise ConfigError(msg)
             # Fused steps go through memory by the parameter's size, and beyond.
-            if "exp_avg" in saved and saved["exp_avg"].shape != p.shape:
+            if saved["exp_avg"].shape != p.shape:
                 msg = (
                     "`state_dict` has moments of shape"
                     f" {tuple(saved['exp_avg'].shape)} for values of shape"
@@ -284,15 +287,12 @@ class SparseAdamW(torch.optim.AdamW):
             state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)
         for p, saved in zip(parameters, saved_states, strict=True):
-            if saved and p.dtype in HALVES:
-                load_master(p, self.state[p], saved)
-        for parameter, state in self.state.items():
-            # PyTorch casts what it loads to the parameters' dtype, which holds all codes.
-            eight_bit = "exp_avg_scale" in state
-            dtypes = (torch.int8, torch.uint8) if eight_bit else (None, None)
-            for name, dtype in zip(("exp_avg", "exp_avg_sq"), dtypes, strict=True):
-                if name in state:
-                    state[name] = laid_out_as(parameter, state[name].to(dtype))
+            for name in {"master", *MOMENTS} & saved.keys():
+                # PyTorch cast it to the parameter's dtype: codes, and what is float32
+                # for a half float.
+                is_coded = "exp_avg_scale" in saved
+                dtype = saved[name].dtype if is_coded else values_dtype(p)
+                self.state[p][name] = laid_out_as(p, saved[name].to(p.device, dtype))
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
         """Leave to PyTorch's AdamW what no kernel updates, and masters for half floats."""
