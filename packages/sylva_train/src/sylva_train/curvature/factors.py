@@ -98,10 +98,6 @@ class Factor:
         mean: float = float(self.matrix.trace()) / self.matrix.shape[0]
         return mean
 
-    def product(self, X: torch.Tensor) -> torch.Tensor:
-        """Multiply with ``X`` (n, q), float64."""
-        return self.double() @ X.double()  # type: ignore[no-any-return]
-
     def inverse_diagonal(self, shift: float) -> torch.Tensor:
         """Diagonal of ``(matrix + shift·I)⁻¹``, float64 (n,).
 

@@ -248,7 +248,7 @@ def searched(kernel: Any, **options: Any) -> Any:
         key=key,
         prune_configs_by={"early_config_prune": prune},
         restore_value=["result_ptr"],
-        cache_results=not INTERPRETED,  # of which Triton 3.4 knows nothing
+        cache_results=not INTERPRETED,  # Triton 3.5 would ask it for a GPU
         **options,
     )(kernel)
 
@@ -263,9 +263,8 @@ _searching = threading.Lock()
 
 def precision() -> str:
     """Return how float32 products are to be rounded, as PyTorch's own are."""
-    matmul = torch.backends.cuda.matmul
-    chosen = getattr(matmul, "fp32_precision", None)  # since 2.9
-    return "tf32" if chosen == "tf32" or (not chosen and matmul.allow_tf32) else "ieee"
+    chosen: str = torch.backends.cuda.matmul.fp32_precision
+    return "tf32" if chosen == "tf32" else "ieee"
 
 
 @functools.cache
