@@ -18,7 +18,7 @@ from sylva_train.masks import Masks
 from sylva_train.options import CURVATURES, IMPORTANCES, METHODS
 from sylva_train.progress import Report
 from sylva_train.selection import select_as
-from sylva_train.targets import find_targets, matches
+from sylva_train.targets import find_targets, is_inside
 
 from .rivals import lora_config, prune, shira_config, supertuning_config
 from .serial import add_serial_adapters
@@ -186,7 +186,9 @@ def adapt(
         raise ConfigError(msg)
     sizes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     head = sum(
-        size for name, size in sizes.items() if is_head(name, config.modules_to_save)
+        size
+        for name, size in sizes.items()
+        if is_inside(name.rpartition(".")[0], config.modules_to_save)
     )
     trainable = masks.trainable if masks is not None else sum(sizes.values()) - head
     return Adapted(model, scores, masks, trainable, head)
@@ -205,11 +207,3 @@ def add_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         return peft.get_peft_model(model, options)
-
-
-def is_head(parameter: str, modules_to_save: list[str] | None) -> bool:
-    """Whether a parameter belongs to a module that is trained whole."""
-    parts = parameter.split(".")
-    return any(
-        matches(".".join(parts[:end]), modules_to_save) for end in range(1, len(parts))
-    )
