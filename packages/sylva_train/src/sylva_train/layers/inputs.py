@@ -127,7 +127,7 @@ class Reader:
         """Return the columns of an input that are kept, in a dtype."""
         x = x.detach()
         kept = x if self.columns is None else x.index_select(-1, self.columns)
-        return kept if kept.dtype == dtype else kept.to(dtype)
+        return kept.to(dtype)
 
     def keep(
         self, x: torch.Tensor, dtype: torch.dtype, values: torch.Tensor
