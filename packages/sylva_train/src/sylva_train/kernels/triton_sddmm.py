@@ -361,26 +361,11 @@ def run_plan(
         "WIDEN": INTERPRETED and dy.dtype == torch.bfloat16,
         "PRECISION": precision(),
     }
-    arguments = (
-        dy,
-        x,
-        parts,
-        plan.members,
-        plan.groups,
-        plan.pairs,
-        plan.slots,
-        tokens,
-        dy.shape[1],
-        x.shape[1],
-        blocks,
-        each,
-        dy.stride(0),
-        dy.stride(1),
-        x.stride(0),
-        x.stride(1),
-        tokens.bit_length(),
-        device.index or 0,
-    )
+    tables = plan.members, plan.groups, plan.pairs, plan.slots
+    sizes = tokens, dy.shape[1], x.shape[1], blocks, each
+    strides = *dy.stride(), *x.stride()
+    searched_for = tokens.bit_length(), device.index or 0
+    arguments = (dy, x, parts, *tables, *sizes, *strides, *searched_for)
     key = (*options.values(), dy.dtype, tokens.bit_length(), device)
     chosen = _found.get(key)
     # Not searched again for: whatever is chosen, its steps span 128 tokens or a part.
