@@ -26,7 +26,6 @@ LARGEST_LEAF = 2048
 LARGEST_PART = 1 << 23
 #: Side of the pictures of a factor.
 PICTURE = 128
-LINALG_ERROR: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 class DenseCovariance:
@@ -211,7 +210,7 @@ def invertible() -> Iterator[None]:
     """Turn the errors of matrices that are singular into advice."""
     try:
         yield
-    except (LINALG_ERROR, hm.HMatrixError) as error:
+    except (torch.linalg.LinAlgError, hm.HMatrixError) as error:  # type: ignore[attr-defined]
         msg = f"a Kronecker factor cannot be inverted ({error}); raise `damping`."
         raise ConfigError(msg) from error
 

@@ -413,15 +413,15 @@ class Collector:
             holder = sums if owner == name else self.sums[owner]
             self.finished[owner] = Factor(holder.A.result())
             holder.A = None
-        squares = {
-            name: None if total is None else total / max(sums.rows, 1)
-            for name in ("input_squares", "output_squares")
-            for total in (getattr(sums, name),)
-        }
+
+        def mean(total: torch.Tensor | None) -> torch.Tensor | None:
+            return None if total is None else total / max(sums.rows, 1)
+
         return LayerCurvature(
             A=self.finished.get(owner),
             G=Factor(sums.G.result()) if sums.G is not None else None,
             gradient=None if gradient is None else gradient.to(device).div_(terms),
             fisher=None if sums.fisher is None else sums.fisher / samples,
-            **squares,
+            input_squares=mean(sums.input_squares),
+            output_squares=mean(sums.output_squares),
         )

@@ -145,7 +145,7 @@ def plan_passes(
         return [Pass(tuple(sizes), total)]
     for name, parts in sizes.items():
         check_alone(name, targets[name], parts, budget)
-    owner = dict(shared()) if "factors" in wanted else {}
+    owner = shared() if "factors" in wanted else {}
     passes = fill(sizes, owner, budget)
     host = memory_bytes(config.host_budget, "host_budget")
     # Gradients of a model on a CPU are in main memory as it is.

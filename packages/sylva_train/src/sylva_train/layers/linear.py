@@ -422,14 +422,12 @@ class SparseEmbeddedLinear(nn.Module):
         self._was_shown = self.shown.adapter is not None
         self.restore_()
         key, own = f"{prefix}base_layer.weight", weight_view(self.base_layer)
-        tables = {
-            n: state_dict.get(f"{prefix}sylva_indices.{n}") for n in self.sylva_indices
-        }
-        for name, table in tables.items():
+        for name in self.sylva_indices:
+            table = state_dict.get(f"{prefix}sylva_indices.{name}")
+            if table is None or key not in state_dict or own.is_meta:
+                continue
             # Indices that do not fit are found out when they are used.
             with contextlib.suppress(ConfigError):
-                if table is None or key not in state_dict or own.is_meta:
-                    continue
                 size = self.sylva_values[name].shape[-1]
                 inside = LayerMask(self.shape, size, table).dense().to(own.device)
                 shown = as_matrix(self.base_layer, state_dict[key].detach()).to(own)

@@ -153,7 +153,11 @@ class KernelStep:
         that it does after the step.
         """
         # On a CPU it is not worth looking, unless kernels are demanded there.
-        possible = self.eight_bit or is_demanded() or self.is_on_gpu()
+        possible = (
+            self.eight_bit
+            or is_demanded()
+            or any(p.is_cuda for g in self.optimizer.param_groups for p in g["params"])
+        )
         if not possible and not self.taken:
             self.key, self.blocks, self.rest = None, [], list(self.layers)
             return
@@ -177,10 +181,6 @@ class KernelStep:
                     c.values.grad = c.values.grad.contiguous()
                 gradients.append(c.values.grad)
             blocks.tables.set_gradients(gradients)
-
-    def is_on_gpu(self) -> bool:
-        """Whether any parameter is."""
-        return any(p.is_cuda for g in self.optimizer.param_groups for p in g["params"])
 
     def choose(self) -> list[Chosen]:
         """Return the layers that the kernel can update."""
