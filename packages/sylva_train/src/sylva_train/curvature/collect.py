@@ -313,7 +313,7 @@ def collect_curvature(
     config: SylvaConfig,
     wanted: Iterable[str],
     **options: Any,
-) -> tuple[Curvatures, int]:
+) -> Curvatures:
     """Run the model over labelled samples and gather its layers' statistics.
 
     Under an initialised `torch.distributed` every process is given the same batches, runs
@@ -341,8 +341,8 @@ def collect_curvature(
 
     Returns
     -------
-    Curvatures, int
-        The statistics, of which the first pass is done, and the number of samples seen.
+    Curvatures
+        The statistics, of which the first pass is done.
 
     Raises
     ------
@@ -356,7 +356,7 @@ def collect_curvature(
     """
     layers = Curvatures(model, targets, dataloader, config, wanted, **options)
     layers.next_pass()
-    return layers, layers.samples
+    return layers
 
 
 def describe_factor(
@@ -385,7 +385,7 @@ def describe_factor(
         options = replace(
             config, curvature=curvature, exact_below=0, memory_budget=None
         )
-        layers, _ = collect_curvature(
+        layers = collect_curvature(
             model, {name: targets[name]}, dataloader, options, ["factors"]
         )
         both.append(layers[name].A)

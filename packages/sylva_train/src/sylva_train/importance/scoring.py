@@ -261,10 +261,11 @@ def run_rules(
     wanted = {statistic for rule in rules for statistic in RULES[rule][1]}
     if wanted and len(done) < len(targets):
         assert dataloader is not None
-        layers, seen = collect_curvature(
+        layers = collect_curvature(
             model, targets, dataloader, config, wanted, known=done,
             data=facts.get("data"), store=store, between=keep, **options,
         )  # fmt: skip
+        seen = layers.samples
     generator = torch.Generator().manual_seed(config.seed)
     for name, module in targets.items():
         if name in done:
