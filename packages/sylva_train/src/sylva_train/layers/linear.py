@@ -338,6 +338,12 @@ class SparseEmbeddedLinear(nn.Module):
         """Put the base weight back, bit for bit."""
         self.shown.restore_(self.base_layer)
 
+    def forget(self, name: str) -> None:
+        """Forget an adapter that is deleted; one of its name may get its memory."""
+        self.shown.forget(name)
+        self._checked.pop(name, None)
+        self._readers.pop(name, None)
+
     def let_go(self) -> None:
         """Leave the base layer, which is taken out, as it is from now on."""
         self.embedded, self.shown = None, Shown()
