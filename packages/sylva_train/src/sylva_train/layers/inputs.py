@@ -96,7 +96,7 @@ class Reader:
         self.columns: torch.Tensor | None = None
         self.indices = self.table
 
-    def settle(self, version: int) -> None:
+    def update_columns(self, version: int) -> None:
         """Go over to what the group uses by now; the values are of this version."""
         self.version = version
         group = self.group
@@ -156,7 +156,7 @@ class Reader:
         if self.table.device != x.device:  # a replica on another device
             return x.detach(), self.table.to(x.device)
         if self.version != values._version:
-            self.settle(values._version)
+            self.update_columns(values._version)
         seen = self.meet(x)
         if is_held(x):
             return x.detach(), self.table

@@ -290,13 +290,13 @@ class SparseEmbeddedLinear(nn.Module):
         # The same values again, another adapter having been shown: a forward pass may be
         # under way that gradient checkpointing is going to recompute.
         if reader.version != values._version:
-            reader.settle(values._version)
+            reader.update_columns(values._version)
 
-    def settle(self) -> None:
+    def update_columns(self) -> None:
         """Keep for backward passes to come what is known by now to be read together."""
         name = self.shown.adapter
         if name is not None:
-            self._readers[name].settle(self.values_of(name)._version)
+            self._readers[name].update_columns(self.values_of(name)._version)
 
     def write_replica(self, name: str) -> None:
         """Write an adapter's values into the weight of a copy that lives for one pass.
@@ -331,8 +331,8 @@ class SparseEmbeddedLinear(nn.Module):
         name = str(self.shown.adapter)
         values, weight, _ = self.parts(name)
         torch.autograd.graph.increment_version((values, weight))
-        self.shown.settle(values, weight)
-        self._readers[name].settle(values._version)
+        self.shown.note_written(values, weight)
+        self._readers[name].update_columns(values._version)
 
     def restore_(self) -> None:
         """Put the base weight back, bit for bit."""

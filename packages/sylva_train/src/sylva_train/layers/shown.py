@@ -163,9 +163,9 @@ class Shown:
         else:
             scatter_blocks_(matrix, indices, blocks)
         self.adapter, self.indices = name, indices
-        self.settle(values, weight, version)
+        self.note_written(values, weight, version)
 
-    def settle(
+    def note_written(
         self, values: torch.Tensor, weight: torch.Tensor, version: int | None = None
     ) -> None:
         """Take note that the weight shows the values as they are now.
