@@ -32,6 +32,7 @@ from .batches import (
     default_loss,
     first_samples,
     is_encoder_decoder,
+    loss_scale,
     loss_units,
     note,
 )
@@ -43,9 +44,6 @@ from .planning import Pass, plan_passes
 from .state import Store
 
 __all__ = ["Curvatures", "Loss", "collect_curvature", "damage", "describe_factor"]
-
-#: Power of two that a loss is scaled by at most; 16 is beyond float16.
-LARGEST_SCALE = 15
 
 #: Mean loss of (model, batch).
 Loss = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
@@ -236,9 +234,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
     def add(self, batch: Mapping[str, Any], units: int, step: int) -> None:
         """Run one batch forward and backward under the hooks."""
         seq2seq = is_encoder_decoder(self.model)
-        # The gradient of a mean over many terms is below what 16 bits can tell from zero.
-        # A power of two changes no bit of any other.
-        scale = 2.0 ** min(units.bit_length() - 1, LARGEST_SCALE)
+        scale = loss_scale(units)
         self.collector.start(batch, units / scale, step, seq2seq=seq2seq)
         value = self.loss(self.model, batch)
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
