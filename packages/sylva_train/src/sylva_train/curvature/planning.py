@@ -78,24 +78,19 @@ def curvature_bytes(
     """
     out, inputs = shape
     dtype = torch.promote_types(dtype, torch.float32)
-    width = dtype.itemsize
-    sizes: dict[str, int] = {}
-    if "factors" in wanted:
-        kind = (config.curvature, config.levels, config.rank, config.exact_below)
-        sizes |= {
-            "A": factor_bytes(inputs, dtype, *kind),
-            "G": factor_bytes(out, dtype, *kind),
-        }
-    if "gradient" in wanted:
-        sizes["gradient"] = out * inputs * width
-    if "fisher" in wanted:
-        rows, columns = (-(-n // config.block_size) for n in shape)
-        sizes["fisher"] = rows * columns * width
-    if "inputs" in wanted:
-        sizes["inputs"] = inputs * width
-    if "outputs" in wanted:
-        sizes["outputs"] = out * width
-    return sizes
+    rows, columns = (-(-n // config.block_size) for n in shape)
+    numbers = {
+        "gradient": out * inputs,
+        "fisher": rows * columns,
+        "inputs": inputs,
+        "outputs": out,
+    }
+    sizes = {part: n * dtype.itemsize for part, n in numbers.items() if part in wanted}
+    if "factors" not in wanted:
+        return sizes
+    kind = (config.curvature, config.levels, config.rank, config.exact_below)
+    sides = {"A": inputs, "G": out}
+    return {s: factor_bytes(n, dtype, *kind) for s, n in sides.items()} | sizes
 
 
 @functools.cache
