@@ -267,11 +267,9 @@ class Curvatures(Mapping[str, LayerCurvature]):
                 " `target_modules`."
             )
             raise ConfigError(msg)
-        self.collector.count_calls()
         # The products of the statistics are not to be rounded to 16 bits.
         with torch.autocast(self.device.type, enabled=False):
-            value.backward(torch.full_like(value, scale))
-            self.collector.finish()
+            self.collector.backward(value, scale)
 
     def check_data(self, data: str) -> None:
         """Raise `ConfigError` unless all passes and processes had the same batches."""

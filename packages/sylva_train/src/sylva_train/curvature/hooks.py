@@ -215,12 +215,11 @@ class Collector:
         self.calls.clear()
         self.waiting.clear()
 
-    def count_calls(self) -> None:
-        """Take note of how often each layer ran, between forward and backward."""
+    def backward(self, loss: torch.Tensor, scale: float) -> None:
+        """Run a batch's loss backward, scaled, and add what has to wait for the end."""
+        # Now: checkpointed layers run again in the backward pass.
         self.calls = {name: len(inputs) for name, inputs in self.seen.inputs.items()}
-
-    def finish(self) -> None:
-        """Add what had to wait for the end of the backward pass."""
+        loss.backward(torch.full_like(loss, scale))
         for name, calls in self.waiting.items():
             fisher = self.sums[name].fisher
             assert fisher is not None
