@@ -40,7 +40,7 @@ from .factors import describe
 from .hooks import Collector
 from .layer import LayerCurvature
 from .merging import merge
-from .planning import Pass, plan_passes
+from .planning import plan_passes
 from .state import Store
 
 __all__ = ["Curvatures", "Loss", "collect_curvature", "damage", "describe_factor"]
@@ -124,7 +124,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
         self.data = data
         self.samples = self.terms = self.done = 0
         self.layers: dict[str, LayerCurvature] = {}
-        self.collector = self.collect_nothing()
+        self.collector = Collector(targets, config, self.wanted)
         rest = {name: m for name, m in targets.items() if name not in known}
         self.plan = plan_passes(rest, config, self.wanted, self.shared_inputs)
         self.announce()
@@ -146,11 +146,6 @@ class Curvatures(Mapping[str, LayerCurvature]):
             taken = self.collector.take(name, self.terms, self.samples)
             self.layers[name] = taken
         return self.layers[name]
-
-    def collect_nothing(self, part: Pass | None = None) -> Collector:
-        """Return a collector of a pass's layers, or of none, with nothing in it."""
-        names, hosted = (part.names, part.host_bytes > 0) if part else ((), False)
-        return Collector(self.targets, self.config, self.wanted, names, hosted)
 
     def announce(self) -> None:
         """Say how many passes there will be, and what they hold."""
@@ -191,7 +186,10 @@ class Curvatures(Mapping[str, LayerCurvature]):
             self.store.clear()  # or this pass would read, and check, all of them
         self.layers.clear()
         # The sums of the pass before go first: both are not to be held together.
-        self.collector = self.collect_nothing(self.plan[self.done])
+        part = self.plan[self.done]
+        self.collector = Collector(
+            self.targets, self.config, self.wanted, part.names, part.host_bytes > 0
+        )
         data = hashlib.sha256()
         with together():
             self.run(data)
