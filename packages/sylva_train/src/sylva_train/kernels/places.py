@@ -20,13 +20,7 @@ __all__ = [
     "find_runs",
     "find_stretches",
     "group_by_row",
-    "is_ragged",
 ]
-
-
-def is_ragged(shape: torch.Size | tuple[int, int], block_size: int) -> bool:
-    """Whether the last row or column of blocks is cut off."""
-    return bool(shape[0] % block_size or shape[1] % block_size)
 
 
 class Stretch(NamedTuple):

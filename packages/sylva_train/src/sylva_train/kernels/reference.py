@@ -17,10 +17,14 @@ from .places import (
     find_runs,
     find_stretches,
     group_by_row,
-    is_ragged,
 )
 
 __all__ = ["block_sddmm", "gather_blocks", "scatter_blocks_"]
+
+
+def is_ragged(shape: torch.Size, block_size: int) -> bool:
+    """Whether the last row or column of blocks is cut off."""
+    return any(n % block_size for n in shape)
 
 
 def interior(weight: torch.Tensor, block_size: int) -> torch.Tensor:
