@@ -119,11 +119,11 @@ class SparseAdamW(torch.optim.AdamW):
         # Set before AdamW's own constructor, which adds the groups.
         self.decay_towards, self.max_grad_norm = decay_towards, max_grad_norm
         self.layers: list[SparseEmbeddedLinear] = list(embedded_layers(model).values())
-        self.moments, eight_bit = moments, moments == "8bit"
-        self._kernel = self.make_kernel()
+        self.moments = moments
+        self._kernel = KernelStep(self)
         defaults = {"amsgrad": False, "differentiable": False}
         plain = may_fuse({"foreach": None, "fused": None} | defaults | kwargs)
-        if eight_bit and not plain:
+        if moments == "8bit" and not plain:
             msg = (
                 "`moments='8bit'` cannot be combined with `amsgrad`, `differentiable`,"
                 " `foreach=True` or `fused=False`; leave one of them out."
@@ -136,11 +136,6 @@ class SparseAdamW(torch.optim.AdamW):
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **kwargs
         )
 
-    def make_kernel(self) -> KernelStep:
-        """Return what takes the kernel's part of steps."""
-        to_base, eight_bit = self.decay_towards == "base", self.moments == "8bit"
-        return KernelStep(self, self.layers, to_base, eight_bit)
-
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs; its layers are copies of these, as parameters are."""
         names = ("decay_towards", "max_grad_norm", "moments", "layers")
@@ -150,7 +145,7 @@ class SparseAdamW(torch.optim.AdamW):
         """Take over what another left, or only the state of the parameters."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "layers" in state:
-            self._kernel = self.make_kernel()
+            self._kernel = KernelStep(self)
 
     #: Its own steps end in the dense weights; nothing is left to write before a forward.
     writes_through = True
