@@ -58,13 +58,6 @@ class Store:
         Time between two savings.
     settings : mapping
         From `settings`.
-
-    Raises
-    ------
-    ConfigError
-        If the folder is of scoring with other settings.
-    AdapterError
-        If a file in it is damaged.
     """
 
     def __init__(
@@ -128,7 +121,15 @@ class Store:
         self.path.unlink(missing_ok=True)
 
     def load(self, collector: Collector) -> tuple[int, str]:
-        """Put back what `save` wrote of the same pass; return its batches and digest."""
+        """Put back what `save` wrote of the same pass; return its batches and digest.
+
+        Raises
+        ------
+        ConfigError
+            If the folder is of scoring with other settings.
+        AdapterError
+            If the file is damaged.
+        """
         if not self.path.exists():
             return 0, ""
         tensors, header = read_tensors(self.path, FORMAT, "scoring")
