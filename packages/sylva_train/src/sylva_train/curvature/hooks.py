@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -196,7 +197,7 @@ class Collector:
                 # Before hooks of others, which may change what comes out.
                 handles.append(
                     module.register_forward_hook(
-                        self.hook(name), with_kwargs=True, prepend=True
+                        partial(self.after, name), with_kwargs=True, prepend=True
                     )
                 )
         try:
@@ -237,24 +238,22 @@ class Collector:
             x.grad = None
             x.requires_grad_(True)
 
-    def hook(self, name: str) -> Callable[[nn.Module, Any, Any, torch.Tensor], None]:
-        """Make the forward hook of a layer, which hooks its output's gradient."""
-
-        def forward(_: nn.Module, args: Any, kwargs: Any, y: torch.Tensor) -> None:
-            x = layer_input(args, kwargs)
-            if not y.requires_grad:  # first pass of reentrant checkpointing
-                return
-            self.seen.note(name, x)
-            x, shape = x.detach(), y.shape
-            # An activation in place takes a view's hooks away, but not its base's.
-            base = y if y._base is None else y._base
-            whole = base.numel() == y.numel()
-            plain = whole and base.is_contiguous() and y.is_contiguous()
-            (base if plain else y).register_hook(
-                lambda g: self.add(name, x, g.detach().reshape(shape))
-            )
-
-        return forward
+    def after(
+        self, name: str, _: nn.Module, args: Any, kwargs: Any, y: torch.Tensor
+    ) -> None:
+        """Take note of a layer's input, and hook the gradient of its output."""
+        x = layer_input(args, kwargs)
+        if not y.requires_grad:  # first pass of reentrant checkpointing
+            return
+        self.seen.note(name, x)
+        x, shape = x.detach(), y.shape
+        # An activation in place takes a view's hooks away, but not its base's.
+        base = y if y._base is None else y._base
+        whole = base.numel() == y.numel()
+        plain = whole and base.is_contiguous() and y.is_contiguous()
+        (base if plain else y).register_hook(
+            lambda g: self.add(name, x, g.detach().reshape(shape))
+        )
 
     @torch.no_grad()
     def add(self, name: str, x: torch.Tensor, g: torch.Tensor) -> None:
