@@ -19,19 +19,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 def keep_master(parameter: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
     """Return a parameter's master for a step, and see that its moments are float32."""
-    if "master" not in state:
-        state["master"] = torch.empty_like(parameter, dtype=torch.float32)
-        state["master"].copy_(parameter)
+    master: torch.Tensor | None = state.get("master")
+    if master is None:
+        master = state["master"] = parameter.detach().float()
     else:
         # Elements that somebody else wrote since the last step, a loaded model for one.
-        master = state["master"]
         is_shown = master.to(parameter.dtype) == parameter
         master.copy_(torch.where(is_shown, master, parameter))
     for name in MOMENTS:
         if name in state:
             state[name] = state[name].float()
-    master = state["master"]
-    assert isinstance(master, torch.Tensor)
     return master
 
 
