@@ -46,10 +46,8 @@ def unbiased(
     of the rest have noise of their own, which their product does not add up as a square.
     """
     targets = find_targets(model)
-    whole, _ = collect_curvature(
-        model, targets, batches, config, ["factors", "gradient"]
-    )
-    half, _ = collect_curvature(model, targets, batches[::2], config, ["gradient"])
+    whole = collect_curvature(model, targets, batches, config, ["factors", "gradient"])
+    half = collect_curvature(model, targets, batches[::2], config, ["gradient"])
     terms, others = (
         sum(loss_units(model, batch) for batch in part)
         for part in (batches[::2], batches[1::2])

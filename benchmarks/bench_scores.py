@@ -111,7 +111,7 @@ def by_eigenvectors(task: Any, config: SylvaConfig) -> Scores:
     targets = find_targets(task.model, config.target_modules)
     loader = task.score_loader(config.samples, 0)
     exact = replace(config, curvature="dense")
-    layers, _ = collect_curvature(task.model, targets, loader, exact, wanted)
+    layers = collect_curvature(task.model, targets, loader, exact, wanted)
     found = {}
     for name, module in targets.items():
         layer = layers[name]

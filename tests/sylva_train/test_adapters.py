@@ -78,6 +78,18 @@ def test_an_adapter_added_later_starts_from_the_base(pair):
         assert torch.equal(layers[name].mask("fourth").indices, mask.indices)
 
 
+def test_a_new_adapter_is_not_taken_for_a_deleted_one_whose_memory_it_has():
+    layer = SylvaLayer(nn.Linear(32, 32), "default")
+    layer.add("default", LayerMask((32, 32), 8, torch.tensor([[0, 1], [2, 3]])))
+    layer.sync()
+    memory = layer.sylva_indices["default"].numpy()
+    layer.delete_adapter("default")
+    layer.reserve("default", 2, 8)
+    memory[:] = -1
+    layer.sylva_indices["default"] = torch.from_numpy(memory)
+    assert not layer.is_loaded("default")
+
+
 def test_a_deleted_adapter_leaves_nothing(pair):
     model, expected, _ = pair
     batch = make_batch()

@@ -103,6 +103,13 @@ def test_lora_follows_the_seed_and_takes_no_number_of_the_callers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("name", ["lora", "adapter", "sylva:random"])
+def test_every_method_trains_and_counts_the_head_by_the_end_of_its_name(name):
+    config = dataclasses.replace(CONFIG, modules_to_save=["ssifier"], block_size=8)
+    adapted = adapt(parse_method(name), toy_base(), config)
+    assert adapted.head == 32 * 2 + 2
+
+
 def test_serial_adapters_begin_as_nothing_and_follow_the_seed():
     batch = next(iter(ToyLoader()))
     before = toy_base(dropout=0.0).eval()(**batch).logits

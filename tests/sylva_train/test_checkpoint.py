@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from sylva_train._artifacts import flatten
 from sylva_train._checks import ConfigError, OutputExistsError
 from sylva_train.checkpoint import (
     Checkpoint,
@@ -23,7 +24,7 @@ from sylva_train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from sylva_train.checkpoint.files import STATE, TENSORS, flatten, read
+from sylva_train.checkpoint.files import STATE, TENSORS, read
 from sylva_train.config import TrainingConfig
 from sylva_train.training import train
 from tests.sylva_train.counting import Allocations

@@ -153,7 +153,7 @@ def test_gradients_are_summed_of_16_bits_as_they_are(monkeypatch, dtype):
         def loss(model, batch):
             return model(batch["x"].to(dtype)).float().square().mean()
 
-        found, _ = collect_curvature(
+        found = collect_curvature(
             model, {"0": layer}, [batch], SylvaConfig(), ["gradient"], loss=loss
         )
         return found["0"].gradient

@@ -150,7 +150,7 @@ def test_bytes_from_shapes_are_the_bytes_that_are_held():
     for name in ("llama", "bert"):
         model, options = make_model(name), config()
         targets = find_targets(model)
-        layers, _ = collect_curvature(model, targets, data(name), options, wanted)
+        layers = collect_curvature(model, targets, data(name), options, wanted)
         sizes = layer_bytes(name, options, wanted)
         shared = layers.collector.owner
         expected = sum(
@@ -164,7 +164,7 @@ def test_bytes_from_shapes_are_the_bytes_that_are_held():
 
 def test_squares_are_the_diagonals_of_the_factors():
     model = make_model()
-    layers, _ = collect_curvature(
+    layers = collect_curvature(
         model, find_targets(model), data("bert"), config(curvature="dense"),
         ["factors", "inputs", "outputs"],
     )  # fmt: skip
@@ -291,7 +291,7 @@ def test_budgets_have_units():
 
 def test_scores_of_a_float64_model_are_added_up_in_float64():
     model = make_model().double()
-    layers, _ = collect_curvature(
+    layers = collect_curvature(
         model, find_targets(model), data("bert"), config(curvature="dense"),
         ["factors", "gradient"],
     )  # fmt: skip

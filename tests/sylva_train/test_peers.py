@@ -48,7 +48,7 @@ def factors(model, batches, kind, loss=None):
         curvature=kind, levels=2, rank=64, exact_below=0, block_size=4, samples=10**6
     )
     targets = find_targets(model)
-    layers, _ = collect_curvature(
+    layers = collect_curvature(
         model, targets, batches, config, ["factors", "gradient"], loss=loss
     )
     return {name: layers[name] for name in targets}

@@ -349,7 +349,7 @@ def test_the_benchmark_of_scoring_times_no_digest_of_activations(monkeypatch):
     )
     config = SylvaConfig(samples=len(batches))
     wanted = ["gradient"]
-    found, _ = collect_curvature(
+    found = collect_curvature(
         model, {"0": model[0]}, batches, config, wanted, loss=bench.loss
     )
     assert sum(t.numel() for t in seen) == len(batches)

@@ -1,4 +1,7 @@
-"""What scores and masks are: layers by name, in a file of tensors with a JSON header."""
+"""What scores and masks are: layers by name, in a file of tensors with a JSON header.
+
+And nested state as such a header and such tensors.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ._checks import AdapterError
+from ._checks import AdapterError, ConfigError
 from ._files import atomic_write
 from ._torch import note_tensors
 
-__all__ = ["Layers", "as_read", "read_tensors", "write_tensors"]
+__all__ = [
+    "Layers",
+    "as_read",
+    "flatten",
+    "read_tensors",
+    "unflatten",
+    "write_tensors",
+]
 
 Layer = TypeVar("Layer")
 
@@ -45,6 +55,44 @@ def as_read(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return content as JSON gives it back: no tuples, and no keys but strings."""
     read: dict[str, Any] = json.loads(json.dumps(content))
     return read
+
+
+def flatten(value: Any, tensors: dict[str, torch.Tensor], key: str) -> Any:
+    """Return nested state as JSON, its tensors moved to ``tensors`` under their path.
+
+    Dicts become lists of pairs, so that keys which are numbers stay numbers.
+    """
+    if isinstance(value, torch.Tensor):
+        tensors[key] = value.detach().cpu().contiguous()
+        return {"tensor": key}
+    if isinstance(value, Mapping):
+        pairs = [[k, flatten(v, tensors, f"{key}/{k}")] for k, v in value.items()]
+        if all(isinstance(k, str | int) for k in value):
+            return {"dict": pairs}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [flatten(v, tensors, f"{key}/{i}") for i, v in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    msg = (
+        f"the state `{key.lstrip('/')}` is a {type(value).__name__}; a checkpoint holds"
+        " tensors, numbers, text, and lists and dicts of them. Train without `output`,"
+        " or with an optimizer and scheduler whose state is made of these."
+    )
+    raise ConfigError(msg)
+
+
+def unflatten(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Undo `flatten`."""
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {k: unflatten(v, tensors) for k, v in content}
+    items = [unflatten(v, tensors) for v in content]
+    return tuple(items) if kind == "tuple" else items
 
 
 def checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> str:

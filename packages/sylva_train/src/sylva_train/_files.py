@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ._checks import OutputExistsError
 
 __all__ = ["atomic_folder", "atomic_write", "folder_size", "occupied", "write_text"]
@@ -35,14 +37,12 @@ def naming(path: Path) -> Iterator[None]:
     """Name what could not be written in errors that name no file: those of a full disk."""
     try:
         yield
-    except Exception as error:
-        # safetensors has one of its own for all that fails; it is not imported for this.
-        foreign = type(error).__name__ == "SafetensorError"
-        nameless = isinstance(error, OSError) and error.errno and not error.filename
-        if not foreign and not nameless:
+    except SafetensorError as error:  # its own for all that fails
+        raise OSError(errno.EIO, str(error), str(path)) from error
+    except OSError as error:
+        if not error.errno or error.filename:
             raise
-        code, words = (errno.EIO, str(error)) if foreign else error.args[:2]
-        raise OSError(code, words, str(path)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextlib.contextmanager

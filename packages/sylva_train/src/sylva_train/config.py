@@ -98,7 +98,7 @@ class SylvaConfig(SylvaOptions, PeftConfig):
         ``density``. Only these columns of a layer's input are kept for the backward pass:
         less memory for activations, and a lower total score.
     seed : int
-        Seed of the random rule and of the randomized sketches.
+        Seed of the random rule.
     masks : Masks or path, optional
         Blocks chosen before by `sylva_train.select`; without them, rules that need no
         data are scored on the spot. Not written to ``adapter_config.json``.

@@ -15,16 +15,17 @@ from sylva_train.config import SylvaConfig
 from sylva_train.importance import Scores, score
 from sylva_train.layers import embed
 from sylva_train.masks import Masks
-from sylva_train.options import CURVATURES, IMPORTANCES, METHODS
+from sylva_train.options import CURVATURES, METHODS
 from sylva_train.progress import Report
 from sylva_train.selection import select_as
-from sylva_train.targets import find_targets, matches
+from sylva_train.targets import find_targets, is_inside
 
 from .rivals import lora_config, prune, shira_config, supertuning_config
 from .serial import add_serial_adapters
 
 __all__ = ["Adapted", "Method", "adapt", "parse_method"]
 
+#: What people call each of `METHODS`.
 LABELS = {
     "frozen": "Frozen features + head",
     "full": "Full fine-tuning",
@@ -33,20 +34,20 @@ LABELS = {
     "shira": "SHiRA, random weights",
     "supertuning": "Super-Tuning, largest weights",
     "kfac-pruner": "K-FAC pruner",
+    "sylva:kfac:mlr": "Sylva, K-FAC (MLR)",
+    "sylva:kfac:hodlr": "Sylva, K-FAC (HODLR)",
+    "sylva:kfac:dense": "Sylva, K-FAC (exact factors)",
+    "sylva:kfac-block": "Sylva, K-FAC decrease of a block",
+    "sylva:kfac-natural": "Sylva, K-FAC natural gradient",
+    "sylva:kfac-element": "Sylva, K-FAC element by element",
+    "sylva:kfac-diag": "Sylva, K-FAC diagonal",
+    "sylva:fisher-diag": "Sylva, diagonal Fisher",
+    "sylva:magnitude": "Sylva, magnitude",
+    "sylva:wanda": "Sylva, Wanda",
+    "sylva:gradient": "Sylva, gradient",
+    "sylva:weight-gradient": "Sylva, weight × gradient",
+    "sylva:random": "Sylva, random blocks",
 }
-RULE_LABELS = {
-    "kfac-block": "K-FAC decrease of a block",
-    "kfac-natural": "K-FAC natural gradient",
-    "kfac-element": "K-FAC element by element",
-    "kfac-diag": "K-FAC diagonal",
-    "fisher-diag": "diagonal Fisher",
-    "magnitude": "magnitude",
-    "wanda": "Wanda",
-    "gradient": "gradient",
-    "weight-gradient": "weight × gradient",
-    "random": "random blocks",
-}
-CURVATURE_LABELS = {"mlr": "MLR", "hodlr": "HODLR", "dense": "exact factors"}
 #: Options of PEFT's methods.
 PEFT: dict[str, Callable[..., peft.PeftConfig]] = {
     "lora": lora_config,
@@ -83,24 +84,14 @@ def parse_method(name: str) -> Method:
     ConfigError
         If there is no such method.
     """
-    if name == "kfac-pruner":
-        return Method(name, LABELS[name], "kfac-pruner", "dense")
-    if name in LABELS:
-        return Method(name, LABELS[name])
-    kind, _, rest = name.partition(":")
-    rule, _, curvature = rest.partition(":")
-    known = rule in IMPORTANCES and rule != "kfac-pruner"
-    if kind != "sylva" or not known or (curvature and rule != "kfac"):
+    name = f"{name}:{CURVATURES[0]}" if name == "sylva:kfac" else name
+    if name not in LABELS:
         msg = f"`method` must be one of {', '.join(METHODS)}; got {name!r}."
         raise ConfigError(msg)
-    if rule != "kfac":
-        return Method(name, f"Sylva, {RULE_LABELS[rule]}", rule)
-    curvature = curvature or CURVATURES[0]
-    if curvature not in CURVATURES:
-        msg = f"the curvature of `method` must be one of {CURVATURES}; got {name!r}."
-        raise ConfigError(msg)
-    label = f"Sylva, K-FAC ({CURVATURE_LABELS[curvature]})"
-    return Method(f"sylva:kfac:{curvature}", label, rule, curvature)
+    if name == "kfac-pruner":
+        return Method(name, LABELS[name], name, "dense")
+    _, rule, curvature = (*name.split(":"), None, None)[:3]
+    return Method(name, LABELS[name], rule, curvature)
 
 
 @dataclass(frozen=True)
@@ -186,7 +177,9 @@ def adapt(
         raise ConfigError(msg)
     sizes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     head = sum(
-        size for name, size in sizes.items() if is_head(name, config.modules_to_save)
+        size
+        for name, size in sizes.items()
+        if is_inside(name.rpartition(".")[0], config.modules_to_save)
     )
     trainable = masks.trainable if masks is not None else sum(sizes.values()) - head
     return Adapted(model, scores, masks, trainable, head)
@@ -205,11 +198,3 @@ def add_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         return peft.get_peft_model(model, options)
-
-
-def is_head(parameter: str, modules_to_save: list[str] | None) -> bool:
-    """Whether a parameter belongs to a module that is trained whole."""
-    parts = parameter.split(".")
-    return any(
-        matches(".".join(parts[:end]), modules_to_save) for end in range(1, len(parts))
-    )

@@ -85,10 +85,8 @@ def supertuning_config(
     TargetError
         If a layer is not one that PEFT's Super-Tuning knows.
     """
-    from peft.tuners import SupertuningConfig
-
     check_linear("supertuning", targets)
-    return SupertuningConfig(
+    return peft.SupertuningConfig(
         sparsity=1 - density,
         target_modules=list(targets),
         modules_to_save=modules_to_save,

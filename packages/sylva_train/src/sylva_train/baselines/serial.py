@@ -125,6 +125,6 @@ def add_serial_adapters(
         adapter = SerialAdapter(module, max(1, round(width)), generator)
         model.set_submodule(name, adapter)
     for name, module in model.named_modules():
-        if matches(name, modules_to_save):
+        if is_inside(name, modules_to_save):
             module.requires_grad_(True)
     return model

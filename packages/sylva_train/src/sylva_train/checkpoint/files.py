@@ -25,7 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sylva_train._checks import ConfigError, OutputExistsError, SylvaError
+from sylva_train._artifacts import flatten, unflatten
+from sylva_train._checks import OutputExistsError, SylvaError
 from sylva_train._files import atomic_folder, write_text
 from sylva_train._torch import separate
 
@@ -66,44 +67,6 @@ class Checkpoint:
     step: int
     state: dict[str, Any]
     record: dict[str, Any]
-
-
-def flatten(value: Any, tensors: dict[str, torch.Tensor], key: str) -> Any:
-    """Return nested state as JSON, its tensors moved to ``tensors`` under their path.
-
-    Dicts become lists of pairs, so that keys which are numbers stay numbers.
-    """
-    if isinstance(value, torch.Tensor):
-        tensors[key] = value.detach().cpu().contiguous()
-        return {"tensor": key}
-    if isinstance(value, Mapping):
-        pairs = [[k, flatten(v, tensors, f"{key}/{k}")] for k, v in value.items()]
-        if all(isinstance(k, str | int) for k in value):
-            return {"dict": pairs}
-    if isinstance(value, list | tuple):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [flatten(v, tensors, f"{key}/{i}") for i, v in enumerate(value)]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    msg = (
-        f"the state `{key.lstrip('/')}` is a {type(value).__name__}; a checkpoint holds"
-        " tensors, numbers, text, and lists and dicts of them. Train without `output`,"
-        " or with an optimizer and scheduler whose state is made of these."
-    )
-    raise ConfigError(msg)
-
-
-def unflatten(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Undo `flatten`."""
-    if not isinstance(tree, dict):
-        return tree
-    ((kind, content),) = tree.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {k: unflatten(v, tensors) for k, v in content}
-    items = [unflatten(v, tensors) for v in content]
-    return tuple(items) if kind == "tuple" else items
 
 
 def file_digest(path: Path) -> str:

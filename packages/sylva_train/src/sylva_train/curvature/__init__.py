@@ -5,18 +5,18 @@ from .batches import (
     class_name,
     default_loss,
     is_encoder_decoder,
+    loss_scale,
     loss_units,
     note,
     some_samples,
 )
-from .collect import LARGEST_SCALE, Loss, collect_curvature, damage, describe_factor
+from .collect import Loss, collect_curvature, damage, describe_factor
 from .factors import Factor, strips
 from .layer import LayerCurvature, block_sums
 from .planning import curvature_bytes
 from .state import Store, settings
 
 __all__ = [
-    "LARGEST_SCALE",
     "Factor",
     "LayerCurvature",
     "Loss",
@@ -30,6 +30,7 @@ __all__ = [
     "default_loss",
     "describe_factor",
     "is_encoder_decoder",
+    "loss_scale",
     "loss_units",
     "note",
     "settings",

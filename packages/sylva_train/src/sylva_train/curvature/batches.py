@@ -19,6 +19,7 @@ __all__ = [
     "default_loss",
     "first_samples",
     "is_encoder_decoder",
+    "loss_scale",
     "loss_units",
     "note",
     "some_samples",
@@ -116,6 +117,14 @@ def loss_units(model: nn.Module, batch: Mapping[str, Any]) -> int:
     pixels = labels.dim() == 3
     ignored = getattr(config, "semantic_loss_ignore_index", -100) if pixels else -100
     return int((labels[:, 1:] if shifted else labels).ne(ignored).sum())
+
+
+def loss_scale(units: int) -> float:
+    """Return a power of two to scale a mean over so many terms by: no bit of it changes.
+
+    Its gradient would be below what 16 bits can tell from zero. 2¹⁶ is beyond float16.
+    """
+    return 2.0 ** min(units.bit_length() - 1, 15)
 
 
 def default_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -32,6 +32,7 @@ from .batches import (
     default_loss,
     first_samples,
     is_encoder_decoder,
+    loss_scale,
     loss_units,
     note,
 )
@@ -39,13 +40,10 @@ from .factors import describe
 from .hooks import Collector
 from .layer import LayerCurvature
 from .merging import merge
-from .planning import Pass, plan_passes
+from .planning import plan_passes
 from .state import Store
 
 __all__ = ["Curvatures", "Loss", "collect_curvature", "damage", "describe_factor"]
-
-#: Power of two that a loss is scaled by at most; 16 is beyond float16.
-LARGEST_SCALE = 15
 
 #: Mean loss of (model, batch).
 Loss = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
@@ -126,7 +124,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
         self.data = data
         self.samples = self.terms = self.done = 0
         self.layers: dict[str, LayerCurvature] = {}
-        self.collector = self.collect_nothing()
+        self.collector = Collector(targets, config, self.wanted)
         rest = {name: m for name, m in targets.items() if name not in known}
         self.plan = plan_passes(rest, config, self.wanted, self.shared_inputs)
         self.announce()
@@ -148,11 +146,6 @@ class Curvatures(Mapping[str, LayerCurvature]):
             taken = self.collector.take(name, self.terms, self.samples)
             self.layers[name] = taken
         return self.layers[name]
-
-    def collect_nothing(self, part: Pass | None = None) -> Collector:
-        """Return a collector of a pass's layers, or of none, with nothing in it."""
-        names, hosted = (part.names, part.host_bytes > 0) if part else ((), False)
-        return Collector(self.targets, self.config, self.wanted, names, hosted)
 
     def announce(self) -> None:
         """Say how many passes there will be, and what they hold."""
@@ -193,7 +186,10 @@ class Curvatures(Mapping[str, LayerCurvature]):
             self.store.clear()  # or this pass would read, and check, all of them
         self.layers.clear()
         # The sums of the pass before go first: both are not to be held together.
-        self.collector = self.collect_nothing(self.plan[self.done])
+        part = self.plan[self.done]
+        self.collector = Collector(
+            self.targets, self.config, self.wanted, part.names, part.host_bytes > 0
+        )
         data = hashlib.sha256()
         with together():
             self.run(data)
@@ -236,9 +232,7 @@ class Curvatures(Mapping[str, LayerCurvature]):
     def add(self, batch: Mapping[str, Any], units: int, step: int) -> None:
         """Run one batch forward and backward under the hooks."""
         seq2seq = is_encoder_decoder(self.model)
-        # The gradient of a mean over many terms is below what 16 bits can tell from zero.
-        # A power of two changes no bit of any other.
-        scale = 2.0 ** min(units.bit_length() - 1, LARGEST_SCALE)
+        scale = loss_scale(units)
         self.collector.start(batch, units / scale, step, seq2seq=seq2seq)
         value = self.loss(self.model, batch)
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
@@ -271,11 +265,9 @@ class Curvatures(Mapping[str, LayerCurvature]):
                 " `target_modules`."
             )
             raise ConfigError(msg)
-        self.collector.count_calls()
         # The products of the statistics are not to be rounded to 16 bits.
         with torch.autocast(self.device.type, enabled=False):
-            value.backward(torch.full_like(value, scale))
-            self.collector.finish()
+            self.collector.backward(value, scale)
 
     def check_data(self, data: str) -> None:
         """Raise `ConfigError` unless all passes and processes had the same batches."""
@@ -313,7 +305,7 @@ def collect_curvature(
     config: SylvaConfig,
     wanted: Iterable[str],
     **options: Any,
-) -> tuple[Curvatures, int]:
+) -> Curvatures:
     """Run the model over labelled samples and gather its layers' statistics.
 
     Under an initialised `torch.distributed` every process is given the same batches, runs
@@ -341,8 +333,8 @@ def collect_curvature(
 
     Returns
     -------
-    Curvatures, int
-        The statistics, of which the first pass is done, and the number of samples seen.
+    Curvatures
+        The statistics, of which the first pass is done.
 
     Raises
     ------
@@ -356,7 +348,7 @@ def collect_curvature(
     """
     layers = Curvatures(model, targets, dataloader, config, wanted, **options)
     layers.next_pass()
-    return layers, layers.samples
+    return layers
 
 
 def describe_factor(
@@ -385,7 +377,7 @@ def describe_factor(
         options = replace(
             config, curvature=curvature, exact_below=0, memory_budget=None
         )
-        layers, _ = collect_curvature(
+        layers = collect_curvature(
             model, {name: targets[name]}, dataloader, options, ["factors"]
         )
         both.append(layers[name].A)

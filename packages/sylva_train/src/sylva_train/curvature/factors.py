@@ -26,7 +26,6 @@ LARGEST_LEAF = 2048
 LARGEST_PART = 1 << 23
 #: Side of the pictures of a factor.
 PICTURE = 128
-LINALG_ERROR: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 class DenseCovariance:
@@ -97,10 +96,6 @@ class Factor:
         """Return trace / n."""
         mean: float = float(self.matrix.trace()) / self.matrix.shape[0]
         return mean
-
-    def product(self, X: torch.Tensor) -> torch.Tensor:
-        """Multiply with ``X`` (n, q), float64."""
-        return self.double() @ X.double()  # type: ignore[no-any-return]
 
     def inverse_diagonal(self, shift: float) -> torch.Tensor:
         """Diagonal of ``(matrix + shift·I)⁻¹``, float64 (n,).
@@ -215,7 +210,7 @@ def invertible() -> Iterator[None]:
     """Turn the errors of matrices that are singular into advice."""
     try:
         yield
-    except (LINALG_ERROR, hm.HMatrixError) as error:
+    except (torch.linalg.LinAlgError, hm.HMatrixError) as error:  # type: ignore[attr-defined]
         msg = f"a Kronecker factor cannot be inverted ({error}); raise `damping`."
         raise ConfigError(msg) from error
 

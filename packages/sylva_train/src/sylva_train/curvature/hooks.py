@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -196,7 +197,7 @@ class Collector:
                 # Before hooks of others, which may change what comes out.
                 handles.append(
                     module.register_forward_hook(
-                        self.hook(name), with_kwargs=True, prepend=True
+                        partial(self.after, name), with_kwargs=True, prepend=True
                     )
                 )
         try:
@@ -215,12 +216,11 @@ class Collector:
         self.calls.clear()
         self.waiting.clear()
 
-    def count_calls(self) -> None:
-        """Take note of how often each layer ran, between forward and backward."""
+    def backward(self, loss: torch.Tensor, scale: float) -> None:
+        """Run a batch's loss backward, scaled, and add what has to wait for the end."""
+        # Now: checkpointed layers run again in the backward pass.
         self.calls = {name: len(inputs) for name, inputs in self.seen.inputs.items()}
-
-    def finish(self) -> None:
-        """Add what had to wait for the end of the backward pass."""
+        loss.backward(torch.full_like(loss, scale))
         for name, calls in self.waiting.items():
             fisher = self.sums[name].fisher
             assert fisher is not None
@@ -238,24 +238,22 @@ class Collector:
             x.grad = None
             x.requires_grad_(True)
 
-    def hook(self, name: str) -> Callable[[nn.Module, Any, Any, torch.Tensor], None]:
-        """Make the forward hook of a layer, which hooks its output's gradient."""
-
-        def forward(_: nn.Module, args: Any, kwargs: Any, y: torch.Tensor) -> None:
-            x = layer_input(args, kwargs)
-            if not y.requires_grad:  # first pass of reentrant checkpointing
-                return
-            self.seen.note(name, x)
-            x, shape = x.detach(), y.shape
-            # An activation in place takes a view's hooks away, but not its base's.
-            base = y if y._base is None else y._base
-            whole = base.numel() == y.numel()
-            plain = whole and base.is_contiguous() and y.is_contiguous()
-            (base if plain else y).register_hook(
-                lambda g: self.add(name, x, g.detach().reshape(shape))
-            )
-
-        return forward
+    def after(
+        self, name: str, _: nn.Module, args: Any, kwargs: Any, y: torch.Tensor
+    ) -> None:
+        """Take note of a layer's input, and hook the gradient of its output."""
+        x = layer_input(args, kwargs)
+        if not y.requires_grad:  # first pass of reentrant checkpointing
+            return
+        self.seen.note(name, x)
+        x, shape = x.detach(), y.shape
+        # An activation in place takes a view's hooks away, but not its base's.
+        base = y if y._base is None else y._base
+        whole = base.numel() == y.numel()
+        plain = whole and base.is_contiguous() and y.is_contiguous()
+        (base if plain else y).register_hook(
+            lambda g: self.add(name, x, g.detach().reshape(shape))
+        )
 
     @torch.no_grad()
     def add(self, name: str, x: torch.Tensor, g: torch.Tensor) -> None:
@@ -413,15 +411,15 @@ class Collector:
             holder = sums if owner == name else self.sums[owner]
             self.finished[owner] = Factor(holder.A.result())
             holder.A = None
-        squares = {
-            name: None if total is None else total / max(sums.rows, 1)
-            for name in ("input_squares", "output_squares")
-            for total in (getattr(sums, name),)
-        }
+
+        def mean(total: torch.Tensor | None) -> torch.Tensor | None:
+            return None if total is None else total / max(sums.rows, 1)
+
         return LayerCurvature(
             A=self.finished.get(owner),
             G=Factor(sums.G.result()) if sums.G is not None else None,
             gradient=None if gradient is None else gradient.to(device).div_(terms),
             fisher=None if sums.fisher is None else sums.fisher / samples,
-            **squares,
+            input_squares=mean(sums.input_squares),
+            output_squares=mean(sums.output_squares),
         )

@@ -52,8 +52,9 @@ def merge(collector: Collector) -> None:
     """
     if rank_and_size()[1] == 1:
         return
-    for name in sorted(set().union(*everyone(set(collector.sums)))):
-        owners = {o for o in everyone(collector.owner.get(name)) if o is not None}
+    found = everyone(collector.owner)
+    for name in sorted(set().union(*found)):
+        owners = {owner[name] for owner in found if name in owner}
         if len(owners) > 1:
             msg = (
                 f"the input of `{name}` is that of another layer in one process and not"

@@ -78,24 +78,19 @@ def curvature_bytes(
     """
     out, inputs = shape
     dtype = torch.promote_types(dtype, torch.float32)
-    width = dtype.itemsize
-    sizes: dict[str, int] = {}
-    if "factors" in wanted:
-        kind = (config.curvature, config.levels, config.rank, config.exact_below)
-        sizes |= {
-            "A": factor_bytes(inputs, dtype, *kind),
-            "G": factor_bytes(out, dtype, *kind),
-        }
-    if "gradient" in wanted:
-        sizes["gradient"] = out * inputs * width
-    if "fisher" in wanted:
-        rows, columns = (-(-n // config.block_size) for n in shape)
-        sizes["fisher"] = rows * columns * width
-    if "inputs" in wanted:
-        sizes["inputs"] = inputs * width
-    if "outputs" in wanted:
-        sizes["outputs"] = out * width
-    return sizes
+    rows, columns = (-(-n // config.block_size) for n in shape)
+    numbers = {
+        "gradient": out * inputs,
+        "fisher": rows * columns,
+        "inputs": inputs,
+        "outputs": out,
+    }
+    sizes = {part: n * dtype.itemsize for part, n in numbers.items() if part in wanted}
+    if "factors" not in wanted:
+        return sizes
+    kind = (config.curvature, config.levels, config.rank, config.exact_below)
+    sides = {"A": inputs, "G": out}
+    return {s: factor_bytes(n, dtype, *kind) for s, n in sides.items()} | sizes
 
 
 @functools.cache
@@ -145,7 +140,7 @@ def plan_passes(
         return [Pass(tuple(sizes), total)]
     for name, parts in sizes.items():
         check_alone(name, targets[name], parts, budget)
-    owner = dict(shared()) if "factors" in wanted else {}
+    owner = shared() if "factors" in wanted else {}
     passes = fill(sizes, owner, budget)
     host = memory_bytes(config.host_budget, "host_budget")
     # Gradients of a model on a CPU are in main memory as it is.

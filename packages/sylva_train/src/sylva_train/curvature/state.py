@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sylva_train._artifacts import read_tensors, write_tensors
+from sylva_train._artifacts import flatten, read_tensors, unflatten, write_tensors
 from sylva_train._checks import ConfigError, check_positive
-from sylva_train._torch import sampled, tensor_bytes
+from sylva_train._torch import on_device, sampled, tensor_bytes
 from sylva_train.config import SylvaConfig
 from sylva_train.options import SCORING, samples_to_score
 from sylva_train.processes import is_first, rank_and_size
@@ -22,11 +22,11 @@ from sylva_train.targets import weight_device, weight_view
 
 from .factors import revive
 from .hooks import Collector
-from .layer import TENSORS, Accumulators
+from .layer import Accumulators
 
 __all__ = ["Store", "settings"]
 
-FORMAT = "sylva-scoring/1"
+FORMAT = "sylva-scoring/2"
 #: Options that change the statistics, and the scores beside them.
 OPTIONS = ("importance", "samples", "block_size", *SCORING)
 
@@ -58,13 +58,6 @@ class Store:
         Time between two savings.
     settings : mapping
         From `settings`.
-
-    Raises
-    ------
-    ConfigError
-        If the folder is of scoring with other settings.
-    AdapterError
-        If a file in it is damaged.
     """
 
     def __init__(
@@ -105,28 +98,18 @@ class Store:
 
     def save(self, collector: Collector, batches: int, data: str) -> None:
         """Write the sums of a pass over some batches, whose digest is ``data``."""
-        tensors, plain = {}, {}
-        for name, sums in collector.sums.items():
-            for part in TENSORS:
-                if getattr(sums, part) is not None:
-                    tensors[f"{name}/{part}"] = getattr(sums, part)
-            for part in ("A", "G"):
-                factor = getattr(sums, part)
-                if factor is None:
-                    continue
-                state = factor.state()
-                arrays = {k for k, v in state.items() if isinstance(v, torch.Tensor)}
-                tensors |= {f"{name}/{part}/{key}": state[key] for key in arrays}
-                plain[f"{name}/{part}"] = {
-                    key: value for key, value in state.items() if key not in arrays
-                }
+        state = {
+            name: vars(sums)
+            | {"A": sums.A and sums.A.state(), "G": sums.G and sums.G.state()}
+            for name, sums in collector.sums.items()
+        }
+        tensors: dict[str, torch.Tensor] = {}
         header = {
             "format": FORMAT,
             "settings": self.settings,
             "names": list(collector.names),
             "owner": collector.owner,
-            "rows": {name: sums.rows for name, sums in collector.sums.items()},
-            "plain": plain,
+            "sums": flatten(state, tensors, ""),
             "batches": batches,
             "data": data,
         }
@@ -138,7 +121,15 @@ class Store:
         self.path.unlink(missing_ok=True)
 
     def load(self, collector: Collector) -> tuple[int, str]:
-        """Put back what `save` wrote of the same pass; return its batches and digest."""
+        """Put back what `save` wrote of the same pass; return its batches and digest.
+
+        Raises
+        ------
+        ConfigError
+            If the folder is of scoring with other settings.
+        AdapterError
+            If the file is damaged.
+        """
         if not self.path.exists():
             return 0, ""
         tensors, header = read_tensors(self.path, FORMAT, "scoring")
@@ -146,27 +137,13 @@ class Store:
         if header["names"] != list(collector.names):
             return 0, ""
         collector.owner = header["owner"]
-        devices = {n: weight_device(collector.targets[n]) for n in collector.names}
         # Copies: numbers in a file lie wherever its header ends, and products of memory that is
         # not aligned as PyTorch's own is may round differently.
-        tensors = {
-            key: tensor.to(devices[key.split("/")[0]], copy=True)
-            for key, tensor in tensors.items()
-        }
-        for key, tensor in tensors.items():
-            name, part, *rest = key.split("/")
-            sums = collector.sums.setdefault(name, Accumulators())
-            sums.rows = header["rows"][name]
-            if not rest:
-                placed = collector.placed(tensor) if part == "gradient" else tensor
-                setattr(sums, part, placed)
-        for key, plain in header["plain"].items():
-            name, part = key.split("/")
-            head = f"{key}/"
-            arrays = {
-                k.removeprefix(head): t
-                for k, t in tensors.items()
-                if k.startswith(head)
-            }
-            setattr(collector.sums[name], part, revive(plain | arrays))
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+        for name, parts in unflatten(header["sums"], tensors).items():
+            here = on_device(parts, weight_device(collector.targets[name]))
+            sums = collector.sums[name] = Accumulators(**here)
+            if sums.gradient is not None:
+                sums.gradient = collector.placed(sums.gradient)
+            sums.A, sums.G = (part and revive(part) for part in (sums.A, sums.G))
         return header["batches"], header["data"]

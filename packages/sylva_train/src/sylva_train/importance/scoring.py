@@ -39,6 +39,9 @@ from .scores import LayerScores, Scores, check_finite
 
 __all__ = ["score", "score_rules"]
 
+#: File of the layers that are done, beside the sums of the others.
+DONE = "scores.safetensors"
+
 
 def score(
     model: nn.Module,
@@ -118,13 +121,13 @@ def score(
     """
     config = config or SylvaConfig()
     targets = checked_targets(model, config)
-    kept = None
+    store = None
     if checkpoint is not None:
         must = settings(model, targets, config)
-        kept = Unfinished(Path(checkpoint), checkpoint_minutes, must)
+        store = Store(Path(checkpoint), checkpoint_minutes, must)
     rule = config.importance
     return run_rules(
-        model, targets, dataloader, config, [rule], kept, loss=loss, progress=progress,
+        model, targets, dataloader, config, [rule], store, loss=loss, progress=progress,
         log=log,
     )[rule]  # fmt: skip
 
@@ -216,30 +219,41 @@ def check_data(targets: Mapping[str, nn.Module], dataloader: object, rule: str) 
         raise ConfigError(msg)
 
 
+def load_done(store: Store) -> tuple[dict[str, LayerScores], dict[str, Any]]:
+    """Return the scores of the layers that are done, and the facts beside them."""
+    if not (store.folder / DONE).exists():
+        return {}, {}
+    found = Scores.load(store.folder / DONE)
+    store.check(found.metadata["settings"])
+    return found.layers, found.metadata
+
+
 def run_rules(
     model: nn.Module,
     targets: dict[str, nn.Module],
     dataloader: Iterable[Mapping[str, Any]] | None,
     config: SylvaConfig,
     rules: Sequence[str],
-    kept: Unfinished | None,
+    store: Store | None,
     **options: Any,
 ) -> dict[str, Scores]:
     """Score layers by rules, and go on where one rule's scoring was interrupted.
 
     ``options`` are ``loss``, ``progress`` and ``log`` of `score`.
     """
-    done, facts = ({}, {}) if kept is None else from_first(kept.load())
+    done, facts = ({}, {}) if store is None else from_first(load_done(store))
     found: dict[str, dict[str, LayerScores]] = {rule: {} for rule in rules}
     found[rules[0]] = done
     bad, seen = facts.get("indefinite", 0), facts.get("samples", 0)
     layers: Mapping[str, LayerCurvature] = dict.fromkeys(targets, LayerCurvature())
 
     def keep() -> None:
-        if kept is not None:
-            data = getattr(layers, "data", None)
+        if store is not None:
+            now = {"samples": seen, "indefinite": bad, "settings": store.settings}
+            now["data"] = getattr(layers, "data", None)
             with together():  # the others would wait for a first one that cannot write
-                kept.save(done, {"samples": seen, "indefinite": bad, "data": data})
+                if is_first():
+                    Scores(done, now).save(store.folder / DONE)
 
     for rule in rules:
         if rule in NEEDS_DATA:
@@ -247,10 +261,11 @@ def run_rules(
     wanted = {statistic for rule in rules for statistic in RULES[rule][1]}
     if wanted and len(done) < len(targets):
         assert dataloader is not None
-        layers, seen = collect_curvature(
+        layers = collect_curvature(
             model, targets, dataloader, config, wanted, known=done,
-            data=facts.get("data"), store=kept and kept.store, between=keep, **options,
+            data=facts.get("data"), store=store, between=keep, **options,
         )  # fmt: skip
+        seen = layers.samples
     generator = torch.Generator().manual_seed(config.seed)
     for name, module in targets.items():
         if name in done:
@@ -266,8 +281,8 @@ def run_rules(
         found[rule] = from_first({name: found[rule][name] for name in targets})
         check_finite(found[rule])
     keep()
-    if kept is not None:
-        kept.store.clear()
+    if store is not None:
+        store.clear()
     if bad:
         warnings.warn(
             f"{bad} entries of the inverse diagonals are not positive: truncated HODLR"
@@ -292,36 +307,3 @@ def described(
         "samples": samples if rule in NEEDS_DATA else 0,
         "indefinite": indefinite if rule in KRONECKER else 0,
     }
-
-
-class Unfinished:
-    """The folder of unfinished scoring: scores of layers, and sums of the others.
-
-    Parameters
-    ----------
-    folder : path
-        The folder.
-    minutes : float
-        Time between two savings of the sums.
-    options : mapping
-        What must be the same when it goes on, from `sylva_train.curvature.settings`.
-    """
-
-    def __init__(
-        self, folder: Path, minutes: float, options: Mapping[str, Any]
-    ) -> None:
-        self.store = Store(folder, minutes, options)
-        self.path = folder / "scores.safetensors"
-
-    def load(self) -> tuple[dict[str, LayerScores], dict[str, Any]]:
-        """Return the scores of the layers that are done, and the facts beside them."""
-        if not self.path.exists():
-            return {}, {}
-        found = Scores.load(self.path)
-        self.store.check(found.metadata["settings"])
-        return found.layers, found.metadata
-
-    def save(self, scores: Mapping[str, LayerScores], facts: Mapping[str, Any]) -> None:
-        """Keep the scores of the layers that are done."""
-        if is_first():
-            Scores(scores, {**facts, "settings": self.store.settings}).save(self.path)

@@ -20,13 +20,7 @@ __all__ = [
     "find_runs",
     "find_stretches",
     "group_by_row",
-    "is_ragged",
 ]
-
-
-def is_ragged(shape: torch.Size | tuple[int, int], block_size: int) -> bool:
-    """Whether the last row or column of blocks is cut off."""
-    return bool(shape[0] % block_size or shape[1] % block_size)
 
 
 class Stretch(NamedTuple):
@@ -153,8 +147,8 @@ def find_runs(
         The mask's; the result is kept with it, since working it out takes longer than
         copying the runs.
     way : str
-        What the matrix is: ``"dense"``, the (out, in) matrix; ``"turned"``, its
-        transpose; or ``"cartesian"``, its active rows and columns of blocks.
+        What the matrix is: ``"dense"``, the (out, in) matrix; or ``"cartesian"``, its
+        active rows and columns of blocks.
     wide : int
         Blocks in a row of the matrix.
     block_size : int
@@ -168,9 +162,8 @@ def find_runs(
     found = find_places(indices)
     key = way, wide, block_size
     if key not in found.runs:
-        rows, columns = found.row_of, found.column_of
-        if way != "cartesian":
-            rows, columns = indices.flip(1).T if way == "turned" else indices.T
+        is_dense = way == "dense"
+        rows, columns = indices.T if is_dense else (found.row_of, found.column_of)
         offset = torch.arange(block_size, device=indices.device)
         first = (rows[:, None] * block_size + offset) * wide
         found.runs[key] = (first + columns[:, None]).flatten()
@@ -203,20 +196,14 @@ def find_stretches(
     shape = lines.shape[0], lines.shape[1]
     key = (*shape, block_size, is_turned)
     if key not in found.stretches:
-        if is_ragged(shape, block_size):
-            stretches = cut_stretches(indices, shape, block_size, is_turned)
-        else:
-            way = "turned" if is_turned else "dense"
-            runs = find_runs(indices, way, shape[1] // block_size, block_size)
-            stretches = [Stretch(block_size, block_size, runs, None)]
-        found.stretches[key] = stretches
+        found.stretches[key] = cut_stretches(indices, shape, block_size, is_turned)
     return found.stretches[key]
 
 
 def cut_stretches(
     indices: torch.Tensor, shape: tuple[int, int], block_size: int, is_turned: bool
 ) -> list[Stretch]:
-    """Work out the stretches of a ragged matrix."""
+    """Work out the stretches of a matrix."""
     rows, columns = (indices.flip(1) if is_turned else indices).long().unbind(1)
     height, width = shape
     rest = width % block_size

@@ -17,10 +17,14 @@ from .places import (
     find_runs,
     find_stretches,
     group_by_row,
-    is_ragged,
 )
 
 __all__ = ["block_sddmm", "gather_blocks", "scatter_blocks_"]
+
+
+def is_ragged(shape: torch.Size, block_size: int) -> bool:
+    """Whether the last row or column of blocks is cut off."""
+    return any(n % block_size for n in shape)
 
 
 def interior(weight: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -114,9 +118,7 @@ def scatter_blocks_(
 
     On a CPU, pass the same ``indices`` each time, as to `block_sddmm`.
     """
-    block_size = blocks.shape[-1]
-    if blocks.dtype != weight.dtype:
-        blocks = blocks.to(weight.dtype)
+    block_size, blocks = blocks.shape[-1], blocks.to(weight.dtype)
     lines, is_turned = lines_of(weight)
     if lines is not None:
         runs = (blocks.mT if is_turned else blocks).reshape(-1, block_size)
@@ -219,15 +221,7 @@ def wide_product(
     if a.is_cuda and a.dtype.itemsize < 4:
         return torch.mm(a, b, out_dtype=torch.float32)
     dtype = product_dtype(a.dtype, a.device.type)
-    if a.dtype != dtype:
-        a, b = a.to(dtype), b.to(dtype)
-    return torch.mm(a, b, out=out)
-
-
-def as_wide(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return blocks in the dtype in which products of a dtype are added up."""
-    sums = wide(dtype)
-    return blocks if blocks.dtype == sums else blocks.to(sums)
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
 def in_blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -246,7 +240,7 @@ def from_dense(
     is_small = out * x.shape[1] <= _PANEL_ELEMENTS or out <= 2 * tokens
     if is_small and not dy.is_cuda:
         blocks = gather_lines(wide_product(dy.T, x), indices, block_size)
-        return as_wide(blocks, dy.dtype)
+        return blocks.to(wide(dy.dtype))
     return from_panels(dy, x, indices, block_size, "dense")
 
 
@@ -278,7 +272,7 @@ def from_panels(
         if any(missing):
             product = F.pad(product, (0, missing[1], 0, missing[0]))
         blocks = product.view(-1, b).index_select(0, runs)
-        return as_wide(blocks.view(-1, b, b), dy.dtype)
+        return blocks.view(-1, b, b).to(wide(dy.dtype))
     found = find_places(indices)
     dtype = product_dtype(dy.dtype, dy.device.type)
     dy, x = dy.to(dtype), x.to(dtype)  # once for all panels
@@ -303,7 +297,7 @@ def from_panels(
     blocks = blocks.view(-1, b, b)
     if found.order is not None:
         blocks = blocks[found.order.argsort()]
-    return as_wide(blocks, dy.dtype)
+    return blocks.to(wide(dy.dtype))
 
 
 def from_rows(

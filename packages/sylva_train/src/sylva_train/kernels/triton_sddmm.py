@@ -248,7 +248,7 @@ def searched(kernel: Any, **options: Any) -> Any:
         key=key,
         prune_configs_by={"early_config_prune": prune},
         restore_value=["result_ptr"],
-        cache_results=not INTERPRETED,  # of which Triton 3.4 knows nothing
+        cache_results=not INTERPRETED,  # Triton 3.5 would ask it for a GPU
         **options,
     )(kernel)
 
@@ -263,9 +263,8 @@ _searching = threading.Lock()
 
 def precision() -> str:
     """Return how float32 products are to be rounded, as PyTorch's own are."""
-    matmul = torch.backends.cuda.matmul
-    chosen = getattr(matmul, "fp32_precision", None)  # since 2.9
-    return "tf32" if chosen == "tf32" or (not chosen and matmul.allow_tf32) else "ieee"
+    chosen: str = torch.backends.cuda.matmul.fp32_precision
+    return "tf32" if chosen == "tf32" else "ieee"
 
 
 @functools.cache
@@ -362,26 +361,11 @@ def run_plan(
         "WIDEN": INTERPRETED and dy.dtype == torch.bfloat16,
         "PRECISION": precision(),
     }
-    arguments = (
-        dy,
-        x,
-        parts,
-        plan.members,
-        plan.groups,
-        plan.pairs,
-        plan.slots,
-        tokens,
-        dy.shape[1],
-        x.shape[1],
-        blocks,
-        each,
-        dy.stride(0),
-        dy.stride(1),
-        x.stride(0),
-        x.stride(1),
-        tokens.bit_length(),
-        device.index or 0,
-    )
+    tables = plan.members, plan.groups, plan.pairs, plan.slots
+    sizes = tokens, dy.shape[1], x.shape[1], blocks, each
+    strides = *dy.stride(), *x.stride()
+    searched_for = tokens.bit_length(), device.index or 0
+    arguments = (dy, x, parts, *tables, *sizes, *strides, *searched_for)
     key = (*options.values(), dy.dtype, tokens.bit_length(), device)
     chosen = _found.get(key)
     # Not searched again for: whatever is chosen, its steps span 128 tokens or a part.

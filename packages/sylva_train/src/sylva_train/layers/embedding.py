@@ -253,7 +253,7 @@ def sync(model: nn.Module) -> None:
     """
     for layer in embedded_layers(model).values():
         layer.sync(force=True)
-        layer.settle()
+        layer.update_columns()
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -90,9 +90,7 @@ class WeightGradient(torch.autograd.Function):
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """View (..., n) as (tokens, n)."""
-    if x.dim() == 2:
-        return x
-    return x.flatten(0, -2) if x.dim() > 1 else x[None]
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 class BlockGradient(torch.autograd.Function):
@@ -139,17 +137,10 @@ class BlockGradient(torch.autograd.Function):
         out = None
         if values is not None:
             out = gradient_of(values, torch.promote_types(dy.dtype, torch.float32))
-        left, right = as_rows(dy), as_rows(x)
-        if right.dtype != left.dtype:
-            right = right.to(left.dtype)
+        left, right = as_rows(dy), as_rows(x).to(dy.dtype)
         gradient = block_sddmm(left, right, indices, block_size, out=out)
         if out is not None:
             # Autograd has nothing to add, and does not call the hook after that.
             check_shown(values)
             return dy, None, None, None
-        return (
-            dy,
-            None,
-            gradient if gradient.dtype == dtype else gradient.to(dtype),
-            None,
-        )
+        return dy, None, gradient.to(dtype), None

@@ -96,7 +96,7 @@ class Reader:
         self.columns: torch.Tensor | None = None
         self.indices = self.table
 
-    def settle(self, version: int) -> None:
+    def update_columns(self, version: int) -> None:
         """Go over to what the group uses by now; the values are of this version."""
         self.version = version
         group = self.group
@@ -127,7 +127,7 @@ class Reader:
         """Return the columns of an input that are kept, in a dtype."""
         x = x.detach()
         kept = x if self.columns is None else x.index_select(-1, self.columns)
-        return kept if kept.dtype == dtype else kept.to(dtype)
+        return kept.to(dtype)
 
     def keep(
         self, x: torch.Tensor, dtype: torch.dtype, values: torch.Tensor
@@ -156,7 +156,7 @@ class Reader:
         if self.table.device != x.device:  # a replica on another device
             return x.detach(), self.table.to(x.device)
         if self.version != values._version:
-            self.settle(values._version)
+            self.update_columns(values._version)
         seen = self.meet(x)
         if is_held(x):
             return x.detach(), self.table

@@ -290,13 +290,13 @@ class SparseEmbeddedLinear(nn.Module):
         # The same values again, another adapter having been shown: a forward pass may be
         # under way that gradient checkpointing is going to recompute.
         if reader.version != values._version:
-            reader.settle(values._version)
+            reader.update_columns(values._version)
 
-    def settle(self) -> None:
+    def update_columns(self) -> None:
         """Keep for backward passes to come what is known by now to be read together."""
         name = self.shown.adapter
         if name is not None:
-            self._readers[name].settle(self.values_of(name)._version)
+            self._readers[name].update_columns(self.values_of(name)._version)
 
     def write_replica(self, name: str) -> None:
         """Write an adapter's values into the weight of a copy that lives for one pass.
@@ -331,12 +331,18 @@ class SparseEmbeddedLinear(nn.Module):
         name = str(self.shown.adapter)
         values, weight, _ = self.parts(name)
         torch.autograd.graph.increment_version((values, weight))
-        self.shown.settle(values, weight)
-        self._readers[name].settle(values._version)
+        self.shown.note_written(values, weight)
+        self._readers[name].update_columns(values._version)
 
     def restore_(self) -> None:
         """Put the base weight back, bit for bit."""
         self.shown.restore_(self.base_layer)
+
+    def forget(self, name: str) -> None:
+        """Forget an adapter that is deleted; one of its name may get its memory."""
+        self.shown.forget(name)
+        self._checked.pop(name, None)
+        self._readers.pop(name, None)
 
     def let_go(self) -> None:
         """Leave the base layer, which is taken out, as it is from now on."""
@@ -422,14 +428,12 @@ class SparseEmbeddedLinear(nn.Module):
         self._was_shown = self.shown.adapter is not None
         self.restore_()
         key, own = f"{prefix}base_layer.weight", weight_view(self.base_layer)
-        tables = {
-            n: state_dict.get(f"{prefix}sylva_indices.{n}") for n in self.sylva_indices
-        }
-        for name, table in tables.items():
+        for name in self.sylva_indices:
+            table = state_dict.get(f"{prefix}sylva_indices.{name}")
+            if table is None or key not in state_dict or own.is_meta:
+                continue
             # Indices that do not fit are found out when they are used.
             with contextlib.suppress(ConfigError):
-                if table is None or key not in state_dict or own.is_meta:
-                    continue
                 size = self.sylva_values[name].shape[-1]
                 inside = LayerMask(self.shape, size, table).dense().to(own.device)
                 shown = as_matrix(self.base_layer, state_dict[key].detach()).to(own)

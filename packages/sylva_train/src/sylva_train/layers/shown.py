@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -28,17 +28,15 @@ def holds_blocks(
     return torch.equal(*bits)
 
 
-def snapshot(values: torch.Tensor, weight: torch.Tensor) -> tuple[Any, ...]:
-    """Return what tells whether values or weight changed since the last write."""
-    # The tensor itself is kept, not its id: a new one may come to have the same.
-    return (
-        values,
-        values.data_ptr(),
-        values._version,
-        values.requires_grad,
-        weight.data_ptr(),
-        weight._version,
-    )
+class Written(NamedTuple):
+    """What values and weight were when the ones were written into the other."""
+
+    values: torch.Tensor  # not its id, which a new tensor may come to have
+    version: int
+    weight_version: int
+    is_trained: bool
+    address: int
+    weight_address: int
 
 
 class Left(NamedTuple):
@@ -77,7 +75,7 @@ class Shown:
         self.is_due = False
         # Rarely needed: in the host's memory, and no buffer, which DDP would broadcast.
         self._original: torch.Tensor | None = None
-        self._seen: tuple[Any, ...] = ()
+        self._written: Written | None = None
         # How many steps there had been, if the values are a part of a larger memory.
         self._after: int | None = None
         # Versions of the weight: what it had as the base and as adapters that are not in
@@ -89,17 +87,17 @@ class Shown:
 
     def is_current(self, values: torch.Tensor, weight: torch.Tensor) -> bool:
         """Whether the adapter's values and the weight are as after the last write."""
-        if not self._seen or self.is_due or self.is_behind():
+        last = self._written
+        if last is None or self.is_due or self.is_behind():
             return False
         # One by one, cheapest first: every layer asks in every forward pass.
-        known, address, version, is_trained, place, count = self._seen
         return (
-            known is values
-            and version == values._version
-            and count == weight._version
-            and is_trained == values.requires_grad
-            and address == values.data_ptr()
-            and place == weight.data_ptr()
+            last.values is values
+            and last.version == values._version
+            and last.weight_version == weight._version
+            and last.is_trained == values.requires_grad
+            and last.address == values.data_ptr()
+            and last.weight_address == weight.data_ptr()
         )
 
     def is_behind(self) -> bool:
@@ -108,8 +106,10 @@ class Shown:
 
     def is_stale(self, values: torch.Tensor) -> bool:
         """Whether the values that were written last were changed since."""
-        seen = self._seen
-        return bool(seen) and seen[0] is values and seen[2] != values._version
+        last = self._written
+        if last is None or last.values is not values:
+            return False
+        return last.version != values._version
 
     def holds(self, base: nn.Module, values: torch.Tensor) -> bool:
         """Whether the base's weight is known to have these values, bit for bit."""
@@ -119,7 +119,7 @@ class Shown:
 
     def is_in(self, weight: torch.Tensor) -> bool:
         """Whether a weight has the memory that was written into last."""
-        return bool(self._seen[4] == weight.data_ptr())
+        return self._written.weight_address == weight.data_ptr()  # type: ignore[union-attr]
 
     def original(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the base weight's blocks under the adapter, on the weight's device."""
@@ -139,7 +139,6 @@ class Shown:
     ) -> None:
         """Write an adapter's values into the base's weight, which shows it or none."""
         matrix, blocks = as_matrix(base, weight.detach()), values.detach()
-        seen = self._seen
         self._begin(weight)
         version = None
         if self.adapter is None:
@@ -154,8 +153,8 @@ class Shown:
             ):
                 version = left.version
         elif (
-            seen[0] is values
-            and seen[2] == values._version
+            self._written.values is values  # type: ignore[union-attr]
+            and not self.is_stale(values)
             and holds_blocks(matrix, indices, blocks)
         ):
             # The same bits again would make backward passes under way fail.
@@ -163,9 +162,9 @@ class Shown:
         else:
             scatter_blocks_(matrix, indices, blocks)
         self.adapter, self.indices = name, indices
-        self.settle(values, weight, version)
+        self.note_written(values, weight, version)
 
-    def settle(
+    def note_written(
         self, values: torch.Tensor, weight: torch.Tensor, version: int | None = None
     ) -> None:
         """Take note that the weight shows the values as they are now.
@@ -173,7 +172,15 @@ class Shown:
         Its version is to be a new one, or one that it had.
         """
         self._end(weight, version)
-        self._seen, self.is_due = snapshot(values, weight), False
+        self._written = Written(
+            values,
+            values._version,
+            weight._version,
+            values.requires_grad,
+            values.data_ptr(),
+            weight.data_ptr(),
+        )
+        self.is_due = False
         is_part = values.untyped_storage().nbytes() > values.nbytes
         self._after = Shown.steps if is_part else None
 

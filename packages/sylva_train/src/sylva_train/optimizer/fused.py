@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from sylva_train.kernels import (
 )
 from sylva_train.layers import SparseEmbeddedLinear
 from sylva_train.targets import weight_view
+
+if TYPE_CHECKING:
+    from .sparse import SparseAdamW
 
 __all__ = ["KernelStep", "kernel_of", "laid_out_as", "may_fuse", "may_fuse_on_cpu"]
 
@@ -112,25 +115,15 @@ class KernelStep:
 
     Parameters
     ----------
-    optimizer : torch.optim.Optimizer
-        Whose groups and state are used; the state is `torch.optim.AdamW`'s.
-    layers : sequence of SparseEmbeddedLinear
-        The model's.
-    to_base : bool
-        Decay towards the base weights instead of zero.
-    eight_bit : bool
-        Keep moments in 8 bits; their scales are a part of the state then.
+    optimizer : SparseAdamW
+        Whose layers, options, groups and state are used; the state is
+        `torch.optim.AdamW`'s, and the scales of moments in 8 bits.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        layers: Sequence[SparseEmbeddedLinear],
-        to_base: bool,
-        eight_bit: bool,
-    ) -> None:
-        self.optimizer, self.layers = optimizer, layers
-        self.to_base, self.eight_bit = to_base, eight_bit
+    def __init__(self, optimizer: SparseAdamW) -> None:
+        self.optimizer, self.layers = optimizer, optimizer.layers
+        self.to_base = optimizer.decay_towards == "base"
+        self.eight_bit = optimizer.moments == "8bit"
         self.blocks: list[DeviceBlocks] = []
         self.taken: set[int] = set()
         #: Layers that are left to PyTorch.
@@ -153,7 +146,11 @@ class KernelStep:
         that it does after the step.
         """
         # On a CPU it is not worth looking, unless kernels are demanded there.
-        possible = self.eight_bit or is_demanded() or self.is_on_gpu()
+        possible = (
+            self.eight_bit
+            or is_demanded()
+            or any(p.is_cuda for g in self.optimizer.param_groups for p in g["params"])
+        )
         if not possible and not self.taken:
             self.key, self.blocks, self.rest = None, [], list(self.layers)
             return
@@ -177,10 +174,6 @@ class KernelStep:
                     c.values.grad = c.values.grad.contiguous()
                 gradients.append(c.values.grad)
             blocks.tables.set_gradients(gradients)
-
-    def is_on_gpu(self) -> bool:
-        """Whether any parameter is."""
-        return any(p.is_cuda for g in self.optimizer.param_groups for p in g["params"])
 
     def choose(self) -> list[Chosen]:
         """Return the layers that the kernel can update."""

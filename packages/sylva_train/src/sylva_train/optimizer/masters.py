@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from .fused import laid_out_as
-
-__all__ = ["HALVES", "MOMENTS", "follow_masters", "keep_master", "load_master"]
+__all__ = ["HALVES", "MOMENTS", "follow_masters", "keep_master"]
 
 HALVES = (torch.bfloat16, torch.float16)
 #: As `torch.optim.AdamW` orders and names them.
@@ -21,19 +19,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 def keep_master(parameter: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
     """Return a parameter's master for a step, and see that its moments are float32."""
-    if "master" not in state:
-        state["master"] = torch.empty_like(parameter, dtype=torch.float32)
-        state["master"].copy_(parameter)
+    master: torch.Tensor | None = state.get("master")
+    if master is None:
+        master = state["master"] = parameter.detach().float()
     else:
         # Elements that somebody else wrote since the last step, a loaded model for one.
-        master = state["master"]
         is_shown = master.to(parameter.dtype) == parameter
         master.copy_(torch.where(is_shown, master, parameter))
     for name in MOMENTS:
         if name in state:
             state[name] = state[name].float()
-    master = state["master"]
-    assert isinstance(master, torch.Tensor)
     return master
 
 
@@ -48,13 +43,3 @@ def follow_masters(optimizer: torch.optim.Optimizer) -> None:
     ]
     if pairs:
         torch._foreach_copy_([p for p, _ in pairs], [master for _, master in pairs])
-
-
-def load_master(
-    parameter: torch.Tensor, state: dict[str, Any], saved: dict[str, Any]
-) -> None:
-    """Undo that PyTorch cast what it loaded of a parameter's state to its dtype."""
-    for name in ("master", *MOMENTS):
-        if name in saved:
-            loaded = saved[name].to(parameter.device, torch.float32)
-            state[name] = laid_out_as(parameter, loaded)

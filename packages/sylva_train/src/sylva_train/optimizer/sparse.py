@@ -10,10 +10,15 @@ from torch import nn
 
 from sylva_train._checks import ConfigError, check_choice, check_positive
 from sylva_train._torch import total_norm
-from sylva_train.layers import SparseEmbeddedLinear, embedded_layers, layer_showing
+from sylva_train.layers import (
+    SparseEmbeddedLinear,
+    embedded_layers,
+    layer_showing,
+    values_dtype,
+)
 
 from .fused import KernelStep, kernel_of, laid_out_as, may_fuse, may_fuse_on_cpu
-from .masters import HALVES, MOMENTS, follow_masters, keep_master, load_master
+from .masters import HALVES, MOMENTS, follow_masters, keep_master
 
 __all__ = ["SparseAdamW"]
 
@@ -114,11 +119,11 @@ class SparseAdamW(torch.optim.AdamW):
         # Set before AdamW's own constructor, which adds the groups.
         self.decay_towards, self.max_grad_norm = decay_towards, max_grad_norm
         self.layers: list[SparseEmbeddedLinear] = list(embedded_layers(model).values())
-        self.moments, eight_bit = moments, moments == "8bit"
-        self._kernel = self.make_kernel()
+        self.moments = moments
+        self._kernel = KernelStep(self)
         defaults = {"amsgrad": False, "differentiable": False}
         plain = may_fuse({"foreach": None, "fused": None} | defaults | kwargs)
-        if eight_bit and not plain:
+        if moments == "8bit" and not plain:
             msg = (
                 "`moments='8bit'` cannot be combined with `amsgrad`, `differentiable`,"
                 " `foreach=True` or `fused=False`; leave one of them out."
@@ -131,11 +136,6 @@ class SparseAdamW(torch.optim.AdamW):
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **kwargs
         )
 
-    def make_kernel(self) -> KernelStep:
-        """Return what takes the kernel's part of steps."""
-        to_base, eight_bit = self.decay_towards == "base", self.moments == "8bit"
-        return KernelStep(self, self.layers, to_base, eight_bit)
-
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs; its layers are copies of these, as parameters are."""
         names = ("decay_towards", "max_grad_norm", "moments", "layers")
@@ -145,7 +145,7 @@ class SparseAdamW(torch.optim.AdamW):
         """Take over what another left, or only the state of the parameters."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "layers" in state:
-            self._kernel = self.make_kernel()
+            self._kernel = KernelStep(self)
 
     #: Its own steps end in the dense weights; nothing is left to write before a forward.
     writes_through = True
@@ -260,19 +260,17 @@ class SparseAdamW(torch.optim.AdamW):
         parameters = [p for group in self.param_groups for p in group["params"]]
         numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
         saved_states = [state_dict["state"].get(i, {}) for i in numbers]
-        if any(
-            "exp_avg" in saved
-            and (id(p) in coded if "exp_avg_scale" not in saved else not eight_bit)
-            for p, saved in zip(parameters, saved_states, strict=False)
-        ):
-            msg = (
-                "`state_dict` has moments in another number of bits than this"
-                f" optimizer, which was made with `moments={self.moments!r}`."
-            )
-            raise ConfigError(msg)
         for p, saved in zip(parameters, saved_states, strict=False):
+            if "exp_avg" not in saved:
+                continue
+            if not eight_bit if "exp_avg_scale" in saved else id(p) in coded:
+                msg = (
+                    "`state_dict` has moments in another number of bits than this"
+                    f" optimizer, which was made with `moments={self.moments!r}`."
+                )
+                raise ConfigError(msg)
             # Fused steps go through memory by the parameter's size, and beyond.
-            if "exp_avg" in saved and saved["exp_avg"].shape != p.shape:
+            if saved["exp_avg"].shape != p.shape:
                 msg = (
                     "`state_dict` has moments of shape"
                     f" {tuple(saved['exp_avg'].shape)} for values of shape"
@@ -284,15 +282,12 @@ class SparseAdamW(torch.optim.AdamW):
             state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)
         for p, saved in zip(parameters, saved_states, strict=True):
-            if saved and p.dtype in HALVES:
-                load_master(p, self.state[p], saved)
-        for parameter, state in self.state.items():
-            # PyTorch casts what it loads to the parameters' dtype, which holds all codes.
-            eight_bit = "exp_avg_scale" in state
-            dtypes = (torch.int8, torch.uint8) if eight_bit else (None, None)
-            for name, dtype in zip(("exp_avg", "exp_avg_sq"), dtypes, strict=True):
-                if name in state:
-                    state[name] = laid_out_as(parameter, state[name].to(dtype))
+            for name in {"master", *MOMENTS} & saved.keys():
+                # PyTorch cast it to the parameter's dtype: codes, and what is float32
+                # for a half float.
+                is_coded = "exp_avg_scale" in saved
+                dtype = saved[name].dtype if is_coded else values_dtype(p)
+                self.state[p][name] = laid_out_as(p, saved[name].to(p.device, dtype))
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
         """Leave to PyTorch's AdamW what no kernel updates, and masters for half floats."""

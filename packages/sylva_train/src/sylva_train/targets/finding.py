@@ -12,7 +12,7 @@ from torch import nn
 from sylva_train._checks import ConfigError, TargetError
 
 from .experts import stacked_experts
-from .weights import is_plain, is_supported, weight_view
+from .weights import holders, is_plain, is_supported, weight_view
 
 __all__ = [
     "check_block_size",
@@ -46,9 +46,8 @@ def is_inside(name: str, endings: Iterable[str] | None) -> bool:
 
     PEFT finds ``modules_to_save`` by the bare ending of a name, without a dot before it.
     """
-    parts = name.split(".")
-    holders = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(holder.endswith(end) for end in endings or () for holder in holders)
+    ends = tuple(endings or ())
+    return any(holder.endswith(ends) for holder in holders(name))
 
 
 #: What `transformers` calls the heads of classes that hold their backbone's parts directly,

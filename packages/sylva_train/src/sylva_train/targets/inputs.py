@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,14 +116,11 @@ def input_owners(
     """
     calls = Calls()
 
-    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            calls.note(name, layer_input(args, kwargs))
-
-        return before
+    def look(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.note(name, layer_input(args, kwargs))
 
     handles = [
-        module.register_forward_pre_hook(look(name), with_kwargs=True)
+        module.register_forward_pre_hook(partial(look, name), with_kwargs=True)
         for name, module in targets.items()
     ]
     try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
@@ -15,6 +18,7 @@ __all__ = [
     "as_matrix",
     "check_unscaled",
     "check_weights",
+    "holders",
     "is_packed",
     "is_patched",
     "is_plain",
@@ -25,6 +29,11 @@ __all__ = [
     "weight_device",
     "weight_view",
 ]
+
+
+def holders(name: str) -> Iterator[str]:
+    """Yield the names of the modules that hold one, the outermost first, and its own."""
+    return itertools.accumulate(name.split("."), "{}.{}".format)
 
 
 def is_supported(module: nn.Module) -> bool:
@@ -165,9 +174,8 @@ def check_weights(model: nn.Module) -> None:
         empty = [
             n for n, p in module._parameters.items() if p is not None and p.is_meta
         ]
-        parts = name.split(".")
-        holders = [".".join(parts[:i]) for i in range(len(parts) + 1)]
-        hooks = (getattr(model.get_submodule(h), "_hf_hook", None) for h in holders)
+        around = (model, *map(model.get_submodule, holders(name)))
+        hooks = (getattr(module, "_hf_hook", None) for module in around)
         if empty and not any(getattr(hook, "offload", False) for hook in hooks):
             msg = (
                 f"`{name}.{empty[0]}` is on the meta device and nothing loads it: read the"

@@ -12,7 +12,7 @@ from torch import nn
 
 from sylva_train._checks import NonFiniteError
 from sylva_train._torch import total_norm
-from sylva_train.curvature import LARGEST_SCALE, Loss, damage, loss_units, some_samples
+from sylva_train.curvature import Loss, damage, loss_scale, loss_units, some_samples
 from sylva_train.layers import accumulating
 from sylva_train.processes import rank_and_size
 
@@ -25,16 +25,6 @@ def share(batch: Batch) -> Batch:
     """Return this process's share of the samples of a batch, which may be none."""
     rank, processes = rank_and_size()
     return some_samples(batch, slice(rank, None, processes)) if processes > 1 else batch
-
-
-def loss_scale(model: nn.Module, units: int) -> float:
-    """Return a power of two to scale a mean over ``units`` terms by.
-
-    In float16 its gradient would be too small to be told from zero.
-    """
-    if all(p.dtype != torch.float16 for p in model.parameters()):
-        return 1.0
-    return 2.0 ** min(units.bit_length() - 1, LARGEST_SCALE)
 
 
 def accumulate_gradient(
@@ -60,7 +50,8 @@ def accumulate_gradient(
     processes = rank_and_size()[1]
     counts = [loss_units(model, batch) for batch in batches]
     units = sum(max(1, count) for count in counts)
-    scale = loss_scale(model, units)
+    is_half = any(p.dtype == torch.float16 for p in model.parameters())
+    scale = loss_scale(units) if is_half else 1.0
     # Where no label of a batch counts, all processes meet the NaN that comes of it.
     if shared := processes > 1 and all(counts):
         batches = [share(batch) for batch in batches]

@@ -64,7 +64,7 @@ class Adapter:
     masks : Masks
         By the layer's name in the base model.
     values : dict of str to torch.Tensor
-        (k, b, b) float32 for each layer.
+        (k, b, b) for each layer, float32, or float64 as its weight is.
     modules : dict of str to torch.Tensor
         Parameters and buffers of ``modules_to_save``, by name in the base model.
     embeddings : dict of str to torch.Tensor

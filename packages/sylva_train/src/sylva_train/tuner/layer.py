@@ -39,7 +39,6 @@ class SylvaLayer(SparseEmbeddedLinear, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = [adapter_name]
-        self._loaded: dict[str, tuple[int, int]] = {}
 
     def reserve(self, name: str, count: int, block_size: int) -> None:
         """Add an adapter whose blocks are still to be loaded: indices are −1."""
@@ -62,12 +61,9 @@ class SylvaLayer(SparseEmbeddedLinear, BaseTunerLayer):  # type: ignore[misc]
         table = self.sylva_indices[name]
         if table.is_meta or self.sylva_values[name].is_meta:
             return False
-        seen = (table.data_ptr(), table._version)
-        if self._loaded.get(name) != seen:
-            if bool((table < 0).any()):
-                return False
-            self._loaded[name] = seen
-        return True
+        # One that was checked as it is has no -1, and the host need not wait again.
+        is_checked = self._checked.get(name) == (table.data_ptr(), table._version)
+        return is_checked or not bool((table < 0).any())
 
     def active(self) -> str | None:
         """Name of the active adapter, if this layer has blocks of it."""
@@ -111,7 +107,7 @@ class SylvaLayer(SparseEmbeddedLinear, BaseTunerLayer):  # type: ignore[misc]
         if self.shown.adapter == adapter_name:
             self.restore_()
         super().delete_adapter(adapter_name)
-        self.shown.forget(adapter_name)
+        self.forget(adapter_name)
         self.sync()
 
     def merge(

@@ -185,7 +185,7 @@ class SylvaModel(BaseTuner):
         unwanted_adapter_names: list[str],  # noqa: ARG003
     ) -> dict[str, torch.Tensor]:
         """Select an adapter's blocks, and write its identity into ``config``."""
-        warn_of_others(model)
+        warn_of_unsaved(model)
         kept = {}
         for name, layer in embedded_layers(model).items():
             # PEFT would add those of an output embedding, which show the values.
@@ -251,7 +251,7 @@ class SylvaModel(BaseTuner):
         return remapped
 
 
-def warn_of_others(model: nn.Module) -> None:
+def warn_of_unsaved(model: nn.Module) -> None:
     """Warn of weights that are trained beside adapters, which PEFT does not save."""
     kinds = BaseTunerLayer, AuxiliaryTrainingWrapper
     holders = tuple(

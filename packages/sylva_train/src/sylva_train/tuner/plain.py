@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from sylva_train.layers import (
     find_saved,
     sync,
 )
-from sylva_train.targets import is_inside
+from sylva_train.targets import holders, is_inside
 
 from .base import bare, base_fingerprint, base_name, check_base
 from .files import (
@@ -45,8 +44,7 @@ def trained_modules(model: nn.Module) -> list[str]:
     layers = embedded_layers(model)
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
-        places = (name[: m.start()] for m in re.finditer(r"\.", name))
-        holder = next((place for place in places if place in layers), None)
+        holder = next((place for place in holders(name) if place in layers), None)
         own = holder is not None and name.startswith(f"{holder}.{VALUES}.")
         if not parameter.requires_grad or own or is_inside(owner, endings):
             continue
