@@ -223,23 +223,17 @@ class Loader:
         With ``train_dataset=loader.examples`` and ``data_collator=loader.collate`` they
         serve `transformers.Trainer` as well.
         """
-        fills = {
-            "input_ids": self.tokenizer.pad_token_id,
-            "token_type_ids": getattr(self.tokenizer, "pad_token_type_id", 0),
-            "labels": IGNORED,
-        }
         ids = [example["input_ids"] for example in examples]
-        batch = {"input_ids": pad(ids, fills["input_ids"])}
-        batch["attention_mask"] = pad([[1] * len(row) for row in ids], 0)
-        for name in ("token_type_ids", "labels"):
-            if name not in examples[0]:
-                continue
-            values = [example[name] for example in examples]
-            batch[name] = (
-                torch.tensor(values)
-                if isinstance(values[0], int | float)
-                else pad(values, fills[name])
-            )
+        batch = {
+            "input_ids": pad(ids, self.tokenizer.pad_token_id),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0),
+        }
+        kind = getattr(self.tokenizer, "pad_token_type_id", 0)
+        for name, fill in (("token_type_ids", kind), ("labels", IGNORED)):
+            if name in examples[0]:
+                values = [example[name] for example in examples]
+                single = isinstance(values[0], int | float)
+                batch[name] = torch.tensor(values) if single else pad(values, fill)
         return batch
 
 
@@ -283,10 +277,6 @@ def fitted(dataset: TextDataset, tokenizer: Any, max_length: int) -> TextDataset
     """
     if not dataset.shorter:
         return dataset
-
-    def sizes(texts: Sequence[Any]) -> list[int]:
-        return [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
-
     texts, shorter = list(dataset.texts), list(dataset.shorter)
     room = [max_length] * len(texts)
     if dataset.task == "causal-lm" and dataset.targets:
@@ -295,8 +285,8 @@ def fitted(dataset: TextDataset, tokenizer: Any, max_length: int) -> TextDataset
         room = [max_length - len(ids) for ids in ends]
     left = list(range(len(texts)))
     while left := [i for i in left if shorter[i]]:
-        now = sizes([texts[i] for i in left])
-        left = [i for i, size in zip(left, now, strict=True) if size > room[i]]
+        now = tokenizer([texts[i] for i in left], verbose=False)["input_ids"]
+        left = [i for i, ids in zip(left, now, strict=True) if len(ids) > room[i]]
         for i in left:
             texts[i], *others = shorter[i]
             shorter[i] = tuple(others)

@@ -301,18 +301,16 @@ def divide(examples: TextDataset, seed: int) -> tuple[TextDataset, TextDataset]:
     ConfigError
         If there is one example only.
     """
-    # All rows of some texts: a held-out text must not have been trained on.
-    texts = list(dict.fromkeys(examples.texts))
-    order = np.random.default_rng(seed).permutation(len(texts))
-    held = max(1, round(HOLDOUT * len(texts)))
-    if held >= len(texts):
+    count = len(set(examples.texts))
+    if count < 2:
         msg = f"{examples.name} has one text: give `eval_data` to evaluate on."
         raise ConfigError(msg)
-    kept = {texts[i] for i in order[:held].tolist()}
-    sides = [text in kept for text in examples.texts]
-    parts = [[i for i, s in enumerate(sides) if s == side] for side in (False, True)]
-    rest, held_out = (examples.subset(part) for part in parts)
-    return rest, dataclasses.replace(held_out, name=f"{examples.name} ({TENTH})")
+    # All rows of some texts: a held-out text must not have been trained on.
+    held_out = examples.sample_texts(max(1, round(HOLDOUT * count)), seed)
+    kept = set(held_out.texts)
+    rest = [i for i, text in enumerate(examples.texts) if text not in kept]
+    named = dataclasses.replace(held_out, name=f"{examples.name} ({TENTH})")
+    return examples.subset(rest), named
 
 
 def check_metric(config: TaskConfig) -> None:
