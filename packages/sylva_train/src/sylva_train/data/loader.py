@@ -20,7 +20,7 @@ from sylva_train.progress import Report
 from .dataset import Text, TextDataset
 from .examples import Example, Examples
 
-__all__ = ["Loader", "ending", "prompt_ids", "spaced"]
+__all__ = ["Loader", "ending", "pad", "prompt_ids", "spaced"]
 
 #: Label of the positions that do not count in the loss.
 IGNORED = -100
@@ -237,10 +237,12 @@ class Loader:
         return batch
 
 
-def pad(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
-    """Return rows as an int64 tensor (rows, longest), filled up on the right."""
+def pad(rows: Sequence[Sequence[int]], fill: int, side: str = "right") -> torch.Tensor:
+    """Return rows as an int64 tensor (rows, longest), filled up on a side."""
     tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=fill)
+    return pad_sequence(
+        tensors, batch_first=True, padding_value=fill, padding_side=side
+    )
 
 
 def check_fit(
