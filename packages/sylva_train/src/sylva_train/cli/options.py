@@ -138,6 +138,13 @@ def columns(text: str | None) -> str | int | list[str | int | None] | None:
     return parts if len(parts) > 1 else column(text)
 
 
+#: How flags are read that become something else than the text, by name.
+READ: dict[str, Callable[[str | None], Any]] = {
+    "target_modules": modules, "exclude_modules": modules, "modules_to_save": words,
+    "text_column": columns, "label_column": column, "target_column": column,
+}  # fmt: skip
+
+
 def density(values: dict[str, Any], source: Callable[[str], int]) -> float:
     """Return the density, which may be given as sparsity.
 
@@ -174,14 +181,8 @@ def build(kind: type, values: dict[str, Any], source: Callable[[str], int]) -> A
     if kind is SylvaOptions:
         fields["density"] = density(values, source)
         fields.pop("sparsity", None)
-    for name in fields.keys() & {"target_modules", "exclude_modules"}:
-        fields[name] = modules(fields[name])
-    if "modules_to_save" in fields:
-        fields["modules_to_save"] = words(fields["modules_to_save"])
-    for name in fields.keys() & {"label_column", "target_column"}:
-        fields[name] = column(fields[name])
-    if "text_column" in fields:
-        fields["text_column"] = columns(fields["text_column"])
+    for name in fields.keys() & READ.keys():
+        fields[name] = READ[name](fields[name])
     return kind(**fields)
 
 
