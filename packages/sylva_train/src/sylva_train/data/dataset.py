@@ -103,18 +103,12 @@ class TextDataset:
 
     def subset(self, indices: Sequence[int]) -> TextDataset:
         """Return the examples of the given indices, with the same classes."""
-
-        def pick(values: list[Any]) -> list[Any]:
-            return [values[i] for i in indices] if values else []
-
-        return replace(
-            self,
-            texts=pick(self.texts),
-            labels=pick(self.labels),
-            targets=pick(self.targets),
-            groups=pick(self.groups),
-            shorter=pick(self.shorter),
-        )
+        columns: dict[str, Any] = {
+            name: [values[i] for i in indices]
+            for name in ("texts", "labels", "targets", "groups", "shorter")
+            if (values := getattr(self, name))
+        }
+        return replace(self, **columns)
 
     def relabelled(self, names: Sequence[str]) -> TextDataset:
         """Return the examples with the same classes in another order."""

@@ -105,7 +105,7 @@ def block_scores(page: Page) -> str:
     scored = [method for method in every if method not in control] or list(every)
     if not scored:
         return ""
-    method = next((name for name in scored if name == page.best), scored[0])
+    method = page.best if page.best in scored else scored[0]
     grid = every[method]
     pictures = _score_pictures(page, method, grid)
     examples = _example(page, method, grid)
