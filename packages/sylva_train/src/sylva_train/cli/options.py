@@ -243,17 +243,12 @@ def expand(
         for name, parameter in signature.parameters.items()
         if parameter.annotation in CONFIGS
     }
-    parameters = [
-        keyword(
-            name,
-            Annotated[
-                signature.parameters[name].annotation,
-                typer.Argument(help=text, metavar=name.upper()),
-            ],
-            signature.parameters[name].default,
-        )
-        for name, text in arguments.items()
-    ]
+    parameters = []
+    for name, text in arguments.items():
+        own = signature.parameters[name]
+        argument = typer.Argument(help=text, metavar=name.upper())
+        kind: Any = Annotated[own.annotation, argument]
+        parameters.append(keyword(name, kind, own.default))
     flags = all_flags(signature, configs, omit, arguments)
     known = {n: k for n, (k, _) in flags.items() if n not in {"config_file", "debug"}}
     for name, (kind, default) in flags.items():
