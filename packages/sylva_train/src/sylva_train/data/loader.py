@@ -304,15 +304,11 @@ def encode(
     """
     if dataset.targets and dataset.task == "causal-lm":
         return encode_prompts(dataset, tokenizer, max_length)
-    pairs = [
-        text if isinstance(text, tuple) else (text, None) for text in dataset.texts
-    ]
-    seconds = [second for _, second in pairs if second is not None]
+    texts: list[Any] = dataset.texts
+    columns = zip(*texts, strict=True) if isinstance(texts[0], tuple) else [texts]
     options = {} if whole else {"truncation": True, "max_length": max_length}
     # A `verbose` tokenizer warns of long texts, which packing cuts afterwards.
-    found = tokenizer(
-        [first for first, _ in pairs], seconds or None, verbose=False, **options
-    )
+    found = tokenizer(*map(list, columns), verbose=False, **options)
     cut = set() if whole else shortened(found, max_length)
     names = [n for n in ("input_ids", "token_type_ids") if n in found]
     examples = [

@@ -175,15 +175,9 @@ def words_of_cuts(loader: Loader) -> str:
     """Say how many texts are too long: what a model does not see it cannot learn."""
     if not loader.cut:
         return ""
-    data, prompts = (
-        loader.dataset,
-        loader.task == "causal-lm" and loader.dataset.targets,
-    )
-    what = (
-        "prompts lose their beginning: with their targets they"
-        if prompts
-        else "texts lose their end: they"
-    )
+    data, what = loader.dataset, "texts lose their end: they"
+    if loader.task == "causal-lm" and data.targets:
+        what = "prompts lose their beginning: with their targets they"
     return (
         f"{loader.cut:,} of {len(data):,} {what} have more than {loader.max_length} tokens"
         f" ({data.name}). A larger `max_length` (`--max-length`) keeps more."
@@ -265,13 +259,12 @@ def read_data(
         "per_task": config.per_task,
         "seed": seed,
     }
-    single = is_file(config.data)
     divided = is_divided(config)
     examples = None
     if training or divided or labels is None:
         examples = load_data(
             config.data,
-            split=None if single else "train",
+            split=None if is_file(config.data) else "train",
             limit=config.limit,
             labels=labels,
             **options,
