@@ -259,9 +259,8 @@ def read_data(
         "per_task": config.per_task,
         "seed": seed,
     }
-    divided = is_divided(config)
-    examples = None
-    if training or divided or labels is None:
+    examples, divided = None, is_divided(config)
+    if training or divided:
         examples = load_data(
             config.data,
             split=None if is_file(config.data) else "train",
@@ -269,10 +268,10 @@ def read_data(
             labels=labels,
             **options,
         )
+        if divided:
+            rest, tenth = divide(examples, seed)
+            return rest, limited(tenth, config, seed)
         labels = labels or examples.label_names or None
-    if divided and examples is not None:
-        rest, tenth = divide(examples, seed)
-        return rest, limited(tenth, config, seed)
     held_out = None
     if evaluation:
         source = config.eval_data or config.data
