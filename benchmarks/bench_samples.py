@@ -135,7 +135,7 @@ def demo_run(changes: dict[str, Any], seed: int) -> tuple[float, float, float]:
     between = time.process_time()
     train(adapted.model, loader, training, progress=False)
     end = time.process_time()
-    accuracy = evaluate(adapted.model, task.eval_loader())["score"]
+    accuracy = evaluate(adapted.model, task.eval_loader(training))["score"]
     return between - begin, end - between, accuracy
 
 

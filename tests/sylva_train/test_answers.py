@@ -197,6 +197,16 @@ def test_without_java_a_run_of_meteor_does_not_begin(home, tmp_path):
         finetune(config, sylva_config(), training(), tmp_path / "run", progress=False)
 
 
+def test_other_data_is_evaluated_on_without_what_was_trained_on(home, tmp_path):
+    """Which may lie on another machine."""
+    other = str(home / "train.jsonl")
+    changes = {"data": str(tmp_path / "gone.jsonl"), "eval_data": other}
+    config = TaskConfig(task="causal-lm", **changes)
+    training, found = read_data(config, seed=0, training=False)
+    assert training is None
+    assert len(found) == 40
+
+
 def test_no_prompt_is_both_trained_on_and_held_out(home):
     config = TaskConfig(task="causal-lm", data=str(home / "train.jsonl"), metric="bleu")
     train, held_out = read_data(config, seed=1)

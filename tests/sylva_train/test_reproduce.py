@@ -222,7 +222,7 @@ def test_finished_runs_are_kept_and_settings_added(here, home, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"table": "table9"}, "`table` must be one of table3, table4"),
+        ({"table": "table9"}, "`table` must be one of 'table3', 'table4'"),
         ({"settings": {}}, "`settings` must have at least one"),
         ({"tune": (0.0,)}, "`tune` must be a finite number above 0"),
         ({"table": Table(name="x", title="", option="density", values=(2,))}, "density"),

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from sylva_train._checks import check_choice
 from sylva_train.options import (
     DEMO,
     DEMO_STEPS,
@@ -165,8 +166,11 @@ def reproduce_command(
       sylva reproduce table3 runs/table3 --configs roberta-large-mrpc --data glue/MRPC
       sylva reproduce fig5 runs/fig5
     """
-    from .reproducing import check_unused, is_measurement, make_measurement, make_table
+    from sylva_train.reproduce import MEASUREMENTS
 
+    from .reproducing import EXPERIMENTS, check_unused, make_measurement, make_table
+
+    check_choice("experiment", experiment, EXPERIMENTS)
     common: dict[str, Any] = {
         "resume": resume,
         "overwrite": overwrite,
@@ -177,7 +181,7 @@ def reproduce_command(
         "seeds": seeds, "model": model, "data": data, "limit": limit,
         "eval_limit": eval_limit, "steps": steps, "device": device,
     }  # fmt: skip
-    if is_measurement(experiment):
+    if experiment in MEASUREMENTS:
         of_tables = changes | {
             "configs": configs, "values": values, "methods": methods, "tune": tune,
             "workers": workers,

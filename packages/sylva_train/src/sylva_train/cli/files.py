@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -101,14 +102,9 @@ def converted(path: str, key: str, value: Any, kind: Any) -> Any:
     wanted = next(option for option in options if option is not types.NoneType)
     if wanted is Path:
         wanted = str
-    if wanted is float and isinstance(value, str):
-        # YAML reads 1e-3 as a text.
-        try:
+    if wanted is float and type(value) in {int, str}:  # YAML reads 1e-3 as a text
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            pass
-    if wanted is float and type(value) is int:
-        return float(value)
     if wanted is str and type(value) in {int, float}:
         return str(value)
     if wanted is str and isinstance(value, list) and all(map(is_word, value)):

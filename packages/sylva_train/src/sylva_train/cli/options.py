@@ -138,6 +138,13 @@ def columns(text: str | None) -> str | int | list[str | int | None] | None:
     return parts if len(parts) > 1 else column(text)
 
 
+#: How flags are read that become something else than the text, by name.
+READ: dict[str, Callable[[str | None], Any]] = {
+    "target_modules": modules, "exclude_modules": modules, "modules_to_save": words,
+    "text_column": columns, "label_column": column, "target_column": column,
+}  # fmt: skip
+
+
 def density(values: dict[str, Any], source: Callable[[str], int]) -> float:
     """Return the density, which may be given as sparsity.
 
@@ -174,14 +181,8 @@ def build(kind: type, values: dict[str, Any], source: Callable[[str], int]) -> A
     if kind is SylvaOptions:
         fields["density"] = density(values, source)
         fields.pop("sparsity", None)
-    for name in fields.keys() & {"target_modules", "exclude_modules"}:
-        fields[name] = modules(fields[name])
-    if "modules_to_save" in fields:
-        fields["modules_to_save"] = words(fields["modules_to_save"])
-    for name in fields.keys() & {"label_column", "target_column"}:
-        fields[name] = column(fields[name])
-    if "text_column" in fields:
-        fields["text_column"] = columns(fields["text_column"])
+    for name in fields.keys() & READ.keys():
+        fields[name] = READ[name](fields[name])
     return kind(**fields)
 
 
@@ -242,17 +243,12 @@ def expand(
         for name, parameter in signature.parameters.items()
         if parameter.annotation in CONFIGS
     }
-    parameters = [
-        keyword(
-            name,
-            Annotated[
-                signature.parameters[name].annotation,
-                typer.Argument(help=text, metavar=name.upper()),
-            ],
-            signature.parameters[name].default,
-        )
-        for name, text in arguments.items()
-    ]
+    parameters = []
+    for name, text in arguments.items():
+        own = signature.parameters[name]
+        argument = typer.Argument(help=text, metavar=name.upper())
+        kind: Any = Annotated[own.annotation, argument]
+        parameters.append(keyword(name, kind, own.default))
     flags = all_flags(signature, configs, omit, arguments)
     known = {n: k for n, (k, _) in flags.items() if n not in {"config_file", "debug"}}
     for name, (kind, default) in flags.items():

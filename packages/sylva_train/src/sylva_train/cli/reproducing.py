@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import ConfigError, check_choice
+from sylva_train._checks import ConfigError
 from sylva_train.progress import Progress
 from sylva_train.reproduce import (
     MEASUREMENTS,
@@ -23,7 +23,7 @@ from sylva_train.reproduce import (
 from .comparing import row_text, show_event
 from .show import show_table
 
-__all__ = ["check_unused", "is_measurement", "make_measurement", "make_table"]
+__all__ = ["EXPERIMENTS", "check_unused", "make_measurement", "make_table"]
 
 #: Everything that can be made, the paper's order.
 EXPERIMENTS = ("table2", "fig4", "fig5", *TABLES)
@@ -61,18 +61,6 @@ def make_table(
     show_table(output)
 
 
-def is_measurement(name: str) -> bool:
-    """Whether it is one of time or memory, once it is one at all.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such table or figure.
-    """
-    check_choice("experiment", name, EXPERIMENTS)
-    return name in MEASUREMENTS
-
-
 def check_unused(
     experiment: str, options: Mapping[str, Any], command: Callable[..., None]
 ) -> None:
@@ -80,7 +68,7 @@ def check_unused(
     known = inspect.signature(command).parameters
     given = [name for name, value in options.items() if value != known[name].default]
     if given:
-        takes = "only a `scale`" if is_measurement(experiment) else "no scale"
+        takes = "only a `scale`" if experiment in MEASUREMENTS else "no scale"
         msg = (
             f"`{given[0]}` is not for {experiment}, which takes {takes}; leave it out."
         )

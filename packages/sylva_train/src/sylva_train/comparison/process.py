@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import json
 import os
@@ -203,8 +202,6 @@ def worker() -> None:
     # Bars of saving a model would run into those of the parent.
     logging.disable_progress_bar()
     function = getattr(importlib.import_module(module), name)
-    # What was imported is not garbage: a collection takes a tenth of the time.
-    gc.freeze()
     try:
         spec = json.loads(spec_path.read_text(encoding="utf-8"))
         row = function(
@@ -213,7 +210,4 @@ def worker() -> None:
     except SylvaError as error:
         send(error=type(error).__name__, message=str(error))
         raise SystemExit(TOLD) from None
-    finally:
-        # nanobind, where Triton is there, takes what stays frozen for leaked.
-        gc.unfreeze()
     write_text(result_path, json.dumps(row | {"made": stamp()}))

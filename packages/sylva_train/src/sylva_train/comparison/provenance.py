@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import importlib.metadata
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -68,11 +69,9 @@ def unlike(made: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 def processor() -> str:
     """Return the CPU's name."""
     path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    text = path.read_text() if path.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def commit() -> str | None:

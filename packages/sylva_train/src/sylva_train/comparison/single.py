@@ -175,8 +175,8 @@ def run(spec: dict[str, Any], tell: Tell = lambda *_: None) -> dict[str, Any]:
     task.model.to(device)
     if spec["describe"] and method.curvature is not None:
         row["factor"] = factor_entry(task, config, method, samples)
-    begin = time.perf_counter()
     memory.reset()
+    begin = time.perf_counter()
     adapted = adapt(
         method, task.model, config, samples, progress=partial(tell, "scoring")
     )

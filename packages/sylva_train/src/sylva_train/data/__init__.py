@@ -1,7 +1,7 @@
 """Data sets from files, and batches of them in an order that can be repeated."""
 
 from .dataset import TextDataset, load_data
-from .loader import Loader, ending, prompt_ids, spaced
+from .loader import Loader, ending, pad, prompt_ids, spaced
 from .sources import builtin_names, is_single
 from .unlabelled import load_texts
 
@@ -13,6 +13,7 @@ __all__ = [
     "is_single",
     "load_data",
     "load_texts",
+    "pad",
     "prompt_ids",
     "spaced",
 ]

@@ -239,17 +239,12 @@ def choose_columns(
         label = info.get("label_column") if label is None else label
         _, number = HEADERLESS.get(table.width, (None, None))
         label = pick_column(table, "label_column", label, NAMES[task], number)
-        target = None
+        if label is None:
+            raise unknown_column(table, "label_column", task)
     else:
-        label = None
         target = pick_column(table, "target_column", target, TARGET_NAMES, None)
-    needed = {
-        "label_column": task not in LABELLED or label is not None,
-        "target_column": target is not None or not wants_target(table, task, texts),
-    }
-    for option, there in needed.items():
-        if not there:
-            raise unknown_column(table, option, task)
+        if target is None and wants_target(table, task, texts):
+            raise unknown_column(table, "target_column", task)
     if label is not None and label in text_columns:
         msg = (
             f"{table.name}: the column {label!r} cannot be text and label at once; name"

@@ -103,18 +103,12 @@ class TextDataset:
 
     def subset(self, indices: Sequence[int]) -> TextDataset:
         """Return the examples of the given indices, with the same classes."""
-
-        def pick(values: list[Any]) -> list[Any]:
-            return [values[i] for i in indices] if values else []
-
-        return replace(
-            self,
-            texts=pick(self.texts),
-            labels=pick(self.labels),
-            targets=pick(self.targets),
-            groups=pick(self.groups),
-            shorter=pick(self.shorter),
-        )
+        columns: dict[str, Any] = {
+            name: [values[i] for i in indices]
+            for name in ("texts", "labels", "targets", "groups", "shorter")
+            if (values := getattr(self, name))
+        }
+        return replace(self, **columns)
 
     def relabelled(self, names: Sequence[str]) -> TextDataset:
         """Return the examples with the same classes in another order."""
@@ -251,6 +245,16 @@ def load_data(
     return build(table, task, *chosen, labels=labels).sample(limit, seed)
 
 
+def unfit(
+    table: Table, line: int, row: Row, column: str | int, wanted: str, what: str = ""
+) -> DataError:
+    """Return the error of a row whose column has not what is wanted, but ``what``."""
+    got = what or reprlib.repr(row[column]) if column in row else "no such column"
+    return DataError(
+        f"{table.name}:{line}: expected {wanted} in column {column!r}; got {got}."
+    )
+
+
 def text_of(table: Table, line: int, row: Row, column: str | int) -> str:
     """Return a row's text.
 
@@ -261,11 +265,8 @@ def text_of(table: Table, line: int, row: Row, column: str | int) -> str:
     """
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
-        what = "a blank one" if isinstance(value, str) else reprlib.repr(value)
-        if column not in row:
-            what = "no such column"
-        msg = f"{table.name}:{line}: expected a text in column {column!r}; got {what}."
-        raise DataError(msg)
+        blank = "a blank one" if isinstance(value, str) else ""
+        raise unfit(table, line, row, column, "a text", blank)
     return value
 
 
@@ -330,14 +331,9 @@ def label_of(table: Table, line: int, row: Row, column: str | int) -> str:
         value = int(value)
     if isinstance(value, int) or (isinstance(value, str) and value.strip()):
         return str(value).strip()
-    what = "no such column" if column not in row else reprlib.repr(value)
-    if column in row and value is None:
-        what = "none, as in test sets without labels, which `sylva predict` is for"
-    msg = (
-        f"{table.name}:{line}: expected a label, a string or an integer, in column"
-        f" {column!r}; got {what}."
-    )
-    raise DataError(msg)
+    none = "none, as in test sets without labels, which `sylva predict` is for"
+    what = none if value is None else ""
+    raise unfit(table, line, row, column, "a label, a string or an integer,", what)
 
 
 def whole(label: str) -> str:
@@ -353,15 +349,9 @@ def number_of(table: Table, line: int, row: Row, column: str | int) -> float:
     DataError
         If there is none, or it is not finite.
     """
-    value = row.get(column)
-    number = number_in(value)
+    number = number_in(row.get(column))
     if number is None:
-        what = "no such column" if column not in row else reprlib.repr(value)
-        msg = (
-            f"{table.name}:{line}: expected a finite number in column {column!r}; got"
-            f" {what}."
-        )
-        raise DataError(msg)
+        raise unfit(table, line, row, column, "a finite number")
     return number
 
 

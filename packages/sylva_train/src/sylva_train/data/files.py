@@ -246,24 +246,22 @@ def json_values(name: str, data: bytes) -> Iterator[tuple[int, Any]]:
                     raise DataError(msg) from None
         return
     text, decoder = decode(name, data), json.JSONDecoder()
-    position, line, expected = text.index("[") + 1, 1, "a value"
-    seen = 0
-    while True:
-        while position < len(text) and text[position].isspace():
+    position, line, seen = text.index("[") + 1, 1, 0
+    for between in itertools.cycle((False, True)):
+        while text[position : position + 1].isspace():
             position += 1
         line += text.count("\n", seen, position)
-        seen = position
-        mark = text[position : position + 1]
+        seen, mark = position, text[position : position + 1]
         if mark == "]":
             if text[position + 1 :].strip():
                 msg = f"{name}:{line}: expected nothing after the JSON array."
                 raise DataError(msg)
             return
-        if expected == "a comma":
+        if between:
             if mark != ",":
                 msg = f"{name}:{line}: expected `,` or `]` in the JSON array; got {mark!r}."
                 raise DataError(msg)
-            position, expected = position + 1, "a value"
+            position += 1
             continue
         try:
             value, position = decoder.raw_decode(text, position)
@@ -271,7 +269,6 @@ def json_values(name: str, data: bytes) -> Iterator[tuple[int, Any]]:
             msg = f"{name}:{line}: the JSON array cannot be read; {json_reason(error)}."
             raise DataError(msg) from None
         yield line, value
-        expected = "a comma"
 
 
 def read_json(name: str, data: bytes, _: HeaderTest) -> Table:

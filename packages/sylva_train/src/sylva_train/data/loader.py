@@ -20,7 +20,7 @@ from sylva_train.progress import Report
 from .dataset import Text, TextDataset
 from .examples import Example, Examples
 
-__all__ = ["Loader", "ending", "prompt_ids", "spaced"]
+__all__ = ["Loader", "ending", "pad", "prompt_ids", "spaced"]
 
 #: Label of the positions that do not count in the loss.
 IGNORED = -100
@@ -223,30 +223,26 @@ class Loader:
         With ``train_dataset=loader.examples`` and ``data_collator=loader.collate`` they
         serve `transformers.Trainer` as well.
         """
-        fills = {
-            "input_ids": self.tokenizer.pad_token_id,
-            "token_type_ids": getattr(self.tokenizer, "pad_token_type_id", 0),
-            "labels": IGNORED,
-        }
         ids = [example["input_ids"] for example in examples]
-        batch = {"input_ids": pad(ids, fills["input_ids"])}
-        batch["attention_mask"] = pad([[1] * len(row) for row in ids], 0)
-        for name in ("token_type_ids", "labels"):
-            if name not in examples[0]:
-                continue
-            values = [example[name] for example in examples]
-            batch[name] = (
-                torch.tensor(values)
-                if isinstance(values[0], int | float)
-                else pad(values, fills[name])
-            )
+        batch = {
+            "input_ids": pad(ids, self.tokenizer.pad_token_id),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0),
+        }
+        kind = getattr(self.tokenizer, "pad_token_type_id", 0)
+        for name, fill in (("token_type_ids", kind), ("labels", IGNORED)):
+            if name in examples[0]:
+                values = [example[name] for example in examples]
+                single = isinstance(values[0], int | float)
+                batch[name] = torch.tensor(values) if single else pad(values, fill)
         return batch
 
 
-def pad(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
-    """Return rows as an int64 tensor (rows, longest), filled up on the right."""
+def pad(rows: Sequence[Sequence[int]], fill: int, side: str = "right") -> torch.Tensor:
+    """Return rows as an int64 tensor (rows, longest), filled up on a side."""
     tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=fill)
+    return pad_sequence(
+        tensors, batch_first=True, padding_value=fill, padding_side=side
+    )
 
 
 def check_fit(
@@ -283,10 +279,6 @@ def fitted(dataset: TextDataset, tokenizer: Any, max_length: int) -> TextDataset
     """
     if not dataset.shorter:
         return dataset
-
-    def sizes(texts: Sequence[Any]) -> list[int]:
-        return [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
-
     texts, shorter = list(dataset.texts), list(dataset.shorter)
     room = [max_length] * len(texts)
     if dataset.task == "causal-lm" and dataset.targets:
@@ -295,8 +287,8 @@ def fitted(dataset: TextDataset, tokenizer: Any, max_length: int) -> TextDataset
         room = [max_length - len(ids) for ids in ends]
     left = list(range(len(texts)))
     while left := [i for i in left if shorter[i]]:
-        now = sizes([texts[i] for i in left])
-        left = [i for i, size in zip(left, now, strict=True) if size > room[i]]
+        now = tokenizer([texts[i] for i in left], verbose=False)["input_ids"]
+        left = [i for i, ids in zip(left, now, strict=True) if len(ids) > room[i]]
         for i in left:
             texts[i], *others = shorter[i]
             shorter[i] = tuple(others)
@@ -312,15 +304,11 @@ def encode(
     """
     if dataset.targets and dataset.task == "causal-lm":
         return encode_prompts(dataset, tokenizer, max_length)
-    pairs = [
-        text if isinstance(text, tuple) else (text, None) for text in dataset.texts
-    ]
-    seconds = [second for _, second in pairs if second is not None]
+    texts: list[Any] = dataset.texts
+    columns = zip(*texts, strict=True) if isinstance(texts[0], tuple) else [texts]
     options = {} if whole else {"truncation": True, "max_length": max_length}
     # A `verbose` tokenizer warns of long texts, which packing cuts afterwards.
-    found = tokenizer(
-        [first for first, _ in pairs], seconds or None, verbose=False, **options
-    )
+    found = tokenizer(*map(list, columns), verbose=False, **options)
     cut = set() if whole else shortened(found, max_length)
     names = [n for n in ("input_ids", "token_type_ids") if n in found]
     examples = [

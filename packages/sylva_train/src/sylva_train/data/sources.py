@@ -96,12 +96,8 @@ def find_table(
             raise ConfigError(msg)
         parts = sorted(path.glob("*.arrow")) if path.is_dir() else [path]
         return joined([read_table(part, is_header) for part in parts]), {}
-    looks_like_path = data_suffix(path.name) in SUFFIXES or str(spec)[:1] in {
-        "/",
-        ".",
-        "~",
-    }
-    if isinstance(spec, Path) or looks_like_path:
+    known = data_suffix(path.name) in SUFFIXES
+    if isinstance(spec, Path) or known or spec.startswith(("/", ".", "~")):
         msg = f"{spec}: there is no such file or folder."
         raise DataError(msg)
     return read_datasets(spec, split or "train"), {}

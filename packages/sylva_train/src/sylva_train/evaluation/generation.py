@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from sylva_train._checks import ConfigError
 from sylva_train.curvature import is_encoder_decoder
-from sylva_train.data import Loader, ending, prompt_ids
+from sylva_train.data import Loader, ending, pad, prompt_ids
 from sylva_train.progress import Report
 
 __all__ = ["cut", "generated", "options", "source_ids", "write"]
@@ -106,19 +105,14 @@ def generated(
     """
     device = next(model.parameters()).device
     decoder = not is_encoder_decoder(model)
+    side, fill = "left" if decoder else "right", loader.tokenizer.pad_token_id
     # The longest first: what does not fit into the memory fails at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     size = loader.batch_size
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     for number, indices in enumerate(batches):
-        rows = [torch.tensor(prompts[i], dtype=torch.int64) for i in indices]
-        side = "left" if decoder else "right"
-        fill = loader.tokenizer.pad_token_id
-        ids = pad_sequence(
-            rows, batch_first=True, padding_value=fill, padding_side=side
-        )
-        ones = [torch.ones_like(row) for row in rows]
-        mask = pad_sequence(ones, batch_first=True, padding_side=side)
+        ids = pad([prompts[i] for i in indices], fill, side)
+        mask = pad([[1] * len(prompts[i]) for i in indices], 0, side)
         output = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),

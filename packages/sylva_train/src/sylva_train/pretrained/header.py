@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import mmap
 import re
-import struct
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from sylva_train._checks import ModelError
 
 __all__ = ["Header", "complete", "read_header"]
 
-# Types of metadata: numbers, as `struct` has them, and what is made of them.
-NUMBERS = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}
-TEXT, LIST = 8, 9
-#: The type of float32 tensors.
-FLOAT32 = 0
-#: Where data begin is a multiple of this, unless the file says of what.
-ALIGNMENT = 32
+#: Small tensors of numbers that positions are turned by.
+VECTORS = (
+    "rope_factors_short.weight", "rope_factors_long.weight", "rope_freqs.weight",
+)  # fmt: skip
 #: Layers of Gemma's models of 27 billion weights, which alone scale queries by the width
 #: of all heads, not of one; llama.cpp tells them by this too.
 LARGE = {("gemma2", 46), ("gemma3_text", 62)}
@@ -29,7 +22,7 @@ LARGE = {("gemma2", 46), ("gemma3_text", 62)}
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """Metadata and tensors of a GGUF file.
+    """What is read of a GGUF file.
 
     Attributes
     ----------
@@ -37,119 +30,48 @@ class Header:
         The file.
     fields : dict
         Numbers and texts by key. Lists, such as the vocabulary, are left out.
-    tensors : dict
-        By name a tensor's type, number of elements, and place in the file in bytes.
-    order : str
-        Byte order of its numbers, as `struct` has it.
+    vectors : dict of str to list of float
+        Those of `VECTORS` that are there.
     """
 
     path: Path
     fields: dict[str, Any]
-    tensors: dict[str, tuple[int, int, int]]
-    order: str
-
-    def vector(self, name: str) -> list[float] | None:
-        """Return the numbers of a small float32 tensor; None if there is no such."""
-        if name not in self.tensors:
-            return None
-        kind, count, offset = self.tensors[name]
-        if kind != FLOAT32:
-            msg = f"`{name}` is of type {kind}; expected float32, which is 0"
-            raise ValueError(msg)
-        found = np.fromfile(self.path, f"{self.order}f4", count, offset=offset)
-        return [float(x) for x in found]
-
-
-class Cursor:
-    """Reads a file's bytes one value after the other."""
-
-    def __init__(self, data: Any):
-        self.data, self.at, self.order = data, 0, "<"
-
-    def number(self, kind: str) -> Any:
-        """Return a number, of a type of `struct`'s."""
-        (value,) = struct.unpack_from(self.order + kind, self.data, self.at)
-        self.at += struct.calcsize(self.order + kind)
-        return value
-
-    def text(self) -> str:
-        """Return a text, which its length precedes."""
-        size = self.number("Q")
-        self.at += size
-        return bytes(self.data[self.at - size : self.at]).decode()
-
-    def value(self, kind: int) -> Any:
-        """Return a number or text; None for a list, which is passed over."""
-        if kind == TEXT:
-            return self.text()
-        if kind != LIST:
-            return self.number(NUMBERS[kind])
-        of, count = self.number("I"), self.number("Q")
-        if of == TEXT:
-            for _ in range(count):
-                size = self.number("Q")
-                self.at += size
-        else:
-            self.at += count * struct.calcsize(self.order + NUMBERS[of])
-        return None
+    vectors: dict[str, list[float]]
 
 
 def read_header(source: str | Path) -> Header:
-    """Read a GGUF file's metadata and names of tensors.
-
-    The reader of the package `gguf` makes some arrays of every token of a vocabulary,
-    which takes ten seconds for a large one.
+    """Read a GGUF file's metadata and small tensors.
 
     Raises
     ------
     ModelError
         If the file is one of several that a model was split into.
-    ValueError, KeyError
+    ValueError, LookupError
         If the file is damaged.
     """
-    path = Path(source)
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-    ):
-        try:
-            header = parse(path, Cursor(data))
-        except struct.error as error:
-            msg = "the file ends within its metadata"
-            raise ValueError(msg) from error
-    pieces = header.fields.get("split.count", 0)
+    from gguf import GGUFReader, GGUFValueType, dequantize
+
+    path, reader = Path(source), GGUFReader(source)
+    fields = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if field.types[0] != GGUFValueType.ARRAY
+    }
+    pieces = fields.get("split.count", 0)
     if pieces > 1:
         first = re.sub(r"\d{5}(?=-of-\d{5})", "00001", path.name)
         msg = (
-            f"`{path}` is number {header.fields.get('split.no', 0) + 1} of {pieces} files"
+            f"`{path}` is number {fields.get('split.no', 0) + 1} of {pieces} files"
             f" that a model was split into. Join them by `llama-gguf-split --merge {first}"
             " joined.gguf`, a program of llama.cpp, and pass the joined file."
         )
         raise ModelError(msg)
-    return header
-
-
-def parse(path: Path, cursor: Cursor) -> Header:
-    """Read a header from the file's beginning."""
-    cursor.at = 4  # behind the magic number
-    if not cursor.number("I") & 0xFFFF:  # a small number, unless bytes are swapped
-        cursor.order = ">"
-    tensors, count = cursor.number("Q"), cursor.number("Q")
-    fields = {}
-    for _ in range(count):
-        key = cursor.text()
-        fields[key] = cursor.value(cursor.number("I"))
-    fields = {key: value for key, value in fields.items() if value is not None}
-    places = {}
-    for _ in range(tensors):
-        name = cursor.text()
-        sizes = [cursor.number("Q") for _ in range(cursor.number("I"))]
-        size = int(np.prod(sizes, dtype=object))
-        places[name] = cursor.number("I"), size, cursor.number("Q")
-    step = fields.get("general.alignment", ALIGNMENT)
-    start = -(-cursor.at // step) * step
-    places = {name: (a, b, start + offset) for name, (a, b, offset) in places.items()}
-    return Header(path, fields, places, cursor.order)
+    vectors = {
+        tensor.name: dequantize(tensor.data, tensor.tensor_type).tolist()
+        for tensor in reader.tensors
+        if tensor.name in VECTORS
+    }
+    return Header(path, fields, vectors)
 
 
 def complete(config: Any, header: Header) -> None:
@@ -208,9 +130,8 @@ def rotation(header: Header) -> dict[str, Any]:
         "original_max_position_embeddings": length or about[f"{kind}.context_length"]
     }
     attention = about.get("scaling.attn_factor")
-    short = header.vector("rope_factors_short.weight")
-    long = header.vector("rope_factors_long.weight")
-    if (divisors := header.vector("rope_freqs.weight")) is not None:
+    short, long, divisors = map(header.vectors.get, VECTORS)
+    if divisors is not None:
         # Those of LLaMA 3, worked out; transformers takes them in this form alone.
         short, long, attention = divisors, divisors, 1.0
     if short is not None:

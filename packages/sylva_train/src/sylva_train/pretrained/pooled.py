@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import operator
 import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -199,10 +197,7 @@ class PooledClassifier(PreTrainedModel):
 
 @torch.no_grad()
 def pooled_features(
-    model: nn.Module,
-    loader: Iterable[Mapping[str, torch.Tensor]],
-    *,
-    progress: Report | None = None,
+    model: nn.Module, loader: Loader, *, progress: Report | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return what a frozen backbone knows of each text: its mean hidden state.
 
@@ -210,7 +205,7 @@ def pooled_features(
     ----------
     model : transformers.PreTrainedModel
         A classifier; its head is not used.
-    loader : Loader or iterable of batches
+    loader : Loader
         The texts.
     progress : callable, optional
         Called with (batches done, batches in all).
@@ -224,21 +219,16 @@ def pooled_features(
     """
     backbone = cast(nn.Module, model.base_model)
     device = next(model.parameters()).device
-    # A DataLoader of a stream has a method for its length, which fails.
-    total = operator.length_hint(loader)
     rows, labels = [], []
     with preserved_modes(model):
         model.eval()
         for batch in loader:
             inputs = {n: t.to(device) for n, t in batch.items() if n != "labels"}
             hidden = backbone(**inputs).last_hidden_state
-            pooled = mean_pool(hidden, inputs.get("attention_mask"))
+            pooled = mean_pool(hidden, inputs["attention_mask"])
             rows.append(pooled.float().cpu())
             labels.append(batch["labels"])
             if progress is not None:
-                progress(len(rows), max(total, len(rows)))
-    features, classes = torch.cat(rows), torch.cat(labels).cpu()
-    if isinstance(loader, Loader):
-        order = loader.positions()
-        features, classes = features[order], classes[order]
-    return features.numpy(), classes.numpy()
+                progress(len(rows), len(loader))
+    order = loader.positions()
+    return torch.cat(rows)[order].numpy(), torch.cat(labels)[order].numpy()

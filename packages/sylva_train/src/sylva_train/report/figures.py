@@ -230,10 +230,7 @@ def trade_off(rows: Sequence[Row], metric: Metric, looks: Mapping[str, Look]) ->
 
 def _beside(axes: Axes, rows: Sequence[Row], metric: Metric) -> None:
     """Label points on their roomier side, all labels of a side clear of each other."""
-    if not rows:
-        return
-    figure = axes.get_figure(root=True)
-    height = figure.get_size_inches()[1] * axes.get_position().height if figure else 1
+    height = axes.bbox.height / axes.figure.dpi
     axes.autoscale_view()  # limits are otherwise those of before, until it is drawn
     to_axes = axes.transScale + axes.transLimits
     places = np.array(

@@ -105,7 +105,7 @@ def block_scores(page: Page) -> str:
     scored = [method for method in every if method not in control] or list(every)
     if not scored:
         return ""
-    method = next((name for name in scored if name == page.best), scored[0])
+    method = page.best if page.best in scored else scored[0]
     grid = every[method]
     pictures = _score_pictures(page, method, grid)
     examples = _example(page, method, grid)
@@ -185,12 +185,12 @@ def _example(page: Page, method: str, grid: Mapping[str, Any]) -> str:
     return pair(
         [
             page.picture(
-                partial(structure.score_grid, values, blocks.tolist()),
+                partial(structure.score_grid, values, blocks),
                 f"One matrix: {short}",
                 "Block scores in place. Framed: the trained blocks.",
             ),
             page.picture(
-                partial(structure.score_grid, values[rows][:, columns], moved.tolist()),
+                partial(structure.score_grid, values[rows][:, columns], moved),
                 "The same, sorted",
                 "Block rows and columns by their total score. Where a score is a row's "
                 "times a column's, the chosen blocks form a staircase.",
@@ -226,11 +226,11 @@ def factor(page: Page) -> str:
 
 def _entries(page: Page, found: Mapping[str, Any]) -> list[str]:
     """Return maps of a factor's entries: of the factor itself, and as it is kept."""
-    dense = np.abs(np.asarray(found["magnitude"], dtype=np.float64))
+    dense = np.asarray(found["magnitude"], dtype=np.float64)
     top = float(dense.max(initial=0.0)) or 1.0
     maps = {"Dense": dense}
     if int(found["levels"]):
-        maps[f"As {found['kind']}"] = np.abs(np.asarray(found["approximation"]))
+        maps[f"As {found['kind']}"] = np.asarray(found["approximation"])
     return [
         page.picture(partial(structure.heat_map, values, int(found["n"]), top), title)
         for title, values in maps.items()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from .style import INK, LEVELS, MUTED, SURFACE, THEME, WIDTH, Look, frame, in_powers
 from .summary import BYTES, finite, quantity
@@ -125,36 +125,34 @@ def _plain(axes: Axes) -> None:
         spine.set(visible=True, color=MUTED, linewidth=0.5)
 
 
-def heat_map(magnitudes: ArrayLike, size: int, top: float) -> Figure:
+def heat_map(magnitudes: Floats, size: int, top: float) -> Figure:
     """Draw the magnitude of a matrix's entries on a logarithmic scale.
 
     Parameters
     ----------
-    magnitudes : array_like, shape (m, m)
-        Absolute values, sampled or averaged from an ``(n, n)`` matrix.
+    magnitudes : ndarray of float64, shape (m, m)
+        Sampled or averaged from an ``(n, n)`` matrix.
     size : int
         The true ``n``, for the label.
     top : float
         Largest magnitude, where the colours end, shared by pictures to be compared.
     """
-    values = np.asarray(magnitudes, dtype=np.float64)
     figure, axes = frame(2.6, width=2.9, left=0.1, right=0.62, top=0.25, bottom=0.22)
-    _magnitudes(axes, values, top, 4, "|entry|")
+    _magnitudes(axes, magnitudes, top, 4, "|entry|")
     axes.set_xlabel(f"{size} × {size}", fontsize=8, labelpad=3)
     return figure
 
 
-def score_grid(grid: ArrayLike, indices: Sequence[Sequence[int]]) -> Figure:
+def score_grid(values: Floats, blocks: NDArray[np.int64]) -> Figure:
     """Draw one layer's block scores in place, the chosen blocks framed.
 
     Parameters
     ----------
-    grid : array_like, shape (R, C)
+    values : ndarray of float64, shape (R, C)
         Score of each block.
-    indices : sequence of (int, int)
+    blocks : ndarray of int64, shape (k, 2)
         The chosen blocks.
     """
-    values = np.asarray(grid, dtype=np.float64)
     rows, columns = values.shape
     width = 2.9
     side = (width - 0.9) * min(1.0, columns / rows)
@@ -163,21 +161,18 @@ def score_grid(grid: ArrayLike, indices: Sequence[Sequence[int]]) -> Figure:
         height, width=width, left=0.28, right=0.62, top=0.25, bottom=0.25
     )
     _magnitudes(axes, values, float(values.max(initial=0.0)) or 1.0, 3, "score")
-    axes.add_collection(_outline(values.shape, indices))
+    axes.add_collection(_outline(values.shape, blocks))
     axes.set_xlabel("in", fontsize=8, labelpad=2)
     axes.set_ylabel("out", fontsize=8, labelpad=2)
     return figure
 
 
-def _outline(
-    shape: tuple[int, ...], indices: Sequence[Sequence[int]]
-) -> LineCollection:
+def _outline(shape: tuple[int, ...], blocks: NDArray[np.int64]) -> LineCollection:
     """Return the border between chosen blocks and others, a line an edge."""
     from matplotlib.collections import LineCollection
 
     chosen = np.zeros((shape[0] + 2, shape[1] + 2), dtype=bool)
-    blocks = np.asarray(indices, dtype=np.int64).reshape(-1, 2) + 1
-    chosen[blocks[:, 0], blocks[:, 1]] = True
+    chosen[blocks[:, 0] + 1, blocks[:, 1] + 1] = True
     rows, columns = np.nonzero(chosen[1:] != chosen[:-1])
     across = np.stack([columns - 1.5, rows - 0.5, columns - 0.5, rows - 0.5], axis=1)
     rows, columns = np.nonzero(chosen[:, 1:] != chosen[:, :-1])

@@ -27,7 +27,6 @@ __all__ = [
     "digits",
     "finite",
     "metric_of",
-    "paired",
     "percentage",
     "quantity",
     "summary_rows",
@@ -193,8 +192,8 @@ class Row:
     """One method of a comparison, over all of its seeds.
 
     Times are medians over the seeds, memory and adapter size the largest; None stands
-    for what was not measured. `mean`, `std` (sample standard deviation; None for one
-    seed), `low` and `high` are of the finite scores; `failed` counts the others.
+    for what was not measured. `mean` and `std` (sample standard deviation; None for one
+    seed) are of the finite scores; `failed` counts the others.
     `trainable` does not count the task's head; `peak_memory` is that of training,
     `score_memory` that of scoring, `scored` the examples that it took.
     """
@@ -240,16 +239,6 @@ class Row:
     def std(self) -> float | None:
         """Sample standard deviation of the score."""
         return deviation(self.scores)
-
-    @property
-    def low(self) -> float | None:
-        """Lowest score."""
-        return min(self.scores, default=None)
-
-    @property
-    def high(self) -> float | None:
-        """Highest score."""
-        return max(self.scores, default=None)
 
 
 def check_results(results: Results) -> None:

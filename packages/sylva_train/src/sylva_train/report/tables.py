@@ -101,10 +101,11 @@ def suited(
 def summary_columns(results: Results) -> list[Column]:
     """Return the summary table by columns, methods first; empty ones are left out."""
     metric, rows = metric_of(results), summary_rows(results)
+    labels = tuple(f"{row.label} ★" if row.best else row.label for row in rows)
     ranges = Column("range", tuple(_range(row, metric) for row in rows))
     fractions = Column("of all", tuple(percentage(r.trainable_fraction) for r in rows))
     columns = [
-        Column("method", tuple(named(row) for row in rows), numeric=False),
+        Column("method", labels, numeric=False),
         Column(
             metric.words,
             tuple(_score(row, metric) for row in rows),
@@ -125,11 +126,6 @@ def summary_columns(results: Results) -> list[Column]:
     return [column for column in columns if not column.empty]
 
 
-def named(row: Row) -> str:
-    """Return the method's label, starred for the best scoring rule."""
-    return f"{row.label} ★" if row.best else row.label
-
-
 def _memory(rows: Sequence[Row]) -> Column:
     """Return the peak memory of training and, in the same unit, that of scoring."""
     peaks = [row.peak_memory for row in rows]
@@ -146,9 +142,9 @@ def _score(row: Row, metric: Metric) -> str:
 
 
 def _range(row: Row, metric: Metric) -> str:
-    if row.low is None or row.high is None or len(row.scores) < 2:
+    if len(row.scores) < 2:
         return MISSING
-    return f"{metric.number(row.low)}–{metric.number(row.high)}"
+    return f"{metric.number(min(row.scores))}–{metric.number(max(row.scores))}"
 
 
 def _versus(row: Row, metric: Metric) -> str:

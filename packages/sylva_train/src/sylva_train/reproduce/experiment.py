@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sylva_train._checks import ConfigError, NonFiniteError
+from sylva_train._checks import NonFiniteError, check_choice
 from sylva_train._files import write_text
 from sylva_train.comparison import Comparison, Watcher, jobs_folder, made, run_jobs
 from sylva_train.report import svg_file
@@ -84,9 +84,7 @@ def reproduce(
         If a run fails; those that were finished are kept.
     """
     if isinstance(table, str):
-        if table not in TABLES:
-            msg = f"`table` must be one of {', '.join(TABLES)}; got {table!r}."
-            raise ConfigError(msg)
+        check_choice("table", table, TABLES)
         table = TABLES[table]
     output, tell = Path(output), watch or (lambda _: None)
     found = {

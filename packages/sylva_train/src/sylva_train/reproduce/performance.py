@@ -179,31 +179,19 @@ def measure_memory(spec: Mapping[str, Any]) -> dict[str, Any]:
     return measure_step({"repeats": 1, **spec})
 
 
-def is_exhaustion(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
-    )
-
-
 def run(spec: StepSpec, device: torch.device) -> dict[str, Any] | None:
     """Measure in this process, one of a group or alone; None if memory is exhausted."""
     try:
         return measure(spec, device)
-    except (RuntimeError, MemoryError) as error:
-        if not is_exhaustion(error):
+    except (torch.OutOfMemoryError, MemoryError):
+        return None
+    except RuntimeError as error:
+        if "not enough memory" not in str(error):
             raise
         return None
     finally:
         if spec.memory_limit is not None and device.type == "cuda":
-            set_fraction(device, 1.0)
-
-
-def set_fraction(device: torch.device, fraction: float) -> None:
-    """Set how much of a GPU's memory this process may take."""
-    # PyTorch wants the device's number here.
-    number = torch.cuda.current_device() if device.index is None else device.index
-    torch.cuda.set_per_process_memory_fraction(fraction, number)
+            torch.cuda.set_per_process_memory_fraction(1.0, device.index)
 
 
 def measure(spec: StepSpec, device: torch.device) -> dict[str, Any]:
@@ -212,7 +200,9 @@ def measure(spec: StepSpec, device: torch.device) -> dict[str, Any]:
     limit = memory_bytes(spec.memory_limit)
     if limit is not None and device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
-        set_fraction(device, min(1.0, limit / whole))
+        # By its index: PyTorch takes no device without one.
+        fraction = min(1.0, limit / whole)
+        torch.cuda.set_per_process_memory_fraction(fraction, device.index)
     memory.reset()
     before = 0 if device.type == "cuda" else memory.bytes()
     model = build_model(spec.model, device, spec.dtype, spec.sequence, spec.seed)

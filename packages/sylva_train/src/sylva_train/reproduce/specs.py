@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -72,17 +73,14 @@ class Spec:
         ConfigError
             If an option is unknown or missing, or has a value that cannot be used.
         """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = spec.keys() - fields.keys()
+        known = inspect.signature(cls).parameters
         needed = {
-            name
-            for name, field in fields.items()
-            if field.default is field.default_factory is dataclasses.MISSING
+            name for name, option in known.items() if option.default is option.empty
         }
-        if unknown or not needed <= spec.keys():
+        if not needed <= spec.keys() <= known.keys():
             msg = (
                 f"`spec` must have {', '.join(sorted(needed))} and may have"
-                f" {', '.join(sorted(fields.keys() - needed))}; got"
+                f" {', '.join(sorted(known.keys() - needed))}; got"
                 f" {', '.join(sorted(spec)) or 'nothing'}."
             )
             raise ConfigError(msg)

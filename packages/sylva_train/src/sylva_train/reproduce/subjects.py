@@ -49,8 +49,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 #: with a heavy tail choose them, which second-order scores resemble.
 MASKS = ("random", "rectangle", "staircase")
 
-#: Architectures, their weights drawn at random: those of the paper's figures, those of
-#: the issue of speed, and small ones.
+#: Architectures, their weights drawn at random: those of the paper's figures, one between
+#: them, and small ones.
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
     "gpt2-15m": {

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -73,13 +72,10 @@ def scored(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [run for run in runs if run["score"] is not None]
 
 
-def printed(
-    shown: Metric,
-    runs: Sequence[Mapping[str, Any]],
-    value: Callable[[Mapping[str, Any]], float],
-) -> str:
-    """Print mean and deviation of a cell's runs, and how many diverged."""
-    values, words = [value(run) for run in scored(runs)], []
+def printed(shown: Metric, runs: Sequence[Mapping[str, Any]]) -> str:
+    """Print a metric's mean and deviation over a cell's runs, and how many diverged."""
+    values = [float(run["metrics"][key_of(shown.name)]) for run in scored(runs)]
+    words = []
     if values:
         words.append(shown.number(fmean(values)) + shown.spread(deviation(values)))
     if lost := len(runs) - len(values):
@@ -102,11 +98,6 @@ def shown_metrics(results: Results, setting: str) -> list[str]:
     return [score, *(name for name in measured if name != score)]
 
 
-def value_of(run: Mapping[str, Any], name: str) -> float:
-    """Return a metric of a run."""
-    return float(run["metrics"][key_of(name)])
-
-
 def by_method(results: Results) -> str:
     """Return a table with a line a setting and a column a method, as the paper's third."""
     found = cells(results)
@@ -115,11 +106,8 @@ def by_method(results: Results) -> str:
     rows = []
     for setting in results["settings"]:
         shown = metric(results, setting)
-        line = [setting, shown.title]
-        for method in methods:
-            runs = found.get(Cell(setting, method, None), [])
-            line.append(printed(shown, runs, lambda run: float(run["score"])))
-        rows.append(line)
+        runs = [found.get(Cell(setting, method, None), []) for method in methods]
+        rows.append([setting, shown.title, *(printed(shown, each) for each in runs)])
     return markdown(header, rows)
 
 
@@ -137,22 +125,19 @@ def by_value(results: Results) -> str:
     found, parts = cells(results), []
     option = results["option"].replace("_", " ")
     for setting in results["settings"]:
-        names = shown_metrics(results, setting)
-        shown = [metric(results, setting, name) for name in names]
+        shown = [
+            metric(results, setting, name) for name in shown_metrics(results, setting)
+        ]
         header = ["", option, "trained", *(m.title for m in shown)]
         rows = []
         for cell, runs in found.items():
             if cell.setting != setting:
                 continue
-            columns = [
-                printed(m, runs, functools.partial(value_of, name=name))
-                for name, m in zip(names, shown, strict=True)
-            ]
             fractions = [run["trainable_fraction"] for run in scored(runs)]
             fraction = percentage(fmean(fractions)) if fractions else MISSING
             label = parse_method(cell.method).label
             value = printed_value(results, cell.value, runs)
-            rows.append([label, value, fraction, *columns])
+            rows.append([label, value, fraction, *(printed(m, runs) for m in shown)])
         parts.append(f"**{setting}**\n\n{markdown(header, rows)}")
     return "\n".join(parts)
 

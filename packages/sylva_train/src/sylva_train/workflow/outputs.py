@@ -1,16 +1,18 @@
-"""Whether an output can be written or gone on with: asked before the work begins."""
+"""Outputs: whether one can be written or gone on with, asked before the work; rows."""
 
 from __future__ import annotations
 
+import csv
+import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sylva_train._checks import ConfigError, OutputExistsError
-from sylva_train._files import occupied
+from sylva_train._files import atomic_write, occupied
 
-__all__ = ["check_file", "check_folder", "differences"]
+__all__ = ["check_file", "check_folder", "differences", "write_rows"]
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -109,3 +111,34 @@ def check_folder(
         )
         raise OutputExistsError(msg)
     check_writable(path)
+
+
+def write_rows(
+    path: str | os.PathLike[str],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    as_csv: bool = False,
+) -> None:
+    """Write rows as a line of JSON each, or as comma-separated values."""
+    with (
+        atomic_write(path) as temporary,
+        # Half of a surrogate pair, which JSON may hold, has no other form in UTF-8.
+        temporary.open(
+            "w", encoding="utf-8", errors="backslashreplace", newline=""
+        ) as file,
+    ):
+        if as_csv:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows({n: field(v) for n, v in row.items()} for row in rows)
+        else:
+            # What JSON has no form for, such as a date out of Parquet, becomes a text.
+            lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
+            file.writelines(f"{line}\n" for line in lines)
+
+
+def field(value: Any) -> Any:
+    """Return a value as a field of a .csv: lists and objects as the JSON they were."""
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return value

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sylva_train._checks import ConfigError, DataError
-from sylva_train._files import atomic_write
 from sylva_train.config import TaskConfig
 from sylva_train.data import Loader, TextDataset, load_texts
 from sylva_train.evaluation import label_logits, write
@@ -18,7 +15,7 @@ from sylva_train.options import LABELLED
 from sylva_train.progress import Progress
 from sylva_train.training import pick_device
 
-from .outputs import check_file
+from .outputs import check_file, write_rows
 from .runs import check_pairs, load_folder, read_run
 from .task import evaluation_loader, is_file, tell_of_cuts
 
@@ -193,31 +190,5 @@ def predict_file(
         found = predictions(folder, dataset, task, base, batch_size, device, bars)
     rows = [row | added for row, added in zip(rows, found, strict=True)]
     if output is not None:
-        write_rows(output, rows)
+        write_rows(output, rows, as_csv=Path(output).suffix.lower() == ".csv")
     return rows
-
-
-def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as comma-separated values, or a line of JSON each."""
-    with (
-        atomic_write(path) as temporary,
-        # Half of a surrogate pair, which JSON may hold, has no other form in UTF-8.
-        temporary.open(
-            "w", encoding="utf-8", errors="backslashreplace", newline=""
-        ) as file,
-    ):
-        if Path(path).suffix.lower() == ".csv":
-            table = csv.DictWriter(file, list(rows[0]))
-            table.writeheader()
-            table.writerows({n: field(v) for n, v in row.items()} for row in rows)
-        else:
-            # What JSON has no form for, such as a date out of Parquet, becomes a text.
-            lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
-            file.writelines(f"{line}\n" for line in lines)
-
-
-def field(value: Any) -> Any:
-    """Return a value as a field of a .csv: lists and objects as the JSON they were."""
-    if isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return value

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from sylva_train._checks import AdapterError, ConfigError, DataError, OutputExistsError
-from sylva_train._files import atomic_folder, atomic_write
+from sylva_train._files import atomic_folder
 from sylva_train.config import TaskConfig
 from sylva_train.data import TextDataset
 from sylva_train.evaluation import evaluate
@@ -22,7 +22,7 @@ from sylva_train.progress import Progress
 from sylva_train.training import pick_device
 from sylva_train.tuner import load_adapter
 
-from .outputs import check_file, check_folder
+from .outputs import check_file, check_folder, write_rows
 from .task import check_metric, evaluation_loader, is_file, read_data, tell_of_cuts
 
 __all__ = [
@@ -225,21 +225,11 @@ def evaluate_folder(
             progress=bars.stage("evaluating"),
         )
     if answers is not None:
-        write_answers(answers, found)
+        names = ("prompts", "references", "predictions")
+        rows = zip(*(found.pop(name) for name in names), strict=True)
+        keys = ("prompt", "references", "answer")
+        write_rows(answers, [dict(zip(keys, row, strict=True)) for row in rows])
     return found | {"data": data.name}
-
-
-def write_answers(path: str | os.PathLike[str], found: dict[str, Any]) -> None:
-    """Move prompts, references and answers from the metrics to a file, a line each."""
-    names = {"prompt": "prompts", "references": "references", "answer": "predictions"}
-    columns = [found.pop(name) for name in names.values()]
-    with (
-        atomic_write(path) as temporary,
-        temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        for row in zip(*columns, strict=True):
-            line = dict(zip(names, row, strict=True))
-            file.write(f"{json.dumps(line, ensure_ascii=False)}\n")
 
 
 def merge_folder(

@@ -175,15 +175,9 @@ def words_of_cuts(loader: Loader) -> str:
     """Say how many texts are too long: what a model does not see it cannot learn."""
     if not loader.cut:
         return ""
-    data, prompts = (
-        loader.dataset,
-        loader.task == "causal-lm" and loader.dataset.targets,
-    )
-    what = (
-        "prompts lose their beginning: with their targets they"
-        if prompts
-        else "texts lose their end: they"
-    )
+    data, what = loader.dataset, "texts lose their end: they"
+    if loader.task == "causal-lm" and data.targets:
+        what = "prompts lose their beginning: with their targets they"
     return (
         f"{loader.cut:,} of {len(data):,} {what} have more than {loader.max_length} tokens"
         f" ({data.name}). A larger `max_length` (`--max-length`) keeps more."
@@ -265,21 +259,19 @@ def read_data(
         "per_task": config.per_task,
         "seed": seed,
     }
-    single = is_file(config.data)
-    divided = is_divided(config)
-    examples = None
-    if training or divided or labels is None:
+    examples, divided = None, is_divided(config)
+    if training or divided:
         examples = load_data(
             config.data,
-            split=None if single else "train",
+            split=None if is_file(config.data) else "train",
             limit=config.limit,
             labels=labels,
             **options,
         )
+        if divided:
+            rest, tenth = divide(examples, seed)
+            return rest, limited(tenth, config, seed)
         labels = labels or examples.label_names or None
-    if divided and examples is not None:
-        rest, tenth = divide(examples, seed)
-        return rest, limited(tenth, config, seed)
     held_out = None
     if evaluation:
         source = config.eval_data or config.data
@@ -301,18 +293,16 @@ def divide(examples: TextDataset, seed: int) -> tuple[TextDataset, TextDataset]:
     ConfigError
         If there is one example only.
     """
-    # All rows of some texts: a held-out text must not have been trained on.
-    texts = list(dict.fromkeys(examples.texts))
-    order = np.random.default_rng(seed).permutation(len(texts))
-    held = max(1, round(HOLDOUT * len(texts)))
-    if held >= len(texts):
+    count = len(set(examples.texts))
+    if count < 2:
         msg = f"{examples.name} has one text: give `eval_data` to evaluate on."
         raise ConfigError(msg)
-    kept = {texts[i] for i in order[:held].tolist()}
-    sides = [text in kept for text in examples.texts]
-    parts = [[i for i, s in enumerate(sides) if s == side] for side in (False, True)]
-    rest, held_out = (examples.subset(part) for part in parts)
-    return rest, dataclasses.replace(held_out, name=f"{examples.name} ({TENTH})")
+    # All rows of some texts: a held-out text must not have been trained on.
+    held_out = examples.sample_texts(max(1, round(HOLDOUT * count)), seed)
+    kept = set(held_out.texts)
+    rest = [i for i, text in enumerate(examples.texts) if text not in kept]
+    named = dataclasses.replace(held_out, name=f"{examples.name} ({TENTH})")
+    return examples.subset(rest), named
 
 
 def check_metric(config: TaskConfig) -> None:
