@@ -20,13 +20,12 @@ from .embedding import (
     warn_of_statistics,
 )
 from .gradient import accumulating
-from .linear import SparseEmbeddedLinear, check_embeddable, values_dtype
+from .linear import SparseEmbeddedLinear, values_dtype
 from .storage import check_in_memory, layer_showing
 
 __all__ = [
     "SparseEmbeddedLinear",
     "accumulating",
-    "check_embeddable",
     "check_in_memory",
     "check_masks",
     "check_unembedded",

@@ -11,6 +11,7 @@ from torch import nn
 from sylva_train._checks import ConfigError, TargetError
 from sylva_train.masks import LayerMask
 from sylva_train.targets import (
+    check_embeddable,
     check_tied,
     check_unscaled,
     is_inside,
@@ -18,7 +19,7 @@ from sylva_train.targets import (
     weight_view,
 )
 
-from .linear import SparseEmbeddedLinear, check_embeddable
+from .linear import SparseEmbeddedLinear
 from .storage import check_in_memory
 
 __all__ = [

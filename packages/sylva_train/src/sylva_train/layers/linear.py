@@ -14,25 +14,15 @@ from sylva_train._checks import AdapterError, ConfigError, TargetError
 from sylva_train._torch import is_transformed
 from sylva_train.kernels import gather_blocks, is_capturing, scatter_blocks_
 from sylva_train.masks import LayerMask
-from sylva_train.targets import (
-    as_matrix,
-    is_packed,
-    is_supported,
-    layer_input,
-    stands_for_others,
-    weight_view,
-)
+from sylva_train.targets import as_matrix, check_embeddable, layer_input, weight_view
 
 from .gradient import BlockGradient, WeightGradient, is_product
 from .inputs import Reader
 from .shown import Shown
 from .storage import Masters, Tables, own_weight, watch, watch_optimizers
 
-__all__ = ["SparseEmbeddedLinear", "check_embeddable", "values_dtype"]
+__all__ = ["SparseEmbeddedLinear", "values_dtype"]
 
-
-#: Dtypes of weights that can hold trained values.
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NO_TRANSFORMS = (
     "`torch.func` transforms cannot go through embedded blocks, which are written into the"
     " dense weight: take gradients by `backward` or `torch.autograd.grad`, one sample at a"
@@ -46,27 +36,6 @@ _exchange = threading.RLock()
 def values_dtype(weight: torch.Tensor) -> torch.dtype:
     """Return the dtype of a weight's trained values: float32 at least."""
     return torch.promote_types(weight.dtype, torch.float32)
-
-
-def check_embeddable(layer: nn.Module) -> None:
-    """Raise `TargetError` unless a layer's weight can hold trained values."""
-    if is_packed(layer):
-        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-        kind = type(weight).__name__ if stands_for_others(weight) else weight.dtype
-        msg = (
-            f"`base_layer` is a {type(layer).__name__} with a quantized weight ({kind}),"
-            " but blocks are written into dense ones. Load the model in bfloat16, float16"
-            " or float32; quantize it after `sylva_train.merge`."
-        )
-        raise TargetError(msg)
-    if not is_supported(layer) or weight_view(layer).dtype not in DTYPES:
-        found = getattr(layer, "weight", None)
-        msg = (
-            "`base_layer` must be a torch.nn.Linear or Conv1D with a dense float64,"
-            f" float32, bfloat16 or float16 weight; got a {type(layer).__name__}"
-            + (f" of {found.dtype}." if isinstance(found, torch.Tensor) else ".")
-        )
-        raise TargetError(msg)
 
 
 def show_loaded(layer: SparseEmbeddedLinear, _: Any) -> None:
@@ -96,7 +65,7 @@ class SparseEmbeddedLinear(nn.Module):
     Raises
     ------
     TargetError
-        If the layer's weight is not a dense matrix of one of `DTYPES`.
+        If the layer's weight is not a dense matrix of floats (`check_embeddable`).
 
     Notes
     -----

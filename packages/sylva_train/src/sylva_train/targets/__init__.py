@@ -17,6 +17,7 @@ from .identity import fingerprint
 from .inputs import Calls, input_owners, is_same, layer_input, shared_inputs
 from .weights import (
     as_matrix,
+    check_embeddable,
     check_unscaled,
     check_weights,
     holders,
@@ -35,6 +36,7 @@ __all__ = [
     "Calls",
     "as_matrix",
     "check_block_size",
+    "check_embeddable",
     "check_tied",
     "check_unscaled",
     "check_weights",

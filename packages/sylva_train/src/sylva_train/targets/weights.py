@@ -16,6 +16,7 @@ from sylva_train._checks import TargetError
 
 __all__ = [
     "as_matrix",
+    "check_embeddable",
     "check_unscaled",
     "check_weights",
     "holders",
@@ -29,6 +30,10 @@ __all__ = [
     "weight_device",
     "weight_view",
 ]
+
+
+#: Dtypes of weights that can hold trained values.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def holders(name: str) -> Iterator[str]:
@@ -109,6 +114,27 @@ def loaded_weight(module: nn.Module) -> torch.Tensor:
         return weight_view(module)
     with align_module_device(module):
         return weight_view(module).clone()
+
+
+def check_embeddable(layer: nn.Module) -> None:
+    """Raise `TargetError` unless a layer's weight can hold trained values."""
+    if is_packed(layer):
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        kind = type(weight).__name__ if stands_for_others(weight) else weight.dtype
+        msg = (
+            f"`base_layer` is a {type(layer).__name__} with a quantized weight ({kind}),"
+            " but blocks are written into dense ones. Load the model in bfloat16, float16"
+            " or float32; quantize it after `sylva_train.merge`."
+        )
+        raise TargetError(msg)
+    if not is_supported(layer) or weight_view(layer).dtype not in DTYPES:
+        found = getattr(layer, "weight", None)
+        msg = (
+            "`base_layer` must be a torch.nn.Linear or Conv1D with a dense float64,"
+            f" float32, bfloat16 or float16 weight; got a {type(layer).__name__}"
+            + (f" of {found.dtype}." if isinstance(found, torch.Tensor) else ".")
+        )
+        raise TargetError(msg)
 
 
 def check_unscaled(model: nn.Module) -> None:

@@ -15,11 +15,11 @@ from sylva_train._checks import AdapterError, TargetError
 from sylva_train.config import SylvaConfig
 from sylva_train.layers import (
     SparseEmbeddedLinear,
-    check_embeddable,
     check_in_memory,
     uncovered_statistics,
 )
 from sylva_train.targets import (
+    check_embeddable,
     check_unscaled,
     fingerprint,
     is_packed,
