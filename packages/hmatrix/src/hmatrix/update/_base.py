@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
+import numpy as np
+
 from hmatrix._backend import (
     Array,
     Space,
@@ -53,6 +55,7 @@ class Streaming(ABC):
         like: Array | None = None,
         dtype: object = None,
         seed: int = 0,
+        center: bool = False,
     ) -> None:
         self.tree = n if isinstance(n, ClusterTree) else ClusterTree(n, levels)
         self.rank = check_int("rank", rank, 1)
@@ -61,6 +64,10 @@ class Streaming(ABC):
         self._count = 0.0
         m = self.tree.leaf_size
         self._leaves = self.space.zeros(self.tree.nodes(self.tree.levels), m, m)
+        # in float64, where the share of a late batch does not fall below rounding
+        wide = "complex128" if self.space.is_complex else "float64"
+        mean = Space.like(self._leaves, wide).zeros(self.tree.n)
+        self._mean = mean if center else None
         # Frobenius norm lost so far in each upper off-diagonal block
         self._lost = [
             self.space.real.zeros(self.tree.nodes(k)) for k in range(self.tree.levels)
@@ -71,6 +78,20 @@ class Streaming(ABC):
     def count(self) -> float:
         """Sum of the weights of the samples seen."""
         return self._count
+
+    @property
+    def mean(self) -> Array:
+        """Weighted mean of the samples seen: (n,), zero without any.
+
+        Raises
+        ------
+        ValueError
+            If the accumulator does not keep it.
+        """
+        if self._mean is None:
+            msg = "The mean is kept with `center=True` only."
+            raise ValueError(msg)
+        return self.space.asarray(self._mean, copy=True)
 
     @property
     def discarded(self) -> float:
@@ -90,11 +111,13 @@ class Streaming(ABC):
         return nbytes(*self._arrays().values())
 
     @in_own_precision
-    def update(self, Z: Array, weight: float = 1.0) -> None:
-        """Add ``weight · ZᴴZ``, of real samples ``ZᵀZ``.
+    def update(self, Z: Array, weight: float | Array = 1.0) -> None:
+        """Add ``Σ w conj(z) zᵀ`` of samples z of weights w; of real ones ``ZᵀZ``.
 
-        Its entry (i, j) is the sum of ``conj(z_i) z_j``; the covariance ``E z zᴴ`` of
-        complex samples is its conjugate, which their conjugates give.
+        With ``center=True``, that of their deviations from the mean of all that were
+        and will be seen. Its entry (i, j) is the sum of ``conj(z_i) z_j``; the
+        covariance ``E z zᴴ`` of complex samples is its conjugate, which their
+        conjugates give.
 
         Parameters
         ----------
@@ -103,15 +126,18 @@ class Streaming(ABC):
             float16 and bfloat16 (and float32 into a float64 accumulator) are
             converted before anything is summed, under ``torch.autocast`` too. Large
             batches are taken in pieces.
-        weight : float
-            Weight of each sample, not negative.
+        weight : float or array (c,)
+            Weight of each sample, not negative: one for all, or real numbers of the
+            library and device of ``Z``.
 
         Raises
         ------
         ShapeError, DTypeError, BackendError
-            If ``Z`` does not fit.
+            If ``Z`` or ``weight`` does not fit.
         NonFiniteError
             If ``Z`` or ``weight`` is NaN or infinite. Nothing has been added then.
+        ValueError
+            If a weight is negative. Nothing has been added then.
         """
         Z = detach(check_operand("Z", Z, self.space, narrower=True))
         if len(Z.shape) != 2 or Z.shape[1] != self.tree.n:
@@ -120,16 +146,14 @@ class Streaming(ABC):
                 "flatten leading axes first."
             )
             raise ShapeError(msg)
-        weight = check_float("weight", weight, minimum=0.0)
-        root = math.sqrt(weight)
-        pieces = self._pieces(Z)
-        self._check_finite(Z, pieces, weight)
-        xp = self.space.xp
-        for piece in pieces:
-            E = xp.astype(piece, self.space.dtype, copy=False)
-            E = adjoint(E if root == 1 else E * root)
-            self._add(pad_rows(E, self.tree))
-        self._count += weight * int(Z.shape[0])
+        roots, weights = self._check_weight(weight, int(Z.shape[0]))
+        parts = self._parts(int(Z.shape[0]))
+        self._check_finite(Z, parts, float(weights.max(initial=0)))
+        for part in parts:
+            E = self.space.xp.astype(Z[part, :], self.space.dtype, copy=False)
+            root = None if roots is None else roots[part, None]
+            E = self._weighted(E, root, float(weights[part].sum()))
+            self._add(pad_rows(adjoint(E), self.tree))
 
     @in_own_precision
     def merge(self, other: Self) -> None:
@@ -141,6 +165,8 @@ class Streaming(ABC):
             If ``other`` is another kind of accumulator.
         ShapeError, DTypeError, BackendError
             If it has another size, depth, dtype, library or device. Ranks may differ.
+        ValueError
+            If one of both is centered and the other is not.
         """
         if type(other) is not type(self):
             msg = (
@@ -151,9 +177,14 @@ class Streaming(ABC):
             msg = f"`other` must have {self.tree}, got {other.tree}."
             raise ShapeError(msg)
         check_operand("other", other._leaves, self.space)
+        if (other._mean is None) != (self._mean is None):
+            msg = f"`other` must have center={self._mean is not None}, as this one has."
+            raise ValueError(msg)
         self._merge(other)
         self._lost = [a + b for a, b in zip(self._lost, other._lost, strict=True)]
-        self._count += other._count
+        between = self._between(other._mean, other._count)
+        if between is not None:
+            self._add(pad_rows(adjoint(between), self.tree))
 
     def scale(self, factor: float) -> None:
         """Multiply what has been added so far, and ``count``, by ``factor``.
@@ -231,6 +262,8 @@ class Streaming(ABC):
                 msg = f"`state[{name!r}]`: expected an array {tuple(expected.shape)}, got {shape}."
                 raise FileFormatError(msg)
         self._leaves = space.asarray(leaves, copy=True)
+        if self._mean is not None:
+            self._mean = Space.of(self._mean).asarray(state["mean"], copy=True)
         for series in cls._series:
             parts = getattr(self, series)
             parts[:] = [
@@ -251,6 +284,7 @@ class Streaming(ABC):
             rank=int(state["rank"]),
             like=like,
             seed=int(state["seed"]),
+            center=bool(state["center"]),
         )
 
     def _options(self) -> dict[str, Any]:
@@ -259,6 +293,7 @@ class Streaming(ABC):
             "levels": self.tree.levels,
             "rank": self.rank,
             "seed": self.seed,
+            "center": self._mean is not None,
             **self.tree._arrays(),
         }
 
@@ -268,23 +303,78 @@ class Streaming(ABC):
             for name in self._series
             for k, part in enumerate(getattr(self, name))
         }
-        return {"leaves": self._leaves, **series}
+        mean = {} if self._mean is None else {"mean": self._mean}
+        return {"leaves": self._leaves, **mean, **series}
 
-    def _pieces(self, Z: Array) -> list[Array]:
+    def _check_weight(
+        self, weight: float | Array, c: int
+    ) -> tuple[Array | None, np.ndarray]:
+        """Return roots of weights (c,), None where all are one, and the weights."""
+        space = self.space
+        if not getattr(weight, "ndim", 0):
+            weight = check_float("weight", weight, minimum=0.0)
+            root = None if weight == 1 else space.ones(c) * math.sqrt(weight)
+            return root, np.full(c, weight)
+        weights = detach(check_operand("weight", weight, space.real, narrower=True))
+        if tuple(weights.shape) != (c,):
+            msg = f"`weight` must be a number or have shape ({c},), got {tuple(weights.shape)}."
+            raise ShapeError(msg)
+        weights = space.xp.astype(weights, space.real.dtype, copy=False)
+        numbers = to_numpy(weights).astype(float)
+        for extreme in (numbers.min(initial=0), numbers.max(initial=0)):
+            check_float("weight", extreme, minimum=0.0)
+        return space.xp.astype(space.xp.sqrt(weights), space.dtype), numbers
+
+    def _parts(self, c: int) -> list[slice]:
         """Cut a batch into nearly equal pieces of at most ``_chunk`` samples."""
-        c = int(Z.shape[0])
         count = -(-c // self._chunk(c)) if c else 0
-        return [Z[c * i // count : c * (i + 1) // count, :] for i in range(count)]
+        return [slice(c * i // count, c * (i + 1) // count) for i in range(count)]
 
-    def _check_finite(self, Z: Array, pieces: Sequence[Array], weight: float) -> None:
+    def _check_finite(self, Z: Array, parts: Sequence[slice], weight: float) -> None:
         """Refuse a batch before any of it is added; one number leaves the device."""
-        if not pieces:
+        if not parts:
             return
         xp, dtype = self.space.xp, self.space.dtype
-        norms = [unscaled_norm(xp.astype(x, dtype, copy=False)) for x in pieces]
+        norms = [unscaled_norm(xp.astype(Z[p, :], dtype, copy=False)) for p in parts]
         norm = float(unscaled_norm(xp.stack(norms)))
         if not norm * norm * weight <= float(xp.finfo(dtype).max):
             raise NonFiniteError(not_finite("Z", Z, self.space.name))
+
+    def _weighted(self, E: Array, roots: Array | None, weight: float) -> Array:
+        """Take samples (c, n) of so much weight in all; return the rows to add.
+
+        Those of a centered accumulator are the deviations from their own mean, and one
+        for the distance of that from the mean held.
+        """
+        if self._mean is None or not weight:
+            self._count += weight
+            return E if roots is None else E * roots
+        xp = self.space.xp
+        # rounding then is that of deviations, not of what they deviate from
+        pivot = self.space.asarray(self._mean) if self._count else E[0, :]
+        E = E - pivot
+        shares = 1 / E.shape[0] if roots is None else roots**2 / weight
+        step = xp.sum(E * shares, axis=0)
+        E = E - step
+        E = E if roots is None else E * roots
+        pivot, step = (xp.astype(x, self._mean.dtype) for x in (pivot, step))
+        between = self._between(pivot + step, weight)
+        return E if between is None else xp.concat([E, between], axis=0)
+
+    def _between(self, mean: Array | None, weight: float) -> Array | None:
+        """Take samples of so much weight into `count` and `mean`.
+
+        Returns the row (1, n) that the distance of both means adds to the deviations, if
+        any (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for
+        computing sample variances", 1979).
+        """
+        before, self._count = self._count, self._count + weight
+        if mean is None or self._mean is None or not weight:
+            return None
+        step = mean - self._mean
+        self._mean = self._mean + step * (weight / self._count) if before else mean
+        between = step * math.sqrt(before * (weight / self._count))
+        return self.space.asarray(between)[None, :] if before else None
 
     def _add_to_leaves(self, E: Array) -> None:
         """Add the diagonal blocks of ``E Eᴴ``, E (padded, c)."""
@@ -295,8 +385,9 @@ class Streaming(ABC):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(n={self.tree.n}, levels={self.tree.levels}, "
-            f"rank={self.rank}, count={self.count:g}, {self.space.name}, "
-            f"{self.space.place})"
+            f"rank={self.rank}, count={self.count:g}, "
+            f"{'' if self._mean is None else 'centered, '}"
+            f"{self.space.name}, {self.space.place})"
         )
 
     @abstractmethod

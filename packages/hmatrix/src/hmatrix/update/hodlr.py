@@ -66,7 +66,7 @@ class StreamingHODLR(Streaming):
     def result(self, *, normalize: bool = True) -> HODLR:
         """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
 
-        Without samples it is zero.
+        With ``center=True`` z are deviations from `mean`. Without samples it is zero.
         """
         scale = 1 / self._count if normalize and self._count else 1.0
         upper = tuple(

@@ -77,6 +77,9 @@ class StreamingMLR(Streaming):
     seed : int
         Seed of the randomized updates. Equal seeds and equal batches give equal
         results on one library and kind of device.
+    center : bool
+        Whether to keep the samples' mean as well and to hold second moments about it: a
+        covariance in place of ``E[z zᴴ]``.
     method : {"auto", "eigh", "randomized"}
         How ``V`` is found: ``"eigh"`` takes the leading eigenvectors of ``MᴴM``,
         ``"randomized"`` a sketch of them with one power step (Halko, Martinsson & Tropp,
@@ -113,9 +116,12 @@ class StreamingMLR(Streaming):
         like: Array | None = None,
         dtype: object = None,
         seed: int = 0,
+        center: bool = False,
         method: str = "auto",
     ) -> None:
-        super().__init__(n, levels, rank, like=like, dtype=dtype, seed=seed)
+        super().__init__(
+            n, levels, rank, like=like, dtype=dtype, seed=seed, center=center
+        )
         self.method = check_choice("method", method, METHODS)
         self._draws = 0
 
@@ -157,7 +163,7 @@ class StreamingMLR(Streaming):
     def result(self, *, normalize: bool = True) -> MLR:
         """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
 
-        Without samples it is zero.
+        With ``center=True`` z are deviations from `mean`. Without samples it is zero.
         """
         scale = 1 / self._count if normalize and self._count else 1.0
         root = math.sqrt(scale)
