@@ -134,21 +134,82 @@ def test_the_host_never_waits_for_products_and_solutions(rng):
 
 
 @needs_stand_in
-def test_the_host_waits_for_no_level_of_an_inversion():
+@pytest.mark.parametrize("method", ["cholesky", "inversion", "MLR"])
+def test_the_host_waits_for_no_level_of_a_factorization(method, rng):
     t = np.linspace(0, 1, 200)
-    A = CUPY.asarray(np.exp(-abs(t[:, None] - t)))
+    A = np.exp(-abs(t[:, None] - t))
 
     def waits(levels):
-        H = hm.from_dense(A, levels=levels)
+        H = hm.from_dense(CUPY.asarray(A), levels=levels)
+        stream = hm.StreamingMLR(200, levels, rank=4, like=H.leaves)
+        stream.update(CUPY.asarray(rng.standard_normal((300, 200))))
+        M = stream.result()
         cupy_like.seen["waits"] = 0
-        F = hm.factorize(H, method="inversion")
-        assert not F._conditions
-        return cupy_like.seen["waits"] - levels  # conditions of each level, in the end
+        F = hm.factorize(M, 0.1) if method == "MLR" else hm.factorize(H, method=method)
+        if method != "inversion":
+            F.sample(CUPY.asarray(t))  # whose factor an MLR matrix has yet to make
+        return cupy_like.seen["waits"]
 
-    assert waits(2) == waits(5)
+    assert waits(2) == waits(5) <= 3
+
+
+@needs_stand_in
+def test_a_zero_matrix_is_singular_at_its_leaf():
     zero = hm.from_dense(CUPY.asarray(np.zeros((8, 8))), levels=1)
     with pytest.raises(hm.SingularLeafError, match="Singular at leaf 0"):
         hm.factorize(zero, method="inversion")
+
+
+@needs_stand_in
+@pytest.mark.parametrize("spoilt", ["leaf", "node", "NaN"])
+def test_what_a_device_is_asked_in_the_end_is_said_as_the_host_says_it(spoilt, rng):
+    """Which block of which level has no Cholesky factor, in the same words."""
+    t = np.linspace(0, 1, 120)
+    A = np.exp(-abs(t[:, None] - t)) + 0.1 * np.eye(120)
+    if spoilt == "leaf":
+        A[70, 70] = -1
+    if spoilt == "node":
+        A[:60, 60:] *= 3
+        A[60:, :60] *= 3
+    H = hm.from_dense(A, leaf_size=16, symmetric=True)
+    if spoilt == "NaN":
+        H.leaves[3, 2, 2] = np.nan
+    errors = []
+    for matrix in (H, H.to(like=CUPY.asarray(A))):
+        with pytest.raises(hm.HMatrixError) as caught:
+            hm.factorize(matrix, method="cholesky")
+        errors.append(caught.value)
+    assert type(errors[0]) is type(errors[1])
+    assert str(errors[0]).split(":")[0] == str(errors[1]).split(":")[0]
+
+
+@needs_stand_in
+@pytest.mark.parametrize("kind", ["repeated", "graded", "zero"])
+def test_columns_that_one_decomposition_cannot_tell_apart(kind, rng):
+    """Found in the end, and factored again with Householder's decompositions."""
+    t = np.linspace(0, 1, 120)
+    A = np.exp(-abs(t[:, None] - t)) + np.eye(120)
+    H = hm.from_dense(A, leaf_size=16, symmetric=True)
+    if kind == "repeated":
+        upper = [
+            hm.LowRank(*(np.concatenate([x, x], -1) for x in (b.U, b.S / 2, b.V)))
+            for b in H.upper
+        ]
+    else:
+        scale = 0.0 if kind == "zero" else 1e-12
+        upper = [
+            hm.LowRank(b.U * np.where(np.arange(b.rank) % 2, 1, scale), b.S, b.V)
+            for b in H.upper
+        ]
+    H = hm.HODLR(H.tree, H.leaves, tuple(upper))
+    x = rng.standard_normal((120, 2))
+    F = hm.factorize(H.to(like=CUPY.asarray(A)), method="cholesky")
+    assert (
+        error_ratio(F.solve(CUPY.asarray(x)), np.linalg.solve(H.to_dense(), x)) < 1e-12
+    )
+    assert float(F.logdet()) == pytest.approx(
+        np.linalg.slogdet(H.to_dense())[1], rel=1e-12
+    )
 
 
 @needs_stand_in

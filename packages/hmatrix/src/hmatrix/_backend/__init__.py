@@ -35,7 +35,6 @@ from .linalg import (
     cholesky,
     complete_qr,
     eigh_descending,
-    frobenius,
     inverse,
     inverse_lower,
     orthonormal_parts,
@@ -44,8 +43,9 @@ from .linalg import (
     solve,
     svd,
     triangle,
-    unscaled_norm,
+    try_cholesky,
 )
+from .norms import floats, frobenius, safe_norm, safe_norms, unscaled_norm
 from .precision import in_own_precision
 from .space import Space, contiguous, nbytes
 from .threads import (
@@ -76,6 +76,7 @@ __all__ = [
     "detach",
     "dtype_name",
     "eigh_descending",
+    "floats",
     "frobenius",
     "in_own_precision",
     "in_threads",
@@ -95,6 +96,8 @@ __all__ = [
     "positive_or_one",
     "qr",
     "real_part",
+    "safe_norm",
+    "safe_norms",
     "slogdet",
     "solve",
     "squares",
@@ -102,6 +105,7 @@ __all__ = [
     "to_numpy",
     "transpose",
     "triangle",
+    "try_cholesky",
     "unscaled_norm",
     "wants_gradient",
     "without_gradients",

@@ -1,4 +1,4 @@
-"""Norms and factorizations of batches of matrices."""
+"""Factorizations of batches of matrices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ __all__ = [
     "cholesky",
     "complete_qr",
     "eigh_descending",
-    "frobenius",
     "inverse",
     "inverse_lower",
     "orthonormal_parts",
@@ -36,7 +35,7 @@ __all__ = [
     "solve",
     "svd",
     "triangle",
-    "unscaled_norm",
+    "try_cholesky",
 ]
 
 #: Matrices of a batch from which on a loop over their rows is faster than one over them.
@@ -44,20 +43,6 @@ MANY = 32
 
 #: Rows up to which triangles are inverted without a step of refinement, for speed.
 STEADY = 64
-
-
-def frobenius(x: Array) -> Array:
-    """Return the Frobenius norm of a whole array, as an array; it may overflow."""
-    xp, norm = namespace(x), unscaled_norm(x)
-    if math.prod(x.shape) and float(norm) < Space.of(x).smallest_norm:
-        # Squares of these underflow; and complex division overflows at subnormal numbers,
-        # from which a power of two leads away
-        away = 1 / float(xp.finfo(x.dtype).smallest_normal)
-        x = x * away
-        largest = xp.max(xp.abs(x))
-        if float(largest) > 0:
-            norm = largest * xp.linalg.vector_norm(x / largest) / away
-    return norm
 
 
 def _eigh(a: Array) -> tuple[Array, Array]:
@@ -75,15 +60,6 @@ def _eigh(a: Array) -> tuple[Array, Array]:
     with one_thread_if_small(a):
         values, vectors = xp.linalg.eigh(a)
     return values, vectors
-
-
-def unscaled_norm(x: Array) -> Array:
-    """Return `frobenius` where it may underflow too: the host waits for nothing."""
-    if array_api_compat.is_numpy_array(x):
-        # vdot needs no array of squares, and an overflow is the caller's to judge
-        with np.errstate(over="ignore", invalid="ignore"):
-            return np.sqrt(np.vdot(x, x).real)
-    return namespace(x).linalg.vector_norm(x)
 
 
 def eigh_descending(a: Array) -> tuple[Array, Array]:
@@ -248,6 +224,20 @@ def cholesky(a: Array, *, sure: bool = False) -> Array | None:
         return None
 
 
+def try_cholesky(a: Array) -> tuple[Array, Array]:
+    """Return Cholesky factors of ``a`` (..., m, m) on a device, and whether all exist.
+
+    That is an array () too: the host waits for nothing.
+    """
+    xp = namespace(a)
+    if array_api_compat.is_torch_array(a):
+        factor, info = xp.linalg.cholesky_ex(a)
+        return factor, xp.all(info == 0)
+    factor = xp.linalg.cholesky(a)  # CuPy's is of some other matrix, or NaN
+    largest = [xp.max(xp.abs(x)) for x in (factor @ adjoint(factor) - a, a)]
+    return factor, largest[0] <= math.sqrt(Space.of(a).eps) * largest[1]
+
+
 def _raising(a: Array) -> AbstractContextManager[Any]:
     """Make CuPy raise on failure as NumPy does; by default it returns garbage."""
     if not array_api_compat.is_cupy_array(a):
@@ -314,7 +304,9 @@ def _invert_lower(a: Array, out: Array, many: bool) -> None:
         found[...] = x
 
 
-def orthonormal_parts(X: Array) -> tuple[Array, Array, Array]:
+def orthonormal_parts(
+    X: Array, late: list[Array] | None = None
+) -> tuple[Array, Array, Array]:
     """Return Q, T and R of tall X (b, m, r): ``Q T`` orthonormal, ``Q T R = X``.
 
     T (b, r, r) is for the caller to multiply with what else is small, since Q is as
@@ -322,6 +314,9 @@ def orthonormal_parts(X: Array) -> tuple[Array, Array, Array]:
     and small factorizations, many times faster than Householder's. What it leaves of
     ``QᴴQ − I`` is taken out by T, by its power series or else by a second decomposition.
     A column of zeros stays one in Q and in R.
+
+    Whether that is enough the host has to ask a device, and goes on with Householder's
+    if not. With ``late`` it does not: there the answer, an array (), is added.
     """
     space, r = Space.of(X), int(X.shape[-1])
     xp, eye = space.xp, space.eye(r)
@@ -340,18 +335,21 @@ def orthonormal_parts(X: Array) -> tuple[Array, Array, Array]:
         return _householder(X)
     Q = X @ (adjoint(inverse_lower(first)) / transpose(norms))
     rest = adjoint(Q) @ Q + (null - eye)
-    lost = float(xp.max(xp.abs(rest)))  # of orthogonality
-    if r * lost < space.eps ** (1 / 3) / 2:
+    lost = xp.max(xp.abs(rest))  # of orthogonality
+    if late is not None:
+        late.append(lost < 0.5)
+        second = cholesky(rest + eye, sure=True)
+    elif r * float(lost) < space.eps ** (1 / 3) / 2:
         square = rest @ rest
         T = eye - rest / 2 + square * (3 / 8)  # (QᴴQ)^(−1/2), and its inverse
         inverse = eye + rest / 2 - square / 8
+        return Q, T, (inverse @ adjoint(first) - null) * norms
     else:
-        second = cholesky(rest + eye) if lost < 0.5 else None
-        if second is None:
-            return _householder(X)
-        T, inverse = adjoint(inverse_lower(second)), adjoint(second)
-    R = (inverse @ adjoint(first) - null) * norms
-    return Q, T, R
+        second = cholesky(rest + eye) if float(lost) < 0.5 else None
+    if second is None:
+        return _householder(X)
+    R = (adjoint(second) @ adjoint(first) - null) * norms
+    return Q, adjoint(inverse_lower(second)), R
 
 
 def _householder(X: Array) -> tuple[Array, Array, Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hmatrix.arithmetic.assembly import Terms, assemble, estimate_norm
 from hmatrix.arithmetic.error import after, inverse_error
 from hmatrix.arithmetic.linear import add, add_low_rank, scale, shift, subtract
-from hmatrix.arithmetic.norms import norm, safe_norm
+from hmatrix.arithmetic.norms import norm
 from hmatrix.arithmetic.product import matmul
 from hmatrix.arithmetic.truncation import truncate
 
@@ -19,7 +19,6 @@ __all__ = [
     "inverse_error",
     "matmul",
     "norm",
-    "safe_norm",
     "scale",
     "shift",
     "subtract",

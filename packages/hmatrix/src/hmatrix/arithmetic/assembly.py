@@ -12,10 +12,16 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice
 
-from hmatrix._backend import Array, Space, adjoint, without_gradients
+from hmatrix._backend import (
+    Array,
+    Space,
+    adjoint,
+    safe_norm,
+    safe_norms,
+    without_gradients,
+)
 from hmatrix._checks import NonFiniteError, check_int
 from hmatrix._operator import pad_rows
-from hmatrix.arithmetic.norms import safe_norm, safe_norms
 from hmatrix.construct import block_sides, block_tolerance, check_rtol
 from hmatrix.hodlr import HODLR, clear_padding, from_sides
 from hmatrix.lowrank import LowRank, beside, cut_triplets, differentiated, recompress

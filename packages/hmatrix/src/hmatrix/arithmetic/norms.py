@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from hmatrix._backend import (
-    Array,
-    Space,
     adjoint,
     conjugate,
     detach,
+    floats,
     frobenius,
     in_own_precision,
-    namespace,
-    positive_or_one,
     real_part,
+    safe_norm,
+    safe_norms,
     squares,
-    to_numpy,
     triangle,
     without_gradients,
 )
@@ -28,7 +25,7 @@ from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank
 from hmatrix.mlr import MLR
 
-__all__ = ["norm", "safe_norm", "safe_norms"]
+__all__ = ["norm"]
 
 #: Products with the matrix and its adjoint that the 2-norm may take at most, and the
 #: residual, relative to the eigenvalue of AᴴA, that ends them before.
@@ -85,32 +82,6 @@ def norm(H: Operator, kind: str | int = "fro") -> float:
     return _frobenius_of_hodlr(H) if isinstance(H, HODLR) else _frobenius_of_mlr(H)
 
 
-def safe_norm(x: Array) -> float:
-    """Return the Frobenius norm of a whole array, whose squares may leave the range."""
-    return safe_norms([x])[0]
-
-
-def safe_norms(arrays: Sequence[Array]) -> list[float]:
-    """Return `safe_norm` of some arrays, for all of which the host waits once."""
-    numbers: list[Array] = []
-    for x in map(detach, arrays):
-        xp = namespace(x)
-        if math.prod(x.shape):
-            top = xp.max(xp.abs(x))
-            scale = positive_or_one(top)
-            numbers += [top, xp.sum((xp.abs(x) / scale) ** 2)]
-        else:
-            numbers += [Space.of(x).real.zeros()] * 2
-    found = iter(_on_host(numbers) if numbers else [])
-    return [top * math.sqrt(total) for top, total in zip(found, found, strict=True)]
-
-
-def _on_host(numbers: Sequence[Array]) -> list[float]:
-    """Bring numbers to the host in one piece."""
-    found: list[float] = to_numpy(namespace(numbers[0]).stack(numbers)).tolist()
-    return found
-
-
 def _frobenius_of_hodlr(H: HODLR) -> float:
     # the cores of both QRs: no cancellation between dependent columns
     cores = [
@@ -125,7 +96,7 @@ def _frobenius_of_mlr(H: Any) -> float:
     xp = H.space.xp
     # brought to about 1, so that squares of products stay in range
     arrays = [detach(x) for x in (H.leaves, *H.factors) if math.prod(x.shape)]
-    tops = _on_host([xp.max(xp.abs(x)) for x in arrays])
+    tops = floats([xp.max(xp.abs(x)) for x in arrays])
     scale = max(tops[0], *(top**2 for top in tops[1:]), 0.0)
     if not scale:
         return 0.0
@@ -141,7 +112,7 @@ def _frobenius_of_mlr(H: Any) -> float:
         part = xp.reshape(F, (*leaves.shape[:2], F.shape[-1]))
         products.append(xp.sum(real_part(conjugate(part) * (leaves @ part))))
         weights.append(2 * H.sign)
-    total = sum(w * x for w, x in zip(weights, _on_host(products), strict=True))
+    total = sum(w * x for w, x in zip(weights, floats(products), strict=True))
     return scale * math.sqrt(max(total, 0.0))
 
 

@@ -6,10 +6,16 @@ import math
 from functools import partial
 from typing import TypeVar
 
-from hmatrix._backend import Array, in_own_precision, wants_gradient, without_gradients
+from hmatrix._backend import (
+    Array,
+    in_own_precision,
+    safe_norms,
+    wants_gradient,
+    without_gradients,
+)
 from hmatrix._checks import NonFiniteError, check_int, check_kind
 from hmatrix.arithmetic.error import after
-from hmatrix.arithmetic.norms import norm, safe_norms
+from hmatrix.arithmetic.norms import norm
 from hmatrix.construct import Guard, block_sides, block_tolerance, check_rtol
 from hmatrix.hodlr import HODLR, clear_padding, from_sides
 from hmatrix.lowrank import (

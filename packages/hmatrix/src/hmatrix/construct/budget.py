@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hmatrix._backend import Array, Space, frobenius, namespace
+from hmatrix._backend import Array, Space, frobenius, namespace, safe_norms
 from hmatrix._checks import ShapeError, check_float, check_int, check_kind
 from hmatrix._operator import real_rows
 from hmatrix.hodlr import HODLR, clear_padding, from_sides
@@ -79,7 +79,7 @@ def cut_blocks(
         Its ``error`` is what the cut lost.
     """
     twice = math.sqrt(2) if lower is None else 1.0
-    losses: list[float] = []
+    losses: list[Array] = []
     sides: list[list[LowRank]] = []
     for blocks in (upper,) if lower is None else (upper, lower):
         sides.append([])
@@ -87,8 +87,8 @@ def cut_blocks(
             tolerance = block_tolerance(tree, level, total)
             cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
             sides[-1].append(cut)
-            losses.append(float(frobenius(lost)) * twice)
-    error = math.hypot(*losses) / norm if norm else 0.0
+            losses.append(lost)
+    error = math.hypot(*safe_norms(losses)) * twice / norm if norm else 0.0
     return clear_padding(from_sides(tree, leaves, sides, error))
 
 

@@ -15,6 +15,7 @@ from hmatrix._backend import (
     frobenius,
     in_own_precision,
     namespace,
+    safe_norms,
     transpose,
 )
 from hmatrix._checks import ShapeError, check_array, check_finite, check_space
@@ -122,14 +123,14 @@ def from_dense(
     A, symmetric = _symmetrize(A, definite or symmetric, norm)
     A = transpose(pad_rows(transpose(pad_rows(A, tree)), tree))
 
-    total = max(rtol * norm, atol)
+    allowed = max(rtol * norm, atol)
     leaves = contiguous(_diagonal_blocks(A, tree, tree.levels))
-    guard = Guard(tree, leaves, total) if definite else None
+    guard = Guard(tree, leaves, allowed) if definite else None
     sides: list[list[LowRank]] = [[]] if symmetric else [[], []]
-    losses: list[float] = []
+    losses: list[Array] = []
     for level in range(tree.levels):
         nodes, half = _diagonal_blocks(A, tree, level), tree.size(level + 1)
-        tolerance = block_tolerance(tree, level, total)
+        tolerance = block_tolerance(tree, level, allowed)
         both = nodes[:, :half, half:], nodes[:, half:, :half]
         for side, blocks in zip(sides, both, strict=False):
             if guard is None:
@@ -137,11 +138,12 @@ def from_dense(
             else:
                 block, lost = guard.cut(level, partial(cut_dense, blocks), max_rank)
             side.append(block)
-            losses.append(float(frobenius(lost)) * (math.sqrt(2) if symmetric else 1))
+            losses.append(lost)
+    total = math.hypot(*safe_norms(losses)) * (math.sqrt(2) if symmetric else 1)
     if guard is not None:
         leaves, added = guard.finish()
-        losses.append(added)
-    error = math.hypot(*losses) / norm if norm else 0.0
+        total = math.hypot(total, added)
+    error = total / norm if norm else 0.0
     return clear_padding(from_sides(tree, leaves, sides, error))
 
 

@@ -18,6 +18,7 @@ from hmatrix._backend import (
     nbytes,
     one_blas_thread_if_narrow,
     positive_or_one,
+    safe_norm,
     wants_gradient,
     without_gradients,
 )
@@ -33,7 +34,7 @@ from hmatrix._checks import (
     take_array,
 )
 from hmatrix._operator import Operator, apply_padded, cleared, pad_rows
-from hmatrix.arithmetic import norm, safe_norm
+from hmatrix.arithmetic import norm
 from hmatrix.factor.symmetric import SymmetricFactor
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR

@@ -32,6 +32,7 @@ from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.factor.symmetric import (
     SymmetricFactor,
     checked_cholesky,
+    factored,
     logdet_of_cholesky,
 )
 from hmatrix.hodlr import HODLR
@@ -61,10 +62,16 @@ class HODLRCholesky(Factorization):
             msg = "`overwrite` must be False for tensors that want gradients; detach them."
             raise ValueError(msg)
         self._overwritten = overwrite
-        source = _Source(H.map(detach) if differentiable else H, self.shift, overwrite)
+        plain = H.map(detach) if differentiable else H
         again = None if overwrite else partial(leaf_factors, self.matrix, self.shift)
-        self._factor = build(self.tree, source, again=again, sparing=overwrite)
-        self._logdet = source.logdet()
+
+        def make(late: list[Array] | None) -> tuple[SymmetricFactor, Array]:
+            source = _Source(plain, self.shift, overwrite, late)
+            made = build(self.tree, source, again=again, sparing=overwrite)
+            return made, source.logdet()
+
+        made = factored(make, self.space, again=not overwrite)
+        self._factor, self._logdet = made
         self._refinements = self._steps()  # solutions wait for no device
         if differentiable:
             self._logdet = logdet_with_gradients(
@@ -179,11 +186,14 @@ class HODLRCholesky(Factorization):
 class _Source:
     """What the factor of a Hermitian matrix is made of; see `Source`.
 
-    Its memory is that of the matrix if this is to be overwritten.
+    Its memory is that of the matrix if this is to be overwritten. ``late`` is as of
+    `factored`.
     """
 
-    def __init__(self, H: HODLR, shift: float, overwrite: bool) -> None:
-        self.tree, self.space, self.shift = H.tree, H.space, shift
+    def __init__(
+        self, H: HODLR, shift: float, overwrite: bool, late: list[Array] | None
+    ) -> None:
+        self.tree, self.space, self.shift, self.late = H.tree, H.space, shift, late
         # what is singular to working precision is left to other methods
         self.pivot = 10 * self.space.eps
         self.logs: dict[tuple[int, int], Array] = {}  # by level and first node
@@ -225,7 +235,7 @@ class _Source:
             return out, none, none
         # Orthonormal bases keep the core as well conditioned as the node, whatever the
         # scales of U and V
-        Q, T, R = orthonormal_parts(columns)
+        Q, T, R = orthonormal_parts(columns, self.late)
         multiply_into(out, Q, T)
         R = self.space.xp.reshape(R, (nodes, 2, r, r))
         S = self.upper[level].S[first : first + nodes, None, :]
@@ -240,7 +250,13 @@ class _Source:
     def cholesky(self, blocks: Array, level: int, what: str, first: int) -> Array:
         """Return the Cholesky factors of blocks, whose determinants count."""
         L = checked_cholesky(
-            blocks, level, what, self.shift, pivot=self.pivot, first=first
+            blocks,
+            level,
+            what,
+            self.shift,
+            pivot=self.pivot,
+            first=first,
+            late=self.late,
         )
         self.logs[level, first] = logdet_of_cholesky(L)
         return L

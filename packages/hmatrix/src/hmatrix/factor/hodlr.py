@@ -16,6 +16,7 @@ from hmatrix._backend import (
     conjugate,
     contiguous,
     detach,
+    floats,
     in_own_precision,
     inverse,
     plus_product,
@@ -247,10 +248,11 @@ class HODLRFactorization(Factorization):
     def _check_conditions(self) -> None:
         """Raise if a block that was inverted is singular, and say which."""
         space = self.space
-        for level, leaf, found in self._conditions:
-            condition = to_numpy(found)
-            if bool(np.all(condition < 1 / space.eps)):
+        largest = floats([space.xp.max(found) for *_, found in self._conditions])
+        for (level, leaf, found), worst in zip(self._conditions, largest, strict=True):
+            if worst < 1 / space.eps:  # and not NaN
                 continue
+            condition = to_numpy(found)
             # argmax finds NaN before infinity
             node = int(np.argmax(condition))
             where = f"leaf {node}" if leaf else f"node {node} of level {level}"

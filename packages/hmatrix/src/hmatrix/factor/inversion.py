@@ -9,6 +9,7 @@ from functools import partial
 from hmatrix._backend import (
     in_own_precision,
     one_blas_thread_if_narrow,
+    safe_norm,
     without_gradients,
 )
 from hmatrix._checks import (
@@ -23,7 +24,6 @@ from hmatrix.arithmetic import (
     assemble,
     estimate_norm,
     inverse_error,
-    safe_norm,
     truncate,
 )
 from hmatrix.factor._base import PROBES, Factorization, has_gradients, telling_nan

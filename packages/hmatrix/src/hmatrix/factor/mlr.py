@@ -20,6 +20,7 @@ from hmatrix.factor.leaves import leaf_factors, shifted_leaves, without_padding
 from hmatrix.factor.symmetric import (
     SymmetricFactor,
     checked_cholesky,
+    factored,
     logdet_of_cholesky,
 )
 from hmatrix.mlr import MLR
@@ -34,10 +35,14 @@ class MLRFactorization(Factorization):
 
     def __init__(self, H: MLR, shift: float = 0.0) -> None:
         super().__init__(H, shift)
-        xp, tree = self.space.xp, self.tree
-        leaves = shifted_leaves(tree, H.leaves, self.shift)
-        L = checked_cholesky(leaves, tree.levels, "leaf", self.shift)
-        self._logdet = logdet_of_cholesky(L)
+        self._inverse, self._logdet = factored(self._invert, self.space)
+
+    def _invert(self, late: list[Array] | None) -> tuple[MLR, Array]:
+        """Return the inverse and the log-determinant; ``late`` as of `factored`."""
+        xp, tree, H = self.space.xp, self.tree, self.matrix
+        cholesky = partial(checked_cholesky, shift=self.shift, late=late)
+        L = cholesky(shifted_leaves(tree, H.leaves, self.shift), tree.levels, "leaf")
+        logdet = logdet_of_cholesky(L)
         half = inverse_lower(L)
         W: list[Array] = [None] * tree.levels
         if tree.levels:
@@ -50,14 +55,14 @@ class MLRFactorization(Factorization):
                 Y = xp.reshape(X[:, rest:], F.shape)
                 columns, X = columns[:, :rest], X[:, :rest]
                 core = self.space.eye(F.shape[-1]) + H.sign * (adjoint(F) @ Y)
-                R = checked_cholesky(core, level, "node", self.shift)
-                self._logdet = self._logdet + logdet_of_cholesky(R)
+                R = cholesky(core, level, "node")
+                logdet = logdet + logdet_of_cholesky(R)
                 W[level] = Y @ adjoint(inverse_lower(R))
                 above = xp.reshape(columns, (*F.shape[:2], rest))
                 update = W[level] @ (adjoint(W[level]) @ above)
                 X = X - H.sign * xp.reshape(update, X.shape)
         inverse_leaves = without_padding(tree, adjoint(half) @ half)
-        self._inverse = MLR(tree, inverse_leaves, tuple(W), sign=-H.sign)
+        return MLR(tree, inverse_leaves, tuple(W), sign=-H.sign), logdet
 
     def inverse(self) -> MLR:
         """Return the inverse, an `MLR` matrix with the other sign."""
@@ -75,7 +80,12 @@ class MLRFactorization(Factorization):
     def _factor(self) -> SymmetricFactor:
         # made when first asked for: the inverse does not need it
         again = partial(leaf_factors, self.matrix, self.shift)
-        return build(self.tree, _Source(self.matrix, self.shift), again=again)
+
+        def make(late: list[Array] | None) -> SymmetricFactor:
+            source = _Source(self.matrix, self.shift, late)
+            return build(self.tree, source, again=again)
+
+        return factored(make, self.space)
 
     def _symmetric_factor(self) -> SymmetricFactor:
         return self._factor
@@ -96,8 +106,9 @@ class MLRFactorization(Factorization):
 class _Source:
     """What the symmetric factor of a shifted matrix is made of; see `Source`."""
 
-    def __init__(self, H: MLR, shift: float) -> None:
+    def __init__(self, H: MLR, shift: float, late: list[Array] | None) -> None:
         self.matrix, self.shift, self.space = H, shift, H.space
+        self.cholesky = partial(checked_cholesky, shift=shift, late=late)
         # copies, to be written over: what is recorded stays so
         self.leaves = self.space.asarray(H.leaves, copy=True)
         self.bases = [contiguous(self.space.asarray(F, copy=True)) for F in H.factors]
@@ -109,7 +120,7 @@ class _Source:
     def leaf(self, which: slice) -> Array:
         tree, first = self.matrix.tree, which.start
         leaves = shifted_leaves(tree, self.matrix.leaves, self.shift, which)
-        return checked_cholesky(leaves, tree.levels, "leaf", self.shift, first=first)
+        return self.cholesky(leaves, tree.levels, "leaf", first=first)
 
     def core(
         self, level: int, first: int, columns: Array, out: Array
@@ -122,7 +133,7 @@ class _Source:
         out[...] = F
         eye = self.space.eye(F.shape[-1])
         small = eye + sign * (adjoint(F) @ F)
-        R = checked_cholesky(small, level, "node", self.shift, first=first)
+        R = self.cholesky(small, level, "node", first=first)
         X = inverse_lower(eye + R)
         return F, sign * X, -sign * (adjoint(X) @ inverse_lower(R))
 

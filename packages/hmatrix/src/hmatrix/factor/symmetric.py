@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from hmatrix._backend import (
     namespace,
     plus_product,
     to_numpy,
+    try_cholesky,
 )
 from hmatrix._checks import NonFiniteError, NotPositiveDefiniteError
 
@@ -28,9 +30,12 @@ __all__ = [
     "SymmetricFactor",
     "apply_term",
     "checked_cholesky",
+    "factored",
     "inner",
     "logdet_of_cholesky",
 ]
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,13 +149,32 @@ def logdet_of_cholesky(L: Array) -> Array:
     return 2 * xp.sum(xp.astype(logs, xp.float64))
 
 
-def _smallest_pivot(L: Array, blocks: Array) -> float:
-    """Smallest square of L's diagonal relative to the diagonal of the blocks."""
+def _smallest_pivot(L: Array, blocks: Array) -> Array:
+    """Smallest square of L's diagonal relative to the diagonal of the blocks: ()."""
     xp = namespace(L)
     if not L.shape[-1]:
-        return 1.0
+        return Space.of(L).real.ones()
     pivots, entries = (xp.abs(xp.linalg.diagonal(detach(x))) for x in (L, blocks))
-    return float(xp.min(pivots**2 / entries))
+    return xp.min(pivots**2 / entries)
+
+
+def factored(
+    make: Callable[[list[Array] | None], Made], space: Space, *, again: bool = True
+) -> Made:
+    """Return what ``make`` does, with checks of all levels made together on a device.
+
+    It is given a list to add to whether each went well, arrays (): the host does not
+    wait for any before the end. If one did not, or what is made of cannot be made of
+    ``again``, it is given none: it has to look at each at once, then, and to go on in
+    another way or to raise.
+    """
+    late: list[Array] = []
+    if again and not space.on_host:
+        made = make(late)
+        if not late or bool(space.xp.all(space.xp.stack(late))):
+            return made
+        del made
+    return make(None)
 
 
 def checked_cholesky(
@@ -161,16 +185,22 @@ def checked_cholesky(
     *,
     pivot: float = 0.0,
     first: int = 0,
+    late: list[Array] | None = None,
 ) -> Array:
     """Cholesky factors of the blocks of a level, or say which has none.
 
     A block has none either if it leaves no more than ``pivot`` of a diagonal entry. The
     first of them is number ``first`` of its level. Of several the one is named whose
-    smallest eigenvalue is lowest beside its entries.
+    smallest eigenvalue is lowest beside its entries. With ``late`` nothing is raised:
+    see `factored`.
     """
+    if late is not None:
+        L, exist = try_cholesky(blocks)
+        late.append(exist & (_smallest_pivot(L, blocks) > pivot))
+        return L
     L = cholesky(blocks)
     # NaN is found here: LAPACK may let it pass
-    if L is None or not _smallest_pivot(L, blocks) > pivot:
+    if L is None or not float(_smallest_pivot(L, blocks)) > pivot:
         double = to_numpy(blocks)
         double = double.astype(np.result_type(double.dtype, np.float64))
         finite = np.isfinite(double).all(axis=(1, 2))
