@@ -14,6 +14,7 @@ from hmatrix._backend import (
     linalg,
     orthonormal_parts,
     solve,
+    try_cholesky,
 )
 from tests import cuda_like, cupy_like
 from tests.helpers import Library, error_ratio, to_numpy
@@ -289,6 +290,9 @@ def test_singular_matrices_have_no_finite_inverse_and_raise_nothing(library):
     solve(a, a)
     assert cholesky(a) is None
     assert np.array_equal(to_numpy(cholesky(a, sure=True))[0], np.eye(2))
+    assert not try_cholesky(a)[1]
+    for fine in (a[:1], a[:, :0, :0]):
+        assert try_cholesky(fine)[1]
 
 
 @pytest.mark.gpu

@@ -233,6 +233,8 @@ def try_cholesky(a: Array) -> tuple[Array, Array]:
     if array_api_compat.is_torch_array(a):
         factor, info = xp.linalg.cholesky_ex(a)
         return factor, xp.all(info == 0)
+    if not a.shape[-1]:
+        return a, xp.asarray(True, device=Space.of(a).device)
     factor = xp.linalg.cholesky(a)  # CuPy's is of some other matrix, or NaN
     largest = [xp.max(xp.abs(x)) for x in (factor @ adjoint(factor) - a, a)]
     return factor, largest[0] <= math.sqrt(Space.of(a).eps) * largest[1]

@@ -66,8 +66,9 @@ class Streaming(ABC):
         self._leaves = self.space.zeros(self.tree.nodes(self.tree.levels), m, m)
         # in float64, where the share of a late batch does not fall below rounding
         wide = "complex128" if self.space.is_complex else "float64"
-        mean = Space.like(self._leaves, wide).zeros(self.tree.n)
-        self._mean = mean if center else None
+        self._mean = (
+            Space.like(self._leaves, wide).zeros(self.tree.n) if center else None
+        )
         # Frobenius norm lost so far in each upper off-diagonal block
         self._lost = [
             self.space.real.zeros(self.tree.nodes(k)) for k in range(self.tree.levels)
