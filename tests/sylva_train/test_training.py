@@ -326,8 +326,9 @@ def test_parts_that_do_not_fit_are_named():
     once.epoch = lambda epoch, start=0: () if epoch else ToyLoader.epoch(once, 0, start)
     with pytest.raises(DataError, match="`loader` gave no batch in epoch 1"):
         run(model, once)
-    with pytest.raises(ConfigError, match="no parameter that requires a gradient"):
-        run(toy_base().requires_grad_(False))
+    for nothing in (toy_base().requires_grad_(False), torch.nn.ReLU()):
+        with pytest.raises(ConfigError, match="no parameter that requires a gradient"):
+            run(nothing)
 
 
 def test_devices_that_are_not_there_are_named():

@@ -112,11 +112,14 @@ def place(model: nn.Module, name: str) -> torch.device:
     A model stays where ``"auto"`` or a name without a number finds it on devices of that
     kind, and one that is spread over several of them always does.
     """
-    first, *others = dict.fromkeys(p.device for p in model.parameters())
-    if name == "auto" and all(found.type != "cpu" for found in (first, *others)):
+    found = dict.fromkeys(p.device for p in model.parameters())
+    if not found:
+        return pick_device(name)  # nothing to move, nor to train, as the optimizer says
+    first, *others = found
+    if name == "auto" and all(d.type != "cpu" for d in found):
         return first
     device = pick_device(name)
-    if any(found.type != device.type for found in (first, *others)):
+    if any(d.type != device.type for d in found):
         model.to(device)
     elif ":" not in name:
         return first  # which need not be the current one
