@@ -15,7 +15,9 @@ def A(rng):
     return X @ X.T / 60 + torch.eye(60)
 
 
-@pytest.mark.parametrize("kind", [hm.StreamingMLR, hm.StreamingHODLR])
+@pytest.mark.parametrize(
+    "kind", [hm.StreamingMLR, hm.StreamingSketch, hm.StreamingHODLR]
+)
 def test_streams_sum_in_their_own_dtype(kind, lower, A):
     plain, inside = (kind(60, 2, 40, like=A) for _ in range(2))
     plain.update(A)

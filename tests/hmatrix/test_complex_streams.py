@@ -13,10 +13,11 @@ TREES = [
 STREAMS = [
     (hm.StreamingMLR, {"method": "eigh"}),
     (hm.StreamingMLR, {"method": "randomized"}),
+    (hm.StreamingSketch, {}),
     (hm.StreamingHODLR, {}),
 ]
 streams = pytest.mark.parametrize(
-    ("kind", "options"), STREAMS, ids=["eigh", "randomized", "HODLR"]
+    ("kind", "options"), STREAMS, ids=["eigh", "randomized", "sketch", "HODLR"]
 )
 trees = pytest.mark.parametrize("tree", TREES, ids=str)
 
@@ -54,18 +55,21 @@ def test_streams_hold_second_moments(xp, single_or_double, kind, options, tree, 
     assert np.allclose(D, D.conj().T, atol=rounding * np.linalg.norm(exact))
     assert np.allclose(np.diag(D), np.diag(exact), rtol=10 * rounding)
     error = np.linalg.norm(D - exact)
-    assert rounding < error / np.linalg.norm(exact) < 0.1
-    if options.get("method") != "randomized":
+    # one pass by few random vectors, without a look at what they miss
+    loose = 3 if kind is hm.StreamingSketch else 1
+    assert rounding < error / np.linalg.norm(exact) < 0.1 * loose
+    if kind is not hm.StreamingSketch and options.get("method") != "randomized":
         assert error <= first.discarded * (1 + rounding)
-    if kind is hm.StreamingMLR:
+    if kind is not hm.StreamingHODLR:
         assert np.linalg.eigvalsh(D)[0] > -10 * rounding * np.linalg.norm(exact)
     # in two halves, merged; and from a checkpoint
     second.update(xp.asarray(Z[:70], dtype))
-    other = kind(tree, rank=5, like=xp.asarray(Z, dtype), **options)
+    rank = 3 if kind is hm.StreamingSketch else 5  # sketches ask for equal ones
+    other = kind(tree, rank=rank, like=xp.asarray(Z, dtype), **options)
     other.update(xp.asarray(Z[70:], dtype))
     second.merge(kind.from_state(other.state()))
     assert second.count == 120
-    assert distance(second.result(), exact / 120) < 0.1
+    assert distance(second.result(), exact / 120) < 0.1 * loose
     assert distance(first.result(), exact / 120) == pytest.approx(
         error / np.linalg.norm(exact), rel=1e-2
     )
@@ -82,7 +86,7 @@ def test_enough_rank_is_exact(xp, kind, options, rng):
 
 def test_real_samples_give_the_same_in_complex_numbers(rng):
     X = walk(60, 40, rng).real
-    for kind in (hm.StreamingMLR, hm.StreamingHODLR):
+    for kind in (hm.StreamingMLR, hm.StreamingSketch, hm.StreamingHODLR):
         real, same = (kind(40, 2, 3, dtype=d) for d in ("float64", "complex128"))
         real.update(X)
         same.update(X.astype(complex))

@@ -38,7 +38,9 @@ def test_factorizations_are_copied(xp, dtype, rng, method, copied):
 
 
 @pytest.mark.parametrize("copied", [by_pickle, copy.deepcopy])
-@pytest.mark.parametrize("kind", [hm.StreamingMLR, hm.StreamingHODLR])
+@pytest.mark.parametrize(
+    "kind", [hm.StreamingMLR, hm.StreamingSketch, hm.StreamingHODLR]
+)
 def test_streams_are_copied_and_go_on(xp, dtype, rng, kind, copied):
     Z = xp.asarray(rng.standard_normal((9, 21)).astype(dtype))
     stream = kind(21, 2, 3, like=Z)

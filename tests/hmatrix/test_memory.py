@@ -14,7 +14,9 @@ from tests.strategies import make_samples
 N, LEVELS, RANK = 4096, 6, 8
 
 
-@pytest.mark.parametrize("kind", [hm.StreamingMLR, hm.StreamingHODLR])
+@pytest.mark.parametrize(
+    "kind", [hm.StreamingMLR, hm.StreamingSketch, hm.StreamingHODLR]
+)
 def test_streaming_and_inverting_never_build_the_matrix(kind, rng):
     batch = make_samples("walk", 64, N, rng).astype(np.float32)
 

@@ -61,6 +61,7 @@ def test_streams(xp, kind, tree, rng):
     X = xp.asarray(make_samples(kind, 40, tree.n, rng))
     for stream in (
         hm.StreamingMLR(tree, rank=3, like=X),
+        hm.StreamingSketch(tree, rank=3, like=X),
         hm.StreamingHODLR(tree, rank=9, like=X),
     ):
         stream.update(X)

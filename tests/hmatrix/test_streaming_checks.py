@@ -7,7 +7,7 @@ import torch
 import hmatrix as hm
 from tests.helpers import assert_close, dense
 
-KINDS = [hm.StreamingMLR, hm.StreamingHODLR]
+KINDS = [hm.StreamingMLR, hm.StreamingSketch, hm.StreamingHODLR]
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
@@ -207,3 +207,14 @@ def test_scaling_forgets_exponentially(kind, rng):
     assert_close(np.diag(found), np.diag(exact), ("float64", "stream"))
     with pytest.raises(ValueError, match="`factor` must be at least"):
         stream.scale(-1)
+
+
+def test_a_state_is_not_changed_by_later_updates(kind, xp, rng):
+    X = xp.asarray(rng.standard_normal((20, 30)))
+    stream = kind(30, 2, 4, like=X, center=True)
+    stream.update(X)
+    before, state = dense(stream.result()), stream.state()
+    stream.update(X + 1)
+    stream.merge(stream)
+    stream.scale(0.5)
+    assert np.array_equal(dense(kind.from_state(state).result()), before)

@@ -44,7 +44,7 @@ from hmatrix.lowrank import LowRank
 from hmatrix.mlr import MLR
 from hmatrix.plot import plot
 from hmatrix.tree import ClusterTree
-from hmatrix.update import StreamingHODLR, StreamingMLR
+from hmatrix.update import StreamingHODLR, StreamingMLR, StreamingSketch
 
 __all__ = [
     "HODLR",
@@ -66,6 +66,7 @@ __all__ = [
     "SingularLeafError",
     "StreamingHODLR",
     "StreamingMLR",
+    "StreamingSketch",
     "ToleranceError",
     "add",
     "add_low_rank",
