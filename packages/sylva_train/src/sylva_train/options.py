@@ -213,7 +213,7 @@ class SylvaOptions:
     importance: str = "kfac"
     curvature: str = "mlr"
     levels: int = 4
-    rank: int = 32
+    rank: int = 48
     exact_below: int = 1536
     samples: int | None = None
     tokens: str = "expand"

@@ -29,7 +29,7 @@ PICTURE = 128
 
 
 class DenseCovariance:
-    """Exact ``Σ z zᵀ``, with the streaming interface of `hmatrix.StreamingMLR`."""
+    """Exact ``Σ z zᵀ``, with the streaming interface of `hmatrix.StreamingSketch`."""
 
     def __init__(self, n: int, like: torch.Tensor) -> None:
         self.sum = like.new_zeros(n, n)
@@ -229,13 +229,15 @@ def accumulator(n: int, like: torch.Tensor, config: SylvaConfig) -> Any:
     most = max(0, (n // SMALLEST_LEAF).bit_length() - 1)
     least = (-(-n // LARGEST_LEAF) - 1).bit_length()
     levels = max(min(config.levels, most), least)
-    kind = hm.StreamingMLR if config.curvature == "mlr" else hm.StreamingHODLR
+    # A linear sketch: in a fraction of the cascade's time, and the same from any number of
+    # processes.
+    kind = hm.StreamingSketch if config.curvature == "mlr" else hm.StreamingHODLR
     return kind(n, levels=levels, rank=config.rank, like=like)
 
 
 def revive(state: Mapping[str, Any]) -> Any:
     """Make an accumulator of what its ``state()`` was."""
-    kinds = (DenseCovariance, hm.StreamingMLR, hm.StreamingHODLR)
+    kinds = (DenseCovariance, hm.StreamingSketch, hm.StreamingHODLR)
     kind: Any = {kind.__name__: kind for kind in kinds}[state["kind"]]
     return kind.from_state(state)
 

@@ -43,7 +43,7 @@ def merge(collector: Collector) -> None:
     """Add up what all processes have collected; all of them hold the result.
 
     Gradients and diagonal Fishers are sums, equal to those of one process to rounding.
-    Factors are merged one by one, truncated as by an update.
+    So are MLR factors, which are linear; HODLR ones are truncated as by an update.
 
     Raises
     ------

@@ -26,7 +26,7 @@ from .layer import Accumulators
 
 __all__ = ["Store", "settings"]
 
-FORMAT = "sylva-scoring/2"
+FORMAT = "sylva-scoring/3"
 #: Options that change the statistics, and the scores beside them.
 OPTIONS = ("importance", "samples", "block_size", *SCORING)
 
