@@ -68,10 +68,18 @@ def streaming(n: int, levels: int, device: str, repeats: int) -> dict[str, Any]:
     X, few = samples(n, device), samples(n, device)[:FEW]
     mlr = hm.StreamingMLR(n, levels, RANK, like=X)
     hodlr = hm.StreamingHODLR(n, levels, RANK, like=X)
-    found = {"mlr": accuracy(mlr, X), "hodlr": accuracy(hodlr, few)}
+    sketch = hm.StreamingSketch(n, levels, RANK, like=X)
+    found = {
+        "mlr": accuracy(mlr, X),
+        "sketch": accuracy(sketch, X),
+        "hodlr": accuracy(hodlr, few),
+    }
 
-    dense, one = interleave(
-        repeats, timed(lambda: X.T @ X, device), timed(lambda: mlr.update(X), device)
+    dense, one, linear = interleave(
+        repeats,
+        timed(lambda: X.T @ X, device),
+        timed(lambda: mlr.update(X), device),
+        timed(lambda: sketch.update(X), device),
     )
     small, two = interleave(
         repeats,
@@ -79,6 +87,11 @@ def streaming(n: int, levels: int, device: str, repeats: int) -> dict[str, Any]:
         timed(lambda: hodlr.update(few), device),
     )
     found["mlr"] |= {"seconds": one, "dense_seconds": dense, **_ratio(one, dense)}
+    found["sketch"] |= {
+        "seconds": linear,
+        "dense_seconds": dense,
+        **_ratio(linear, dense),
+    }
     found["hodlr"] |= {"seconds": two, "dense_seconds": small, **_ratio(two, small)}
     return {"n": n, "levels": levels, "rank": RANK, **found}
 
@@ -166,6 +179,8 @@ def main() -> int:
         print(
             f"n={n:5d}  MLR {row['mlr']['times_dense']:5.2f} x dense XᵀX, "
             f"{row['mlr']['of_dense']:.3f} of its bytes, error {row['mlr']['error']:.1e}; "
+            f"sketch {row['sketch']['times_dense']:5.2f} x, "
+            f"error {row['sketch']['error']:.1e}; "
             f"HODLR {row['hodlr']['times_dense']:5.2f} x, "
             f"error {row['hodlr']['error']:.1e}",
             flush=True,

@@ -58,8 +58,8 @@ class SylvaConfig(SylvaOptions, PeftConfig):
         take fewer levels, and those that it would leave leaves of more than 2048 rows,
         as of a large vocabulary, more.
     exact_below : int
-        Size from which on a factor is kept hierarchically. Smaller ones are exact: they
-        take a few megabytes, and a hierarchy longer to add up.
+        Size from which on a factor is kept hierarchically. Smaller ones are exact, which
+        takes a few megabytes.
     samples : int, optional
         Number of sequences to score with. None: where `finetune` or a comparison trains
         afterwards, a thirtieth of the sequences that training sees over all its epochs,
