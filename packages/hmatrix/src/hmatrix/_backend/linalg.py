@@ -21,7 +21,7 @@ from .arrays import (
 from .batched import householder_qr, in_turn
 from .gradients import wants_gradient
 from .space import Space, contiguous
-from .threads import one_thread_if_small
+from .threads import SINGLE_THREAD_SIZE, one_thread_if_small
 
 __all__ = [
     "cholesky",
@@ -180,15 +180,30 @@ def _spoilt(x: Array) -> bool:
 def solve(a: Array, b: Array) -> Array:
     """Solve ``a x = b`` for regular ``a`` (..., m, m), ``b`` (..., m, q)."""
     xp = namespace(a)
+    if _one_by_one(a):
+        return xp.stack([solve(x, y) for x, y in zip(a, b, strict=True)])
     with one_thread_if_small(a):
         if array_api_compat.is_torch_array(a):
             return xp.linalg.solve_ex(a, b)[0]  # the host does not wait
         return xp.linalg.solve(a, b)
 
 
+def _one_by_one(a: Array) -> bool:
+    """Whether PyTorch may be wrong of the LU decompositions of all matrices at once.
+
+    On a CPU, where someone has called `torch.set_num_threads` (PyTorch 2.13 with MKL): if
+    not they are as fast, since each of these sizes takes all threads.
+    """
+    if not array_api_compat.is_torch_array(a) or a.device.type != "cpu":
+        return False
+    return a.ndim > 2 and len(a) > 1 and a.shape[-1] > SINGLE_THREAD_SIZE
+
+
 def inverse(a: Array) -> Array:
     """Inverse of ``a`` (..., m, m), no finite numbers where a device finds it singular."""
     xp = namespace(a)
+    if _one_by_one(a):
+        return xp.stack([inverse(x) for x in a])
     with one_thread_if_small(a):
         if array_api_compat.is_torch_array(a):
             # no exception of torch's own, for which the host would wait
@@ -202,6 +217,10 @@ def slogdet(a: Array) -> tuple[Array, Array]:
 
     Where one is zero the log is infinite; callers say so, and NumPy need not warn.
     """
+    if _one_by_one(a):
+        parts = zip(*(slogdet(x) for x in a), strict=True)
+        signs, logs = map(namespace(a).stack, parts)
+        return signs, logs
     with one_thread_if_small(a), np.errstate(divide="ignore"):
         signs, logs = namespace(a).linalg.slogdet(a)
     return signs, logs

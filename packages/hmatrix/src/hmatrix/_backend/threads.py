@@ -31,7 +31,6 @@ Result = TypeVar("Result")
 
 #: Matrices up to this size are factorized by one thread.
 SINGLE_THREAD_SIZE = 192
-_thread_count_lock = threading.RLock()
 
 
 def default_workers(space: Space) -> int:
@@ -135,15 +134,26 @@ def one_thread_if_small(x: Array) -> AbstractContextManager[None]:
     return _one_torch_thread(namespace(x)) if small else nullcontext()
 
 
+@cache
+def _openmp() -> list[Any]:
+    return list(ThreadpoolController().select(user_api="openmp").lib_controllers)
+
+
 @contextmanager
 def _one_torch_thread(torch: Any) -> Iterator[None]:
-    with _thread_count_lock:  # the count is global
-        threads = torch.get_num_threads()
-        if threads == 1:
-            yield
-            return
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+    """Hold OpenMP to one thread where it is called from this one.
+
+    Not by `torch.set_num_threads`: it allows MKL threads of its own inside of PyTorch's, and
+    from then on LU decompositions of several matrices at once are wrong (PyTorch 2.13).
+    """
+    if torch.get_num_threads() == 1:
+        yield
+        return
+    before = [(library, library.get_num_threads()) for library in _openmp()]
+    try:
+        for library, _ in before:
+            library.set_num_threads(1)
+        yield
+    finally:
+        for library, count in before:
+            library.set_num_threads(count)
