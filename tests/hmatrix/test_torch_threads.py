@@ -44,6 +44,26 @@ print(largest())
 
 
 @pytest.mark.parametrize(
+    ("before", "mkls"), [("pass", 0), ("torch.set_num_threads(2)", 2)]
+)
+def test_small_matrices_take_one_thread_whoever_set_them(before, mkls):
+    """Two wait for each other at every few columns: on a machine that has other work."""
+    inside, after, local = run(
+        f"""
+from hmatrix._backend.threads import _mkl, one_thread_if_small
+if not torch.backends.mkl.is_available():
+    _mkl = lambda: lambda _: {mkls}
+{before}
+with one_thread_if_small(X[:, :40, :40]):
+    print(torch.get_num_threads())
+print(torch.get_num_threads())
+print(_mkl()(0))
+"""
+    )
+    assert (inside, after, local) == (1, 2, mkls)
+
+
+@pytest.mark.parametrize(
     ("method", "levels", "rank"), [("inversion", 2, 120), ("orthogonal", 4, 60)]
 )
 def test_decompositions_are_right_whoever_sets_the_number_of_threads(

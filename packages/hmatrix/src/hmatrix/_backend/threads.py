@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import copy_context
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import array_api_compat
@@ -139,9 +142,24 @@ def _openmp() -> list[Any]:
     return list(ThreadpoolController().select(user_api="openmp").lib_controllers)
 
 
+@cache
+def _mkl() -> Callable[[int], int]:
+    """Return what sets MKL's threads for the calling one, and returns what they were.
+
+    Of the MKL that is a part of PyTorch, if one is: 0 for what OpenMP is set to.
+    """
+    folder = Path(sys.modules["torch"].__file__ or "").parent / "lib"
+    for name in ("libtorch_cpu.so", "torch_cpu.dll"):
+        with suppress(OSError, AttributeError):
+            found: Callable[[int], int]
+            found = ctypes.CDLL(str(folder / name)).MKL_Set_Num_Threads_Local
+            return found
+    return lambda _: 0
+
+
 @contextmanager
 def _one_torch_thread(torch: Any) -> Iterator[None]:
-    """Hold OpenMP to one thread where it is called from this one.
+    """Hold OpenMP and MKL to one thread where they are called from this one.
 
     Not by `torch.set_num_threads`: it allows MKL threads of its own inside of PyTorch's, and
     from then on LU decompositions of several matrices at once are wrong (PyTorch 2.13).
@@ -149,11 +167,12 @@ def _one_torch_thread(torch: Any) -> Iterator[None]:
     if torch.get_num_threads() == 1:
         yield
         return
-    before = [(library, library.get_num_threads()) for library in _openmp()]
+    before, threads = [(x, x.get_num_threads()) for x in _openmp()], _mkl()(1)
     try:
         for library, _ in before:
             library.set_num_threads(1)
         yield
     finally:
+        _mkl()(threads)
         for library, count in before:
             library.set_num_threads(count)
