@@ -191,8 +191,9 @@ def solve(a: Array, b: Array) -> Array:
 def _one_by_one(a: Array) -> bool:
     """Whether PyTorch may be wrong of the LU decompositions of all matrices at once.
 
-    On a CPU, where someone has called `torch.set_num_threads` (PyTorch 2.13 with MKL): if
-    not they are as fast, since each of these sizes takes all threads.
+    On a CPU, where someone has called `torch.set_num_threads` (with MKL,
+    https://github.com/pytorch/pytorch/issues/142815). One by one they are as fast: of these
+    sizes each takes all threads.
     """
     if not array_api_compat.is_torch_array(a) or a.device.type != "cpu":
         return False

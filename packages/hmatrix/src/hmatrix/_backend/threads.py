@@ -162,7 +162,8 @@ def _one_torch_thread(torch: Any) -> Iterator[None]:
     """Hold OpenMP and MKL to one thread where they are called from this one.
 
     Not by `torch.set_num_threads`: it allows MKL threads of its own inside of PyTorch's, and
-    from then on LU decompositions of several matrices at once are wrong (PyTorch 2.13).
+    from then on LU decompositions of several matrices at once are wrong (PyTorch 2.5 to
+    2.13 at least, https://github.com/pytorch/pytorch/issues/142815).
     """
     if torch.get_num_threads() == 1:
         yield
