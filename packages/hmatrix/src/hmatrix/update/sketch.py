@@ -46,8 +46,9 @@ class StreamingSketch(Streaming):
 
     All that is kept is linear in ``A``: how samples are cut into batches, in which order
     they come and how accumulators are merged changes nothing but rounding, at any rank.
-    The price is a larger error at the same rank: in the Frobenius norm about twice that of
-    `StreamingMLR` where the spectrum decays slowly, more where it decays fast.
+    The price is a larger error at the same rank: in the Frobenius norm two to four times
+    that of `StreamingMLR` where the spectrum decays like a power, more where it decays
+    faster.
 
     Parameters are those of `StreamingMLR`, without ``method``. ``rank`` is the number of
     columns of ``Ω_k``; merging asks for equal ranks and seeds. Accumulators of one size and
