@@ -72,7 +72,7 @@ def curvature_bytes(
     >>> from sylva_train import SylvaConfig
     >>> from sylva_train.curvature import curvature_bytes
     >>> curvature_bytes((4096, 4096), SylvaConfig())["A"]
-    6291516
+    7471104
     >>> curvature_bytes((4096, 4096), SylvaConfig(curvature="dense"))["A"]
     67108864
     """
