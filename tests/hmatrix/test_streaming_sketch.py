@@ -1,5 +1,7 @@
 """The linear sketch: what it keeps exactly, and that order does not matter."""
 
+import gc
+import weakref
 from functools import partial
 
 import numpy as np
@@ -137,7 +139,12 @@ def test_vectors_are_shared_and_let_go(rng):
     for stream in (one, two):
         stream.update(X)
     assert one._vectors is two._vectors
-    assert hm.StreamingSketch(64, 2, 3, seed=1)._vectors is not one._vectors
+    drawn = weakref.ref(one._drawn)
+    del one, stream
+    assert drawn() is two._drawn
+    del two
+    gc.collect()
+    assert drawn() is None
 
 
 def test_without_samples_it_is_zero(xp):

@@ -46,9 +46,9 @@ class StreamingSketch(Streaming):
 
     All that is kept is linear in ``A``: how samples are cut into batches, in which order
     they come and how accumulators are merged changes nothing but rounding, at any rank.
-    The price is a larger error at the same rank: in the Frobenius norm two to four times
-    that of `StreamingMLR` where the spectrum decays like a power, more where it decays
-    faster.
+    The price is a larger error at the same rank: in the Frobenius norm about three times
+    that of `StreamingMLR` where the spectrum decays like a power (as measured by
+    ``benchmarks/bench_hmatrix.py``), more where it decays faster.
 
     Parameters are those of `StreamingMLR`, without ``method``. ``rank`` is the number of
     columns of ``Ω_k``; merging asks for equal ranks and seeds. Accumulators of one size and
@@ -96,7 +96,8 @@ class StreamingSketch(Streaming):
         """Frobenius norm lost to the sketch, of the sum (not of the mean): an estimate.
 
         From the products with some more random vectors, which the result knows nothing
-        of. Of what is lost in one direction alone it may be off by a third, else by less.
+        of: its relative standard deviation is a quarter if all is lost in one direction,
+        and less otherwise.
         """
         Ω, held = self._vectors[-1], self.result(normalize=False)
         lost = self._sketches[-1][0, ...] - held._apply(Ω)
