@@ -133,7 +133,7 @@ def test_scoring_waits_a_few_times_for_each_layer_and_batch(waits, last):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("waits")
-def test_gradients_are_summed_of_16_bits_as_they_are(monkeypatch, dtype):
+def test_products_are_summed_of_16_bits_as_they_are(monkeypatch, dtype):
     monkeypatch.setattr(factors, "LARGEST_PART", 1 << 10)
     shapes, mm = [], torch.mm
 
@@ -145,7 +145,7 @@ def test_gradients_are_summed_of_16_bits_as_they_are(monkeypatch, dtype):
     monkeypatch.setattr(torch, "mm", watched)
     batch = {"x": random((2, 9, 24), seed=0), "labels": torch.tensor([1, 0])}
 
-    def gradient(device):
+    def statistics(device):
         layer = nn.Linear(24, 300, bias=False)
         layer.weight.data = random((300, 24), seed=1)
         model = nn.Sequential(layer).to(device, dtype)
@@ -153,16 +153,18 @@ def test_gradients_are_summed_of_16_bits_as_they_are(monkeypatch, dtype):
         def loss(model, batch):
             return model(batch["x"].to(dtype)).float().square().mean()
 
+        wanted = ["gradient", "factors"]
         found = collect_curvature(
-            model, {"0": layer}, [batch], SylvaConfig(), ["gradient"], loss=loss
-        )
-        return found["0"].gradient
+            model, {"0": layer}, [batch], SylvaConfig(), wanted, loss=loss
+        )["0"]
+        return [x.cpu() for x in (found.gradient, found.G.matrix, found.A.matrix)]
 
-    expected = gradient("cpu")
+    expected = statistics("cpu")
     assert not shapes
-    found = gradient("cuda:1").cpu()
-    assert [tuple(shape) for shape in shapes] == [(128, 18), (128, 18), (44, 18)]
-    assert found.dtype == torch.float32
+    found = statistics("cuda:1")
+    rows = [128, 128, 44]  # of the gradient and of G
+    assert [tuple(shape) for shape in shapes] == [(n, 18) for n in [*rows, *rows, 24]]
+    assert {x.dtype for x in found} == {torch.float32}
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
 
 

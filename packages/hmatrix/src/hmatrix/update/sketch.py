@@ -136,8 +136,10 @@ class StreamingSketch(Streaming):
         )
 
     def _chunk(self, c: int) -> int:
-        # few large products, in temporaries of some ten megabytes
-        return min(c, max(512, 2**22 // self.tree.padded))
+        # few large products, in temporaries of some ten megabytes; a device takes larger
+        # ones to be busy with
+        numbers = 2**22 if self.space.on_host else 2**24
+        return min(c, max(512, numbers // self.tree.padded))
 
     def _add(self, E: Array) -> None:
         xp, c = self.space.xp, int(E.shape[1])

@@ -15,7 +15,16 @@ import hmatrix as hm
 from sylva_train._checks import ConfigError
 from sylva_train.config import SylvaConfig
 
-__all__ = ["DenseCovariance", "Factor", "accumulator", "describe", "revive", "strips"]
+__all__ = [
+    "DenseCovariance",
+    "Factor",
+    "accumulator",
+    "add_product",
+    "describe",
+    "is_narrow",
+    "revive",
+    "strips",
+]
 
 #: Rows of a leaf below which a hierarchy is not worth its bookkeeping.
 SMALLEST_LEAF = 8
@@ -26,6 +35,26 @@ LARGEST_LEAF = 2048
 LARGEST_PART = 1 << 23
 #: Side of the pictures of a factor.
 PICTURE = 128
+
+
+def is_narrow(*tensors: torch.Tensor) -> bool:
+    """Whether they are of 16 bits, of one kind, on a GPU: `add_product` is for them."""
+    dtype = tensors[0].dtype
+    return all(x.is_cuda and x.dtype == dtype and x.itemsize < 4 for x in tensors)
+
+
+def add_product(
+    total: torch.Tensor, g: torch.Tensor, x: torch.Tensor, factor: float
+) -> None:
+    """Add ``factor · gᵀ x`` of 16 bits on a GPU to a matrix in float32.
+
+    Their products are exact in float32, and have tensor cores, as those of float32 have
+    not. By parts, so that no other matrix as large as this one is there.
+    """
+    out, inputs = total.shape
+    for part in strips(out, inputs, multiple=128):
+        product = torch.mm(g[:, part].T, x, out_dtype=torch.float32)
+        total[part].add_(product, alpha=factor)
 
 
 class DenseCovariance:
@@ -40,10 +69,13 @@ class DenseCovariance:
         """Bytes of the stored numbers."""
         return self.sum.nbytes
 
-    def update(self, Z: torch.Tensor) -> None:
-        """Add the rows of ``Z`` (c, n)."""
-        Z = Z.to(self.sum.dtype)
-        self.sum.addmm_(Z.T, Z)
+    def update(self, Z: torch.Tensor, scale: float = 1.0) -> None:
+        """Add the rows of ``Z`` (c, n), multiplied by ``scale``."""
+        if is_narrow(Z) and self.sum.dtype == torch.float32:
+            add_product(self.sum, Z, Z, scale**2)
+        else:
+            Z = Z.to(self.sum.dtype)
+            self.sum.addmm_(Z.T, Z, alpha=scale**2)
         self.count += len(Z)
 
     def merge(self, other: DenseCovariance) -> None:

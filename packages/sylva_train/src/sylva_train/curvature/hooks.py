@@ -22,7 +22,7 @@ from sylva_train.config import SylvaConfig
 from sylva_train.targets import Calls, is_same, layer_input, weight_device, weight_view
 
 from .batches import batch_size
-from .factors import Factor, accumulator, strips
+from .factors import DenseCovariance, Factor, accumulator, add_product, is_narrow
 from .layer import Accumulators, LayerCurvature, block_sums
 
 __all__ = ["Collector"]
@@ -49,20 +49,6 @@ def finite(*tensors: torch.Tensor) -> bool:
         if x.numel()
     ]
     return not found or bool(torch.stack([f.to(found[0].device) for f in found]).all())
-
-
-def add_product(
-    gradient: torch.Tensor, g: torch.Tensor, x: torch.Tensor, units: float
-) -> None:
-    """Add ``units · gᵀ x`` of 16 bits on a GPU to a gradient in float32.
-
-    Their products are exact in float32, and have tensor cores, as those of float32 have
-    not. By parts, so that no other gradient as large as this one is there.
-    """
-    out, inputs = gradient.shape
-    for part in strips(out, inputs, multiple=128):
-        product = torch.mm(g[:, part].T, x, out_dtype=torch.float32)
-        gradient[part].add_(product, alpha=units)
 
 
 @dataclass
@@ -281,7 +267,7 @@ class Collector:
             # One in main memory comes here and goes back, which the host waits for; one
             # that is here is what `to` returns.
             gradient = sums.gradient.to(g.device, non_blocking=True)
-            if all(t.is_cuda and t.dtype == x.dtype and t.itemsize < 4 for t in own):
+            if is_narrow(*own):
                 add_product(gradient, own[1], own[0], self.units)
             else:
                 gradient.addmm_(rows_g.T, rows_x)
@@ -313,9 +299,15 @@ class Collector:
                 weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
                 rows_x = torch.einsum("bt,bti->bi", weight, x.flatten(1, -2))
                 rows_g = torch.einsum("bt,bto->bo", weight, g.flatten(1, -2))
-            sums.G.update(rows_g)
-            if sums.A is not None:
-                sums.A.update(rows_x)
+            for factor, rows, kept, scale in (
+                (sums.G, rows_g, own[1], self.units),
+                (sums.A, rows_x, own[0], 1.0),
+            ):
+                as_they_are = not by_sample and is_narrow(kept)
+                if isinstance(factor, DenseCovariance) and as_they_are:
+                    factor.update(kept, scale)
+                elif factor is not None:
+                    factor.update(rows)
 
     def arranged(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Return `by_samples`, or the tensor as it is where no statistic goes by samples."""
