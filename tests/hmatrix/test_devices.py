@@ -295,14 +295,34 @@ def test_singular_matrices_have_no_finite_inverse_and_raise_nothing(library):
         assert try_cholesky(fine)[1]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_devices_decompose_complex_numbers_in_double_precision(dtype, monkeypatch, rng):
+    """Of complex64 a batched decomposition may return vectors that are not orthonormal."""
+    A, seen, find = batch("full", (5, 9, 9), dtype, rng), [], linalg._eigh
+    S = A + A.conj().swapaxes(-2, -1)
+
+    def watched(a):
+        seen.append(str(a.dtype))
+        return find(a)
+
+    monkeypatch.setattr(linalg, "_eigh", watched)
+    values, vectors = linalg.eigh_descending(CUPY.asarray(S))
+    assert seen == [{"float32": "float32", "complex64": "complex128"}[dtype]]
+    assert (str(values.dtype), str(vectors.dtype)) == ("float32", dtype)
+    values, vectors = to_numpy(values), to_numpy(vectors)
+    assert_orthonormal(vectors, EPS[dtype])
+    assert error_ratio(S @ vectors, vectors * values[:, None, :]) < 100 * EPS[dtype]
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
 @pytest.mark.parametrize("library", ["torch", "cupy"])
 @pytest.mark.parametrize("n", [8, 40, 100])
 def test_devices_find_eigenvectors_and_singular_vectors(library, n, dtype, rng):
     """Of many matrices, by whichever library is to do it."""
     pytest.importorskip(library)
-    A = rng.standard_normal((50, n, n)).astype(dtype)
-    S, eps = A + A.swapaxes(-2, -1), EPS[dtype]
+    A, eps = batch("full", (50, n, n), dtype, rng), EPS[dtype]
+    S = A + A.conj().swapaxes(-2, -1)
     xp = Library(library, "cuda")
     values, vectors = map(to_numpy, linalg.eigh_descending(xp.asarray(S)))
     assert type(linalg.eigh_descending(xp.asarray(S))[1]) is type(xp.asarray(S))
@@ -312,7 +332,8 @@ def test_devices_find_eigenvectors_and_singular_vectors(library, n, dtype, rng):
     U, sizes, V = map(to_numpy, linalg.svd(xp.asarray(A)))
     assert_orthonormal(U, eps)
     assert_orthonormal(V, eps)
-    assert error_ratio((U * sizes[:, None, :]) @ V.swapaxes(-2, -1), A) < 100 * eps
+    product = (U * sizes[:, None, :]) @ V.conj().swapaxes(-2, -1)
+    assert error_ratio(product, A) < 100 * eps
 
 
 @pytest.mark.skipif(not cuda_like.usable, reason="no stand-in for CUDA")

@@ -49,16 +49,24 @@ def stack(binary):
     return int(re.search(r"STACK:(\d+)", done.stdout)[1])
 
 
-def sddmm(rows=1, columns=2, even=True, contiguous="dy_column x_column", **options):
+def sddmm(
+    rows=1,
+    columns=2,
+    even=True,
+    contiguous="dy_column x_column",
+    kind="bf16",
+    precision="ieee",
+    **options,
+):
     tensors = ["dy", "x", "result", "members", "groups", "pairs", "slots"]
-    kinds = ["*bf16", "*bf16", "*fp32"] + 4 * ["*i32"]
+    kinds = 2 * [f"*{kind}"] + ["*fp32"] + 4 * ["*i32"]
     types = {f"{name}_ptr": kind for name, kind in zip(tensors, kinds, strict=True)}
     ones = {f"{name}_stride": 1 for name in contiguous.split()}
     numbers = triton_sddmm.sddmm_kernel.arg_names[len(types) :]
     types |= {n: "i32" for n in numbers if n.islower() and n not in ones}
     constants = ones | {"BLOCK": 64, "ROWS": rows, "COLUMNS": columns, "TOKENS": 64}
     constants |= {"ADD": True, "FAR": False, "EVEN": even, "WIDEN": False}
-    constants |= {"PRECISION": "ieee"}
+    constants |= {"PRECISION": precision}
     options |= {"num_warps": triton_sddmm.warps(rows, columns, 64), "num_stages": 3}
     return compile_for_gpu(triton_sddmm.sddmm_kernel, types, constants, **options)
 
@@ -69,6 +77,14 @@ def sddmm_large():
 
 def sddmm_largest():
     return sddmm(rows=2, columns=4, contiguous="dy_token x_column")
+
+
+def sddmm_half():
+    return sddmm(rows=2, kind="fp16")
+
+
+def sddmm_tf32():
+    return sddmm(columns=1, kind="fp32", precision="tf32")
 
 
 def add_splits():
@@ -111,6 +127,7 @@ def square():
 
 
 if __name__ == "__main__":
-    kernels = [sddmm, sddmm_large, sddmm_largest, add_splits, prepare]
+    kernels = [sddmm, sddmm_large, sddmm_largest, sddmm_half, sddmm_tf32]
+    kernels += [add_splits, prepare]
     kernels += [adamw, adamw_of_8_bits, square]
     json.dump({kernel.__name__: kernel() for kernel in kernels}, sys.stdout)

@@ -192,6 +192,11 @@ def test_the_search_leaves_what_fits(card):
     assert {c.num_warps for c in left} == {8}
     given["dy_ptr"] = given["dy_ptr"].float()
     assert {c.kwargs["TOKENS"] for c in triton_sddmm.prune([], given)} == {32}
+    # Twice the bytes: 128 tokens would not stay in registers.
+    for dtype, longest in ((torch.bfloat16, 128), (torch.float32, 64)):
+        half = given_to_prune((1, 2), 64, dtype, "tf32")
+        tried = {c.kwargs["TOKENS"] for c in triton_sddmm.prune([], half)}
+        assert max(tried) == longest
     # Where nothing fits, the smallest is tried all the same.
     given["COLUMNS"] = 1000
     assert len(triton_sddmm.prune([], given)) == 1

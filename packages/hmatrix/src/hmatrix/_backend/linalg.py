@@ -52,7 +52,8 @@ def _eigh(a: Array) -> tuple[Array, Array]:
         with suppress(ImportError):
             import cupy
 
-            # torch takes matrices of more than 32 rows in turn, and the host waits
+            # torch takes matrices of more than 32 rows in turn (before 2.12), and the host
+            # waits
             with cupy.cuda.Device(a.device.index):  # which need not be the current one
                 found = cupy.linalg.eigh(cupy.from_dlpack(a.detach().resolve_conj()))
                 values, vectors = map(xp.from_dlpack, found)
@@ -68,12 +69,14 @@ def eigh_descending(a: Array) -> tuple[Array, Array]:
     The matrices are brought to norm 1 and freed of subnormal numbers first; on a CPU,
     single precision is scaled and decomposed in double: complex division overflows at
     subnormal numbers, and MKL's single-precision solver returns NaN, or does not converge,
-    for some matrices of low rank whose rows differ by many orders of magnitude.
+    for some matrices of low rank whose rows differ by many orders of magnitude. On a device
+    complex64 is: the vectors of a batch may be far from orthonormal, without a word
+    (PyTorch 2.12 at least, https://github.com/pytorch/pytorch/issues/192483).
     """
     xp, space = namespace(a), Space.of(a)
     if not a.shape[-1]:
         return space.real.zeros(*a.shape[:-1]), a
-    if space.on_host:
+    if space.on_host or space.is_complex:
         a = xp.astype(a, xp.complex128 if space.is_complex else xp.float64)
     scale = positive_or_one(xp.max(xp.abs(a), axis=(-2, -1), keepdims=True))
     a = a / scale

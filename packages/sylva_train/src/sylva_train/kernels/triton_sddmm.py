@@ -190,9 +190,10 @@ def candidates(
     Exact products of float32 have no tensor cores: long pieces only take long to compile.
     """
     sides, memory = (rows + columns) * block, shared_memory(device)
-    # A larger sum leaves no registers for long steps.
+    # A larger sum leaves no registers for long steps, nor do copies of 4 bytes, as TF32 has
+    # on a Hopper, whose tensor cores want its tokens side by side.
     longest = 128 if rows * columns * block**2 <= 128 * 128 else 64
-    most = 32 if exact else max(32, min(tokens, longest))
+    most = 32 if exact else max(32, min(tokens, longest * 2 // itemsize))
     # Other tiles and dtypes would not do with few registers; nor would tensor cores that
     # take their operands from registers, as those of other GPUs do.
     is_square = rows * block == columns * block == 128
