@@ -37,7 +37,8 @@ class SylvaConfig(SylvaOptions, PeftConfig):
     ----------
     target_modules : list of str or str
         Names or name endings of the layers, a regular expression on whole names, or
-        ``"all-linear"``: every linear layer but the task's head.
+        ``"all-linear"``: every linear layer but the task's head, and those, with a
+        warning, that are smaller than a block or that the loss does not reach.
     exclude_modules : list of str or str, optional
         Layers to leave out, in the same form.
     modules_to_save : list of str, optional

@@ -29,6 +29,7 @@ __all__ = [
     "DEMO_STEPS",
     "DEMO_TASK",
     "DTYPES",
+    "EVERYTHING",
     "FACTORS",
     "IMPORTANCES",
     "KRONECKER",
@@ -53,6 +54,8 @@ __all__ = [
     "samples_to_score",
 ]
 
+#: Layers to train where none are named.
+EVERYTHING = (None, "all-linear")
 #: What data and a model are for; the first is the default.
 TASKS = ("classification", "regression", "causal-lm", "seq2seq")
 #: Those with a label for each text: a class or a number.

@@ -10,7 +10,13 @@ from .batches import (
     note,
     some_samples,
 )
-from .collect import Loss, collect_curvature, damage, describe_factor
+from .collect import (
+    Loss,
+    collect_curvature,
+    damage,
+    describe_factor,
+    not_reached,
+)
 from .factors import Factor, strips
 from .layer import LayerCurvature, block_sums
 from .planning import curvature_bytes
@@ -32,6 +38,7 @@ __all__ = [
     "is_encoder_decoder",
     "loss_scale",
     "loss_units",
+    "not_reached",
     "note",
     "settings",
     "some_samples",

@@ -21,7 +21,7 @@ from torch import nn
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train._torch import on_device, preserved_modes
 from sylva_train.config import SylvaConfig
-from sylva_train.options import samples_to_score
+from sylva_train.options import EVERYTHING, samples_to_score
 from sylva_train.processes import agree, rank_and_size, together
 from sylva_train.progress import Report, size_words
 from sylva_train.targets import exclusion, find_targets, input_owners, weight_device
@@ -43,7 +43,14 @@ from .merging import merge
 from .planning import plan_passes
 from .state import Store
 
-__all__ = ["Curvatures", "Loss", "collect_curvature", "damage", "describe_factor"]
+__all__ = [
+    "Curvatures",
+    "Loss",
+    "collect_curvature",
+    "damage",
+    "describe_factor",
+    "not_reached",
+]
 
 #: Mean loss of (model, batch).
 Loss = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
@@ -96,6 +103,9 @@ class Curvatures(Mapping[str, LayerCurvature]):
         Samples to see.
     samples : int
         Samples seen, once a pass is done.
+    unreached : set of str
+        Layers that were not named and that no gradient reached in the passes so far: they
+        have no statistics.
     """
 
     def __init__(
@@ -124,6 +134,8 @@ class Curvatures(Mapping[str, LayerCurvature]):
         self.data = data
         self.samples = self.terms = self.done = 0
         self.layers: dict[str, LayerCurvature] = {}
+        self.named = config.target_modules not in EVERYTHING
+        self.unreached: set[str] = set()
         self.collector = Collector(targets, config, self.wanted)
         rest = {name: m for name, m in targets.items() if name not in known}
         self.plan = plan_passes(rest, config, self.wanted, self.shared_inputs)
@@ -141,8 +153,10 @@ class Curvatures(Mapping[str, LayerCurvature]):
         if name not in self.layers:
             if self.config.memory_budget is not None:
                 self.layers.clear()
-            while name not in self.collector.names:
+            while name not in self.collector.names and name not in self.unreached:
                 self.next_pass()
+            if name in self.unreached:
+                raise KeyError(name)
             taken = self.collector.take(name, self.terms, self.samples)
             self.layers[name] = taken
         return self.layers[name]
@@ -259,6 +273,8 @@ class Curvatures(Mapping[str, LayerCurvature]):
             )
             raise NonFiniteError(msg)
         if not value.requires_grad:
+            if len(self.plan) > 1 and not self.named:
+                return  # layers of other passes may be reached
             msg = (
                 "the loss does not depend on any layer that is to be scored, or they ran"
                 " under `torch.no_grad` or `torch.inference_mode`: name others in"
@@ -276,16 +292,28 @@ class Curvatures(Mapping[str, LayerCurvature]):
         check_same(data, self.data, "in the first pass")
 
     def check_reached(self) -> None:
-        """Raise `ConfigError` if the loss does not depend on a layer."""
+        """Take note of layers that the loss does not depend on.
+
+        Raises
+        ------
+        ConfigError
+            If they were named, or there are no others.
+        """
         missing = [n for n in self.collector.names if n not in self.collector.sums]
-        if missing:
-            msg = (
-                f"no gradient reached {', '.join(f'`{name}`' for name in missing[:5])}"
-                + (f" and {len(missing) - 5} other layers" if len(missing) > 5 else "")
-                + ": the loss does not depend on them, or takes their weights without"
-                f" calling them. Leave them out: {exclusion(missing, self.targets)}."
-            )
+        self.unreached.update(missing)
+        if missing and (self.named or len(self.unreached) == len(self.targets)):
+            advice = exclusion(missing, self.targets)
+            msg = f"{not_reached(missing)} Leave them out: {advice}."
             raise ConfigError(msg)
+
+
+def not_reached(names: list[str]) -> str:
+    """Say of layers that the loss does not depend on them."""
+    others = f" and {len(names) - 5} other layers" if len(names) > 5 else ""
+    return (
+        f"no gradient reached {', '.join(f'`{name}`' for name in names[:5])}{others}: the"
+        " loss does not depend on them, or takes their weights without calling them."
+    )
 
 
 def check_same(data: str, other: str, when: str) -> None:
@@ -343,8 +371,8 @@ def collect_curvature(
     DataError
         If there is no sample, or no loss.
     ConfigError
-        If a layer alone is above the memory budget, no gradient reaches one, or passes or
-        processes are given different batches.
+        If a layer alone is above the memory budget, no gradient reaches one that was
+        named, or passes or processes are given different batches.
     """
     layers = Curvatures(model, targets, dataloader, config, wanted, **options)
     layers.next_pass()

@@ -18,9 +18,17 @@ from sylva_train.curvature import (
     Loss,
     Store,
     collect_curvature,
+    not_reached,
     settings,
 )
-from sylva_train.options import FACTORS, IMPORTANCES, KRONECKER, NEEDS_DATA, SCORING
+from sylva_train.options import (
+    EVERYTHING,
+    FACTORS,
+    IMPORTANCES,
+    KRONECKER,
+    NEEDS_DATA,
+    SCORING,
+)
 from sylva_train.processes import from_first, is_first, together
 from sylva_train.progress import Report
 from sylva_train.targets import (
@@ -87,8 +95,8 @@ def score(
         If ``model`` is none, no layer matches, one that matches cannot be used or is in an adapter, or the
         model is quantized or has weights that were never loaded.
     ConfigError
-        If a layer is smaller than a block or above the memory budget, the rule needs data
-        and got none, passes or processes are given different batches, or ``checkpoint``
+        If a layer that was named is smaller than a block or out of the loss's reach, or one
+        is above the memory budget, the rule needs data and got none, passes or processes are given different batches, or ``checkpoint``
         has scoring with other settings.
     AdapterError
         If a file in ``checkpoint`` is damaged.
@@ -181,8 +189,9 @@ def checked_targets(model: nn.Module, config: SylvaConfig) -> dict[str, nn.Modul
             " that the base model does not have: `merge` or `unload` the adapter first."
         )
         raise TargetError(msg)
-    check_block_size(targets, config.block_size)
-    if config.target_modules in (None, "all-linear"):
+    named = config.target_modules not in EVERYTHING
+    targets = check_block_size(targets, config.block_size, named=named)
+    if not named:
         warn_of_others(model)
     for option in ("target_modules", "exclude_modules"):
         warn_of_strays(model, option, getattr(config, option))
@@ -245,11 +254,13 @@ def run_rules(
     found: dict[str, dict[str, LayerScores]] = {rule: {} for rule in rules}
     found[rules[0]] = done
     bad, seen = facts.get("indefinite", 0), facts.get("samples", 0)
+    unreached: list[str] = facts.get("unreached", [])
     layers: Mapping[str, LayerCurvature] = dict.fromkeys(targets, LayerCurvature())
 
     def keep() -> None:
         if store is not None:
             now = {"samples": seen, "indefinite": bad, "settings": store.settings}
+            now["unreached"] = unreached
             now["data"] = getattr(layers, "data", None)
             with together():  # the others would wait for a first one that cannot write
                 if is_first():
@@ -259,6 +270,7 @@ def run_rules(
         if rule in NEEDS_DATA:
             check_data(targets, dataloader, rule)
     wanted = {statistic for rule in rules for statistic in RULES[rule][1]}
+    targets = {name: m for name, m in targets.items() if name not in unreached}
     if wanted and len(done) < len(targets):
         assert dataloader is not None
         layers = collect_curvature(
@@ -270,19 +282,29 @@ def run_rules(
     for name, module in targets.items():
         if name in done:
             continue
+        curvature = layers.get(name)
+        if curvature is None:
+            unreached.append(name)
+            continue
         # One for all rules: they share the inverse diagonals.
-        inputs = Inputs(loaded_weight(module), layers[name], config, generator)
+        inputs = Inputs(loaded_weight(module), curvature, config, generator)
         for rule in rules:
             found[rule][name] = RULES[rule][0](inputs)
         bad += inputs.indefinite
         # The next layer's statistics may come from another pass, in this one's memory.
-        del inputs
+        del inputs, curvature
     for rule in rules:
-        found[rule] = from_first({name: found[rule][name] for name in targets})
+        found[rule] = from_first(
+            {name: found[rule][name] for name in targets if name in found[rule]}
+        )
         check_finite(found[rule])
     keep()
     if store is not None:
         store.clear()
+    if unreached:
+        warnings.warn(
+            f"{not_reached(unreached)} They will not be trained.", stacklevel=3
+        )
     if bad:
         warnings.warn(
             f"{bad} entries of the inverse diagonals are not positive: truncated HODLR"
@@ -290,8 +312,12 @@ def run_rules(
             ' `curvature="mlr"` stays positive definite.',
             stacklevel=3,
         )
+    every = find_targets(model, config.target_modules, config.exclude_modules)
+    left = (
+        {"left_out": names} if (names := sorted(every.keys() - found[rules[0]])) else {}
+    )
     return {
-        rule: Scores(scores, described(rule, config, seen, bad))
+        rule: Scores(scores, described(rule, config, seen, bad) | left)
         for rule, scores in found.items()
     }
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError, TargetError
+from sylva_train.options import EVERYTHING
 
 from .experts import stacked_experts
 from .weights import holders, is_plain, is_supported, weight_view
@@ -256,7 +257,7 @@ def find_targets(
             " in the place of one inside a model: wrap it (`nn.Sequential(model)`)."
         )
         raise TargetError(msg)
-    everything = target_modules is None or target_modules == "all-linear"
+    everything = target_modules in EVERYTHING
     heads = head_names(model) if everything else set()
     found, excluded = {}, False
     for name, module in model.named_modules():
@@ -300,7 +301,7 @@ def no_target(
     kind, rest = type(model).__name__, ""
     if endings:
         rest = f"; its linear layers end in {', '.join(map(repr, endings))}"
-    everything = target_modules is None or target_modules == "all-linear"
+    everything = target_modules in EVERYTHING
     if everything and not exclude_modules:
         weights = {
             type(m).__name__
@@ -351,24 +352,37 @@ def exclusion(names: Iterable[str], targets: Iterable[str]) -> str:
     return f"`exclude_modules=[{listed}]`" + (f" and {more} more" if more > 0 else "")
 
 
-def check_block_size(targets: dict[str, nn.Module], block_size: int) -> None:
-    """Raise `ConfigError` if a layer is smaller than a block."""
+def check_block_size(
+    targets: dict[str, nn.Module], block_size: int, *, named: bool = True
+) -> dict[str, nn.Module]:
+    """Return the layers that have room for a block.
+
+    Those without are left out with a warning unless they were ``named``.
+
+    Raises
+    ------
+    ConfigError
+        If a layer that was named has no room, or none at all has.
+    """
     small = {
         name: tuple(weight_view(module).shape)
         for name, module in targets.items()
         if block_size > min(weight_view(module).shape)
     }
-    if small:
-        name, shape = next(iter(small.items()))
-        least = min(min(s) for s in small.values())
-        msg = (
-            f"`block_size` {block_size} is larger than `{name}` of shape {shape}"
-            + (f" and {len(small) - 1} other layers" if len(small) > 1 else "")
-            + (f"; take at most {least}" if least > 1 else "")
-            + (
-                f"; or leave them out: {exclusion(small, targets)}."
-                if len(small) < len(targets)
-                else "."
-            )
-        )
-        raise ConfigError(msg)
+    if not small:
+        return targets
+    name, shape = next(iter(small.items()))
+    least = min(min(s) for s in small.values())
+    words = f"`block_size` {block_size} is larger than `{name}` of shape {shape}" + (
+        f" and {len(small) - 1} other layers" if len(small) > 1 else ""
+    )
+    some = len(small) < len(targets)
+    if some and not named:
+        warnings.warn(f"{words}, which will not be trained.", stacklevel=4)
+        return {name: m for name, m in targets.items() if name not in small}
+    msg = (
+        words
+        + (f"; take at most {least}" if least > 1 else "")
+        + (f"; or leave them out: {exclusion(small, targets)}." if some else ".")
+    )
+    raise ConfigError(msg)

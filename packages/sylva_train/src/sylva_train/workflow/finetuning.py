@@ -246,7 +246,8 @@ def of_targets(given: Given, task: Task, config: SylvaConfig) -> Given:
     if patterns == ("all-linear", None):
         return given
     targets = find_targets(task.model, *patterns)
-    missing = next((name for name in targets if name not in given), None)
+    known = {*given, *given.metadata.get("left_out", ())}
+    missing = next((name for name in targets if name not in known), None)
     if missing is not None:
         what = "scores" if isinstance(given, Scores) else "masks"
         msg = (

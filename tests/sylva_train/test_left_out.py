@@ -1,0 +1,122 @@
+"""Layers that nobody named and that cannot be chosen from: left out, with a warning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sylva_train._checks import ConfigError
+from sylva_train.config import SylvaConfig
+from sylva_train.importance import score
+from sylva_train.layers import embed
+from sylva_train.selection import select
+from tests.sylva_train.models import random
+
+NAMES = ["0.used", "0.tower", "0.gate", "1.used", "1.tower", "1.gate"]
+
+
+class Part(nn.Module):
+    """A layer that runs, one that only images would run, and a gate of one output."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.tower = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.gate = nn.Linear(16, 1)
+
+    def forward(self, x):
+        return torch.tanh(self.used(x)) * torch.sigmoid(self.gate(x))
+
+
+def model():
+    built = nn.Sequential(Part(), Part())
+    for seed, parameter in enumerate(built.parameters()):
+        parameter.data = random(parameter.shape, seed=seed)
+    return built
+
+
+def config(**options):
+    return SylvaConfig(**{"block_size": 8, "samples": 4, "damping": 0.1} | options)
+
+
+def batches():
+    return [
+        {"x": random((2, 3, 16), seed=seed), "labels": torch.zeros(2)}
+        for seed in (20, 21)
+    ]
+
+
+def loss(model, batch):
+    return model(batch["x"]).square().mean()
+
+
+def test_layers_without_room_for_a_block_are_left_out():
+    with pytest.warns(
+        UserWarning, match=r"of shape \(1, 16\) and 1 other layers, which will not"
+    ):
+        scores = score(model(), config=config(importance="magnitude"))
+    assert list(scores) == [name for name in NAMES if "gate" not in name]
+    assert scores.metadata["left_out"] == ["0.gate", "1.gate"]
+    named = config(importance="magnitude", target_modules=["used", "gate"])
+    with pytest.raises(ConfigError, match=r"leave them out: `exclude_modules=\['gate"):
+        score(model(), config=named)
+
+
+@pytest.mark.filterwarnings("ignore:`block_size`")
+@pytest.mark.parametrize(
+    ("rule", "budget"),
+    [("kfac", None), ("kfac", "4KB"), ("gradient", "1.1KB"), ("kfac-diag", None)],
+)
+def test_layers_that_no_gradient_reaches_are_left_out(rule, budget):
+    options = {"importance": rule, "curvature": "dense"}
+    with pytest.warns(
+        UserWarning, match=r"no gradient reached `0\.tower`.*will not be trained"
+    ):
+        found = score(
+            model(), batches(), config(**options, memory_budget=budget), loss=loss
+        )
+    assert list(found) == ["0.used", "1.used"]
+    assert found.metadata["left_out"] == ["0.gate", "0.tower", "1.gate", "1.tower"]
+    named = config(**options, target_modules=["used"])
+    expected = score(model(), batches(), named, loss=loss)
+    assert "left_out" not in expected.metadata
+    for name, layer in found.items():
+        torch.testing.assert_close(layer.blocks(8), expected[name].blocks(8))
+    masks = select(found, density=0.25, block_size=8)
+    embedded = embed(model(), masks)
+    loss(embedded, batches()[0]).backward()
+    assert all(p.grad is not None for p in embedded.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:`block_size`")
+def test_named_layers_that_no_gradient_reaches_are_refused():
+    for options in (
+        {"target_modules": ["used", "tower"]},
+        {"target_modules": "1.tower"},
+    ):
+        with pytest.raises(ConfigError, match="loss does not depend on"):
+            score(model(), batches(), config(**options), loss=loss)
+
+
+@pytest.mark.parametrize("budget", [None, "4KB"])
+def test_a_model_of_which_no_layer_is_reached_is_refused(budget):
+    lost = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    options = config(curvature="dense", memory_budget=budget)
+    with pytest.raises(ConfigError, match="loss does not depend on"):
+        score(lost, batches(), options, loss=lambda _, batch: batch["x"].mean())
+
+
+@pytest.mark.filterwarnings("ignore:`block_size`", "ignore:no gradient")
+@pytest.mark.parametrize("budget", [None, "4KB"])
+def test_finished_scoring_is_read_back_without_them(tmp_path, budget):
+    options = config(curvature="dense", memory_budget=budget)
+    first = score(model(), batches(), options, loss=loss, checkpoint=tmp_path)
+
+    def never(*_):
+        raise AssertionError
+
+    again = score(model(), batches(), options, loss=never, checkpoint=tmp_path)
+    assert list(again) == list(first)
+    assert again.metadata == first.metadata
+    for name, layer in again.items():
+        assert torch.equal(layer.blocks(8), first[name].blocks(8))
