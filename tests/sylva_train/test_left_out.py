@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError
+from sylva_train.baselines import adapt, parse_method
 from sylva_train.config import SylvaConfig
 from sylva_train.importance import score
 from sylva_train.layers import embed
@@ -104,6 +105,16 @@ def test_a_model_of_which_no_layer_is_reached_is_refused(budget):
     options = config(curvature="dense", memory_budget=budget)
     with pytest.raises(ConfigError, match="loss does not depend on"):
         score(lost, batches(), options, loss=lambda _, batch: batch["x"].mean())
+
+
+@pytest.mark.filterwarnings("ignore:`block_size`")
+@pytest.mark.parametrize("name", ["lora", "shira", "supertuning"])
+def test_rivals_leave_out_layers_without_room_for_a_block(name):
+    adapted = adapt(parse_method(name), model(), config(density=0.25))
+    trained = [n for n, p in adapted.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert not [n for n in trained if "gate" in n]
+    assert adapted.trainable <= 0.5 * 4 * 16 * 16
 
 
 @pytest.mark.filterwarnings("ignore:`block_size`", "ignore:no gradient")

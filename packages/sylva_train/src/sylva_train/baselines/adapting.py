@@ -18,7 +18,7 @@ from sylva_train.masks import Masks
 from sylva_train.options import CURVATURES, METHODS
 from sylva_train.progress import Report
 from sylva_train.selection import select_as
-from sylva_train.targets import find_targets, is_inside
+from sylva_train.targets import find_targets, is_inside, weight_view
 
 from .rivals import lora_config, prune, shira_config, supertuning_config
 from .serial import add_serial_adapters
@@ -151,7 +151,13 @@ def adapt(
         As `sylva_train.score` and `sylva_train.select`.
     """
     masks = None
-    targets = find_targets(model, config.target_modules, config.exclude_modules)
+    every = find_targets(model, config.target_modules, config.exclude_modules)
+    # What has no room for a block, a gate of one output, is left out by rules too.
+    targets = {
+        name: module
+        for name, module in every.items()
+        if min(weight_view(module).shape) >= config.block_size
+    } or every
     if method.name == "full":
         model.requires_grad_(True)
     elif method.name in PEFT:
