@@ -298,6 +298,28 @@ def test_callbacks_see_every_step():
     assert [record["step"] for record in seen] == list(range(1, 9))
 
 
+def test_a_list_of_batches_is_run_through_in_each_epoch():
+    batches = list(ToyLoader(samples=8))
+    fixed = ToyLoader(samples=8)
+    fixed.epoch = lambda epoch, start=0: ToyLoader.epoch(fixed, 0, start)  # noqa: ARG005
+    (one, first), (other, second) = (
+        run(loader=loader, epochs=3, steps=None) for loader in (batches, fixed)
+    )
+    assert first.steps == second.steps == 6
+    assert same(one.state_dict(), other.state_dict())
+
+
+def test_a_data_loader_shuffles_by_the_run_and_not_by_its_caller():
+    rows = [{k: v[0] for k, v in b.items()} for b in ToyLoader(samples=8, batch_size=1)]
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        loader = torch.utils.data.DataLoader(rows, 3, shuffle=True)
+        found.append(run(loader=loader, epochs=2, steps=None))
+    assert found[0][1].steps == 6
+    assert same(*(model.state_dict() for model, _ in found))
+
+
 # ---------------------------------------------------------------------------- arguments
 
 
@@ -316,10 +338,12 @@ def test_parts_that_do_not_fit_are_named():
         run(model, optimizer=torch.optim.LBFGS(own.param_groups[0]["params"]))
     with pytest.raises(ConfigError, match="`resume` needs `output`"):
         run(model, resume=True)
+    with pytest.raises(ConfigError, match=r"`epoch\(epoch, start\)`.*of type list"):
+        run(model, list(ToyLoader()), output="never")
     with pytest.raises(
-        ConfigError, match=r"`epoch\(epoch, start\)`.*got one of type list"
+        ConfigError, match=r"`loader` must have a length.*list_iterator"
     ):
-        run(model, list(ToyLoader()))
+        run(model, iter(list(ToyLoader())))
     with pytest.raises(DataError, match="`loader` has no batch"):
         run(model, ToyLoader(samples=0))
     once = ToyLoader()

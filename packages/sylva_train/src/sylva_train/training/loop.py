@@ -6,13 +6,12 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,29 +38,16 @@ from sylva_train.optimizer import SparseAdamW
 from sylva_train.processes import agree, is_first, rank_and_size, together
 from sylva_train.progress import Progress
 
+from .batches import Batches, BatchLoader, in_epochs, number_of_steps
 from .gradient import Batch, accumulate_gradient, clip_gradient, share
 from .setup import check_parts, make_scheduler, place, preserved_rng, seed_everything
 
-__all__ = ["BatchLoader", "TrainResult", "number_of_steps", "train"]
+__all__ = ["TrainResult", "train"]
 
 Evaluate = Callable[[nn.Module], Mapping[str, Any] | float]
 
 #: Steps that are not timed: the first ones fill caches and allocate the moments.
 WARM = 2
-
-
-class BatchLoader(Protocol):
-    """Batches whose order depends on the epoch and on nothing else.
-
-    `sylva_train.Loader` is one. What its attribute ``identity`` (JSON) says, if it has
-    one, must not change between a run and its continuation.
-    """
-
-    def __len__(self) -> int:
-        """Return the number of batches of an epoch."""
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterable[Batch]:
-        """Return an epoch's batches from the one numbered ``start`` on."""
 
 
 @dataclass(frozen=True)
@@ -93,30 +79,6 @@ class TrainResult:
     step_seconds_iqr: tuple[float, float] | None
     train_seconds: float
     metrics: dict[str, Any] = field(default_factory=dict)
-
-
-def number_of_steps(loader: BatchLoader, config: TrainingConfig) -> int:
-    """Return the optimizer steps of a run.
-
-    Raises
-    ------
-    ConfigError
-        If the loader is none that a run can be resumed with.
-    DataError
-        If it is empty.
-    """
-    if not hasattr(loader, "epoch") or not hasattr(loader, "__len__"):
-        msg = (
-            "`loader` must have a length and a method `epoch(epoch, start)`, so that a run"
-            " can be resumed at any batch; got one of type"
-            f" {type(loader).__name__}. Take a `sylva_train.Loader`, give it both, or train"
-            " in a loop of your own."
-        )
-        raise ConfigError(msg)
-    if not len(loader):
-        msg = "`loader` has no batch: there is nothing to train on."
-        raise DataError(msg)
-    return config.steps or config.epochs * math.ceil(len(loader) / config.accumulate)
 
 
 @dataclass
@@ -285,7 +247,7 @@ def is_json(value: Any) -> bool:
 
 def train(
     model: nn.Module,
-    loader: BatchLoader,
+    loader: BatchLoader | Batches,
     config: TrainingConfig | None = None,
     *,
     loss: Loss | None = None,
@@ -305,8 +267,9 @@ def train(
     model : torch.nn.Module
         Moved to ``config.device`` and trained in place. When the function returns, or
         fails, its dense weights show the values of its embedded blocks.
-    loader : BatchLoader
-        Batches with ``labels``.
+    loader : BatchLoader, DataLoader or list
+        Batches with ``labels``: a `sylva_train.Loader`, or without ``output`` anything
+        with a length that can be run through for each epoch.
     config : TrainingConfig, optional
         Number of steps, learning rate, schedule, seed and the like.
     loss : callable, optional
@@ -366,14 +329,22 @@ def train(
     config = config or TrainingConfig()
     with together():  # before the first of several processes writes
         check_parts(model, optimizer, scheduler, output, resume=resume)
-    total = number_of_steps(loader, config)
+        batches = in_epochs(loader, kept=output is not None)
+        total = number_of_steps(batches, config)
     device = place(model, config.device)
     optimizer = optimizer or SparseAdamW(
         model, lr=config.lr, weight_decay=config.weight_decay
     )
     scheduler = scheduler or make_scheduler(optimizer, config, total)
     run = Run(
-        model, loader, config, optimizer, scheduler, device, loss or default_loss, total
+        model,
+        batches,
+        config,
+        optimizer,
+        scheduler,
+        device,
+        loss or default_loss,
+        total,
     )
     if evaluate is None and eval_loader is not None:
         evaluate = functools.partial(evaluate_model, loader=eval_loader)
