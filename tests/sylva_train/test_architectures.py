@@ -268,6 +268,15 @@ def test_a_loss_that_no_scored_layer_is_in_is_refused():
         scored(Small(run), target_modules=["a"])
 
 
+@pytest.mark.parametrize("rule", ["kfac", "kfac-natural", "kfac-block"])
+def test_a_layer_whose_gradients_vanish_does_not_stop_the_others(rule):
+    """As of attention that is saturated: their squares are no numbers of float32."""
+    model = Small(lambda m, x: m.b(x) + 1e-21 * m.a(x))
+    scores = scored(model, importance=rule)
+    assert not scores["a"].blocks(4).any()
+    assert scores["b"].blocks(4).any()
+
+
 def test_pytorchs_encoder_is_scored_with_padding():
     """Its fast path does not call the layers, and is left as it was."""
     block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
