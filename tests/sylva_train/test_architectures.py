@@ -178,6 +178,17 @@ def test_no_cache_for_generation_is_filled_while_scoring():
         )
 
 
+def test_no_cache_for_generation_is_filled_while_training():
+    """xLSTM's is written in place, in training mode too."""
+    sizes = {"hidden_size": 32, "num_heads": 2, "chunk_size": 4, "qk_dim_factor": 1.0}
+    options = sizes | {"vocab_size": VOCABULARY, "num_hidden_layers": 2}
+    model = tf.xLSTMForCausalLM(tf.xLSTMConfig(**options)).eval()
+    batches = Batches(prompted(mask=False))
+    embed(model, random_masks(model, ["q", "proj_down"], block_size=4))
+    assert len(train(model, batches, TrainingConfig(steps=2)).history) == 2
+    assert model.config.use_cache is True
+
+
 @pytest.mark.parametrize("name", ["table", "queries"])
 def test_a_layer_that_reads_a_tensor_of_the_model_leaves_it_as_it_was(name):
     model = Small(lambda m, x: m.a(x) * m.b(getattr(m, name)))
@@ -257,6 +268,15 @@ def test_a_loss_that_no_scored_layer_is_in_is_refused():
         scored(Small(run), target_modules=["a"])
 
 
+@pytest.mark.parametrize("rule", ["kfac", "kfac-natural", "kfac-block"])
+def test_a_layer_whose_gradients_vanish_does_not_stop_the_others(rule):
+    """As of attention that is saturated: their squares are no numbers of float32."""
+    model = Small(lambda m, x: m.b(x) + 1e-21 * m.a(x))
+    scores = scored(model, importance=rule)
+    assert not scores["a"].blocks(4).any()
+    assert scores["b"].blocks(4).any()
+
+
 def test_pytorchs_encoder_is_scored_with_padding():
     """Its fast path does not call the layers, and is left as it was."""
     block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
@@ -314,6 +334,32 @@ def test_models_of_images_and_text_predict_the_next_token():
     assert loss_units(model, batch) == 3
     model.config = tf.T5Config()
     assert loss_units(model, batch) == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (tf.BartForCausalLM, tf.BartConfig),
+        (tf.XLNetLMHeadModel, tf.XLNetConfig),
+        (tf.BertGenerationDecoder, tf.BertGenerationConfig),
+        (tf.LlamaForCausalLM, tf.LlamaConfig),
+        (tf.BertForMaskedLM, tf.BertConfig),
+    ],
+)
+def test_the_label_of_a_first_token_counts_where_the_model_counts_it(kind, options):
+    small = {"vocab_size": VOCABULARY, "d_model": 16, "hidden_size": 16, "n_layer": 1}
+    small |= {"decoder_layers": 1, "num_hidden_layers": 1, "intermediate_size": 16}
+    heads = {"n_head": 2, "num_attention_heads": 2, "decoder_attention_heads": 2}
+    rest = {"decoder_ffn_dim": 16, "d_inner": 16, "bos_token_id": 1, "eos_token_id": 1}
+    model = kind(options(**small, **heads, **rest)).eval()
+    ids = torch.randint(2, VOCABULARY, (2, LENGTH), generator=torch.manual_seed(0))
+    for place in range(2):
+        labels = torch.full_like(ids, -100)
+        labels[0, place] = ids[0, place]
+        batch = {"input_ids": ids, "labels": labels}
+        with torch.no_grad():
+            counts = bool(model(**batch).loss.isfinite())
+        assert loss_units(model, batch) == counts
 
 
 def test_a_block_of_layers_may_have_several_names(tmp_path):

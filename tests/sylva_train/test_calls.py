@@ -161,6 +161,29 @@ def test_windows_that_may_be_time_are_not_guessed_at():
         score(Calls("in windows").double(), made((3, 3)), options, loss=loss)
 
 
+def test_patches_of_all_images_in_one_row_are_of_no_one_sample():
+    """As Pixtral has them; a tensor of that shape may be what all samples share."""
+
+    def images(model, batch):
+        packed = batch["x"].flatten(0, 1)[None]
+        y = model.first(packed).tanh().unflatten(1, batch["x"].shape[:2])[0]
+        return F.cross_entropy(model.last(y.mean(1)), batch["labels"])
+
+    torch.manual_seed(0)
+    model = Calls("").double()
+    batches = [b | {"image_sizes": torch.ones(len(b["x"]), 2)} for b in made((4, 5))]
+    options = SylvaConfig(block_size=BLOCK, importance="fisher-diag")
+    with pytest.raises(ConfigError, match=r"`first` .* with batches of one sample"):
+        score(model, batches, options, loss=images)
+    check(model, [{k: v[:1] for k, v in b.items()} for b in batches], images)
+    by_rows, by_samples = (
+        score(model, batches, SylvaConfig(block_size=BLOCK, tokens=way), loss=images)
+        for way in ("expand", "reduce")
+    )
+    first = by_samples["first"].blocks(BLOCK)
+    torch.testing.assert_close(first, by_rows["first"].blocks(BLOCK))
+
+
 FAMILIES = {
     # One layer of weights, called again and again.
     "albert": lambda: AlbertForSequenceClassification(

@@ -12,6 +12,8 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -325,6 +327,19 @@ def test_encoders_do_not_predict_what_they_see(tmp_path, kind, config, task):
     path = save_folder(tmp_path / "model", config, kind, word_tokenizer("decoder"))
     with pytest.raises(ConfigError, match=r"is an encoder, of type (bert|xlnet)"):
         load_model(path, task=task)
+
+
+def test_a_decoder_that_would_learn_to_copy_is_refused(tmp_path):
+    """The loss of BART's decoder compares each output with the token that was read."""
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16}
+    layers |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(vocab_size=VOCABULARY, **layers, **heads)
+    tokenizer = word_tokenizer("decoder")
+    path = save_folder(tmp_path, config, BartForConditionalGeneration, tokenizer)
+    with pytest.raises(ConfigError, match=r'BartForCausalLM.*copy.*`task="seq2seq"`'):
+        load_model(path, task="causal-lm")
+    load_model(path, task="seq2seq")
 
 
 def test_xlnet_classifies_whatever_the_padding(tmp_path):

@@ -24,6 +24,7 @@ __all__ = [
     "set_version",
     "tensor_bytes",
     "total_norm",
+    "without_cache",
 ]
 
 
@@ -101,6 +102,23 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Let a model fill no cache for generation, whose tensors are no part of a gradient.
+
+    Some, as RWKV's and xLSTM's, are written in place, under the gradient's feet.
+    """
+    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    caching = [c for c in configs if getattr(c, "use_cache", None) is True]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Second-order statistics of a model's layers: the only importer of `hmatrix`."""
 
 from .batches import (
+    UNSHIFTED,
     batches_of,
     class_name,
     default_loss,
@@ -23,6 +24,7 @@ from .planning import curvature_bytes
 from .state import Store, settings
 
 __all__ = [
+    "UNSHIFTED",
     "Factor",
     "LayerCurvature",
     "Loss",

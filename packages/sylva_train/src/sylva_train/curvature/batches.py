@@ -13,6 +13,7 @@ from sylva_train._checks import DataError
 from sylva_train._torch import note_tensors
 
 __all__ = [
+    "UNSHIFTED",
     "batch_size",
     "batches_of",
     "class_name",
@@ -24,6 +25,21 @@ __all__ = [
     "note",
     "some_samples",
 ]
+
+#: Language models that take each label for the token at its own place, as they are called
+#: in `transformers`: the label of a first token counts.
+UNSHIFTED = {
+    "BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM",
+    "BlenderbotSmallForCausalLM", "CpmAntForCausalLM", "FlaubertWithLMHeadModel",
+    "MBartForCausalLM", "MarianForCausalLM", "MvpForCausalLM", "PLBartForCausalLM",
+    "PegasusForCausalLM", "ProphetNetForCausalLM", "TrOCRForCausalLM",
+    "WhisperForCausalLM", "XLMWithLMHeadModel", "XLNetLMHeadModel",
+}  # fmt: skip
+#: Causal ones whose name does not say so.
+CAUSAL = {
+    "BertGenerationDecoder", "EvollaForProteinText2Text", "NemotronH_Omni_Reasoning_V3",
+    "ReformerModelWithLMHead",
+}  # fmt: skip
 
 
 def batches_of(name: str, loader: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
@@ -86,8 +102,10 @@ def is_causal(model: nn.Module) -> bool:
     """
     name = class_name(model)
     with_images = name.endswith("ForConditionalGeneration")
-    return name.endswith(("ForCausalLM", "LMHeadModel")) or (
-        with_images and not is_encoder_decoder(model)
+    return (
+        name.endswith(("ForCausalLM", "LMHeadModel"))
+        or name in CAUSAL
+        or (with_images and not is_encoder_decoder(model))
     )
 
 
@@ -102,7 +120,7 @@ def loss_units(model: nn.Module, batch: Mapping[str, Any]) -> int:
 
     Samples for regression and for CTC, which divides by the length of each text or adds
     all up, else labels that count (not -100): of samples, of pixels, or of a language
-    model's tokens, shifted by one for a causal one.
+    model's tokens, shifted by one for a causal one but those of `UNSHIFTED`.
     """
     labels = batch.get("labels")
     if not isinstance(labels, torch.Tensor):
@@ -113,7 +131,8 @@ def loss_units(model: nn.Module, batch: Mapping[str, Any]) -> int:
         return 1 if added else len(labels)
     if labels.is_floating_point():
         return len(labels)
-    shifted = labels.dim() > 1 and is_causal(model)
+    shifted = is_causal(model) and class_name(model) not in UNSHIFTED
+    shifted &= labels.dim() > 1
     pixels = labels.dim() == 3
     ignored = getattr(config, "semantic_loss_ignore_index", -100) if pixels else -100
     return int((labels[:, 1:] if shifted else labels).ne(ignored).sum())

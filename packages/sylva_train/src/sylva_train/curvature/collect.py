@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
-from sylva_train._torch import on_device, preserved_modes
+from sylva_train._torch import on_device, preserved_modes, without_cache
 from sylva_train.config import SylvaConfig
 from sylva_train.options import EVERYTHING, samples_to_score
 from sylva_train.processes import agree, rank_and_size, together
@@ -58,26 +58,17 @@ Loss = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Hold a model in evaluation mode, without gradients of its parameters.
-
-    Nor does it fill a cache for generation, as some do in place, under the gradient's feet.
-    """
-    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
-    caching = [c for c in configs if getattr(c, "use_cache", None) is True]
-    for config in caching:
-        config.use_cache = False
+    """Hold a model in evaluation mode, without gradients of its parameters or a cache."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     # PyTorch's encoder layer would not call its linear layers, having no gradient to take.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with preserved_modes(model):
+        with preserved_modes(model), without_cache(model):
             model.eval().requires_grad_(False)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for config in caching:
-            config.use_cache = True
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

@@ -37,6 +37,10 @@ ENCODER_SIDE = re.compile(
     re.IGNORECASE,
 )
 
+#: Names of tensors that say how large each image is: such models may read the patches of all
+#: images in a row, as Pixtral and LFM2-VL do.
+SIZES = {"image_grid_thw", "image_sizes", "spatial_shapes", "video_grid_thw"}
+
 
 def finite(*tensors: torch.Tensor) -> bool:
     """Whether all numbers are finite; on a CPU ten times as fast as looking at each.
@@ -83,6 +87,8 @@ class Collector:
     # Samples of the batch, and the first two axes of its tensors: samples, their parts.
     samples: int = 1
     parts: set[tuple[int, int]] = field(default_factory=set)
+    # Whether what comes in one row may be of all images, rather than what they share.
+    packed: bool = False
     # Factors that layers of one input share, finished.
     finished: dict[str, Factor] = field(default_factory=dict)
     seen: Calls = field(default_factory=Calls)
@@ -122,6 +128,7 @@ class Collector:
             for value in batch.values()
             if isinstance(value, torch.Tensor) and value.dim() > 1
         }
+        self.packed = not SIZES.isdisjoint(batch)
         self.units = units
         self.release()
         self.step = step
@@ -152,7 +159,7 @@ class Collector:
         Some models call a layer with the tokens of all samples in a row, with windows of
         them, or with the time before the samples; what all samples share, like positions,
         is a sample of its own. None: which rows are of which sample cannot be told, as of
-        an expert's tokens.
+        an expert's tokens, or patches of images of many sizes.
         """
         if len(x) == self.samples:
             return x
@@ -167,7 +174,8 @@ class Collector:
             return x.transpose(0, 1)
         if windows and not time_first:
             return x.unflatten(0, (self.samples, -1))  # type: ignore[no-any-return]
-        return x if len(x) == 1 and x.dim() > 2 else None
+        shared = len(x) == 1 and x.dim() > 2 and not self.packed
+        return x if shared else None
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -320,6 +328,8 @@ class Collector:
                 " one sample, or leave the layer out (`exclude_modules`)."
             )
             raise ConfigError(msg)
+        if arranged is None and len(x) == 1:
+            return x.flatten(0, -2)  # rows of several samples, each by itself
         return x if arranged is None else arranged
 
     def refuse(self, name: str, g: torch.Tensor) -> NoReturn:

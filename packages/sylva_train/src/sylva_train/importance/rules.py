@@ -73,8 +73,12 @@ class Inputs:
 
     @property
     def dead(self) -> bool:
-        """Whether no input or no gradient ever reached the layer: nothing matters."""
-        return min(self.A.mean_eigenvalue(), self.G.mean_eigenvalue()) <= 0
+        """Whether no input or no gradient ever reached the layer: nothing matters.
+
+        Squares of what did are below the normal numbers of float32 and have no digits.
+        """
+        mean = min(self.A.mean_eigenvalue(), self.G.mean_eigenvalue())
+        return mean < torch.finfo(torch.float32).tiny
 
     def shifts(self) -> tuple[float, float]:
         """λ_A and λ_G: ``damping`` times each factor's mean eigenvalue."""

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from sylva_train._checks import ConfigError, ModelError, check_choice, check_integer
+from sylva_train.curvature import UNSHIFTED
 from sylva_train.options import DTYPES, LABELLED, MINILM, POOLINGS, TASKS
 
 from .pooled import PooledClassifier, backbone_class, read_config
@@ -223,7 +224,7 @@ def saved_heads(config: Any) -> tuple[bool, bool]:
 
 
 def check_kind(source: str, config: Any, task: str) -> None:
-    """Raise `ConfigError` if a model writes for the other task, or is an encoder."""
+    """Raise `ConfigError` if a model writes for the other task, or would learn to copy."""
     # transformers has a class for causal language modelling of such a one all the same.
     encoder = (
         type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "xlnet"
@@ -240,6 +241,18 @@ def check_kind(source: str, config: Any, task: str) -> None:
         msg = (
             f"`{source}` is a model of type {config.model_type}, which is for `task`"
             f' "{able[0]}"; got "{task}".'
+        )
+        raise ConfigError(msg)
+    kind = getattr(WRITERS[task][1].get(type(config), None), "__name__", None)
+    if kind in UNSHIFTED:
+        rest = (
+            'load it with `task="seq2seq"`.'
+            if "seq2seq" in able
+            else "take another model."
+        )
+        msg = (
+            f"`{source}` would be a {kind}, whose loss compares what it says at each token"
+            f" with that token, so that it would learn to copy: {rest}"
         )
         raise ConfigError(msg)
 
