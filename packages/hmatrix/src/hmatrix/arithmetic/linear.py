@@ -82,6 +82,7 @@ def scale(H: Matrix, factor: complex | Array) -> Matrix:
     return HODLR(H.tree, H.leaves * number, upper, lower, H.error)
 
 
+@in_own_precision
 def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
     """Return ``H`` with a number, or a vector (n,), added to its diagonal.
 

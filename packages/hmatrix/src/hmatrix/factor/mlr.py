@@ -77,6 +77,7 @@ class MLRFactorization(Factorization):
         return self._inverse._apply(x)
 
     @cached_property
+    @in_own_precision
     def _factor(self) -> SymmetricFactor:
         # made when first asked for: the inverse does not need it
         again = partial(leaf_factors, self.matrix, self.shift)

@@ -92,6 +92,7 @@ class StreamingSketch(Streaming):
         return self._drawn.arrays
 
     @property
+    @in_own_precision
     def discarded(self) -> float:
         """Frobenius norm lost to the sketch, of the sum (not of the mean): an estimate.
 
