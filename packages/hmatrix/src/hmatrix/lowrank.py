@@ -41,7 +41,6 @@ __all__ = [
     "recompress",
     "scaled",
     "stack",
-    "triplets",
     "widened",
 ]
 
@@ -191,21 +190,22 @@ class LowRank:
 
 def recompress(
     block: LowRank,
-    *,
     tolerance: float = 0.0,
     max_rank: int | None = None,
+    spectral: float = math.inf,
+    *,
     sides: Callable[[], np.ndarray] | None = None,
-) -> tuple[LowRank, Array]:
+) -> tuple[LowRank, Array, Array]:
     """Cut low-rank blocks: QR of both factors, then the SVD of the small core.
 
     Parameters
     ----------
     block : LowRank
         The blocks; their factors need not be orthonormal.
-    tolerance : float
-        Frobenius norm that each block may lose.
+    tolerance, spectral : float
+        Frobenius norm and spectral norm that each block may lose.
     max_rank : int, optional
-        Cap on the rank; it wins over ``tolerance``.
+        Cap on the rank; it wins over both norms.
     sides : callable, optional
         As of `differentiated`, whose gradients the result has.
 
@@ -214,18 +214,21 @@ def recompress(
     LowRank
         Orthonormal factors, as wide as the largest rank of the batch; the columns
         that a block does not need are zero.
-    array (...)
-        Frobenius norm that each block did lose.
+    lost, largest : array (...)
+        What each block loses in the Frobenius and in the spectral norm.
     """
+    limits = tolerance, max_rank, spectral
     if not block.rank:
-        return cut_triplets(block.U, block.S, block.V, tolerance, max_rank)[:2]
+        return cut_triplets(block.U, block.S, block.V, *limits)
     space = Space.of(block.U)
     with one_blas_thread_if_narrow(space, block.rank), without_gradients(space.xp):
-        Qu, core, Qv = _core(block)
+        Qu, Ru = qr(block.U)
+        Qv, Rv = qr(block.V)
+        core = scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
         # the small factors are cut, before there are large ones
-        cut, lost, _ = cut_triplets(*core, tolerance, max_rank)
+        cut, lost, largest = cut_triplets(*svd(core), *limits)
         cut = LowRank(Qu @ cut.U, cut.S, Qv @ cut.V)
-    return differentiated(cut, block, sides), lost
+    return differentiated(cut, block, sides), lost, largest
 
 
 def differentiated(
@@ -273,23 +276,6 @@ def gradients_of_parts(block: LowRank, times_V: Array, times_U: Array) -> list[A
     S = block.S[..., None, :]
     along = namespace(times_V).sum(conjugate(block.U) * times_V, axis=-2)
     return [scaled(times_V, S), real_part(along), scaled(times_U, S)]
-
-
-def triplets(block: LowRank) -> tuple[Array, Array, Array]:
-    """Return the singular triplets U, S and V of low-rank blocks, S descending."""
-    if not block.rank:
-        return block.U, block.S, block.V
-    with one_blas_thread_if_narrow(Space.of(block.U), block.rank):
-        Qu, (U, S, V), Qv = _core(block)
-        return Qu @ U, S, Qv @ V
-
-
-def _core(block: LowRank) -> tuple[Array, tuple[Array, Array, Array], Array]:
-    """Return bases of both factors, and the singular triplets of what is between them."""
-    Qu, Ru = qr(block.U)
-    Qv, Rv = qr(block.V)
-    core = scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
-    return Qu, svd(core), Qv
 
 
 def beside(*blocks: LowRank) -> LowRank:

@@ -125,7 +125,7 @@ def _hand_down(
         tolerance = block_tolerance(tree, level, early)
         real = partial(block_sides, tree, level)
         for side, block in zip(sides, blocks, strict=False):
-            kept, cost = recompress(block, tolerance=tolerance, sides=real)
+            kept, cost, _ = recompress(block, tolerance, sides=real)
             side.append(kept)
             losses.append(cost)
         handed = beside(*below)
@@ -133,7 +133,7 @@ def _hand_down(
             # one share for each level that hands down, none to the leaves
             share = early / ((tree.levels - 1) * math.sqrt(tree.nodes(level + 1)))
             real = partial(tree.counts, level + 1)
-            handed, cost = recompress(handed, tolerance=share, sides=real)
+            handed, cost, _ = recompress(handed, share, sides=real)
             losses_below.append(cost)
     return handed, losses, losses_below
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from hmatrix._backend import (
@@ -189,8 +190,7 @@ def _peeled(
     H = cut_blocks(
         tree,
         whole.leaves,
-        whole.upper,
-        whole.lower,
+        ((partial(recompress, b) for b in side) for side in whole._sides.values()),
         norm=norm,
         total=math.sqrt(max((CUT_SHARE * allowed) ** 2 - spent**2, 0.0)),
         max_rank=max_rank,
@@ -248,9 +248,7 @@ class _Peeling:
         )
         W = self._across(self.backward, Q, 0)
         S = self.space.real.ones(shape[0], sides, Q.shape[-1])
-        blocks, _ = recompress(
-            LowRank(Q, S, W), tolerance=block_tolerance(tree, level, total)
-        )
+        blocks, *_ = recompress(LowRank(Q, S, W), block_tolerance(tree, level, total))
         B12, *rest = (
             LowRank(blocks.U[:, i, ...], blocks.S[:, i, :], blocks.V[:, i, ...])
             for i in range(sides)

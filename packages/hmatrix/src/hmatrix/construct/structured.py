@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from hmatrix._backend import (
     NUMBERS,
@@ -184,15 +185,15 @@ def from_low_rank(
     leaves = nodes.to_dense() + _diagonal_leaves(diagonal, tree)
     if symmetric:
         leaves = (leaves + adjoint(leaves)) / 2
-    blocks = upper if symmetric else (*upper, *lower)
-    scales = [recompress(block)[0].S for block in blocks] * (2 if symmetric else 1)
+    sides = (upper,) if symmetric else (upper, lower)
+    scales = [recompress(block)[0].S for side in sides for block in side]
+    scales *= 2 if symmetric else 1
     parts = (leaves, *scales)
     norm = check_norm(math.hypot(*(float(frobenius(x)) for x in parts)), space)
     return cut_blocks(
         tree,
         leaves,
-        upper,
-        None if symmetric else lower,
+        ((partial(recompress, block) for block in side) for side in sides),
         norm=norm,
         total=max(rtol * norm, atol),
         max_rank=max_rank,

@@ -192,7 +192,7 @@ def _toeplitz_level(
     Q = rows[0, ...] * Q
     W = columns[0, ...] * _convolve(conjugate(xp.flip(kernels, axis=-1)), Q)
     S = space.real.ones(sides, Q.shape[-1])
-    block, _ = recompress(LowRank(Q, S, W), tolerance=tolerance, max_rank=max_rank)
+    block, *_ = recompress(LowRank(Q, S, W), tolerance, max_rank)
     return [
         LowRank(
             block.U[i, ...] * rows[:, i, ...],
