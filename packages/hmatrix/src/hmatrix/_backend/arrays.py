@@ -24,6 +24,7 @@ __all__ = [
     "detach",
     "dtype_name",
     "is_array",
+    "is_real",
     "is_writeable",
     "materialized",
     "multiply_into",
@@ -173,6 +174,12 @@ def squares(x: Array) -> Array:
 def real_part(x: Array) -> Array:
     """Real part; a real array is returned as it is."""
     return namespace(x).real(x) if dtype_name(x.dtype) in COMPLEX else x
+
+
+def is_real(x: Array) -> bool:
+    """Tell whether all numbers are real, whatever their dtype is."""
+    xp = namespace(x)
+    return dtype_name(x.dtype) not in COMPLEX or bool(xp.all(xp.imag(x) == 0))
 
 
 def positive_or_one(x: Array) -> Array:

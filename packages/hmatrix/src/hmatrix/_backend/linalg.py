@@ -74,7 +74,7 @@ def eigh_descending(a: Array) -> tuple[Array, Array]:
     if not a.shape[-1]:
         return space.real.zeros(*a.shape[:-1]), a
     if space.on_host:
-        a = xp.astype(a, xp.complex128 if space.is_complex else xp.float64)
+        a = xp.astype(a, space.double.dtype)
     scale = positive_or_one(xp.max(xp.abs(a), axis=(-2, -1), keepdims=True))
     a = a / scale
     tiny = xp.finfo(space.dtype).smallest_normal
@@ -92,7 +92,7 @@ def svd(a: Array) -> tuple[Array, Array, Array]:
     """
     xp, space = namespace(a), Space.of(a)
     if array_api_compat.is_torch_array(a) and space.on_host and space.wider:
-        U, S, V = svd(xp.astype(a, getattr(xp, space.wider)))
+        U, S, V = svd(xp.astype(a, space.double.dtype))
         S = xp.astype(S, space.real.dtype)
         return xp.astype(U, a.dtype), S, xp.astype(V, a.dtype)
     if not in_turn(a, free=32):

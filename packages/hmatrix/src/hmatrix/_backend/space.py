@@ -84,8 +84,7 @@ class Space:
     @property
     def place(self) -> str:
         """Library and, unless it is the host, device, for messages."""
-        device = str(self.device)
-        return self.library + (f" on {device}" if "cpu" not in device.lower() else "")
+        return self.library if self.on_host else f"{self.library} on {self.device}"
 
     @property
     def on_host(self) -> bool:
@@ -100,9 +99,8 @@ class Space:
     @property
     def wider(self) -> str:
         """Name of the dtype with twice the digits, empty if there is none."""
-        if self.name in ("float64", "complex128"):
-            return ""
-        return "complex128" if self.is_complex else "float64"
+        name = self.double.name
+        return name if name != self.name else ""
 
     def or_wider(self, words: str) -> str:
         """Advise, in these ``words``, the wider dtype; nothing if there is none."""
@@ -129,8 +127,15 @@ class Space:
         """The space of absolute values."""
         if not self.is_complex:
             return self
-        name = FLOATS[COMPLEX.index(self.name)]
-        return Space(self.xp, getattr(self.xp, name), self.device)
+        return self._in(FLOATS[COMPLEX.index(self.name)])
+
+    @property
+    def double(self) -> Space:
+        """The same library and device in double precision."""
+        return self._in("complex128" if self.is_complex else "float64")
+
+    def _in(self, dtype: str) -> Space:
+        return Space(self.xp, getattr(self.xp, dtype), self.device)
 
     def zeros(self, *shape: int) -> Array:
         """Return an array of zeros."""

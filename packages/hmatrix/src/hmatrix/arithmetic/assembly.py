@@ -24,10 +24,17 @@ from hmatrix._checks import NonFiniteError, check_int
 from hmatrix._operator import pad_rows
 from hmatrix.construct import block_sides, block_tolerance, check_rtol
 from hmatrix.hodlr import HODLR, clear_padding, from_sides
-from hmatrix.lowrank import LowRank, beside, cut_triplets, differentiated, recompress
+from hmatrix.lowrank import (
+    LowRank,
+    beside,
+    cut_triplets,
+    differentiated,
+    recompress,
+    stack,
+)
 from hmatrix.tree import ClusterTree
 
-__all__ = ["Terms", "assemble", "estimate_norm"]
+__all__ = ["Terms", "assemble", "estimate_norm", "node_terms"]
 
 #: Of a level, root first: what is added to the blocks ``B12`` and ``B21`` of its nodes,
 #: and to the diagonal blocks ``B11, B22`` as one batch (2**(level + 1), half, half).
@@ -103,6 +110,22 @@ def assemble(
     # relative to the exact sum, whose norm may be smaller by what was lost
     error = lost / (norm - lost) if lost < norm else None if lost else 0.0
     return clear_padding(from_sides(tree, leaves, sides, error))
+
+
+def node_terms(left: Array, core: Array, right: Array) -> Terms:
+    """Return the terms ``left core rightᴴ`` of a level's nodes.
+
+    The rows of ``left`` and ``right`` (b, 2, half, r) are those of the halves of a node; the
+    four blocks of ``core`` (b, 2r, 2r) say how the halves meet.
+    """
+    r = int(left.shape[-1])
+    ones = Space.of(left).real.ones(int(left.shape[0]), r)
+
+    def term(row: int, column: int) -> LowRank:
+        block = core[:, r * row :, r * column :][:, :r, :r]
+        return LowRank(left[:, row, :, :] @ block, ones, right[:, column, :, :])
+
+    return term(0, 1), term(1, 0), stack(term(0, 0), term(1, 1))
 
 
 def _hand_down(

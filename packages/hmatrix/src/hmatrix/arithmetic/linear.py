@@ -11,6 +11,7 @@ from hmatrix._backend import (
     dtype_name,
     in_own_precision,
     is_array,
+    is_real,
     wants_gradient,
 )
 from hmatrix._checks import (
@@ -63,8 +64,8 @@ def scale(H: Matrix, factor: complex | Array) -> Matrix:
         check_float("factor", number, minimum=0.0)
     tensor: Any = factor
     if wants_gradient(tensor):
-        real = dtype_name(tensor.dtype) == H.space.real.name
-        number = check_operand("factor", tensor, H.space.real if real else H.space)
+        number = _check_own_or_real("factor", tensor, H.space)
+        real = not Space.of(number).is_complex
     if isinstance(H, MLR):
         root = number**0.5
         factors = tuple(F * root for F in H.factors)
@@ -105,13 +106,12 @@ def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
     xp = space.xp
     vector: Any = diagonal
     if is_array(vector) and (len(vector.shape) or wants_gradient(vector)):
-        real = dtype_name(vector.dtype) == space.real.name
-        added = check_operand("diagonal", vector, space.real if real else space)
+        added = _check_own_or_real("diagonal", vector, space)
         if tuple(added.shape) not in ((), (tree.n,)):
             msg = f"`diagonal` must have shape ({tree.n},), got {tuple(added.shape)}."
             raise ShapeError(msg)
         check_finite("diagonal", added)
-        real = real or not bool(xp.any(xp.imag(added) != 0))
+        real = is_real(added)
         added = xp.broadcast_to(xp.astype(added, space.dtype), (tree.n,))
     else:
         number = _check_number("diagonal", diagonal, space)
@@ -128,6 +128,12 @@ def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
     if H.symmetric and not real:
         lower = tuple(block.H for block in H.upper)
     return with_error_of_sum(HODLR(tree, leaves, H.upper, lower), H)
+
+
+def _check_own_or_real(name: str, x: Array, space: Space) -> Array:
+    """Return ``x`` if it lives in ``space``, or in the real one that belongs to that."""
+    real = dtype_name(x.dtype) == space.real.name
+    return check_operand(name, x, space.real if real else space)
 
 
 def _check_number(name: str, value: Any, space: Space) -> float | complex:

@@ -16,6 +16,7 @@ from hmatrix._backend import (
     detach,
     dtype_name,
     in_own_precision,
+    safe_norms,
 )
 from hmatrix._checks import (
     DTypeError,
@@ -182,9 +183,7 @@ def _peeled(
     upper, lower = (tuple(pair[side] for pair in peeling.found) for side in (0, 1))
     below = None if peeling.symmetric else lower
     whole = clear_padding(HODLR(tree, leaves, upper, below))
-    xp = space.xp
-    squares = sum(float(xp.sum(block.S**2)) for block in (*upper, *lower))
-    norm = math.sqrt(squares + float(xp.sum(xp.abs(leaves) ** 2)))
+    norm = math.hypot(*safe_norms([leaves, *(b.S for b in (*upper, *lower))]))
     allowed = max(asked * norm, atol)
     spent = 2 * probes.error(whole)  # twice: the estimate may be low
     H = cut_blocks(

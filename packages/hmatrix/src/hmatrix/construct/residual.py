@@ -133,7 +133,7 @@ def strays(
         places = xp.argsort(-largest, axis=-1)[:, :STRAYS]
         error = part.at_columns(places)
         error = error - conjugate(pick(right, places)) @ transpose(left)
-        norms = xp.maximum(norms, xp.sqrt(xp.sum(xp.abs(error) ** 2, axis=(1, 2))))
+        norms = xp.maximum(norms, xp.sqrt(xp.sum(squares(error), axis=(1, 2))))
     return norms
 
 

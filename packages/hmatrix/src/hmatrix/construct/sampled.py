@@ -18,6 +18,7 @@ from hmatrix._backend import (
     namespace,
     one_blas_thread_if_narrow,
     qr,
+    squares,
     svd,
     to_numpy,
 )
@@ -127,7 +128,7 @@ def _next_width(
     if most < math.inf:
         return min(2 * width, int(most)) if width < most else limit + 1
     xp = namespace(missed)
-    holds, rest = float(xp.sum(xp.abs(W) ** 2)), float(xp.sum(missed**2))
+    holds, rest = float(xp.sum(squares(W))), float(xp.sum(missed**2))
     part = rest / (holds + rest)
     if part > 0.1:
         # of singular values that are all alike a sample holds its share of the columns
@@ -165,7 +166,7 @@ def _improved(
         return xp.sum(svd(R)[1][:, :rank] ** 2, axis=-1)
 
     with one_blas_thread_if_narrow(space, width):
-        total = xp.sum(xp.abs(W) ** 2, axis=(-2, -1)) + missed**2
+        total = xp.sum(squares(W), axis=(-2, -1)) + missed**2
         W, R = qr(W)
         holds = held(R)
         for _ in range(TURNS):
@@ -185,13 +186,13 @@ def _improved(
 def _missed(blocks: Array, Q: Array, W: Array) -> Array:
     """Return the norms (b,) of blocks less ``Q Wᴴ``."""
     space, right = Space.of(blocks), adjoint(W)
-    xp, squares = space.xp, space.real.zeros(blocks.shape[0])
+    xp, sums = space.xp, space.real.zeros(blocks.shape[0])
     for batch, rows in tiles(space, *blocks.shape):
         rest = Q[batch, rows, :] @ right[batch, ...]
         rest -= blocks[batch, rows, :]
         rest = xp.reshape(rest, (rest.shape[0], -1))
-        squares[batch] = squares[batch] + xp.abs(xp.vecdot(rest, rest))
-    return xp.sqrt(squares)
+        sums[batch] = sums[batch] + xp.abs(xp.vecdot(rest, rest))
+    return xp.sqrt(sums)
 
 
 def _cut(

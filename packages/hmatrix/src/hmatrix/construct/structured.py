@@ -11,9 +11,10 @@ from hmatrix._backend import (
     Space,
     adjoint,
     detach,
-    frobenius,
     in_own_precision,
+    is_real,
     namespace,
+    safe_norms,
 )
 from hmatrix._checks import (
     ShapeError,
@@ -31,7 +32,7 @@ from hmatrix.hodlr import HODLR
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
 
-__all__ = ["from_diagonal", "from_low_rank", "identity", "is_real", "slices"]
+__all__ = ["from_diagonal", "from_low_rank", "identity", "slices"]
 
 
 def identity(
@@ -188,8 +189,7 @@ def from_low_rank(
     sides = (upper,) if symmetric else (upper, lower)
     scales = [recompress(block)[0].S for side in sides for block in side]
     scales *= 2 if symmetric else 1
-    parts = (leaves, *scales)
-    norm = check_norm(math.hypot(*(float(frobenius(x)) for x in parts)), space)
+    norm = check_norm(math.hypot(*safe_norms([leaves, *scales])), space)
     return cut_blocks(
         tree,
         leaves,
@@ -228,12 +228,6 @@ def slices(
 
     m = tree.levels
     return side(0), side(1), LowRank(rows(U, m), scales(m), rows(V, m))
-
-
-def is_real(x: Array) -> bool:
-    """Whether all numbers are real."""
-    xp = namespace(x)
-    return not Space.of(x).is_complex or bool(xp.all(xp.imag(x) == 0))
 
 
 def _diagonal_leaves(diagonal: Array, tree: ClusterTree) -> Array:

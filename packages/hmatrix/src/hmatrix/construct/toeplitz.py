@@ -13,6 +13,7 @@ from hmatrix._backend import (
     detach,
     frobenius,
     in_own_precision,
+    is_real,
     namespace,
 )
 from hmatrix._checks import (
@@ -27,7 +28,6 @@ from hmatrix._checks import (
 from hmatrix._operator import real_rows
 from hmatrix.construct.budget import block_tolerance, check_tolerances, make_tree
 from hmatrix.construct.probes import ROUNDING, Probes, find_range
-from hmatrix.construct.structured import is_real
 from hmatrix.hodlr import HODLR, from_sides
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree

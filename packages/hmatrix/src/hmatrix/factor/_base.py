@@ -69,6 +69,7 @@ class Factorization(ABC):
     """
 
     _logdet: Array  # float64 ()
+    _sign: Any = 1.0  # of the determinant, a number or an array ()
     _lost: float  # what `_check_precision` found, of those that call it
     _refinements = 1  # that solutions have by default
 
@@ -145,9 +146,9 @@ class Factorization(ABC):
         """
         refine = self._refinements if refine is None else check_int("refine", refine, 0)
         rtol = None if rtol is None else check_float("rtol", rtol, minimum=0)
-        inverse, product = self._apply, self.matrix._apply
+        inverse, product = self._apply, self._multiply
         if adjoint:
-            inverse, product = self._apply_adjoint, self.matrix._apply_adjoint
+            inverse, product = self._apply_adjoint, self._multiply_adjoint
 
         def apply(x: Array) -> Array:
             return cleared(inverse(x), self.tree)
@@ -163,9 +164,17 @@ class Factorization(ABC):
 
         return apply_padded("b", b, self.tree, self.space, solve)
 
+    def _multiply(self, x: Array) -> Array:
+        """Product of ``H + shift·I`` with a padded block."""
+        return self.matrix._apply(x) + self.shift * x
+
+    def _multiply_adjoint(self, x: Array) -> Array:
+        """Product of the adjoint with a padded block."""
+        return self.matrix._apply_adjoint(x) + self.shift * x
+
     def _residual(self, b: Array, x: Array, product: Apply) -> Array:
-        """Return ``b − (H + shift·I) x`` of padded blocks, by the product with H."""
-        return cleared(b - product(x) - self.shift * x, self.tree)
+        """Return ``b`` less the product with ``x``, both padded blocks."""
+        return cleared(b - product(x), self.tree)
 
     def _with_gradients(
         self, b: Array, product: Apply, solve: Apply, solve_adjoint: Apply
@@ -213,8 +222,7 @@ class Factorization(ABC):
         space, tree = self.space, self.tree
 
         def error(z: Array) -> Array:
-            x = cleared(self._apply(z), tree)
-            return cleared(self.matrix._apply(x) + self.shift * x - z, tree)
+            return self._residual(z, cleared(self._apply(z), tree), self._multiply)
 
         with without_gradients(space.xp), np.errstate(all="ignore"):
             z = space.normal((tree.n, PROBES), tree.n, PROBES)
@@ -350,7 +358,10 @@ class Factorization(ABC):
         )
 
     def _sign_of_determinant(self) -> float | complex:
-        return 1.0
+        sign, H = complex(self._sign), self.matrix
+        if not self.space.is_complex or isinstance(H, MLR) or H.symmetric:
+            return math.copysign(1.0, sign.real)  # real, to rounding
+        return sign / abs(sign)
 
     def logdet(self) -> Any:
         """Return the log of the determinant.

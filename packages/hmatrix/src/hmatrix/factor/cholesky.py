@@ -21,7 +21,7 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import PrecisionError, SingularBlockError, take_array
 from hmatrix._operator import cleared, unpad_rows
-from hmatrix.arithmetic import Terms
+from hmatrix.arithmetic import Terms, node_terms
 from hmatrix.factor._base import Factorization, has_gradients, narrow
 from hmatrix.factor.climb import build
 from hmatrix.factor.gradients import logdet_with_gradients
@@ -36,7 +36,7 @@ from hmatrix.factor.symmetric import (
     logdet_of_cholesky,
 )
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, scaled, stack
+from hmatrix.lowrank import LowRank, scaled
 
 __all__ = ["HODLRCholesky"]
 
@@ -117,15 +117,8 @@ class HODLRCholesky(Factorization):
         return leaves, starmap(self._level_terms, self._factor.inverse_terms())
 
     def _level_terms(self, Z: Array, M: Array) -> Terms:
-        xp, (nodes, r) = self.space.xp, (M.shape[0], Z.shape[-1])
-        Z = xp.reshape(Z, (nodes, 2, Z.shape[1], r))
-        ones = self.space.real.ones(nodes, r)
-
-        def term(row: int, column: int) -> LowRank:
-            core = M[:, r * row :, r * column :][:, :r, :r]
-            return LowRank(Z[:, row, :, :] @ core, ones, Z[:, column, :, :])
-
-        return term(0, 1), term(1, 0), stack(term(0, 0), term(1, 1))
+        Z = self.space.xp.reshape(Z, (M.shape[0], 2, *Z.shape[1:]))
+        return node_terms(Z, M, Z)
 
     def _apply(self, x: Array) -> Array:
         factor = self._factor  # and not `self`, which would be held in a cycle
@@ -135,7 +128,7 @@ class HODLRCholesky(Factorization):
 
         if not self._has_gradients():
             return solve(x)
-        return self._with_gradients(x, self.matrix._apply, solve, solve)
+        return self._with_gradients(x, self._multiply, solve, solve)
 
     def _has_gradients(self) -> bool:
         return not self._overwritten and has_gradients(self.matrix)

@@ -26,13 +26,13 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import SingularBlockError, SingularLeafError, take_array
 from hmatrix._operator import cleared, real_rows, unpad_rows
-from hmatrix.arithmetic import Terms, estimate_norm
+from hmatrix.arithmetic import Terms, estimate_norm, node_terms
 from hmatrix.factor._base import PROBES, Factorization, narrow
 from hmatrix.factor.leaves import shifted_leaves, without_padding
 from hmatrix.factor.operator import HODLRInverse
 from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, pair, stack
+from hmatrix.lowrank import pair
 
 __all__ = ["HODLRFactorization"]
 
@@ -89,13 +89,6 @@ class HODLRFactorization(Factorization):
         """Return the inverse as an operator; nothing is formed."""
         return HODLRInverse(self, refined=self._lost > math.sqrt(self.space.eps))
 
-    def _sign_of_determinant(self) -> float | complex:
-        sign = complex(self._sign)
-        if self.space.is_complex and not self.matrix.symmetric:
-            return sign
-        # that of a Hermitian matrix is real, to rounding
-        return math.copysign(1.0, sign.real)
-
     @narrow
     @in_own_precision
     def inverse_diagonal(self) -> Array:
@@ -141,9 +134,7 @@ class HODLRFactorization(Factorization):
         if bool(xp.all(off <= 2 * math.sqrt(space.eps) * norms)):
             return False
         # more than that may be the condition number's fault, which takes products to know
-        size = estimate_norm(
-            lambda z: self.matrix._apply(z) + self.shift * z, self.tree, space
-        )
+        size = estimate_norm(self._multiply, self.tree, space)
         rounding = 10 * space.eps * float(xp.max(norms)) * size
         return not bool(xp.all(off <= 2 * rounding * norms))
 
@@ -153,15 +144,10 @@ class HODLRFactorization(Factorization):
         return leaves, map(self._level_terms, range(self.tree.levels))
 
     def _level_terms(self, level: int) -> Terms:
-        width, (Y, Z) = self._widths[level], self._term_bases(level)
-        E, ones = self._E[level], self.space.real.ones(Y.shape[0], width)
-
-        def term(row: int, column: int) -> LowRank:
-            # Qᴴ D sees the second half of a block first
-            core = E[:, width * row :, width * (1 - column) :][:, :width, :width]
-            return LowRank(-Y[:, row, :, :] @ core, ones, Z[:, column, :, :])
-
-        return term(0, 1), term(1, 0), stack(term(0, 0), term(1, 1))
+        Y, Z = self._term_bases(level)
+        # Qᴴ D sees the second half of a block first
+        core = self.space.xp.roll(self._E[level], self._widths[level], axis=-1)
+        return node_terms(Y, -core, Z)
 
     def _term_bases(self, level: int) -> tuple[Array, Array]:
         """Return D P and Dᴴ Q of a level, each (2**level, 2, half, r)."""

@@ -248,13 +248,13 @@ def _off(X: HODLR, F: HODLRCholesky | HODLRFactorization) -> tuple[float, float]
     """
     space = F.space
     z = pad_rows(space.normal((F.tree.n, PROBES), F.tree.n, PROBES), F.tree)
-    y = F.matrix._apply(z) + F.shift * z
+    y = F._multiply(z)
     x = pad_rows(F.solve(unpad_rows(z, F.tree)), F.tree)
     off = safe_norm(cleared(X._apply(z) - x, F.tree))
     # of matrix and inverse, the 2-norms by a step of power iteration: the product of
     # Frobenius norms is many times larger, and would let lost digits pass
     sizes = safe_norm(x), safe_norm(y)
-    two = F._apply_adjoint(x), F.matrix._apply_adjoint(y) + F.shift * y
+    two = F._apply_adjoint(x), F._multiply_adjoint(y)
     condition = math.prod(
         safe_norm(cleared(v, F.tree)) / size for v, size in zip(two, sizes, strict=True)
     )

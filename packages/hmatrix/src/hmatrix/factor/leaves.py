@@ -25,8 +25,7 @@ def shifted_leaves(
     xp, rows = space.xp, space.xp.reshape(places("rows", tree, space), (-1, m))
     real = rows[which, :] < tree.n
     # not a mere copy: padded rows want no gradient of the log-determinant
-    zero = xp.zeros((), dtype=space.dtype, device=space.device)
-    leaves = xp.where(real[:, :, None], leaves[which, ...], zero)
+    leaves = xp.where(real[:, :, None], leaves[which, ...], space.zeros())
     added = xp.full(real.shape, shift, dtype=space.dtype, device=space.device)
     added = xp.where(real, added, xp.ones_like(added))
     return add_to_diagonals(leaves, added)

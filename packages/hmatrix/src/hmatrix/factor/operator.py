@@ -57,10 +57,10 @@ class HODLRInverse(Operator):
         return conjugate(diagonal) if self._adjoint else diagonal
 
     def _apply(self, x: Array) -> Array:
-        factor, matrix = self._factorization, self._factorization.matrix
-        inverse, product = factor._apply, matrix._apply
+        factor = self._factorization
+        inverse, product = factor._apply, factor._multiply
         if self._adjoint:
-            inverse, product = factor._apply_adjoint, matrix._apply_adjoint
+            inverse, product = factor._apply_adjoint, factor._multiply_adjoint
         y = inverse(x)
         if not self._refined:
             return y

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
 
 from hmatrix._backend import (
     Array,
@@ -154,7 +153,7 @@ class HODLROrthogonal(Factorization):
         U, V = (
             xp.reshape(x, (*D.shape[:2], x.shape[-1])) for x in (U / self._scale, V)
         )
-        self._sign: Any = self.space.ones()
+        self._sign = self.space.ones()
         self._logdet = xp.full(
             (),
             tree.n * math.log(self._scale),
@@ -248,14 +247,14 @@ class HODLROrthogonal(Factorization):
         plain = self._plain
         if plain is None:
             return self._solve(x)
-        parts = (self.matrix._apply, plain._solve, plain._solve_adjoint)
+        parts = (self._multiply, plain._solve, plain._solve_adjoint)
         return self._with_gradients(x, *parts)
 
     def _apply_adjoint(self, x: Array) -> Array:
         plain = self._plain
         if plain is None:
             return self._solve_adjoint(x)
-        parts = (self.matrix._apply_adjoint, plain._solve_adjoint, plain._solve)
+        parts = (self._multiply_adjoint, plain._solve_adjoint, plain._solve)
         return self._with_gradients(x, *parts)
 
     def _solve(self, x: Array) -> Array:
@@ -317,12 +316,6 @@ class HODLROrthogonal(Factorization):
             x = step.down_own(y, x)
         diagonal = xp.reshape(xp.linalg.diagonal(x), (-1,))
         return unpad_rows(diagonal / self._scale, self.tree)
-
-    def _sign_of_determinant(self) -> float | complex:
-        sign = complex(self._sign)
-        if self.space.is_complex and not self.matrix.symmetric:
-            return sign / abs(sign)
-        return math.copysign(1.0, sign.real)
 
     def _arrays(self) -> dict[str, Array]:
         arrays = {"sign": self._sign, "logdet": self._logdet, "root": self._root}

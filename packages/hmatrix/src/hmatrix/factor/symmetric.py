@@ -21,6 +21,7 @@ from hmatrix._backend import (
     inverse_lower,
     namespace,
     plus_product,
+    squares,
     to_numpy,
     try_cholesky,
 )
@@ -113,7 +114,7 @@ class SymmetricFactor:
         """Return the diagonal of ``(W Wᴴ)⁻¹`` (padded,), of bases of halves."""
         space = Space.of(self.inverse_leaves)
         xp = space.xp
-        diagonal = xp.sum(xp.abs(self.inverse_leaves) ** 2, axis=-2)
+        diagonal = xp.sum(squares(self.inverse_leaves), axis=-2)
         diagonal = xp.astype(xp.reshape(diagonal, (-1,)), space.dtype, copy=False)
         for Z, M in self.inverse_terms():
             r = Z.shape[-1]

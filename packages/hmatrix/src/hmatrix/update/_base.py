@@ -41,7 +41,7 @@ STATE_VERSION = 1
 
 
 class Streaming(ABC):
-    """What both accumulators share: checking, chunking, counting, checkpoints."""
+    """What all accumulators share: checks, pieces, counting, checkpoints."""
 
     # Names of the attributes that hold one array for each level.
     _series: ClassVar[tuple[str, ...]]
@@ -64,11 +64,8 @@ class Streaming(ABC):
         self._count = 0.0
         m = self.tree.leaf_size
         self._leaves = self.space.zeros(self.tree.nodes(self.tree.levels), m, m)
-        # in float64, where the share of a late batch does not fall below rounding
-        wide = "complex128" if self.space.is_complex else "float64"
-        self._mean = (
-            Space.like(self._leaves, wide).zeros(self.tree.n) if center else None
-        )
+        # in double precision, where the share of a late batch does not fall below rounding
+        self._mean = self.space.double.zeros(self.tree.n) if center else None
         # Frobenius norm lost so far in each upper off-diagonal block
         self._lost = [
             self.space.real.zeros(self.tree.nodes(k)) for k in range(self.tree.levels)
@@ -182,6 +179,7 @@ class Streaming(ABC):
             msg = f"`other` must have center={self._mean is not None}, as this one has."
             raise ValueError(msg)
         self._merge(other)
+        self._leaves = self._leaves + other._leaves
         self._lost = [a + b for a, b in zip(self._lost, other._lost, strict=True)]
         between = self._between(other._mean, other._count)
         if between is not None:
@@ -377,6 +375,10 @@ class Streaming(ABC):
         between = step * math.sqrt(before * (weight / self._count))
         return self.space.asarray(between)[None, :] if before else None
 
+    def _result_scale(self, normalize: bool) -> float:
+        """Return what makes a mean of the sum held, or leaves it."""
+        return 1 / self._count if normalize and self._count else 1.0
+
     def _add_to_leaves(self, E: Array) -> None:
         """Add the diagonal blocks of ``E Eᴴ``, E (padded, c)."""
         shape = (*self._leaves.shape[:2], E.shape[-1])
@@ -405,7 +407,7 @@ class Streaming(ABC):
 
     @abstractmethod
     def _merge(self, other: Self) -> None:
-        """Add what ``other`` holds, but its count and losses."""
+        """Add what ``other`` holds, but its leaves, count and losses."""
 
     @abstractmethod
     def _scale(self, factor: float) -> None:

@@ -68,7 +68,7 @@ class StreamingHODLR(Streaming):
 
         With ``center=True`` z are deviations from `mean`. Without samples it is zero.
         """
-        scale = 1 / self._count if normalize and self._count else 1.0
+        scale = self._result_scale(normalize)
         upper = tuple(
             LowRank(basis[:, 0, :, :], S * scale, basis[:, 1, :, :])
             for basis, S in zip(self._bases, self._scales, strict=True)
@@ -90,7 +90,6 @@ class StreamingHODLR(Streaming):
             roots = self.space.xp.sqrt(S)[:, None, None, :]
             roots = self.space.xp.astype(roots, basis.dtype, copy=False)
             self._add_to_level(k, basis * roots)
-        self._leaves = self._leaves + other._leaves
 
     def _scale(self, factor: float) -> None:
         self._scales = [S * factor for S in self._scales]

@@ -165,7 +165,7 @@ class StreamingMLR(Streaming):
 
         With ``center=True`` z are deviations from `mean`. Without samples it is zero.
         """
-        scale = 1 / self._count if normalize and self._count else 1.0
+        scale = self._result_scale(normalize)
         root = math.sqrt(scale)
         factors = tuple(F * root for F in self._factors)
         return MLR(self.tree, self._leaves * scale, factors)
@@ -191,7 +191,6 @@ class StreamingMLR(Streaming):
 
     def _merge(self, other: Self) -> None:
         self._cascade(other._factors)
-        self._leaves = self._leaves + other._leaves
 
     def _scale(self, factor: float) -> None:
         self._factors = [F * math.sqrt(factor) for F in self._factors]

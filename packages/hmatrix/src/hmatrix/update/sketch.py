@@ -110,10 +110,8 @@ class StreamingSketch(Streaming):
 
         With ``center=True`` z are deviations from `mean`. Without samples it is zero.
         """
-        space, tree = self.space, self.tree
-        # twice the digits: what is left of a level is a difference
-        name = "complex128" if space.is_complex else "float64"
-        wide = Space.like(self._leaves, name)
+        tree, space = self.tree, self.space
+        wide = space.double  # what is left of a level is a difference
         leaves = wide.asarray(self._leaves, copy=True)
         factors: list[Array] = []
         for S, Ω in zip(self._sketches[: tree.levels], self._vectors, strict=False):
@@ -128,7 +126,7 @@ class StreamingSketch(Streaming):
             below = space.xp.reshape(F, (*leaves.shape[:2], F.shape[-1]))
             add_product(leaves, below, adjoint(below), -1)
             factors.append(F)
-        scale = 1 / self._count if normalize and self._count else 1.0
+        scale = self._result_scale(normalize)
         root = math.sqrt(scale)
         return MLR(
             tree,
@@ -165,7 +163,6 @@ class StreamingSketch(Streaming):
         self._sketches = [
             a + b for a, b in zip(self._sketches, other._sketches, strict=True)
         ]
-        self._leaves = self._leaves + other._leaves
 
     def _scale(self, factor: float) -> None:
         self._sketches = [S * factor for S in self._sketches]
