@@ -29,6 +29,7 @@ from .arrays import (
     real_part,
     squares,
     to_numpy,
+    to_one,
     transpose,
 )
 from .gradients import known_gradients, wants_gradient, without_gradients
@@ -105,6 +106,7 @@ __all__ = [
     "squares",
     "svd",
     "to_numpy",
+    "to_one",
     "transpose",
     "triangle",
     "try_cholesky",

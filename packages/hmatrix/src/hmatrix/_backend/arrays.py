@@ -34,6 +34,7 @@ __all__ = [
     "real_part",
     "squares",
     "to_numpy",
+    "to_one",
     "transpose",
 ]
 
@@ -188,6 +189,20 @@ def positive_or_one(x: Array) -> Array:
     return xp.where(x > 0, x, xp.ones_like(x))
 
 
+def to_one(x: Array) -> tuple[Array, Array]:
+    """Divide matrices (..., m, n) by their largest absolute values, and return those (...).
+
+    Where that is subnormal, by which complex division overflows, it is 1 instead.
+    """
+    xp = namespace(x)
+    if not x.shape[-1]:
+        return x, xp.sum(xp.abs(x), axis=(-2, -1)) + 1
+    top = xp.max(xp.abs(x), axis=(-2, -1))
+    normal = top >= xp.finfo(x.dtype).smallest_normal
+    top = xp.where(normal, top, xp.ones_like(top))
+    return x / xp.astype(top, x.dtype, copy=False)[..., None, None], top
+
+
 def add_product(x: Array, a: Array, b: Array, sign: int = 1) -> Array:
     """Return ``x ± a @ b`` (batches of matrices), computed in the memory of ``x``."""
     if array_api_compat.is_torch_array(x):
@@ -212,12 +227,11 @@ def plus_product(x: Array, a: Array, b: Array, *, own: bool = False) -> Array:
 
     It takes that of ``x`` where this is the caller's ``own`` and torch records nothing.
     """
-    if array_api_compat.is_torch_array(x):
-        if own and not any(t.requires_grad for t in (x, a, b)):
-            return add_product(x, a, b)
-        return x.baddbmm(a, b)
-    if own:
+    torch = array_api_compat.is_torch_array(x)
+    if own and not (torch and any(t.requires_grad for t in (x, a, b))):
         return add_product(x, a, b)
+    if torch:
+        return x.baddbmm(a, b)
     product = a @ b
     product += x
     return product

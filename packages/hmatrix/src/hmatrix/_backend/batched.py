@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from .arrays import Array, adjoint, namespace, positive_or_one
+from .arrays import Array, adjoint, namespace, positive_or_one, to_one
 from .gradients import wants_gradient
 from .space import Space
 
@@ -35,7 +35,7 @@ def householder_qr(a: Array, *, complete: bool = False) -> tuple[Array, Array]:
     R = space.asarray(a, copy=True)
     reflectors = []
     for j in range(k):
-        x = _to_one(R[..., j:, j : j + 1])
+        x, _ = to_one(R[..., j:, j : j + 1])
         size = xp.linalg.vector_norm(x, axis=-2, keepdims=True)
         first = x[..., :1, :]
         absolute = xp.abs(first)
@@ -54,12 +54,3 @@ def householder_qr(a: Array, *, complete: bool = False) -> tuple[Array, Array]:
     for j, v in reversed(list(enumerate(reflectors))):
         Q[..., j:, j:] = Q[..., j:, j:] - v @ (adjoint(v) @ Q[..., j:, j:])
     return Q, xp.triu(R[..., :width, :])
-
-
-def _to_one(x: Array) -> Array:
-    """Bring the largest number of each matrix to 1, and what has no square there to 0."""
-    xp = namespace(x)
-    top = xp.max(xp.abs(x), axis=(-2, -1), keepdims=True)
-    none = top < xp.finfo(x.dtype).smallest_normal
-    top = xp.astype(xp.where(none, xp.ones_like(top), top), x.dtype)
-    return xp.where(none, xp.zeros_like(x), x / top)

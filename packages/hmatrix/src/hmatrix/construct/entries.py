@@ -133,8 +133,9 @@ def from_entries(
     # a padded row has the number of some row; what it gives is masked
     labels = space.integers(np.minimum(tree.rows, tree.n - 1))
     function, _ = broadcasting(function, labels, dims=0)
+    rtol = check_rtol(space, rtol, math.sqrt(space.eps))
     return build(
-        checked(function, space, rtol=check_rtol(space, rtol, math.sqrt(space.eps))),
+        checked(function, space, rtol=rtol),
         labels,
         tree,
         space,

@@ -18,12 +18,12 @@ from hmatrix._backend import (
     eigh_descending,
     in_own_precision,
     inverse_lower,
-    namespace,
     one_thread_if_small,
     positive_or_one,
     qr,
     real_part,
     squares,
+    to_one,
 )
 from hmatrix._checks import (
     ShapeError,
@@ -264,34 +264,23 @@ class StreamingMLR(Streaming):
         sketch = self.rank + OVERSAMPLING
         # squares of what is squared already leave the range of float32: it is scaled to 1
         if half <= 2 * sketch:
-            product, top = _to_one(adjoint(first) @ second)
+            product, top = to_one(adjoint(first) @ second)
             squared = xp.sum(squares(product), axis=(-2, -1))
         elif w <= 4 * sketch or self.method == "eigh":
             # ‖N₁ᴴN₂‖² = ⟨N₁N₁ᴴ, N₂N₂ᴴ⟩; rounding may push zero below zero
-            (one, a), (two, b) = (_to_one(x @ adjoint(x)) for x in (first, second))
+            (one, a), (two, b) = (to_one(x @ adjoint(x)) for x in (first, second))
             squared = xp.sum(real_part(one * conjugate(two)), axis=(-2, -1))
             squared = xp.where(squared > 0, squared, xp.zeros_like(squared))
             top = xp.sqrt(a) * xp.sqrt(b)
         else:
             probes = self._normal(half, PROBES)
-            probed, top = _to_one(adjoint(first) @ (second @ probes))
+            probed, top = to_one(adjoint(first) @ (second @ probes))
             squared = xp.sum(squares(probed), axis=(-2, -1)) / PROBES
         return xp.sqrt(squared) * top
 
     def _normal(self, *shape: int) -> Array:
         self._draws += 1
         return self.space.normal(shape, self.seed, self._draws)
-
-
-def _to_one(x: Array) -> tuple[Array, Array]:
-    """Divide matrices x (b, m, w) by their largest numbers; return those as well: (b,)."""
-    xp, space = namespace(x), Space.of(x)
-    if not x.shape[-1]:
-        return x, space.real.ones(x.shape[0])
-    top = xp.max(xp.abs(x), axis=(-2, -1))
-    normal = top >= xp.finfo(x.dtype).smallest_normal
-    top = xp.where(normal, top, xp.ones_like(top))
-    return x / xp.astype(top, x.dtype, copy=False)[:, None, None], top
 
 
 def _square_root(M: Array) -> Array:
