@@ -127,7 +127,7 @@ class HODLR(StoredOperator):
 
     @property
     def _widths(self) -> list[int]:
-        """Sizes of the small side of all stored matrices."""
+        """Smaller side of each stored array: leaf size and ranks."""
         return [self.tree.leaf_size, *(block.rank for block in self._blocks)]
 
     @property
@@ -178,7 +178,7 @@ class HODLR(StoredOperator):
         return from_sides(self.tree, change(self.leaves), sides, self.error)
 
     def _release(self) -> None:
-        """Let go of the arrays, whose memory another object takes over."""
+        """Drop the arrays, whose memory a factorization takes over."""
         for name in ("leaves", "upper", "lower"):
             object.__delattr__(self, name)
 
@@ -298,7 +298,8 @@ def apply_blocks(pairs: Iterable[tuple[LowRank, LowRank]], x: Array, y: Array) -
 def clear_padding(H: HODLR) -> HODLR:
     """Return ``H`` with zeros in all padded rows and columns.
 
-    Columns that a QR or singular value decomposition has no numbers for point anywhere.
+    Where factors lack rank, QR and singular value decompositions complete them by
+    orthonormal columns that need not be zero there.
     """
     tree, xp = H.tree, H.space.xp
     if tree.padded == tree.n:

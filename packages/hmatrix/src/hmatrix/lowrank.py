@@ -113,7 +113,7 @@ class LowRank:
     @property
     def H(self) -> LowRank:
         """The adjoint blocks (views)."""
-        # unchecked: they fit, and products ask for it every time
+        # not checked again: every product with a symmetric matrix makes one
         swapped = object.__new__(LowRank)
         vars(swapped).update(U=self.V, S=self.S, V=self.U)
         return swapped
@@ -234,18 +234,18 @@ def recompress(
 def differentiated(
     cut: LowRank, block: LowRank, sides: Callable[[], np.ndarray] | None = None
 ) -> LowRank:
-    """Let torch differentiate what was cut from blocks as the blocks B themselves.
+    """Give ``cut`` the gradients of the blocks B that it was cut from.
 
-    Those of a decomposition do not exist where singular values are equal or zero. The
-    product of factors needs none of them: with the projections P and Q on the orthonormal
-    columns of ``cut`` it is ``P dB + dB Q - P dB Q``, if no column was cut off, or if one
-    of the two is all that the block has. Of padded blocks ``sides`` gives the smaller
-    side of each that is left without padding, beyond which no rank goes.
+    A singular value decomposition has none where singular values are equal or zero. The
+    product of the factors has: with the projections P and Q on the orthonormal columns of
+    ``cut`` its differential is ``P dB + dB Q - P dB Q``, if no singular value was cut off,
+    or if P or Q is the identity. ``sides`` returns the smaller side of each padded block
+    without its padding, which no rank exceeds.
 
     Raises
     ------
     ValueError
-        If a column was. What changes it changes the rank, and would be lost.
+        If singular values were cut off: a change of B that changes the rank would be lost.
     """
     inputs = [block.U, block.S, block.V]
     if not any(map(wants_gradient, inputs)):
@@ -315,9 +315,9 @@ def cut_triplets(
     max_rank: int | None,
     spectral: float = math.inf,
 ) -> tuple[LowRank, Array, Array]:
-    """Drop the tails of singular triplets, S descending.
+    """Cut singular triplets, S descending, as `kept` decides.
 
-    Arguments and what each block did lose in both norms are those of `kept`.
+    Returns the blocks, and what each loses in the Frobenius and in the spectral norm.
     """
     xp = namespace(S)
     keep, lost, largest = kept(S, tolerance, max_rank, spectral)
@@ -369,5 +369,5 @@ def kept(
 
 
 def scaled(x: Array, S: Array) -> Array:
-    """Multiply with real scales, which the standard wants in the dtype of ``x``."""
+    """Multiply with real scales; the standard promotes no real dtype to a complex one."""
     return x * namespace(x).astype(S, x.dtype, copy=False)

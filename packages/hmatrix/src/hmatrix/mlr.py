@@ -100,7 +100,7 @@ class MLR(StoredOperator):
 
     @property
     def _widths(self) -> list[int]:
-        """Sizes of the small side of all stored matrices."""
+        """Smaller side of each stored array: leaf size and ranks."""
         return [self.tree.leaf_size, *(int(F.shape[-1]) for F in self.factors)]
 
     def _arrays(self) -> dict[str, Array]:

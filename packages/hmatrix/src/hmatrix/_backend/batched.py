@@ -19,9 +19,9 @@ MANY, SMALL = 32, 256
 
 
 def in_turn(a: Array, free: int = 0) -> bool:
-    """Tell whether a device would factorize matrices (..., m, n) in turn, for long.
+    """Tell whether a device would loop over many small matrices (..., m, n).
 
-    Up to ``free`` rows and columns it does not.
+    Those of up to ``free`` rows and columns it factorizes all at once.
     """
     small = free < max(a.shape[-2:]) and 0 < min(a.shape[-2:]) <= SMALL
     many = math.prod(a.shape[:-2]) >= MANY
