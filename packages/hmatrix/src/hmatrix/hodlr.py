@@ -20,7 +20,7 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import OverwrittenError, ShapeError, check_operand
 from hmatrix._operator import StoredOperator, real_rows, unpad_rows
-from hmatrix.lowrank import LowRank, scaled
+from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
 
 __all__ = ["HODLR", "apply_blocks", "clear_padding", "from_sides"]
@@ -207,7 +207,7 @@ class HODLR(StoredOperator):
             half = self.tree.size(level + 1)
             node, side = divmod(row // half, 2)
             block = self.blocks(level)[side]
-            u = scaled(block.U[node, row % half, :], block.S[node, :])
+            u = block.U[node, row % half, :] * block.S[node, :]
             other = xp.reshape(conjugate(block.V[node, ...]) @ u[:, None], (half,))
             found = xp.concat([other, found] if side else [found, other])
         return found
@@ -258,7 +258,7 @@ class HODLR(StoredOperator):
         U, V = (xp.reshape(x, shape) for x in (block.U, block.V))
         U = self._take(U, nodes * half + rows % half)
         V = self._take(V, columns // (2 * half) * half + columns % half)
-        return scaled(U, self._take(block.S, nodes)), V
+        return U * self._take(block.S, nodes), V
 
     def __repr__(self) -> str:
         if "leaves" not in vars(self):

@@ -39,7 +39,6 @@ __all__ = [
     "kept",
     "pair",
     "recompress",
-    "scaled",
     "stack",
     "widened",
 ]
@@ -126,7 +125,7 @@ class LowRank:
     @property
     def scaled(self) -> Array:
         """Left factors times scales, ``U diag(S)``."""
-        return scaled(self.U, self.S[..., None, :])
+        return self.U * self.S[..., None, :]
 
     @in_own_precision
     def to_dense(self) -> Array:
@@ -171,7 +170,7 @@ class LowRank:
         x = self._operand(x, self.U.shape[-2], axis=-1)
         if len(x.shape) == 1:
             return self.__rmatmul__(x[None, :])[..., 0, :]
-        return scaled(x @ self.U, self.S[..., None, :]) @ adjoint(self.V)
+        return (x @ self.U * self.S[..., None, :]) @ adjoint(self.V)
 
     def _operand(self, x: Array, size: int, axis: int = -2) -> Array:
         """Return ``x``, a vector (size,) or with so many rows or columns."""
@@ -185,7 +184,7 @@ class LowRank:
 
     def _inner(self, x: Array) -> Array:
         """Return ``diag(S) Vᴴ x``."""
-        return scaled(adjoint(self.V) @ x, self.S[..., None])
+        return adjoint(self.V) @ x * self.S[..., None]
 
 
 def recompress(
@@ -224,7 +223,7 @@ def recompress(
     with one_blas_thread_if_narrow(space, block.rank), without_gradients(space.xp):
         Qu, Ru = qr(block.U)
         Qv, Rv = qr(block.V)
-        core = scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
+        core = (Ru * block.S[..., None, :]) @ adjoint(Rv)
         # the small factors are cut, before there are large ones
         cut, lost, largest = cut_triplets(*svd(core), *limits)
         cut = LowRank(Qu @ cut.U, cut.S, Qv @ cut.V)
@@ -265,9 +264,9 @@ def differentiated(
 
     # (I - P) dB V / S in U, and Bᴴ U / S in V, which holds what moves the scales too
     new_U = known_gradients(
-        U, lambda g: of_block(scaled(g - U @ (adjoint(U) @ g), over_S), V), inputs
+        U, lambda g: of_block((g - U @ (adjoint(U) @ g)) * over_S, V), inputs
     )
-    new_V = known_gradients(V, lambda g: of_block(scaled(U, over_S), g), inputs)
+    new_V = known_gradients(V, lambda g: of_block(U * over_S, g), inputs)
     return LowRank(new_U, S, new_V)
 
 
@@ -275,7 +274,7 @@ def gradients_of_parts(block: LowRank, times_V: Array, times_U: Array) -> list[A
     """Return those to U, S and V of blocks, from the blocks' own ones ``G V``, ``Gᴴ U``."""
     S = block.S[..., None, :]
     along = namespace(times_V).sum(conjugate(block.U) * times_V, axis=-2)
-    return [scaled(times_V, S), real_part(along), scaled(times_U, S)]
+    return [times_V * S, real_part(along), times_U * S]
 
 
 def beside(*blocks: LowRank) -> LowRank:
@@ -366,8 +365,3 @@ def kept(
     )
     rank = int(xp.max(xp.sum(xp.astype(keep, xp.int64), axis=-1)))
     return keep[..., :rank], lost, largest
-
-
-def scaled(x: Array, S: Array) -> Array:
-    """Multiply with real scales; the standard promotes no real dtype to a complex one."""
-    return x * namespace(x).astype(S, x.dtype, copy=False)

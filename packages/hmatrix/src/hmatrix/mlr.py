@@ -118,7 +118,7 @@ class MLR(StoredOperator):
         diagonal = xp.reshape(xp.linalg.diagonal(self.leaves), (-1,))
         for F in self.factors:
             part = xp.reshape(xp.sum(squares(F), axis=-1), (-1,))
-            diagonal = diagonal + self.sign * xp.astype(part, F.dtype, copy=False)
+            diagonal = diagonal + self.sign * part
         return unpad_rows(diagonal, self.tree)
 
     def trace(self) -> float:

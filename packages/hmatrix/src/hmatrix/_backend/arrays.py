@@ -200,7 +200,7 @@ def to_one(x: Array) -> tuple[Array, Array]:
     top = xp.max(xp.abs(x), axis=(-2, -1))
     normal = top >= xp.finfo(x.dtype).smallest_normal
     top = xp.where(normal, top, xp.ones_like(top))
-    return x / xp.astype(top, x.dtype, copy=False)[..., None, None], top
+    return x / top[..., None, None], top
 
 
 def add_product(x: Array, a: Array, b: Array, sign: int = 1) -> Array:

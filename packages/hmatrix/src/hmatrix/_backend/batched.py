@@ -41,11 +41,11 @@ def householder_qr(a: Array, *, complete: bool = False) -> tuple[Array, Array]:
         absolute = xp.abs(first)
         none = absolute < tiny  # complex division overflows at subnormal numbers
         sign = xp.where(none, xp.ones_like(first), first)
-        sign = sign / xp.astype(xp.where(none, xp.ones_like(size), absolute), a.dtype)
+        sign = sign / xp.where(none, xp.ones_like(size), absolute)
         # of norm √2: v / ‖v‖ √2, whose first part cannot cancel
         length = positive_or_one(xp.sqrt(size * (size + absolute)))
-        head = first + sign * xp.astype(size, a.dtype)
-        v = xp.concat([head, x[..., 1:, :]], axis=-2) / xp.astype(length, a.dtype)
+        head = first + sign * size
+        v = xp.concat([head, x[..., 1:, :]], axis=-2) / length
         reflectors.append(v)
         R[..., j:, j:] = R[..., j:, j:] - v @ (adjoint(v) @ R[..., j:, j:])
     width = m if complete else k

@@ -125,7 +125,7 @@ def svd_by_eigh(a: Array) -> tuple[Array, Array, Array]:
     diagonal = xp.linalg.diagonal(R)
     S = xp.abs(diagonal)
     large = float(xp.finfo(a.dtype).smallest_normal) <= S  # for complex division
-    sizes = xp.astype(xp.where(large, S, xp.ones_like(S)), a.dtype)
+    sizes = xp.where(large, S, xp.ones_like(S))
     signs = xp.where(large, diagonal / sizes, xp.ones_like(diagonal))
     # in order, which rounding may have changed among the smallest
     order = xp.flip(xp.argsort(S, axis=-1), axis=-1)

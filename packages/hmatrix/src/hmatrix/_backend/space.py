@@ -192,8 +192,7 @@ class Space:
         """
         if self.is_complex:
             parts = self.real.normal((2, *shape), *key)
-            whole = self.xp.astype(parts[0, ...], self.dtype) + 1j * parts[1, ...]
-            return whole / math.sqrt(2)
+            return (parts[0, ...] + 1j * parts[1, ...]) / math.sqrt(2)
         seed = np.random.SeedSequence(key)
         if array_api_compat.is_torch_namespace(self.xp):
             generator = self.xp.Generator(device=self.device)

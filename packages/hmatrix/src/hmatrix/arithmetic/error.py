@@ -13,7 +13,6 @@ from hmatrix._backend import (
     conjugate,
     detach,
     frobenius,
-    namespace,
     real_part,
     to_numpy,
 )
@@ -109,7 +108,7 @@ def _norm(H: HODLR) -> float:
 def _terms(block: LowRank) -> Array:
     """Return what sums to the squares of the norms of blocks (b,): (b, r, r)."""
     U, V = detach(block.U), detach(block.V)
-    S = namespace(U).astype(detach(block.S), U.dtype, copy=False)
+    S = detach(block.S)
     weights = S[..., :, None] * S[..., None, :]
     return (adjoint(U) @ U) * conjugate(adjoint(V) @ V) * weights
 

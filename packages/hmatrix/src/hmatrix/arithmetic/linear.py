@@ -112,7 +112,7 @@ def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
             raise ShapeError(msg)
         check_finite("diagonal", added)
         real = is_real(added)
-        added = xp.broadcast_to(xp.astype(added, space.dtype), (tree.n,))
+        added = xp.broadcast_to(added, (tree.n,))
     else:
         number = _check_number("diagonal", diagonal, space)
         real = not isinstance(number, complex)

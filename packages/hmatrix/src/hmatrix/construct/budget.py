@@ -132,7 +132,6 @@ def _raised(
     real = xp.reshape(real_rows(tree, space), (-1, m))
     diagonal = total[:, None] * xp.astype(real, total.dtype)
     norm = float(frobenius(diagonal))
-    diagonal = xp.astype(diagonal, space.dtype, copy=False)
     return leaves + diagonal[:, :, None] * space.eye(m), norm
 
 

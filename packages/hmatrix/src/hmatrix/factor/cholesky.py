@@ -36,7 +36,7 @@ from hmatrix.factor.symmetric import (
     logdet_of_cholesky,
 )
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, scaled
+from hmatrix.lowrank import LowRank
 
 __all__ = ["HODLRCholesky"]
 
@@ -232,7 +232,7 @@ class _Source:
         multiply_into(out, Q, T)
         R = self.space.xp.reshape(R, (nodes, 2, r, r))
         S = self.upper[level].S[first : first + nodes, None, :]
-        K = scaled(R[:, 0, :, :], S) @ adjoint(R[:, 1, :, :])
+        K = (R[:, 0, :, :] * S) @ adjoint(R[:, 1, :, :])
         eye = self.space.eye(2 * r)
         small = self.space.zeros(nodes, 2 * r, 2 * r) + eye
         small[:, :r, r:] = K

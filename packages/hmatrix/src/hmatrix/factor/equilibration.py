@@ -207,7 +207,6 @@ def _divided(H: HODLR, rows: Array, columns: Array) -> HODLR:
     """Return ``diag(rows)⁻¹ H diag(columns)⁻¹``; columns of factors have maxima 1 or 0."""
     space, tree = H.space, H.tree
     xp, m = space.xp, tree.leaf_size
-    rows, columns = (xp.astype(x, space.dtype, copy=False) for x in (rows, columns))
     leaves = H.leaves / xp.reshape(rows, (-1, m, 1)) / xp.reshape(columns, (-1, 1, m))
 
     def divided(side: int, level: int, block: LowRank) -> LowRank:
@@ -218,7 +217,7 @@ def _divided(H: HODLR, rows: Array, columns: Array) -> HODLR:
         parts = []
         for x in (U, V):
             top = positive_or_one(xp.max(xp.abs(detach(x)), axis=-2))
-            parts.append(x / xp.astype(top, x.dtype, copy=False)[..., None, :])
+            parts.append(x / top[..., None, :])
             S = S * top
         return LowRank(parts[0], S, parts[1])
 

@@ -201,7 +201,6 @@ class HODLRFactorization(Factorization):
             return self.space.zeros(nodes, 0, 0)
         Y, Q = self._halves(level, self._Y[level]), self._halves(level, self._Q[level])
         QY = adjoint(Q) @ Y  # V21ᴴ Y1 and V12ᴴ Y2
-        scales = xp.astype(scales, QY.dtype, copy=False)
         CQY = scales[..., None] * xp.flip(QY, axis=1)
         eye = xp.zeros_like(QY[:, 0, :, :]) + self.space.eye(width)
         K = block_matrix(eye, CQY[:, 0, ...], CQY[:, 1, ...], eye)

@@ -31,7 +31,7 @@ from hmatrix.factor.gradients import (
 from hmatrix.factor.leaves import shifted_leaves
 from hmatrix.factor.operator import HODLRInverse, stored_inverse
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, pair, scaled
+from hmatrix.lowrank import LowRank, pair
 
 __all__ = ["HOPELESS", "HODLROrthogonal"]
 
@@ -342,9 +342,7 @@ def _balanced(block: LowRank) -> tuple[Array, Array]:
     """Return U and V of ``U Vᴴ`` with columns of V of norm 1 or 0."""
     xp = Space.of(block.U).xp
     norms = xp.linalg.vector_norm(block.V, axis=-2, keepdims=True)
-    U = scaled(block.U, norms * block.S[..., None, :])
-    norms = xp.astype(positive_or_one(norms), block.V.dtype, copy=False)
-    return U, block.V / norms
+    return block.U * (norms * block.S[..., None, :]), block.V / positive_or_one(norms)
 
 
 def _outer_space(U: Array, level: int) -> tuple[int, Array]:

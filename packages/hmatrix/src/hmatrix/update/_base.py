@@ -322,7 +322,7 @@ class Streaming(ABC):
         numbers = to_numpy(weights).astype(float)
         for extreme in (numbers.min(initial=0), numbers.max(initial=0)):
             check_float("weight", extreme, minimum=0.0)
-        return space.xp.astype(space.xp.sqrt(weights), space.dtype), numbers
+        return space.xp.sqrt(weights), numbers
 
     def _parts(self, c: int) -> list[slice]:
         """Cut a batch into nearly equal pieces of at most ``_chunk`` samples."""

@@ -88,7 +88,6 @@ class StreamingHODLR(Streaming):
     def _merge(self, other: Self) -> None:
         for k, (basis, S) in enumerate(zip(other._bases, other._scales, strict=True)):
             roots = self.space.xp.sqrt(S)[:, None, None, :]
-            roots = self.space.xp.astype(roots, basis.dtype, copy=False)
             self._add_to_level(k, basis * roots)
 
     def _scale(self, factor: float) -> None:
@@ -102,7 +101,6 @@ class StreamingHODLR(Streaming):
         Q, R = qr(xp.concat([basis, Z], axis=-1))
         ones = self.space.real.ones(int(Z.shape[0]), int(Z.shape[-1]))
         weights = xp.concat([S, ones], axis=-1)[:, None, :]
-        weights = xp.astype(weights, R.dtype, copy=False)
         core = (R[:, 0, :, :] * weights) @ adjoint(R[:, 1, :, :])
         U, S, V = svd(core)
         small = xp.stack([U[..., :r], V[..., :r]], axis=1)

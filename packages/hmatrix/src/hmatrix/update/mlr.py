@@ -294,12 +294,12 @@ def _square_root(M: Array) -> Array:
     with one_thread_if_small(G):
         norms = xp.sqrt(real_part(xp.linalg.diagonal(G)))
         # one after the other: their product may be subnormal, where complex division fails
-        rows = xp.astype(positive_or_one(norms), G.dtype, copy=False)
+        rows = positive_or_one(norms)
         G = G / rows[:, :, None] / rows[:, None, :]
         values, vectors = eigh_descending(G)
         roots = xp.sqrt(xp.where(values > 0, values, xp.zeros_like(values)))
         weights = norms[:, :, None] * roots[:, None, :]
-    return xp.astype(weights, M.dtype, copy=False) * vectors
+    return weights * vectors
 
 
 def _orthonormal(Y: Array, noise: Array) -> Array:

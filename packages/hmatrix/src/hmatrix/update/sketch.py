@@ -208,16 +208,16 @@ def _nystrom(Y: Array, vectors: Array, rounding: Array) -> Array:
     and the shift taken off the result again.
     """
     xp, shift = Space.of(Y).xp, rounding[:, None]
-    Y = Y + xp.astype(shift[..., None], Y.dtype) * vectors
+    Y = Y + shift[..., None] * vectors
     core = adjoint(vectors) @ Y
     with one_thread_if_small(core):
         values, V = eigh_descending((core + adjoint(core)) / 2)
     # what is not of full rank has nothing in the last directions
     roots = xp.where(values > shift, xp.sqrt(positive_or_one(values)), math.inf)
-    B = Y @ (V / xp.astype(roots, Y.dtype)[:, None, :])
+    B = Y @ (V / roots[:, None, :])
     squared = adjoint(B) @ B
     with one_thread_if_small(squared):
         values, V = eigh_descending(squared)
     rest = 1 - shift / positive_or_one(values)
     kept = xp.where((values > shift) & (rest > 0), rest, xp.zeros_like(rest))
-    return B @ (V * xp.astype(xp.sqrt(kept), Y.dtype)[:, None, :])
+    return B @ (V * xp.sqrt(kept)[:, None, :])
