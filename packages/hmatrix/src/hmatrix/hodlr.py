@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,20 @@ from hmatrix._backend import (
     block_matrix,
     conjugate,
     namespace,
+    safe_norms,
 )
 from hmatrix._checks import OverwrittenError, ShapeError, check_operand
 from hmatrix._operator import StoredOperator, real_rows, unpad_rows
-from hmatrix.lowrank import LowRank
+from hmatrix.lowrank import LowRank, core
 from hmatrix.tree import ClusterTree
 
-__all__ = ["HODLR", "apply_blocks", "clear_padding", "from_sides"]
+__all__ = [
+    "HODLR",
+    "apply_blocks",
+    "clear_padding",
+    "frobenius_norm",
+    "from_sides",
+]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -293,6 +301,13 @@ def apply_blocks(pairs: Iterable[tuple[LowRank, LowRank]], x: Array, y: Array) -
         add_product(sums[:, 1, :, :], B21.U, B21._inner(halves[:, 0, :, :]))
         y = xp.reshape(sums, x.shape)
     return y
+
+
+def frobenius_norm(leaves: Array, sides: Iterable[Iterable[LowRank]]) -> float:
+    """Return the Frobenius norm of a matrix of one side's blocks, if symmetric, or both."""
+    both = [[core(block) for block in side] for side in sides]
+    own, *off = safe_norms([leaves, *itertools.chain(*both)])
+    return math.hypot(own, math.hypot(*off) * (math.sqrt(2) if len(both) == 1 else 1))
 
 
 def clear_padding(H: HODLR) -> HODLR:

@@ -24,6 +24,7 @@ from hmatrix._backend import (
     real_part,
     svd,
     to_numpy,
+    triangle,
     wants_gradient,
     without_gradients,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "GRADIENTS_LOST",
     "LowRank",
     "beside",
+    "core",
     "cut_triplets",
     "differentiated",
     "gradients_of_parts",
@@ -223,9 +225,9 @@ def recompress(
     with one_blas_thread_if_narrow(space, block.rank), without_gradients(space.xp):
         Qu, Ru = qr(block.U)
         Qv, Rv = qr(block.V)
-        core = (Ru * block.S[..., None, :]) @ adjoint(Rv)
+        small = (Ru * block.S[..., None, :]) @ adjoint(Rv)
         # the small factors are cut, before there are large ones
-        cut, lost, largest = cut_triplets(*svd(core), *limits)
+        cut, lost, largest = cut_triplets(*svd(small), *limits)
         cut = LowRank(Qu @ cut.U, cut.S, Qv @ cut.V)
     return differentiated(cut, block, sides), lost, largest
 
@@ -275,6 +277,15 @@ def gradients_of_parts(block: LowRank, times_V: Array, times_U: Array) -> list[A
     S = block.S[..., None, :]
     along = namespace(times_V).sum(conjugate(block.U) * times_V, axis=-2)
     return [times_V * S, real_part(along), times_U * S]
+
+
+def core(block: LowRank) -> Array:
+    """Return blocks (..., s, s) that have the singular values of low-rank blocks.
+
+    They are the product of both triangles of QR decompositions: unlike in ``UᴴU`` and
+    ``VᴴV``, dependent columns do not cancel. s is r at most.
+    """
+    return LowRank(triangle(block.U), block.S, triangle(block.V)).to_dense()
 
 
 def beside(*blocks: LowRank) -> LowRank:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 from hmatrix._backend import (
@@ -14,7 +13,6 @@ from hmatrix._backend import (
     in_own_precision,
     is_real,
     namespace,
-    safe_norms,
 )
 from hmatrix._checks import (
     ShapeError,
@@ -28,7 +26,7 @@ from hmatrix._checks import (
 )
 from hmatrix._operator import pad_rows
 from hmatrix.construct.budget import check_tolerances, cut_blocks, make_tree
-from hmatrix.hodlr import HODLR
+from hmatrix.hodlr import HODLR, frobenius_norm
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
 
@@ -187,9 +185,7 @@ def from_low_rank(
     if symmetric:
         leaves = (leaves + adjoint(leaves)) / 2
     sides = (upper,) if symmetric else (upper, lower)
-    scales = [recompress(block)[0].S for side in sides for block in side]
-    scales *= 2 if symmetric else 1
-    norm = check_norm(math.hypot(*safe_norms([leaves, *scales])), space)
+    norm = check_norm(frobenius_norm(leaves, sides), space)
     return cut_blocks(
         tree,
         leaves,
