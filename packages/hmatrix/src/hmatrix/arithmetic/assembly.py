@@ -133,7 +133,7 @@ def _hand_down(
 ) -> tuple[LowRank | None, list[Array], list[Array]]:
     """Put the blocks of all levels into ``sides``, and return what ends in the leaves.
 
-    And what was lost, by ``early`` at most: of blocks, and of what was handed down.
+    Also returns what blocks lost, and what the terms handed down lost: ``early`` at most.
     """
     losses: list[Array] = []
     losses_below: list[Array] = []
@@ -153,7 +153,7 @@ def _hand_down(
             losses.append(cost)
         handed = beside(*below)
         if level + 1 < tree.levels:
-            # one share for each level that hands down, none to the leaves
+            # one share for each cut on the way down; what ends in the leaves is not cut
             share = early / ((tree.levels - 1) * math.sqrt(tree.nodes(level + 1)))
             real = partial(tree.counts, level + 1)
             handed, cost, _ = recompress(handed, share, sides=real)
@@ -166,8 +166,7 @@ def estimate_norm(
 ) -> float:
     """Return the root mean square of ‖A x‖ for normal x, about ‖A‖_F.
 
-    Eight vectors: a tenth of the norm is as improbable as ten times it, and `assemble`
-    bears both.
+    By eight vectors: it is hardly ever off by a factor of ten, which `assemble` bears.
     """
     count = 8
     x = pad_rows(space.normal((tree.n, count), tree.n), tree)

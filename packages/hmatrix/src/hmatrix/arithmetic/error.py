@@ -31,7 +31,7 @@ def after(first: float | None, second: float | None) -> float | None:
 
 
 def with_error_of_sum(total: HODLR, *parts: HODLR) -> HODLR:
-    """Return a sum of matrices and of what has no error, with its ``error``."""
+    """Return ``total``, the sum of ``parts`` and of exact terms, with its ``error``."""
     if _unknown(*parts):
         return total
     if not any(part.error for part in parts):
@@ -88,7 +88,7 @@ def _absolute(H: HODLR, norm: float) -> float:
 
 
 def _relative(lost: float, norm: float) -> float | None:
-    """Return ``lost`` relative to what ``norm`` is the norm of without that loss."""
+    """Return ``lost`` relative to the exact matrix, whose norm is ``norm − lost`` or more."""
     return lost / (norm - lost) if lost < norm < math.inf else None
 
 

@@ -1,4 +1,4 @@
-"""What all constructors share: the tree, and how much each block may lose."""
+"""The tree and the tolerances of constructors: how much each block may lose."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ Cut = Callable[[float, int | None, float], tuple[LowRank, Array, Array]]
 
 #: Rows of a leaf where neither ``levels`` nor ``leaf_size`` is given.
 LEAF_SIZE = 64
-#: The smallest relative error above zero that is asked for, in units of epsilon: below
-#: it rounding, which has full rank, would be stored.
+#: The smallest relative tolerance but zero, in units of epsilon: below it rounding, which
+#: has full rank, would be stored.
 ROUNDING = 10
 
 
@@ -136,7 +136,10 @@ def _raised(
 
 
 def check_rtol(space: Space, rtol: float | None, default: float | None = None) -> float:
-    """Return a relative tolerance, by default that of rounding; no less, but zero."""
+    """Return a relative tolerance, zero or no less than rounding.
+
+    Default: ``default``, or rounding if that is None too.
+    """
     rounding = ROUNDING * space.eps
     if rtol is None:
         return rounding if default is None else default

@@ -240,9 +240,7 @@ def from_kernel(
         space = space_like(points, probe.dtype)
     labels = xp.take(points, space.integers(np.minimum(tree.rows, n - 1)), axis=0)
     function = checked(kernel, space, dims)
-    near = None
-    if not (sorted_ and tree.permutation is None):
-        near = near_parts(to_numpy(points).reshape(n, -1), tree, space)
+    near = near_parts(to_numpy(points).reshape(n, -1), tree, space)
     added = padded_nugget(nugget, tree, space)
     return build(
         function,

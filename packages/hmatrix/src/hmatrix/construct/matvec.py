@@ -42,13 +42,13 @@ from hmatrix.tree import ClusterTree
 
 __all__ = ["from_matvec"]
 
-#: The levels are found to this part of the tolerance, that the final cut has something
-#: left to lose, and to a smaller one in a deep tree: each level adds up to half of the
-#: squared errors of those above to its own.
+#: Part of the tolerance to which the levels are found, so that the final cut has something
+#: left to lose. In a deep tree it is smaller: each level adds up to half of the squared
+#: errors of those above to its own.
 PEELING_SHARE = 0.5
 LEVEL_GROWTH = 1.2
-#: The cut keeps to this part, so that an estimate that is a little high breaks no
-#: promise that is kept.
+#: Part of the tolerance that levels and cut together may use, so that an estimate that is a
+#: little high does not fail a matrix that keeps the promise.
 CUT_SHARE = 0.7
 NO_ADJOINT = "`rmatvec`, products of the adjoint, is needed, or else `symmetric=True`."
 # First words of the keys of random numbers.

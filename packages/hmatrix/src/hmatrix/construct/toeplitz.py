@@ -138,7 +138,7 @@ def from_toeplitz(
 
 
 def _norm(offsets: Array, n: int) -> float:
-    """Return the Frobenius norm of n rows, each offset as often as its diagonal is long."""
+    """Return the Frobenius norm of n rows: each offset counts as its diagonal is long."""
     space, middle = Space.of(offsets), offsets.shape[0] // 2
     counts = n - space.xp.abs(space.xp.arange(1 - n, n, device=space.device))
     weights = space.xp.sqrt(space.xp.astype(counts, space.real.dtype))

@@ -70,7 +70,7 @@ class Factorization(ABC):
 
     _logdet: Array  # float64 ()
     _sign: Any = 1.0  # of the determinant, a number or an array ()
-    _lost: float  # what `_check_precision` found, of those that call it
+    _lost: float  # what `_check_precision` returned, where it is called
     _refinements = 1  # that solutions have by default
 
     def __init__(self, H: HODLR | MLR, shift: float) -> None:
@@ -411,7 +411,7 @@ class Factorization(ABC):
 
 
 def narrow(method: Callable[[Fact], Result]) -> Callable[[Fact], Result]:
-    """Hold BLAS to one thread in a method, if the factorization is of narrow arrays."""
+    """Hold BLAS to one thread in a method if all arrays of the factorization are narrow."""
 
     @wraps(method)
     def held(self: Fact) -> Result:
@@ -425,9 +425,9 @@ def narrow(method: Callable[[Fact], Result]) -> Callable[[Fact], Result]:
 
 @contextmanager
 def telling_nan(H: HODLR) -> Iterator[None]:
-    """Say so where a factorization fails because the matrix has NaN."""
+    """Raise `NonFiniteError` where a factorization fails because the matrix has NaN."""
     try:
-        # of what NumPy would warn, overflow of inverses among it, is raised
+        # what NumPy would warn of, overflow of inverses say, ends in an exception
         with np.errstate(over="ignore", invalid="ignore"):
             yield
     except NotPositiveDefiniteError:

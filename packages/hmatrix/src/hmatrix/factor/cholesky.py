@@ -79,7 +79,7 @@ class HODLRCholesky(Factorization):
             )
 
     def _steps(self) -> int:
-        """Return one step, where a pivot says that inverted triangles cost digits."""
+        """Return how many steps refine solutions: 1 if inverted triangles lose digits."""
         if self._overwritten:
             return 0  # there is no matrix to refine with
         xp, factor = self.space.xp, self._factor
@@ -256,7 +256,7 @@ class _Source:
 
     def logdet(self) -> Array:
         """Return the log-determinant of all that was factored."""
-        # in an order of its own, whichever thread was first
+        # in a fixed order, whichever thread was first
         return sum(self.logs[key] for key in sorted(self.logs))
 
 

@@ -78,7 +78,7 @@ class HODLRFactorization(Factorization):
             X = self._step(level, X)
 
     def _take_bases(self) -> None:
-        """Keep Q of each level, (padded, r), as P without the scales C."""
+        """Store Q of each level, (padded, r), without the scales C."""
         H, tree = self.matrix, self.tree
         pairs = (pair(B21.V, B12.V) for B12, B21 in map(H.blocks, range(tree.levels)))
         bases = (self.space.xp.reshape(both, (tree.padded, -1)) for both in pairs)
@@ -120,9 +120,9 @@ class HODLRFactorization(Factorization):
     def _is_off(self, diagonal: Array, sizes: Array) -> bool:
         """Tell whether the diagonal differs from solutions by more than it may.
 
-        They are refined and its terms are not: where inverses of halves are large beside
-        that of the whole, terms cancel. A few entries are looked at, those whose terms
-        have the largest ``sizes``.
+        Solutions are refined and the terms of the diagonal are not: where inverses of
+        halves are large beside that of the whole, terms cancel. The few entries whose terms
+        have the largest ``sizes`` are compared.
         """
         xp, space = self.space.xp, self.space
         worst = xp.argsort(-sizes)[: min(PROBES, self.tree.n)]
@@ -133,7 +133,7 @@ class HODLRFactorization(Factorization):
         off = xp.abs(xp.take(diagonal, worst) - xp.sum(units * x, axis=0))
         if bool(xp.all(off <= 2 * math.sqrt(space.eps) * norms)):
             return False
-        # more than that may be the condition number's fault, which takes products to know
+        # a larger difference may be due to the condition number, which takes products to know
         size = estimate_norm(self._multiply, self.tree, space)
         rounding = 10 * space.eps * float(xp.max(norms)) * size
         return not bool(xp.all(off <= 2 * rounding * norms))
@@ -215,8 +215,8 @@ class HODLRFactorization(Factorization):
     ) -> Array:
         """Invert blocks (b, m, m) with these determinant signs.
 
-        Blocks are leaves if ``real`` (b, m) tells which of their rows are no padding. A
-        device is asked after the last level which cannot be inverted, the host here.
+        Leaves come with ``real`` (b, m), which tells padding from other rows. On the host
+        singular blocks are found at once, on a device after the last level.
         """
         xp, singular, on_host = self.space.xp, signs == 0, self.space.on_host
         inverses, condition = blocks, 0 * xp.abs(signs)
@@ -282,7 +282,7 @@ class HODLRFactorization(Factorization):
 def _less(x: Array, Y: Array, small: Array, *, own: bool) -> Array:
     """Return x (padded, q) less ``Y small`` of halves, (nodes, 2, half, r) and (…, r, q).
 
-    Where x is the caller's ``own``, its memory may be used.
+    With ``own`` the memory of x may be overwritten.
     """
     xp, (half, r), q = Space.of(x).xp, Y.shape[2:], x.shape[1]
     rows, small = xp.reshape(x, (-1, half, q)), xp.reshape(small, (-1, r, q))

@@ -110,7 +110,7 @@ class _Source:
     def __init__(self, H: MLR, shift: float, late: list[Array] | None) -> None:
         self.matrix, self.shift, self.space = H, shift, H.space
         self.cholesky = partial(checked_cholesky, shift=shift, late=late)
-        # copies, to be written over: what is recorded stays so
+        # copies, since they are overwritten; gradients go through them
         self.leaves = self.space.asarray(H.leaves, copy=True)
         self.bases = [contiguous(self.space.asarray(F, copy=True)) for F in H.factors]
 

@@ -145,7 +145,7 @@ class HODLROrthogonal(Factorization):
             return
         xp, tree = self.space.xp, self.tree
         U, V, widths = self._columns()
-        # brought to about 1, what the diagonal of padding has
+        # scaled to about 1, the diagonal of padding
         parts = (x for x in (H.leaves, U) if x.shape[-1])
         largest = max(abs(self.shift), *(float(xp.max(xp.abs(x))) for x in parts))
         self._scale = 2.0 ** (math.frexp(largest)[1] - 1) if largest else 1.0
@@ -170,7 +170,7 @@ class HODLROrthogonal(Factorization):
         self._lost = self._check_precision(HOPELESS, advice, stable=True)
 
     def _differentiate(self, plain: HODLROrthogonal) -> None:
-        """Take over the factors of the detached matrix, with its gradients."""
+        """Take the factors of the detached matrix, and give results its gradients."""
         self._plain, self._steps, self._root = plain, plain._steps, plain._root
         self._scale, self._sign = plain._scale, plain._sign
         self._lost = plain._lost
@@ -230,7 +230,7 @@ class HODLROrthogonal(Factorization):
         return step, D, U, V
 
     def _count(self, blocks: Array, level: int) -> None:
-        """Count determinants of blocks of a level in."""
+        """Multiply the determinants of a level's blocks into that of the matrix."""
         xp = self.space.xp
         signs, logs = slogdet(blocks)
         if bool(xp.any(signs == 0)):

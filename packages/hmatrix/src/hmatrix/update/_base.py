@@ -99,7 +99,7 @@ class Streaming(ABC):
         different blocks are orthogonal. A bound on ``‖exact − held‖_F``, to rounding,
         except where randomized updates of `StreamingMLR` estimate their part.
         """
-        # of Python's numbers, since squares of float32 can leave the range
+        # in Python's floats: squares of float32 may overflow or underflow
         lost = itertools.chain(*(to_numpy(x).tolist() for x in self._lost))
         return math.sqrt(2) * math.hypot(*lost)
 
@@ -308,7 +308,7 @@ class Streaming(ABC):
     def _check_weight(
         self, weight: float | Array, c: int
     ) -> tuple[Array | None, np.ndarray]:
-        """Return roots of weights (c,), None where all are one, and the weights."""
+        """Return roots of weights (c,), None if all are one, and the weights (c,)."""
         space = self.space
         if not getattr(weight, "ndim", 0):
             weight = check_float("weight", weight, minimum=0.0)
@@ -340,16 +340,16 @@ class Streaming(ABC):
             raise NonFiniteError(not_finite("Z", Z, self.space.name))
 
     def _weighted(self, E: Array, roots: Array | None, weight: float) -> Array:
-        """Take samples (c, n) of so much weight in all; return the rows to add.
+        """Count samples (c, n) of this ``weight`` in all; return the rows E to add as EᴴE.
 
-        Those of a centered accumulator are the deviations from their own mean, and one
-        for the distance of that from the mean held.
+        A centered accumulator adds their deviations from their own mean, and a row for the
+        difference of that from the mean held.
         """
         if self._mean is None or not weight:
             self._count += weight
             return E if roots is None else E * roots
         xp = self.space.xp
-        # rounding then is that of deviations, not of what they deviate from
+        # rounding is then relative to the deviations, not to the samples
         pivot = self.space.asarray(self._mean) if self._count else E[0, :]
         E = E - pivot
         shares = 1 / E.shape[0] if roots is None else roots**2 / weight
@@ -361,9 +361,9 @@ class Streaming(ABC):
         return E if between is None else xp.concat([E, between], axis=0)
 
     def _between(self, mean: Array | None, weight: float) -> Array | None:
-        """Take samples of so much weight into `count` and `mean`.
+        """Update `count` and `mean` by samples of this mean and weight.
 
-        Returns the row (1, n) that the distance of both means adds to the deviations, if
+        Returns the row (1, n) that the difference of both means adds to the deviations, if
         any (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for
         computing sample variances", 1979).
         """

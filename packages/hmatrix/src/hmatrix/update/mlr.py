@@ -198,8 +198,8 @@ class StreamingMLR(Streaming):
     def _cascade(self, columns: Sequence[Array]) -> None:
         """Add ``Σ_k blkdiag(E_k E_kᴴ)``, ``columns[k]`` entering at level k.
 
-        All that is to be stored lies in one array, each column of M as a row: what a node
-        sees of it is a view, and what it passes on takes the place of what it was given.
+        The columns of all M lie in one array as rows: each node works on a view of it, and
+        overwrites what it was given by what it passes on.
         """
         xp, n = self.space.xp, self.tree.padded
         start = sum(int(C.shape[-1]) for C in (*self._factors, *columns))
@@ -262,7 +262,7 @@ class StreamingMLR(Streaming):
         xp, w, half = self.space.xp, int(N.shape[-2]), int(N.shape[-1]) // 2
         first, second = N[..., :half], N[..., half:]
         sketch = self.rank + OVERSAMPLING
-        # squares of what is squared already leave the range of float32: it is scaled to 1
+        # scaled to 1: squares of products may overflow or underflow in float32
         if half <= 2 * sketch:
             product, top = to_one(adjoint(first) @ second)
             squared = xp.sum(squares(product), axis=(-2, -1))

@@ -96,8 +96,8 @@ class StreamingSketch(Streaming):
     def discarded(self) -> float:
         """Frobenius norm lost to the sketch, of the sum (not of the mean): an estimate.
 
-        From the products with some more random vectors, which the result knows nothing
-        of: its relative standard deviation is a quarter if all is lost in one direction,
+        From the products with some more random vectors, which the result does not depend
+        on: its relative standard deviation is a quarter if all is lost in one direction,
         and less otherwise.
         """
         Ω, held = self._vectors[-1], self.result(normalize=False)
@@ -204,15 +204,15 @@ def _vectors_of(
 def _nystrom(Y: Array, vectors: Array, rounding: Array) -> Array:
     """Return F (b, m, s) with ``F Fᴴ ⪯ R`` from ``Y = R Ω`` (b, m, s), orthonormal Ω (m, s).
 
-    ``R`` is shifted by what ``rounding`` (b,) has changed of it, so that it is definite,
-    and the shift taken off the result again.
+    ``R`` is shifted by its error, ``rounding`` (b,), so that it is definite, and the shift
+    is subtracted from the eigenvalues of ``F Fᴴ`` again.
     """
     xp, shift = Space.of(Y).xp, rounding[:, None]
     Y = Y + shift[..., None] * vectors
     core = adjoint(vectors) @ Y
     with one_thread_if_small(core):
         values, V = eigh_descending((core + adjoint(core)) / 2)
-    # what is not of full rank has nothing in the last directions
+    # directions in which a singular core is zero are left out
     roots = xp.where(values > shift, xp.sqrt(positive_or_one(values)), math.inf)
     B = Y @ (V / roots[:, None, :])
     squared = adjoint(B) @ B
