@@ -90,7 +90,7 @@ def cleared(x: Array, tree: ClusterTree, rows: slice = slice(None)) -> Array:
         return x
     space = Space.of(x)
     real = places("rows", tree, space)[rows] < tree.n  # of these rows alone
-    return space.xp.where(real[:, None], x, space.xp.zeros_like(x))
+    return space.xp.where(real[:, None], x, 0.0)
 
 
 @in_own_precision

@@ -244,7 +244,7 @@ class HODLR(StoredOperator):
         i, j = rows[:, None], columns[None, :]
         total = self._take(xp.reshape(self.leaves, (-1,)), i * m + j % m)
         same = self.space.integers(i // m == j // m)
-        total = xp.where(same, total, xp.zeros_like(total))
+        total = xp.where(same, total, 0.0)
         for level in range(tree.levels):
             half = tree.size(level + 1)
             for side, block in enumerate(self.blocks(level)):
@@ -322,7 +322,7 @@ def clear_padding(H: HODLR) -> HODLR:
     real = real_rows(tree, H.space)
 
     def cleared(x: Array, which: Array) -> Array:
-        return xp.where(which, x, xp.zeros_like(x))
+        return xp.where(which, x, 0.0)
 
     def blocks(first: int, side: tuple[LowRank, ...]) -> Iterator[LowRank]:
         for level, block in enumerate(side):

@@ -334,9 +334,9 @@ def cut_triplets(
     rank, columns = int(keep.shape[-1]), keep[..., None, :]
     U, S, V = U[..., :rank], S[..., :rank], V[..., :rank]
     cut = LowRank(
-        xp.where(columns, U, xp.zeros_like(U)),
-        xp.where(keep, S, xp.zeros_like(S)),
-        xp.where(columns, V, xp.zeros_like(V)),
+        xp.where(columns, U, 0.0),
+        xp.where(keep, S, 0.0),
+        xp.where(columns, V, 0.0),
     )
     return cut, lost, largest
 
@@ -371,8 +371,6 @@ def kept(
     if max_rank is not None:
         allowed = xp.arange(width, device=Space.of(S).device) < max_rank
         keep = keep & allowed
-    lost, largest = (
-        xp.max(xp.where(keep, xp.zeros_like(x), x), axis=-1) for x in (tails, S)
-    )
+    lost, largest = (xp.max(xp.where(keep, 0.0, x), axis=-1) for x in (tails, S))
     rank = int(xp.max(xp.sum(xp.astype(keep, xp.int64), axis=-1)))
     return keep[..., :rank], lost, largest

@@ -177,7 +177,7 @@ class MLR(StoredOperator):
         def where_one_node(level: int, x: Array) -> Array:
             size = self.tree.size(level)
             same = self.space.integers(rows // size == columns // size)
-            return xp.where(same, x, xp.zeros_like(x))
+            return xp.where(same, x, 0.0)
 
         leaves = take(xp.reshape(self.leaves, (-1,)), rows * m + columns % m)
         total = where_one_node(self.tree.levels, leaves)

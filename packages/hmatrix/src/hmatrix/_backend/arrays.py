@@ -186,7 +186,7 @@ def is_real(x: Array) -> bool:
 def positive_or_one(x: Array) -> Array:
     """Return ``x``, with 1 where it is not positive, to divide by."""
     xp = namespace(x)
-    return xp.where(x > 0, x, xp.ones_like(x))
+    return xp.where(x > 0, x, 1.0)
 
 
 def to_one(x: Array) -> tuple[Array, Array]:
@@ -199,7 +199,7 @@ def to_one(x: Array) -> tuple[Array, Array]:
         return x, xp.sum(xp.abs(x), axis=(-2, -1)) + 1
     top = xp.max(xp.abs(x), axis=(-2, -1))
     normal = top >= xp.finfo(x.dtype).smallest_normal
-    top = xp.where(normal, top, xp.ones_like(top))
+    top = xp.where(normal, top, 1.0)
     return x / top[..., None, None], top
 
 

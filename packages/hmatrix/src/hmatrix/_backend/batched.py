@@ -40,8 +40,8 @@ def householder_qr(a: Array, *, complete: bool = False) -> tuple[Array, Array]:
         first = x[..., :1, :]
         absolute = xp.abs(first)
         none = absolute < tiny  # complex division overflows at subnormal numbers
-        sign = xp.where(none, xp.ones_like(first), first)
-        sign = sign / xp.where(none, xp.ones_like(size), absolute)
+        sign = xp.where(none, 1.0, first)
+        sign = sign / xp.where(none, 1.0, absolute)
         # of norm √2: v / ‖v‖ √2, whose first part cannot cancel
         length = positive_or_one(xp.sqrt(size * (size + absolute)))
         head = first + sign * size

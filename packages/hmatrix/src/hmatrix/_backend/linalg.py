@@ -78,7 +78,7 @@ def eigh_descending(a: Array) -> tuple[Array, Array]:
     scale = positive_or_one(xp.max(xp.abs(a), axis=(-2, -1), keepdims=True))
     a = a / scale
     tiny = xp.finfo(space.dtype).smallest_normal
-    a = xp.where(xp.abs(a) < tiny, xp.zeros_like(a), a)
+    a = xp.where(xp.abs(a) < tiny, 0.0, a)
     values, vectors = _eigh(a)
     values = xp.astype(values * scale[..., 0], space.real.dtype)
     return xp.flip(values, axis=-1), xp.flip(xp.astype(vectors, space.dtype), axis=-1)
@@ -125,8 +125,8 @@ def svd_by_eigh(a: Array) -> tuple[Array, Array, Array]:
     diagonal = xp.linalg.diagonal(R)
     S = xp.abs(diagonal)
     large = float(xp.finfo(a.dtype).smallest_normal) <= S  # for complex division
-    sizes = xp.where(large, S, xp.ones_like(S))
-    signs = xp.where(large, diagonal / sizes, xp.ones_like(diagonal))
+    sizes = xp.where(large, S, 1.0)
+    signs = xp.where(large, diagonal / sizes, 1.0)
     # in order, which rounding may have changed among the smallest
     order = xp.flip(xp.argsort(S, axis=-1), axis=-1)
     columns = xp.broadcast_to(order[..., None, :], V.shape)
@@ -348,7 +348,7 @@ def orthonormal_parts(
     norms, null = xp.sqrt(xp.linalg.diagonal(gram)[:, None, :]), 0 * eye
     zero = norms == 0
     if not space.on_host or bool(xp.any(zero)):
-        norms = xp.where(zero, xp.ones_like(norms), norms)
+        norms = xp.where(zero, 1.0, norms)
         null = xp.astype(zero, X.dtype) * eye
     # divided by one norm at a time: the product of two may be subnormal, by which complex
     # division fails. A factor that does not exist has NaN on a device, or Q is far from

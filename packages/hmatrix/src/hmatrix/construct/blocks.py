@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hmatrix._backend import Array, Space, conjugate, multiply_into
+from hmatrix._backend import Array, Space, conjugate, multiply_into, namespace
 from hmatrix.construct.near import Near
 
 __all__ = ["Blocks", "Function", "again", "chunks", "masked", "pick", "tiles"]
@@ -215,8 +215,7 @@ class Blocks:
 
 def masked(x: Array, rows: Array, columns: Array) -> Array:
     """Return entries with zeros where row or column is padding."""
-    space = Space.of(x)
-    return space.xp.where(rows & columns, x, space.zeros(1))
+    return namespace(x).where(rows & columns, x, 0.0)
 
 
 def chunks(space: Space, count: int, width: int, size: int = CHUNK) -> Iterator[slice]:

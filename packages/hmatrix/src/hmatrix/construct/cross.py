@@ -132,7 +132,7 @@ def whole(
     if blocks.real is not None:
         # singular vectors of rounding point to padding too
         U, V = (
-            xp.where(real[:, :, None], x, xp.zeros_like(x))
+            xp.where(real[:, :, None], x, 0.0)
             for x, real in zip((found.U, found.V), blocks.real, strict=True)
         )
         found = LowRank(U, found.S, V)
@@ -152,12 +152,12 @@ def attempt(
     i, j, U, V = pivots.i, pivots.j, pivots.U, pivots.V
     # the pivots D are taken out of V, so that both factors have entries of order 1
     D = xp.linalg.diagonal(V if m > sample else gather(V, j))
-    D = conjugate(xp.where(valid, D, xp.ones_like(D)))
+    D = conjugate(xp.where(valid, D, 1.0))
     V = V / conjugate(D)[:, :, None]
     if m > sample:
         places = (pick(pivots.rows, i), pick(pivots.columns, j))
         U, V = extend(blocks, places, U, V, D, valid)
-    D = xp.where(valid, D, xp.zeros_like(D))
+    D = xp.where(valid, D, 0.0)
     outliers = [large(x) for x in (U, V)] if m > sample else []
     # partial pivoting leaves rows of very different norms; scaled to norm 1 they are
     # conditioned well enough for Cholesky QR. Each factor is replaced before the next is

@@ -196,7 +196,7 @@ def joined(
     width = max(block.rank for block, _ in parts)
     S = xp.concat([widened(block.S, width) for block, _ in parts], axis=0)
     rest = tolerance**2 - error**2
-    rest = 0.9 * xp.sqrt(xp.where(rest > 0, rest, xp.zeros_like(rest)))
+    rest = 0.9 * xp.sqrt(xp.where(rest > 0, rest, 0.0))
     keep, more, _ = kept(S, rest[:, None], max_rank)
     square = float(xp.sum(error**2 + more**2))
     rank = int(keep.shape[-1])

@@ -242,9 +242,7 @@ class _Peeling:
         tolerance = total / math.sqrt(tree.levels * 2 / sides)
         Q = find_range(sample, width, step, tolerance)
         real = xp.reshape(real_rows(tree, self.space), (*shape, 1))[:, :sides, ...]
-        Q = xp.where(real, Q, xp.zeros_like(Q)) * self._signs(
-            level, shape[0], sides, 1, Q.shape[-1]
-        )
+        Q = xp.where(real, Q, 0.0) * self._signs(level, shape[0], sides, 1, Q.shape[-1])
         W = self._across(self.backward, Q, 0)
         S = self.space.real.ones(shape[0], sides, Q.shape[-1])
         blocks, *_ = recompress(LowRank(Q, S, W), block_tolerance(tree, level, total))

@@ -257,7 +257,7 @@ def cross(
         # after a small step the next row is drawn by chance, or is one of which much was
         # left when ``left`` last looked, which costs as much as many steps
         score = xp.where(small[:, None], likely, xp.abs(u))
-        row = xp.argmax(xp.where(used_rows, -xp.ones_like(score), score), axis=-1)
+        row = xp.argmax(xp.where(used_rows, -1.0, score), axis=-1)
     i, j, valid = (xp.stack(parts, axis=-1) for parts in zip(*steps, strict=True))
     return i, j, U[:, : len(steps), :], V[:, : len(steps), :], valid
 

@@ -209,7 +209,7 @@ def _cut(
 
     def left(total: float) -> Array:
         part = 1 - (missed / total) ** 2
-        return total * xp.sqrt(xp.where(part > 0, part, xp.zeros_like(part)))[:, None]
+        return total * xp.sqrt(xp.where(part > 0, part, 0.0))[:, None]
 
     frobenius = left(tolerance) if tolerance else tolerance
     spectral = left(spectral) if math.isfinite(spectral) and spectral else spectral

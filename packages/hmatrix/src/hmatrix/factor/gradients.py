@@ -119,4 +119,4 @@ def _logdet_gradients(factor: SymmetricFactor, H: HODLR) -> list[Array]:
         part = (xp.reshape(x, (*leaves.shape[:2], r)) for x in (ZM, Z))
         leaves = leaves + next(part) @ adjoint(next(part))
     both = rows[:, :, None] & rows[:, None, :]
-    return [xp.where(both, leaves, xp.zeros_like(leaves)), *found]
+    return [xp.where(both, leaves, 0.0), *found]

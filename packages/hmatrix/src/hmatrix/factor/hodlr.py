@@ -202,7 +202,7 @@ class HODLRFactorization(Factorization):
         Y, Q = self._halves(level, self._Y[level]), self._halves(level, self._Q[level])
         QY = adjoint(Q) @ Y  # V21ᴴ Y1 and V12ᴴ Y2
         CQY = scales[..., None] * xp.flip(QY, axis=1)
-        eye = xp.zeros_like(QY[:, 0, :, :]) + self.space.eye(width)
+        eye = xp.broadcast_to(self.space.eye(width), (nodes, width, width))
         K = block_matrix(eye, CQY[:, 0, ...], CQY[:, 1, ...], eye)
         signs, logs = slogdet(K)
         self._sign = self._sign * xp.prod(detach(signs))
@@ -223,8 +223,7 @@ class HODLRFactorization(Factorization):
         if not (on_host and bool(xp.any(singular))):
             inverses = inverse(blocks)
             condition = _one_norm(blocks, real) * _one_norm(inverses, real)
-        infinite = math.inf * xp.ones_like(condition)
-        condition = xp.where(singular, infinite, condition)
+        condition = xp.where(singular, math.inf, condition)
         self._conditions.append((level, real is not None, condition))
         if on_host:
             self._check_conditions()

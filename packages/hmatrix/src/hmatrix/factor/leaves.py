@@ -25,9 +25,9 @@ def shifted_leaves(
     xp, rows = space.xp, space.xp.reshape(places("rows", tree, space), (-1, m))
     real = rows[which, :] < tree.n
     # so that the log-determinant has no gradient to padded rows
-    leaves = xp.where(real[:, :, None], leaves[which, ...], space.zeros())
+    leaves = xp.where(real[:, :, None], leaves[which, ...], 0.0)
     added = xp.full(real.shape, shift, dtype=space.dtype, device=space.device)
-    added = xp.where(real, added, xp.ones_like(added))
+    added = xp.where(real, added, 1.0)
     return add_to_diagonals(leaves, added)
 
 

@@ -270,7 +270,7 @@ class StreamingMLR(Streaming):
             # ‖N₁ᴴN₂‖² = ⟨N₁N₁ᴴ, N₂N₂ᴴ⟩; rounding may push zero below zero
             (one, a), (two, b) = (to_one(x @ adjoint(x)) for x in (first, second))
             squared = xp.sum(real_part(one * conjugate(two)), axis=(-2, -1))
-            squared = xp.where(squared > 0, squared, xp.zeros_like(squared))
+            squared = xp.where(squared > 0, squared, 0.0)
             top = xp.sqrt(a) * xp.sqrt(b)
         else:
             probes = self._normal(half, PROBES)
@@ -297,7 +297,7 @@ def _square_root(M: Array) -> Array:
         rows = positive_or_one(norms)
         G = G / rows[:, :, None] / rows[:, None, :]
         values, vectors = eigh_descending(G)
-        roots = xp.sqrt(xp.where(values > 0, values, xp.zeros_like(values)))
+        roots = xp.sqrt(xp.where(values > 0, values, 0.0))
         weights = norms[:, :, None] * roots[:, None, :]
     return weights * vectors
 

@@ -219,5 +219,5 @@ def _nystrom(Y: Array, vectors: Array, rounding: Array) -> Array:
     with one_thread_if_small(squared):
         values, V = eigh_descending(squared)
     rest = 1 - shift / positive_or_one(values)
-    kept = xp.where((values > shift) & (rest > 0), rest, xp.zeros_like(rest))
+    kept = xp.where((values > shift) & (rest > 0), rest, 0.0)
     return B @ (V * xp.sqrt(kept)[:, None, :])
