@@ -158,7 +158,18 @@ class HODLR(StoredOperator):
         }
 
     def blocks(self, level: int) -> tuple[LowRank, LowRank]:
-        """Return ``B12`` and ``B21`` of a level, also of a symmetric matrix."""
+        """Return ``B12`` and ``B21`` of a level, also of a symmetric matrix.
+
+        Parameters
+        ----------
+        level : int
+            From 0, the root, to ``tree.levels - 1``.
+
+        Returns
+        -------
+        tuple of LowRank
+            Each (2**level, padded / 2**(level+1), same).
+        """
         upper = self.upper[level]
         return upper, upper.H if self.lower is None else self.lower[level]
 

@@ -109,7 +109,7 @@ class LowRank:
     @property
     def largest_rank(self) -> int:
         """Largest of the blocks' ranks."""
-        return int(self.ranks.max()) if self.rank else 0
+        return int(self.ranks.max(initial=0))
 
     @property
     def H(self) -> LowRank:

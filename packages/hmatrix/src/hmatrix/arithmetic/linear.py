@@ -50,6 +50,11 @@ def scale(H: Matrix, factor: complex | Array) -> Matrix:
         complex only for a complex matrix. A torch tensor () that wants a gradient
         gets one, if ``H`` is of torch.
 
+    Returns
+    -------
+    HODLR or MLR
+        Symmetric if ``H`` is and ``factor`` is real.
+
     Raises
     ------
     DTypeError, NonFiniteError
@@ -95,6 +100,11 @@ def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
         What to add; an array in the library and device of ``H``, and in its dtype or
         the real one that belongs to it. Imaginary parts, for a complex ``H``, make a
         result that is not symmetric. Tensors that want gradients get them.
+
+    Returns
+    -------
+    HODLR or MLR
+        With the off-diagonal blocks of ``H``, not copied.
 
     Raises
     ------
@@ -243,6 +253,11 @@ def add_low_rank(
         As of `truncate`, relative to the sum. Without them the sum is exact and all
         ranks grow by r.
 
+    Returns
+    -------
+    HODLR
+        Symmetric if ``H`` is and ``V`` is left out.
+
     Raises
     ------
     ShapeError, DTypeError, BackendError
@@ -299,6 +314,11 @@ def subtract(
         As of `add`; ``G`` may be one `LowRank` block here too. No `MLR` is a difference.
     rtol, max_rank
         As of `add`.
+
+    Returns
+    -------
+    HODLR
+        Symmetric if both are.
 
     Raises
     ------

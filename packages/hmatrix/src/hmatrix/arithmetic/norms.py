@@ -50,6 +50,11 @@ def norm(H: Operator, kind: str | int = "fro") -> float:
         Woźniakowski, "Estimating the largest eigenvalue by the power and Lanczos
         algorithms with a random start", 1992).
 
+    Returns
+    -------
+    float
+        The norm; gradients are not recorded.
+
     Raises
     ------
     TypeError

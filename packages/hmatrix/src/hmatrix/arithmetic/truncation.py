@@ -48,6 +48,12 @@ def truncate(
         Keep a Hermitian positive semidefinite `HODLR` so, as in `from_dense`: the
         result is never below ``H``. (An `MLR` of sign 1 stays so by its form.)
 
+    Returns
+    -------
+    HODLR or MLR
+        The ``error`` of a `HODLR` bounds what it has lost, now and before; None if that of
+        ``H`` is not known.
+
     Raises
     ------
     ValueError

@@ -54,6 +54,17 @@ def identity(
     levels, leaf_size, tree
         The halving, as of `from_dense`.
 
+    Returns
+    -------
+    HODLR
+        Symmetric, of ranks 0.
+
+    Raises
+    ------
+    ShapeError, DTypeError, BackendError
+        If ``n`` or the halving is out of range, ``like`` is not an array, or the dtype is
+        not a float or complex one.
+
     Examples
     --------
     >>> import hmatrix as hm
@@ -80,6 +91,12 @@ def from_diagonal(
         Its diagonal, real or complex.
     levels, leaf_size, tree
         The halving, as of `from_dense`.
+
+    Returns
+    -------
+    HODLR
+        Of ranks 0, in the library, dtype and device of ``diagonal``; symmetric if that is
+        real.
 
     Raises
     ------

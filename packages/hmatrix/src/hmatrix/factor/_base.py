@@ -254,6 +254,11 @@ class Factorization(ABC):
         size : int, optional
             Samples to draw from a generator: the result is (n, size). Default: one, (n,).
 
+        Returns
+        -------
+        array
+            Of the shape of ``z``, or as ``size`` says.
+
         Raises
         ------
         TypeError
@@ -302,10 +307,17 @@ class Factorization(ABC):
         x : array (n,) or (n, q)
             Of the library, dtype and device of the matrix.
 
+        Returns
+        -------
+        array
+            Of the shape of ``x``.
+
         Raises
         ------
         TypeError
             If there is no such factor: a `HODLR` has one with ``method="cholesky"``.
+        ShapeError, DTypeError, BackendError
+            If ``x`` does not fit.
         """
         factor = self._symmetric_factor()
         return apply_padded("x", x, self.tree, self.space, factor.solve)

@@ -47,9 +47,7 @@ class HODLRCholesky(Factorization):
     matrix: HODLR
     _overwritten = False
 
-    def __init__(
-        self, H: HODLR, shift: float = 0.0, *, overwrite: bool = False
-    ) -> None:
+    def __init__(self, H: HODLR, shift: float, *, overwrite: bool = False) -> None:
         super().__init__(H, shift)
         if not H.symmetric:
             msg = (

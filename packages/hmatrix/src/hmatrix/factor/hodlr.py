@@ -42,7 +42,7 @@ class HODLRFactorization(Factorization):
 
     matrix: HODLR
 
-    def __init__(self, H: HODLR, shift: float = 0.0) -> None:
+    def __init__(self, H: HODLR, shift: float) -> None:
         super().__init__(H, shift)
         self._take_bases()
         xp, tree = self.space.xp, self.tree

@@ -33,7 +33,7 @@ class MLRFactorization(Factorization):
 
     matrix: MLR
 
-    def __init__(self, H: MLR, shift: float = 0.0) -> None:
+    def __init__(self, H: MLR, shift: float) -> None:
         super().__init__(H, shift)
         self._inverse, self._logdet = factored(self._invert, self.space)
 

@@ -138,7 +138,7 @@ class HODLROrthogonal(Factorization):
     matrix: HODLR
     _plain: HODLROrthogonal | None = None  # of the detached matrix, for gradients
 
-    def __init__(self, H: HODLR, shift: float = 0.0) -> None:
+    def __init__(self, H: HODLR, shift: float) -> None:
         super().__init__(H, shift)
         if has_gradients(H):
             self._differentiate(HODLROrthogonal(H.map(detach), shift))

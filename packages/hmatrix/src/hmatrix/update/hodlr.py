@@ -66,7 +66,15 @@ class StreamingHODLR(Streaming):
     def result(self, *, normalize: bool = True) -> HODLR:
         """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
 
-        With ``center=True`` z are deviations from `mean`. Without samples it is zero.
+        Parameters
+        ----------
+        normalize : bool
+            Divide the sum by `count`.
+
+        Returns
+        -------
+        HODLR
+            Zero without samples. With ``center=True`` z are deviations from `mean`.
         """
         scale = self._result_scale(normalize)
         upper = tuple(

@@ -163,7 +163,15 @@ class StreamingMLR(Streaming):
     def result(self, *, normalize: bool = True) -> MLR:
         """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
 
-        With ``center=True`` z are deviations from `mean`. Without samples it is zero.
+        Parameters
+        ----------
+        normalize : bool
+            Divide the sum by `count`.
+
+        Returns
+        -------
+        MLR
+            Zero without samples. With ``center=True`` z are deviations from `mean`.
         """
         scale = self._result_scale(normalize)
         root = math.sqrt(scale)

@@ -108,7 +108,15 @@ class StreamingSketch(Streaming):
     def result(self, *, normalize: bool = True) -> MLR:
         """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
 
-        With ``center=True`` z are deviations from `mean`. Without samples it is zero.
+        Parameters
+        ----------
+        normalize : bool
+            Divide the sum by `count`.
+
+        Returns
+        -------
+        MLR
+            Zero without samples. With ``center=True`` z are deviations from `mean`.
         """
         tree, space = self.tree, self.space
         wide = space.double  # what is left of a level is a difference
