@@ -25,6 +25,7 @@ from hmatrix._checks import (
     DTypeError,
     ShapeError,
     check_operand,
+    check_shape,
     check_space,
     space_like,
 )
@@ -303,10 +304,7 @@ class StoredOperator(Entries, Operator):
         """Raise unless the leaves fit the tree."""
         check_space(self.space, NUMBERS)
         tree, m = self.tree, self.tree.leaf_size
-        expected = (tree.nodes(tree.levels), m, m)
-        if tuple(self.leaves.shape) != expected:
-            msg = f"`leaves` must be {expected}, got {tuple(self.leaves.shape)}."
-            raise ShapeError(msg)
+        check_shape("leaves", self.leaves, (tree.nodes(tree.levels), m, m))
 
     def _describe(self, *words: str) -> str:
         """Text of ``repr``: sizes, what the subclass adds, and where it lives."""

@@ -23,6 +23,7 @@ from hmatrix._checks import (
     check_float,
     check_int,
     check_operand,
+    check_shape,
     check_space,
     space_like,
 )
@@ -261,9 +262,7 @@ def padded_nugget(nugget: Any, tree: ClusterTree, space: Space) -> Array | None:
     """Return a number or a vector (n,) as padded rows, None if it is zero."""
     if is_array(nugget) and len(nugget.shape):
         added = detach(check_operand("nugget", nugget, space))
-        if tuple(added.shape) != (tree.n,):
-            msg = f"`nugget` must have shape ({tree.n},), got {tuple(added.shape)}."
-            raise ShapeError(msg)
+        check_shape("nugget", added, (tree.n,))
         check_finite("nugget", added)
         return pad_rows(added, tree)
     number = check_float("nugget", nugget)

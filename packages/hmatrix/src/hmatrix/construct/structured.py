@@ -15,12 +15,12 @@ from hmatrix._backend import (
     namespace,
 )
 from hmatrix._checks import (
-    ShapeError,
     check_array,
     check_finite,
     check_int,
     check_norm,
     check_operand,
+    check_shape,
     check_space,
     space_like,
 )
@@ -187,12 +187,7 @@ def from_low_rank(
     diagonal = check_operand("diagonal", diagonal, space)
     shapes = {"U": (n, r), "V": (n, r), "S": (r,), "diagonal": (n,)}
     for (name, shape), x in zip(shapes.items(), (U, V, S, diagonal), strict=True):
-        if tuple(x.shape) != shape:
-            msg = (
-                f"`{name}` must have shape {shape} to go with `U` {(n, r)}, got "
-                f"{tuple(x.shape)}."
-            )
-            raise ShapeError(msg)
+        check_shape(name, x, shape, f" to go with `U` {(n, r)}")
         check_finite(name, x)
     V, S, diagonal = detach(V), detach(S), detach(diagonal)
     tree = make_tree(n, levels, leaf_size, tree)

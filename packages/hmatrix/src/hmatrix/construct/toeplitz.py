@@ -23,6 +23,7 @@ from hmatrix._checks import (
     check_int,
     check_norm,
     check_operand,
+    check_shape,
     check_space,
 )
 from hmatrix._operator import real_rows
@@ -101,9 +102,7 @@ def from_toeplitz(
     space = check_space(Space.of(column), NUMBERS)
     row = conjugate(column) if row is None else detach(check_operand("row", row, space))
     xp, n = space.xp, int(column.shape[0])
-    if tuple(row.shape) != (n,):
-        msg = f"`row` must have shape ({n},) as `column` has, got {tuple(row.shape)}."
-        raise ShapeError(msg)
+    check_shape("row", row, (n,), " as `column` has")
     check_finite("column", column)
     check_finite("row", row)
     tree = make_tree(n, levels, leaf_size, tree)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from hmatrix._backend import in_own_precision, one_blas_thread_if_narrow
 from hmatrix._checks import check_choice, check_kind
-from hmatrix.factor._base import Factorization, telling_nan
+from hmatrix.factor._base import Factorization
 from hmatrix.factor.cholesky import HODLRCholesky
 from hmatrix.factor.equilibration import HODLREquilibrated, equilibrated_if_lossy
 from hmatrix.factor.hodlr import HODLRFactorization
-from hmatrix.factor.inversion import automatic, inverse
+from hmatrix.factor.inversion import automatic, inverse, telling_nan
 from hmatrix.factor.mlr import MLRFactorization
 from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR

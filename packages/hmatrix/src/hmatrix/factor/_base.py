@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
@@ -24,22 +23,18 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import (
     DTypeError,
-    NonFiniteError,
-    NotPositiveDefiniteError,
     PrecisionError,
-    SingularBlockError,
     ToleranceError,
     check_float,
     check_int,
     take_array,
 )
 from hmatrix._operator import Operator, apply_padded, cleared, pad_rows
-from hmatrix.arithmetic import norm
 from hmatrix.factor.symmetric import SymmetricFactor
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 
-__all__ = ["PROBES", "Factorization", "has_gradients", "narrow", "telling_nan"]
+__all__ = ["PROBES", "Factorization", "has_gradients", "narrow"]
 
 Apply = Callable[[Array], Array]
 Fact = TypeVar("Fact", bound="Factorization")
@@ -146,9 +141,7 @@ class Factorization(ABC):
         """
         refine = self._refinements if refine is None else check_int("refine", refine, 0)
         rtol = None if rtol is None else check_float("rtol", rtol, minimum=0)
-        inverse, product = self._apply, self._multiply
-        if adjoint:
-            inverse, product = self._apply_adjoint, self._multiply_adjoint
+        inverse, product = self._products(adjoint)
 
         def apply(x: Array) -> Array:
             return cleared(inverse(x), self.tree)
@@ -171,6 +164,12 @@ class Factorization(ABC):
     def _multiply_adjoint(self, x: Array) -> Array:
         """Product of the adjoint with a padded block."""
         return self.matrix._apply_adjoint(x) + self.shift * x
+
+    def _products(self, adjoint: bool) -> tuple[Apply, Apply]:
+        """Return products with the inverse and with ``H + shift·I``, or with adjoints."""
+        if adjoint:
+            return self._apply_adjoint, self._multiply_adjoint
+        return self._apply, self._multiply
 
     def _residual(self, b: Array, x: Array, product: Apply) -> Array:
         """Return ``b`` less the product with ``x``, both padded blocks."""
@@ -433,22 +432,6 @@ def narrow(method: Callable[[Fact], Result]) -> Callable[[Fact], Result]:
             return method(self)
 
     return held
-
-
-@contextmanager
-def telling_nan(H: HODLR) -> Iterator[None]:
-    """Raise `NonFiniteError` where a factorization fails because the matrix has NaN."""
-    try:
-        # what NumPy would warn of, overflow of inverses say, ends in an exception
-        with np.errstate(over="ignore", invalid="ignore"):
-            yield
-    except NotPositiveDefiniteError:
-        raise  # Cholesky looks for NaN itself
-    except (SingularBlockError, PrecisionError):
-        if math.isfinite(norm(H)):
-            raise
-        msg = "The matrix holds NaN or infinite values."
-        raise NonFiniteError(msg) from None
 
 
 def has_gradients(H: HODLR) -> bool:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+
+import numpy as np
 
 from hmatrix._backend import (
     in_own_precision,
@@ -13,6 +17,7 @@ from hmatrix._backend import (
     without_gradients,
 )
 from hmatrix._checks import (
+    NonFiniteError,
     NotPositiveDefiniteError,
     PrecisionError,
     SingularBlockError,
@@ -24,9 +29,10 @@ from hmatrix.arithmetic import (
     assemble,
     estimate_norm,
     inverse_error,
+    norm,
     truncate,
 )
-from hmatrix.factor._base import PROBES, Factorization, has_gradients, telling_nan
+from hmatrix.factor._base import PROBES, Factorization, has_gradients
 from hmatrix.factor.cholesky import HODLRCholesky
 from hmatrix.factor.equilibration import (
     General,
@@ -40,7 +46,7 @@ from hmatrix.factor.orthogonal import HOPELESS, HODLROrthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 
-__all__ = ["automatic", "inverse"]
+__all__ = ["automatic", "inverse", "telling_nan"]
 
 
 @in_own_precision
@@ -158,6 +164,22 @@ def inverse(
     if off > known + rounding:  # digits that terms have lost
         error = after(error, off)
     return replace(stored, error=error)
+
+
+@contextmanager
+def telling_nan(H: HODLR) -> Iterator[None]:
+    """Raise `NonFiniteError` where a factorization fails because the matrix has NaN."""
+    try:
+        # what NumPy would warn of, overflow of inverses say, ends in an exception
+        with np.errstate(over="ignore", invalid="ignore"):
+            yield
+    except NotPositiveDefiniteError:
+        raise  # Cholesky looks for NaN itself
+    except (SingularBlockError, PrecisionError):
+        if math.isfinite(norm(H)):
+            raise
+        msg = "The matrix holds NaN or infinite values."
+        raise NonFiniteError(msg) from None
 
 
 def automatic(

@@ -58,9 +58,7 @@ class HODLRInverse(Operator):
 
     def _apply(self, x: Array) -> Array:
         factor = self._factorization
-        inverse, product = factor._apply, factor._multiply
-        if self._adjoint:
-            inverse, product = factor._apply_adjoint, factor._multiply_adjoint
+        inverse, product = factor._products(self._adjoint)
         y = inverse(x)
         if not self._refined:
             return y
