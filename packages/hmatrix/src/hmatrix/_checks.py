@@ -194,8 +194,9 @@ def check_kind(name: str, value: object, *kinds: type) -> None:
     """Raise unless ``value`` is an instance of one of ``kinds``."""
     if not isinstance(value, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
+        article = "an" if expected[0] in "AEIOU" else "a"
         got = type(value).__name__
-        msg = f"`{name}` must be a {expected}, got {got}{remedy(value)}."
+        msg = f"`{name}` must be {article} {expected}, got {got}{remedy(value)}."
         raise TypeError(msg)
 
 
