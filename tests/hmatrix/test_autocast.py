@@ -24,8 +24,9 @@ def test_streams_sum_in_their_own_dtype(kind, lower, A):
     with torch.autocast("cpu", dtype=lower):
         inside.update(A)
         inside.merge(kind(60, 2, 40, like=A))
-        found = inside.result()
+        found, discarded = inside.result(), inside.discarded
     assert error_ratio(found.to_dense(), plain.result().to_dense()) < 1e-5
+    assert abs(discarded - plain.discarded) < 1e-3 * float(A.trace())
 
 
 @pytest.mark.parametrize("method", ["cholesky", "inversion", "orthogonal"])
@@ -41,6 +42,15 @@ def test_factorizations_keep_their_digits(method, lower, A):
     assert error_ratio(diagonal, F.inverse_diagonal()) < 1e-4
     assert error_ratio(inverse, hm.inverse(H).to_dense()) < 1e-4
     assert abs(inside.logdet() - F.logdet()) < 1e-3
+
+
+def test_the_symmetric_factor_of_an_mlr_matrix_keeps_its_digits(lower, A):
+    stream = hm.StreamingMLR(60, 2, 10, like=A)
+    stream.update(A)
+    plain, inside = (hm.factorize(stream.result(), 0.1) for _ in range(2))
+    with torch.autocast("cpu", dtype=lower):
+        found = inside.sample(A)  # the factor is made when it is first asked for
+    assert error_ratio(found, plain.sample(A)) < 1e-5
 
 
 def test_constructors_products_and_sums_keep_theirs(lower, A):

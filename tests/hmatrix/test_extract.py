@@ -110,6 +110,10 @@ def test_wrong_indices_are_refused(H):
         H.entries([0, 8], 1)
     with pytest.raises(IndexError, match="`columns` must be from -8 to 7, got -9"):
         H[0, -9]
+    with pytest.raises(hm.EntryError, match="`rows` must be from -8 to 7"):
+        H.entries(
+            np.array([2**64 - 1], dtype=np.uint64), 0
+        )  # -1, if it were cast first
     with pytest.raises(hm.EntryError, match="`rows` must be integers, got float64"):
         H.block([0.5], [1])
     with pytest.raises(hm.EntryError, match="must be integers, got object; use range"):

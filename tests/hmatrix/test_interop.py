@@ -198,7 +198,7 @@ def test_singular_values_come_out(rng):
 
 
 def test_only_operators_are_wrapped():
-    with pytest.raises(TypeError, match="`H` must be a Operator, got ndarray"):
+    with pytest.raises(TypeError, match="`H` must be an Operator, got ndarray"):
         hm.aslinearoperator(np.eye(3))
     F = hm.factorize(hm.from_dense(np.eye(3), levels=1))
     with pytest.raises(TypeError, match=r"pass `H\.inverse\(\)`"):

@@ -157,7 +157,7 @@ def test_operands_that_do_not_fit_are_refused(make, rng):
 
 def test_parts_must_fit_the_tree():
     tree = hm.ClusterTree(8, 1)
-    with pytest.raises(hm.ShapeError, match="`leaves` must be"):
+    with pytest.raises(hm.ShapeError, match="`leaves` must have shape"):
         hm.MLR(tree, np.ones((2, 3, 3)), ())
     with pytest.raises(hm.ShapeError, match="`factors` must have shapes"):
         hm.MLR(tree, np.ones((2, 4, 4)), ())

@@ -44,6 +44,7 @@ __all__ = [
     "check_kind",
     "check_norm",
     "check_operand",
+    "check_shape",
     "check_space",
     "not_finite",
     "remedy",
@@ -193,8 +194,9 @@ def check_kind(name: str, value: object, *kinds: type) -> None:
     """Raise unless ``value`` is an instance of one of ``kinds``."""
     if not isinstance(value, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
+        article = "an" if expected[0] in "AEIOU" else "a"
         got = type(value).__name__
-        msg = f"`{name}` must be a {expected}, got {got}{remedy(value)}."
+        msg = f"`{name}` must be {article} {expected}, got {got}{remedy(value)}."
         raise TypeError(msg)
 
 
@@ -334,15 +336,25 @@ def not_finite(name: str, x: Array, dtype: str) -> str:
     )
 
 
-def take_array(
-    arrays: Mapping[str, Array], name: str, shape: tuple[int | None, ...]
+def check_shape(
+    name: str, x: Array, shape: tuple[int | None, ...], why: str = ""
 ) -> Array:
-    """Return an array of this shape, in which None stands for any number."""
-    found = tuple(arrays[name].shape)
+    """Return ``x`` if it has this shape, in which None stands for any number.
+
+    ``why`` comes after the shape in the message.
+    """
+    found = tuple(x.shape)
     fits = len(found) == len(shape) and all(
         want in (have, None) for have, want in zip(found, shape, strict=True)
     )
     if not fits:
-        msg = f"`{name}` must have shape {shape}, got {found}."
+        msg = f"`{name}` must have shape {shape}{why}, got {found}."
         raise ShapeError(msg)
-    return arrays[name]
+    return x
+
+
+def take_array(
+    arrays: Mapping[str, Array], name: str, shape: tuple[int | None, ...]
+) -> Array:
+    """Return the array of this name, checked as by `check_shape`."""
+    return check_shape(name, arrays[name], shape)

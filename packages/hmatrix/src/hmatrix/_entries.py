@@ -171,8 +171,7 @@ def _positions(name: str, values: Any, n: int) -> np.ndarray:
         hint = "; use range" if isinstance(values, slice) else hint
         msg = f"`{name}` must be integers, got {array.dtype}{hint}."
         raise EntryError(msg)
-    array = array.astype(np.int64)
     if array.size and not -n <= array.min() <= array.max() < n:
         msg = f"`{name}` must be from {-n} to {n - 1}, got {array.min()} to {array.max()}."
         raise EntryError(msg)
-    return array % n
+    return array.astype(np.int64) % n

@@ -25,6 +25,7 @@ from hmatrix._checks import (
     DTypeError,
     ShapeError,
     check_operand,
+    check_shape,
     check_space,
     space_like,
 )
@@ -83,14 +84,14 @@ def real_rows(tree: ClusterTree, space: Space) -> Array:
 def cleared(x: Array, tree: ClusterTree, rows: slice = slice(None)) -> Array:
     """Return ``rows`` of a padded block (rows, r) with zeros where they are padding.
 
-    Singular vectors of rounding errors point anywhere. Padding has ones on the diagonal,
-    so that in a matrix of another scale they would outweigh all else.
+    Singular vectors of rounding errors need not be zero in padding, and factorizations put
+    ones on its diagonal, beside which all else may be tiny.
     """
     if tree.padded == tree.n:
         return x
     space = Space.of(x)
     real = places("rows", tree, space)[rows] < tree.n  # of these rows alone
-    return space.xp.where(real[:, None], x, space.xp.zeros_like(x))
+    return space.xp.where(real[:, None], x, 0.0)
 
 
 @in_own_precision
@@ -111,8 +112,8 @@ def apply_padded(
         raise ShapeError(msg)
     block = x[:, None] if len(shape) == 1 else x
     if not block.shape[1]:
-        return block  # shapes of no numbers cannot be inferred on the way
-    # products with one vector are long enough for several threads, or have one
+        return block  # of empty arrays `reshape` cannot infer sizes
+    # a product with one vector gains from several threads where BLAS uses them
     several = block.shape[1] > 1
     with one_blas_thread_if_narrow(space, block.shape[1]) if several else nullcontext():
         y = unpad_rows(apply(pad_rows(block, tree)), tree)
@@ -264,7 +265,7 @@ class StoredOperator(Entries, Operator):
         return transpose(unpad_rows(rows, self.tree))
 
     def to(self, *, like: Array | None = None, dtype: object = None) -> Self:
-        """Return it in the library and device of ``like`` and in ``dtype``.
+        """Return the matrix in the library and device of ``like`` and in ``dtype``.
 
         Nothing is copied where the two can share memory (one device, the same dtype);
         arrays of NumPy or CuPy lose a torch tensor's gradients.
@@ -303,10 +304,7 @@ class StoredOperator(Entries, Operator):
         """Raise unless the leaves fit the tree."""
         check_space(self.space, NUMBERS)
         tree, m = self.tree, self.tree.leaf_size
-        expected = (tree.nodes(tree.levels), m, m)
-        if tuple(self.leaves.shape) != expected:
-            msg = f"`leaves` must be {expected}, got {tuple(self.leaves.shape)}."
-            raise ShapeError(msg)
+        check_shape("leaves", self.leaves, (tree.nodes(tree.levels), m, m))
 
     def _describe(self, *words: str) -> str:
         """Text of ``repr``: sizes, what the subclass adds, and where it lives."""
@@ -325,8 +323,8 @@ class StoredOperator(Entries, Operator):
         )
         return f"{type(self).__name__}({', '.join(facts)})"
 
-    # What makes new matrices is written in modules after this one, which enter it with
-    # `operation`.
+    # Functions that make new matrices are in modules that import this one, and enter
+    # themselves by `operation`.
 
     def __add__(self, other: object) -> Any:
         return _operations["add"](self, other)
@@ -364,6 +362,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def operation(function: Function) -> Function:
-    """Enter a function as the one that an operator of `StoredOperator` calls."""
+    """Make a function the one that an arithmetic operator of `StoredOperator` calls."""
     _operations[function.__name__] = function
     return function

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,20 @@ from hmatrix._backend import (
     block_matrix,
     conjugate,
     namespace,
+    safe_norms,
 )
 from hmatrix._checks import OverwrittenError, ShapeError, check_operand
 from hmatrix._operator import StoredOperator, real_rows, unpad_rows
-from hmatrix.lowrank import LowRank, scaled
+from hmatrix.lowrank import LowRank, core
 from hmatrix.tree import ClusterTree
 
-__all__ = ["HODLR", "apply_blocks", "clear_padding", "from_sides"]
+__all__ = [
+    "HODLR",
+    "apply_blocks",
+    "clear_padding",
+    "frobenius_norm",
+    "from_sides",
+]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -127,7 +135,7 @@ class HODLR(StoredOperator):
 
     @property
     def _widths(self) -> list[int]:
-        """Sizes of the small side of all stored matrices."""
+        """Smaller side of each stored array: leaf size and ranks."""
         return [self.tree.leaf_size, *(block.rank for block in self._blocks)]
 
     @property
@@ -150,7 +158,18 @@ class HODLR(StoredOperator):
         }
 
     def blocks(self, level: int) -> tuple[LowRank, LowRank]:
-        """Return ``B12`` and ``B21`` of a level, also of a symmetric matrix."""
+        """Return ``B12`` and ``B21`` of a level, also of a symmetric matrix.
+
+        Parameters
+        ----------
+        level : int
+            From 0, the root, to ``tree.levels - 1``.
+
+        Returns
+        -------
+        tuple of LowRank
+            Each (2**level, padded / 2**(level+1), same).
+        """
         upper = self.upper[level]
         return upper, upper.H if self.lower is None else self.lower[level]
 
@@ -178,7 +197,7 @@ class HODLR(StoredOperator):
         return from_sides(self.tree, change(self.leaves), sides, self.error)
 
     def _release(self) -> None:
-        """Let go of the arrays, whose memory another object takes over."""
+        """Drop the arrays, whose memory a factorization takes over."""
         for name in ("leaves", "upper", "lower"):
             object.__delattr__(self, name)
 
@@ -207,7 +226,7 @@ class HODLR(StoredOperator):
             half = self.tree.size(level + 1)
             node, side = divmod(row // half, 2)
             block = self.blocks(level)[side]
-            u = scaled(block.U[node, row % half, :], block.S[node, :])
+            u = block.U[node, row % half, :] * block.S[node, :]
             other = xp.reshape(conjugate(block.V[node, ...]) @ u[:, None], (half,))
             found = xp.concat([other, found] if side else [found, other])
         return found
@@ -236,7 +255,7 @@ class HODLR(StoredOperator):
         i, j = rows[:, None], columns[None, :]
         total = self._take(xp.reshape(self.leaves, (-1,)), i * m + j % m)
         same = self.space.integers(i // m == j // m)
-        total = xp.where(same, total, xp.zeros_like(total))
+        total = xp.where(same, total, 0.0)
         for level in range(tree.levels):
             half = tree.size(level + 1)
             for side, block in enumerate(self.blocks(level)):
@@ -258,7 +277,7 @@ class HODLR(StoredOperator):
         U, V = (xp.reshape(x, shape) for x in (block.U, block.V))
         U = self._take(U, nodes * half + rows % half)
         V = self._take(V, columns // (2 * half) * half + columns % half)
-        return scaled(U, self._take(block.S, nodes)), V
+        return U * self._take(block.S, nodes), V
 
     def __repr__(self) -> str:
         if "leaves" not in vars(self):
@@ -295,10 +314,18 @@ def apply_blocks(pairs: Iterable[tuple[LowRank, LowRank]], x: Array, y: Array) -
     return y
 
 
+def frobenius_norm(leaves: Array, sides: Iterable[Iterable[LowRank]]) -> float:
+    """Return the Frobenius norm of a matrix of one side's blocks, if symmetric, or both."""
+    both = [[core(block) for block in side] for side in sides]
+    own, *off = safe_norms([leaves, *itertools.chain(*both)])
+    return math.hypot(own, math.hypot(*off) * (math.sqrt(2) if len(both) == 1 else 1))
+
+
 def clear_padding(H: HODLR) -> HODLR:
     """Return ``H`` with zeros in all padded rows and columns.
 
-    Columns that a QR or singular value decomposition has no numbers for point anywhere.
+    Where factors lack rank, QR and singular value decompositions complete them by
+    orthonormal columns that need not be zero there.
     """
     tree, xp = H.tree, H.space.xp
     if tree.padded == tree.n:
@@ -306,7 +333,7 @@ def clear_padding(H: HODLR) -> HODLR:
     real = real_rows(tree, H.space)
 
     def cleared(x: Array, which: Array) -> Array:
-        return xp.where(which, x, xp.zeros_like(x))
+        return xp.where(which, x, 0.0)
 
     def blocks(first: int, side: tuple[LowRank, ...]) -> Iterator[LowRank]:
         for level, block in enumerate(side):

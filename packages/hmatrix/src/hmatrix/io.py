@@ -55,6 +55,15 @@ def save(path: str | os.PathLike[str], H: HODLR | MLR | Factorization) -> None:
     H : HODLR, MLR or Factorization
         What to write, of any library and device.
 
+    Raises
+    ------
+    TypeError
+        If ``H`` is none of these.
+    OverwrittenError
+        If a factorization has overwritten its matrix.
+    OSError
+        If the file cannot be written; one that was there is kept.
+
     Examples
     --------
     >>> import tempfile, pathlib

@@ -24,6 +24,7 @@ from hmatrix._backend import (
     real_part,
     svd,
     to_numpy,
+    triangle,
     wants_gradient,
     without_gradients,
 )
@@ -33,15 +34,14 @@ __all__ = [
     "GRADIENTS_LOST",
     "LowRank",
     "beside",
+    "core",
     "cut_triplets",
     "differentiated",
     "gradients_of_parts",
     "kept",
     "pair",
     "recompress",
-    "scaled",
     "stack",
-    "triplets",
     "widened",
 ]
 
@@ -109,12 +109,12 @@ class LowRank:
     @property
     def largest_rank(self) -> int:
         """Largest of the blocks' ranks."""
-        return int(self.ranks.max()) if self.rank else 0
+        return int(self.ranks.max(initial=0))
 
     @property
     def H(self) -> LowRank:
         """The adjoint blocks (views)."""
-        # unchecked: they fit, and products ask for it every time
+        # not checked again: every product with a symmetric matrix makes one
         swapped = object.__new__(LowRank)
         vars(swapped).update(U=self.V, S=self.S, V=self.U)
         return swapped
@@ -127,7 +127,7 @@ class LowRank:
     @property
     def scaled(self) -> Array:
         """Left factors times scales, ``U diag(S)``."""
-        return scaled(self.U, self.S[..., None, :])
+        return self.U * self.S[..., None, :]
 
     @in_own_precision
     def to_dense(self) -> Array:
@@ -172,7 +172,7 @@ class LowRank:
         x = self._operand(x, self.U.shape[-2], axis=-1)
         if len(x.shape) == 1:
             return self.__rmatmul__(x[None, :])[..., 0, :]
-        return scaled(x @ self.U, self.S[..., None, :]) @ adjoint(self.V)
+        return (x @ self.U * self.S[..., None, :]) @ adjoint(self.V)
 
     def _operand(self, x: Array, size: int, axis: int = -2) -> Array:
         """Return ``x``, a vector (size,) or with so many rows or columns."""
@@ -186,26 +186,27 @@ class LowRank:
 
     def _inner(self, x: Array) -> Array:
         """Return ``diag(S) Vᴴ x``."""
-        return scaled(adjoint(self.V) @ x, self.S[..., None])
+        return adjoint(self.V) @ x * self.S[..., None]
 
 
 def recompress(
     block: LowRank,
-    *,
     tolerance: float = 0.0,
     max_rank: int | None = None,
+    spectral: float = math.inf,
+    *,
     sides: Callable[[], np.ndarray] | None = None,
-) -> tuple[LowRank, Array]:
+) -> tuple[LowRank, Array, Array]:
     """Cut low-rank blocks: QR of both factors, then the SVD of the small core.
 
     Parameters
     ----------
     block : LowRank
         The blocks; their factors need not be orthonormal.
-    tolerance : float
-        Frobenius norm that each block may lose.
+    tolerance, spectral : float
+        Frobenius norm and spectral norm that each block may lose.
     max_rank : int, optional
-        Cap on the rank; it wins over ``tolerance``.
+        Cap on the rank; it wins over both norms.
     sides : callable, optional
         As of `differentiated`, whose gradients the result has.
 
@@ -214,35 +215,38 @@ def recompress(
     LowRank
         Orthonormal factors, as wide as the largest rank of the batch; the columns
         that a block does not need are zero.
-    array (...)
-        Frobenius norm that each block did lose.
+    lost, largest : array (...)
+        What each block loses in the Frobenius and in the spectral norm.
     """
+    limits = tolerance, max_rank, spectral
     if not block.rank:
-        return cut_triplets(block.U, block.S, block.V, tolerance, max_rank)[:2]
+        return cut_triplets(block.U, block.S, block.V, *limits)
     space = Space.of(block.U)
     with one_blas_thread_if_narrow(space, block.rank), without_gradients(space.xp):
-        Qu, core, Qv = _core(block)
+        Qu, Ru = qr(block.U)
+        Qv, Rv = qr(block.V)
+        small = (Ru * block.S[..., None, :]) @ adjoint(Rv)
         # the small factors are cut, before there are large ones
-        cut, lost, _ = cut_triplets(*core, tolerance, max_rank)
+        cut, lost, largest = cut_triplets(*svd(small), *limits)
         cut = LowRank(Qu @ cut.U, cut.S, Qv @ cut.V)
-    return differentiated(cut, block, sides), lost
+    return differentiated(cut, block, sides), lost, largest
 
 
 def differentiated(
     cut: LowRank, block: LowRank, sides: Callable[[], np.ndarray] | None = None
 ) -> LowRank:
-    """Let torch differentiate what was cut from blocks as the blocks B themselves.
+    """Give ``cut`` the gradients of the blocks B that it was cut from.
 
-    Those of a decomposition do not exist where singular values are equal or zero. The
-    product of factors needs none of them: with the projections P and Q on the orthonormal
-    columns of ``cut`` it is ``P dB + dB Q - P dB Q``, if no column was cut off, or if one
-    of the two is all that the block has. Of padded blocks ``sides`` gives the smaller
-    side of each that is left without padding, beyond which no rank goes.
+    A singular value decomposition has none where singular values are equal or zero. The
+    product of the factors has: with the projections P and Q on the orthonormal columns of
+    ``cut`` its differential is ``P dB + dB Q - P dB Q``, if no singular value was cut off,
+    or if P or Q is the identity. ``sides`` returns the smaller side of each padded block
+    without its padding, which no rank exceeds.
 
     Raises
     ------
     ValueError
-        If a column was. What changes it changes the rank, and would be lost.
+        If singular values were cut off: a change of B that changes the rank would be lost.
     """
     inputs = [block.U, block.S, block.V]
     if not any(map(wants_gradient, inputs)):
@@ -262,9 +266,9 @@ def differentiated(
 
     # (I - P) dB V / S in U, and Bᴴ U / S in V, which holds what moves the scales too
     new_U = known_gradients(
-        U, lambda g: of_block(scaled(g - U @ (adjoint(U) @ g), over_S), V), inputs
+        U, lambda g: of_block((g - U @ (adjoint(U) @ g)) * over_S, V), inputs
     )
-    new_V = known_gradients(V, lambda g: of_block(scaled(U, over_S), g), inputs)
+    new_V = known_gradients(V, lambda g: of_block(U * over_S, g), inputs)
     return LowRank(new_U, S, new_V)
 
 
@@ -272,24 +276,16 @@ def gradients_of_parts(block: LowRank, times_V: Array, times_U: Array) -> list[A
     """Return those to U, S and V of blocks, from the blocks' own ones ``G V``, ``Gᴴ U``."""
     S = block.S[..., None, :]
     along = namespace(times_V).sum(conjugate(block.U) * times_V, axis=-2)
-    return [scaled(times_V, S), real_part(along), scaled(times_U, S)]
+    return [times_V * S, real_part(along), times_U * S]
 
 
-def triplets(block: LowRank) -> tuple[Array, Array, Array]:
-    """Return the singular triplets U, S and V of low-rank blocks, S descending."""
-    if not block.rank:
-        return block.U, block.S, block.V
-    with one_blas_thread_if_narrow(Space.of(block.U), block.rank):
-        Qu, (U, S, V), Qv = _core(block)
-        return Qu @ U, S, Qv @ V
+def core(block: LowRank) -> Array:
+    """Return blocks (..., s, s) that have the singular values of low-rank blocks.
 
-
-def _core(block: LowRank) -> tuple[Array, tuple[Array, Array, Array], Array]:
-    """Return bases of both factors, and the singular triplets of what is between them."""
-    Qu, Ru = qr(block.U)
-    Qv, Rv = qr(block.V)
-    core = scaled(Ru, block.S[..., None, :]) @ adjoint(Rv)
-    return Qu, svd(core), Qv
+    They are the product of both triangles of QR decompositions: unlike in ``UᴴU`` and
+    ``VᴴV``, dependent columns do not cancel. s is r at most.
+    """
+    return LowRank(triangle(block.U), block.S, triangle(block.V)).to_dense()
 
 
 def beside(*blocks: LowRank) -> LowRank:
@@ -329,18 +325,18 @@ def cut_triplets(
     max_rank: int | None,
     spectral: float = math.inf,
 ) -> tuple[LowRank, Array, Array]:
-    """Drop the tails of singular triplets, S descending.
+    """Cut singular triplets, S descending, as `kept` decides.
 
-    Arguments and what each block did lose in both norms are those of `kept`.
+    Returns the blocks, and what each loses in the Frobenius and in the spectral norm.
     """
     xp = namespace(S)
     keep, lost, largest = kept(S, tolerance, max_rank, spectral)
     rank, columns = int(keep.shape[-1]), keep[..., None, :]
     U, S, V = U[..., :rank], S[..., :rank], V[..., :rank]
     cut = LowRank(
-        xp.where(columns, U, xp.zeros_like(U)),
-        xp.where(keep, S, xp.zeros_like(S)),
-        xp.where(columns, V, xp.zeros_like(V)),
+        xp.where(columns, U, 0.0),
+        xp.where(keep, S, 0.0),
+        xp.where(columns, V, 0.0),
     )
     return cut, lost, largest
 
@@ -375,13 +371,6 @@ def kept(
     if max_rank is not None:
         allowed = xp.arange(width, device=Space.of(S).device) < max_rank
         keep = keep & allowed
-    lost, largest = (
-        xp.max(xp.where(keep, xp.zeros_like(x), x), axis=-1) for x in (tails, S)
-    )
+    lost, largest = (xp.max(xp.where(keep, 0.0, x), axis=-1) for x in (tails, S))
     rank = int(xp.max(xp.sum(xp.astype(keep, xp.int64), axis=-1)))
     return keep[..., :rank], lost, largest
-
-
-def scaled(x: Array, S: Array) -> Array:
-    """Multiply with real scales, which the standard wants in the dtype of ``x``."""
-    return x * namespace(x).astype(S, x.dtype, copy=False)

@@ -100,7 +100,7 @@ class MLR(StoredOperator):
 
     @property
     def _widths(self) -> list[int]:
-        """Sizes of the small side of all stored matrices."""
+        """Smaller side of each stored array: leaf size and ranks."""
         return [self.tree.leaf_size, *(int(F.shape[-1]) for F in self.factors)]
 
     def _arrays(self) -> dict[str, Array]:
@@ -118,7 +118,7 @@ class MLR(StoredOperator):
         diagonal = xp.reshape(xp.linalg.diagonal(self.leaves), (-1,))
         for F in self.factors:
             part = xp.reshape(xp.sum(squares(F), axis=-1), (-1,))
-            diagonal = diagonal + self.sign * xp.astype(part, F.dtype, copy=False)
+            diagonal = diagonal + self.sign * part
         return unpad_rows(diagonal, self.tree)
 
     def trace(self) -> float:
@@ -177,7 +177,7 @@ class MLR(StoredOperator):
         def where_one_node(level: int, x: Array) -> Array:
             size = self.tree.size(level)
             same = self.space.integers(rows // size == columns // size)
-            return xp.where(same, x, xp.zeros_like(x))
+            return xp.where(same, x, 0.0)
 
         leaves = take(xp.reshape(self.leaves, (-1,)), rows * m + columns % m)
         total = where_one_node(self.tree.levels, leaves)

@@ -96,6 +96,13 @@ class ClusterTree:
     def from_leaf_size(cls, n: int, leaf_size: int) -> ClusterTree:
         """Return the shallowest tree whose leaves have at most ``leaf_size`` rows.
 
+        With ``leaf_size=1`` leaves may have two rows, if ``n`` is no power of two.
+
+        Raises
+        ------
+        ShapeError
+            If an argument is not an integer of at least 1.
+
         Examples
         --------
         >>> from hmatrix import ClusterTree

@@ -20,6 +20,7 @@ from .arrays import (
     detach,
     dtype_name,
     is_array,
+    is_real,
     is_writeable,
     multiply_into,
     namespace,
@@ -28,6 +29,7 @@ from .arrays import (
     real_part,
     squares,
     to_numpy,
+    to_one,
     transpose,
 )
 from .gradients import known_gradients, wants_gradient, without_gradients
@@ -83,6 +85,7 @@ __all__ = [
     "inverse",
     "inverse_lower",
     "is_array",
+    "is_real",
     "is_writeable",
     "known_gradients",
     "multiply_into",
@@ -103,6 +106,7 @@ __all__ = [
     "squares",
     "svd",
     "to_numpy",
+    "to_one",
     "transpose",
     "triangle",
     "try_cholesky",

@@ -24,6 +24,7 @@ __all__ = [
     "detach",
     "dtype_name",
     "is_array",
+    "is_real",
     "is_writeable",
     "materialized",
     "multiply_into",
@@ -33,6 +34,7 @@ __all__ = [
     "real_part",
     "squares",
     "to_numpy",
+    "to_one",
     "transpose",
 ]
 
@@ -49,7 +51,7 @@ HALVES = ("float16", "bfloat16")
 
 def is_array(x: object) -> bool:
     """Tell whether ``x`` is an array of a supported library."""
-    # of a masked array the hidden numbers would be taken for what they are
+    # a masked array's hidden numbers would be read as if they were valid
     masked = isinstance(x, np.ma.MaskedArray)
     return not masked and bool(array_api_compat.is_array_api_obj(x))
 
@@ -57,10 +59,10 @@ def is_array(x: object) -> bool:
 def namespace(x: Array) -> Namespace:
     """Return the array-API namespace of ``x``."""
     kind = type(x)
-    # asked thousands of times for a matrix: that of a type is found once
+    # called thousands of times for one matrix: found once for each type
     if kind not in _namespaces:
-        # NumPy itself is the standard since 2.1, and what compat puts before it costs a
-        # twentieth of the time of small matrices
+        # NumPy follows the standard since 2.1, and the calls through array-api-compat
+        # would take a twentieth of the time that small matrices take
         numpys = issubclass(kind, np.ndarray | np.generic)
         bare = numpys and hasattr(np, "cumulative_sum")
         _namespaces[kind] = array_api_compat.array_namespace(
@@ -72,7 +74,7 @@ def namespace(x: Array) -> Namespace:
 def dtype_name(dtype: object) -> str:
     """Return the bare name of a dtype of any library, ``float32`` say.
 
-    Strings are what NumPy takes them for.
+    Strings are read as NumPy reads them.
 
     Examples
     --------
@@ -105,12 +107,12 @@ def detach(x: Array) -> Array:
 
 
 def materialized(x: Array) -> Array:
-    """Return what memory holds: torch conjugates and negates some views when it reads them."""
+    """Carry out the conjugation or negation that torch puts off for some views."""
     return x.resolve_conj().resolve_neg() if array_api_compat.is_torch_array(x) else x
 
 
 def to_numpy(x: Array) -> np.ndarray:
-    """Copy an array of any library and device into host memory."""
+    """Return an array of any library and device as one of NumPy, a view if possible."""
     if array_api_compat.is_torch_array(x):
         return np.asarray(materialized(x.detach().cpu()))
     if array_api_compat.is_cupy_array(x):
@@ -154,7 +156,7 @@ def block_diagonal_times(blocks: Array, x: Array) -> Array:
 
 
 def is_writeable(x: Array) -> bool:
-    """Tell whether every number of ``x`` has a place of its own that may be written to."""
+    """Tell whether ``x`` is contiguous (no two numbers share memory) and not read-only."""
     if array_api_compat.is_torch_array(x):
         return bool(x.is_contiguous())
     if array_api_compat.is_numpy_array(x):
@@ -175,10 +177,30 @@ def real_part(x: Array) -> Array:
     return namespace(x).real(x) if dtype_name(x.dtype) in COMPLEX else x
 
 
+def is_real(x: Array) -> bool:
+    """Tell whether all numbers are real, whatever their dtype is."""
+    xp = namespace(x)
+    return dtype_name(x.dtype) not in COMPLEX or bool(xp.all(xp.imag(x) == 0))
+
+
 def positive_or_one(x: Array) -> Array:
     """Return ``x``, with 1 where it is not positive, to divide by."""
     xp = namespace(x)
-    return xp.where(x > 0, x, xp.ones_like(x))
+    return xp.where(x > 0, x, 1.0)
+
+
+def to_one(x: Array) -> tuple[Array, Array]:
+    """Divide matrices (..., m, n) by their largest absolute values, and return those (...).
+
+    Where that is subnormal, by which complex division overflows, it is 1 instead.
+    """
+    xp = namespace(x)
+    if not x.shape[-1]:
+        return x, xp.sum(xp.abs(x), axis=(-2, -1)) + 1
+    top = xp.max(xp.abs(x), axis=(-2, -1))
+    normal = top >= xp.finfo(x.dtype).smallest_normal
+    top = xp.where(normal, top, 1.0)
+    return x / top[..., None, None], top
 
 
 def add_product(x: Array, a: Array, b: Array, sign: int = 1) -> Array:
@@ -201,16 +223,15 @@ def add_to_diagonals(blocks: Array, added: Array) -> Array:
 
 
 def plus_product(x: Array, a: Array, b: Array, *, own: bool = False) -> Array:
-    """Return ``x + a @ b`` (batches of matrices), which is all the memory it takes.
+    """Return ``x + a @ b`` (batches of matrices), allocating no more than the result.
 
-    It takes that of ``x`` where this is the caller's ``own`` and torch records nothing.
+    With ``own`` it is computed in the memory of ``x``, unless torch records operations.
     """
-    if array_api_compat.is_torch_array(x):
-        if own and not any(t.requires_grad for t in (x, a, b)):
-            return add_product(x, a, b)
-        return x.baddbmm(a, b)
-    if own:
+    torch = array_api_compat.is_torch_array(x)
+    if own and not (torch and any(t.requires_grad for t in (x, a, b))):
         return add_product(x, a, b)
+    if torch:
+        return x.baddbmm(a, b)
     product = a @ b
     product += x
     return product

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from .arrays import Array, adjoint, namespace, positive_or_one
+from .arrays import Array, adjoint, namespace, positive_or_one, to_one
 from .gradients import wants_gradient
 from .space import Space
 
@@ -19,9 +19,9 @@ MANY, SMALL = 32, 256
 
 
 def in_turn(a: Array, free: int = 0) -> bool:
-    """Tell whether a device would factorize matrices (..., m, n) in turn, for long.
+    """Tell whether a device would loop over many small matrices (..., m, n).
 
-    Up to ``free`` rows and columns it does not.
+    Those of up to ``free`` rows and columns it factorizes all at once.
     """
     small = free < max(a.shape[-2:]) and 0 < min(a.shape[-2:]) <= SMALL
     many = math.prod(a.shape[:-2]) >= MANY
@@ -35,17 +35,17 @@ def householder_qr(a: Array, *, complete: bool = False) -> tuple[Array, Array]:
     R = space.asarray(a, copy=True)
     reflectors = []
     for j in range(k):
-        x = _to_one(R[..., j:, j : j + 1])
+        x, _ = to_one(R[..., j:, j : j + 1])
         size = xp.linalg.vector_norm(x, axis=-2, keepdims=True)
         first = x[..., :1, :]
         absolute = xp.abs(first)
         none = absolute < tiny  # complex division overflows at subnormal numbers
-        sign = xp.where(none, xp.ones_like(first), first)
-        sign = sign / xp.astype(xp.where(none, xp.ones_like(size), absolute), a.dtype)
+        sign = xp.where(none, 1.0, first)
+        sign = sign / xp.where(none, 1.0, absolute)
         # of norm √2: v / ‖v‖ √2, whose first part cannot cancel
         length = positive_or_one(xp.sqrt(size * (size + absolute)))
-        head = first + sign * xp.astype(size, a.dtype)
-        v = xp.concat([head, x[..., 1:, :]], axis=-2) / xp.astype(length, a.dtype)
+        head = first + sign * size
+        v = xp.concat([head, x[..., 1:, :]], axis=-2) / length
         reflectors.append(v)
         R[..., j:, j:] = R[..., j:, j:] - v @ (adjoint(v) @ R[..., j:, j:])
     width = m if complete else k
@@ -54,12 +54,3 @@ def householder_qr(a: Array, *, complete: bool = False) -> tuple[Array, Array]:
     for j, v in reversed(list(enumerate(reflectors))):
         Q[..., j:, j:] = Q[..., j:, j:] - v @ (adjoint(v) @ Q[..., j:, j:])
     return Q, xp.triu(R[..., :width, :])
-
-
-def _to_one(x: Array) -> Array:
-    """Bring the largest number of each matrix to 1, and what has no square there to 0."""
-    xp = namespace(x)
-    top = xp.max(xp.abs(x), axis=(-2, -1), keepdims=True)
-    none = top < xp.finfo(x.dtype).smallest_normal
-    top = xp.astype(xp.where(none, xp.ones_like(top), top), x.dtype)
-    return xp.where(none, xp.zeros_like(x), x / top)

@@ -32,9 +32,9 @@ def without_gradients(xp: Namespace) -> AbstractContextManager[Any]:
 def known_gradients(
     value: Array, gradients: Callable[[Array], Sequence[Array]], inputs: Sequence[Array]
 ) -> Array:
-    """Let torch differentiate ``value`` by ``inputs``, once.
+    """Return ``value`` as a function of ``inputs`` that torch can differentiate once.
 
-    ``gradients`` turns that of the result into those of the inputs.
+    ``gradients`` computes the gradients to the inputs from the one to the result.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def _known_function() -> Any:
 
         @staticmethod
         def backward(ctx: Any, upstream: Array) -> tuple[Array | None, ...]:
-            # recorded only for second derivatives, which would lack a part
+            # on in a backward pass for second derivatives alone, which would be incomplete
             if torch.is_grad_enabled():
                 msg = (
                     'Factorizations by "cholesky" and "orthogonal", and what is truncated, '

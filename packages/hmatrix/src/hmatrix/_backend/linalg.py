@@ -52,8 +52,8 @@ def _eigh(a: Array) -> tuple[Array, Array]:
         with suppress(ImportError):
             import cupy
 
-            # torch takes matrices of more than 32 rows in turn (before 2.12), and the host
-            # waits
+            # torch before 2.12 decomposes matrices of more than 32 rows one by one, and
+            # the host waits
             with cupy.cuda.Device(a.device.index):  # which need not be the current one
                 found = cupy.linalg.eigh(cupy.from_dlpack(a.detach().resolve_conj()))
                 values, vectors = map(xp.from_dlpack, found)
@@ -77,11 +77,11 @@ def eigh_descending(a: Array) -> tuple[Array, Array]:
     if not a.shape[-1]:
         return space.real.zeros(*a.shape[:-1]), a
     if space.on_host or space.is_complex:
-        a = xp.astype(a, xp.complex128 if space.is_complex else xp.float64)
+        a = xp.astype(a, space.double.dtype)
     scale = positive_or_one(xp.max(xp.abs(a), axis=(-2, -1), keepdims=True))
     a = a / scale
     tiny = xp.finfo(space.dtype).smallest_normal
-    a = xp.where(xp.abs(a) < tiny, xp.zeros_like(a), a)
+    a = xp.where(xp.abs(a) < tiny, 0.0, a)
     values, vectors = _eigh(a)
     values = xp.astype(values * scale[..., 0], space.real.dtype)
     return xp.flip(values, axis=-1), xp.flip(xp.astype(vectors, space.dtype), axis=-1)
@@ -95,7 +95,7 @@ def svd(a: Array) -> tuple[Array, Array, Array]:
     """
     xp, space = namespace(a), Space.of(a)
     if array_api_compat.is_torch_array(a) and space.on_host and space.wider:
-        U, S, V = svd(xp.astype(a, getattr(xp, space.wider)))
+        U, S, V = svd(xp.astype(a, space.double.dtype))
         S = xp.astype(S, space.real.dtype)
         return xp.astype(U, a.dtype), S, xp.astype(V, a.dtype)
     if not in_turn(a, free=32):
@@ -128,8 +128,8 @@ def svd_by_eigh(a: Array) -> tuple[Array, Array, Array]:
     diagonal = xp.linalg.diagonal(R)
     S = xp.abs(diagonal)
     large = float(xp.finfo(a.dtype).smallest_normal) <= S  # for complex division
-    sizes = xp.astype(xp.where(large, S, xp.ones_like(S)), a.dtype)
-    signs = xp.where(large, diagonal / sizes, xp.ones_like(diagonal))
+    sizes = xp.where(large, S, 1.0)
+    signs = xp.where(large, diagonal / sizes, 1.0)
     # in order, which rounding may have changed among the smallest
     order = xp.flip(xp.argsort(S, axis=-1), axis=-1)
     columns = xp.broadcast_to(order[..., None, :], V.shape)
@@ -170,8 +170,8 @@ def complete_qr(a: Array) -> tuple[Array, Array]:
 def _spoilt(x: Array) -> bool:
     """Tell whether a decomposition has NaN, as MKL's complex ones may.
 
-    They divide by subnormal numbers, which is all that rounding leaves of the last columns
-    of a matrix of low rank. Those of gradients have no other way to go.
+    They divide by subnormal numbers, which rounding leaves in the last columns of a matrix
+    of low rank. Tensors that want gradients are not looked at: they have no other method.
     """
     if not array_api_compat.is_torch_array(x) or wants_gradient(x):
         return False
@@ -192,11 +192,11 @@ def solve(a: Array, b: Array) -> Array:
 
 
 def _one_by_one(a: Array) -> bool:
-    """Whether PyTorch may be wrong of the LU decompositions of all matrices at once.
+    """Tell whether PyTorch's LU decompositions of a whole batch may be wrong.
 
-    On a CPU, where someone has called `torch.set_num_threads` (with MKL,
-    https://github.com/pytorch/pytorch/issues/142815). One by one they are as fast: of these
-    sizes each takes all threads.
+    They are on a CPU, with MKL, after a call of `torch.set_num_threads`
+    (https://github.com/pytorch/pytorch/issues/142815). One by one they are as fast: each
+    matrix of these sizes takes all threads.
     """
     if not array_api_compat.is_torch_array(a) or a.device.type != "cpu":
         return False
@@ -204,7 +204,7 @@ def _one_by_one(a: Array) -> bool:
 
 
 def inverse(a: Array) -> Array:
-    """Inverse of ``a`` (..., m, m), no finite numbers where a device finds it singular."""
+    """Inverse of ``a`` (..., m, m); NaN or infinite where it is singular on a device."""
     xp = namespace(a)
     if _one_by_one(a):
         return xp.stack([inverse(x) for x in a])
@@ -233,7 +233,7 @@ def slogdet(a: Array) -> tuple[Array, Array]:
 def cholesky(a: Array, *, sure: bool = False) -> Array | None:
     """Lower Cholesky factors of ``a`` (..., m, m); None if one does not exist.
 
-    A device is not asked for that, and the host does not wait, if it is ``sure`` to.
+    If it is ``sure`` to exist, a device is not asked, and the host does not wait.
     """
     xp = namespace(a)
     if array_api_compat.is_torch_array(a):
@@ -250,7 +250,7 @@ def cholesky(a: Array, *, sure: bool = False) -> Array | None:
 def try_cholesky(a: Array) -> tuple[Array, Array]:
     """Return Cholesky factors of ``a`` (..., m, m) on a device, and whether all exist.
 
-    That is an array () too: the host waits for nothing.
+    The latter is an array (), for which the host does not wait.
     """
     xp = namespace(a)
     if array_api_compat.is_torch_array(a):
@@ -258,7 +258,7 @@ def try_cholesky(a: Array) -> tuple[Array, Array]:
         return factor, xp.all(info == 0)
     if not a.shape[-1]:
         return a, xp.asarray(True, device=Space.of(a).device)
-    factor = xp.linalg.cholesky(a)  # CuPy's is of some other matrix, or NaN
+    factor = xp.linalg.cholesky(a)  # CuPy's is wrong or NaN if none exists
     largest = [xp.max(xp.abs(x)) for x in (factor @ adjoint(factor) - a, a)]
     return factor, largest[0] <= math.sqrt(Space.of(a).eps) * largest[1]
 
@@ -304,19 +304,19 @@ def _invert_lower(a: Array, out: Array, many: bool) -> None:
         product = a[..., h:, :h] @ top
         multiply_into(out[..., h:, :h], low, -product)
         if m > STEADY:
-            # what is left of BA⁻¹ + C(−C⁻¹BA⁻¹) would grow with the square of the condition
-            # number otherwise: digits that a larger inverse cannot spare
+            # a step of refinement: the residual BA⁻¹ + C(−C⁻¹BA⁻¹) would otherwise grow with
+            # the square of the condition number
             rest = product + a[..., h:, h:] @ out[..., h:, :h]
             out[..., h:, :h] -= low @ rest
     elif not many:
-        # an upper triangular one has no pivots to look for, which would cost digits; CuPy
-        # hands cuBLAS the transpose of what it is given
+        # LU decomposition of an upper triangular matrix has no need of pivots, which would
+        # cost digits; CuPy hands cuBLAS the transpose of what it is given
         if array_api_compat.is_cupy_array(a):
             out[...] = xp.linalg.inv(a)
         else:
             out[...] = transpose(xp.linalg.inv(transpose(a)))
     else:
-        # row by row for all matrices at once, their numbers next to each other: a call of
+        # row by row for all matrices at once, the batch being the last axis: a call of
         # LAPACK for each takes four times as long
         rows = contiguous(xp.moveaxis(a, (-2, -1), (0, 1)))
         found = xp.moveaxis(out, (-2, -1), (0, 1))
@@ -334,14 +334,14 @@ def orthonormal_parts(
 ) -> tuple[Array, Array, Array]:
     """Return Q, T and R of tall X (b, m, r): ``Q T`` orthonormal, ``Q T R = X``.
 
-    T (b, r, r) is for the caller to multiply with what else is small, since Q is as
-    large as X. Cholesky's QR decomposition of the columns brought to norm 1: products
-    and small factorizations, many times faster than Householder's. What it leaves of
-    ``QᴴQ − I`` is taken out by T, by its power series or else by a second decomposition.
-    A column of zeros stays one in Q and in R.
+    T (b, r, r) is returned by itself for the caller to multiply with other small matrices,
+    since Q is as large as X. This is Cholesky QR of the columns scaled to norm 1: products
+    and small factorizations, many times faster than Householder QR. What it leaves of
+    ``QᴴQ − I`` is removed by T, which is ``(QᴴQ)^(−1/2)`` by its power series, or else
+    comes from a second Cholesky QR. A column of zeros in X is one in Q and in R.
 
-    Whether that is enough the host has to ask a device, and goes on with Householder's
-    if not. With ``late`` it does not: there the answer, an array (), is added.
+    If Cholesky QR fails, Householder QR is used, for which the host waits for a device.
+    With ``late`` it does not: whether it succeeded, an array (), is appended there.
     """
     space, r = Space.of(X), int(X.shape[-1])
     xp, eye = space.xp, space.eye(r)
@@ -349,12 +349,13 @@ def orthonormal_parts(
         return _householder(X)
     gram = adjoint(X) @ X
     norms, null = xp.sqrt(xp.linalg.diagonal(gram)[:, None, :]), 0 * eye
-    none = norms == 0
-    if not space.on_host or bool(xp.any(none)):
-        norms = xp.where(none, xp.ones_like(norms), norms)
-        null = xp.astype(none, X.dtype) * eye
-    # by one norm at a time: their product may be subnormal, where complex division fails;
-    # where there is none, a device's has NaN or leaves Q far from orthonormal
+    zero = norms == 0
+    if not space.on_host or bool(xp.any(zero)):
+        norms = xp.where(zero, 1.0, norms)
+        null = xp.astype(zero, X.dtype) * eye
+    # divided by one norm at a time: the product of two may be subnormal, by which complex
+    # division fails. A factor that does not exist has NaN on a device, or Q is far from
+    # orthonormal
     first = cholesky(gram / norms / transpose(norms) + null, sure=True)
     if first is None:
         return _householder(X)
@@ -367,8 +368,8 @@ def orthonormal_parts(
     elif r * float(lost) < space.eps ** (1 / 3) / 2:
         square = rest @ rest
         T = eye - rest / 2 + square * (3 / 8)  # (QᴴQ)^(−1/2), and its inverse
-        inverse = eye + rest / 2 - square / 8
-        return Q, T, (inverse @ adjoint(first) - null) * norms
+        root = eye + rest / 2 - square / 8
+        return Q, T, (root @ adjoint(first) - null) * norms
     else:
         second = cholesky(rest + eye) if float(lost) < 0.5 else None
     if second is None:

@@ -1,4 +1,4 @@
-"""Frobenius norms of arrays, whose squares may leave the range of their numbers."""
+"""Frobenius norms of arrays whose squares may overflow or underflow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["floats", "frobenius", "safe_norm", "safe_norms", "unscaled_norm"]
 
 
 def frobenius(x: Array) -> Array:
-    """Return the Frobenius norm of a whole array, as an array; it may overflow."""
+    """Return the Frobenius norm of a whole array as an array (); squares may overflow."""
     xp, norm = namespace(x), unscaled_norm(x)
     if math.prod(x.shape) and float(norm) < Space.of(x).smallest_norm:
         # Squares of these underflow; and complex division overflows at subnormal numbers,
@@ -29,7 +29,7 @@ def frobenius(x: Array) -> Array:
 
 
 def unscaled_norm(x: Array) -> Array:
-    """Return `frobenius` where it may underflow too: the host waits for nothing."""
+    """Return `frobenius` whose squares may underflow too: the host does not wait."""
     if array_api_compat.is_numpy_array(x):
         # vdot needs no array of squares, and an overflow is the caller's to judge
         with np.errstate(over="ignore", invalid="ignore"):
@@ -38,7 +38,7 @@ def unscaled_norm(x: Array) -> Array:
 
 
 def safe_norm(x: Array) -> float:
-    """Return the Frobenius norm of a whole array, whose squares may leave the range."""
+    """Return the Frobenius norm of a whole array; squares neither over- nor underflow."""
     return safe_norms([x])[0]
 
 

@@ -15,15 +15,15 @@ __all__ = ["in_own_precision"]
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
-#: What of torch multiplies float32 in fewer bits where it was told that it may.
+#: Backends of torch whose float32 products may be set to a lower precision.
 BACKENDS = ("cuda", "mkldnn")
 
 
 def in_own_precision(function: Callable[P, Result]) -> Callable[P, Result]:
     """Keep ``torch.autocast`` and TF32 out of a function.
 
-    Around a model's forward they would make products of fewer bits of float32 tensors here
-    too: neither sums of squares nor factorizations survive that.
+    Set around a model's forward pass, they would lower the precision of float32 products
+    here too, which neither sums of squares nor factorizations survive.
     """
 
     @wraps(function)
@@ -36,26 +36,26 @@ def in_own_precision(function: Callable[P, Result]) -> Callable[P, Result]:
         with ExitStack() as stack:
             for device in filter(lowers, ("cpu", "cuda")):
                 stack.enter_context(torch.autocast(device, enabled=False))
-            if _whole.times or _are_rounded(torch):
-                stack.enter_context(_whole.held())
+            if _full_precision.times or _is_lowered(torch):
+                stack.enter_context(_full_precision.held())
             return function(*args, **kwargs)
 
     return run
 
 
 def _settings(torch: Any) -> list[Any]:
-    """Return what holds ``fp32_precision`` of each backend's products."""
+    """Return the objects whose ``fp32_precision`` is that of a backend's products."""
     backends = getattr(torch, "backends", None)
     found: list[Any] = [getattr(backends, name, None) for name in BACKENDS]
     return [x.matmul for x in found if hasattr(x, "matmul")]
 
 
-def _are_rounded(torch: Any) -> bool:
+def _is_lowered(torch: Any) -> bool:
     return any(x.fp32_precision in ("tf32", "bf16") for x in _settings(torch))
 
 
-def _set_to_whole() -> Callable[[], None]:
-    """Have all factors multiplied as they are; return what undoes that."""
+def _set_full() -> Callable[[], None]:
+    """Set float32 products to full precision; return a function that undoes that."""
     torch = sys.modules["torch"]
     settings, general = _settings(torch), None
     before = [x.fp32_precision for x in settings]
@@ -76,4 +76,4 @@ def _set_to_whole() -> Callable[[], None]:
     return give_back
 
 
-_whole = Shared(_set_to_whole)
+_full_precision = Shared(_set_full)

@@ -48,7 +48,7 @@ class Space:
     @classmethod
     def of(cls, x: Array) -> Space:
         """Return the space of an array."""
-        if type(x) is np.ndarray:  # asked thousands of times for a matrix
+        if type(x) is np.ndarray:  # called thousands of times for one matrix
             return _of_numpy(x.dtype)
         return cls(namespace(x), x.dtype, x.device)
 
@@ -68,7 +68,7 @@ class Space:
         return cls(xp, getattr(xp, name, name), x.device)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # modules cannot be pickled, nor can what holds a space: their names can
+        # a module cannot be pickled, but its name can
         return _named, (self.xp.__name__, self.name, self.device)
 
     @property
@@ -84,8 +84,7 @@ class Space:
     @property
     def place(self) -> str:
         """Library and, unless it is the host, device, for messages."""
-        device = str(self.device)
-        return self.library + (f" on {device}" if "cpu" not in device.lower() else "")
+        return self.library if self.on_host else f"{self.library} on {self.device}"
 
     @property
     def on_host(self) -> bool:
@@ -100,9 +99,8 @@ class Space:
     @property
     def wider(self) -> str:
         """Name of the dtype with twice the digits, empty if there is none."""
-        if self.name in ("float64", "complex128"):
-            return ""
-        return "complex128" if self.is_complex else "float64"
+        name = self.double.name
+        return name if name != self.name else ""
 
     def or_wider(self, words: str) -> str:
         """Advise, in these ``words``, the wider dtype; nothing if there is none."""
@@ -110,7 +108,7 @@ class Space:
 
     @property
     def smallest_norm(self) -> float:
-        """Norm whose part of epsilon has a square that does not underflow."""
+        """Smallest norm of which epsilon times it has a square that does not underflow."""
         return math.sqrt(float(self.xp.finfo(self.dtype).smallest_normal)) / self.eps
 
     @property
@@ -129,15 +127,22 @@ class Space:
         """The space of absolute values."""
         if not self.is_complex:
             return self
-        name = FLOATS[COMPLEX.index(self.name)]
-        return Space(self.xp, getattr(self.xp, name), self.device)
+        return self._in(FLOATS[COMPLEX.index(self.name)])
+
+    @property
+    def double(self) -> Space:
+        """The same library and device in double precision."""
+        return self._in("complex128" if self.is_complex else "float64")
+
+    def _in(self, dtype: str) -> Space:
+        return Space(self.xp, getattr(self.xp, dtype), self.device)
 
     def zeros(self, *shape: int) -> Array:
         """Return an array of zeros."""
         return self.xp.zeros(shape, dtype=self.dtype, device=self.device)
 
     def empty(self, *shape: int) -> Array:
-        """Return memory that is to be written over."""
+        """Return an array that is not initialized."""
         return self.xp.empty(shape, dtype=self.dtype, device=self.device)
 
     def ones(self, *shape: int) -> Array:
@@ -149,7 +154,7 @@ class Space:
         return self.xp.eye(n, dtype=self.dtype, device=self.device)
 
     def integers(self, x: np.ndarray) -> Array:
-        """Bring integers of NumPy here, to be indices."""
+        """Return integers of NumPy as indices of this library and device."""
         return self.xp.asarray(x, device=self.device)
 
     def asarray(self, x: Array, *, copy: bool = False) -> Array:
@@ -163,12 +168,12 @@ class Space:
         return array_api_compat.to_device(x, self.device)
 
     def _handed_over(self, x: Array) -> Array:
-        """Give this library an array of another one."""
+        """Convert an array of another library, or of another namespace of this one."""
         if not math.prod(x.shape):
-            # DLPack asks where their memory is, and they have none
+            # DLPack needs memory, and an empty array has none
             return self.zeros(*x.shape)
         device = x.__dlpack_device__()
-        # only devices of their own need DLPack: host memory is shared through NumPy
+        # host memory (device 1) is shared through NumPy, other devices by DLPack
         if device[0] != 1 and device == self.zeros(1).__dlpack_device__():
             x = materialized(detach(x))
             if array_api_compat.is_cupy_array(x) and min(x.strides, default=0) < 0:
@@ -187,8 +192,7 @@ class Space:
         """
         if self.is_complex:
             parts = self.real.normal((2, *shape), *key)
-            whole = self.xp.astype(parts[0, ...], self.dtype) + 1j * parts[1, ...]
-            return whole / math.sqrt(2)
+            return (parts[0, ...] + 1j * parts[1, ...]) / math.sqrt(2)
         seed = np.random.SeedSequence(key)
         if array_api_compat.is_torch_namespace(self.xp):
             generator = self.xp.Generator(device=self.device)
@@ -199,7 +203,7 @@ class Space:
         if array_api_compat.is_cupy_namespace(self.xp):
             random = self.xp.random
             with self.device:
-                # the states of other generators take longer to set up than what is drawn
+                # other generators take longer to set up than to draw from
                 generator = random.Generator(random.Philox4x3210(seed))
                 return generator.standard_normal(shape, dtype=self.dtype)
         drawn = np.random.default_rng(seed).standard_normal(

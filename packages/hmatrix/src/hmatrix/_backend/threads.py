@@ -1,4 +1,4 @@
-"""Threads of ours, and those of BLAS and LAPACK."""
+"""Threads of this package, and those of BLAS and LAPACK."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ SINGLE_THREAD_SIZE = 192
 
 
 def default_workers(space: Space) -> int:
-    """Return how many threads of ours are of use: as many as BLAS takes, with NumPy.
+    """Return how many Python threads to use: as many as BLAS has with NumPy, else 1.
 
-    ``OMP_NUM_THREADS``, or the processors. NumPy's loops over batches take one thread
-    each, and let others run; other libraries have threads, or a device, of their own.
+    That is ``OMP_NUM_THREADS``, or the number of processors. NumPy's loop over a batch runs
+    on one thread and lets others run; other libraries have their own threads, or a device.
     """
     if not array_api_compat.is_numpy_namespace(space.xp):
         return 1
@@ -58,10 +58,10 @@ def _blas() -> ThreadpoolController:
 
 
 class Shared:
-    """A setting of the whole process, which several threads may want at a time.
+    """A setting of the whole process that several threads may hold at a time.
 
-    The first makes it by ``begin``, which returns what gives back what was before; the
-    last to leave calls that.
+    The first to enter calls ``begin``, which makes the setting and returns a function that
+    undoes it; the last to leave calls that function.
     """
 
     def __init__(self, begin: Callable[[], Callable[[], object]]) -> None:
@@ -69,7 +69,7 @@ class Shared:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Have the setting."""
+        """Hold the setting."""
         with self._lock:
             if not self.times:
                 self._give_back = self._begin()
@@ -87,12 +87,11 @@ _one_thread = Shared(lambda: _blas().limit(limits=1).restore_original_limits)
 
 
 def one_blas_thread() -> AbstractContextManager[None]:
-    """Hold BLAS and LAPACK of NumPy to one thread.
+    """Hold NumPy's BLAS and LAPACK to one thread.
 
-    For batches of small or narrow matrices, and where threads of ours are at work.
-    OpenBLAS's meet at a barrier in every product, and wait for it spinning: on two
-    processors that have other work too, H @ B of 20 columns at n = 65536 takes 6 s, by one
-    thread 0.06 s.
+    For batches of small or narrow matrices, and while threads of this package run.
+    OpenBLAS's threads spin at a barrier in every product: on two processors that have other
+    work too, H @ B of 20 columns at n = 65536 takes 6 s, by one thread 0.06 s.
     """
     return _one_thread.held()
 
@@ -127,8 +126,8 @@ def in_threads(
 def one_thread_if_small(x: Array) -> AbstractContextManager[None]:
     """Decompose batches of small or narrow matrices on one thread.
 
-    LAPACK meets a barrier at every few columns. On a machine with other work each can
-    cost a time slice: 36 ms for the eigenvalues of one 40×40 matrix on two threads of
+    LAPACK's threads meet at a barrier every few columns. On a machine with other work each
+    can cost a time slice: 36 ms for the eigenvalues of one 40×40 matrix on two threads of
     torch with MKL, 0.1 ms on one.
     """
     if not array_api_compat.is_torch_array(x):
@@ -144,9 +143,10 @@ def _openmp() -> list[Any]:
 
 @cache
 def _mkl() -> Callable[[int], int]:
-    """Return what sets MKL's threads for the calling one, and returns what they were.
+    """Return ``MKL_Set_Num_Threads_Local`` of PyTorch, a dummy if it is built without MKL.
 
-    Of the MKL that is a part of PyTorch, if one is: 0 for what OpenMP is set to.
+    It sets the number of MKL's threads for the calling thread and returns the one before, 0
+    if that was left to OpenMP.
     """
     folder = Path(sys.modules["torch"].__file__ or "").parent / "lib"
     for name in ("libtorch_cpu.so", "torch_cpu.dll"):

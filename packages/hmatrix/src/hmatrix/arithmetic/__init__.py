@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hmatrix.arithmetic.assembly import Terms, assemble, estimate_norm
+from hmatrix.arithmetic.assembly import Terms, assemble, estimate_norm, node_terms
 from hmatrix.arithmetic.error import after, inverse_error
 from hmatrix.arithmetic.linear import add, add_low_rank, scale, shift, subtract
 from hmatrix.arithmetic.norms import norm
@@ -18,6 +18,7 @@ __all__ = [
     "estimate_norm",
     "inverse_error",
     "matmul",
+    "node_terms",
     "norm",
     "scale",
     "shift",

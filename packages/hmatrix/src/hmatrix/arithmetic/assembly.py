@@ -24,10 +24,17 @@ from hmatrix._checks import NonFiniteError, check_int
 from hmatrix._operator import pad_rows
 from hmatrix.construct import block_sides, block_tolerance, check_rtol
 from hmatrix.hodlr import HODLR, clear_padding, from_sides
-from hmatrix.lowrank import LowRank, beside, cut_triplets, differentiated, recompress
+from hmatrix.lowrank import (
+    LowRank,
+    beside,
+    cut_triplets,
+    differentiated,
+    recompress,
+    stack,
+)
 from hmatrix.tree import ClusterTree
 
-__all__ = ["Terms", "assemble", "estimate_norm"]
+__all__ = ["Terms", "assemble", "estimate_norm", "node_terms"]
 
 #: Of a level, root first: what is added to the blocks ``B12`` and ``B21`` of its nodes,
 #: and to the diagonal blocks ``B11, B22`` as one batch (2**(level + 1), half, half).
@@ -105,12 +112,28 @@ def assemble(
     return clear_padding(from_sides(tree, leaves, sides, error))
 
 
+def node_terms(left: Array, core: Array, right: Array) -> Terms:
+    """Return the terms ``left core rightᴴ`` of a level's nodes.
+
+    The rows of ``left`` and ``right`` (b, 2, half, r) are those of the halves of a node; the
+    four blocks of ``core`` (b, 2r, 2r) say how the halves meet.
+    """
+    r = int(left.shape[-1])
+    ones = Space.of(left).real.ones(int(left.shape[0]), r)
+
+    def term(row: int, column: int) -> LowRank:
+        block = core[:, r * row :, r * column :][:, :r, :r]
+        return LowRank(left[:, row, :, :] @ block, ones, right[:, column, :, :])
+
+    return term(0, 1), term(1, 0), stack(term(0, 0), term(1, 1))
+
+
 def _hand_down(
     tree: ClusterTree, terms: Iterable[Terms], early: float, sides: list[list[LowRank]]
 ) -> tuple[LowRank | None, list[Array], list[Array]]:
     """Put the blocks of all levels into ``sides``, and return what ends in the leaves.
 
-    And what was lost, by ``early`` at most: of blocks, and of what was handed down.
+    Also returns what blocks lost, and what the terms handed down lost: ``early`` at most.
     """
     losses: list[Array] = []
     losses_below: list[Array] = []
@@ -125,15 +148,15 @@ def _hand_down(
         tolerance = block_tolerance(tree, level, early)
         real = partial(block_sides, tree, level)
         for side, block in zip(sides, blocks, strict=False):
-            kept, cost = recompress(block, tolerance=tolerance, sides=real)
+            kept, cost, _ = recompress(block, tolerance, sides=real)
             side.append(kept)
             losses.append(cost)
         handed = beside(*below)
         if level + 1 < tree.levels:
-            # one share for each level that hands down, none to the leaves
+            # one share for each cut on the way down; what ends in the leaves is not cut
             share = early / ((tree.levels - 1) * math.sqrt(tree.nodes(level + 1)))
             real = partial(tree.counts, level + 1)
-            handed, cost = recompress(handed, tolerance=share, sides=real)
+            handed, cost, _ = recompress(handed, share, sides=real)
             losses_below.append(cost)
     return handed, losses, losses_below
 
@@ -143,8 +166,7 @@ def estimate_norm(
 ) -> float:
     """Return the root mean square of ‖A x‖ for normal x, about ‖A‖_F.
 
-    Eight vectors: a tenth of the norm is as improbable as ten times it, and `assemble`
-    bears both.
+    By eight vectors: it is hardly ever off by a factor of ten, which `assemble` bears.
     """
     count = 8
     x = pad_rows(space.normal((tree.n, count), tree.n), tree)

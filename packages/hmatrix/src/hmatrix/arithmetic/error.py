@@ -13,7 +13,6 @@ from hmatrix._backend import (
     conjugate,
     detach,
     frobenius,
-    namespace,
     real_part,
     to_numpy,
 )
@@ -32,7 +31,7 @@ def after(first: float | None, second: float | None) -> float | None:
 
 
 def with_error_of_sum(total: HODLR, *parts: HODLR) -> HODLR:
-    """Return a sum of matrices and of what has no error, with its ``error``."""
+    """Return ``total``, the sum of ``parts`` and of exact terms, with its ``error``."""
     if _unknown(*parts):
         return total
     if not any(part.error for part in parts):
@@ -89,7 +88,7 @@ def _absolute(H: HODLR, norm: float) -> float:
 
 
 def _relative(lost: float, norm: float) -> float | None:
-    """Return ``lost`` relative to what ``norm`` is the norm of without that loss."""
+    """Return ``lost`` relative to the exact matrix, whose norm is ``norm − lost`` or more."""
     return lost / (norm - lost) if lost < norm < math.inf else None
 
 
@@ -109,7 +108,7 @@ def _norm(H: HODLR) -> float:
 def _terms(block: LowRank) -> Array:
     """Return what sums to the squares of the norms of blocks (b,): (b, r, r)."""
     U, V = detach(block.U), detach(block.V)
-    S = namespace(U).astype(detach(block.S), U.dtype, copy=False)
+    S = detach(block.S)
     weights = S[..., :, None] * S[..., None, :]
     return (adjoint(U) @ U) * conjugate(adjoint(V) @ V) * weights
 

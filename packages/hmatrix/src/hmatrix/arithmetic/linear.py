@@ -11,6 +11,7 @@ from hmatrix._backend import (
     dtype_name,
     in_own_precision,
     is_array,
+    is_real,
     wants_gradient,
 )
 from hmatrix._checks import (
@@ -49,6 +50,11 @@ def scale(H: Matrix, factor: complex | Array) -> Matrix:
         complex only for a complex matrix. A torch tensor () that wants a gradient
         gets one, if ``H`` is of torch.
 
+    Returns
+    -------
+    HODLR or MLR
+        Symmetric if ``H`` is and ``factor`` is real.
+
     Raises
     ------
     DTypeError, NonFiniteError
@@ -63,8 +69,8 @@ def scale(H: Matrix, factor: complex | Array) -> Matrix:
         check_float("factor", number, minimum=0.0)
     tensor: Any = factor
     if wants_gradient(tensor):
-        real = dtype_name(tensor.dtype) == H.space.real.name
-        number = check_operand("factor", tensor, H.space.real if real else H.space)
+        number = _check_own_or_real("factor", tensor, H.space)
+        real = not Space.of(number).is_complex
     if isinstance(H, MLR):
         root = number**0.5
         factors = tuple(F * root for F in H.factors)
@@ -82,6 +88,7 @@ def scale(H: Matrix, factor: complex | Array) -> Matrix:
     return HODLR(H.tree, H.leaves * number, upper, lower, H.error)
 
 
+@in_own_precision
 def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
     """Return ``H`` with a number, or a vector (n,), added to its diagonal.
 
@@ -94,6 +101,11 @@ def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
         the real one that belongs to it. Imaginary parts, for a complex ``H``, make a
         result that is not symmetric. Tensors that want gradients get them.
 
+    Returns
+    -------
+    HODLR or MLR
+        With the off-diagonal blocks of ``H``, not copied.
+
     Raises
     ------
     ShapeError, DTypeError, BackendError, NonFiniteError
@@ -104,14 +116,13 @@ def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
     xp = space.xp
     vector: Any = diagonal
     if is_array(vector) and (len(vector.shape) or wants_gradient(vector)):
-        real = dtype_name(vector.dtype) == space.real.name
-        added = check_operand("diagonal", vector, space.real if real else space)
+        added = _check_own_or_real("diagonal", vector, space)
         if tuple(added.shape) not in ((), (tree.n,)):
             msg = f"`diagonal` must have shape ({tree.n},), got {tuple(added.shape)}."
             raise ShapeError(msg)
         check_finite("diagonal", added)
-        real = real or not bool(xp.any(xp.imag(added) != 0))
-        added = xp.broadcast_to(xp.astype(added, space.dtype), (tree.n,))
+        real = is_real(added)
+        added = xp.broadcast_to(added, (tree.n,))
     else:
         number = _check_number("diagonal", diagonal, space)
         real = not isinstance(number, complex)
@@ -127,6 +138,12 @@ def shift(H: Matrix, diagonal: complex | Array) -> Matrix:
     if H.symmetric and not real:
         lower = tuple(block.H for block in H.upper)
     return with_error_of_sum(HODLR(tree, leaves, H.upper, lower), H)
+
+
+def _check_own_or_real(name: str, x: Array, space: Space) -> Array:
+    """Return ``x`` if it lives in ``space``, or in the real one that belongs to that."""
+    real = dtype_name(x.dtype) == space.real.name
+    return check_operand(name, x, space.real if real else space)
 
 
 def _check_number(name: str, value: Any, space: Space) -> float | complex:
@@ -236,6 +253,11 @@ def add_low_rank(
         As of `truncate`, relative to the sum. Without them the sum is exact and all
         ranks grow by r.
 
+    Returns
+    -------
+    HODLR
+        Symmetric if ``H`` is and ``V`` is left out.
+
     Raises
     ------
     ShapeError, DTypeError, BackendError
@@ -292,6 +314,11 @@ def subtract(
         As of `add`; ``G`` may be one `LowRank` block here too. No `MLR` is a difference.
     rtol, max_rank
         As of `add`.
+
+    Returns
+    -------
+    HODLR
+        Symmetric if both are.
 
     Raises
     ------

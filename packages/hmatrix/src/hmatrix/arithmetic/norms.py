@@ -14,15 +14,12 @@ from hmatrix._backend import (
     in_own_precision,
     real_part,
     safe_norm,
-    safe_norms,
     squares,
-    triangle,
     without_gradients,
 )
 from hmatrix._checks import check_kind
 from hmatrix._operator import Operator, pad_rows
-from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank
+from hmatrix.hodlr import HODLR, frobenius_norm
 from hmatrix.mlr import MLR
 
 __all__ = ["norm"]
@@ -53,6 +50,11 @@ def norm(H: Operator, kind: str | int = "fro") -> float:
         Woźniakowski, "Estimating the largest eigenvalue by the power and Lanczos
         algorithms with a random start", 1992).
 
+    Returns
+    -------
+    float
+        The norm; gradients are not recorded.
+
     Raises
     ------
     TypeError
@@ -79,17 +81,9 @@ def norm(H: Operator, kind: str | int = "fro") -> float:
         msg = f"`kind` must be 'fro' or 2, got {kind!r}."
         raise ValueError(msg)
     check_kind("H", H, HODLR, MLR)
-    return _frobenius_of_hodlr(H) if isinstance(H, HODLR) else _frobenius_of_mlr(H)
-
-
-def _frobenius_of_hodlr(H: HODLR) -> float:
-    # the cores of both QRs: no cancellation between dependent columns
-    cores = [
-        LowRank(triangle(block.U), block.S, triangle(block.V)).to_dense()
-        for block in H._blocks
-    ]
-    leaves, *off = safe_norms([H.leaves, *cores])
-    return math.hypot(leaves, math.hypot(*off) * (math.sqrt(2) if H.symmetric else 1))
+    if isinstance(H, HODLR):
+        return frobenius_norm(H.leaves, H._sides.values())
+    return _frobenius_of_mlr(H)
 
 
 def _frobenius_of_mlr(H: Any) -> float:

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from hmatrix._backend import (
-    Array,
-    in_own_precision,
-    safe_norms,
-    wants_gradient,
-    without_gradients,
-)
+from hmatrix._backend import in_own_precision, wants_gradient
 from hmatrix._checks import NonFiniteError, check_int, check_kind
 from hmatrix.arithmetic.error import after
 from hmatrix.arithmetic.norms import norm
-from hmatrix.construct import Guard, block_sides, block_tolerance, check_rtol
-from hmatrix.hodlr import HODLR, clear_padding, from_sides
-from hmatrix.lowrank import (
-    GRADIENTS_LOST,
-    LowRank,
-    cut_triplets,
-    differentiated,
-    recompress,
-    triplets,
-)
+from hmatrix.construct import Cut, block_sides, check_rtol, cut_blocks
+from hmatrix.hodlr import HODLR
+from hmatrix.lowrank import GRADIENTS_LOST, LowRank, recompress
 from hmatrix.mlr import MLR
 from hmatrix.update import StreamingMLR
 
@@ -58,6 +47,12 @@ def truncate(
     definite : bool
         Keep a Hermitian positive semidefinite `HODLR` so, as in `from_dense`: the
         result is never below ``H``. (An `MLR` of sign 1 stays so by its form.)
+
+    Returns
+    -------
+    HODLR or MLR
+        The ``error`` of a `HODLR` bounds what it has lost, now and before; None if that of
+        ``H`` is not known.
 
     Raises
     ------
@@ -97,28 +92,18 @@ def _truncate_hodlr(
             "construct it with `symmetric=True`."
         )
         raise ValueError(msg)
-    leaves = H.leaves
-    guard = Guard(H.tree, leaves, rtol * size) if definite else None
-    sides: list[list[LowRank]] = [[]] if H.symmetric else [[], []]
-    losses: list[Array] = []
-    for level in range(H.tree.levels):
-        tolerance = block_tolerance(H.tree, level, rtol * size)
-        real = partial(block_sides, H.tree, level)
-        for side, block in zip(sides, H.blocks(level), strict=False):
-            if guard is None:
-                cut, lost = recompress(
-                    block, tolerance=tolerance, max_rank=max_rank, sides=real
-                )
-            else:
-                with without_gradients(H.space.xp):
-                    cut_at = partial(cut_triplets, *triplets(block))
-                    cut, lost = guard.cut(level, cut_at, max_rank)
-                cut = differentiated(cut, block, real)
-            side.append(cut)
-            losses.append(lost)
-    total = math.hypot(*safe_norms(losses)) * (math.sqrt(2) if H.symmetric else 1)
-    if guard is not None:
-        leaves, added = guard.finish()
-        total = math.hypot(total, added)
-    error = after(H.error, total / size if size else 0.0)
-    return clear_padding(from_sides(H.tree, leaves, sides, error))
+
+    def cuts(side: Iterable[LowRank]) -> Iterator[Cut]:
+        for level, block in enumerate(side):
+            yield partial(recompress, block, sides=partial(block_sides, H.tree, level))
+
+    cut = cut_blocks(
+        H.tree,
+        H.leaves,
+        map(cuts, H._sides.values()),
+        norm=size,
+        total=rtol * size,
+        max_rank=max_rank,
+        definite=definite,
+    )
+    return replace(cut, error=after(H.error, cut.error))

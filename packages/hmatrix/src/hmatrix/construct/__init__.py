@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from hmatrix.construct.budget import Guard, block_sides, block_tolerance, check_rtol
+from hmatrix.construct.budget import (
+    Cut,
+    block_sides,
+    block_tolerance,
+    check_rtol,
+    cut_blocks,
+)
 from hmatrix.construct.dense import from_dense
 from hmatrix.construct.entries import from_entries, from_kernel
 from hmatrix.construct.matvec import from_matvec
@@ -11,10 +17,11 @@ from hmatrix.construct.structured import from_diagonal, from_low_rank, identity,
 from hmatrix.construct.toeplitz import from_toeplitz
 
 __all__ = [
-    "Guard",
+    "Cut",
     "block_sides",
     "block_tolerance",
     "check_rtol",
+    "cut_blocks",
     "from_dense",
     "from_diagonal",
     "from_entries",

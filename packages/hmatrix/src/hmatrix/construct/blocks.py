@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hmatrix._backend import Array, Space, conjugate, multiply_into
+from hmatrix._backend import Array, Space, conjugate, multiply_into, namespace
 from hmatrix.construct.near import Near
 
 __all__ = ["Blocks", "Function", "again", "chunks", "masked", "pick", "tiles"]
@@ -16,8 +16,8 @@ Function = Callable[[Array, Array], Array]
 #: Some of the blocks, and some of their rows.
 Tile = tuple[slice, slice]
 
-#: Entries evaluated at once on the host: their temporaries, several as large for most
-#: kernels, stay in the cache, and small beside the matrix.
+#: Entries evaluated at once on the host: the temporaries of a kernel, several of that size,
+#: stay in the cache and are small beside the matrix.
 CHUNK = 2**16
 
 
@@ -81,10 +81,10 @@ class Blocks:
 
     @property
     def places(self) -> tuple[tuple[Array | None, Array], ...]:
-        """Which rows, and which columns, are no padding, (b, m), and how many, (b,).
+        """Rows, and columns, that are no padding, (b, m), and how many there are, (b,).
 
-        In order, and then again and again; None instead of all of them. Parts of a tree
-        may have padding anywhere: what goes by all places may miss the few that count.
+        In ascending order, repeated to fill m places; None if there is no padding. Samples
+        are taken from these: padding may be anywhere, and nearly all of a block.
         """
         xp = self.xp
         numbers = xp.arange(self.size, device=self.space.device)[None, :]
@@ -96,7 +96,7 @@ class Blocks:
                 continue
             count = xp.sum(xp.astype(real, numbers.dtype), axis=1)
             count = xp.maximum(count, xp.ones_like(count))
-            # sorted by their numbers, those of padding last
+            # by their numbers, padding last
             order = xp.sort(xp.where(real, numbers, numbers + self.size), axis=1)
             again = numbers % count[:, None]
             order = xp.take_along_axis(order % self.size, again, axis=1)
@@ -152,7 +152,7 @@ class Blocks:
     def at(self, i: Array | slice, j: Array) -> Array:
         """Return entries at places i, j (b, q): (b, q).
 
-        Rows that follow each other, a slice, are taken again and again until they are q.
+        The rows of a slice i are repeated until they are q.
         """
         x = self.function(again(self.rows, i, j), pick(self.columns, j))
         if self.real is None:
@@ -184,9 +184,9 @@ class Blocks:
         return x
 
     def column_by_column(self) -> Callable[[Array], Array]:
-        """Return a function of places ``b m + j`` (b,) that gives columns j (b, m).
+        """Return a function that gives columns j (b, m) from places ``b m + j`` (b,).
 
-        What it takes to evaluate any of them is made once.
+        Arrays that all columns are evaluated from are made once.
         """
         xp, (b, m) = self.xp, self.rows.shape[:2]
 
@@ -215,15 +215,14 @@ class Blocks:
 
 def masked(x: Array, rows: Array, columns: Array) -> Array:
     """Return entries with zeros where row or column is padding."""
-    space = Space.of(x)
-    return space.xp.where(rows & columns, x, space.zeros(1))
+    return namespace(x).where(rows & columns, x, 0.0)
 
 
 def chunks(space: Space, count: int, width: int, size: int = CHUNK) -> Iterator[slice]:
     """Yield slices of ``count`` rows of ``width`` numbers each, to be taken at once.
 
-    On the host, of about ``size`` numbers, which stay in the cache with what is made of
-    them.
+    On the host they have about ``size`` numbers, which stay in the cache with what is made
+    of them; on a device there is one slice.
     """
     step = max(1, size // max(width, 1)) if space.on_host else count
     for start in range(0, count, step):
@@ -238,7 +237,7 @@ def tiles(space: Space, blocks: int, rows: int, width: int) -> Iterator[Tile]:
 
 
 def again(x: Array, places: Array | slice, like: Array) -> Array:
-    """Take rows of x (b, m, ...) as `pick`, or a slice of them, as many as ``like`` has."""
+    """Take rows of x (b, m, ...) as `pick`, or a slice repeated to the width of ``like``."""
     if not isinstance(places, slice):
         return pick(x, places)
     some = x[:, places, ...]

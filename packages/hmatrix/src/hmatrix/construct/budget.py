@@ -1,23 +1,22 @@
-"""What all constructors share: the tree, and how much each block may lose."""
+"""The tree and the tolerances of constructors: how much each block may lose."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 
-from hmatrix._backend import Array, Space, frobenius, namespace, safe_norms
+from hmatrix._backend import Array, Space, frobenius, safe_norms
 from hmatrix._checks import ShapeError, check_float, check_int, check_kind
 from hmatrix._operator import real_rows
 from hmatrix.hodlr import HODLR, clear_padding, from_sides
-from hmatrix.lowrank import LowRank, recompress
+from hmatrix.lowrank import LowRank
 from hmatrix.tree import ClusterTree
 
 __all__ = [
     "LEAF_SIZE",
-    "Guard",
+    "Cut",
     "block_sides",
     "block_tolerance",
     "check_rtol",
@@ -27,10 +26,14 @@ __all__ = [
     "make_tree",
 ]
 
+#: Cuts the blocks of a level, called with ``tolerance``, ``max_rank`` and ``spectral`` as
+#: `recompress` is, and gives what that does.
+Cut = Callable[[float, int | None, float], tuple[LowRank, Array, Array]]
+
 #: Rows of a leaf where neither ``levels`` nor ``leaf_size`` is given.
 LEAF_SIZE = 64
-#: The smallest relative error above zero that is asked for, in units of epsilon: below
-#: it rounding, which has full rank, would be stored.
+#: The smallest relative tolerance but zero, in units of epsilon: below it rounding, which
+#: has full rank, would be stored.
 ROUNDING = 10
 
 
@@ -52,53 +55,14 @@ def block_sides(tree: ClusterTree, level: int) -> np.ndarray:
 def cut_blocks(
     tree: ClusterTree,
     leaves: Array,
-    upper: Iterable[LowRank],
-    lower: Iterable[LowRank] | None,
+    sides: Iterable[Iterable[Cut]],
     *,
     norm: float,
     total: float,
     max_rank: int | None,
+    definite: bool = False,
 ) -> HODLR:
-    """Cut the blocks of a matrix to what it may lose.
-
-    Parameters
-    ----------
-    tree, leaves, upper, lower
-        Of the matrix, as `HODLR` takes them. Blocks are taken one by one, so that an
-        iterator need not hold them all; their factors need not be orthonormal.
-    norm : float
-        Frobenius norm of the matrix.
-    total : float
-        Frobenius norm that all blocks together may lose.
-    max_rank : int, optional
-        Cap on the ranks.
-
-    Returns
-    -------
-    HODLR
-        Its ``error`` is what the cut lost.
-    """
-    twice = math.sqrt(2) if lower is None else 1.0
-    losses: list[Array] = []
-    sides: list[list[LowRank]] = []
-    for blocks in (upper,) if lower is None else (upper, lower):
-        sides.append([])
-        for level, block in enumerate(blocks):
-            tolerance = block_tolerance(tree, level, total)
-            cut, lost = recompress(block, tolerance=tolerance, max_rank=max_rank)
-            sides[-1].append(cut)
-            losses.append(lost)
-    error = math.hypot(*safe_norms(losses)) * twice / norm if norm else 0.0
-    return clear_padding(from_sides(tree, leaves, sides, error))
-
-
-class Guard:
-    """What keeps a Hermitian matrix positive definite while its blocks are cut.
-
-    Cutting ``E`` off ``B12`` takes ``[[0, E], [Eᴴ, 0]] ⪯ ‖E‖₂ I`` from the node. So
-    ``‖E‖₂`` is added to the node's diagonal, and the result is never below what it
-    approximates in the Loewner order. The additions are errors of their own: they and
-    the blocks get half of the square of the whole error each.
+    """Return a matrix whose off-diagonal blocks are cut to what they may lose.
 
     Parameters
     ----------
@@ -106,47 +70,76 @@ class Guard:
         The halving.
     leaves : array (2**K, m, m)
         Leaves of the matrix.
+    sides : iterable of iterables of Cut
+        The blocks of each level above the diagonal and, of a general matrix, below it.
+        They are taken one by one: an iterator need not hold them all.
+    norm : float
+        Frobenius norm of the matrix.
     total : float
         Frobenius norm that the matrix may lose.
+    max_rank : int, optional
+        Cap on the ranks.
+    definite : bool
+        Keep a Hermitian positive semidefinite matrix so, by additions to its diagonal.
+
+    Returns
+    -------
+    HODLR
+        Its ``error`` is what was lost, relative to ``norm``.
+
+    Notes
+    -----
+    Cutting ``E`` off ``B12`` takes ``[[0, E], [Eᴴ, 0]] ⪯ ‖E‖₂ I`` from a node. Where the
+    matrix is to stay definite, ``‖E‖₂`` is added to the node's diagonal, and the result is
+    never below the matrix in the Loewner order. The additions are errors of their own:
+    they and the blocks get half of the square of ``total`` each.
     """
+    if definite:
+        total /= math.sqrt(2)
+    cut: list[list[LowRank]] = []
+    losses: list[Array] = []
+    added: list[Array] = []
+    for side in sides:
+        cut.append([])
+        for level, cut_block in enumerate(side):
+            tolerance, spectral = block_tolerance(tree, level, total), math.inf
+            if definite:
+                # the additions of all levels meet on one diagonal: their norms add up
+                spectral = total / (tree.levels * math.sqrt(tree.n))
+            block, lost, largest = cut_block(tolerance, max_rank, spectral)
+            cut[-1].append(block)
+            losses.append(lost)
+            added.append(largest)
+    loss = math.hypot(*safe_norms(losses)) * (math.sqrt(2) if len(cut) == 1 else 1)
+    if definite:
+        leaves, more = _raised(tree, leaves, added)
+        loss = math.hypot(loss, more)
+    return clear_padding(from_sides(tree, leaves, cut, loss / norm if norm else 0.0))
 
-    def __init__(self, tree: ClusterTree, leaves: Array, total: float) -> None:
-        self.tree = tree
-        self._leaves = leaves
-        self._total = total / math.sqrt(2)
-        self._added = Space.of(leaves).real.zeros(tree.nodes(tree.levels))
 
-    def cut(
-        self, level: int, cut: Callable[..., Any], max_rank: int | None
-    ) -> tuple[LowRank, Array]:
-        """Cut the blocks B12 of a level; return them and what they lost.
+def _raised(
+    tree: ClusterTree, leaves: Array, added: Iterable[Array]
+) -> tuple[Array, float]:
+    """Add numbers (2**k,) to the diagonals of all nodes of each level k.
 
-        ``cut(tolerance, max_rank, spectral)`` does so, as `cut_triplets`.
-        """
-        tree, xp = self.tree, namespace(self._leaves)
-        # the additions of all levels meet on one diagonal: their norms add up
-        spectral = self._total / (tree.levels * math.sqrt(tree.n))
-        tolerance = block_tolerance(tree, level, self._total)
-        block, lost, norms = cut(tolerance, max_rank, spectral)
-        leaves = tree.nodes(tree.levels) // tree.nodes(level)
-        self._added = self._added + xp.reshape(
-            xp.broadcast_to(norms[:, None], (tree.nodes(level), leaves)), (-1,)
-        )
-        return block, lost
-
-    def finish(self) -> tuple[Array, float]:
-        """Return the leaves with the additions, and the Frobenius norm of these."""
-        space = Space.of(self._leaves)
-        xp, m = space.xp, self.tree.leaf_size
-        real = xp.astype(real_rows(self.tree, space), self._added.dtype)
-        added = self._added[:, None] * xp.reshape(real, (-1, m))
-        norm = float(frobenius(added))
-        added = xp.astype(added, space.dtype, copy=False)
-        return self._leaves + added[:, :, None] * space.eye(m), norm
+    Returns the leaves, and the Frobenius norm of all that was added.
+    """
+    space = Space.of(leaves)
+    xp, count, m = space.xp, tree.nodes(tree.levels), tree.leaf_size
+    total = space.real.zeros(count)
+    for numbers in added:
+        total = total + xp.repeat(numbers, count // numbers.shape[0])
+    real = xp.reshape(real_rows(tree, space), (-1, m))
+    diagonal = total[:, None] * xp.astype(real, total.dtype)
+    norm = float(frobenius(diagonal))
+    return leaves + diagonal[:, :, None] * space.eye(m), norm
 
 
 def check_rtol(space: Space, rtol: float | None, default: float | None = None) -> float:
-    """Return a relative tolerance, by default that of rounding; no less, but zero."""
+    """Return a relative tolerance, zero or no less than rounding.
+
+    Default: ``default``, or rounding if that is None too.
+    """
     rounding = ROUNDING * space.eps
     if rtol is None:
         return rounding if default is None else default

@@ -32,8 +32,8 @@ __all__ = ["Found", "approximate"]
 
 Found = tuple[LowRank, Array]
 
-#: Entries of smaller blocks that are evaluated at once on the host: as many for each row, so
-#: that they are small beside the matrix, at least and at most.
+#: Entries of small blocks that are evaluated at once on the host: ENTRIES for each row, so
+#: that they are small beside the matrix, but at least LEAST and at most MOST.
 ENTRIES, LEAST, MOST = 16, 2**17, 2**18
 #: Blocks up to this size are cut from all entries if cross approximation fails.
 DENSE = 2048
@@ -58,18 +58,17 @@ def approximate(
     max_rank : int or None
         Cap on the ranks.
     seed : int
-        Of the check.
+        Seed of the check.
     pivots : Pivots or None
         Of a first sample, if they have been found.
     expected : int
-        Rank of blocks that the first sample of all entries is made for.
+        Expected rank of blocks whose entries are all evaluated, as of `cut_dense`.
 
     Returns
     -------
     list of (LowRank, array (b,))
-        Blocks that follow each other, some at a time: orthonormal factors with the
-        singular values between them, and the Frobenius norms lost: what was cut, and what
-        the check estimates.
+        The blocks in batches, in order: singular triplets, and estimates of the Frobenius
+        norms lost, by the cut and by cross approximation.
     """
     if blocks.size <= SAMPLE:
         # all of their entries would be looked at in any case
@@ -111,7 +110,7 @@ def approximated(
         # where singular values decay slowly, what follows a small step is not small
         sample, tail, seed = 4 * sample, tail / 4, seed + 1
         if sample >= blocks.size:
-            tail = tolerance / 8  # what is left is looked at
+            tail = tolerance / 8  # `search` looks at what is left of whole blocks
         rest = blocks.taken(space.integers(bad))
         (pivots,) = search([rest], [tail], None, seed, sample)
         again = attempt(rest, pivots, sample, tolerance, None, seed)
@@ -133,7 +132,7 @@ def whole(
     if blocks.real is not None:
         # singular vectors of rounding point to padding too
         U, V = (
-            xp.where(real[:, :, None], x, xp.zeros_like(x))
+            xp.where(real[:, :, None], x, 0.0)
             for x, real in zip((found.U, found.V), blocks.real, strict=True)
         )
         found = LowRank(U, found.S, V)
@@ -153,16 +152,16 @@ def attempt(
     i, j, U, V = pivots.i, pivots.j, pivots.U, pivots.V
     # the pivots D are taken out of V, so that both factors have entries of order 1
     D = xp.linalg.diagonal(V if m > sample else gather(V, j))
-    D = conjugate(xp.where(valid, D, xp.ones_like(D)))
+    D = conjugate(xp.where(valid, D, 1.0))
     V = V / conjugate(D)[:, :, None]
     if m > sample:
         places = (pick(pivots.rows, i), pick(pivots.columns, j))
         U, V = extend(blocks, places, U, V, D, valid)
-    D = xp.where(valid, D, xp.zeros_like(D))
+    D = xp.where(valid, D, 0.0)
     outliers = [large(x) for x in (U, V)] if m > sample else []
-    # rows of very different norms, which is how partial pivoting leaves them, are
-    # brought to norm 1, and conditioned well enough for Cholesky QR; one factor goes
-    # before there is another of the other
+    # partial pivoting leaves rows of very different norms; scaled to norm 1 they are
+    # conditioned well enough for Cholesky QR. Each factor is replaced before the next is
+    # made, to save memory
     U, Tu, Ru = orthonormal_parts(transpose(U))
     V, Tv, Rv = orthonormal_parts(transpose(V))
     core = (Ru * D[:, None, :]) @ adjoint(Rv)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from functools import partial
 
 from hmatrix._backend import (
@@ -15,22 +15,20 @@ from hmatrix._backend import (
     frobenius,
     in_own_precision,
     namespace,
-    safe_norms,
     transpose,
 )
 from hmatrix._checks import ShapeError, check_array, check_finite, check_space
 from hmatrix._operator import pad_rows
 from hmatrix.construct.blocks import chunks
 from hmatrix.construct.budget import (
-    Guard,
-    block_tolerance,
+    Cut,
     check_symmetric,
     check_tolerances,
+    cut_blocks,
     make_tree,
 )
 from hmatrix.construct.sampled import cut_dense
-from hmatrix.hodlr import HODLR, clear_padding, from_sides
-from hmatrix.lowrank import LowRank
+from hmatrix.hodlr import HODLR
 from hmatrix.tree import ClusterTree
 
 __all__ = ["from_dense"]
@@ -123,28 +121,22 @@ def from_dense(
     A, symmetric = _symmetrize(A, definite or symmetric, norm)
     A = transpose(pad_rows(transpose(pad_rows(A, tree)), tree))
 
-    allowed = max(rtol * norm, atol)
-    leaves = contiguous(_diagonal_blocks(A, tree, tree.levels))
-    guard = Guard(tree, leaves, allowed) if definite else None
-    sides: list[list[LowRank]] = [[]] if symmetric else [[], []]
-    losses: list[Array] = []
-    for level in range(tree.levels):
-        nodes, half = _diagonal_blocks(A, tree, level), tree.size(level + 1)
-        tolerance = block_tolerance(tree, level, allowed)
-        both = nodes[:, :half, half:], nodes[:, half:, :half]
-        for side, blocks in zip(sides, both, strict=False):
-            if guard is None:
-                block, lost, _ = cut_dense(blocks, tolerance, max_rank)
-            else:
-                block, lost = guard.cut(level, partial(cut_dense, blocks), max_rank)
-            side.append(block)
-            losses.append(lost)
-    total = math.hypot(*safe_norms(losses)) * (math.sqrt(2) if symmetric else 1)
-    if guard is not None:
-        leaves, added = guard.finish()
-        total = math.hypot(total, added)
-    error = total / norm if norm else 0.0
-    return clear_padding(from_sides(tree, leaves, sides, error))
+    def side(first: int) -> Iterator[Cut]:
+        """Yield the blocks whose rows are in the first (0) or second (1) half of a node."""
+        for level in range(tree.levels):
+            nodes, half = _diagonal_blocks(A, tree, level), tree.size(level + 1)
+            halves = slice(None, half), slice(half, None)
+            yield partial(cut_dense, nodes[:, halves[first], halves[1 - first]])
+
+    return cut_blocks(
+        tree,
+        contiguous(_diagonal_blocks(A, tree, tree.levels)),
+        map(side, (0,) if symmetric else (0, 1)),
+        norm=norm,
+        total=max(rtol * norm, atol),
+        max_rank=max_rank,
+        definite=definite,
+    )
 
 
 def _symmetrize(A: Array, symmetric: bool | None, norm: float) -> tuple[Array, bool]:

@@ -23,6 +23,7 @@ from hmatrix._checks import (
     check_float,
     check_int,
     check_operand,
+    check_shape,
     check_space,
     space_like,
 )
@@ -133,8 +134,9 @@ def from_entries(
     # a padded row has the number of some row; what it gives is masked
     labels = space.integers(np.minimum(tree.rows, tree.n - 1))
     function, _ = broadcasting(function, labels, dims=0)
+    rtol = check_rtol(space, rtol, math.sqrt(space.eps))
     return build(
-        checked(function, space, rtol=check_rtol(space, rtol, math.sqrt(space.eps))),
+        checked(function, space, rtol=rtol),
         labels,
         tree,
         space,
@@ -239,9 +241,7 @@ def from_kernel(
         space = space_like(points, probe.dtype)
     labels = xp.take(points, space.integers(np.minimum(tree.rows, n - 1)), axis=0)
     function = checked(kernel, space, dims)
-    near = None
-    if not (sorted_ and tree.permutation is None):
-        near = near_parts(to_numpy(points).reshape(n, -1), tree, space)
+    near = near_parts(to_numpy(points).reshape(n, -1), tree, space)
     added = padded_nugget(nugget, tree, space)
     return build(
         function,
@@ -262,9 +262,7 @@ def padded_nugget(nugget: Any, tree: ClusterTree, space: Space) -> Array | None:
     """Return a number or a vector (n,) as padded rows, None if it is zero."""
     if is_array(nugget) and len(nugget.shape):
         added = detach(check_operand("nugget", nugget, space))
-        if tuple(added.shape) != (tree.n,):
-            msg = f"`nugget` must have shape ({tree.n},), got {tuple(added.shape)}."
-            raise ShapeError(msg)
+        check_shape("nugget", added, (tree.n,))
         check_finite("nugget", added)
         return pad_rows(added, tree)
     number = check_float("nugget", nugget)

@@ -1,4 +1,4 @@
-"""Functions of entries as users give them: made to broadcast, and checked."""
+"""Users' functions of entries, made to broadcast and checked."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from hmatrix.construct.blocks import Function
 
 __all__ = ["broadcasting", "checked"]
 
-#: Pairs of labels that are looked up in one matrix of two lists, on its diagonal.
+#: Pairs of labels that a function of two lists evaluates at once, as a matrix's diagonal.
 TILE = 64
 
 
 def broadcasting(function: Function, labels: Array, dims: int) -> tuple[Function, Any]:
-    """Return a function of labels that broadcast, and what the one given makes of a few.
+    """Return a function of labels that broadcast, and entries that the given one computed.
 
-    That of two lists gives a row for one label and two.
+    A function of two lists is known by its result for one label and two: a matrix (1, 2).
     """
     few = labels[: min(2, int(labels.shape[0])), ...]
     probe = function(labels[:1, ...], few)
@@ -45,8 +45,14 @@ def checked(
 ) -> Function:
     """Return the function with its results checked and cast.
 
-    ``dims`` trailing axes of a label are those of a point. Entries of a lower precision
-    than the matrix's are refused where ``rtol`` is finer than that.
+    ``dims`` is the number of axes of a label: 0 for a number, 1 for a point. Entries of a
+    lower precision than the matrix's are refused if ``rtol`` is below their epsilon.
+
+    Raises
+    ------
+    BackendError, ShapeError, DTypeError, NonFiniteError
+        By the function returned, if results are no finite arrays of the right shape,
+        library, device and dtype.
     """
     xp, turned = space.xp, dims and space.on_host
 
@@ -71,7 +77,7 @@ def checked(
             )
             raise DTypeError(msg)
         shapes = (s[: len(s) - dims] for s in (tuple(a.shape), tuple(b.shape)))
-        # both have as many axes, and none of them is empty
+        # both have the same number of axes, none of size 0
         expected = tuple(map(max, *shapes))
         if tuple(x.shape) != expected:
             msg = (

@@ -1,4 +1,4 @@
-"""Matrices of functions of labels, level by level."""
+"""Matrices from functions of labels (row numbers or points), level by level."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def build(
 
     ``nugget`` (padded,) is added to the diagonal.
     """
-    # some blocks at a time, which are small
+    # blocks are worked on some at a time, and are small
     with one_blas_thread_if_narrow(space):
         rtol, atol, max_rank = check_tolerances(space, rtol, atol, max_rank)
         seed = check_int("seed", seed, 0)
@@ -96,9 +96,9 @@ def approximate_levels(
 ) -> tuple[list[Side], float]:
     """Approximate the blocks of all levels, the smallest first.
 
-    Each by what is ``allowed`` for the norm so far: too strict at first, and mended by
-    `trimmed`. Returns the blocks of one side or both, and the norm of the matrix, whose
-    leaves have the ``norm``.
+    ``norm`` is that of the leaves. Each level may lose what is ``allowed`` for the norm of
+    what is known by then, which is too little; `trimmed` cuts again. Returns the blocks of
+    one side or both, and the norm of the matrix.
     """
     both = [blocks] if symmetric else [blocks, [x.lower for x in blocks]]
     sides: list[Side] = [[] for _ in both]
@@ -106,7 +106,7 @@ def approximate_levels(
     pivots: list[list[Pivots]] = [[] for _ in both]
     for level in reversed(range(tree.levels)):
         space = blocks[level].space
-        # no smaller in the end than one whose squares are numbers
+        # in the end it is no smaller than `check_norm` allows
         known = allowed(max(norm, space.smallest_norm) if norm else 0.0)
         if level + 1 == once:
             tails = [block_tolerance(tree, k, known) / 4 for k in range(once)]
@@ -118,7 +118,7 @@ def approximate_levels(
             parts = approximate(x[level], tolerance, max_rank, seed, first, below)
             side.insert(0, parts)
             for block, lost in parts:
-                # where a cap leaves little or nothing, the norm is in what it cut off
+                # where a cap leaves little or nothing, most of the norm was cut off
                 size = max(float(frobenius(block.S)), float(frobenius(lost)))
                 norm = math.hypot(norm, size * (math.sqrt(2) if symmetric else 1))
         check_norm(norm, space, whole=False)
@@ -133,9 +133,12 @@ def trimmed(
     total: float,
     max_rank: int | None,
 ) -> HODLR:
-    """Return the matrix of blocks found, cut now that its norm is known.
+    """Return the matrix of the blocks found, cut again now that its norm is known.
 
-    Raises `ToleranceError` if it has lost more than ``total`` without a cap on the ranks.
+    Raises
+    ------
+    ToleranceError
+        If it has lost more than ``total`` without a cap on the ranks.
     """
     square = 0.0
     blocks: list[list[LowRank]] = []
@@ -193,7 +196,7 @@ def joined(
     width = max(block.rank for block, _ in parts)
     S = xp.concat([widened(block.S, width) for block, _ in parts], axis=0)
     rest = tolerance**2 - error**2
-    rest = 0.9 * xp.sqrt(xp.where(rest > 0, rest, xp.zeros_like(rest)))
+    rest = 0.9 * xp.sqrt(xp.where(rest > 0, rest, 0.0))
     keep, more, _ = kept(S, rest[:, None], max_rank)
     square = float(xp.sum(error**2 + more**2))
     rank = int(keep.shape[-1])
@@ -241,7 +244,13 @@ def diagonal_blocks(
 
 
 def symmetrized(leaves: Array, allowed: float) -> Array:
-    """Return the leaves of a matrix said to be Hermitian, or raise if it cannot be."""
+    """Return the Hermitian part of the leaves of a matrix said to be Hermitian.
+
+    Raises
+    ------
+    ValueError
+        If it differs from the leaves by more than is ``allowed`` and than rounding.
+    """
     difference = float(frobenius(detach(leaves - adjoint(leaves))))
     norm = float(frobenius(detach(leaves)))
     if difference > max(allowed, 100 * Space.of(leaves).eps * norm):
@@ -256,10 +265,10 @@ def symmetrized(leaves: Array, allowed: float) -> Array:
 def looks_hermitian(
     function: Function, labels: Array, leaves: Array, seed: int
 ) -> bool:
-    """Whether the leaves and some other entries are those of a Hermitian matrix.
+    """Tell whether the leaves and some other entries are those of a Hermitian matrix.
 
-    Each row and each column has some of them, so that no single one is missed; of a matrix
-    whose blocks are checked whole it is all entries.
+    ``LOOKS`` of each row and each column, so that a row that differs is seen; of a matrix of
+    no more than two samples' rows all entries.
     """
     xp, space, n = namespace(leaves), Space.of(leaves), int(labels.shape[0])
     if not bool(xp.all(leaves == adjoint(leaves))):

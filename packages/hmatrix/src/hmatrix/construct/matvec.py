@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from hmatrix._backend import (
@@ -15,6 +16,7 @@ from hmatrix._backend import (
     detach,
     dtype_name,
     in_own_precision,
+    safe_norms,
 )
 from hmatrix._checks import (
     DTypeError,
@@ -40,13 +42,13 @@ from hmatrix.tree import ClusterTree
 
 __all__ = ["from_matvec"]
 
-#: The levels are found to this part of the tolerance, that the final cut has something
-#: left to lose, and to a smaller one in a deep tree: each level adds up to half of the
-#: squared errors of those above to its own.
+#: Part of the tolerance to which the levels are found, so that the final cut has something
+#: left to lose. In a deep tree it is smaller: each level adds up to half of the squared
+#: errors of those above to its own.
 PEELING_SHARE = 0.5
 LEVEL_GROWTH = 1.2
-#: The cut keeps to this part, so that an estimate that is a little high breaks no
-#: promise that is kept.
+#: Part of the tolerance that levels and cut together may use, so that an estimate that is a
+#: little high does not fail a matrix that keeps the promise.
 CUT_SHARE = 0.7
 NO_ADJOINT = "`rmatvec`, products of the adjoint, is needed, or else `symmetric=True`."
 # First words of the keys of random numbers.
@@ -181,16 +183,13 @@ def _peeled(
     upper, lower = (tuple(pair[side] for pair in peeling.found) for side in (0, 1))
     below = None if peeling.symmetric else lower
     whole = clear_padding(HODLR(tree, leaves, upper, below))
-    xp = space.xp
-    squares = sum(float(xp.sum(block.S**2)) for block in (*upper, *lower))
-    norm = math.sqrt(squares + float(xp.sum(xp.abs(leaves) ** 2)))
+    norm = math.hypot(*safe_norms([leaves, *(b.S for b in (*upper, *lower))]))
     allowed = max(asked * norm, atol)
     spent = 2 * probes.error(whole)  # twice: the estimate may be low
     H = cut_blocks(
         tree,
         whole.leaves,
-        whole.upper,
-        whole.lower,
+        ((partial(recompress, b) for b in side) for side in whole._sides.values()),
         norm=norm,
         total=math.sqrt(max((CUT_SHARE * allowed) ** 2 - spent**2, 0.0)),
         max_rank=max_rank,
@@ -243,14 +242,10 @@ class _Peeling:
         tolerance = total / math.sqrt(tree.levels * 2 / sides)
         Q = find_range(sample, width, step, tolerance)
         real = xp.reshape(real_rows(tree, self.space), (*shape, 1))[:, :sides, ...]
-        Q = xp.where(real, Q, xp.zeros_like(Q)) * self._signs(
-            level, shape[0], sides, 1, Q.shape[-1]
-        )
+        Q = xp.where(real, Q, 0.0) * self._signs(level, shape[0], sides, 1, Q.shape[-1])
         W = self._across(self.backward, Q, 0)
         S = self.space.real.ones(shape[0], sides, Q.shape[-1])
-        blocks, _ = recompress(
-            LowRank(Q, S, W), tolerance=block_tolerance(tree, level, total)
-        )
+        blocks, *_ = recompress(LowRank(Q, S, W), block_tolerance(tree, level, total))
         B12, *rest = (
             LowRank(blocks.U[:, i, ...], blocks.S[:, i, :], blocks.V[:, i, ...])
             for i in range(sides)

@@ -1,4 +1,4 @@
-"""What of a block is close: where kernels of points peak."""
+"""Close pairs of points in different clusters, where kernels peak."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Near", "near_parts"]
 
 #: Neighbours of each point.
 NEIGHBOURS = 8
-#: Pairs of each block at most, and for each of its rows: more than there are in space.
+#: A block keeps PAIRS close pairs at most, or SHARE for each of its rows if that is more.
 PAIRS, SHARE = 512, 1 / 4
 
 
@@ -58,9 +58,9 @@ class Near:
 def near_parts(
     points: np.ndarray, tree: ClusterTree, space: Space
 ) -> list[Near] | None:
-    """Return what is close in all levels' off-diagonal blocks.
+    """Return the close pairs of points in the off-diagonal blocks of each level.
 
-    None for numbers that the tree sorts: what is close is in the corners.
+    None for numbers that the tree has in ascending order: they are close in the corners.
 
     Parameters
     ----------
@@ -69,13 +69,13 @@ def near_parts(
     tree : ClusterTree
         The halving.
     space : Space
-        Of the entries; of its library and device are the results.
+        Space of the entries, whose library and device the results have.
     """
-    from scipy.spatial import KDTree
-
     placed = points[slice(None) if tree.permutation is None else tree.permutation]
     if points.shape[1] == 1 and np.all(placed[1:] >= placed[:-1]):
         return None
+    from scipy.spatial import KDTree
+
     count = min(NEIGHBOURS + 1, tree.n)
     distances, other = KDTree(points).query(points, k=count)
     own = np.repeat(np.arange(tree.n), count)
@@ -101,7 +101,7 @@ def near_parts(
 
 
 def _pairs(i: np.ndarray, j: np.ndarray, tree: ClusterTree, level: int) -> np.ndarray:
-    """Return rows, columns and whether they are any, of a level's blocks: (3, b, q)."""
+    """Return rows, columns and ``used`` of a level's blocks, as of `Near`: (3, b, q)."""
     half, nodes = tree.size(level + 1), tree.nodes(level)
     node = i // (2 * half)
     counts = np.bincount(node, minlength=nodes)
@@ -119,7 +119,7 @@ def _pairs(i: np.ndarray, j: np.ndarray, tree: ClusterTree, level: int) -> np.nd
 def _orders(points: np.ndarray, tree: ClusterTree, level: int) -> np.ndarray:
     """Return rows and columns by their distances to the others' box: (2, b, m)."""
     halves = np.reshape(points, (tree.nodes(level), 2, tree.size(level + 1), -1))
-    # padding, which is not a number, is in no box and comes last
+    # padding is NaN here: it is in no box and comes last
     low, high = (
         np.flip(f(halves, axis=2, keepdims=True), axis=1)
         for f in (np.fmin.reduce, np.fmax.reduce)

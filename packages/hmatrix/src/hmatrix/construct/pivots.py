@@ -18,20 +18,21 @@ __all__ = ["GROUP", "SAMPLE", "Pivots", "gather", "search", "together"]
 
 #: Rows and columns of the first sample.
 SAMPLE = 128
-#: Rows and columns of near pairs that a sample has in addition.
+#: Rows and columns of close pairs that the first sample has in addition.
 PEAKS = 64
-#: Rows of samples, or of blocks on the host, at once: their factors stay in the cache.
+#: Rows of samples, or of blocks on the host, worked on at once: factors stay in the cache.
 GROUP = 2**15
 #: Columns by which factors grow.
 STEP = 16
-#: After one step for so many rows of a sample all of its entries are evaluated at once, if
-#: there are no more of them than this: a call for a row takes longer than its entries.
+#: After one step for every WIDE rows of the samples all of their entries are evaluated at
+#: once, if they are TABLE at most: a call for a row takes longer than its entries.
 WIDE, TABLE = 8, 2**20
 #: Small steps in a row, and rows without a residual in a row, that end the search.
 QUIET, NULLS = 2, 3
-#: What may be left of the entries looked at, in units of such a step.
+#: What may be left of the entries looked at, in units of what a small step has at most.
 LEFT = 2
-#: Entries of a column that make its pivot too small, and turns to find a larger one.
+#: A pivot is too small if an entry of its column is GROWTH times as large; TURNS rows are
+#: tried at most to find a larger one.
 GROWTH, TURNS = 8.0, 4
 
 
@@ -57,20 +58,21 @@ class Pivots:
     valid: Array
 
     def group(self, some: slice, steps: int | None = None) -> Pivots:
-        """Return those of some of the blocks, and only the first steps."""
+        """Return the pivots of some of the blocks, or only the first ``steps`` of them."""
         samples = (x[some, :] for x in (self.rows, self.columns))
         found = (self.i, self.j, self.U, self.V, self.valid)
         return Pivots(*samples, *(x[some, :steps, ...] for x in found))
 
     def alone(self) -> Pivots:
-        """Return them without the rest of their rows and columns."""
+        """Return the pivots with U[I] and V[J] in place of U and V."""
         return replace(self, U=gather(self.U, self.i), V=gather(self.V, self.j))
 
 
 def together(levels: Sequence[Blocks]) -> int:
-    """Return of how many levels, from the root, `search` takes the samples at once.
+    """Return of how many levels, from the root, `search` finds the pivots at once.
 
-    Samples are of one size, however large the blocks. Blocks of one sample need no search.
+    Samples have one size, however large the blocks are. Blocks no larger than a sample
+    need no search.
     """
     total = 0
     for level, blocks in enumerate(levels):
@@ -97,9 +99,9 @@ def search(
 ) -> list[Pivots]:
     """Find pivots of blocks of several sizes in samples of one size.
 
-    Until the steps of the blocks of each part are no larger than its ``tail``; and, of
-    samples with near pairs and of any that are not a first one, until what is left is not
-    much larger: a kernel of short range is zero in most rows, which ends a search too soon.
+    The search of a block ends when its steps are no larger than the ``tail`` of its part.
+    That may be too soon for a kernel of short range, which is zero in most rows: samples with
+    close pairs, and all but first samples, go on until what is left is not much larger.
     """
     space, xp = parts[0].space, parts[0].xp
     inners, rows, columns, least = [], [], [], []
@@ -153,12 +155,11 @@ def cross(
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Cross approximation with partial pivoting: blocks ≈ Uᵀ conj(V).
 
-    Until the steps of a block are no larger than its ``tolerance`` (b,). Small steps and
-    rows of zeros say little where a few rows hold all there is, as of a narrow kernel: if
-    ``left`` tells what is left, of ``U Vᴴ`` with U and V (b, m, r), the search goes on
-    there, and in the rows that have more of it than others. ``rows`` and ``columns``
-    (b, m) number those of the blocks: what has the same number is the same, and no pivot
-    twice.
+    It goes on until the steps of a block are no larger than its ``tolerance`` (b,). Small
+    steps and rows of zeros say little where a few rows hold nearly all, as those of a narrow
+    kernel do: if ``left`` is given, it tells what ``U Vᴴ``, U and V (b, m, r), leaves, and
+    the search goes on in the rows that have most of that. ``rows`` and ``columns`` (b, m)
+    number those of the blocks: ones of the same number are the same, and no pivot twice.
 
     Returns
     -------
@@ -178,10 +179,10 @@ def cross(
     ) * 2
     alive = xp.ones((b,), dtype=xp.bool, device=space.device)
     quiet, nulls = (xp.zeros((b,), dtype=xp.int64, device=space.device),) * 2
-    # what rounding leaves of an entry is no pivot, nor is what would overflow u
+    # no pivot is as small as the rounding of an entry, nor so small that u overflows
     least = space.eps * tolerance
     row = xp.zeros((b,), dtype=xp.int64, device=space.device) + m // 2
-    # in small problems time goes by the number of calls: what all steps use is made once
+    # small problems take as long as their calls: what all steps use is made once
     row_at, column_at = blocks.adjoint.column_by_column(), blocks.column_by_column()
     zero, real_zero, no_steps = space.zeros(1), space.real.zeros(1), quiet[:1]
     first = m * xp.arange(b, device=space.device)
@@ -195,7 +196,7 @@ def cross(
         if k == limit:
             break
         if taken == m // WIDE and b * m * m <= TABLE:
-            # what has been evaluated is a good part of all entries, and more is to come
+            # a good part of all entries has been evaluated, and more is to come
             x = evaluated(blocks)
             row_at = partial(chosen, conjugate(x))
             column_at = partial(chosen, contiguous(transpose(x)))
@@ -253,10 +254,10 @@ def cross(
                 break
             quiet, nulls = (xp.zeros_like(x) for x in (quiet, nulls))
             continue
-        # once nothing is found where it was expected, rows by chance, or by what was left
-        # of them when it was looked at: each look costs as much as many steps
+        # after a small step the next row is drawn by chance, or is one of which much was
+        # left when ``left`` last looked, which costs as much as many steps
         score = xp.where(small[:, None], likely, xp.abs(u))
-        row = xp.argmax(xp.where(used_rows, -xp.ones_like(score), score), axis=-1)
+        row = xp.argmax(xp.where(used_rows, -1.0, score), axis=-1)
     i, j, valid = (xp.stack(parts, axis=-1) for parts in zip(*steps, strict=True))
     return i, j, U[:, : len(steps), :], V[:, : len(steps), :], valid
 

@@ -9,7 +9,7 @@ from hmatrix.construct.blocks import Blocks
 
 __all__ = ["grid"]
 
-#: The part of the places that lie next to each other at either end, or at the one.
+#: The part of the places that are all of those at either end, or at the start of an order.
 ENDS, START = 1 / 8, 1 / 4
 #: Into how many parts a block is divided: places between its ends are multiples.
 PARTS = 2**31
@@ -18,11 +18,12 @@ PARTS = 2**31
 def grid(
     blocks: Blocks, count: int, chance: np.random.Generator | None = None
 ) -> tuple[Array, Array, tuple[Array, Array]]:
-    """Return ``count`` rows and columns (b, count) of blocks, or all, more where they meet.
+    """Return ``count`` rows and columns (b, count) of blocks, or all if there are no more.
 
-    In blocks of points these are the ones close to the other cluster, in others the
-    corners. With ``chance``, others each time: one by chance from each stretch between
-    neighbours. And the square roots of the numbers that rows and columns stand for.
+    They are denser where the clusters meet: of blocks of points, close to the other cluster,
+    of other blocks, at the corners. With ``chance`` each is drawn from the stretch between
+    its neighbours. Also returns weights: square roots of how many rows, and how many
+    columns, each of them stands for.
     """
     space, b, m = blocks.space, blocks.count, blocks.size
     if m <= count:
@@ -48,11 +49,10 @@ def _dense_at_ends(
     count: int,
     chance: np.random.Generator | None,
 ) -> tuple[Array, Array]:
-    """Return ``count`` of ``many`` (b,) ``places``, all at either end, then fewer.
+    """Return ``count`` places that are dense at either end, and their weights.
 
-    Those are as of `Blocks.places`. A kernel of short range may be all there is in a
-    block of sorted points. Some of the places come twice. And the roots of how many
-    places each stands for.
+    They are chosen from ``many`` (b,) ``places``, as of `Blocks.places`; some may come
+    twice. A kernel of short range is nonzero in a corner alone of a block of sorted points.
     """
     space, xp = blocks.space, blocks.xp
     edge, most = np.arange(int(count * ENDS)), count - 2 * int(count * ENDS) - 1
@@ -83,10 +83,7 @@ def _dense_at_ends(
 def _dense_at_start(
     blocks: Blocks, order: Array, count: int, chance: np.random.Generator | None
 ) -> tuple[Array, Array]:
-    """Return ``count`` places of an ``order`` (b, m), all at its start, then fewer.
-
-    And the roots of how many places each stands for.
-    """
+    """Return ``count`` places that are dense at the start of an order, and their weights."""
     space, xp, edge = blocks.space, blocks.xp, int(count * START)
     bounds = np.linspace(0, 1, count - edge + 1) ** 2 * (blocks.size - edge)
     widths = np.diff(bounds)

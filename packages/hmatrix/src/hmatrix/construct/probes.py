@@ -1,4 +1,4 @@
-"""What random vectors tell of a matrix: ranges of its blocks, its norm and errors."""
+"""Ranges of blocks, norms and errors, from products with random vectors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hmatrix.tree import ClusterTree
 
 __all__ = ["ROUNDING", "Probes", "Product", "find_range"]
 
-#: Of a matrix and a block of vectors.
+#: Product of a matrix with a block of vectors.
 Product = Callable[[Array], Array]
 
 #: Random vectors that measure norm and error.
@@ -88,7 +88,13 @@ class Probes:
         return float(frobenius(difference)) / math.sqrt(PROBES)
 
     def judge(self, H: HODLR, norm: float, allowed: float, advice: str) -> HODLR:
-        """Return ``H`` with its error; raise if that is more than is allowed."""
+        """Return ``H`` with its relative error.
+
+        Raises
+        ------
+        ToleranceError
+            If the error is more than is allowed.
+        """
         reached = self.error(H)
         if reached > allowed:
             scale = norm or 1.0

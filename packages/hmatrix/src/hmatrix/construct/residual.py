@@ -1,4 +1,4 @@
-"""What low-rank approximations leave of blocks, by all or some of their entries."""
+"""Residuals of low-rank approximations of blocks, from all or some of their entries."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from hmatrix.construct.places import grid
 
 __all__ = ["Left", "compare", "large", "residual", "strays"]
 
-#: Frobenius norms (b,) of what is left, the rows (b,) where most of it is, and squares
-#: (b, m) of what is in each row, in part by chance.
+#: Frobenius norms (b,) of residuals, the rows (b,) that have most of them, and squares
+#: (b, m) of the norms of rows, all of which may be estimates.
 Left = tuple[Array, Array, Array]
 
 #: Entries of each row and column that are looked at by chance.
 PASSES = 2
 #: Blocks of points up to this size are compared whole: a few of their pairs may be close,
-#: and what ranks there are costs more than that.
+#: and at their ranks this costs little beside the rest.
 WHOLE = 512
 #: Rows and columns of larger ones, where the points are close.
 MEETING = 256
-#: Rows and columns with the largest coefficients that are compared whole, if any is large.
+#: If coefficients exceed LARGE, the STRAYS rows and columns with the largest are evaluated.
 STRAYS, LARGE = 8, 10.0
 
 
@@ -38,15 +38,15 @@ def residual(blocks: Blocks, U: Array, V: Array, sample: int, *seed: int) -> Lef
     """Estimate what is left of blocks less ``U Vᴴ``, U and V (b, m, r).
 
     A block no larger than the sample, or of at most ``WHOLE`` points in a plane or in
-    space, is compared whole. Of others, as many rows and columns as the sample has, others
-    than it has but also dense where they meet, as a narrow band or a sharp peak would be;
-    the near pairs; and ``PASSES`` times an entry of each row and each column, by chance: a
-    wrong row or column shows every time. The largest of the estimates counts.
+    space, is compared whole. Of others there are three estimates, the largest of which
+    counts: from the entries where as many rows and columns meet as the sample has, drawn
+    anew and like those dense where clusters meet; from the close pairs; and from ``PASSES``
+    entries of each row and each column by chance, so that a wrong row or column is seen.
     """
     space, xp, m, b = blocks.space, blocks.xp, blocks.size, blocks.count
     if m <= (sample if blocks.near is None else max(sample, WHOLE)):
         return compare(blocks, U, V)
-    # rows are taken out of them many times, each of which copies what is transposed
+    # taking rows out of a transposed array would copy all of it each time
     U, V = contiguous(U), contiguous(V)
     chance = np.random.default_rng((*seed, m, b))
     count = sample if blocks.near is None else max(sample, MEETING)
@@ -60,7 +60,7 @@ def residual(blocks: Blocks, U: Array, V: Array, sample: int, *seed: int) -> Lef
         found.append(_most(squares, near.rows))
     order, numbers = chance.permutation(m), np.arange(m)
     shifts = chance.integers(0, m, (PASSES, b, 1))
-    # none of padding, of which there may be far more than of others
+    # padding, which may be nearly all of a block, is left out
     (own, count_rows), (others, count_columns) = blocks.places
     share = xp.astype(count_rows * count_columns, space.real.dtype)[:, None]
     share = share / (m * PASSES)
@@ -119,11 +119,11 @@ def large(coefficients: Array) -> Array | None:
 def strays(
     blocks: Blocks, U: Array, V: Array, rows: Array | None, columns: Array | None
 ) -> Array:
-    """Return what is left of the rows and columns (b,) that pivots stand for worst.
+    """Return the norms (b,) of what is left of the rows and columns least like pivots.
 
-    A row of the block is a combination of the pivots' rows; where the largest coefficient
-    of one, ``rows`` (b, m), and alike ``columns``, is far above 1, no pivot is like it: an
-    outlying point, say, that no sample has. They are as of `large`.
+    A row of the block is a combination of the pivots' rows. Where the largest coefficient,
+    ``rows`` (b, m), is far above 1, it is like none of them: an outlying point, say, that no
+    sample has. Columns are treated alike. Both are as of `large`.
     """
     xp, norms = blocks.xp, blocks.space.real.zeros(blocks.count)
     sides = ((blocks.adjoint, V, U, rows), (blocks, U, V, columns))
@@ -133,7 +133,7 @@ def strays(
         places = xp.argsort(-largest, axis=-1)[:, :STRAYS]
         error = part.at_columns(places)
         error = error - conjugate(pick(right, places)) @ transpose(left)
-        norms = xp.maximum(norms, xp.sqrt(xp.sum(xp.abs(error) ** 2, axis=(1, 2))))
+        norms = xp.maximum(norms, xp.sqrt(xp.sum(squares(error), axis=(1, 2))))
     return norms
 
 

@@ -1,7 +1,7 @@
-"""Dense blocks, cut by what random combinations of their columns span.
+"""Dense blocks, cut by a randomized singular value decomposition.
 
-A singular value decomposition of a whole block takes up to a hundred times as long as the
-products that tell what a block of low rank is made of.
+The SVD of a whole block takes up to a hundred times as long as the products with random
+vectors that find the range of a block of low rank.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from hmatrix._backend import (
     namespace,
     one_blas_thread_if_narrow,
     qr,
+    squares,
     svd,
     to_numpy,
 )
@@ -32,15 +33,15 @@ Some = TypeVar("Some", bound=tuple[Any, ...])
 
 #: Columns of a sample beyond the rank that is expected; each next one has twice as many.
 MORE = 2
-#: What is expected where nothing is known, and the size up to which blocks have their
-#: singular value decomposition then.
+#: The rank that is expected where nothing is known, and the size of blocks up to which their
+#: SVD is taken then.
 RANK, SMALL = 6, 64
-#: Part of what a block may lose that a sample may miss: its rank is then that of the
-#: singular value decomposition.
+#: Part of what a block may lose that a sample may miss: small, so that the rank is that of
+#: the SVD.
 SLACK = 1 / 8
-#: Where a cap on the ranks cuts blocks of this size at least, samples of so many times as
-#: many columns and some more are improved until what they hold of the norm grows by no
-#: more than a part of the square of what is lost, or for some turns.
+#: Where a cap on the ranks cuts blocks of at least LARGE rows, samples of WIDER times the
+#: cap and STEP more columns have subspace iteration: until what they hold of the square of
+#: the norm grows by no more than CLOSE of the square of what is lost, or for TURNS turns.
 LARGE, WIDER, STEP, CLOSE, TURNS = 256, 2, 8, 1e-4, 12
 _SKETCH = 5  # first word of the keys of random numbers
 
@@ -54,10 +55,10 @@ def cut_dense(
 ) -> Cut:
     """Cut dense blocks as their singular value decomposition would.
 
-    By samples (Halko, Martinsson & Tropp, "Finding structure with randomness", 2011),
-    after which every entry is looked at. Blocks that no narrow sample spans to a part of
-    what they may lose are decomposed whole, but where a cap on the ranks cuts them short:
-    there a sample is multiplied with them until it holds what it can.
+    By products with random vectors (Halko, Martinsson & Tropp, "Finding structure with
+    randomness", 2011), after which every entry is compared. Blocks whose range no narrow
+    sample spans well enough have an SVD of all entries. Where a cap on the ranks is what
+    cuts them, subspace iteration improves the sample instead.
 
     Parameters
     ----------
@@ -70,7 +71,8 @@ def cut_dense(
     spectral : float
         Spectral norm that each block may lose.
     expected : int
-        Rank that the first sample is made for, where one is known.
+        Rank that the first sample is made for. Default: a small one, and an SVD of all
+        entries of blocks of up to 64 rows.
 
     Returns
     -------
@@ -112,7 +114,7 @@ def cut_dense(
 
 
 def _widths(rows: int, max_rank: int | None, spectral: float) -> tuple[int, float]:
-    """Return the widest sample of blocks, and the one that is improved under a cap."""
+    """Return the widest sample of blocks, and the width that is improved under a cap."""
     limit, most = rows // 4, math.inf
     # not where a diagonal gets a bound of the spectral norm, which would be too large
     if max_rank is not None and rows >= LARGE and spectral == math.inf:
@@ -123,17 +125,17 @@ def _widths(rows: int, max_rank: int | None, spectral: float) -> tuple[int, floa
 def _next_width(
     width: int, most: float, limit: int, W: Array, missed: Array, slack: float
 ) -> int:
-    """Return twice the width, up to ``most``, or if that is for nothing, beyond the limit."""
+    """Return twice the width, at most ``most``; beyond the limit if no sample will do."""
     if most < math.inf:
         return min(2 * width, int(most)) if width < most else limit + 1
     xp = namespace(missed)
-    holds, rest = float(xp.sum(xp.abs(W) ** 2)), float(xp.sum(missed**2))
+    holds, rest = float(xp.sum(squares(W))), float(xp.sum(missed**2))
     part = rest / (holds + rest)
     if part > 0.1:
-        # of singular values that are all alike a sample holds its share of the columns
+        # if singular values are all alike, a sample holds as large a part as of the columns
         will_do = width <= limit * (1 - part)
     else:
-        # of those that fall at one rate it misses a power; most fall more slowly
+        # if they decay exponentially, twice the width misses the square; most decay slower
         target = missed.shape[0] * slack**2 / (holds + rest)
         will_do = 2 * width * math.log(target) / math.log(part) <= limit
     return 2 * width if will_do else limit + 1
@@ -144,7 +146,7 @@ def _sampled(blocks: Array, width: int) -> tuple[Array, Array, Array]:
     space, n = Space.of(blocks), int(blocks.shape[2])
     with (
         one_blas_thread_if_narrow(space, width),
-        np.errstate(over="ignore", invalid="ignore"),  # then the norm is no number
+        np.errstate(over="ignore", invalid="ignore"),  # the norm missed is then NaN
     ):
         Q, _ = qr(blocks @ space.normal((n, width), _SKETCH, n, width))
         W = adjoint(blocks) @ Q
@@ -154,9 +156,10 @@ def _sampled(blocks: Array, width: int) -> tuple[Array, Array, Array]:
 def _improved(
     blocks: Array, W: Array, missed: Array, rank: int
 ) -> tuple[Array, Array, Array, np.ndarray]:
-    """Return Q, W and norms like `_sampled`, of the columns that hold most at a rank.
+    """Return Q, W and norms as `_sampled` does, after subspace iteration.
 
-    And which blocks (b,) they do not do it for: their singular values are needed.
+    Also returns for which blocks (b,) it does not converge to what ``rank`` columns can
+    hold: their SVD is needed.
     """
     space = Space.of(blocks)
     xp, width = space.xp, int(W.shape[-1])
@@ -165,7 +168,7 @@ def _improved(
         return xp.sum(svd(R)[1][:, :rank] ** 2, axis=-1)
 
     with one_blas_thread_if_narrow(space, width):
-        total = xp.sum(xp.abs(W) ** 2, axis=(-2, -1)) + missed**2
+        total = xp.sum(squares(W), axis=(-2, -1)) + missed**2
         W, R = qr(W)
         holds = held(R)
         for _ in range(TURNS):
@@ -176,7 +179,7 @@ def _improved(
             if bool(xp.all(close)):
                 break
         W = W @ R
-        # of a difference of squares rounding leaves nothing if it is much smaller
+        # where the difference is much smaller than both, it is rounding
         close = close & (total - holds > math.sqrt(space.eps) * total)
         close = close & (total > space.smallest_norm**2)
         return Q, W, _missed(blocks, Q, W), ~to_numpy(close)
@@ -185,13 +188,13 @@ def _improved(
 def _missed(blocks: Array, Q: Array, W: Array) -> Array:
     """Return the norms (b,) of blocks less ``Q Wᴴ``."""
     space, right = Space.of(blocks), adjoint(W)
-    xp, squares = space.xp, space.real.zeros(blocks.shape[0])
+    xp, sums = space.xp, space.real.zeros(blocks.shape[0])
     for batch, rows in tiles(space, *blocks.shape):
         rest = Q[batch, rows, :] @ right[batch, ...]
         rest -= blocks[batch, rows, :]
         rest = xp.reshape(rest, (rest.shape[0], -1))
-        squares[batch] = squares[batch] + xp.abs(xp.vecdot(rest, rest))
-    return xp.sqrt(squares)
+        sums[batch] = sums[batch] + xp.abs(xp.vecdot(rest, rest))
+    return xp.sqrt(sums)
 
 
 def _cut(
@@ -201,12 +204,12 @@ def _cut(
     max_rank: int | None,
     spectral: float,
 ) -> Cut:
-    """Cut singular triplets; ``missed`` (b,), orthogonal to them, is lost already."""
+    """Cut singular triplets, where norms ``missed`` (b,), orthogonal to them, are lost."""
     xp = namespace(missed)
 
     def left(total: float) -> Array:
         part = 1 - (missed / total) ** 2
-        return total * xp.sqrt(xp.where(part > 0, part, xp.zeros_like(part)))[:, None]
+        return total * xp.sqrt(xp.where(part > 0, part, 0.0))[:, None]
 
     frobenius = left(tolerance) if tolerance else tolerance
     spectral = left(spectral) if math.isfinite(spectral) and spectral else spectral

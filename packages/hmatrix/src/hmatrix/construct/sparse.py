@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ from hmatrix._checks import (
     space_like,
 )
 from hmatrix.construct.budget import (
+    Cut,
     check_symmetric,
     check_tolerances,
     cut_blocks,
     make_tree,
 )
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank
+from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
 
 __all__ = ["from_sparse"]
@@ -110,7 +112,7 @@ def from_sparse(
     A = A.tocoo()
     rows, columns, values = tree.slots[A.row], tree.slots[A.col], A.data
 
-    def side(reach: int) -> Iterator[LowRank]:
+    def side(reach: int) -> Iterator[Cut]:
         """Factorize the blocks of each level from a half node to the one ``reach`` on."""
         for level in range(tree.levels):
             half = tree.size(level + 1)
@@ -124,7 +126,8 @@ def from_sparse(
                 (tree.nodes(level), half),
             )
             S = np.ones((U.shape[0], U.shape[2]))
-            yield LowRank(space.asarray(U), space.real.asarray(S), space.asarray(V))
+            U, S, V = space.asarray(U), space.real.asarray(S), space.asarray(V)
+            yield partial(recompress, LowRank(U, S, V))
 
     m = tree.leaf_size
     here = rows // m == columns // m
@@ -133,8 +136,7 @@ def from_sparse(
     return cut_blocks(
         tree,
         space.asarray(leaves),
-        side(1),
-        None if symmetric else side(-1),
+        map(side, (1,) if symmetric else (1, -1)),
         norm=norm,
         total=max(rtol * norm, atol),
         max_rank=max_rank,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
 
 from hmatrix._backend import (
     NUMBERS,
@@ -10,27 +10,27 @@ from hmatrix._backend import (
     Space,
     adjoint,
     detach,
-    frobenius,
     in_own_precision,
+    is_real,
     namespace,
 )
 from hmatrix._checks import (
-    ShapeError,
     check_array,
     check_finite,
     check_int,
     check_norm,
     check_operand,
+    check_shape,
     check_space,
     space_like,
 )
 from hmatrix._operator import pad_rows
 from hmatrix.construct.budget import check_tolerances, cut_blocks, make_tree
-from hmatrix.hodlr import HODLR
+from hmatrix.hodlr import HODLR, frobenius_norm
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
 
-__all__ = ["from_diagonal", "from_low_rank", "identity", "is_real", "slices"]
+__all__ = ["from_diagonal", "from_low_rank", "identity", "slices"]
 
 
 def identity(
@@ -53,6 +53,17 @@ def identity(
         Default: NumPy in float64.
     levels, leaf_size, tree
         The halving, as of `from_dense`.
+
+    Returns
+    -------
+    HODLR
+        Symmetric, of ranks 0.
+
+    Raises
+    ------
+    ShapeError, DTypeError, BackendError
+        If ``n`` or the halving is out of range, ``like`` is not an array, or the dtype is
+        not a float or complex one.
 
     Examples
     --------
@@ -80,6 +91,12 @@ def from_diagonal(
         Its diagonal, real or complex.
     levels, leaf_size, tree
         The halving, as of `from_dense`.
+
+    Returns
+    -------
+    HODLR
+        Of ranks 0, in the library, dtype and device of ``diagonal``; symmetric if that is
+        real.
 
     Raises
     ------
@@ -170,12 +187,7 @@ def from_low_rank(
     diagonal = check_operand("diagonal", diagonal, space)
     shapes = {"U": (n, r), "V": (n, r), "S": (r,), "diagonal": (n,)}
     for (name, shape), x in zip(shapes.items(), (U, V, S, diagonal), strict=True):
-        if tuple(x.shape) != shape:
-            msg = (
-                f"`{name}` must have shape {shape} to go with `U` {(n, r)}, got "
-                f"{tuple(x.shape)}."
-            )
-            raise ShapeError(msg)
+        check_shape(name, x, shape, f" to go with `U` {(n, r)}")
         check_finite(name, x)
     V, S, diagonal = detach(V), detach(S), detach(diagonal)
     tree = make_tree(n, levels, leaf_size, tree)
@@ -184,15 +196,12 @@ def from_low_rank(
     leaves = nodes.to_dense() + _diagonal_leaves(diagonal, tree)
     if symmetric:
         leaves = (leaves + adjoint(leaves)) / 2
-    blocks = upper if symmetric else (*upper, *lower)
-    scales = [recompress(block)[0].S for block in blocks] * (2 if symmetric else 1)
-    parts = (leaves, *scales)
-    norm = check_norm(math.hypot(*(float(frobenius(x)) for x in parts)), space)
+    sides = (upper,) if symmetric else (upper, lower)
+    norm = check_norm(frobenius_norm(leaves, sides), space)
     return cut_blocks(
         tree,
         leaves,
-        upper,
-        None if symmetric else lower,
+        ((partial(recompress, block) for block in side) for side in sides),
         norm=norm,
         total=max(rtol * norm, atol),
         max_rank=max_rank,
@@ -227,12 +236,6 @@ def slices(
 
     m = tree.levels
     return side(0), side(1), LowRank(rows(U, m), scales(m), rows(V, m))
-
-
-def is_real(x: Array) -> bool:
-    """Whether all numbers are real."""
-    xp = namespace(x)
-    return not Space.of(x).is_complex or bool(xp.all(xp.imag(x) == 0))
 
 
 def _diagonal_leaves(diagonal: Array, tree: ClusterTree) -> Array:

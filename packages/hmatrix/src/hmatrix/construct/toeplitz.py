@@ -13,6 +13,7 @@ from hmatrix._backend import (
     detach,
     frobenius,
     in_own_precision,
+    is_real,
     namespace,
 )
 from hmatrix._checks import (
@@ -22,12 +23,12 @@ from hmatrix._checks import (
     check_int,
     check_norm,
     check_operand,
+    check_shape,
     check_space,
 )
 from hmatrix._operator import real_rows
 from hmatrix.construct.budget import block_tolerance, check_tolerances, make_tree
 from hmatrix.construct.probes import ROUNDING, Probes, find_range
-from hmatrix.construct.structured import is_real
 from hmatrix.hodlr import HODLR, from_sides
 from hmatrix.lowrank import LowRank, recompress
 from hmatrix.tree import ClusterTree
@@ -101,9 +102,7 @@ def from_toeplitz(
     space = check_space(Space.of(column), NUMBERS)
     row = conjugate(column) if row is None else detach(check_operand("row", row, space))
     xp, n = space.xp, int(column.shape[0])
-    if tuple(row.shape) != (n,):
-        msg = f"`row` must have shape ({n},) as `column` has, got {tuple(row.shape)}."
-        raise ShapeError(msg)
+    check_shape("row", row, (n,), " as `column` has")
     check_finite("column", column)
     check_finite("row", row)
     tree = make_tree(n, levels, leaf_size, tree)
@@ -138,7 +137,7 @@ def from_toeplitz(
 
 
 def _norm(offsets: Array, n: int) -> float:
-    """Return the Frobenius norm of n rows, each offset as often as its diagonal is long."""
+    """Return the Frobenius norm of n rows: each offset counts as its diagonal is long."""
     space, middle = Space.of(offsets), offsets.shape[0] // 2
     counts = n - space.xp.abs(space.xp.arange(1 - n, n, device=space.device))
     weights = space.xp.sqrt(space.xp.astype(counts, space.real.dtype))
@@ -192,7 +191,7 @@ def _toeplitz_level(
     Q = rows[0, ...] * Q
     W = columns[0, ...] * _convolve(conjugate(xp.flip(kernels, axis=-1)), Q)
     S = space.real.ones(sides, Q.shape[-1])
-    block, _ = recompress(LowRank(Q, S, W), tolerance=tolerance, max_rank=max_rank)
+    block, *_ = recompress(LowRank(Q, S, W), tolerance, max_rank)
     return [
         LowRank(
             block.U[i, ...] * rows[:, i, ...],

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from hmatrix._backend import in_own_precision, one_blas_thread_if_narrow
 from hmatrix._checks import check_choice, check_kind
-from hmatrix.factor._base import Factorization, telling_nan
+from hmatrix.factor._base import Factorization
 from hmatrix.factor.cholesky import HODLRCholesky
 from hmatrix.factor.equilibration import HODLREquilibrated, equilibrated_if_lossy
 from hmatrix.factor.hodlr import HODLRFactorization
-from hmatrix.factor.inversion import automatic, inverse
+from hmatrix.factor.inversion import automatic, inverse, telling_nan
 from hmatrix.factor.mlr import MLRFactorization
 from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR
@@ -58,9 +58,9 @@ def factorize(
           accurate as dense LU with pivots, at a small multiple of the cost.
 
         Where the last two lose digits and rows or columns differ much in size, they are
-        divided by powers of two first that bring them to about one size. (Of rows far
-        smaller than others a constructor whose ``rtol`` is of the whole matrix keeps few
-        digits: those factors and diagonals hold that are given.)
+        divided by powers of two first that bring them to about one size. (A
+        constructor whose ``rtol`` is relative to the whole matrix leaves few digits of rows
+        far smaller than others; given factors and diagonals keep theirs.)
 
         "auto" takes the first of these that applies and keeps the digits: "cholesky" if no
         pivot is below ``sqrt(eps)``, or the Frobenius norm of its ``E`` (see

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
@@ -24,22 +23,18 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import (
     DTypeError,
-    NonFiniteError,
-    NotPositiveDefiniteError,
     PrecisionError,
-    SingularBlockError,
     ToleranceError,
     check_float,
     check_int,
     take_array,
 )
 from hmatrix._operator import Operator, apply_padded, cleared, pad_rows
-from hmatrix.arithmetic import norm
 from hmatrix.factor.symmetric import SymmetricFactor
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 
-__all__ = ["PROBES", "Factorization", "has_gradients", "narrow", "telling_nan"]
+__all__ = ["PROBES", "Factorization", "has_gradients", "narrow"]
 
 Apply = Callable[[Array], Array]
 Fact = TypeVar("Fact", bound="Factorization")
@@ -69,7 +64,8 @@ class Factorization(ABC):
     """
 
     _logdet: Array  # float64 ()
-    _lost: float  # what `_check_precision` found, of those that call it
+    _sign: Any = 1.0  # of the determinant, a number or an array ()
+    _lost: float  # what `_check_precision` returned, where it is called
     _refinements = 1  # that solutions have by default
 
     def __init__(self, H: HODLR | MLR, shift: float) -> None:
@@ -145,9 +141,7 @@ class Factorization(ABC):
         """
         refine = self._refinements if refine is None else check_int("refine", refine, 0)
         rtol = None if rtol is None else check_float("rtol", rtol, minimum=0)
-        inverse, product = self._apply, self.matrix._apply
-        if adjoint:
-            inverse, product = self._apply_adjoint, self.matrix._apply_adjoint
+        inverse, product = self._products(adjoint)
 
         def apply(x: Array) -> Array:
             return cleared(inverse(x), self.tree)
@@ -163,9 +157,23 @@ class Factorization(ABC):
 
         return apply_padded("b", b, self.tree, self.space, solve)
 
+    def _multiply(self, x: Array) -> Array:
+        """Product of ``H + shift·I`` with a padded block."""
+        return self.matrix._apply(x) + self.shift * x
+
+    def _multiply_adjoint(self, x: Array) -> Array:
+        """Product of the adjoint with a padded block."""
+        return self.matrix._apply_adjoint(x) + self.shift * x
+
+    def _products(self, adjoint: bool) -> tuple[Apply, Apply]:
+        """Return products with the inverse and with ``H + shift·I``, or with adjoints."""
+        if adjoint:
+            return self._apply_adjoint, self._multiply_adjoint
+        return self._apply, self._multiply
+
     def _residual(self, b: Array, x: Array, product: Apply) -> Array:
-        """Return ``b − (H + shift·I) x`` of padded blocks, by the product with H."""
-        return cleared(b - product(x) - self.shift * x, self.tree)
+        """Return ``b`` less the product with ``x``, both padded blocks."""
+        return cleared(b - product(x), self.tree)
 
     def _with_gradients(
         self, b: Array, product: Apply, solve: Apply, solve_adjoint: Apply
@@ -213,8 +221,7 @@ class Factorization(ABC):
         space, tree = self.space, self.tree
 
         def error(z: Array) -> Array:
-            x = cleared(self._apply(z), tree)
-            return cleared(self.matrix._apply(x) + self.shift * x - z, tree)
+            return self._residual(z, cleared(self._apply(z), tree), self._multiply)
 
         with without_gradients(space.xp), np.errstate(all="ignore"):
             z = space.normal((tree.n, PROBES), tree.n, PROBES)
@@ -245,6 +252,11 @@ class Factorization(ABC):
             White noise of the library, dtype and device of the matrix; or what draws it.
         size : int, optional
             Samples to draw from a generator: the result is (n, size). Default: one, (n,).
+
+        Returns
+        -------
+        array
+            Of the shape of ``z``, or as ``size`` says.
 
         Raises
         ------
@@ -294,10 +306,17 @@ class Factorization(ABC):
         x : array (n,) or (n, q)
             Of the library, dtype and device of the matrix.
 
+        Returns
+        -------
+        array
+            Of the shape of ``x``.
+
         Raises
         ------
         TypeError
             If there is no such factor: a `HODLR` has one with ``method="cholesky"``.
+        ShapeError, DTypeError, BackendError
+            If ``x`` does not fit.
         """
         factor = self._symmetric_factor()
         return apply_padded("x", x, self.tree, self.space, factor.solve)
@@ -350,7 +369,10 @@ class Factorization(ABC):
         )
 
     def _sign_of_determinant(self) -> float | complex:
-        return 1.0
+        sign, H = complex(self._sign), self.matrix
+        if not self.space.is_complex or isinstance(H, MLR) or H.symmetric:
+            return math.copysign(1.0, sign.real)  # real, to rounding
+        return sign / abs(sign)
 
     def logdet(self) -> Any:
         """Return the log of the determinant.
@@ -400,7 +422,7 @@ class Factorization(ABC):
 
 
 def narrow(method: Callable[[Fact], Result]) -> Callable[[Fact], Result]:
-    """Hold BLAS to one thread in a method, if the factorization is of narrow arrays."""
+    """Hold BLAS to one thread in a method if all arrays of the factorization are narrow."""
 
     @wraps(method)
     def held(self: Fact) -> Result:
@@ -410,22 +432,6 @@ def narrow(method: Callable[[Fact], Result]) -> Callable[[Fact], Result]:
             return method(self)
 
     return held
-
-
-@contextmanager
-def telling_nan(H: HODLR) -> Iterator[None]:
-    """Say so where a factorization fails because the matrix has NaN."""
-    try:
-        # of what NumPy would warn, overflow of inverses among it, is raised
-        with np.errstate(over="ignore", invalid="ignore"):
-            yield
-    except NotPositiveDefiniteError:
-        raise  # Cholesky looks for NaN itself
-    except (SingularBlockError, PrecisionError):
-        if math.isfinite(norm(H)):
-            raise
-        msg = "The matrix holds NaN or infinite values."
-        raise NonFiniteError(msg) from None
 
 
 def has_gradients(H: HODLR) -> bool:

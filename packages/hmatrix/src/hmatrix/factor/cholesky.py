@@ -21,7 +21,7 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import PrecisionError, SingularBlockError, take_array
 from hmatrix._operator import cleared, unpad_rows
-from hmatrix.arithmetic import Terms
+from hmatrix.arithmetic import Terms, node_terms
 from hmatrix.factor._base import Factorization, has_gradients, narrow
 from hmatrix.factor.climb import build
 from hmatrix.factor.gradients import logdet_with_gradients
@@ -36,7 +36,7 @@ from hmatrix.factor.symmetric import (
     logdet_of_cholesky,
 )
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, scaled, stack
+from hmatrix.lowrank import LowRank
 
 __all__ = ["HODLRCholesky"]
 
@@ -47,9 +47,7 @@ class HODLRCholesky(Factorization):
     matrix: HODLR
     _overwritten = False
 
-    def __init__(
-        self, H: HODLR, shift: float = 0.0, *, overwrite: bool = False
-    ) -> None:
+    def __init__(self, H: HODLR, shift: float, *, overwrite: bool = False) -> None:
         super().__init__(H, shift)
         if not H.symmetric:
             msg = (
@@ -79,7 +77,7 @@ class HODLRCholesky(Factorization):
             )
 
     def _steps(self) -> int:
-        """Return one step, where a pivot says that inverted triangles cost digits."""
+        """Return how many steps refine solutions: 1 if inverted triangles lose digits."""
         if self._overwritten:
             return 0  # there is no matrix to refine with
         xp, factor = self.space.xp, self._factor
@@ -117,15 +115,8 @@ class HODLRCholesky(Factorization):
         return leaves, starmap(self._level_terms, self._factor.inverse_terms())
 
     def _level_terms(self, Z: Array, M: Array) -> Terms:
-        xp, (nodes, r) = self.space.xp, (M.shape[0], Z.shape[-1])
-        Z = xp.reshape(Z, (nodes, 2, Z.shape[1], r))
-        ones = self.space.real.ones(nodes, r)
-
-        def term(row: int, column: int) -> LowRank:
-            core = M[:, r * row :, r * column :][:, :r, :r]
-            return LowRank(Z[:, row, :, :] @ core, ones, Z[:, column, :, :])
-
-        return term(0, 1), term(1, 0), stack(term(0, 0), term(1, 1))
+        Z = self.space.xp.reshape(Z, (M.shape[0], 2, *Z.shape[1:]))
+        return node_terms(Z, M, Z)
 
     def _apply(self, x: Array) -> Array:
         factor = self._factor  # and not `self`, which would be held in a cycle
@@ -135,7 +126,7 @@ class HODLRCholesky(Factorization):
 
         if not self._has_gradients():
             return solve(x)
-        return self._with_gradients(x, self.matrix._apply, solve, solve)
+        return self._with_gradients(x, self._multiply, solve, solve)
 
     def _has_gradients(self) -> bool:
         return not self._overwritten and has_gradients(self.matrix)
@@ -239,7 +230,7 @@ class _Source:
         multiply_into(out, Q, T)
         R = self.space.xp.reshape(R, (nodes, 2, r, r))
         S = self.upper[level].S[first : first + nodes, None, :]
-        K = scaled(R[:, 0, :, :], S) @ adjoint(R[:, 1, :, :])
+        K = (R[:, 0, :, :] * S) @ adjoint(R[:, 1, :, :])
         eye = self.space.eye(2 * r)
         small = self.space.zeros(nodes, 2 * r, 2 * r) + eye
         small[:, :r, r:] = K
@@ -263,7 +254,7 @@ class _Source:
 
     def logdet(self) -> Array:
         """Return the log-determinant of all that was factored."""
-        # in an order of its own, whichever thread was first
+        # in a fixed order, whichever thread was first
         return sum(self.logs[key] for key in sorted(self.logs))
 
 

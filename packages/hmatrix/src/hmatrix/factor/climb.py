@@ -68,7 +68,7 @@ def build(
     """Return the symmetric factor of a source.
 
     ``again`` is as of `SymmetricFactor`. If ``sparing``, half as many rows are worked on at
-    once, which takes a little longer.
+    once, which takes less memory and a little longer.
     """
     climb = _Climb(tree, source, share=2 if sparing else 1)
     climb.run()
@@ -77,10 +77,10 @@ def build(
 
 
 class _Climb:
-    """A factor on its way: subtrees, one for each worker, and the levels above them.
+    """The building of a factor: one subtree for each worker, then the levels above them.
 
-    In a subtree the rows that stay in the cache, one in ``share`` of them, go through the
-    levels ``low`` and below at once.
+    In a subtree, pieces of the rows that fit ``1 / share`` of the cache go through all
+    levels from the leaves to ``low`` one after another.
     """
 
     def __init__(self, tree: ClusterTree, source: Source, share: int) -> None:
@@ -98,12 +98,12 @@ class _Climb:
         )
         self.workers = default_workers(space)
         recorded = any(map(wants_gradient, (source.leaves, *source.bases)))
-        # what is recorded is not worked on piece by piece
+        # pieces are overwritten, which torch could not record
         self.whole = recorded or not space.on_host
         self.top, self.low = (0, 0) if self.whole else self.levels()
 
     def levels(self) -> tuple[int, int]:
-        """Return two levels: whose nodes are a worker's each, and whose fit the cache."""
+        """Return the level whose nodes are a worker's each, and that whose fit the cache."""
         columns = self.tree.padded * max(sum(self.widths), 1) * self.space.itemsize
 
         def level(pieces: int) -> int:
@@ -119,7 +119,7 @@ class _Climb:
             self.climb(0, self.tree.padded, range(self.top), self.piece())
 
     def piece(self) -> Array:
-        """Memory for a thread's products, which is used again and again."""
+        """Return memory for a thread's products, to be used many times."""
         return self.space.zeros(max(PIECE // self.space.itemsize, sum(self.widths)))
 
     def subtree(self, which: int) -> None:
@@ -133,7 +133,7 @@ class _Climb:
         self.climb(begin, end, range(self.top, self.low), memory)
 
     def bottom(self, start: int, x: Array, memory: Array) -> None:
-        """Factor the levels of rows that stay in the cache; x is memory for them."""
+        """Factor the levels of rows that fit the cache, in the memory x."""
         stop = start + x.shape[0]
         self.invert_leaves(start, x)
         for level in reversed(range(self.low, self.tree.levels)):
@@ -150,7 +150,7 @@ class _Climb:
             done += F.shape[1]
 
     def invert_leaves(self, start: int, x: Array) -> None:
-        """Invert the leaves of rows; x becomes the product with the columns of all levels."""
+        """Invert the leaves of rows, and write their products with all columns into x."""
         m, source, (rows, width) = self.tree.leaf_size, self.source, x.shape
         step = rows // m
         if not self.whole:
@@ -169,7 +169,7 @@ class _Climb:
                 del columns  # before the next
 
     def climb(self, start: int, stop: int, levels: range, memory: Array) -> None:
-        """Take the terms of some levels out of rows whose columns lie in the bases."""
+        """Factor some levels of rows whose columns lie in the bases."""
         for level in reversed(levels):
             Q, Y = self.term(level, start, stop, self.flat[level][start:stop, :])
             for x in self.flat[:level]:
@@ -193,9 +193,9 @@ class _Climb:
 def _add_term(Q: Array, X: Array, x: Array, q: int, memory: Array) -> None:
     """Add ``Q X Qᴴ x`` of each node to the first q columns of x (rows, width), in place.
 
-    What is in the other columns afterwards is of no use. Piece by piece, in ``memory``,
-    since a product as large as ``x`` would not stay in the cache; and in rows of full
-    width, which are one vector.
+    The other columns are overwritten: sums of full rows run over contiguous memory. It goes
+    piece by piece, in ``memory``, since a product as large as ``x`` would not stay in the
+    cache.
     """
     (blocks, rows, r), width = Q.shape, x.shape[1]
     if not r or not q:

@@ -35,10 +35,11 @@ _KINDS: dict[str, type[General]] = {
 def equilibrated_if_lossy(
     make: Callable[[HODLR, float], General], H: HODLR, shift: float
 ) -> Factorization:
-    """Factorize by ``make``; where digits are lost, with rows and columns of one size.
+    """Factorize by ``make``; where that loses digits, equilibrated, if that loses fewer.
 
-    If those differ much. Of orthogonal elimination always: what columns that differ cost
-    solutions with the adjoint is not seen.
+    Only matrices whose rows or columns differ much in size are equilibrated. Orthogonal
+    elimination of those always is: what it loses of solutions with the adjoint, because
+    columns differ, is not measured.
     """
     lost, failure = math.inf, None
     try:
@@ -136,10 +137,11 @@ class HODLREquilibrated(Factorization):
 
 
 def _equilibrated(H: HODLR, shift: float) -> tuple[HODLR, np.ndarray, np.ndarray]:
-    """Return a matrix whose rows and columns have largest entries of about 1.
+    """Equilibrate ``H + shift·I``: the largest entry of rows and columns becomes about 1.
 
-    And the powers of two (padded,) that those of ``H + shift·I`` were divided by, 1 in
-    padding. By square roots, of both at once: it keeps symmetry (Ruiz, "A scaling
+    Returns the matrix, and the powers of two (padded,) that rows and columns were divided
+    by, 1 in padding. Each turn divides by square roots of both sizes at once, which keeps
+    symmetry (Ruiz, "A scaling
     algorithm to equilibrate both rows and columns norms in matrices", 2001).
     """
     H = shifted(H, shift) if shift else H
@@ -160,10 +162,10 @@ def _equilibrated(H: HODLR, shift: float) -> tuple[HODLR, np.ndarray, np.ndarray
 
 
 def _alike(H: HODLR) -> bool:
-    """Whether it is plain that neither rows nor columns differ much in size.
+    """Tell, by a quick test that may miss it, whether rows and columns are of one size.
 
-    Each has an entry in its leaf that no entry of the matrix is far above; this takes a
-    fraction of the time of looking at all of them.
+    They are if each has an entry in its leaf that is within ``FAR`` of a bound of all
+    entries. This takes a fraction of the time of `_sizes`.
     """
     xp, tree = H.space.xp, H.tree
     leaves, sides = xp.abs(detach(H.leaves)), 1 if H.symmetric else 2
@@ -178,7 +180,7 @@ def _alike(H: HODLR) -> bool:
 
 
 def _sizes(H: HODLR) -> np.ndarray:
-    """Return the largest entries of rows (padded,), those of terms where they add up."""
+    """Return the largest entry of each row (padded,), in its leaf or a term ``u s vᴴ``."""
     xp = H.space.xp
     found = [xp.max(xp.abs(detach(H.leaves)), axis=-1)]
     for blocks in map(H.blocks, range(H.tree.levels)):
@@ -207,7 +209,6 @@ def _divided(H: HODLR, rows: Array, columns: Array) -> HODLR:
     """Return ``diag(rows)⁻¹ H diag(columns)⁻¹``; columns of factors have maxima 1 or 0."""
     space, tree = H.space, H.tree
     xp, m = space.xp, tree.leaf_size
-    rows, columns = (xp.astype(x, space.dtype, copy=False) for x in (rows, columns))
     leaves = H.leaves / xp.reshape(rows, (-1, m, 1)) / xp.reshape(columns, (-1, 1, m))
 
     def divided(side: int, level: int, block: LowRank) -> LowRank:
@@ -218,7 +219,7 @@ def _divided(H: HODLR, rows: Array, columns: Array) -> HODLR:
         parts = []
         for x in (U, V):
             top = positive_or_one(xp.max(xp.abs(detach(x)), axis=-2))
-            parts.append(x / xp.astype(top, x.dtype, copy=False)[..., None, :])
+            parts.append(x / top[..., None, :])
             S = S * top
         return LowRank(parts[0], S, parts[1])
 

@@ -50,7 +50,7 @@ def logdet_with_gradients_of(
 def _of_number(
     value: Array, H: HODLR, derivatives: Callable[[HODLR], list[Array]]
 ) -> Any:
-    """Return a number differentiable, by derivatives that the detached matrix gives."""
+    """Return a number, differentiable by what ``derivatives`` of the detached matrix are."""
     fixed = H.map(detach)
 
     def gradients(upstream: Array) -> list[Array]:
@@ -94,7 +94,7 @@ def _trace_gradients(X: HODLR, H: HODLR) -> list[Array]:
 
 
 def _logdet_gradients(factor: SymmetricFactor, H: HODLR) -> list[Array]:
-    """Return what ``A⁻¹`` has in the leaves, and times factors in the blocks of H."""
+    """Return the gradients of ``log det A`` to the arrays of H: ``A⁻¹`` in its blocks."""
     tree, space = H.tree, H.space
     xp = space.xp
     rows = xp.reshape(real_rows(tree, space), H.leaves.shape[:2])
@@ -119,4 +119,4 @@ def _logdet_gradients(factor: SymmetricFactor, H: HODLR) -> list[Array]:
         part = (xp.reshape(x, (*leaves.shape[:2], r)) for x in (ZM, Z))
         leaves = leaves + next(part) @ adjoint(next(part))
     both = rows[:, :, None] & rows[:, None, :]
-    return [xp.where(both, leaves, xp.zeros_like(leaves)), *found]
+    return [xp.where(both, leaves, 0.0), *found]

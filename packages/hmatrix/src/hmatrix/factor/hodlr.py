@@ -26,13 +26,13 @@ from hmatrix._backend import (
 )
 from hmatrix._checks import SingularBlockError, SingularLeafError, take_array
 from hmatrix._operator import cleared, real_rows, unpad_rows
-from hmatrix.arithmetic import Terms, estimate_norm
+from hmatrix.arithmetic import Terms, estimate_norm, node_terms
 from hmatrix.factor._base import PROBES, Factorization, narrow
 from hmatrix.factor.leaves import shifted_leaves, without_padding
 from hmatrix.factor.operator import HODLRInverse
 from hmatrix.factor.orthogonal import HODLROrthogonal
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, pair, stack
+from hmatrix.lowrank import pair
 
 __all__ = ["HODLRFactorization"]
 
@@ -42,7 +42,7 @@ class HODLRFactorization(Factorization):
 
     matrix: HODLR
 
-    def __init__(self, H: HODLR, shift: float = 0.0) -> None:
+    def __init__(self, H: HODLR, shift: float) -> None:
         super().__init__(H, shift)
         self._take_bases()
         xp, tree = self.space.xp, self.tree
@@ -78,7 +78,7 @@ class HODLRFactorization(Factorization):
             X = self._step(level, X)
 
     def _take_bases(self) -> None:
-        """Keep Q of each level, (padded, r), as P without the scales C."""
+        """Store Q of each level, (padded, r), without the scales C."""
         H, tree = self.matrix, self.tree
         pairs = (pair(B21.V, B12.V) for B12, B21 in map(H.blocks, range(tree.levels)))
         bases = (self.space.xp.reshape(both, (tree.padded, -1)) for both in pairs)
@@ -88,13 +88,6 @@ class HODLRFactorization(Factorization):
     def inverse(self) -> HODLRInverse:
         """Return the inverse as an operator; nothing is formed."""
         return HODLRInverse(self, refined=self._lost > math.sqrt(self.space.eps))
-
-    def _sign_of_determinant(self) -> float | complex:
-        sign = complex(self._sign)
-        if self.space.is_complex and not self.matrix.symmetric:
-            return sign
-        # that of a Hermitian matrix is real, to rounding
-        return math.copysign(1.0, sign.real)
 
     @narrow
     @in_own_precision
@@ -127,9 +120,9 @@ class HODLRFactorization(Factorization):
     def _is_off(self, diagonal: Array, sizes: Array) -> bool:
         """Tell whether the diagonal differs from solutions by more than it may.
 
-        They are refined and its terms are not: where inverses of halves are large beside
-        that of the whole, terms cancel. A few entries are looked at, those whose terms
-        have the largest ``sizes``.
+        Solutions are refined and the terms of the diagonal are not: where inverses of
+        halves are large beside that of the whole, terms cancel. The few entries whose terms
+        have the largest ``sizes`` are compared.
         """
         xp, space = self.space.xp, self.space
         worst = xp.argsort(-sizes)[: min(PROBES, self.tree.n)]
@@ -140,10 +133,8 @@ class HODLRFactorization(Factorization):
         off = xp.abs(xp.take(diagonal, worst) - xp.sum(units * x, axis=0))
         if bool(xp.all(off <= 2 * math.sqrt(space.eps) * norms)):
             return False
-        # more than that may be the condition number's fault, which takes products to know
-        size = estimate_norm(
-            lambda z: self.matrix._apply(z) + self.shift * z, self.tree, space
-        )
+        # a larger difference may be due to the condition number, which takes products to know
+        size = estimate_norm(self._multiply, self.tree, space)
         rounding = 10 * space.eps * float(xp.max(norms)) * size
         return not bool(xp.all(off <= 2 * rounding * norms))
 
@@ -153,15 +144,10 @@ class HODLRFactorization(Factorization):
         return leaves, map(self._level_terms, range(self.tree.levels))
 
     def _level_terms(self, level: int) -> Terms:
-        width, (Y, Z) = self._widths[level], self._term_bases(level)
-        E, ones = self._E[level], self.space.real.ones(Y.shape[0], width)
-
-        def term(row: int, column: int) -> LowRank:
-            # Qᴴ D sees the second half of a block first
-            core = E[:, width * row :, width * (1 - column) :][:, :width, :width]
-            return LowRank(-Y[:, row, :, :] @ core, ones, Z[:, column, :, :])
-
-        return term(0, 1), term(1, 0), stack(term(0, 0), term(1, 1))
+        Y, Z = self._term_bases(level)
+        # Qᴴ D sees the second half of a block first
+        core = self.space.xp.roll(self._E[level], self._widths[level], axis=-1)
+        return node_terms(Y, -core, Z)
 
     def _term_bases(self, level: int) -> tuple[Array, Array]:
         """Return D P and Dᴴ Q of a level, each (2**level, 2, half, r)."""
@@ -215,9 +201,8 @@ class HODLRFactorization(Factorization):
             return self.space.zeros(nodes, 0, 0)
         Y, Q = self._halves(level, self._Y[level]), self._halves(level, self._Q[level])
         QY = adjoint(Q) @ Y  # V21ᴴ Y1 and V12ᴴ Y2
-        scales = xp.astype(scales, QY.dtype, copy=False)
         CQY = scales[..., None] * xp.flip(QY, axis=1)
-        eye = xp.zeros_like(QY[:, 0, :, :]) + self.space.eye(width)
+        eye = xp.broadcast_to(self.space.eye(width), (nodes, width, width))
         K = block_matrix(eye, CQY[:, 0, ...], CQY[:, 1, ...], eye)
         signs, logs = slogdet(K)
         self._sign = self._sign * xp.prod(detach(signs))
@@ -230,16 +215,15 @@ class HODLRFactorization(Factorization):
     ) -> Array:
         """Invert blocks (b, m, m) with these determinant signs.
 
-        Blocks are leaves if ``real`` (b, m) tells which of their rows are no padding. A
-        device is asked after the last level which cannot be inverted, the host here.
+        Leaves come with ``real`` (b, m), which tells padding from other rows. On the host
+        singular blocks are found at once, on a device after the last level.
         """
         xp, singular, on_host = self.space.xp, signs == 0, self.space.on_host
         inverses, condition = blocks, 0 * xp.abs(signs)
         if not (on_host and bool(xp.any(singular))):
             inverses = inverse(blocks)
             condition = _one_norm(blocks, real) * _one_norm(inverses, real)
-        infinite = math.inf * xp.ones_like(condition)
-        condition = xp.where(singular, infinite, condition)
+        condition = xp.where(singular, math.inf, condition)
         self._conditions.append((level, real is not None, condition))
         if on_host:
             self._check_conditions()
@@ -297,7 +281,7 @@ class HODLRFactorization(Factorization):
 def _less(x: Array, Y: Array, small: Array, *, own: bool) -> Array:
     """Return x (padded, q) less ``Y small`` of halves, (nodes, 2, half, r) and (…, r, q).
 
-    Where x is the caller's ``own``, its memory may be used.
+    With ``own`` the memory of x may be overwritten.
     """
     xp, (half, r), q = Space.of(x).xp, Y.shape[2:], x.shape[1]
     rows, small = xp.reshape(x, (-1, half, q)), xp.reshape(small, (-1, r, q))

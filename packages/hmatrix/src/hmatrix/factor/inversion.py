@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+
+import numpy as np
 
 from hmatrix._backend import (
     in_own_precision,
@@ -13,6 +17,7 @@ from hmatrix._backend import (
     without_gradients,
 )
 from hmatrix._checks import (
+    NonFiniteError,
     NotPositiveDefiniteError,
     PrecisionError,
     SingularBlockError,
@@ -24,9 +29,10 @@ from hmatrix.arithmetic import (
     assemble,
     estimate_norm,
     inverse_error,
+    norm,
     truncate,
 )
-from hmatrix.factor._base import PROBES, Factorization, has_gradients, telling_nan
+from hmatrix.factor._base import PROBES, Factorization, has_gradients
 from hmatrix.factor.cholesky import HODLRCholesky
 from hmatrix.factor.equilibration import (
     General,
@@ -40,7 +46,7 @@ from hmatrix.factor.orthogonal import HOPELESS, HODLROrthogonal
 from hmatrix.hodlr import HODLR
 from hmatrix.mlr import MLR
 
-__all__ = ["automatic", "inverse"]
+__all__ = ["automatic", "inverse", "telling_nan"]
 
 
 @in_own_precision
@@ -160,12 +166,28 @@ def inverse(
     return replace(stored, error=error)
 
 
+@contextmanager
+def telling_nan(H: HODLR) -> Iterator[None]:
+    """Raise `NonFiniteError` where a factorization fails because the matrix has NaN."""
+    try:
+        # what NumPy would warn of, overflow of inverses say, ends in an exception
+        with np.errstate(over="ignore", invalid="ignore"):
+            yield
+    except NotPositiveDefiniteError:
+        raise  # Cholesky looks for NaN itself
+    except (SingularBlockError, PrecisionError):
+        if math.isfinite(norm(H)):
+            raise
+        msg = "The matrix holds NaN or infinite values."
+        raise NonFiniteError(msg) from None
+
+
 def automatic(
     H: HODLR, shift: float, *, overwrite: bool = False, for_terms: bool = False
 ) -> Factorization:
     """Factorize by "auto" of `factorize`, or ``for_terms`` of the inverse.
 
-    Those of W Wᴴ keep the most digits, but have no gradients to the matrix.
+    Terms of W Wᴴ keep the most digits, but have no gradients to the matrix.
     """
     if H.symmetric and not (for_terms and has_gradients(H)):
         try:
@@ -180,9 +202,9 @@ def automatic(
 def cholesky_or_orthogonal(H: HODLR, shift: float, *, overwrite: bool) -> Factorization:
     """Factorize a definite matrix as W Wᴴ, or orthogonally where that keeps more digits.
 
-    Those lost are looked at where a pivot is small, which costs little beside W; where
-    both lose all, the matrix is singular for all that is known. Tensors that want
-    gradients keep W, whose log-determinant has those to more digits.
+    Lost digits are measured where a pivot is small, which costs little beside W; where both
+    lose all, the matrix is singular to working precision. Tensors that want gradients keep
+    W, whose log-determinant has more accurate ones.
     """
     first = HODLRCholesky(H, shift, overwrite=overwrite)
     if not first._refinements or has_gradients(H):
@@ -201,8 +223,8 @@ def cholesky_or_orthogonal(H: HODLR, shift: float, *, overwrite: bool) -> Factor
 def inversion_or_orthogonal(H: HODLR, shift: float, *, strict: bool) -> General:
     """Factorize by inversion, or orthogonally where that fails or loses digits.
 
-    What `HODLRFactorization` lets pass by itself, because refinement converges, is too much
-    if ``strict``: its log-determinant is as far off.
+    If ``strict``, more digits are asked for than `HODLRFactorization` asks for by itself,
+    whose solutions are refined: the log-determinant is not.
     """
     try:
         first = HODLRFactorization(H, shift)
@@ -241,20 +263,20 @@ def _from_solutions(
 
 
 def _off(X: HODLR, F: HODLRCholesky | HODLRFactorization) -> tuple[float, float]:
-    """Return by how much the stored inverse differs from solutions, and may by rounding.
+    """Return how far the stored inverse is from solutions, and how far rounding may be.
 
-    They are refined and its terms are not: where inverses of halves are large beside
-    that of the whole they cancel, and digits are lost that products with F do not lose.
+    Both are relative. Solutions are refined and terms of the inverse are not: where inverses
+    of halves are large beside that of the whole, terms cancel and lose digits.
     """
     space = F.space
     z = pad_rows(space.normal((F.tree.n, PROBES), F.tree.n, PROBES), F.tree)
-    y = F.matrix._apply(z) + F.shift * z
+    y = F._multiply(z)
     x = pad_rows(F.solve(unpad_rows(z, F.tree)), F.tree)
     off = safe_norm(cleared(X._apply(z) - x, F.tree))
-    # of matrix and inverse, the 2-norms by a step of power iteration: the product of
+    # the 2-norms of matrix and inverse by a step of power iteration: the product of their
     # Frobenius norms is many times larger, and would let lost digits pass
     sizes = safe_norm(x), safe_norm(y)
-    two = F._apply_adjoint(x), F.matrix._apply_adjoint(y) + F.shift * y
+    two = F._apply_adjoint(x), F._multiply_adjoint(y)
     condition = math.prod(
         safe_norm(cleared(v, F.tree)) / size for v, size in zip(two, sizes, strict=True)
     )

@@ -16,19 +16,18 @@ def shifted_leaves(
 ) -> Array:
     """Add ``shift`` to the diagonal, and ones to the padded part of it.
 
-    Identity in the padded rows keeps them apart from the others and out of the
-    determinant. Where there is nothing to add it is a view of ``leaves``.
+    With the identity in padded rows, they neither mix with others nor change the
+    determinant. Where there is nothing to add, a view of ``leaves`` is returned.
     """
     if not shift and tree.padded == tree.n:
         return leaves[which, ...]
     space, m = Space.of(leaves), tree.leaf_size
     xp, rows = space.xp, space.xp.reshape(places("rows", tree, space), (-1, m))
     real = rows[which, :] < tree.n
-    # not a mere copy: padded rows want no gradient of the log-determinant
-    zero = xp.zeros((), dtype=space.dtype, device=space.device)
-    leaves = xp.where(real[:, :, None], leaves[which, ...], zero)
+    # so that the log-determinant has no gradient to padded rows
+    leaves = xp.where(real[:, :, None], leaves[which, ...], 0.0)
     added = xp.full(real.shape, shift, dtype=space.dtype, device=space.device)
-    added = xp.where(real, added, xp.ones_like(added))
+    added = xp.where(real, added, 1.0)
     return add_to_diagonals(leaves, added)
 
 
@@ -42,7 +41,11 @@ def without_padding(tree: ClusterTree, leaves: Array) -> Array:
 def leaf_factors(H: HODLR | MLR, shift: float) -> Array:
     """Return the Cholesky factors of shifted leaves.
 
-    They are known to exist: the host does not wait for a device to say so. A matrix that
-    was overwritten by then raises `OverwrittenError`.
+    They are known to exist, so that the host does not wait for a device.
+
+    Raises
+    ------
+    OverwrittenError
+        If the matrix was overwritten in the meantime.
     """
     return cholesky(shifted_leaves(H.tree, H.leaves, shift), sure=True)

@@ -33,7 +33,7 @@ class MLRFactorization(Factorization):
 
     matrix: MLR
 
-    def __init__(self, H: MLR, shift: float = 0.0) -> None:
+    def __init__(self, H: MLR, shift: float) -> None:
         super().__init__(H, shift)
         self._inverse, self._logdet = factored(self._invert, self.space)
 
@@ -77,6 +77,7 @@ class MLRFactorization(Factorization):
         return self._inverse._apply(x)
 
     @cached_property
+    @in_own_precision
     def _factor(self) -> SymmetricFactor:
         # made when first asked for: the inverse does not need it
         again = partial(leaf_factors, self.matrix, self.shift)
@@ -109,7 +110,7 @@ class _Source:
     def __init__(self, H: MLR, shift: float, late: list[Array] | None) -> None:
         self.matrix, self.shift, self.space = H, shift, H.space
         self.cholesky = partial(checked_cholesky, shift=shift, late=late)
-        # copies, to be written over: what is recorded stays so
+        # copies, since they are overwritten; gradients go through them
         self.leaves = self.space.asarray(H.leaves, copy=True)
         self.bases = [contiguous(self.space.asarray(F, copy=True)) for F in H.factors]
 

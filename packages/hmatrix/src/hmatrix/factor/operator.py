@@ -57,10 +57,8 @@ class HODLRInverse(Operator):
         return conjugate(diagonal) if self._adjoint else diagonal
 
     def _apply(self, x: Array) -> Array:
-        factor, matrix = self._factorization, self._factorization.matrix
-        inverse, product = factor._apply, matrix._apply
-        if self._adjoint:
-            inverse, product = factor._apply_adjoint, matrix._apply_adjoint
+        factor = self._factorization
+        inverse, product = factor._products(self._adjoint)
         y = inverse(x)
         if not self._refined:
             return y

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
 
 from hmatrix._backend import (
     Array,
@@ -32,7 +31,7 @@ from hmatrix.factor.gradients import (
 from hmatrix.factor.leaves import shifted_leaves
 from hmatrix.factor.operator import HODLRInverse, stored_inverse
 from hmatrix.hodlr import HODLR
-from hmatrix.lowrank import LowRank, pair, scaled
+from hmatrix.lowrank import LowRank, pair
 
 __all__ = ["HOPELESS", "HODLROrthogonal"]
 
@@ -139,14 +138,14 @@ class HODLROrthogonal(Factorization):
     matrix: HODLR
     _plain: HODLROrthogonal | None = None  # of the detached matrix, for gradients
 
-    def __init__(self, H: HODLR, shift: float = 0.0) -> None:
+    def __init__(self, H: HODLR, shift: float) -> None:
         super().__init__(H, shift)
         if has_gradients(H):
             self._differentiate(HODLROrthogonal(H.map(detach), shift))
             return
         xp, tree = self.space.xp, self.tree
         U, V, widths = self._columns()
-        # brought to about 1, what the diagonal of padding has
+        # scaled to about 1, the diagonal of padding
         parts = (x for x in (H.leaves, U) if x.shape[-1])
         largest = max(abs(self.shift), *(float(xp.max(xp.abs(x))) for x in parts))
         self._scale = 2.0 ** (math.frexp(largest)[1] - 1) if largest else 1.0
@@ -154,7 +153,7 @@ class HODLROrthogonal(Factorization):
         U, V = (
             xp.reshape(x, (*D.shape[:2], x.shape[-1])) for x in (U / self._scale, V)
         )
-        self._sign: Any = self.space.ones()
+        self._sign = self.space.ones()
         self._logdet = xp.full(
             (),
             tree.n * math.log(self._scale),
@@ -171,7 +170,7 @@ class HODLROrthogonal(Factorization):
         self._lost = self._check_precision(HOPELESS, advice, stable=True)
 
     def _differentiate(self, plain: HODLROrthogonal) -> None:
-        """Take over the factors of the detached matrix, with its gradients."""
+        """Take the factors of the detached matrix, and give results its gradients."""
         self._plain, self._steps, self._root = plain, plain._steps, plain._root
         self._scale, self._sign = plain._scale, plain._sign
         self._lost = plain._lost
@@ -231,7 +230,7 @@ class HODLROrthogonal(Factorization):
         return step, D, U, V
 
     def _count(self, blocks: Array, level: int) -> None:
-        """Count determinants of blocks of a level in."""
+        """Multiply the determinants of a level's blocks into that of the matrix."""
         xp = self.space.xp
         signs, logs = slogdet(blocks)
         if bool(xp.any(signs == 0)):
@@ -248,14 +247,14 @@ class HODLROrthogonal(Factorization):
         plain = self._plain
         if plain is None:
             return self._solve(x)
-        parts = (self.matrix._apply, plain._solve, plain._solve_adjoint)
+        parts = (self._multiply, plain._solve, plain._solve_adjoint)
         return self._with_gradients(x, *parts)
 
     def _apply_adjoint(self, x: Array) -> Array:
         plain = self._plain
         if plain is None:
             return self._solve_adjoint(x)
-        parts = (self.matrix._apply_adjoint, plain._solve_adjoint, plain._solve)
+        parts = (self._multiply_adjoint, plain._solve_adjoint, plain._solve)
         return self._with_gradients(x, *parts)
 
     def _solve(self, x: Array) -> Array:
@@ -318,12 +317,6 @@ class HODLROrthogonal(Factorization):
         diagonal = xp.reshape(xp.linalg.diagonal(x), (-1,))
         return unpad_rows(diagonal / self._scale, self.tree)
 
-    def _sign_of_determinant(self) -> float | complex:
-        sign = complex(self._sign)
-        if self.space.is_complex and not self.matrix.symmetric:
-            return sign / abs(sign)
-        return math.copysign(1.0, sign.real)
-
     def _arrays(self) -> dict[str, Array]:
         arrays = {"sign": self._sign, "logdet": self._logdet, "root": self._root}
         arrays["scale"] = self.space.real.ones(1) * self._scale
@@ -349,9 +342,7 @@ def _balanced(block: LowRank) -> tuple[Array, Array]:
     """Return U and V of ``U Vᴴ`` with columns of V of norm 1 or 0."""
     xp = Space.of(block.U).xp
     norms = xp.linalg.vector_norm(block.V, axis=-2, keepdims=True)
-    U = scaled(block.U, norms * block.S[..., None, :])
-    norms = xp.astype(positive_or_one(norms), block.V.dtype, copy=False)
-    return U, block.V / norms
+    return block.U * (norms * block.S[..., None, :]), block.V / positive_or_one(norms)
 
 
 def _outer_space(U: Array, level: int) -> tuple[int, Array]:

@@ -21,6 +21,7 @@ from hmatrix._backend import (
     inverse_lower,
     namespace,
     plus_product,
+    squares,
     to_numpy,
     try_cholesky,
 )
@@ -113,7 +114,7 @@ class SymmetricFactor:
         """Return the diagonal of ``(W Wᴴ)⁻¹`` (padded,), of bases of halves."""
         space = Space.of(self.inverse_leaves)
         xp = space.xp
-        diagonal = xp.sum(xp.abs(self.inverse_leaves) ** 2, axis=-2)
+        diagonal = xp.sum(squares(self.inverse_leaves), axis=-2)
         diagonal = xp.astype(xp.reshape(diagonal, (-1,)), space.dtype, copy=False)
         for Z, M in self.inverse_terms():
             r = Z.shape[-1]
@@ -161,12 +162,12 @@ def _smallest_pivot(L: Array, blocks: Array) -> Array:
 def factored(
     make: Callable[[list[Array] | None], Made], space: Space, *, again: bool = True
 ) -> Made:
-    """Return what ``make`` does, with checks of all levels made together on a device.
+    """Return ``make(late)``; on a device the checks of all its steps are made together.
 
-    It is given a list to add to whether each went well, arrays (): the host does not
-    wait for any before the end. If one did not, or what is made of cannot be made of
-    ``again``, it is given none: it has to look at each at once, then, and to go on in
-    another way or to raise.
+    ``make`` appends to the list ``late`` whether each step succeeded, as arrays (), so that
+    the host waits for a device once, at the end. If a step failed, or if ``make``
+    overwrites its input and so cannot be called ``again``, it is called with None instead:
+    then it checks each step at once, and raises or goes on in another way.
     """
     late: list[Array] = []
     if again and not space.on_host:
@@ -187,12 +188,19 @@ def checked_cholesky(
     first: int = 0,
     late: list[Array] | None = None,
 ) -> Array:
-    """Cholesky factors of the blocks of a level, or say which has none.
+    """Return the Cholesky factors of the blocks (b, m, m) of a level.
 
-    A block has none either if it leaves no more than ``pivot`` of a diagonal entry. The
-    first of them is number ``first`` of its level. Of several the one is named whose
-    smallest eigenvalue is lowest beside its entries. With ``late`` nothing is raised:
-    see `factored`.
+    ``first`` is the number of the first block in its level, for messages. With ``late``
+    nothing is raised; see `factored`.
+
+    Raises
+    ------
+    NonFiniteError
+        If a block has NaN or infinite values.
+    NotPositiveDefiniteError
+        If a block has no factor, or one with a pivot of no more than ``pivot`` times the
+        diagonal entry. Of several, the block is named whose smallest eigenvalue is lowest
+        relative to its entries.
     """
     if late is not None:
         L, exist = try_cholesky(blocks)

@@ -41,7 +41,7 @@ STATE_VERSION = 1
 
 
 class Streaming(ABC):
-    """What both accumulators share: checking, chunking, counting, checkpoints."""
+    """What all accumulators share: checks, pieces, counting, checkpoints."""
 
     # Names of the attributes that hold one array for each level.
     _series: ClassVar[tuple[str, ...]]
@@ -64,11 +64,8 @@ class Streaming(ABC):
         self._count = 0.0
         m = self.tree.leaf_size
         self._leaves = self.space.zeros(self.tree.nodes(self.tree.levels), m, m)
-        # in float64, where the share of a late batch does not fall below rounding
-        wide = "complex128" if self.space.is_complex else "float64"
-        self._mean = (
-            Space.like(self._leaves, wide).zeros(self.tree.n) if center else None
-        )
+        # in double precision, where the share of a late batch does not fall below rounding
+        self._mean = self.space.double.zeros(self.tree.n) if center else None
         # Frobenius norm lost so far in each upper off-diagonal block
         self._lost = [
             self.space.real.zeros(self.tree.nodes(k)) for k in range(self.tree.levels)
@@ -102,7 +99,7 @@ class Streaming(ABC):
         different blocks are orthogonal. A bound on ``‖exact − held‖_F``, to rounding,
         except where randomized updates of `StreamingMLR` estimate their part.
         """
-        # of Python's numbers, since squares of float32 can leave the range
+        # in Python's floats: squares of float32 may overflow or underflow
         lost = itertools.chain(*(to_numpy(x).tolist() for x in self._lost))
         return math.sqrt(2) * math.hypot(*lost)
 
@@ -182,6 +179,7 @@ class Streaming(ABC):
             msg = f"`other` must have center={self._mean is not None}, as this one has."
             raise ValueError(msg)
         self._merge(other)
+        self._leaves = self._leaves + other._leaves
         self._lost = [a + b for a, b in zip(self._lost, other._lost, strict=True)]
         between = self._between(other._mean, other._count)
         if between is not None:
@@ -310,7 +308,7 @@ class Streaming(ABC):
     def _check_weight(
         self, weight: float | Array, c: int
     ) -> tuple[Array | None, np.ndarray]:
-        """Return roots of weights (c,), None where all are one, and the weights."""
+        """Return roots of weights (c,), None if all are one, and the weights (c,)."""
         space = self.space
         if not getattr(weight, "ndim", 0):
             weight = check_float("weight", weight, minimum=0.0)
@@ -324,7 +322,7 @@ class Streaming(ABC):
         numbers = to_numpy(weights).astype(float)
         for extreme in (numbers.min(initial=0), numbers.max(initial=0)):
             check_float("weight", extreme, minimum=0.0)
-        return space.xp.astype(space.xp.sqrt(weights), space.dtype), numbers
+        return space.xp.sqrt(weights), numbers
 
     def _parts(self, c: int) -> list[slice]:
         """Cut a batch into nearly equal pieces of at most ``_chunk`` samples."""
@@ -342,16 +340,16 @@ class Streaming(ABC):
             raise NonFiniteError(not_finite("Z", Z, self.space.name))
 
     def _weighted(self, E: Array, roots: Array | None, weight: float) -> Array:
-        """Take samples (c, n) of so much weight in all; return the rows to add.
+        """Count samples (c, n) of this ``weight`` in all; return the rows E to add as EᴴE.
 
-        Those of a centered accumulator are the deviations from their own mean, and one
-        for the distance of that from the mean held.
+        A centered accumulator adds their deviations from their own mean, and a row for the
+        difference of that from the mean held.
         """
         if self._mean is None or not weight:
             self._count += weight
             return E if roots is None else E * roots
         xp = self.space.xp
-        # rounding then is that of deviations, not of what they deviate from
+        # rounding is then relative to the deviations, not to the samples
         pivot = self.space.asarray(self._mean) if self._count else E[0, :]
         E = E - pivot
         shares = 1 / E.shape[0] if roots is None else roots**2 / weight
@@ -363,9 +361,9 @@ class Streaming(ABC):
         return E if between is None else xp.concat([E, between], axis=0)
 
     def _between(self, mean: Array | None, weight: float) -> Array | None:
-        """Take samples of so much weight into `count` and `mean`.
+        """Update `count` and `mean` by samples of this mean and weight.
 
-        Returns the row (1, n) that the distance of both means adds to the deviations, if
+        Returns the row (1, n) that the difference of both means adds to the deviations, if
         any (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for
         computing sample variances", 1979).
         """
@@ -376,6 +374,10 @@ class Streaming(ABC):
         self._mean = self._mean + step * (weight / self._count) if before else mean
         between = step * math.sqrt(before * (weight / self._count))
         return self.space.asarray(between)[None, :] if before else None
+
+    def _result_scale(self, normalize: bool) -> float:
+        """Return what makes a mean of the sum held, or leaves it."""
+        return 1 / self._count if normalize and self._count else 1.0
 
     def _add_to_leaves(self, E: Array) -> None:
         """Add the diagonal blocks of ``E Eᴴ``, E (padded, c)."""
@@ -405,7 +407,7 @@ class Streaming(ABC):
 
     @abstractmethod
     def _merge(self, other: Self) -> None:
-        """Add what ``other`` holds, but its count and losses."""
+        """Add what ``other`` holds, but its leaves, count and losses."""
 
     @abstractmethod
     def _scale(self, factor: float) -> None:

@@ -66,9 +66,17 @@ class StreamingHODLR(Streaming):
     def result(self, *, normalize: bool = True) -> HODLR:
         """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
 
-        With ``center=True`` z are deviations from `mean`. Without samples it is zero.
+        Parameters
+        ----------
+        normalize : bool
+            Divide the sum by `count`.
+
+        Returns
+        -------
+        HODLR
+            Zero without samples. With ``center=True`` z are deviations from `mean`.
         """
-        scale = 1 / self._count if normalize and self._count else 1.0
+        scale = self._result_scale(normalize)
         upper = tuple(
             LowRank(basis[:, 0, :, :], S * scale, basis[:, 1, :, :])
             for basis, S in zip(self._bases, self._scales, strict=True)
@@ -88,9 +96,7 @@ class StreamingHODLR(Streaming):
     def _merge(self, other: Self) -> None:
         for k, (basis, S) in enumerate(zip(other._bases, other._scales, strict=True)):
             roots = self.space.xp.sqrt(S)[:, None, None, :]
-            roots = self.space.xp.astype(roots, basis.dtype, copy=False)
             self._add_to_level(k, basis * roots)
-        self._leaves = self._leaves + other._leaves
 
     def _scale(self, factor: float) -> None:
         self._scales = [S * factor for S in self._scales]
@@ -103,7 +109,6 @@ class StreamingHODLR(Streaming):
         Q, R = qr(xp.concat([basis, Z], axis=-1))
         ones = self.space.real.ones(int(Z.shape[0]), int(Z.shape[-1]))
         weights = xp.concat([S, ones], axis=-1)[:, None, :]
-        weights = xp.astype(weights, R.dtype, copy=False)
         core = (R[:, 0, :, :] * weights) @ adjoint(R[:, 1, :, :])
         U, S, V = svd(core)
         small = xp.stack([U[..., :r], V[..., :r]], axis=1)

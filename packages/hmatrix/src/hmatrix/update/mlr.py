@@ -18,12 +18,12 @@ from hmatrix._backend import (
     eigh_descending,
     in_own_precision,
     inverse_lower,
-    namespace,
     one_thread_if_small,
     positive_or_one,
     qr,
     real_part,
     squares,
+    to_one,
 )
 from hmatrix._checks import (
     ShapeError,
@@ -163,9 +163,17 @@ class StreamingMLR(Streaming):
     def result(self, *, normalize: bool = True) -> MLR:
         """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
 
-        With ``center=True`` z are deviations from `mean`. Without samples it is zero.
+        Parameters
+        ----------
+        normalize : bool
+            Divide the sum by `count`.
+
+        Returns
+        -------
+        MLR
+            Zero without samples. With ``center=True`` z are deviations from `mean`.
         """
-        scale = 1 / self._count if normalize and self._count else 1.0
+        scale = self._result_scale(normalize)
         root = math.sqrt(scale)
         factors = tuple(F * root for F in self._factors)
         return MLR(self.tree, self._leaves * scale, factors)
@@ -191,7 +199,6 @@ class StreamingMLR(Streaming):
 
     def _merge(self, other: Self) -> None:
         self._cascade(other._factors)
-        self._leaves = self._leaves + other._leaves
 
     def _scale(self, factor: float) -> None:
         self._factors = [F * math.sqrt(factor) for F in self._factors]
@@ -199,8 +206,8 @@ class StreamingMLR(Streaming):
     def _cascade(self, columns: Sequence[Array]) -> None:
         """Add ``Σ_k blkdiag(E_k E_kᴴ)``, ``columns[k]`` entering at level k.
 
-        All that is to be stored lies in one array, each column of M as a row: what a node
-        sees of it is a view, and what it passes on takes the place of what it was given.
+        The columns of all M lie in one array as rows: each node works on a view of it, and
+        overwrites what it was given by what it passes on.
         """
         xp, n = self.space.xp, self.tree.padded
         start = sum(int(C.shape[-1]) for C in (*self._factors, *columns))
@@ -263,36 +270,25 @@ class StreamingMLR(Streaming):
         xp, w, half = self.space.xp, int(N.shape[-2]), int(N.shape[-1]) // 2
         first, second = N[..., :half], N[..., half:]
         sketch = self.rank + OVERSAMPLING
-        # squares of what is squared already leave the range of float32: it is scaled to 1
+        # scaled to 1: squares of products may overflow or underflow in float32
         if half <= 2 * sketch:
-            product, top = _to_one(adjoint(first) @ second)
+            product, top = to_one(adjoint(first) @ second)
             squared = xp.sum(squares(product), axis=(-2, -1))
         elif w <= 4 * sketch or self.method == "eigh":
             # ‖N₁ᴴN₂‖² = ⟨N₁N₁ᴴ, N₂N₂ᴴ⟩; rounding may push zero below zero
-            (one, a), (two, b) = (_to_one(x @ adjoint(x)) for x in (first, second))
+            (one, a), (two, b) = (to_one(x @ adjoint(x)) for x in (first, second))
             squared = xp.sum(real_part(one * conjugate(two)), axis=(-2, -1))
-            squared = xp.where(squared > 0, squared, xp.zeros_like(squared))
+            squared = xp.where(squared > 0, squared, 0.0)
             top = xp.sqrt(a) * xp.sqrt(b)
         else:
             probes = self._normal(half, PROBES)
-            probed, top = _to_one(adjoint(first) @ (second @ probes))
+            probed, top = to_one(adjoint(first) @ (second @ probes))
             squared = xp.sum(squares(probed), axis=(-2, -1)) / PROBES
         return xp.sqrt(squared) * top
 
     def _normal(self, *shape: int) -> Array:
         self._draws += 1
         return self.space.normal(shape, self.seed, self._draws)
-
-
-def _to_one(x: Array) -> tuple[Array, Array]:
-    """Divide matrices x (b, m, w) by their largest numbers; return those as well: (b,)."""
-    xp, space = namespace(x), Space.of(x)
-    if not x.shape[-1]:
-        return x, space.real.ones(x.shape[0])
-    top = xp.max(xp.abs(x), axis=(-2, -1))
-    normal = top >= xp.finfo(x.dtype).smallest_normal
-    top = xp.where(normal, top, xp.ones_like(top))
-    return x / xp.astype(top, x.dtype, copy=False)[:, None, None], top
 
 
 def _square_root(M: Array) -> Array:
@@ -306,12 +302,12 @@ def _square_root(M: Array) -> Array:
     with one_thread_if_small(G):
         norms = xp.sqrt(real_part(xp.linalg.diagonal(G)))
         # one after the other: their product may be subnormal, where complex division fails
-        rows = xp.astype(positive_or_one(norms), G.dtype, copy=False)
+        rows = positive_or_one(norms)
         G = G / rows[:, :, None] / rows[:, None, :]
         values, vectors = eigh_descending(G)
-        roots = xp.sqrt(xp.where(values > 0, values, xp.zeros_like(values)))
+        roots = xp.sqrt(xp.where(values > 0, values, 0.0))
         weights = norms[:, :, None] * roots[:, None, :]
-    return xp.astype(weights, M.dtype, copy=False) * vectors
+    return weights * vectors
 
 
 def _orthonormal(Y: Array, noise: Array) -> Array:

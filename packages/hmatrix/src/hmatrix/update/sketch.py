@@ -92,11 +92,12 @@ class StreamingSketch(Streaming):
         return self._drawn.arrays
 
     @property
+    @in_own_precision
     def discarded(self) -> float:
         """Frobenius norm lost to the sketch, of the sum (not of the mean): an estimate.
 
-        From the products with some more random vectors, which the result knows nothing
-        of: its relative standard deviation is a quarter if all is lost in one direction,
+        From the products with some more random vectors, which the result does not depend
+        on: its relative standard deviation is a quarter if all is lost in one direction,
         and less otherwise.
         """
         Ω, held = self._vectors[-1], self.result(normalize=False)
@@ -107,12 +108,18 @@ class StreamingSketch(Streaming):
     def result(self, *, normalize: bool = True) -> MLR:
         """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
 
-        With ``center=True`` z are deviations from `mean`. Without samples it is zero.
+        Parameters
+        ----------
+        normalize : bool
+            Divide the sum by `count`.
+
+        Returns
+        -------
+        MLR
+            Zero without samples. With ``center=True`` z are deviations from `mean`.
         """
-        space, tree = self.space, self.tree
-        # twice the digits: what is left of a level is a difference
-        name = "complex128" if space.is_complex else "float64"
-        wide = Space.like(self._leaves, name)
+        tree, space = self.tree, self.space
+        wide = space.double  # what is left of a level is a difference
         leaves = wide.asarray(self._leaves, copy=True)
         factors: list[Array] = []
         for S, Ω in zip(self._sketches[: tree.levels], self._vectors, strict=False):
@@ -127,7 +134,7 @@ class StreamingSketch(Streaming):
             below = space.xp.reshape(F, (*leaves.shape[:2], F.shape[-1]))
             add_product(leaves, below, adjoint(below), -1)
             factors.append(F)
-        scale = 1 / self._count if normalize and self._count else 1.0
+        scale = self._result_scale(normalize)
         root = math.sqrt(scale)
         return MLR(
             tree,
@@ -166,7 +173,6 @@ class StreamingSketch(Streaming):
         self._sketches = [
             a + b for a, b in zip(self._sketches, other._sketches, strict=True)
         ]
-        self._leaves = self._leaves + other._leaves
 
     def _scale(self, factor: float) -> None:
         self._sketches = [S * factor for S in self._sketches]
@@ -208,20 +214,20 @@ def _vectors_of(
 def _nystrom(Y: Array, vectors: Array, rounding: Array) -> Array:
     """Return F (b, m, s) with ``F Fᴴ ⪯ R`` from ``Y = R Ω`` (b, m, s), orthonormal Ω (m, s).
 
-    ``R`` is shifted by what ``rounding`` (b,) has changed of it, so that it is definite,
-    and the shift taken off the result again.
+    ``R`` is shifted by its error, ``rounding`` (b,), so that it is definite, and the shift
+    is subtracted from the eigenvalues of ``F Fᴴ`` again.
     """
     xp, shift = Space.of(Y).xp, rounding[:, None]
-    Y = Y + xp.astype(shift[..., None], Y.dtype) * vectors
+    Y = Y + shift[..., None] * vectors
     core = adjoint(vectors) @ Y
     with one_thread_if_small(core):
         values, V = eigh_descending((core + adjoint(core)) / 2)
-    # what is not of full rank has nothing in the last directions
+    # directions in which a singular core is zero are left out
     roots = xp.where(values > shift, xp.sqrt(positive_or_one(values)), math.inf)
-    B = Y @ (V / xp.astype(roots, Y.dtype)[:, None, :])
+    B = Y @ (V / roots[:, None, :])
     squared = adjoint(B) @ B
     with one_thread_if_small(squared):
         values, V = eigh_descending(squared)
     rest = 1 - shift / positive_or_one(values)
-    kept = xp.where((values > shift) & (rest > 0), rest, xp.zeros_like(rest))
-    return B @ (V * xp.astype(xp.sqrt(kept), Y.dtype)[:, None, :])
+    kept = xp.where((values > shift) & (rest > 0), rest, 0.0)
+    return B @ (V * xp.sqrt(kept)[:, None, :])
