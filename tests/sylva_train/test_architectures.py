@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-
 import peft
 import pytest
 import torch
 import transformers as tf
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import spectral_norm
 
-from sylva_train._checks import AdapterError, ConfigError, TargetError
+from sylva_train._checks import ConfigError, TargetError
 from sylva_train.config import SylvaConfig, TrainingConfig
 from sylva_train.curvature import loss_units
 from sylva_train.curvature.collect import Collector
@@ -28,7 +25,6 @@ from tests.sylva_train.models import (
     LENGTH,
     VOCABULARY,
     dense_blocks,
-    make_model,
     random,
     random_masks,
     same,
@@ -421,83 +417,3 @@ def test_a_layer_in_a_plain_list_is_refused():
     assert set(find_targets(model, exclude_modules=["listed.0", "listed.1"])) == {"a"}
     with pytest.raises(TargetError, match=r"with `listed\.layers\[0\]"):
         embed(model, {"listed.0": LayerMask((8, 8), 4, torch.tensor([[0, 0]]))})
-
-
-@pytest.mark.parametrize(
-    "norm", [nn.BatchNorm1d, lambda size: spectral_norm(nn.Linear(size, size))]
-)
-def test_running_statistics_are_to_be_kept_with_the_adapter(norm, tmp_path):
-    words = "running statistics of `norm.*`, a (BatchNorm1d|_SpectralNorm)"
-
-    def make():
-        model = Small(lambda m, x: m.b(m.norm(m.a(x))), norm=norm(8))
-        return model.eval()
-
-    model = make()
-    masks = random_masks(model, ["a"], block_size=4)
-    with pytest.warns(UserWarning, match=words):
-        embed(make(), masks)
-    with pytest.warns(UserWarning, match=words):
-        peft.get_peft_model(make(), SylvaConfig(masks=masks))
-    embed(model, masks, modules_to_save=["norm"])
-    train(model, Batches(DATA), TrainingConfig(steps=2, lr=0.1), loss=loss)
-    save_adapter(model, tmp_path / "a")
-    loaded = load_adapter(make(), tmp_path / "a")
-    assert not same(snapshot(make().norm), snapshot(model.norm))
-    with torch.no_grad():
-        assert torch.equal(model(DATA[0]["x"]), loaded(DATA[0]["x"]))
-
-
-@pytest.mark.filterwarnings("ignore:training changes the running statistics")
-def test_a_refused_adapter_says_that_running_statistics_changed(tmp_path):
-    def make():
-        return Small(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(8)).eval()
-
-    model = embed(make(), random_masks(make(), ["a"], block_size=4))
-    train(model, Batches(DATA), TrainingConfig(steps=1), loss=loss)
-    save_adapter(model, tmp_path / "a")
-    with pytest.raises(AdapterError, match="running statistics of `norm`, which this"):
-        load_adapter(make(), tmp_path / "a")
-
-
-def test_running_statistics_are_no_matter_of_an_adapter_that_is_only_used(tmp_path):
-    def make():
-        return Small(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(8)).eval()
-
-    model = make()
-    with pytest.warns(UserWarning, match="running statistics"):
-        embed(model, random_masks(model, ["a"], block_size=4))
-    save_adapter(model, tmp_path / "a")
-    # A warning is an error here.
-    load_adapter(make(), tmp_path / "a")
-    peft.PeftModel.from_pretrained(make(), tmp_path / "a")
-
-
-def test_experts_that_are_no_linear_layers_are_named():
-    options = DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2}
-    mixture = tf.MixtralForCausalLM(tf.MixtralConfig(**options))
-    plain = SylvaConfig(importance="magnitude", block_size=4)
-    with pytest.warns(UserWarning, match=r"\d% of .* a MixtralExperts, belong to no"):
-        score(mixture, None, plain)
-    attention = nn.TransformerEncoderLayer(16, 2, 64)
-    with pytest.warns(UserWarning, match=r"67% of .*`self_attn.in_proj_weight` of a"):
-        score(attention, None, plain)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        some = SylvaConfig(
-            importance="magnitude", block_size=4, target_modules=["q_proj"]
-        )
-        score(mixture, None, some)
-        for name in ("bert", "gpt2", "llama", "t5"):
-            score(make_model(name), None, plain)
-
-
-def test_blocks_that_no_step_reaches_are_named():
-    model = Small(lambda m, x: F.linear(x, m.a.weight.detach()) + m.b(x))
-    embed(model, random_masks(model, ["a", "b"], block_size=4))
-    before = snapshot(model)
-    with pytest.warns(UserWarning, match=r"1 layers, like `a\.sylva_values"):
-        train(model, Batches(DATA), TrainingConfig(steps=2, lr=0.1), loss=loss)
-    after = snapshot(model)
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {"b.base_layer.weight", "b.sylva_values.default"}

@@ -1,18 +1,25 @@
-"""Layers that nobody named and that cannot be chosen from: left out, with a warning."""
+"""What is not trained though nobody said so: left out, with a warning."""
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+import transformers as tf
 from torch import nn
+from torch.nn import functional as F
 
 from sylva_train._checks import ConfigError
 from sylva_train.baselines import adapt, parse_method
-from sylva_train.config import SylvaConfig
+from sylva_train.config import SylvaConfig, TrainingConfig
 from sylva_train.importance import score
 from sylva_train.layers import embed
 from sylva_train.selection import select
-from tests.sylva_train.models import random
+from sylva_train.training import train
+from tests.sylva_train.models import DECODER, make_model, random, random_masks, snapshot
+from tests.sylva_train.test_architectures import DATA, Small
+from tests.sylva_train.test_architectures import loss as small_loss
 
 NAMES = ["0.used", "0.tower", "0.gate", "1.used", "1.tower", "1.gate"]
 
@@ -131,3 +138,33 @@ def test_finished_scoring_is_read_back_without_them(tmp_path, budget):
     assert again.metadata == first.metadata
     for name, layer in again.items():
         assert torch.equal(layer.blocks(8), first[name].blocks(8))
+
+
+def test_experts_that_are_no_linear_layers_are_named():
+    options = DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    mixture = tf.MixtralForCausalLM(tf.MixtralConfig(**options))
+    plain = SylvaConfig(importance="magnitude", block_size=4)
+    with pytest.warns(UserWarning, match=r"\d% of .* a MixtralExperts, belong to no"):
+        score(mixture, None, plain)
+    attention = nn.TransformerEncoderLayer(16, 2, 64)
+    with pytest.warns(UserWarning, match=r"67% of .*`self_attn.in_proj_weight` of a"):
+        score(attention, None, plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        some = SylvaConfig(
+            importance="magnitude", block_size=4, target_modules=["q_proj"]
+        )
+        score(mixture, None, some)
+        for name in ("bert", "gpt2", "llama", "t5"):
+            score(make_model(name), None, plain)
+
+
+def test_blocks_that_no_step_reaches_are_named():
+    model = Small(lambda m, x: F.linear(x, m.a.weight.detach()) + m.b(x))
+    embed(model, random_masks(model, ["a", "b"], block_size=4))
+    before = snapshot(model)
+    with pytest.warns(UserWarning, match=r"1 layers, like `a\.sylva_values"):
+        train(model, DATA, TrainingConfig(steps=2, lr=0.1), loss=small_loss)
+    after = snapshot(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"b.base_layer.weight", "b.sylva_values.default"}

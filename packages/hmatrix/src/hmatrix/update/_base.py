@@ -6,7 +6,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from hmatrix._checks import (
     not_finite,
     space_like,
 )
-from hmatrix._operator import pad_rows
+from hmatrix._operator import Operator, pad_rows
 from hmatrix.tree import ClusterTree
 
 __all__ = ["Streaming"]
@@ -39,8 +39,11 @@ __all__ = ["Streaming"]
 #: Version of the dictionaries that ``state`` returns.
 STATE_VERSION = 1
 
+#: What an accumulator gives.
+Matrix = TypeVar("Matrix", bound=Operator)
 
-class Streaming(ABC):
+
+class Streaming(ABC, Generic[Matrix]):
     """What all accumulators share: checks, pieces, counting, checkpoints."""
 
     # Names of the attributes that hold one array for each level.
@@ -152,6 +155,22 @@ class Streaming(ABC):
             root = None if roots is None else roots[part, None]
             E = self._weighted(E, root, float(weights[part].sum()))
             self._add(pad_rows(adjoint(E), self.tree))
+
+    @in_own_precision
+    def result(self, *, normalize: bool = True) -> Matrix:
+        """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
+
+        Parameters
+        ----------
+        normalize : bool
+            Divide the sum by `count`.
+
+        Returns
+        -------
+        MLR or HODLR
+            Zero without samples. With ``center=True`` z are deviations from `mean`.
+        """
+        return self._result(1 / self._count if normalize and self._count else 1.0)
 
     @in_own_precision
     def merge(self, other: Self) -> None:
@@ -375,10 +394,6 @@ class Streaming(ABC):
         between = step * math.sqrt(before * (weight / self._count))
         return self.space.asarray(between)[None, :] if before else None
 
-    def _result_scale(self, normalize: bool) -> float:
-        """Return what makes a mean of the sum held, or leaves it."""
-        return 1 / self._count if normalize and self._count else 1.0
-
     def _add_to_leaves(self, E: Array) -> None:
         """Add the diagonal blocks of ``E Eᴴ``, E (padded, c)."""
         shape = (*self._leaves.shape[:2], E.shape[-1])
@@ -408,6 +423,10 @@ class Streaming(ABC):
     @abstractmethod
     def _merge(self, other: Self) -> None:
         """Add what ``other`` holds, but its leaves, count and losses."""
+
+    @abstractmethod
+    def _result(self, scale: float) -> Matrix:
+        """Return the sum, multiplied by a number."""
 
     @abstractmethod
     def _scale(self, factor: float) -> None:

@@ -20,7 +20,7 @@ from hmatrix.update._base import Streaming
 __all__ = ["StreamingHODLR"]
 
 
-class StreamingHODLR(Streaming):
+class StreamingHODLR(Streaming[HODLR]):
     """Second moments as a symmetric `HODLR` matrix, by incremental SVD.
 
     Each off-diagonal block ``B₁₂ ≈ U diag(Λ) Vᴴ`` takes a batch ``Z₁ᴴ Z₂`` by Brand's
@@ -63,20 +63,7 @@ class StreamingHODLR(Streaming):
         self._bases = [self.space.zeros(b, 2, half, r) for b, half, r in sizes]
         self._scales = [self.space.real.zeros(b, r) for b, _, r in sizes]
 
-    def result(self, *, normalize: bool = True) -> HODLR:
-        """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
-
-        Parameters
-        ----------
-        normalize : bool
-            Divide the sum by `count`.
-
-        Returns
-        -------
-        HODLR
-            Zero without samples. With ``center=True`` z are deviations from `mean`.
-        """
-        scale = self._result_scale(normalize)
+    def _result(self, scale: float) -> HODLR:
         upper = tuple(
             LowRank(basis[:, 0, :, :], S * scale, basis[:, 1, :, :])
             for basis, S in zip(self._bases, self._scales, strict=True)

@@ -48,7 +48,7 @@ PROBES = 8
 NOISE = 1e-6
 
 
-class StreamingMLR(Streaming):
+class StreamingMLR(Streaming[MLR]):
     """Second moments as a positive semidefinite `MLR` matrix, fed by a cascade.
 
     Each node keeps the best ``rank`` directions it has seen and passes the rest down to
@@ -160,20 +160,7 @@ class StreamingMLR(Streaming):
             check_finite("factors", E)
         self._cascade(columns)
 
-    def result(self, *, normalize: bool = True) -> MLR:
-        """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
-
-        Parameters
-        ----------
-        normalize : bool
-            Divide the sum by `count`.
-
-        Returns
-        -------
-        MLR
-            Zero without samples. With ``center=True`` z are deviations from `mean`.
-        """
-        scale = self._result_scale(normalize)
+    def _result(self, scale: float) -> MLR:
         root = math.sqrt(scale)
         factors = tuple(F * root for F in self._factors)
         return MLR(self.tree, self._leaves * scale, factors)

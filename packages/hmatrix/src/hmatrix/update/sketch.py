@@ -30,7 +30,7 @@ __all__ = ["StreamingSketch"]
 PROBES = 8
 
 
-class StreamingSketch(Streaming):
+class StreamingSketch(Streaming[MLR]):
     """Second moments as a positive semidefinite `MLR` matrix, by a linear sketch.
 
     Of the blocks ``A_k`` of the moment on the diagonal at each level k, products with
@@ -104,20 +104,7 @@ class StreamingSketch(Streaming):
         lost = self._sketches[-1][0, ...] - held._apply(Ω)
         return safe_norm(lost) / math.sqrt(PROBES)
 
-    @in_own_precision
-    def result(self, *, normalize: bool = True) -> MLR:
-        """Return the matrix: the weighted mean of ``conj(z) zᵀ``, or their sum.
-
-        Parameters
-        ----------
-        normalize : bool
-            Divide the sum by `count`.
-
-        Returns
-        -------
-        MLR
-            Zero without samples. With ``center=True`` z are deviations from `mean`.
-        """
+    def _result(self, scale: float) -> MLR:
         tree, space = self.tree, self.space
         wide = space.double  # what is left of a level is a difference
         leaves = wide.asarray(self._leaves, copy=True)
@@ -134,7 +121,6 @@ class StreamingSketch(Streaming):
             below = space.xp.reshape(F, (*leaves.shape[:2], F.shape[-1]))
             add_product(leaves, below, adjoint(below), -1)
             factors.append(F)
-        scale = self._result_scale(normalize)
         root = math.sqrt(scale)
         return MLR(
             tree,
