@@ -14,7 +14,7 @@ PACKAGES = Path(__file__).parents[1] / "packages"
 ORDER = {
     "hmatrix": "_backend _checks tree _entries lowrank _operator hodlr mlr construct update "
     "arithmetic factor interop io plot",
-    "sylva_train": "_checks _files _torch _artifacts _identity processes progress metrics options config config_files "
+    "sylva_train": "_checks _files _torch _artifacts _identity processes progress metrics options model_classes config config_files "
     "targets kernels masks curvature importance selection overlaps layers "
     "optimizer tuner checkpoint data pretrained evaluation training baselines "
     "workflow comparison report reproduce cli",

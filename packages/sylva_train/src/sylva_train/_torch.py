@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 __all__ = [
+    "caching",
     "has_amx",
     "has_fast_bfloat16",
     "is_in_backward",
@@ -104,20 +105,32 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def caching(model: nn.Module) -> list[Any]:
+    """Return the configurations that ask for a cache for generation.
+
+    It takes milliseconds to go through all modules: too long for each step.
+    """
+    configs = {
+        id(c): c
+        for m in model.modules()
+        if (c := getattr(m, "config", None)) is not None
+    }
+    return [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+
+
 @contextlib.contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
+def without_cache(configs: list[Any]) -> Iterator[None]:
     """Let a model fill no cache for generation, whose tensors are no part of a gradient.
 
     Some, as RWKV's and xLSTM's, are written in place, under the gradient's feet.
+    ``configs`` are those that are `caching`.
     """
-    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
-    caching = [c for c in configs if getattr(c, "use_cache", None) is True]
-    for config in caching:
+    for config in configs:
         config.use_cache = False
     try:
         yield
     finally:
-        for config in caching:
+        for config in configs:
             config.use_cache = True
 
 

@@ -1,11 +1,8 @@
 """Second-order statistics of a model's layers: the only importer of `hmatrix`."""
 
 from .batches import (
-    UNSHIFTED,
     batches_of,
-    class_name,
     default_loss,
-    is_encoder_decoder,
     loss_scale,
     loss_units,
     note,
@@ -24,20 +21,17 @@ from .planning import curvature_bytes
 from .state import Store, settings
 
 __all__ = [
-    "UNSHIFTED",
     "Factor",
     "LayerCurvature",
     "Loss",
     "Store",
     "batches_of",
     "block_sums",
-    "class_name",
     "collect_curvature",
     "curvature_bytes",
     "damage",
     "default_loss",
     "describe_factor",
-    "is_encoder_decoder",
     "loss_scale",
     "loss_units",
     "not_reached",

@@ -11,35 +11,18 @@ from torch import nn
 
 from sylva_train._checks import DataError
 from sylva_train._torch import note_tensors
+from sylva_train.model_classes import UNSHIFTED, class_name, is_causal
 
 __all__ = [
-    "UNSHIFTED",
     "batch_size",
     "batches_of",
-    "class_name",
     "default_loss",
     "first_samples",
-    "is_encoder_decoder",
     "loss_scale",
     "loss_units",
     "note",
     "some_samples",
 ]
-
-#: Language models that take each label for the token at its own place, as they are called
-#: in `transformers`: the label of a first token counts.
-UNSHIFTED = {
-    "BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM",
-    "BlenderbotSmallForCausalLM", "CpmAntForCausalLM", "FlaubertWithLMHeadModel",
-    "MBartForCausalLM", "MarianForCausalLM", "MvpForCausalLM", "PLBartForCausalLM",
-    "PegasusForCausalLM", "ProphetNetForCausalLM", "TrOCRForCausalLM",
-    "WhisperForCausalLM", "XLMWithLMHeadModel", "XLNetLMHeadModel",
-}  # fmt: skip
-#: Causal ones whose name does not say so.
-CAUSAL = {
-    "BertGenerationDecoder", "EvollaForProteinText2Text", "NemotronH_Omni_Reasoning_V3",
-    "ReformerModelWithLMHead",
-}  # fmt: skip
 
 
 def batches_of(name: str, loader: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
@@ -86,33 +69,6 @@ def batch_size(batch: Mapping[str, Any]) -> int:
     known = (batch.get(name) for name in ("labels", "input_ids"))
     tensors = (v for v in (*known, *batch.values()) if isinstance(v, torch.Tensor))
     return next(len(tensor) for tensor in tensors if tensor.dim())
-
-
-def class_name(model: nn.Module) -> str:
-    """Return the name of a model's own class, which tells what its labels are."""
-    model = getattr(model, "_orig_mod", model)  # `torch.compile` wraps it
-    base = getattr(model, "get_base_model", lambda: model)()  # and PEFT
-    return type(base).__name__
-
-
-def is_causal(model: nn.Module) -> bool:
-    """Whether a model predicts each token from those before it, as its class's name says.
-
-    Those that read images as well are called as encoder-decoders are.
-    """
-    name = class_name(model)
-    with_images = name.endswith("ForConditionalGeneration")
-    return (
-        name.endswith(("ForCausalLM", "LMHeadModel"))
-        or name in CAUSAL
-        or (with_images and not is_encoder_decoder(model))
-    )
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model makes its decoder's input from the labels, shifted."""
-    config = getattr(model, "config", None)
-    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def loss_units(model: nn.Module, batch: Mapping[str, Any]) -> int:

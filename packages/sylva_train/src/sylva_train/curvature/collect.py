@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
-from sylva_train._torch import on_device, preserved_modes, without_cache
+from sylva_train._torch import caching, on_device, preserved_modes, without_cache
 from sylva_train.config import SylvaConfig
+from sylva_train.model_classes import is_encoder_decoder
 from sylva_train.options import EVERYTHING, samples_to_score
 from sylva_train.processes import agree, rank_and_size, together
 from sylva_train.progress import Report, size_words
@@ -31,7 +32,6 @@ from .batches import (
     batches_of,
     default_loss,
     first_samples,
-    is_encoder_decoder,
     loss_scale,
     loss_units,
     note,
@@ -64,7 +64,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with preserved_modes(model), without_cache(model):
+        with preserved_modes(model), without_cache(caching(model)):
             model.eval().requires_grad_(False)
             yield
     finally:

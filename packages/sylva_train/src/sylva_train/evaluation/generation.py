@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig
 
 from sylva_train._checks import ConfigError
-from sylva_train.curvature import is_encoder_decoder
 from sylva_train.data import Loader, ending, pad, prompt_ids
+from sylva_train.model_classes import is_encoder_decoder
 from sylva_train.progress import Report
 
 __all__ = ["cut", "generated", "options", "source_ids", "write"]

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from sylva_train._checks import ConfigError, DataError, NonFiniteError
 from sylva_train._torch import on_device
-from sylva_train.curvature import batches_of, class_name, is_encoder_decoder
+from sylva_train.curvature import batches_of
 from sylva_train.data import Loader
 from sylva_train.metrics import ANSWERS, CLASSIFICATION, LANGUAGE, REGRESSION, key_of
+from sylva_train.model_classes import class_name, is_encoder_decoder
 from sylva_train.progress import Report
 
 __all__ = ["label_logits", "label_metrics", "number_metrics", "prediction_metrics"]

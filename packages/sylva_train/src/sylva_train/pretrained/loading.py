@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from sylva_train._checks import ConfigError, ModelError, check_choice, check_integer
-from sylva_train.curvature import UNSHIFTED
+from sylva_train.model_classes import UNSHIFTED
 from sylva_train.options import DTYPES, LABELLED, MINILM, POOLINGS, TASKS
 
 from .pooled import PooledClassifier, backbone_class, read_config

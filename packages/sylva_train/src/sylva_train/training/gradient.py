@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sylva_train._checks import NonFiniteError
-from sylva_train._torch import total_norm, without_cache
+from sylva_train._torch import total_norm
 from sylva_train.curvature import Loss, damage, loss_scale, loss_units, some_samples
 from sylva_train.layers import accumulating
 from sylva_train.processes import rank_and_size
@@ -62,10 +62,9 @@ def accumulate_gradient(
             continue
         # Exactly 1 for a single batch: its gradient is the plain one, bit for bit.
         weight = max(1, count) / units
-        with without_cache(model):  # also in passes that checkpointing runs again
-            with accumulating():
-                value = loss(model, batch) * weight
-            value.backward(None if scale == 1 else torch.full_like(value, scale))
+        with accumulating():
+            value = loss(model, batch) * weight
+        value.backward(None if scale == 1 else torch.full_like(value, scale))
         # After it: a GPU would stand still between the two while the number is awaited.
         total += value.item()
         if not math.isfinite(total):

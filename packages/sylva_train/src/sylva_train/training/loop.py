@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from sylva_train._checks import ConfigError, DataError
-from sylva_train._torch import on_device, preserved_modes
+from sylva_train._torch import caching, on_device, preserved_modes, without_cache
 from sylva_train.checkpoint import (
     Checkpoint,
     capture,
@@ -108,6 +108,7 @@ class Run:
             )
             raise ConfigError(msg)
         self.named = {names[id(p)]: p for p in trained}
+        self.caching = caching(self.model)
         self.alike = False
         # Blocks that no step has had a gradient for yet; None before the first one.
         self.idle: list[str] | None = None
@@ -144,7 +145,10 @@ class Run:
         where = f"step {self.step + 1} (epoch {self.epoch}, batch {first})"
         self.model.zero_grad(set_to_none=True)
         batches = [on_device(batch, self.device) for batch in group]
-        loss = accumulate_gradient(self.model, batches, self.loss, where)
+        with without_cache(
+            self.caching
+        ):  # also in passes that checkpointing runs again
+            loss = accumulate_gradient(self.model, batches, self.loss, where)
         if self.idle != []:
             blocks = (n for n in self.named if "sylva_values" in n.split("."))
             idle = blocks if self.idle is None else self.idle
@@ -208,7 +212,8 @@ class Run:
             for batch in itertools.islice(self.loader.epoch(0), 1):
                 part = share(on_device(batch, self.device))
                 if loss_units(self.model, part):
-                    self.loss(self.model, part)
+                    with without_cache(self.caching):
+                        self.loss(self.model, part)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
