@@ -255,7 +255,7 @@ def draw(found: dict[tuple[Any, ...], list[Row]], path: Path, against: str) -> N
         axis.set_xlabel(f"test loss minus {against}'s", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="0.9")
-        axis.locator_params(axis="x", nbins=5)
+        axis.locator_params(axis="x", nbins=4)
     handles = [
         Line2D([], [], ls="", marker="o", ms=4, color=c) for c in COLOURS.values()
     ]
